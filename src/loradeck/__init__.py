@@ -1,0 +1,34 @@
+"""loradeck: one base, a thousand adapters. Importing it is instant: torch is imported on first use of a name."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loradeck.base.load import Base
+    from loradeck.errors import LoradeckError
+    from loradeck.generate import generate
+    from loradeck.lora.adapter import Adapter
+    from loradeck.lora.bank import Bank
+    from loradeck.lora.config import LoraConfig
+
+__version__ = "0.1.0"
+__all__ = ["Adapter", "Bank", "Base", "LoraConfig", "LoradeckError", "generate"]
+
+_HOMES = {
+    "Adapter": "loradeck.lora.adapter",
+    "Bank": "loradeck.lora.bank",
+    "Base": "loradeck.base.load",
+    "LoraConfig": "loradeck.lora.config",
+    "LoradeckError": "loradeck.errors",
+    "generate": "loradeck.generate",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loradeck' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,74 @@
+"""The errors this library raises on purpose. Knows nothing of ours.
+
+    LoradeckError            says what is wrong, every problem found, and how to mend it
+    ├── ConfigError          a setting that cannot be (a rank of 0, a learning rate of -1)
+    ├── TargetError          a target that matches no module, or a module that takes no adapter
+    ├── AdapterNameError     a name that is taken, or that no file or route could carry
+    ├── UnknownAdapterError  no resident adapter has this name
+    ├── RouteError           a route that does not fit its batch
+    ├── AdapterError         an adapter's folder that cannot be read, written, or does not fit the base
+    │   └── UnsupportedError a feature of the file that this library refuses rather than half-loads
+    ├── BaseModelError       a base model that cannot be found or loaded
+    └── DataError            a dataset that cannot be trained on; names the file and the line
+"""
+
+from collections.abc import Sequence
+
+SHOWN = 12  # problems spelled out in a message; all of them stay in `.problems`
+
+
+class LoradeckError(Exception):
+    """What is wrong, each problem found, and how to mend it.
+
+    `str(error)` is one line, then one line with the mend where there is one.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = (), *, mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.problems = tuple(problems)
+        self.mend = mend
+
+    def __str__(self) -> str:
+        text = self.message
+        if self.problems:
+            text += ": " + "; ".join(self.problems[:SHOWN])
+        if len(self.problems) > SHOWN:
+            text += f"; and {len(self.problems) - SHOWN} more"
+        return f"{text}\n{self.mend}" if self.mend else text
+
+
+class ConfigError(LoradeckError):
+    """A setting that cannot be."""
+
+
+class TargetError(LoradeckError):
+    """A target that matches no module, or a module that takes no adapter."""
+
+
+class AdapterNameError(LoradeckError):
+    """A name that is taken, or that no file or route could carry."""
+
+
+class UnknownAdapterError(LoradeckError):
+    """No resident adapter has this name."""
+
+
+class RouteError(LoradeckError):
+    """A route that does not fit its batch."""
+
+
+class AdapterError(LoradeckError):
+    """An adapter's folder that cannot be read, written, or does not fit the base."""
+
+
+class UnsupportedError(AdapterError):
+    """A feature of the file that this library refuses rather than half-loads."""
+
+
+class BaseModelError(LoradeckError):
+    """A base model that cannot be found or loaded."""
+
+
+class DataError(LoradeckError):
+    """A dataset that cannot be trained on; names the file and the line."""
