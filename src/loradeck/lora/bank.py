@@ -1,0 +1,323 @@
+"""The adapters resident on one model, and every way to change them. Knows any nn.Module; knows no language model."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from threading import RLock
+
+import torch
+from torch import Tensor, nn
+
+from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, RouteError, UnknownAdapterError
+from loradeck.lora import fresh, merge, targets
+from loradeck.lora.adapter import Adapter
+from loradeck.lora.combine import Combination, Method, combine
+from loradeck.lora.config import LoraConfig
+from loradeck.lora.layer import LoraLayer
+from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
+from loradeck.lora.names import check_name
+from loradeck.lora.residents import Residents, WorkingSets
+from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, mix_of, opened, weights_of
+from loradeck.ops.forms import Form
+
+RESIDENTS = "loradeck"  # the name of the adapters' place among the model's children
+
+
+class Bank:
+    """Many adapters on one frozen model; each row of a batch goes through its own, by `route`.
+
+    Outside a route, and for rows routed to None, the model is exactly the base.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Make an empty bank on a model; nothing in the model changes before the first adapter.
+
+        Raises:
+            LoradeckError: the model already has a bank.
+        """
+        if isinstance(getattr(model, RESIDENTS, None), Residents):
+            raise LoradeckError("this model already has a bank", mend="Use that bank, or call its detach() first.")
+        self.model = model
+        self._residents = Residents(self._forget_working_sets)
+        model.add_module(RESIDENTS, self._residents)
+        self._layers: dict[str, LoraLayer] = {}
+        self._working_sets = WorkingSets()
+        self._own_weights: dict[str, nn.Parameter] = {}  # the base's, while adapters are merged into it
+        self._lock = RLock()
+
+    # ---- what is here
+
+    def names(self) -> list[str]:
+        """Return the names of all resident adapters, in the order they came."""
+        return self._residents.names()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._residents
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __getitem__(self, name: str) -> Adapter:
+        """Return the adapter of this name.
+
+        Raises:
+            UnknownAdapterError: there is none; close names are listed.
+        """
+        adapter = self._residents.get(name)
+        if adapter is None:
+            close = difflib.get_close_matches(name, self.names(), n=3) or self.names()[:8]
+            raise UnknownAdapterError(
+                f"no adapter is named {name!r}",
+                mend=f"Resident: {', '.join(close) or 'none'}. Load one with bank.load.",
+            )
+        return adapter
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Return an adapter's trainable tensors, for any optimizer.
+
+        Raises:
+            AdapterError: the adapter is frozen.
+        """
+        adapter = self[name]
+        if not adapter.trainable:
+            raise AdapterError(
+                f"{name!r} is frozen", mend="Load it with bank.load(folder, trainable=True) to train it."
+            )
+        return adapter.parameters()
+
+    # ---- coming and going
+
+    def add(self, name: str, adapter: LoraConfig | Adapter, *, generator: torch.Generator | None = None) -> Adapter:
+        """Add a fresh trainable adapter for a config, or an adapter made elsewhere.
+
+        A fresh adapter changes nothing until it is trained. `generator` draws its initial values and its dropout
+        (by default torch's global one).
+
+        Raises:
+            TargetError: the config's targets match nothing, or something that takes no adapter.
+            AdapterNameError: the name is taken, or cannot be a name.
+            AdapterError: a ready-made adapter does not fit this model.
+        """
+        with self._lock:
+            self._check_new(name)
+            if isinstance(adapter, Adapter):
+                forms = self._fit(adapter.sites, "This adapter")
+            else:
+                self._check_unmerged()
+                forms = targets.resolve(self.model, adapter)
+                adapter = fresh.adapter(self.model, adapter, forms, generator)
+            self._take(name, adapter, forms)
+            return adapter
+
+    def load(
+        self, folder: str | Path, name: str | None = None, *, trainable: bool = False, any_base: bool = False
+    ) -> str:
+        """Load a PEFT folder and return the adapter's name (by default the folder's).
+
+        All or nothing: after an error the bank is as it was. `any_base` loads an adapter whose record says that it
+        was trained on another base.
+
+        Raises:
+            UnsupportedError: the adapter uses something this library does not implement.
+            AdapterError: with every problem found.
+            AdapterNameError: the name is taken, or cannot be a name.
+        """
+        folder = Path(folder)
+        name = folder.resolve().name if name is None else name
+        with self._lock:
+            self._check_new(name)
+            listing = read_folder(folder)
+            self._check_base(listing, any_base)
+            forms = self._fit(listing.sites, str(folder))
+            adapter = Adapter.from_listing(listing, trainable=trainable, check_copy=self._copy_problem)
+            if trainable:
+                fresh.prepare(adapter, generator=None)
+            self._take(name, adapter, forms)
+        return name
+
+    def save(self, name: str, folder: str | Path, **provenance: str) -> Path:
+        """Write an adapter as a PEFT folder, in one step. `provenance` is kept with the tensors.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+            AdapterError: a tensor is not finite, or the folder cannot be written.
+        """
+        adapter = self[name]
+        if provenance:
+            adapter.describe(**provenance)
+        return adapter.save(folder)
+
+    def unload(self, name: str) -> None:
+        """Let an adapter go, with its memory; routes that are open keep it until they end."""
+        with self._lock:
+            adapter = self[name]
+            self._residents.remove(name)
+            self._working_sets.forget(adapter)
+            wanted = {path for name in self.names() for path in self[name].sites}
+            for path in self._layers.keys() - wanted:
+                self._layers.pop(path).detach()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        with self._lock:
+            self[old]
+            if new != old:
+                self._check_new(new)
+                self._residents.rename(old, new)
+
+    def detach(self) -> None:
+        """Take everything off the model: it is, bit for bit, what it was."""
+        with self._lock:
+            self.unmerge()
+            for layer in self._layers.values():
+                layer.detach()
+            self._layers.clear()
+            self._working_sets.clear()
+            self._residents.clear()
+            if getattr(self.model, RESIDENTS, None) is self._residents:
+                delattr(self.model, RESIDENTS)
+
+    # ---- using them
+
+    def route(
+        self, rows: RouteEntry | Sequence[RouteEntry], *, lengths: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Send each row of the batch through its own adapters, in this thread, until the block ends.
+
+        `rows` is one entry for the whole batch or a list with one per row: a name, None for the base, or
+        {name: weight}. With `lengths` each entry is a segment of that many tokens of one packed row. Rows that are
+        multiplied (beams, return sequences) keep their entry. The innermost route counts.
+
+        Raises:
+            UnknownAdapterError: a name that is not resident.
+            RouteError: an entry that is none, or adapters are merged into the base.
+        """
+        entries, sizes = entries_of(rows, lengths)
+        weights = [weights_of(entry) for entry in entries]
+        members = tuple(dict.fromkeys(self[name] for entry in weights for name, _ in entry))
+        if members:
+            self._check_unmerged()
+        working_set = self._working_sets.of(members) if members else None
+        index = {adapter: i for i, adapter in enumerate(working_set.members)} if working_set else {}
+        mixed = tuple(tuple((index[self[name]], weight) for name, weight in entry) for entry in weights)
+        return opened(Route(self, working_set, mix_of(mixed, sizes), packed=lengths is not None))
+
+    def merge(self, entry: str | Blend) -> None:
+        """Fold an adapter, or a blend, into the base's weights, for a model without any extra cost per step.
+
+        Until `unmerge`, which restores the base bit for bit, the base's own weights are kept beside the merged ones.
+
+        Raises:
+            RouteError: something is merged already.
+            UnsupportedError: a weight that cannot be merged into.
+        """
+        with self._lock:
+            self._check_unmerged()
+            weighted = [(self[name], weight) for name, weight in weights_of(entry)]
+            forms = {path: layer.form for path, layer in self._layers.items()}
+            self._own_weights = merge.fold(self.model, forms, weighted)
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back, bit for bit; without a merge, do nothing."""
+        with self._lock:
+            merge.unfold(self.model, self._own_weights)
+            self._own_weights = {}
+
+    def combine(
+        self,
+        weights: Blend,
+        *,
+        name: str,
+        method: Method = "concat",
+        r: int | None = None,
+        density: float = 0.5,
+        seed: int = 0,
+    ) -> Combination:
+        """Make a new resident adapter `name` of several, each at a weight: see `loradeck.lora.combine`."""
+        with self._lock:
+            self._check_new(name)
+            weighted = [(self[other], weight) for other, weight in weights.items()]
+            result = combine(weighted, method=method, r=r, density=density, seed=seed)
+            adapter = result.adapter
+            shortest = targets.suffixes(self.model, [*adapter.sites])
+            adapter.config = replace(adapter.config, target_modules=shortest)
+            fresh.stamp(self.model, adapter)
+            self.add(name, adapter)
+            return result
+
+    # ---- checks
+
+    def _check_new(self, name: str) -> None:
+        check_name(name)
+        if name in self:
+            raise AdapterNameError(f"{name!r} is resident already", mend="Take another name, or unload that one first.")
+
+    def _check_unmerged(self) -> None:
+        if self._own_weights:
+            raise RouteError("adapters are merged into the base", mend="Call bank.unmerge() first.")
+
+    def _check_base(self, listing: Listing, any_base: bool) -> None:
+        trained_on, here = listing.origin.provenance.get("base_fingerprint"), getattr(self.model, "fingerprint", None)
+        if trained_on and here and trained_on != here and not any_base:
+            raise AdapterError(
+                f"{listing.folder} was trained on another base: {listing.origin.base_model or 'unnamed'}, "
+                f"fingerprint {trained_on[:12]}; this one has {here[:12]}",
+                mend="Load that base, or pass any_base=True if you know that this one will do.",
+            )
+
+    def _fit(self, sites: Mapping[str, Site], what: str) -> dict[str, Form]:
+        """Return how each module meets the adapter.
+
+        Raises:
+            AdapterError: with every module that is missing or has other shapes.
+        """
+        forms: dict[str, Form] = {}
+        problems = []
+        for path, site in sites.items():
+            layer = self._layers.get(path)
+            form = layer.form if layer else targets.check(self.model, path)
+            if isinstance(form, str):
+                problems.append(f"{path} {form}")
+            elif form.kind != site.kind:
+                problems.append(f"{path} is a {form.kind} layer here, the adapter's is {site.kind}")
+            elif form.shapes(site.r) != (site.a_shape, site.b_shape):
+                a, b = form.shapes(site.r)
+                problems.append(f"{path} needs A {a} and B {b} here, the adapter has {site.a_shape} and {site.b_shape}")
+            else:
+                forms[path] = form
+        if not sites:
+            problems.append("it adapts no module")
+        if problems:
+            raise AdapterError(
+                f"{what} does not fit this base", problems, mend="Load the base it was trained on; nothing was loaded."
+            )
+        return forms
+
+    def _copy_problem(self, key: str, tensor: Tensor) -> str | None:
+        """Say what is wrong with a tensor of the file that repeats a weight of the base; None if it is the same."""
+        path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        try:
+            own = self.model.get_parameter(path)
+        except AttributeError:
+            return "belongs to no weight of this base"
+        if own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+            return (
+                "is a weight of its own, other than this base's (modules_to_save, or a grown vocabulary): not supported"
+            )
+        return None
+
+    # ---- places
+
+    def _take(self, name: str, adapter: Adapter, forms: Mapping[str, Form]) -> None:
+        for path, form in forms.items():
+            if path not in self._layers:
+                self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), form)
+        device = next((p.device for p in self.model.parameters()), None)
+        if device is not None:
+            adapter.to(device)
+        self._residents.put(name, adapter)
+
+    def _forget_working_sets(self) -> None:
+        self._working_sets.clear()

@@ -1,0 +1,33 @@
+"""The README.md that lies in an adapter's folder. Knows the hub's card format; knows no training."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loradeck.lora.adapter import Adapter
+
+
+def text(adapter: "Adapter") -> str:
+    """Return a model card in the hub's form, from what the adapter knows of itself."""
+    config, origin = adapter.config, adapter.origin
+    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
+    lines = ["---", "library_name: peft", "tags:", "- lora", "- loradeck"]
+    if origin.base_model:
+        lines.insert(1, f"base_model: {origin.base_model}")
+    lines += [
+        "---",
+        "",
+        "# A LoRA adapter",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {origin.base_model or 'not recorded'} |",
+        f"| r, lora_alpha | {config.r}, {config.lora_alpha:g}{' (rank-stabilised)' if config.use_rslora else ''} |",
+        f"| targets | {targets} |",
+        f"| modules | {len(adapter.sites)} |",
+        f"| size | {adapter.nbytes / 1e6:.2f} MB |",
+        *(f"| {key} | {value} |" for key, value in sorted(origin.provenance.items())),
+        "",
+        "Use it with loradeck: `bank.load(folder)`, or with PEFT: `PeftModel.from_pretrained(base, folder)`.",
+        "",
+    ]
+    return "\n".join(lines)

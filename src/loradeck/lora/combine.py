@@ -1,0 +1,188 @@
+"""Several adapters into one new adapter. Knows low-rank algebra; knows no model, no route and no files.
+
+For weights w_i and updates D_i = scaling_i · B_i A_i, the target is D = Σ w_i D_i, per module:
+
+    concat  D exactly, at the sum of the ranks: A = [A_1; A_2; …], B = [w_1 s_1 B_1, w_2 s_2 B_2, …]
+    svd     the best D of rank r (Eckart-Young), from the small factors: D = (Q_b R_b)(Q_a R_a)ᵀ, svd of R_b R_aᵀ
+    ties    trim each w_i D_i to its largest share `density`, elect a sign per value, average those that agree
+            (arXiv:2306.01708), then the best rank r of the result
+    dare    drop each value of D_i with chance 1 - density, divide the rest by density (arXiv:2311.03099), sum, best rank r
+
+ties and dare are defined on the values of D_i, so they build one module's D at a time; concat and svd never do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loradeck.errors import ConfigError
+from loradeck.lora.adapter import Adapter
+from loradeck.lora.config import MAX_RANK, LoraConfig, literal_pattern
+from loradeck.lora.layout import Site
+from loradeck.lora.peft import Origin
+
+Method = Literal["concat", "svd", "ties", "dare"]
+METHODS: tuple[Method, ...] = ("concat", "svd", "ties", "dare")
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A new adapter, and the relative error ‖D - BA‖ / ‖D‖ (Frobenius) that lowering the rank made, over all modules."""
+
+    adapter: Adapter
+    error: float
+
+
+def combine(
+    weighted: Sequence[tuple[Adapter, float]],
+    *,
+    method: Method = "concat",
+    r: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Combination:
+    """Make one adapter of several, each at a weight.
+
+    Args:
+        weighted: the adapters and their weights.
+        method: see the top of this file.
+        r: the rank of the result; by default the sum of the ranks for concat, their maximum otherwise.
+        density: the share of values that ties and dare keep.
+        seed: of dare's choice.
+
+    Raises:
+        ConfigError: an unknown method, a rank or density that cannot be, a rank for concat.
+    """
+    _check(weighted, method, r, density)
+    generator = torch.Generator().manual_seed(seed)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    sites: dict[str, Site] = {}
+    lost = whole = 0.0
+    with torch.inference_mode(False), torch.no_grad():
+        for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.sites):
+            own = [(adapter, weight) for adapter, weight in weighted if path in adapter.sites]
+            site = own[0][0].sites[path]
+            factors = [_factors(adapter, path, weight) for adapter, weight in own]
+            dtype = own[0][0].pair(path)[0].dtype
+            if method == "concat":
+                a, b = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
+            else:
+                rank = r or max(a.shape[0] for a, _ in factors)
+                if method == "svd":
+                    a, b, dropped, total = _best_rank(*_stacked(factors), rank)
+                else:
+                    dense = (_ties if method == "ties" else _dare)([b @ a for a, b in factors], density, generator)
+                    a, b, dropped, total = _best_rank_dense(dense, rank)
+                lost, whole = lost + dropped, whole + total
+            a = a.reshape(-1, *site.a_shape[1:]).to(dtype)
+            b = b.reshape(*site.b_shape[:1], -1, *site.b_shape[2:]).to(dtype)
+            pairs[path] = a, b
+            sites[path] = Site(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
+    config = _config(weighted, sites)
+    origin = Origin(weighted[0][0].origin.base_model, task_type=weighted[0][0].origin.task_type)
+    adapter = Adapter.with_sites(config, sites, pairs, origin=origin)
+    adapter.fan_in_fan_out = weighted[0][0].fan_in_fan_out
+    return Combination(adapter, (lost / whole) ** 0.5 if whole else 0.0)
+
+
+def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None, density: float) -> None:
+    if not weighted:
+        raise ConfigError("there is nothing to combine", mend='Give adapters and weights: {"a": 0.7, "b": 0.3}.')
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r} is unknown", mend=f"Take one of {', '.join(METHODS)}.")
+    if method == "concat" and r is not None:
+        raise ConfigError("concat keeps every rank, so it takes no r", mend='Take method="svd" to lower the rank.')
+    if r is not None and not 1 <= r <= MAX_RANK:
+        raise ConfigError(f"r is {r}, not a whole number from 1 to {MAX_RANK}")
+    if not 0 < density <= 1:
+        raise ConfigError(f"density is {density}, not above 0 and up to 1")
+    for adapter, _ in weighted:
+        for path, site in adapter.sites.items():
+            if site.kind == "conv" and site.b_shape[1] != site.r:
+                raise ConfigError(
+                    f"{path} is a grouped convolution, which cannot be combined", mend="Route a blend instead."
+                )
+            for other, _ in weighted:
+                twin = other.sites.get(path)
+                if twin and (twin.kind, twin.a_shape[1:], twin.b_shape[0]) != (
+                    site.kind,
+                    site.a_shape[1:],
+                    site.b_shape[0],
+                ):
+                    raise ConfigError(
+                        f"{path} has other shapes in another adapter", mend="Combine adapters of one base."
+                    )
+
+
+def _factors(adapter: Adapter, path: str, weight: float) -> tuple[Tensor, Tensor]:
+    """Return A (r, in) and w · scaling · B (out, r), in float32 or wider."""
+    a, b = adapter.pair(path)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.detach().to(wide).flatten(1), weight * adapter.sites[path].scaling * b.detach().to(wide).flatten(1)
+
+
+def _stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
+
+
+def _best_rank(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
+    """Return the best A, B of rank r for b @ a, with the squared norms of what is lost and of the whole."""
+    q_a, r_a = torch.linalg.qr(a.T)
+    q_b, r_b = torch.linalg.qr(b)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    return (
+        *_halves(q_b @ u[:, : len(s)], s, v[: len(s)] @ q_a.T, r),
+        float(s[r:].square().sum()),
+        float(s.square().sum()),
+    )
+
+
+def _best_rank_dense(dense: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
+    u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    return *_halves(u, s, v, r), float(s[r:].square().sum()), float(s.square().sum())
+
+
+def _halves(u: Tensor, s: Tensor, v: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Split u s v at rank r into A (r, in) and B (out, r) of like size; ranks beyond u's are zero."""
+    root = s[:r].sqrt()
+    a, b = root[:, None] * v[:r], u[:, :r] * root
+    missing = r - len(root)
+    if missing > 0:
+        a, b = torch.cat([a, a.new_zeros(missing, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    return a, b
+
+
+def _ties(updates: list[Tensor], density: float, _: torch.Generator) -> Tensor:
+    trimmed = []
+    for update in updates:
+        kept = max(1, round(density * update.numel()))
+        threshold = update.abs().flatten().kthvalue(update.numel() - kept + 1).values
+        trimmed.append(torch.where(update.abs() >= threshold, update, 0.0))
+    stack = torch.stack(trimmed)
+    agree = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
+    return (stack * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _dare(updates: list[Tensor], density: float, generator: torch.Generator) -> Tensor:
+    total = torch.zeros_like(updates[0])
+    for update in updates:
+        keep = torch.empty(update.shape, dtype=update.dtype).bernoulli_(density, generator=generator)
+        total += update * keep.to(update.device) / density
+    return total
+
+
+def _config(weighted: Sequence[tuple[Adapter, float]], sites: dict[str, Site]) -> LoraConfig:
+    """Return a config of scaling 1 everywhere: alpha = r, per module where ranks differ."""
+    ranks = [site.r for site in sites.values()]
+    r = max(set(ranks), key=ranks.count)
+    pattern = {path: site.r for path, site in sites.items() if site.r != r}
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=tuple(sorted(sites)),
+        rank_pattern=literal_pattern(pattern),
+        alpha_pattern=literal_pattern(pattern),
+    )

@@ -1,0 +1,64 @@
+"""One module with its adapters: it calls its base and adds the route's update. Knows no adapter's name and no file."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loradeck.errors import RouteError
+from loradeck.lora.routing import Bound, Route, current
+from loradeck.ops import choose
+from loradeck.ops.forms import Form
+
+
+class LoraLayer:
+    """Takes the place of a module's `forward`, and gives it back.
+
+    The module itself stays what and where it is: its class, its parameters and its paths are the base's own, so
+    quantised layers, tied weights and code that looks at `module.weight` see no difference.
+    """
+
+    __slots__ = ("bank", "base", "form", "module", "path", "restored")
+
+    def __init__(self, bank: object, path: str, module: nn.Module, form: Form) -> None:
+        self.bank, self.path, self.module, self.form = bank, path, module, form
+        self.restored: Callable[..., Tensor] | None = module.__dict__.get("forward")  # another tool's, if any
+        self.base: Callable[..., Tensor] = module.forward
+        module.forward = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """f(x) + Σ_a w_a · scaling_a · B_a (A_a x): x and the result as the base's forward has them."""
+        y = self.base(*args, **kwargs)
+        route = current(self.bank)
+        if route is None:
+            return y
+        bound = route.bind(self)
+        if bound is None:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        self._check(x, route, bound)
+        return choose.lora(x, y, bound.operands, bound.mix, training=self.module.training)
+
+    def _check(self, x: Tensor, route: Route, bound: Bound) -> None:
+        rows = self.form.items(x).shape[0] if route.packed else x.shape[0]
+        total = bound.mix.total
+        if rows % total or (route.packed and rows != total):
+            unit = "tokens" if route.packed else "rows"
+            raise RouteError(
+                f"{self.path} got {rows} {unit}; the route is for {total}",
+                mend="Give the route one entry per row of the batch, or one entry for the whole batch.",
+            )
+        if self.module.training and bound.operands.drops and torch._C._current_graph_task_id() != -1:
+            raise RouteError(
+                f"{self.path} is computed again in the backward pass (gradient checkpointing), where an adapter's "
+                "dropout would draw another mask",
+                mend="Set lora_dropout=0, or turn gradient checkpointing off.",
+            )
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        if self.restored is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.restored  # type: ignore[method-assign]

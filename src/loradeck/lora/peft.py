@@ -1,0 +1,172 @@
+"""PEFT's adapter_config.json <-> LoraConfig: what is read, what is written, what is refused by name. Knows no tensors.
+
+Facts from PEFT 0.21's source; the tests hold PEFT itself against them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from loradeck.errors import AdapterError, ConfigError, UnsupportedError
+from loradeck.lora.config import LoraConfig
+
+CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+MAX_CONFIG = 4 << 20  # bytes; one pattern per module of a large model stays below
+
+READ = frozenset(
+    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern use_rslora "
+    "rank_pattern alpha_pattern".split()
+)
+KEPT = frozenset("base_model_name_or_path revision task_type".split())
+# Settings of training, or of PEFT's own bookkeeping: what the trained tensors compute does not depend on them.
+WITHOUT_EFFECT = frozenset(
+    "peft_type peft_version auto_mapping inference_mode fan_in_fan_out init_lora_weights runtime_config eva_config "
+    "qalora_group_size megatron_core ensure_weight_tying lora_ga_config loftq_config corda_config velora_config".split()
+)
+
+BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
+CONVERT = "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=…) makes a plain LoRA of it."
+REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "use_dora": (bool, "is DoRA, whose magnitudes rescale the base", RETRAIN),
+    "bias": (lambda v: v not in (None, "none"), "trains biases of the base itself", RETRAIN),
+    "lora_bias": (bool, "adds a bias to B", RETRAIN),
+    "modules_to_save": (bool, "replaces whole modules of the base", RETRAIN),
+    "trainable_token_indices": (bool, "replaces rows of the embedding", RETRAIN),
+    "target_parameters": (bool, "adapts bare parameters (MoE experts), not modules", RETRAIN),
+    "layer_replication": (bool, "repeats layers of the base", RETRAIN),
+    "megatron_config": (bool, "is for Megatron's parallel layers", RETRAIN),
+    "alora_invocation_tokens": (bool, "is an activated LoRA, on only after certain tokens", RETRAIN),
+    "use_qalora": (bool, "is QALoRA, whose A takes pooled inputs", RETRAIN),
+    "use_bdlora": (bool, "is a block-diagonal LoRA", RETRAIN),
+    "arrow_config": (bool, "routes between adapters by itself", RETRAIN),
+    "kasa_config": (bool, "is KaSA, which changes the base by a truncated SVD", RETRAIN),
+    "monteclora_config": (bool, "is MonteCLoRA, which samples its tensors", RETRAIN),
+    "init_lora_weights": (
+        lambda v: isinstance(v, str) and v.lower().startswith(BASE_CHANGED),
+        "was initialised from the base's weights and changed them",
+        CONVERT,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a file says of where an adapter comes from; carried along unchanged."""
+
+    base_model: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    written: Mapping[str, Any] | None = None  # the adapter_config.json as it was read
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """This library's own record (base fingerprint, hashes, versions), from the safetensors metadata."""
+        try:
+            return msgspec.json.decode(self.metadata.get("loradeck", "{}"), type=dict[str, str])
+        except msgspec.MsgspecError:
+            return {}
+
+
+def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
+    """Read a folder's adapter_config.json.
+
+    Raises:
+        UnsupportedError: the adapter uses something this library does not implement.
+        AdapterError: the file is missing, no JSON, or says what cannot be.
+    """
+    path = folder / CONFIG
+    table = _read(path)
+    if table.get("peft_type") != "LORA":
+        raise UnsupportedError(
+            f"{path} has peft_type {table.get('peft_type')!r}; only LORA adapters are supported", mend=RETRAIN
+        )
+    for key, (is_set, what, mend) in REFUSED.items():
+        if is_set(table.get(key)):
+            raise UnsupportedError(f"{path}: {key}={_short(table[key])} {what}; this is not supported", mend=mend)
+    strange = sorted(key for key in table.keys() - READ - KEPT - WITHOUT_EFFECT - REFUSED.keys() if table[key])
+    if strange:
+        raise UnsupportedError(
+            f"{path} sets {', '.join(strange)[:200]}, which this version does not know",
+            mend="If it does not change what the adapter computes, remove it from the file.",
+        )
+    fields = {key: table[key] for key in READ if table.get(key) is not None}
+    try:
+        config = LoraConfig(**msgspec.convert(fields, _Fields).given())
+    except msgspec.ValidationError as error:
+        raise AdapterError(f"{path}: {error}", mend="Mend that value in the file, or save the adapter again.") from None
+    except ConfigError as error:
+        raise AdapterError(
+            f"{path} says what cannot be", error.problems, mend="Mend the values, or save the adapter again."
+        ) from None
+    kept = {key: value if isinstance(value := table.get(key), str) else None for key in KEPT}
+    return config, Origin(kept["base_model_name_or_path"], kept["revision"], kept["task_type"], written=table)
+
+
+class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The types of the keys that are read; a missing r or lora_alpha has PEFT's default."""
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] = ()  # type: ignore[assignment]
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] = ()  # type: ignore[assignment]
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, int | float] = {}
+
+    def given(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__struct_fields__}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG:
+            raise AdapterError(f"{path} has {size} bytes, more than an adapter's configuration can need ({MAX_CONFIG})")
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        mend = f"An adapter's folder holds {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
+        what = "is no folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
+        raise AdapterError(f"{path.parent} {what}", mend=mend) from None
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise AdapterError(f"{path} is no JSON table: {error}", mend="Download or save the adapter again.") from None
+
+
+def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) -> bytes:
+    """Return an adapter_config.json that PEFT, vLLM and older PEFTs read; a file read before is returned as it was."""
+    table = origin.written or {
+        "alpha_pattern": dict(config.alpha_pattern),
+        "base_model_name_or_path": origin.base_model,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
+        "revision": origin.revision,
+        "target_modules": config.target_modules if isinstance(config.target_modules, str) else [*config.target_modules],
+        "task_type": origin.task_type,
+        "use_dora": False,
+        "use_rslora": config.use_rslora,
+    }
+    return msgspec.json.format(msgspec.json.encode(table), indent=2) + b"\n"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,143 @@
+"""Which adapters, at which weight, each row goes through. Knows no layer's arithmetic and no files."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from loradeck.errors import RouteError
+from loradeck.lora.adapter import Adapter
+from loradeck.ops.mix import Entry, Mix
+from loradeck.ops.operands import Operands, Pair
+
+if TYPE_CHECKING:
+    from loradeck.lora.layer import LoraLayer
+
+Blend = Mapping[str, float]
+RouteEntry = str | None | Blend
+
+# Each thread and each asyncio task has its own route, and a thread begun inside a route begins without one.
+_route: ContextVar["Route | None"] = ContextVar("loradeck_route", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A route as one layer sees it."""
+
+    operands: Operands
+    mix: Mix
+
+
+@dataclass(eq=False)
+class WorkingSet:
+    """The adapters of a route, and what each layer holds of them. Kept while routes ask for the same adapters."""
+
+    members: tuple[Adapter, ...]
+    layers: dict["LoraLayer", Operands | None] = field(default_factory=dict)
+
+    def operands(self, layer: "LoraLayer") -> Operands | None:
+        """Return the members' pairs at a layer, None where no member adapts it."""
+        try:
+            return self.layers[layer]
+        except KeyError:
+            pairs = tuple(_pair(adapter, layer.path) for adapter in self.members)
+            known = self.layers[layer] = Operands(layer.form, pairs) if any(pairs) else None
+            return known
+
+
+def _pair(adapter: Adapter, path: str) -> Pair | None:
+    site = adapter.sites.get(path)
+    if site is None:
+        return None
+    a, b = adapter.pair(path)
+    return Pair(
+        a, b, site.scaling, adapter.config.lora_dropout if adapter.trainable else 0.0, adapter.dropout_generator
+    )
+
+
+@dataclass(eq=False, slots=True)
+class Route:
+    """One opened route: a batch's mix over a working set."""
+
+    bank: object
+    working_set: WorkingSet | None  # None: the base alone
+    mix: Mix
+    packed: bool  # entries are segments of tokens, not rows
+    outer: "Route | None" = None
+
+    def bind(self, layer: "LoraLayer") -> Bound | None:
+        """Return what the layer must add, None for nothing."""
+        if self.working_set is None:
+            return None
+        operands = self.working_set.operands(layer)
+        return None if operands is None else Bound(operands, self.mix)
+
+
+def current(bank: object) -> Route | None:
+    """Return the innermost open route of a bank in this thread."""
+    route = _route.get()
+    while route is not None and route.bank is not bank:
+        route = route.outer
+    return route
+
+
+@contextmanager
+def opened(route: Route) -> Iterator[None]:
+    """Make a route the current one of its bank in this thread until the block ends, however it ends."""
+    route.outer = _route.get()
+    token = _route.set(route)
+    try:
+        yield
+    finally:
+        _route.reset(token)
+
+
+def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:
+    """Return an entry as (name, weight) pairs; the base is ().
+
+    Raises:
+        RouteError: no name, None or {name: weight}.
+    """
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return ((entry, 1.0),)
+    if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
+        raise RouteError(
+            f"{entry!r} is no entry of a route", mend="An entry is an adapter's name, None, or {name: weight}."
+        )
+    for name, weight in entry.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+            raise RouteError(f"the weight of {name!r} is {weight!r}", mend="A weight is a finite number.")
+    return tuple((name, float(weight)) for name, weight in entry.items() if weight != 0)
+
+
+def entries_of(
+    rows: RouteEntry | Sequence[RouteEntry], lengths: Sequence[int] | None
+) -> tuple[list[RouteEntry], tuple[int, ...]]:
+    """Return a route's entries and the length of each, in rows or in tokens.
+
+    Raises:
+        RouteError: an empty list, or lengths that do not go with the entries.
+    """
+    many = isinstance(rows, Sequence) and not isinstance(rows, str)
+    entries: list[RouteEntry] = [*rows] if many else [rows]  # type: ignore[list-item, misc]
+    if not entries:
+        raise RouteError("this route has no entry", mend="Give one entry per row, or one for the whole batch.")
+    if lengths is None:
+        return entries, (1,) * len(entries)
+    if len(lengths) != len(entries) or any(length < 1 for length in lengths):
+        raise RouteError(
+            f"lengths {[*lengths][:8]} do not go with {len(entries)} entries",
+            mend="Give each packed segment's number of tokens, one per entry.",
+        )
+    return entries, tuple(lengths)
+
+
+@lru_cache(maxsize=256)
+def mix_of(entries: tuple[Entry, ...], lengths: tuple[int, ...]) -> Mix:
+    """Return the mix of these entries; kept, because its masks are the same at every step of a decode."""
+    return Mix(entries, lengths)

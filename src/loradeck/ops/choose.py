@@ -1,0 +1,37 @@
+"""Which way the operation is computed: the only place that decides. Knows costs; knows no names."""
+
+import torch
+from torch import Tensor
+
+from loradeck.ops import packed, segmented
+from loradeck.ops.mix import Mix
+from loradeck.ops.operands import Operands
+
+# What a group costs in `segmented` beyond its arithmetic (a few small kernels), in multiply-adds of a dense product.
+# Measured by `python -m benchmarks.adapters --only ops`, recorded in docs/architecture.md.
+GROUP_OVERHEAD = 1_000_000
+
+
+def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Tensor:
+    """y[t] + Σ_a w_a · scaling_a · B_a (A_a x[t]).
+
+    x the layer's input · y the base's output for it · `training` lets dropout act -> a tensor like y.
+    """
+    if packs(x, y, operands, mix, training=training):
+        return packed.lora(x, y, operands, mix)
+    return segmented.lora(x, y, operands, mix, training=training)
+
+
+def packs(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> bool:
+    """Say whether the packed form is both right and cheaper here."""
+    if len(mix.groups) == 1:
+        return False  # one entry for all rows: nothing to mask
+    if operands.trains and torch.is_grad_enabled():
+        return False  # the packed product of N jobs costs N times their own arithmetic
+    if training and operands.drops:
+        return False  # each adapter has its own mask
+    ranks = sum(operands.ranks)
+    wasted = y.numel() * ranks * (1 - 1 / len(mix.groups))  # multiply-adds in B alone; A's are of the same order
+    if 2 * wasted > GROUP_OVERHEAD * len(mix.groups):
+        return False
+    return operands.pack(x.dtype if x.is_floating_point() else y.dtype).finite

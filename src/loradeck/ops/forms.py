@@ -1,0 +1,177 @@
+"""How each kind of layer meets a low-rank pair A, B. Knows layers and shapes; knows no adapter and no route.
+
+A form flattens a layer's input to items (what runs count: rows, tokens) and its output to positions:
+
+    linear      items = tokens   (T, in)       positions = tokens (T, out)
+    embedding   items = tokens   (T,)          positions = tokens (T, out)
+    conv        items = rows     (N, in, *k)   positions = N · output size (P, out)
+
+T tokens, N rows, P positions, r rank.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SUPPORTED = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and transformers' Conv1D"
+
+
+class Form(Protocol):
+    """What the operation asks of a kind of layer."""
+
+    kind: str  # "linear" | "embedding" | "conv", as the keys of PEFT's files tell them apart
+    fan_in_fan_out: bool  # the weight is stored (in, out)
+
+    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and of B at rank r, as PEFT stores them."""
+        ...
+
+    def items(self, x: Tensor) -> Tensor:
+        """Return the layer's input with what runs count along dimension 0."""
+        ...
+
+    def shrink(self, items: Tensor, a: Tensor) -> Tensor:
+        """A x: items and A -> (P, r)."""
+        ...
+
+    def dense_b(self, b: Tensor) -> Tensor:
+        """Return B as one matrix (out, r)."""
+        ...
+
+    def positions(self, y: Tensor) -> Tensor:
+        """Return the layer's output as (P, out), a view of it where one exists."""
+        ...
+
+    def restore(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return (P, out) in the layout of y."""
+        ...
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A as one dense change of the layer's weight, in the weight's layout."""
+        ...
+
+
+class LinearForm:
+    """nn.Linear and transformers' Conv1D: A (r, in), B (out, r)."""
+
+    kind = "linear"
+
+    def __init__(self, in_features: int, out_features: int, *, fan_in_fan_out: bool = False) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        self.fan_in_fan_out = fan_in_fan_out
+
+    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, self.in_features), (self.out_features, r)
+
+    def items(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features)
+
+    def shrink(self, items: Tensor, a: Tensor) -> Tensor:
+        return F.linear(items, a)
+
+    def dense_b(self, b: Tensor) -> Tensor:
+        return b
+
+    def positions(self, y: Tensor) -> Tensor:
+        return y.reshape(-1, self.out_features)
+
+    def restore(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.view(y.shape)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).T if self.fan_in_fan_out else b @ a
+
+
+class EmbeddingForm:
+    """nn.Embedding: A (r, num_embeddings), B (embedding_dim, r); scaled embeddings (Gemma) scale the update too."""
+
+    kind = "embedding"
+    fan_in_fan_out = False
+
+    def __init__(self, module: nn.Embedding) -> None:
+        self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
+        self.module = module
+
+    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, self.num_embeddings), (self.embedding_dim, r)
+
+    def items(self, x: Tensor) -> Tensor:
+        return x.reshape(-1)
+
+    def shrink(self, items: Tensor, a: Tensor) -> Tensor:
+        h = F.embedding(items, a.T)
+        scale = getattr(self.module, "embed_scale", None)  # read at each call: it is a buffer that moves
+        return h if scale is None else h * torch.as_tensor(scale, dtype=h.dtype, device=h.device)
+
+    def dense_b(self, b: Tensor) -> Tensor:
+        return b
+
+    def positions(self, y: Tensor) -> Tensor:
+        return y.reshape(-1, self.embedding_dim)
+
+    def restore(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.view(y.shape)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).T
+
+
+class ConvForm:
+    """nn.Conv1d and nn.Conv2d: A (r, in, *kernel) convolves as the base does, B (out, r / groups, 1…) mixes channels."""
+
+    kind = "conv"
+    fan_in_fan_out = False
+
+    def __init__(self, module: nn.Conv1d | nn.Conv2d) -> None:
+        self.dims = 1 if isinstance(module, nn.Conv1d) else 2
+        self.in_channels, self.out_channels, self.groups = module.in_channels, module.out_channels, module.groups
+        self.kernel_size: tuple[int, ...] = tuple(module.kernel_size)
+        self.geometry: dict[str, Any] = {
+            "stride": module.stride,
+            "padding": module.padding,
+            "dilation": module.dilation,
+        }
+
+    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, self.in_channels, *self.kernel_size), (self.out_channels, r // self.groups, *(1,) * self.dims)
+
+    def items(self, x: Tensor) -> Tensor:
+        return x if x.dim() == self.dims + 2 else x.unsqueeze(0)
+
+    def shrink(self, items: Tensor, a: Tensor) -> Tensor:
+        conv = F.conv1d if self.dims == 1 else F.conv2d
+        return conv(items, a, **self.geometry).movedim(1, -1).reshape(-1, a.shape[0])
+
+    def dense_b(self, b: Tensor) -> Tensor:
+        # A grouped B is block-diagonal: group g of the outputs sees rank slice g.
+        return torch.block_diag(*b.flatten(1).chunk(self.groups)) if self.groups > 1 else b.flatten(1)
+
+    def positions(self, y: Tensor) -> Tensor:
+        return y.movedim(-self.dims - 1, -1).reshape(-1, self.out_channels)
+
+    def restore(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.view(y.movedim(-self.dims - 1, -1).shape).movedim(-1, -self.dims - 1)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        dense = torch.einsum("or,ri...->oi...", self.dense_b(b), a)
+        if self.groups == 1:
+            return dense
+        raise ValueError("the update of a grouped convolution mixes its groups, so no grouped weight can hold it")
+
+
+def form_of(module: nn.Module) -> Form | str:
+    """Return how the module meets an adapter, or the reason in words why it cannot."""
+    if isinstance(module, nn.Linear):
+        return LinearForm(module.in_features, module.out_features)
+    if isinstance(module, nn.Embedding):
+        return EmbeddingForm(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        if module.padding_mode != "zeros":
+            return f"pads with {module.padding_mode!r}, and PEFT's adapters pad with zeros"
+        return ConvForm(module)
+    if any(f"{t.__module__}.{t.__name__}" == "transformers.pytorch_utils.Conv1D" for t in type(module).__mro__):
+        weight = module.weight  # (in, out)
+        return LinearForm(int(weight.shape[0]), int(weight.shape[1]), fan_in_fan_out=True)
+    return f"takes no adapter; {SUPPORTED} do"

@@ -1,0 +1,28 @@
+"""The definition: a slow loop over runs. Every fast twin has this signature and must agree with it."""
+
+from torch import Tensor
+
+from loradeck.ops.forms import Form
+from loradeck.ops.mix import Mix
+from loradeck.ops.operands import Operands
+
+
+def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix) -> Tensor:
+    """y[t] + Σ_a w_a · scaling_a · B_a (A_a x[t]), run by run.
+
+    x the layer's input · y the base's output for it -> a tensor like y. Dropout is not part of the definition.
+    """
+    form: Form = operands.form
+    items, z = form.items(x), form.positions(y).clone()
+    per_run, per_item = items.shape[0] // mix.total, z.shape[0] // items.shape[0]
+    start = 0
+    for entry, length in zip(mix.entries, mix.lengths, strict=True):
+        stop = start + length * per_run
+        for operand, weight in entry:
+            pair = operands.pair(operand, x.dtype if x.is_floating_point() else y.dtype)
+            if pair is not None:
+                h = form.shrink(items[start:stop], pair.a)
+                update = weight * pair.scaling * (h @ form.dense_b(pair.b).T)
+                z[start * per_item : stop * per_item] += update.to(z.dtype)
+        start = stop
+    return form.restore(z, y)
