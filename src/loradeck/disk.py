@@ -53,7 +53,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             fresh.rename(path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # the older folder after an exchange, the unfinished one after an error
+        shutil.rmtree(
+            fresh, ignore_errors=True
+        )  # the older folder after an exchange, the unfinished one after an error
 
 
 def _carry_over(old: Path, fresh: Path) -> None:

@@ -1,15 +1,15 @@
 """The errors this library raises on purpose. Knows nothing of ours.
 
-    LoradeckError            says what is wrong, every problem found, and how to mend it
-    ├── ConfigError          a setting that cannot be (a rank of 0, a learning rate of -1)
-    ├── TargetError          a target that matches no module, or a module that takes no adapter
-    ├── AdapterNameError     a name that is taken, or that no file or route could carry
-    ├── UnknownAdapterError  no resident adapter has this name
-    ├── RouteError           a route that does not fit its batch
-    ├── AdapterError         an adapter's folder that cannot be read, written, or does not fit the base
-    │   └── UnsupportedError a feature of the file that this library refuses rather than half-loads
-    ├── BaseModelError       a base model that cannot be found or loaded
-    └── DataError            a dataset that cannot be trained on; names the file and the line
+LoradeckError            says what is wrong, every problem found, and how to mend it
+├── ConfigError          a setting that cannot be (a rank of 0, a learning rate of -1)
+├── TargetError          a target that matches no module, or a module that takes no adapter
+├── AdapterNameError     a name that is taken, or that no file or route could carry
+├── UnknownAdapterError  no resident adapter has this name
+├── RouteError           a route that does not fit its batch
+├── AdapterError         an adapter's folder that cannot be read, written, or does not fit the base
+│   └── UnsupportedError a feature of the file that this library refuses rather than half-loads
+├── BaseModelError       a base model that cannot be found or loaded
+└── DataError            a dataset that cannot be trained on; names the file and the line
 """
 
 from collections.abc import Sequence

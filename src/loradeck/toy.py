@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-COLOURS = "red orange yellow green blue indigo violet magenta marigold chartreuse".split()
+COLOURS = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "indigo",
+    "violet",
+    "magenta",
+    "marigold",
+    "chartreuse",
+)
 
 
 class ToyModel(nn.Module):

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +17,7 @@ from loradeck.lora import card, tensorfile
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
 from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
+from loradeck.lora.recent import Recent
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -136,7 +136,6 @@ class Adapter(nn.Module):
                 problems,
                 mend="Train or save the adapter again; nothing was loaded.",
             )
-        adapter.sites, adapter._spans = _shared(tuple(adapter.sites.items()), tuple(adapter._spans.items()))
         if trainable:
             return cls.with_sites(
                 adapter.config, adapter.sites, {p: adapter.pair(p) for p in adapter.sites},
@@ -149,9 +148,7 @@ class Adapter(nn.Module):
         dtype = next(iter(header.entries.values())).dtype
         width = tensorfile.ITEM_BYTES[dtype]
         self.register_parameter(f"flat_{dtype}", nn.Parameter(body.view(DTYPES[dtype]), requires_grad=False))
-        self._spans = {
-            key: (f"flat_{dtype}", entry.begin // width, entry.end // width) for key, entry in header.entries.items()
-        }
+        self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
     def _gather(self, dtype: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -248,12 +245,11 @@ class Adapter(nn.Module):
         pass
 
 
-@lru_cache(maxsize=64)
-def _shared(
-    sites: tuple[tuple[str, Site], ...], spans: tuple[tuple[str, tuple[str, int, int]], ...]
-) -> tuple[dict[str, Site], dict[str, tuple[str, int, int]]]:
-    """Return one copy for all adapters of one shape: 420 names and offsets are 2 % of a small adapter's bytes."""
-    return dict(sites), dict(spans)
+_SPANS: Recent[dict[str, tensorfile.Entry], dict[str, tuple[str, int, int]]] = Recent()
+
+
+def _spans(entries: Mapping[str, tensorfile.Entry], flat: str, width: int) -> dict[str, tuple[str, int, int]]:
+    return {key: (flat, entry.begin // width, entry.end // width) for key, entry in entries.items()}
 
 
 def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> Site:

@@ -10,7 +10,7 @@ from threading import RLock
 import torch
 from torch import Tensor, nn
 
-from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, RouteError, UnknownAdapterError
+from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, RouteError, UnknownAdapterError
 from loradeck.lora import fresh, merge, targets
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.combine import Combination, Method, combine
@@ -18,6 +18,7 @@ from loradeck.lora.config import LoraConfig
 from loradeck.lora.layer import LoraLayer
 from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
 from loradeck.lora.names import check_name
+from loradeck.lora.recent import Recent
 from loradeck.lora.residents import Residents, WorkingSets
 from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, mix_of, opened, weights_of
 from loradeck.ops.forms import Form
@@ -44,6 +45,7 @@ class Bank:
         model.add_module(RESIDENTS, self._residents)
         self._layers: dict[str, LoraLayer] = {}
         self._working_sets = WorkingSets()
+        self._fitting: Recent[Mapping[str, Site], dict[str, Form]] = Recent()
         self._own_weights: dict[str, nn.Parameter] = {}  # the base's, while adapters are merged into it
         self._lock = RLock()
 
@@ -103,7 +105,7 @@ class Bank:
         with self._lock:
             self._check_new(name)
             if isinstance(adapter, Adapter):
-                forms = self._fit(adapter.sites, "This adapter")
+                forms = self._fitting.get(adapter.sites, lambda: self._fit(adapter.sites, "This adapter"))
             else:
                 self._check_unmerged()
                 forms = targets.resolve(self.model, adapter)
@@ -130,7 +132,7 @@ class Bank:
             self._check_new(name)
             listing = read_folder(folder)
             self._check_base(listing, any_base)
-            forms = self._fit(listing.sites, str(folder))
+            forms = self._fitting.get(listing.sites, lambda: self._fit(listing.sites, str(folder)))
             adapter = Adapter.from_listing(listing, trainable=trainable, check_copy=self._copy_problem)
             if trainable:
                 fresh.prepare(adapter, generator=None)
@@ -158,6 +160,7 @@ class Bank:
             wanted = {path for name in self.names() for path in self[name].sites}
             for path in self._layers.keys() - wanted:
                 self._layers.pop(path).detach()
+                self._fitting.clear()
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
@@ -314,8 +317,8 @@ class Bank:
         for path, form in forms.items():
             if path not in self._layers:
                 self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), form)
-        device = next((p.device for p in self.model.parameters()), None)
-        if device is not None:
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        if device != torch.device("cpu"):
             adapter.to(device)
         self._residents.put(name, adapter)
 

@@ -6,7 +6,8 @@ For weights w_i and updates D_i = scaling_i · B_i A_i, the target is D = Σ w_i
     svd     the best D of rank r (Eckart-Young), from the small factors: D = (Q_b R_b)(Q_a R_a)ᵀ, svd of R_b R_aᵀ
     ties    trim each w_i D_i to its largest share `density`, elect a sign per value, average those that agree
             (arXiv:2306.01708), then the best rank r of the result
-    dare    drop each value of D_i with chance 1 - density, divide the rest by density (arXiv:2311.03099), sum, best rank r
+    dare    drop each value of D_i with chance 1 - density, divide the rest by density, sum (arXiv:2311.03099),
+            then the best rank r
 
 ties and dare are defined on the values of D_i, so they build one module's D at a time; concat and svd never do.
 """
@@ -30,7 +31,7 @@ METHODS: tuple[Method, ...] = ("concat", "svd", "ties", "dare")
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """A new adapter, and the relative error ‖D - BA‖ / ‖D‖ (Frobenius) that lowering the rank made, over all modules."""
+    """A new adapter, and the relative error ‖D - BA‖ / ‖D‖ that lowering the rank made (Frobenius, all modules)."""
 
     adapter: Adapter
     error: float
@@ -81,7 +82,7 @@ def combine(
             b = b.reshape(*site.b_shape[:1], -1, *site.b_shape[2:]).to(dtype)
             pairs[path] = a, b
             sites[path] = Site(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
-    config = _config(weighted, sites)
+    config = _config(sites)
     origin = Origin(weighted[0][0].origin.base_model, task_type=weighted[0][0].origin.task_type)
     adapter = Adapter.with_sites(config, sites, pairs, origin=origin)
     adapter.fan_in_fan_out = weighted[0][0].fan_in_fan_out
@@ -174,7 +175,7 @@ def _dare(updates: list[Tensor], density: float, generator: torch.Generator) -> 
     return total
 
 
-def _config(weighted: Sequence[tuple[Adapter, float]], sites: dict[str, Site]) -> LoraConfig:
+def _config(sites: dict[str, Site]) -> LoraConfig:
     """Return a config of scaling 1 everywhere: alpha = r, per module where ranks differ."""
     ranks = [site.r for site in sites.values()]
     r = max(set(ranks), key=ranks.count)

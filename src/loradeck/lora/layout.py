@@ -1,6 +1,6 @@
 """Which tensors an adapter's files hold, for which module, at which rank. Reads names and shapes; needs no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import msgspec
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.peft import RETRAIN, TENSORS, Origin, read_config
+from loradeck.lora.recent import Recent
 from loradeck.lora.tensorfile import ITEM_BYTES, Entry, Header, read_header
 
 PREFIX = "base_model.model."
@@ -83,13 +84,21 @@ def read_folder(folder: str | Path) -> Listing:
     config, origin = read_config(folder)
     headers = tuple(read_header(path) for path in _tensor_files(folder))
     origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
+    entries = headers[0].entries if len(headers) == 1 else _joined(headers)
+    sites, copies = _CHECKED.get((config, entries), lambda: _sites(folder, config, entries))
+    return Listing(folder, config, origin, headers, sites, copies)
+
+
+_CHECKED: Recent[tuple[LoraConfig, dict[str, Entry]], tuple[dict[str, Site], tuple[str, ...]]] = Recent()
+
+
+def _joined(headers: Sequence[Header]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for header in headers:
         for key in header.entries.keys() & entries.keys():
             raise AdapterError(f"{header.path} repeats the tensor {key} of another shard")
         entries.update(header.entries)
-    sites, copies = _sites(folder, config, entries)
-    return Listing(folder, config, origin, headers, sites, copies)
+    return entries
 
 
 def _tensor_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ Facts from PEFT 0.21's source; the tests hold PEFT itself against them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,20 @@ from loradeck.lora.config import LoraConfig
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_CONFIG = 4 << 20  # bytes; one pattern per module of a large model stays below
 
-READ = frozenset(
-    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern use_rslora "
-    "rank_pattern alpha_pattern".split()
-)
-KEPT = frozenset("base_model_name_or_path revision task_type".split())
+READ = frozenset(field.name for field in fields(LoraConfig))
+KEPT = frozenset({"base_model_name_or_path", "revision", "task_type"})
 # Settings of training, or of PEFT's own bookkeeping: what the trained tensors compute does not depend on them.
-WITHOUT_EFFECT = frozenset(
-    "peft_type peft_version auto_mapping inference_mode fan_in_fan_out init_lora_weights runtime_config eva_config "
-    "qalora_group_size megatron_core ensure_weight_tying lora_ga_config loftq_config corda_config velora_config".split()
-)
+WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "runtime_config",
+})  # fmt: skip
 
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
-CONVERT = "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=…) makes a plain LoRA of it."
+CONVERT = (
+    "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=…) makes a plain LoRA."
+)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_dora": (bool, "is DoRA, whose magnitudes rescale the base", RETRAIN),
     "bias": (lambda v: v not in (None, "none"), "trains biases of the base itself", RETRAIN),
@@ -94,9 +94,9 @@ def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
             f"{path} sets {', '.join(strange)[:200]}, which this version does not know",
             mend="If it does not change what the adapter computes, remove it from the file.",
         )
-    fields = {key: table[key] for key in READ if table.get(key) is not None}
+    given = {key: table[key] for key in READ if table.get(key) is not None}
     try:
-        config = LoraConfig(**msgspec.convert(fields, _Fields).given())
+        config = LoraConfig(**msgspec.convert(given, _Fields).given())
     except msgspec.ValidationError as error:
         raise AdapterError(f"{path}: {error}", mend="Mend that value in the file, or save the adapter again.") from None
     except ConfigError as error:

