@@ -8,15 +8,17 @@ Adapters: r=8 on all linear layers (210 modules). Step: 16 rows, 64 tokens of co
 import argparse
 import copy
 import gc
+import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from torch import nn
@@ -30,20 +32,26 @@ ROWS, CONTEXT, RESIDENT = 16, 64, 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", choices=("load", "memory", "step"), default=["load", "memory", "step"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = Base.load("smollm2-135m", dtype="float32")
         folders = make_adapters(base.model, Path(folder))
-        figures: dict[str, Any] = {"load": load(base.model, folders, arguments.rounds)}
-        figures["memory"] = {dtype: memory(base.model, folders[0], dtype) for dtype in ("float32", "bfloat16")}
+        figures: dict[str, Any] = {}
+        if "load" in arguments.only:
+            figures["load"] = load(base.model, folders, arguments.rounds)
+        if "memory" in arguments.only:
+            for dtype in ("float32", "bfloat16"):
+                figures[f"memory {dtype}"] = memory(base.model, folders[0], dtype)
         del base
-        for dtype in arguments.dtypes:
+        for dtype in arguments.dtypes if "step" in arguments.only else ():
             base = Base.load("smollm2-135m", dtype=dtype)
             figures[f"step {dtype}"] = step(base.model, folders[:ROWS], arguments.rounds)
             del base
             gc.collect()
-    print(f"written: {write('adapters', figures)}")
+    if len(arguments.only) == 3:
+        print(f"written: {write('adapters', figures)}")
 
 
 def make_adapters(model: nn.Module, folder: Path) -> list[Path]:
@@ -67,6 +75,7 @@ def load(model: nn.Module, folders: list[Path], rounds: int) -> dict[str, float]
     """Milliseconds to load one adapter more, with one resident and with many; PEFT with one resident, its best case."""
     size = sum(file.stat().st_size for file in folders[0].iterdir())
     peft = PeftModel.from_pretrained(copy.deepcopy(model), folders[0], adapter_name="first")
+    crowd = Bank(copy.deepcopy(model))
     bank = Bank(model)
     bank.load(folders[0], "first")
     kept: list[object] = []
@@ -80,7 +89,7 @@ def load(model: nn.Module, folders: list[Path], rounds: int) -> dict[str, float]
     def theirs() -> None:
         peft.load_adapter(str(folders[1]), adapter_name="next")
 
-    def timed(way: Callable[[], None], undo: Callable[[], object]) -> float:
+    def timed(way: Callable[[], object], undo: Callable[[], object]) -> float:
         gc.collect()
         start = time.perf_counter()
         way()
@@ -100,8 +109,8 @@ def load(model: nn.Module, folders: list[Path], rounds: int) -> dict[str, float]
         for name, (way, undo) in ways.items():
             times[name].append(timed(way, undo))
     del peft
-    few, many = [], []
-    crowd = Bank(copy.deepcopy(model))
+    few: list[float] = []
+    many: list[float] = []
     for i, folder in enumerate(folders):
         crowd.load(folder, f"resident {i}")
     crowd.unload("resident 199")
@@ -125,31 +134,22 @@ def load(model: nn.Module, folders: list[Path], rounds: int) -> dict[str, float]
     return show("load", result)
 
 
-def opened(bank: Bank, rows: list[str | None]) -> None:
+def opened(bank: Bank, rows: list[str]) -> None:
     with bank.route(rows):
         pass
 
 
 def memory(model: nn.Module, folder: Path, dtype: str) -> dict[str, float]:
-    """Resident memory that 100 loaded adapters add, over their tensors' bytes."""
+    """Resident memory per loaded adapter, at its own dtype: see benchmarks/memory.py."""
     with tempfile.TemporaryDirectory() as own:
-        source = Bank(model)
-        source.load(folder, "a")
-        source["a"].to(getattr(torch, dtype))
-        source.save("a", Path(own) / "a")
-        source.detach()
         bank = Bank(model)
-        for i in range(5):
-            bank.load(Path(own) / "a", f"warm {i}")
-        gc.collect()
-        before = psutil.Process().memory_info().rss
-        for i in range(100):
-            bank.load(Path(own) / "a", f"a{i}")
-        gc.collect()
-        added = (psutil.Process().memory_info().rss - before) / 100
-        nbytes = bank["a0"].nbytes
+        bank.load(folder, "a")
+        bank["a"].to(getattr(torch, dtype))
+        bank.save("a", Path(own) / "a")
         bank.detach()
-    return show(f"memory {dtype}", {"tensor_bytes": nbytes, "added per adapter / its bytes": added / nbytes})
+        command = [sys.executable, "-m", "benchmarks.memory", str(Path(own) / "a")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return show(f"memory {dtype}", json.loads(done.stdout))
 
 
 @torch.inference_mode()
@@ -165,7 +165,7 @@ def step(model: nn.Module, folders: list[Path], rounds: int) -> dict[str, float]
         if key not in caches:
             caches[key] = own(prompt, use_cache=True, **how).past_key_values
         own(token, past_key_values=caches[key], use_cache=True, **how)
-        caches[key].crop(CONTEXT)
+        caches[key].crop(-1)
 
     bare = copy.deepcopy(model)
     with torch.inference_mode(False):

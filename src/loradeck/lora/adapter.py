@@ -18,6 +18,7 @@ from loradeck.lora.config import LoraConfig
 from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
 from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
 from loradeck.lora.recent import Recent
+from loradeck.ops.operands import finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -44,6 +45,7 @@ class Adapter(nn.Module):
         self.origin = origin or Origin()
         self.fan_in_fan_out = False
         self.dropout_generator: torch.Generator | None = None
+        self.moves = 0  # how often its tensors were moved or cast
         self._spans: Mapping[str, tuple[str, int, int]] = {}  # key -> (name of a flat parameter, start, stop)
 
     @classmethod
@@ -62,6 +64,7 @@ class Adapter(nn.Module):
         sites = {
             path: _site_of(config, path, a, b, "linear" if a.dim() == 2 else "conv") for path, (a, b) in pairs.items()
         }
+        config = config.of_modules({path: site.r for path, site in sites.items()}, tuple(sorted(pairs)))
         return cls.with_sites(config, sites, pairs, origin=origin, trainable=trainable)
 
     @classmethod
@@ -76,11 +79,12 @@ class Adapter(nn.Module):
     ) -> Self:
         """Make an adapter of tensors whose sites are known."""
         adapter = cls(config, sites, origin)
-        for path, pair in pairs.items():
-            for key, tensor in zip(_keys(path, adapter.sites[path]), pair, strict=True):
-                adapter.register_parameter(
-                    _parameter_name(key), nn.Parameter(tensor.detach().clone(), requires_grad=trainable)
-                )
+        with torch.inference_mode(False), torch.no_grad():  # see from_listing
+            for path, pair in pairs.items():
+                for key, tensor in zip(_keys(path, adapter.sites[path]), pair, strict=True):
+                    adapter.register_parameter(
+                        _parameter_name(key), nn.Parameter(tensor.detach().clone(), requires_grad=trainable)
+                    )
         return adapter
 
     @classmethod
@@ -109,7 +113,7 @@ class Adapter(nn.Module):
             problems: list[str] = []
             for header in listing.headers:
                 body = torch.empty(header.size, dtype=torch.uint8)
-                tensorfile.read_body(header, memoryview(body.numpy()))
+                tensorfile.read_body(header, body.numpy().data)
                 if (
                     len(listing.headers) == 1
                     and not listing.copies
@@ -127,8 +131,7 @@ class Adapter(nn.Module):
             for dtype, own in parts.items():
                 adapter._gather(dtype, own)
             for name, flat in adapter._parameters.items():
-                low, high = torch.aminmax(flat.detach())
-                if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                if flat is not None and not finite(flat):
                     problems += adapter._not_finite(name)
         if problems:
             raise AdapterError(
@@ -162,7 +165,7 @@ class Adapter(nn.Module):
         return [
             f"{key} holds NaN or Inf"
             for key, (name, start, stop) in self._spans.items()
-            if name == flat_name and flat is not None and not bool(torch.isfinite(flat[start:stop]).all())
+            if name == flat_name and flat is not None and not finite(flat[start:stop])
         ]
 
     def pair(self, path: str) -> tuple[Tensor, Tensor]:
@@ -215,7 +218,7 @@ class Adapter(nn.Module):
             AdapterError: a tensor is not finite, or the folder cannot be written.
         """
         folder = Path(folder)
-        broken = [f"{key} holds NaN or Inf" for key, tensor in self.tensors() if not bool(torch.isfinite(tensor).all())]
+        broken = [f"{key} holds NaN or Inf" for key, tensor in self.tensors() if not finite(tensor)]
         if broken:
             raise AdapterError("This adapter is not saved", broken, mend="Train it again with a lower learning rate.")
         if folder.exists() and not folder.is_dir():
@@ -236,7 +239,13 @@ class Adapter(nn.Module):
         metadata = {**self.origin.metadata, "loradeck": msgspec.json.encode(record, order="sorted").decode()}
         self.origin = replace(self.origin, metadata=metadata)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.moves += 1
+        return self
+
     # A model's state_dict stays the base's own: adapters are saved by `save`, never mixed into a checkpoint.
+    # pyrefly: ignore [bad-override]  (a narrower result than torch's overloads)
     def state_dict(self, *_: Any, destination: dict[str, Any] | None = None, **__: Any) -> dict[str, Any]:
         """Return nothing: see `save`."""
         return {} if destination is None else destination

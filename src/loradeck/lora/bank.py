@@ -19,11 +19,11 @@ from loradeck.lora.layer import LoraLayer
 from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
 from loradeck.lora.names import check_name
 from loradeck.lora.recent import Recent
-from loradeck.lora.residents import Residents, WorkingSets
+from loradeck.lora.residents import Residents, WorkingSets, host
 from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, mix_of, opened, weights_of
 from loradeck.ops.forms import Form
 
-RESIDENTS = "loradeck"  # the name of the adapters' place among the model's children
+RESIDENTS = "loradeck"  # the name of the adapters' place in the model
 
 
 class Bank:
@@ -38,16 +38,24 @@ class Bank:
         Raises:
             LoradeckError: the model already has a bank.
         """
-        if isinstance(getattr(model, RESIDENTS, None), Residents):
+        self._host = host(model)
+        if hasattr(self._host, RESIDENTS):
             raise LoradeckError("this model already has a bank", mend="Use that bank, or call its detach() first.")
         self.model = model
         self._residents = Residents(self._forget_working_sets)
-        model.add_module(RESIDENTS, self._residents)
+        self._host.add_module(RESIDENTS, self._residents)
         self._layers: dict[str, LoraLayer] = {}
         self._working_sets = WorkingSets()
         self._fitting: Recent[Mapping[str, Site], dict[str, Form]] = Recent()
         self._own_weights: dict[str, nn.Parameter] = {}  # the base's, while adapters are merged into it
         self._lock = RLock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy of an attached model has a bank of its own; locks cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _lock=RLock())
 
     # ---- what is here
 
@@ -157,7 +165,8 @@ class Bank:
             adapter = self[name]
             self._residents.remove(name)
             self._working_sets.forget(adapter)
-            wanted = {path for name in self.names() for path in self[name].sites}
+            shapes = {id(sites): sites for sites in (self[other].sites for other in self.names())}  # few, and shared
+            wanted = {path for sites in shapes.values() for path in sites}
             for path in self._layers.keys() - wanted:
                 self._layers.pop(path).detach()
                 self._fitting.clear()
@@ -179,8 +188,8 @@ class Bank:
             self._layers.clear()
             self._working_sets.clear()
             self._residents.clear()
-            if getattr(self.model, RESIDENTS, None) is self._residents:
-                delattr(self.model, RESIDENTS)
+            if getattr(self._host, RESIDENTS, None) is self._residents:
+                delattr(self._host, RESIDENTS)
 
     # ---- using them
 

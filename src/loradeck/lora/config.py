@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -12,7 +12,8 @@ from loradeck.errors import ConfigError
 T = TypeVar("T")
 
 MAX_RANK = 65_536
-PATTERN_LENGTH = 512
+PATH_LENGTH, PATTERN_LENGTH, TARGET_LENGTH = 300, 512, 16_384
+MATCH_STEPS = 20_000_000  # of a pattern on the longest path: less than a second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
-            if not isinstance(value, str):
+            if isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.layers_to_transform, Sequence):
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
@@ -58,7 +59,9 @@ class LoraConfig:
             raise ConfigError("This LoraConfig cannot be", problems, mend="See `help(LoraConfig)` for each field.")
 
     def _problems(self) -> list[str]:
-        problems = []
+        problems = self._wrong_types()
+        if problems:
+            return problems
         for name, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK:
                 problems.append(f"{name} is {_short(r)}, not a whole number from 1 to {MAX_RANK}")
@@ -77,8 +80,40 @@ class LoraConfig:
                 problems += _regex_problems(name, value)
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
-                problems += _regex_problems(name, key)
+                problems += _regex_problems(name, key) or _cost_problems(name, key)
         return problems
+
+    def _wrong_types(self) -> list[str]:
+        problems = []
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, str | tuple) or not all(isinstance(part, str) for part in value):
+                problems.append(f"{name} is {_short(value)}, not text or a list of texts")
+        layers = self.layers_to_transform
+        if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, tuple) else (layers,))):
+            problems.append(f"layers_to_transform is {_short(layers)}, not a whole number or a list of them")
+        if not isinstance(self.lora_dropout, int | float) or isinstance(self.lora_dropout, bool):
+            problems.append(f"lora_dropout is {_short(self.lora_dropout)}, not a number")
+        if not isinstance(self.use_rslora, bool):
+            problems.append(f"use_rslora is {_short(self.use_rslora)}, not True or False")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                problems.append(f"{name} is {_short(value)}, not a table from patterns to numbers")
+        return problems
+
+    def of_modules(self, ranks: Mapping[str, int], targets: str | Sequence[str]) -> "LoraConfig":
+        """Return the same recipe for exactly these modules (path -> rank), which `targets` match, spelled out."""
+        alphas = {path: alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+        return replace(
+            self,
+            target_modules=targets,
+            exclude_modules=(),
+            layers_to_transform=None,
+            layers_pattern=(),
+            rank_pattern=literal_pattern({path: r for path, r in ranks.items() if r != self.r}),
+            alpha_pattern=literal_pattern(alphas),
+        )
 
     def rank(self, path: str) -> int:
         """Return r of the module at `path`."""
@@ -137,17 +172,30 @@ def _literal(key: str) -> str | None:
 
 
 def _regex_problems(name: str, pattern: str) -> list[str]:
-    """Find what makes a regex wrong, or slow without bound (adapter files come from strangers)."""
-    if len(pattern) > PATTERN_LENGTH:
-        return [f"{name} has a pattern of {len(pattern)} characters, more than {PATTERN_LENGTH}"]
     try:
-        re.compile(pattern)
+        if len(pattern) > TARGET_LENGTH:
+            raise OverflowError(f"{len(pattern)} characters are more than {TARGET_LENGTH}")
+        re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"{name} has {pattern!r}, which is no regex ({error})"]
-    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
-    if re.search(r"\)[*+{]", bare) or len(re.findall(r"[*+{]", bare)) > 2:
-        return [f"{name} has {pattern!r}, which repeats a group or has more than two repeats: it could take for ever"]
+        return [f"{name} has {_short(pattern)}, which is no regex ({error})"]
     return []
+
+
+def _cost_problems(name: str, pattern: str) -> list[str]:
+    """Find what could make a regex slow without bound: files come from strangers, and each path is held against it."""
+    bare = re.sub(r"\\\D|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+    cause = ""
+    if len(pattern) > PATTERN_LENGTH:
+        cause = f"is longer than {PATTERN_LENGTH} characters"
+    elif re.search(r"\)[*+{]|\(\?[^:]|\\", bare):
+        cause = "repeats a group, looks around or refers back"
+    else:
+        repeats = len(re.findall(r"[*+{]|(?<![*+}(])\?", bare))
+        groups = max(bare.count("("), 1)
+        choices = (bare.count("|") / groups + 1) ** groups  # at most: all alternatives of one group with all of another
+        if math.comb(PATH_LENGTH, repeats + 1) * choices > MATCH_STEPS:
+            cause = "repeats or chooses too often"
+    return [f"{name} has {_short(pattern)}, which {cause}: it could take for ever"] if cause else []
 
 
 def _short(value: object) -> str:

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.config import LoraConfig, literal_pattern
+from loradeck.lora.config import LoraConfig
 from loradeck.lora.layout import Site
 from loradeck.lora.peft import Origin
 from loradeck.lora.targets import suffixes
@@ -59,17 +58,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 def _resolved(model: nn.Module, config: LoraConfig, sites: Mapping[str, Site]) -> LoraConfig:
     """Return the config with its targets and patterns spelled out: they match these modules and no other."""
-    ranks = {path: site.r for path, site in sites.items() if site.r != config.r}
-    alphas = {path: alpha for path in sites if (alpha := config.alpha(path)) != config.lora_alpha}
-    return replace(
-        config,
-        target_modules=suffixes(model, [*sites]),
-        exclude_modules=(),
-        layers_to_transform=None,
-        layers_pattern=(),
-        rank_pattern=literal_pattern(ranks),
-        alpha_pattern=literal_pattern(alphas),
-    )
+    return config.of_modules({path: site.r for path, site in sites.items()}, suffixes(model, [*sites]))
 
 
 def stamp(model: nn.Module, made: Adapter) -> None:

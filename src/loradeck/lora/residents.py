@@ -60,14 +60,23 @@ class Residents(nn.Module):
         self._moved()
         return self
 
+    # pyrefly: ignore [bad-override]  (a narrower result than torch's overloads)
     def state_dict(self, *_: Any, destination: dict[str, Any] | None = None, **__: Any) -> dict[str, Any]:
         """Return nothing: a model's state_dict stays the base's own."""
         return {} if destination is None else destination
 
 
+def host(model: nn.Module) -> nn.Module:
+    """Return the module that adapters can be a child of: the model, or in a list of modules, which calls or counts
+    its children, the first that is no list."""
+    while isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (first := next(model.children(), None)):
+        model = first
+    return model
+
+
 def _child(name: str) -> str:
     """Return the name of a child module: nn.Module reserves the dot, and a name like `train` would hide a method."""
-    return "@" + name.replace(".", "∙")
+    return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
 class WorkingSets:
@@ -77,6 +86,10 @@ class WorkingSets:
         self._known: OrderedDict[frozenset[Adapter], WorkingSet] = OrderedDict()
         self._lock = Lock()
 
+    def __reduce__(self) -> tuple[type["WorkingSets"], tuple[()]]:
+        """A copy begins empty: its adapters are other objects."""
+        return WorkingSets, ()
+
     def of(self, members: tuple[Adapter, ...]) -> WorkingSet:
         """Return a working set that holds these adapters and at most as many others."""
         wanted = frozenset(members)
@@ -84,7 +97,7 @@ class WorkingSets:
             key = wanted if wanted in self._known else None
             if key is None:
                 key = next((own for own in self._known if wanted < own and len(own) <= 2 * len(wanted)), None)
-            if key is None:
+            if key is None or not self._known[key].fresh:
                 key = wanted
                 self._known[key] = WorkingSet(members)
                 if len(self._known) > KEPT_SETS:

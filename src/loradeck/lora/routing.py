@@ -37,6 +37,15 @@ class WorkingSet:
 
     members: tuple[Adapter, ...]
     layers: dict["LoraLayer", Operands | None] = field(default_factory=dict)
+    moves: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moves = [adapter.moves for adapter in self.members]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the members' tensors are still where they were: moving or casting an adapter makes new ones."""
+        return self.moves == [adapter.moves for adapter in self.members]
 
     def operands(self, layer: "LoraLayer") -> Operands | None:
         """Return the members' pairs at a layer, None where no member adapts it."""

@@ -26,7 +26,7 @@ def packs(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool)
     """Say whether the packed form is both right and cheaper here."""
     if len(mix.groups) == 1:
         return False  # one entry for all rows: nothing to mask
-    if operands.trains and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and operands.trains:
         return False  # the packed product of N jobs costs N times their own arithmetic
     if training and operands.drops:
         return False  # each adapter has its own mask

@@ -152,7 +152,8 @@ class ConvForm:
         return y.movedim(-self.dims - 1, -1).reshape(-1, self.out_channels)
 
     def restore(self, z: Tensor, y: Tensor) -> Tensor:
-        return z.view(y.movedim(-self.dims - 1, -1).shape).movedim(-1, -self.dims - 1)
+        z = z.view(y.movedim(-self.dims - 1, -1).shape).movedim(-1, -self.dims - 1)
+        return z.contiguous() if y.is_contiguous() else z  # another order in memory takes other kernels, which round
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         dense = torch.einsum("or,ri...->oi...", self.dense_b(b), a)
@@ -172,6 +173,6 @@ def form_of(module: nn.Module) -> Form | str:
             return f"pads with {module.padding_mode!r}, and PEFT's adapters pad with zeros"
         return ConvForm(module)
     if any(f"{t.__module__}.{t.__name__}" == "transformers.pytorch_utils.Conv1D" for t in type(module).__mro__):
-        weight = module.weight  # (in, out)
-        return LinearForm(int(weight.shape[0]), int(weight.shape[1]), fan_in_fan_out=True)
+        in_features, out_features = module.get_parameter("weight").shape
+        return LinearForm(in_features, out_features, fan_in_fan_out=True)
     return f"takes no adapter; {SUPPORTED} do"

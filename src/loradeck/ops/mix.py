@@ -70,6 +70,8 @@ class Mix:
             factors = torch.tensor(rows, dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=1)
             factors = factors.repeat_interleave(torch.tensor(self.lengths), dim=0)
             used = factors[factors != 0]
-            if len(used) and bool((used == used[0]).all()):
+            # A factor beyond the range would be Inf for every row, and Inf · 0 is NaN; in the mask it is its rows' own.
+            largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+            if len(used) and bool((used == used[0]).all()) and abs(used[0]) <= largest:
                 return (factors == 0).to(device), float(used[0])
             return factors.to(device=device, dtype=dtype), None

@@ -60,7 +60,8 @@ def _added(z: Tensor, updates: list[tuple[Tensor | slice, Tensor]]) -> Tensor:
             index = torch.arange(rows.start, rows.stop, device=z.device) if isinstance(rows, slice) else rows
             z = z.index_add(0, index, own.to(z.dtype))
         return z
-    pieces, end = [], 0
+    pieces: list[Tensor] = []
+    end = 0
     for start, stop, own in sorted(runs, key=lambda run: run[0]):
         pieces += [z.new_zeros(start - end, z.shape[1]), own.to(z.dtype)]
         end = stop

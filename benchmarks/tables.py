@@ -1,0 +1,91 @@
+"""Writes docs/benchmarks.md, and the table in the README, from the result files; no figure is typed by hand.
+
+    python -m benchmarks.tables [--check]
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.tables` -->", "<!-- /benchmarks -->"
+
+# (part, key, what it is, target as text, factor that must hold)
+TARGETS = (
+    ("load", "PEFT / loradeck", "load from disk, PEFT's time over ours", "≥ 30"),
+    ("load", "200 resident / 1 resident", "load with 200 resident, over with 1", "≤ 1.2"),
+    ("load", "loradeck / read", "load, over reading the file's bytes", "2 (goal)"),
+    ("load", "switch, 200 resident, 16 rows of 16 (us)", "switch: a new route over 16 rows, 200 resident, µs", "< 100"),
+    ("memory float32", "added per adapter / its bytes", "memory per float32 adapter, over its tensors' bytes", "≤ 1.05"),
+    ("memory bfloat16", "added per adapter / its bytes", "memory per bfloat16 adapter, over its tensors' bytes", "≤ 1.05"),
+    ("step float32", "PEFT / loradeck, 16 adapters", "mixed decode step, float32, PEFT's time over ours", "≥ 4"),
+    ("step bfloat16", "PEFT / loradeck, 16 adapters", "mixed decode step, bfloat16, PEFT's time over ours", "≥ 4"),
+    ("step float32", "16 adapters / bare", "mixed step over the bare model's, float32", "≤ 1.6"),
+    ("step bfloat16", "16 adapters / bare", "mixed step over the bare model's, bfloat16", "≤ 1.6"),
+    ("step float32", "base rows / bare", "base-only rows over the bare model's, float32", "≤ 1.02"),
+    ("step bfloat16", "base rows / bare", "base-only rows over the bare model's, bfloat16", "≤ 1.02"),
+)
+
+
+def main() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "adapters.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    pages = {
+        ROOT / "README.md": f"{before}{BEGIN}\n{summary(record)}\n{END}{after}",
+        ROOT / "docs" / "benchmarks.md": page(record),
+    }
+    stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        sys.exit(f"stale: {', '.join(stale)}; run python -m benchmarks.tables" if stale else 0)
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+
+
+def summary(record: dict[str, Any]) -> str:
+    rows = [
+        f"| {what} | {figure(record['figures'][part][key])} | {target} |"
+        for part, key, what, target in TARGETS
+        if part in record["figures"]
+    ]
+    return "\n".join(["| SmolLM2-135M, r=8, all linear layers (210 modules) | measured | target |", "|---|---|---|", *rows])
+
+
+def page(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m benchmarks.tables` from `benchmarks/results/`; made by `make bench`. Medians; the systems",
+        "take turns in one run, so compare figures within a table only. The machine is shared and noisy.",
+        "",
+        f"Machine: {record['machine']}. Versions: {versions}. Commit: {record['commit']}.",
+        "",
+        "## Against the targets",
+        "",
+        summary(record),
+    ]
+    for part, figures in record["figures"].items():
+        lines += ["", f"## {part}", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {figure(value)} |" for name, value in figures.items()]
+    return "\n".join([*lines, "", *NOTES, ""])
+
+
+NOTES = (
+    "## How to read it",
+    "",
+    "- *load*: a PEFT folder on disk (page cache warm) until it can be routed to. PEFT loads with one adapter resident,",
+    "  its best case. *read the bytes* keeps what it read in memory, as a load must; fresh pages are half of its cost.",
+    "- *step*: 16 rows, 64 tokens of context, one new token each. PEFT's mixed batch is `adapter_names`.",
+    "- *first step after a switch*: a route to adapters that were not routed together before packs them first.",
+)
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`python -m loradeck` is `loradeck`."""
+
+import sys
+
+from loradeck.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The frozen base: load it, tell it from another, and turn text into its tokens and back. Knows no LoRA."""

@@ -1,0 +1,68 @@
+"""How an adapter is trained. Knows numbers; knows no tensors, no files and no model."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from loradeck.errors import ConfigError
+
+Shape = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The recipe of one training run.
+
+    Raises:
+        ConfigError: a value that cannot be; every one is named.
+    """
+
+    learning_rate: float | None = None
+    """Peak learning rate of A and B; left out, it follows from the base's width (see train.schedule)."""
+    epochs: int = 3
+    """Passes over the dataset."""
+    max_steps: int | None = None
+    """Optimizer steps, in place of epochs: the dataset is cut short or repeated to fit."""
+    batch_size: int = 8
+    """Sequences per optimizer step; LoRA loses quality in large batches, so stay below 32."""
+    max_length: int = 1024
+    """Tokens per sequence; longer ones are cut at the end, and counted."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises to its peak."""
+    schedule: Shape = "linear"
+    """The learning rate's way from the peak down to zero, or none: linear, cosine or constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of A and B."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger 2-norm are scaled down to it; inf leaves them as they are."""
+    seed: int = 0
+    """Seed of the order of the examples and of dropout."""
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "learning_rate": (self.learning_rate is None or _positive(self.learning_rate), "a number above 0"),
+            "epochs": (_whole(self.epochs), "a whole number from 1"),
+            "max_steps": (self.max_steps is None or _whole(self.max_steps), "a whole number from 1"),
+            "batch_size": (_whole(self.batch_size), "a whole number from 1"),
+            "max_length": (_whole(self.max_length, least=2), "a whole number from 2"),
+            "warmup_ratio": (_number(self.warmup_ratio) and self.warmup_ratio <= 1, "a number from 0 to 1"),
+            "schedule": (self.schedule in get_args(Shape), "one of " + ", ".join(get_args(Shape))),
+            "weight_decay": (_number(self.weight_decay), "a number from 0"),
+            "max_grad_norm": (self.max_grad_norm == math.inf or _positive(self.max_grad_norm), "a number above 0"),
+            "seed": (_whole(self.seed, least=0), "a whole number from 0"),
+        }
+        problems = [f"{k} is {getattr(self, k)!r:.40}, not {what}" for k, (holds, what) in wanted.items() if not holds]
+        if problems:
+            raise ConfigError("This TrainConfig cannot be", problems, mend="See `help(TrainConfig)` for each field.")
+
+
+def _whole(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _positive(value: object) -> bool:
+    return _number(value) and value != 0

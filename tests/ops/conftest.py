@@ -1,0 +1,159 @@
+"""Layers of every kind with random adapters, and the mixes that all forms of the operation must agree on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loradeck.ops.forms import form_of
+from loradeck.ops.mix import Entry
+from loradeck.ops.operands import Operands, Pair
+
+ROWS = 8
+RANKS = (1, 2, 4, 8, 16, 64)
+SCALINGS = (0.5, 1.0, 2.0)
+
+
+def transformers_conv1d(out: int, inner: int) -> nn.Module:
+    layer = Conv1D(out, inner)
+    nn.init.normal_(layer.weight)
+    return layer
+
+
+# kind -> (how to make the layer, the shape of one row of its input, what its ranks must divide by)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "linear": (lambda: nn.Linear(12, 10), (12,), 1),
+    "linear of tokens": (lambda: nn.Linear(12, 10, bias=False), (5, 12), 1),
+    "linear of 4 dimensions": (lambda: nn.Linear(12, 10), (2, 3, 12), 1),
+    "embedding": (lambda: nn.Embedding(11, 10), (5,), 1),
+    "conv1d": (lambda: nn.Conv1d(6, 10, 3), (6, 9), 1),
+    "conv1d, stride, dilation, padding": (
+        lambda: nn.Conv1d(6, 10, 3, stride=2, dilation=2, padding=3, groups=2),
+        (6, 9),
+        2,
+    ),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (4, 5, 6), 1),
+    "conv2d in groups": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), groups=2), (4, 5, 6), 2),
+    "transformers' Conv1D": (lambda: transformers_conv1d(10, 12), (5, 12), 1),
+}
+
+
+@dataclass
+class Case:
+    """A layer, a batch for it, the base's output, and adapters for it."""
+
+    layer: nn.Module
+    x: Tensor
+    y: Tensor
+    operands: Operands
+    conv: dict
+
+    def defined(self, row: int, entry: Entry) -> Tensor:
+        """One row through its entry by the book, in float64, with nothing of ours in it."""
+        x = self.x[row : row + 1]
+        x = x.double() if x.is_floating_point() else x
+        y = self.y[row : row + 1].double()
+        for operand, weight in entry:
+            pair = self.operands.pairs[operand]
+            if pair is None:
+                continue
+            a, b = pair.a.detach().double(), pair.b.detach().double()
+            if isinstance(self.layer, nn.Embedding):
+                update = F.embedding(x, a.T) @ b.T
+            elif isinstance(self.layer, nn.Conv1d | nn.Conv2d):
+                conv = F.conv1d if isinstance(self.layer, nn.Conv1d) else F.conv2d
+                update = conv(conv(x, a, **self.conv), b, groups=self.layer.groups)
+            else:
+                update = x @ a.T @ b.T
+            y = y + weight * pair.scaling * update
+        return y[0]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on two threads, and very slow on two busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make() -> Callable[..., Case]:
+    """Return a function that makes a case: a layer of this kind with this many adapters of mixed ranks."""
+
+    def make(kind: str, *, count: int = ROWS, dtype: torch.dtype = torch.float32, trains: bool = False) -> Case:
+        torch.manual_seed(0)
+        factory, shape, divisor = LAYERS[kind]
+        layer = factory().to(dtype)
+        form = form_of(layer)
+        assert not isinstance(form, str)
+        pairs = []
+        for i in range(count):
+            r = max(RANKS[i % len(RANKS)], divisor)
+            a_shape, b_shape = form.shapes(r)
+            a = torch.randn(a_shape, dtype=torch.float64) / a_shape[1] ** 0.5
+            b = torch.randn(b_shape, dtype=torch.float64) / r**0.5
+            a, b = (t.to(dtype).requires_grad_(trains) for t in (a, b))
+            pairs.append(Pair(a, b, SCALINGS[i % len(SCALINGS)]))
+        ids = isinstance(layer, nn.Embedding)
+        x = torch.randint(11, (ROWS, *shape)) if ids else torch.randn(ROWS, *shape, dtype=torch.float64).to(dtype)
+        with torch.no_grad():
+            y = layer(x)
+        names = ("stride", "padding", "dilation") if isinstance(layer, nn.Conv1d | nn.Conv2d) else ()
+        return Case(layer, x, y, Operands(form, tuple(pairs)), {name: getattr(layer, name) for name in names})
+
+    return make
+
+
+def zipf_mix() -> tuple[Entry, ...]:
+    generator = torch.Generator().manual_seed(1)
+    chance = torch.arange(1, ROWS + 1).double().pow(-1.5)
+    drawn = torch.multinomial(chance, ROWS, replacement=True, generator=generator)
+    return tuple(((int(i), 1.0),) for i in drawn)
+
+
+def uniform_mix() -> tuple[Entry, ...]:
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(-1, 6, (ROWS,), generator=generator)
+    return tuple(((int(i), 1.0),) if i >= 0 else () for i in drawn)
+
+
+def blended_mix() -> tuple[Entry, ...]:
+    generator = torch.Generator().manual_seed(3)
+    entries: list[Entry] = []
+    for row in range(ROWS):
+        members = torch.randperm(8, generator=generator)[: row % 4].tolist()
+        weights = torch.randn(len(members), generator=generator).tolist()
+        entries.append(tuple(zip(members, weights, strict=True)))
+    return tuple(entries)
+
+
+MIXES: dict[str, tuple[Entry, ...]] = {
+    "base only": ((),) * ROWS,
+    "identical": (((3, 1.0),),) * ROWS,
+    "distinct": tuple(((i, 1.0),) for i in range(ROWS)),
+    "uniform": uniform_mix(),
+    "zipf 1.5": zipf_mix(),
+    "blended": blended_mix(),
+    "in turns": tuple(((i % 2, 1.0),) if i % 3 else () for i in range(ROWS)),
+    "one factor": tuple(((0, -0.7),) if i < 5 else () for i in range(ROWS)),
+    "weight 0": tuple(((i % 4, 0.0), (4, 1.0)) if i % 2 else ((2, 0.0),) for i in range(ROWS)),
+    "one adapter twice in a blend": tuple(((i % 3, 0.5), (i % 3, 0.25)) for i in range(ROWS)),
+}
+
+
+@pytest.fixture(params=MIXES)
+def entries(request: pytest.FixtureRequest) -> tuple[Entry, ...]:
+    """Each mix in turn."""
+    return MIXES[request.param]
+
+
+@pytest.fixture(params=LAYERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of layer in turn."""
+    return request.param

@@ -1,0 +1,168 @@
+"""Where the way is chosen, and what the chosen forms keep between calls."""
+
+import pytest
+import torch
+from torch import nn
+
+from loradeck.ops import choose
+from loradeck.ops.forms import LinearForm, form_of
+from loradeck.ops.mix import Mix
+from loradeck.ops.operands import Operands, Pair
+
+MIX = Mix((((0, 1.0),), (), ((1, 0.5),)), (1, 1, 1))
+
+
+def operands(*, trains: bool = False, dropout: float = 0.0, ranks: tuple[int, ...] = (2, 3)) -> Operands:
+    torch.manual_seed(0)
+    pairs = [
+        Pair(torch.randn(r, 4).requires_grad_(trains), torch.randn(3, r).requires_grad_(trains), 1.0, dropout)
+        for r in ranks
+    ]
+    return Operands(LinearForm(4, 3), tuple(pairs))
+
+
+class TestPacks:
+    """Packed is for short rows of frozen, finite adapters."""
+
+    x, y = torch.randn(3, 4), torch.randn(3, 3)
+
+    def test_short_rows_are_packed(self):
+        assert choose.packs(self.x, self.y, operands(), MIX, training=False)
+
+    def test_one_entry_for_all_rows_is_not(self):
+        assert not choose.packs(self.x, self.y, operands(), Mix((((0, 1.0),),) * 3, (1,) * 3), training=False)
+
+    def test_what_trains_is_not(self):
+        own = operands(trains=True)
+        assert not choose.packs(self.x, self.y, own, MIX, training=False)
+        with torch.no_grad():
+            assert choose.packs(self.x, self.y, own, MIX, training=False)
+
+    def test_a_pair_thawed_later_is_not(self):
+        own = operands()
+        assert choose.packs(self.x, self.y, own, MIX, training=False)
+        own.pairs[0].a.requires_grad_()
+        own.pairs[0].b.requires_grad_()
+        assert not choose.packs(self.x, self.y, own, MIX, training=False)
+        choose.lora(self.x, self.y, own, MIX, training=False).sum().backward()
+        assert own.pairs[0].a.grad is not None
+
+    def test_dropout_is_not(self):
+        assert not choose.packs(self.x, self.y, operands(dropout=0.1), MIX, training=True)
+        assert choose.packs(self.x, self.y, operands(dropout=0.1), MIX, training=False)
+
+    def test_long_rows_are_not(self):
+        x, y = torch.randn(3, 40_000, 4), torch.randn(3, 40_000, 3)
+        assert not choose.packs(x, y, operands(ranks=(64, 64)), MIX, training=False)
+
+
+class TestKept:
+    """The packed form is kept until a tensor is written to."""
+
+    def run(self, own: Operands) -> torch.Tensor:
+        with torch.no_grad():
+            return choose.lora(torch.ones(3, 4), torch.zeros(3, 3), own, MIX, training=False)
+
+    def test_it_is_made_once(self):
+        own = operands()
+        assert own.pack(torch.float32) is own.pack(torch.float32)
+        assert own.pack(torch.float64).a.dtype == torch.float64
+
+    @pytest.mark.parametrize("half", ["a", "b"])
+    def test_a_write_makes_it_anew(self, half):
+        own = operands()
+        before = self.run(own)
+        getattr(own.pairs[0], half).mul_(2)
+        assert torch.allclose(self.run(own)[0], 2 * before[0])
+        getattr(own.pairs[0], half)[0].zero_()  # through a view
+        fresh = Operands(own.form, own.pairs)
+        assert torch.allclose(self.run(own), self.run(fresh))
+
+    def test_a_cast_is_made_anew_too(self):
+        own = operands()
+        mix = Mix((((0, 1.0),),), (1,))
+        x, y = torch.ones(1, 4, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+        before = choose.lora(x, y.clone(), own, mix, training=False)
+        assert own.pair(0, torch.float64) is own.pair(0, torch.float64)
+        own.pairs[0].b.mul_(3)
+        assert torch.allclose(choose.lora(x, y.clone(), own, mix, training=False), 3 * before)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_what_trains_is_never_stale(self, dtype):
+        """torch's fused optimizers and writes to `.data` leave the version counters as they are."""
+        own = operands(trains=True)
+        x, y = torch.ones(3, 4, dtype=dtype), torch.zeros(3, 3, dtype=dtype)
+        for mix in (MIX, Mix((((0, 1.0),),) * 3, (1,) * 3)):
+            with torch.no_grad():
+                before = choose.lora(x, y.clone(), own, mix, training=False)
+                own.pairs[0].b.data.mul_(2)
+                assert torch.allclose(choose.lora(x, y.clone(), own, mix, training=False)[0], 2 * before[0])
+
+    def test_it_is_usable_under_autograd_after_inference_mode(self):
+        own = operands()
+        x = torch.randn(3, 4)
+        with torch.inference_mode():
+            choose.lora(x, torch.zeros(3, 3), own, MIX, training=False)
+            choose.lora(x.double(), torch.zeros(3, 3).double(), own, MIX, training=False)
+        x.requires_grad_()
+        choose.lora(x, torch.zeros(3, 3), own, MIX, training=False).sum().backward()
+        assert bool(x.grad[0].any())
+        assert not bool(x.grad[1].any())
+
+
+class TestMix:
+    """A batch as runs and groups."""
+
+    def test_neighbours_join_and_others_do_not(self):
+        a, b = ((0, 1.0),), ((1, 1.0),)
+        mix = Mix((a, a, b, (), a), (1, 2, 3, 1, 4))
+        assert mix.total == 11
+        assert {group.entry: group.spans for group in mix.groups} == {a: ((0, 3), (7, 11)), b: ((3, 6),), (): ((6, 7),)}
+
+    def test_one_factor_is_told_apart_from_many(self):
+        unused, factor = MIX.mask((2, 3), (4.0, 8.0), torch.float32, torch.device("cpu"))
+        assert factor == 4.0
+        assert unused.tolist() == [[False] * 2 + [True] * 3, [True] * 5, [True] * 2 + [False] * 3]
+        factors, factor = MIX.mask((2, 3), (4.0, 4.0), torch.float32, torch.device("cpu"))
+        assert factor is None
+        assert factors.tolist() == [[4.0] * 2 + [0.0] * 3, [0.0] * 5, [0.0] * 2 + [2.0] * 3]
+
+    def test_masks_of_other_ranks_are_other_masks(self):
+        cpu = torch.device("cpu")
+        first, _ = MIX.mask((2, 3), (4.0, 8.0), torch.float32, cpu)
+        assert MIX.mask((2, 3), (4.0, 8.0), torch.float32, cpu)[0] is first
+        assert MIX.mask((3, 2), (4.0, 8.0), torch.float32, cpu)[0].tolist() != first.tolist()
+
+
+class TestForms:
+    """Which layers take an adapter, and the shapes of their tensors."""
+
+    def test_what_takes_none_says_so(self):
+        for module in (
+            nn.LayerNorm(4),
+            nn.Bilinear(2, 2, 2),
+            nn.ConvTranspose1d(2, 2, 2),
+            nn.Conv3d(1, 1, 1),
+            nn.ReLU(),
+        ):
+            assert "takes no adapter" in form_of(module)
+        assert "circular" in form_of(nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular"))
+
+    def test_shapes_are_pefts(self):
+        assert form_of(nn.Linear(7, 5)).shapes(2) == ((2, 7), (5, 2))
+        assert form_of(nn.Embedding(9, 5)).shapes(2) == ((2, 9), (5, 2))
+        assert form_of(nn.Conv2d(4, 6, (3, 2), groups=2)).shapes(8) == ((8, 4, 3, 2), (6, 4, 1, 1))
+
+    def test_delta_is_the_change_of_the_weight(self, make):
+        for kind in ("linear", "embedding", "conv1d", "conv2d", "transformers' Conv1D"):
+            case = make(kind, count=1)
+            pair = case.operands.pairs[0]
+            case.layer.requires_grad_(False)
+            case.layer.weight += pair.scaling * case.operands.form.delta(pair.a, pair.b)
+            wanted = torch.stack([case.defined(row, ((0, 1.0),)) for row in range(8)])
+            assert torch.allclose(case.layer(case.x).double(), wanted, atol=1e-5)
+
+    def test_a_grouped_convolution_has_no_delta(self, make):
+        case = make("conv2d in groups", count=1)
+        with pytest.raises(ValueError, match="groups"):
+            case.operands.form.delta(case.operands.pairs[0].a, case.operands.pairs[0].b)

@@ -1,0 +1,96 @@
+"""Nothing depends on who else is in the batch: what is broken next door stays there."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from loradeck.ops import choose, packed, reference, segmented
+from loradeck.ops.forms import LinearForm, form_of
+from loradeck.ops.mix import Mix
+from loradeck.ops.operands import Operands, Pair
+
+# Two sound rows of adapters 0 and 2, a base row, and the broken adapter 1 between them; then two more of 0 and 1.
+ENTRIES = (((0, 1.0),), ((1, 1.0),), (), ((2, 0.5), (0, 1.0)), ((0, 1.0),), ((1, 1.0), (2, 1.0)))
+SOUND = [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("half", ["a", "b"])
+def test_a_broken_adapter_changes_no_other_row(make, kind, bad, half):
+    case = make(kind, count=3)
+    with torch.no_grad():
+        wanted = torch.stack([case.defined(row, ENTRIES[row]) for row in SOUND])
+        getattr(case.operands.pairs[1], half).fill_(bad)
+        mix = Mix(ENTRIES, (1,) * 6)
+        assert not choose.packs(case.x[:6], case.y[:6], case.operands, mix, training=False)
+        got = choose.lora(case.x[:6], case.y[:6].clone(), case.operands, mix, training=False)
+    assert torch.allclose(got[SOUND].double(), wanted, atol=1e-5)
+    assert torch.equal(got[2], case.y[2])
+    assert not bool(torch.isfinite(got[1]).any())  # and it did run through the broken one
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_input_row_changes_no_other_row(make, bad):
+    for kind in ("linear", "linear of tokens", "conv1d", "conv2d in groups"):
+        case = make(kind, count=3)
+        wanted = torch.stack([case.defined(row, ENTRIES[row]) for row in SOUND])
+        case.x[[1, 5]] = bad
+        for lora in (packed.lora, segmented.lora):
+            with torch.no_grad():
+                got = lora(case.x[:6], case.y[:6].clone(), case.operands, Mix(ENTRIES, (1,) * 6))
+            assert torch.allclose(got[SOUND].double(), wanted, atol=1e-5)
+            assert not bool(torch.isfinite(got[1]).any())
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5)], ids=["one factor", "many factors"])
+def test_an_overflow_next_door_changes_no_other_row(weights):
+    """Every tensor is finite, so rows are packed; one adapter's product overflows to Inf for every row."""
+    form = LinearForm(4, 3)
+    sound = Pair(torch.randn(2, 4), torch.randn(3, 2), 1.0)
+    huge = Pair(torch.full((2, 4), 3e38), torch.full((3, 2), 3e38), 1.0)
+    operands = Operands(form, (sound, huge))
+    x, y = torch.rand(4, 4) + 1, torch.randn(4, 3)
+    mix = Mix((((0, weights[0]),), ((1, weights[0]),), (), ((0, weights[1]),)), (1,) * 4)
+    assert choose.packs(x, y, operands, mix, training=False)
+    wanted = reference.lora(x, y, operands, mix)
+    got = packed.lora(x, y.clone(), operands, mix)
+    assert torch.allclose(got[[0, 2, 3]], wanted[[0, 2, 3]], atol=1e-5)
+    assert not bool(torch.isfinite(got[1]).any())
+
+
+@pytest.mark.parametrize("weight", [1e38, 1e39, 1e308, -1e308])
+def test_a_weight_beyond_the_dtype_changes_no_other_row(weight):
+    form = LinearForm(4, 3)
+    operands = Operands(form, (Pair(torch.randn(2, 4), torch.randn(3, 2), 16.0),))
+    x, y = torch.randn(3, 4), torch.randn(3, 3)
+    for lora in (packed.lora, segmented.lora):
+        got = lora(x, y.clone(), operands, Mix((((0, weight),), (), ()), (1,) * 3))
+        assert torch.equal(got[1:], y[1:])
+        assert got[0].abs().max() > 1e30 or not bool(torch.isfinite(got[0]).all())
+
+
+def test_a_cast_that_overflows_changes_no_other_row():
+    """70 000 is finite in float32 and infinite in float16: what counts is what the layer computes with."""
+    layer = nn.Linear(4, 3).half()
+    sound = Pair(torch.randn(2, 4), torch.randn(3, 2), 1.0)
+    operands = Operands(form_of(layer), (sound, Pair(torch.full((2, 4), 7e4), torch.randn(3, 2), 1.0)))
+    x, y = torch.randn(3, 4).half(), torch.randn(3, 3).half()
+    got = choose.lora(x, y.clone(), operands, Mix((((0, 1.0),), ((1, 1.0),), ()), (1,) * 3), training=False)
+    alone = choose.lora(x[:1], y[:1].clone(), operands, Mix((((0, 1.0),),), (1,)), training=False)
+    assert torch.allclose(got[:1], alone, atol=1e-2)
+    assert torch.equal(got[2], y[2])
+
+
+def test_gradients_stay_at_home_when_a_neighbour_is_nan(make):
+    case = make("linear", count=3, trains=True)
+    with torch.no_grad():
+        case.operands.pairs[1].a.fill_(math.nan)
+    x = case.x[:6].clone().requires_grad_()
+    segmented.lora(x, case.y[:6].clone(), case.operands, Mix(ENTRIES, (1,) * 6)).sum().backward()
+    for sound in (0, 2):
+        pair = case.operands.pairs[sound]
+        assert bool(torch.isfinite(pair.a.grad).all())
+        assert bool(torch.isfinite(pair.b.grad).all())
+    assert bool(torch.isfinite(x.grad[SOUND]).all())
