@@ -176,6 +176,7 @@ def test_a_stream_that_nobody_reads_stops(base: Base, monkeypatch: pytest.Monkey
 
     def counted(*given: Any, **options: Any) -> Any:
         nonlocal steps
+        assert not torch.is_grad_enabled()
         steps += 1
         return forward(*given, **options)
 

@@ -29,6 +29,10 @@ def _weights(model: LlamaForCausalLM) -> None:
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.05)
 
 
+def _the_end_of_a_large_tensor(model: LlamaForCausalLM) -> None:
+    model.lm_head.weight.data[200:] += 1
+
+
 def _last_small_tensor(model: LlamaForCausalLM) -> None:
     model.model.norm.weight.data[-1] += 1
 
@@ -48,7 +52,7 @@ def _class(model: LlamaForCausalLM) -> None:
     model.__class__ = type("AnotherForCausalLM", (type(model),), {})
 
 
-@pytest.mark.parametrize("change", [_weights, _last_small_tensor, _name, _shape, _class])
+@pytest.mark.parametrize("change", [_weights, _the_end_of_a_large_tensor, _last_small_tensor, _name, _shape, _class])
 def test_notices(tiny: LlamaForCausalLM, change: Callable[[LlamaForCausalLM], None]) -> None:
     before = fingerprint(tiny)
     change(tiny)

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from loradeck.base import load
 from loradeck.base.fingerprint import fingerprint
-from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE, Base
+from loradeck.base.load import SMOLLM2, SMOLLM2_HUB_ID, SMOLLM2_PACKAGE, Base
 from loradeck.errors import BaseModelError, ConfigError
 
 IDS = torch.tensor([[1, 50, 60, 70]])
@@ -511,7 +511,7 @@ def test_gguf_needs_its_extra(tiny_gguf: Path, cache: Path, monkeypatch: pytest.
 
 @pytest.mark.real
 def test_smollm2(smollm2: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert smollm2.name == smollm2.model.base_name == SMOLLM2
+    assert (smollm2.name, smollm2.model.base_name) == (SMOLLM2, SMOLLM2_HUB_ID)
     assert smollm2.context == 8192
     assert smollm2.model.num_parameters() == 134_515_008
     assert smollm2.tokenizer("12 é")["input_ids"] == [33, 34, 26411]  # digits one by one

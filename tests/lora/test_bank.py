@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import math
 import pickle
 import threading
 import weakref
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from loradeck import Adapter, Bank, LoraConfig
-from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, TargetError, UnknownAdapterError
+from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, TargetError, UnknownAdapterError
 
 LINEAR = LoraConfig(r=4, target_modules=["linear"])
 
@@ -32,7 +31,7 @@ class Net(nn.Module):
 @pytest.fixture
 def bank():
     torch.manual_seed(0)
-    return Bank(Net().requires_grad_(False))
+    return Bank(Net().eval().requires_grad_(False))
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ class TestComingAndGoing:
             lambda n: bank.save(n, "x"),
             bank.merge,
         ):
-            with pytest.raises(UnknownAdapterError, match="pirat.*\n.*pirate"):
+            with pytest.raises(UnknownAdapterError, match=r"pirat.*\n.*pirate"):
                 ask("pirat")
         assert bank.names() == ["pirate", "poet"]
 
@@ -135,12 +134,12 @@ class TestComingAndGoing:
         adapter = Bank(model).add("a", LoraConfig(r=8, target_modules=["linear", "conv", "embed"]))
         for path in ("linear", "conv"):
             a, b = adapter.pair(path)
-            assert 0.97 / 20 < float(a.abs().max()) <= 1 / 20
-            assert a.mean().abs() < 0.003
+            assert 0.97 / 20 < a.abs().max().item() <= 1 / 20
+            assert a.mean().abs().item() < 0.003
             assert not bool(b.any())
         a, b = adapter.pair("embed")
         assert not bool(a.any())
-        assert abs(float(b.std()) - 1) < 0.05
+        assert abs(b.std().item() - 1) < 0.05
 
     def test_a_generator_draws_the_same_again(self, bank):
         first, second = (bank.add(name, LINEAR, generator=torch.Generator().manual_seed(7)) for name in "ab")
@@ -178,14 +177,11 @@ class TestComingAndGoing:
         assert torch.allclose(through(bank, x, [None, None, "twin"])[2], one[2], atol=1e-6)
 
     def test_a_failed_add_changes_nothing(self, bank):
+        bank.model.norm = nn.LayerNorm(3)
         keys = {path: set(vars(module)) for path, module in bank.model.named_modules()}
-        for config in (LoraConfig(target_modules=["nothing"]), LoraConfig(target_modules=r"first|")):
-            if config.target_modules == r"first|":
-                bank.model.first.add_module("", nn.ReLU())
-                bank.model.first._modules.clear()
-                continue
+        for targets in (["nothing"], ["first", "norm"], r"(first|norm)"):
             with pytest.raises(TargetError):
-                bank.add("a", config)
+                bank.add("a", LoraConfig(target_modules=targets))
         assert bank.names() == []
         assert {path: set(vars(module)) for path, module in bank.model.named_modules()} == keys
 
@@ -344,7 +340,7 @@ class TestNothingIsStale:
     def check(self, bank, x, *, changed=True, route=MIX):
         """Two rows in a mix are what they are alone, on a bank that has never seen a route."""
         y = through(bank, x, route)
-        fresh = Bank(copy.deepcopy(bank.model).float() if False else _base_of(bank))
+        fresh = Bank(_base_of(bank))
         for name in bank.names():
             fresh.add(name, Adapter.of(bank[name].config, {p: bank[name].pair(p) for p in bank[name].sites}))
         assert torch.allclose(y, through(fresh, x, route), atol=1e-6)
@@ -526,21 +522,3 @@ class TestThreads:
             thread.join(30)
         assert failures == []
         assert bank.names() == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"r": 0}, {"r": -1}, {"r": 2.0}, {"r": True}, {"r": "8"}, {"r": 10**1000}, {"r": 65_537}, {"lora_alpha": math.nan},
-        {"lora_alpha": math.inf}, {"lora_alpha": 10**400}, {"lora_alpha": "16"}, {"lora_dropout": 1.0},
-        {"lora_dropout": -0.1}, {"lora_dropout": math.nan}, {"lora_dropout": "0.1"}, {"target_modules": []},
-        {"target_modules": ""}, {"target_modules": "(q_proj"}, {"target_modules": None}, {"target_modules": 3},
-        {"target_modules": ["q", 3]}, {"rank_pattern": {"q": 0}}, {"rank_pattern": {"(": 3}},
-        {"rank_pattern": {"(?i)q": 3}}, {"alpha_pattern": {"q": math.inf}}, {"rank_pattern": ["q"]},
-        {"exclude_modules": "["}, {"layers_to_transform": "3"}, {"layers_to_transform": [1.5]}, {"use_rslora": "yes"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_config_that_cannot_be(wrong):
-    with pytest.raises(ConfigError):
-        LoraConfig(**wrong)

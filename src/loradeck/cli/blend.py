@@ -3,6 +3,8 @@
 none · adapters/poet · adapters/poet*0.7+adapters/pirate*0.3
 """
 
+import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,30 +18,29 @@ NONE = "none"
 Blend: TypeAlias = dict[str, float]
 
 
-def parse(text: str) -> Blend | None:
-    """Return the folders of a blend with their weights, None for `none`.
+def parse(text: str) -> list[tuple[str, float]]:
+    """Return the folders of a blend, each with its weight; `none` has no folder.
 
     Raises:
         ConfigError: a part without a folder, or a weight that is no number.
     """
     if text == NONE:
-        return None
-    if Path(text).exists():  # whatever characters its name has
-        return {text: 1.0}
-    weights: Blend = {}
-    for part in text.split("+"):
-        folder, star, weight = part.strip().rpartition("*")
-        folder, weight = (folder, weight) if star else (weight, "1")
-        try:
-            weights[folder] = weights.get(folder, 0.0) + float(weight)
-        except ValueError:
-            folder = ""
-        if not folder:
-            raise ConfigError(
-                f"{text!r} is no blend: {part!r} is not FOLDER*WEIGHT",
-                mend="Write it as in adapters/poet*0.7+adapters/pirate*0.3.",
-            )
-    return weights
+        return []
+    if os.path.exists(text):  # noqa: PTH110 - Path.exists raises for what can be no name
+        return [(text, 1.0)]
+    return [_part(text, part.strip()) for part in text.split("+")]
+
+
+def _part(text: str, part: str) -> tuple[str, float]:
+    folder, star, weight = part.rpartition("*")
+    folder, weight = (folder, weight) if star else (part, "1")
+    with contextlib.suppress(ValueError):
+        if folder:
+            return folder, float(weight)
+    raise ConfigError(
+        f"{text!r} is no blend: {part!r} is not FOLDER*WEIGHT",
+        mend="Write it as in adapters/poet*0.7+adapters/pirate*0.3.",
+    )
 
 
 def check(texts: Iterable[str]) -> None:
@@ -52,7 +53,7 @@ def check(texts: Iterable[str]) -> None:
     from loradeck.lora.layout import read_folder
 
     for text in texts:
-        for folder in parse(text) or ():
+        for folder, _ in parse(text):
             read_folder(folder)
 
 
@@ -67,16 +68,18 @@ def load(bank: "Bank", texts: Iterable[str]) -> list[Blend | None]:
     """
     names: dict[Path, str] = {}
     entries: list[Blend | None] = []
-    for weights in [parse(text) for text in texts]:
-        for folder in map(Path, weights or ()):
-            if folder.resolve() not in names:
-                names[folder.resolve()] = bank.load(folder, _free_name(bank, folder))
-        entries.append(weights and {names[Path(folder).resolve()]: weight for folder, weight in weights.items()})
+    for text in texts:
+        entry: Blend = {}
+        for folder, weight in parse(text):
+            path = Path(folder).resolve()
+            if path not in names:
+                names[path] = bank.load(folder, _free_name(bank, path.name))
+            entry[names[path]] = entry.get(names[path], 0.0) + weight
+        entries.append(entry or None)
     return entries
 
 
-def _free_name(bank: "Bank", folder: Path) -> str:
-    own = folder.resolve().name
+def _free_name(bank: "Bank", own: str) -> str:
     name, number = own, 1
     while name in bank:
         number += 1

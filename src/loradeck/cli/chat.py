@@ -14,6 +14,7 @@ from loradeck.errors import ConfigError, LoradeckError
 if TYPE_CHECKING:
     from loradeck.base.load import Base
     from loradeck.lora.bank import Bank
+    from loradeck.lora.routing import RouteEntry
 
 HELP = """\
 /adapter NAME         answer through this adapter
@@ -47,8 +48,8 @@ def chat(
     """Talk with a base, and switch adapters between turns.
 
     ADAPTER is a folder, or a blend as in adapters/poet*0.7+adapters/pirate*0.3;
-    the first one answers first. Ctrl-C ends an answer, and
-    /help lists what else can be typed.
+    the first one answers first. Ctrl-C ends an answer, /help lists what else can
+    be typed.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
@@ -80,7 +81,7 @@ class Chat:
     base: "Base"
     bank: "Bank"
     sampling: Sampling
-    entry: str | Mapping[str, float] | None = None
+    entry: "RouteEntry" = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def run(self) -> None:
@@ -105,7 +106,7 @@ class Chat:
     def speaker(self) -> str:
         """Who answers next, in words."""
         if isinstance(self.entry, Mapping):
-            return " ".join(f"{name}={weight:g}" for name, weight in self.entry.items())
+            return " ".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in self.entry.items())
         return self.entry or "base"
 
     def obey(self, line: str) -> None:
@@ -130,7 +131,7 @@ class Chat:
             case _:
                 raise ConfigError(f"{line!r} is no command", mend="/help lists them.")
 
-    def switch(self, entry: str | Mapping[str, float] | None) -> None:
+    def switch(self, entry: "RouteEntry") -> None:
         """Let another adapter answer from the next turn on, and print how long that took."""
         begun = time.perf_counter()
         with self.bank.route(entry):

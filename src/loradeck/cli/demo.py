@@ -1,11 +1,11 @@
 """`loradeck demo`: the whole idea, on the tutorial's toy and on a real base. Tells a story; all it uses is public."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loradeck.cli.screen import shown, size
-from loradeck.cli.summary import is_adapter
 from loradeck.errors import AdapterError, BaseModelError, LoradeckError
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def demo(*, adapters: Path = Path("adapters"), quick: bool = False, seed: int = 
     try:
         base = Base.load(BASE)
     except BaseModelError as error:
-        console.print(shown(f"{error}"), markup=False)
-        console.print("so the demo ends with the toy; `loradeck doctor` says more")
+        print(shown(f"{error}\nSo the demo ends with the toy; `loradeck doctor` says more."))
         return
     real_story(console, base, adapters, quick=quick, seed=seed)
 
@@ -57,9 +56,10 @@ def check_own(folder: Path) -> None:
     Raises:
         AdapterError: it is not.
     """
+    from loradeck.cli.summary import is_adapter
     from loradeck.lora.layout import read_folder
 
-    if not is_adapter(folder):
+    if not folder.is_dir() or not is_adapter(folder):
         return
     try:
         maker = read_folder(folder).origin.provenance.get("made_by")
@@ -96,12 +96,14 @@ def toy_story(console: "Console") -> None:
             after, shape = generate_token(model, tokens)[0], tuple(model.linear(x).shape)
         again = generate_token(model, tokens)[0]
     console.print(
-        f"""[bold]1. The idea, on a toy[/] that continues colours
-   red orange yellow green blue indigo violet magenta: the model says [magenta]{before}[/]
-   Its linear layer W has {model.linear.weight.numel():,} weights. Instead of training W, train y = W x + B (A x), with
-   A and B of rank 2: together {share} of W's size.
-   An x that begins with {x[0, 0, 0]:.4f} goes through the layer and its adapter, and keeps its shape {shape}.
-   Through the adapter the model says [blue]{after}[/]; without it, {again} as ever: W was not touched."""
+        f"""\
+[bold]1. The idea, on a toy[/] that continues colours
+   red orange yellow green blue indigo violet magenta: it says [magenta]{before}[/].
+   Its linear layer has {model.linear.weight.numel():,} weights W. They stay as they are: an
+   adapter of rank 2 makes the layer W x + B (A x), and A and B together have
+   {share} of W's size. An x that begins with {x[0, 0, 0]:.4f} goes through
+   both and keeps its shape, {shape}.
+   Through the adapter the toy says [blue]{after}[/]; without it, {again} as before."""
     )
 
 
@@ -110,32 +112,30 @@ def real_story(console: "Console", base: "Base", adapters: Path, *, quick: bool,
     from loradeck.lora.bank import Bank
     from loradeck.train.config import TrainConfig
 
-    recipe = TrainConfig(batch_size=4, epochs=2, max_steps=2 if quick else None, seed=seed)
+    recipe = TrainConfig(batch_size=4, epochs=3, max_length=256, max_steps=2 if quick else None, seed=seed)
     whole = sum(parameter.nbytes for parameter in base.model.parameters())
     bank = Bank(base.model)
     for name in (FIRST, SECOND):
         teach(console, base, bank, name, recipe, adapters / name)
-        console.print(
-            f"   saved in {adapters / name}: {size(bank[name].nbytes)}, {bank[name].nbytes / whole:.1%} of the base's "
-            f"{size(whole)}"
-        )
+        own = bank[name].nbytes
+        print(shown(f"   saved in {adapters / name}: {size(own)}, {own / whole:.1%} of the base's {size(whole)}"))
 
     console.print("\n[bold]3. Back from disk[/]")
     load, switch = measure(bank, adapters)
-    console.print(f"   load one adapter: {load * 1e3:.1f} ms · switch 16 rows to other adapters: {switch * 1e6:.0f} µs")
-    console.print(f"   (medians of {ROUNDS})")
+    print(f"   one adapter loads in {load * 1e3:.1f} ms; 16 rows switch adapters in {switch * 1e6:.0f} µs")
+    print(f"   (medians of {ROUNDS})")
 
     console.print("\n[bold]4. One batch[/], every row through its own adapter")
     answers(console, base, bank, quick=quick)
-    console.print(
-        f"""
-[bold]What to try next[/]
-   loradeck chat {BASE} --adapter {adapters / FIRST} --adapter {adapters / SECOND}
-   loradeck generate {BASE} "Where is Lima?" --adapter "{adapters / FIRST}*0.7+{adapters / SECOND}*0.3"
-   loradeck diff {adapters / FIRST} {adapters / SECOND}
-   loradeck train {BASE} YOUR.jsonl --output {adapters / "yours"}""",
-        soft_wrap=True,
-    )
+    console.print("\n[bold]What to try next[/]")
+    first, second = str(adapters / FIRST), str(adapters / SECOND)
+    for command in (
+        ["chat", BASE, "--adapter", first, "--adapter", second],
+        ["generate", BASE, "Where is Lima?", "--adapter", f"{first}*0.7+{second}*0.3"],
+        ["diff", first, second],
+        ["train", BASE, "YOUR.jsonl", "--output", str(adapters / "yours")],
+    ):
+        print(shown("   " + shlex.join(["loradeck", *command])))
 
 
 def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "TrainConfig", folder: Path) -> None:
@@ -152,7 +152,7 @@ def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "Tr
     with as_file(files("loradeck.demo") / f"{name}.jsonl") as path:
         examples = read_dataset(path, base.tokenizer, recipe.max_length)
     bank.add(name, LoraConfig(), generator=torch.Generator().manual_seed(recipe.seed))
-    console.print(f"   training {name} on {len(examples)} examples")
+    print(f"   training {name} on {len(examples)} examples")
     with progress(console) as on_step:
         result = train(base, bank, name, examples, recipe, on_step=on_step)
     if result.interrupted:
@@ -184,19 +184,22 @@ def answers(console: "Console", base: "Base", bank: "Bank", *, quick: bool) -> N
     from importlib.resources import files
 
     import msgspec
+    from rich.markup import escape
     from rich.table import Table
 
     from loradeck.generate import generate
 
     prompts = msgspec.json.decode((files("loradeck.demo") / "prompts.json").read_bytes(), type=list[str])
-    prompts = prompts[: 1 if quick else 3]
+    prompts = prompts[: 1 if quick else 4]
     ways = {"base": None, FIRST: FIRST, SECOND: SECOND, "half of each": {FIRST: 0.5, SECOND: 0.5}}
     rows = [(prompt, way) for prompt in prompts for way in ways.values()]
     begun = time.perf_counter()
-    said = generate(base, bank, [p for p, _ in rows], [way for _, way in rows], max_new_tokens=8 if quick else 48)
+    said = generate(base, bank, [p for p, _ in rows], [way for _, way in rows], max_new_tokens=8 if quick else 40)
     took = time.perf_counter() - begun
-    table = Table("", *ways, show_lines=True)
+    table = Table(show_lines=True)
+    for head in ("", *ways):
+        table.add_column(head, overflow="fold")
     for prompt in prompts:
-        table.add_row(shown(prompt), *(shown(said.pop(0)) for _ in ways))
-    console.print(table, markup=False)
-    console.print(f"   {len(rows)} rows in {took:.1f} s")
+        table.add_row(prompt, *(escape(shown(" ".join(said.pop(0).split()))) for _ in ways))
+    console.print(table)
+    print(f"   {len(rows)} rows in {took:.1f} s")

@@ -30,12 +30,14 @@ def generate(
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
         prompts: One or more; after `--` where one begins with a dash.
     """
-    if len(adapters) not in (0, 1, len(prompts)):
+    texts = [*(adapters or [blend.NONE])]
+    if len(texts) == 1:
+        texts *= len(prompts)
+    if len(texts) != len(prompts):
         raise ConfigError(
             f"{len(adapters)} adapters for {len(prompts)} prompts",
             mend="Give --adapter once for all prompts, or once for each; `none` is the base alone.",
         )
-    texts = adapters if len(adapters) == len(prompts) else [*(adapters or [blend.NONE])] * len(prompts)
     blend.check(texts)
 
     from loradeck.base.load import Base

@@ -21,12 +21,12 @@ def ls(folder: Path = Path("adapters"), /, *, as_json: AsJson = False) -> None:
     found: list[Summary] = []
     broken: list[dict[str, str]] = []
     for path in _candidates(folder):
-        if is_adapter(path):
-            try:
+        try:
+            if is_adapter(path):
                 found.append(summary(read_folder(path)))
-            except AdapterError as error:
-                reason = str(error).partition("\n")[0]
-                broken.append({"name": path.resolve().name, "folder": str(path), "error": reason})
+        except AdapterError as error:
+            reason = str(error).partition("\n")[0]
+            broken.append({"name": path.resolve().name, "folder": str(path), "error": reason})
     if as_json:
         print_json({"adapters": found, "broken": broken})
         return
@@ -35,7 +35,7 @@ def ls(folder: Path = Path("adapters"), /, *, as_json: AsJson = False) -> None:
         rows = [
             (
                 each.name,
-                ",".join(map(str, each.r[:3])) + ("…" if len(each.r) > 3 else ""),
+                few(each.r, 3),
                 f"{each.lora_alpha:g}",
                 few(each.targets, 2),
                 f"{each.modules}",

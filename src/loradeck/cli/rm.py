@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from loradeck.cli.screen import shown, size
 from loradeck.errors import AdapterError, ConfigError
 
-OWN = ("adapter_config.json", "adapter_model*", "README.md")  # the first alone makes a folder an adapter to readers
+OWN = ("adapter_config.json", "adapter_model*.safetensors*", "README.md")
 
 
 def rm(adapters: list[Path], /, *, yes: Annotated[bool, Parameter(alias="-y")] = False) -> int:
@@ -21,14 +21,14 @@ def rm(adapters: list[Path], /, *, yes: Annotated[bool, Parameter(alias="-y")] =
         adapters: Folders of adapters.
         yes: Do not ask.
     """
-    own = {folder: _own_files(folder) for folder in dict.fromkeys(path.absolute() for path in adapters)}
+    own = {folder: _own_files(folder) for folder in adapters}
     for folder, files in own.items():
         print(shown(f"{folder}  {size(sum(file.stat().st_size for file in files))}"))
     if not yes and not _confirmed(len(own)):
         print("nothing was removed")
         return 1
     for folder, files in own.items():
-        _remove(folder, files)
+        _remove(folder.absolute(), [file.absolute() for file in files])
     print("removed")
     return 0
 
@@ -47,10 +47,8 @@ def _own_files(folder: Path) -> list[Path]:
 def _confirmed(count: int) -> bool:
     if not sys.stdin.isatty():
         raise ConfigError("there is no terminal to ask for consent on", mend="Pass --yes; nothing was removed.")
-    return input(f"remove {'this adapter' if count == 1 else f'these {count} adapters'}? [y/N] ").lower() in (
-        "y",
-        "yes",
-    )
+    what = "this adapter" if count == 1 else f"these {count} adapters"
+    return input(f"remove {what}? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _remove(folder: Path, files: list[Path]) -> None:

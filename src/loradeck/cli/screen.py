@@ -29,27 +29,29 @@ def columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
     return shown("\n".join(line.rstrip() for line in lines))
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" +{rest}" if rest > 0 else "")
+def few(values: Sequence[object], most: int) -> str:
+    """Return the first values, and how many more there are."""
+    rest = len(values) - most
+    return ", ".join(map(str, values[:most])) + (f" +{rest}" if rest > 0 else "")
 
 
 def spelled(value: object) -> str:
     """Return a setting's value in words."""
     if value is None:
         return "not set"
+    if isinstance(value, dict):
+        return few([f"{key}: {own}" for key, own in value.items()], 4)
     return few(value, 8) if isinstance(value, tuple) else f"{value}"
 
 
 def size(nbytes: int) -> str:
     """Return a number of bytes with three digits, in powers of 1000."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
         value /= 1000
-    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+    return f"{value:.3g} TB"
 
 
 def print_json(value: object) -> None:

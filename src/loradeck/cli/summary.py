@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loradeck.errors import AdapterError
 from loradeck.lora.layout import Listing, Site
+from loradeck.lora.peft import CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,5 +72,12 @@ def config(listing: Listing) -> dict[str, Any]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder means to be an adapter, whole or not."""
-    return (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model*"))
+    """Say whether a folder means to be an adapter, whole or not.
+
+    Raises:
+        AdapterError: it cannot be looked into.
+    """
+    try:
+        return any(path.name == CONFIG or path.name.startswith("adapter_model") for path in folder.iterdir())
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error

@@ -34,8 +34,9 @@ def train(
 ) -> int:
     """Train an adapter on a dataset of JSON lines.
 
-    Each line has messages, or prompt and completion, or text. Ctrl-C ends the
-    training and saves what there is.
+    Each line has messages, or prompt and completion, or text. --target-modules
+    takes modules' names with commas between them, as in q_proj,v_proj, or what
+    its help says. Ctrl-C ends the training and saves what there is.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.

@@ -111,6 +111,12 @@ class Adapter(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             parts: dict[str, list[tuple[str, Tensor]]] = {}
             problems: list[str] = []
+            for key in listing.copies:  # by their shapes, before memory is taken for them
+                claimed = torch.empty(listing.entries[key][1].shape, device="meta")
+                reason = check_copy(key, claimed) if check_copy else "is a copy of a weight of the base"
+                problems += [f"{key} {reason}"] if reason else []
+            if problems:
+                raise _unusable(listing, problems)
             for header in listing.headers:
                 body = torch.empty(header.size, dtype=torch.uint8)
                 tensorfile.read_body(header, body.numpy().data)
@@ -124,7 +130,7 @@ class Adapter(nn.Module):
                 for key, entry in header.entries.items():
                     tensor = body[entry.begin : entry.end].clone().view(DTYPES[entry.dtype]).view(entry.shape)
                     if key in listing.copies:
-                        reason = check_copy(key, tensor) if check_copy else "is a copy of a weight of the base"
+                        reason = check_copy(key, tensor) if check_copy else None
                         problems += [f"{key} {reason}"] if reason else []
                     else:
                         parts.setdefault(entry.dtype, []).append((key, tensor))
@@ -134,11 +140,7 @@ class Adapter(nn.Module):
                 if flat is not None and not finite(flat):
                     problems += adapter._not_finite(name)
         if problems:
-            raise AdapterError(
-                f"{listing.folder} cannot be used",
-                problems,
-                mend="Train or save the adapter again; nothing was loaded.",
-            )
+            raise _unusable(listing, problems)
         if trainable:
             return cls.with_sites(
                 adapter.config, adapter.sites, {p: adapter.pair(p) for p in adapter.sites},
@@ -229,8 +231,8 @@ class Adapter(nn.Module):
                 (fresh / TENSORS).write_bytes(tensorfile.encode(self._raw(), self.origin.metadata))
                 if not (folder / CARD).exists():
                     (fresh / CARD).write_text(card.text(self), encoding="utf-8")
-        except OSError as error:
-            raise AdapterError(f"{folder} cannot be written: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+            raise AdapterError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return folder
 
     def describe(self, **provenance: str) -> None:
@@ -259,6 +261,11 @@ _SPANS: Recent[dict[str, tensorfile.Entry], dict[str, tuple[str, int, int]]] = R
 
 def _spans(entries: Mapping[str, tensorfile.Entry], flat: str, width: int) -> dict[str, tuple[str, int, int]]:
     return {key: (flat, entry.begin // width, entry.end // width) for key, entry in entries.items()}
+
+
+def _unusable(listing: Listing, problems: list[str]) -> AdapterError:
+    mend = "Train or save the adapter again; nothing was loaded."
+    return AdapterError(f"{listing.folder} cannot be used", problems, mend=mend)
 
 
 def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> Site:

@@ -135,7 +135,10 @@ class Bank:
             AdapterNameError: the name is taken, or cannot be a name.
         """
         folder = Path(folder)
-        name = folder.resolve().name if name is None else name
+        try:
+            name = folder.resolve().name if name is None else name
+        except (OSError, ValueError, RuntimeError) as error:  # a zero byte, or a loop of links
+            raise AdapterError(f"{str(folder)!r} is no folder: {error}") from None
         with self._lock:
             self._check_new(name)
             listing = read_folder(folder)
@@ -208,12 +211,13 @@ class Bank:
         """
         entries, sizes = entries_of(rows, lengths)
         weights = [weights_of(entry) for entry in entries]
-        members = tuple(dict.fromkeys(self[name] for entry in weights for name, _ in entry))
+        own = {name: self[name] for name in dict.fromkeys(name for entry in weights for name, _ in entry)}
+        members = tuple(dict.fromkeys(own.values()))
         if members:
             self._check_unmerged()
         working_set = self._working_sets.of(members) if members else None
         index = {adapter: i for i, adapter in enumerate(working_set.members)} if working_set else {}
-        mixed = tuple(tuple((index[self[name]], weight) for name, weight in entry) for entry in weights)
+        mixed = tuple(tuple((index[own[name]], weight) for name, weight in entry) for entry in weights)
         return opened(Route(self, working_set, mix_of(mixed, sizes), packed=lengths is not None))
 
     def merge(self, entry: str | Blend) -> None:
@@ -314,7 +318,8 @@ class Bank:
             own = self.model.get_parameter(path)
         except AttributeError:
             return "belongs to no weight of this base"
-        if own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+        same = own.shape == tensor.shape
+        if not same or not (tensor.is_meta or torch.equal(own.detach().cpu(), tensor.to(own.dtype))):
             return (
                 "is a weight of its own, other than this base's (modules_to_save, or a grown vocabulary): not supported"
             )

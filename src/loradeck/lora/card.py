@@ -1,5 +1,6 @@
 """The README.md that lies in an adapter's folder. Knows the hub's card format; knows no training."""
 
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ def text(adapter: "Adapter") -> str:
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
     lines = ["---", "library_name: peft", "tags:", "- lora", "- loradeck"]
     if origin.base_model:
-        lines.insert(1, f"base_model: {origin.base_model}")
+        lines.insert(1, f"base_model: {json.dumps(origin.base_model)}")  # a stranger's text, here and below
     lines += [
         "---",
         "",
@@ -20,14 +21,18 @@ def text(adapter: "Adapter") -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| base | {origin.base_model or 'not recorded'} |",
+        f"| base | {_cell(origin.base_model or 'not recorded')} |",
         f"| r, lora_alpha | {config.r}, {config.lora_alpha:g}{' (rank-stabilised)' if config.use_rslora else ''} |",
-        f"| targets | {targets} |",
+        f"| targets | {_cell(targets)} |",
         f"| modules | {len(adapter.sites)} |",
         f"| size | {adapter.nbytes / 1e6:.2f} MB |",
-        *(f"| {key} | {value} |" for key, value in sorted(origin.provenance.items())),
+        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in sorted(origin.provenance.items())),
         "",
         "Use it with loradeck: `bank.load(folder)`, or with PEFT: `PeftModel.from_pretrained(base, folder)`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

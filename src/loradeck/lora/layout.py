@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from loradeck.errors import AdapterError, UnsupportedError
-from loradeck.lora.config import LoraConfig
+from loradeck.lora.config import PATH_LENGTH, LoraConfig
 from loradeck.lora.peft import RETRAIN, TENSORS, Origin, read_config
 from loradeck.lora.recent import Recent
 from loradeck.lora.tensorfile import ITEM_BYTES, Entry, Header, read_header
@@ -85,11 +85,12 @@ def read_folder(folder: str | Path) -> Listing:
     headers = tuple(read_header(path) for path in _tensor_files(folder))
     origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers)
-    sites, copies = _CHECKED.get((config, entries), lambda: _sites(folder, config, entries))
+    order = [*config.rank_pattern, *config.alpha_pattern]  # the first match counts, and equal dicts may differ in it
+    sites, copies = _CHECKED.get((config, order, entries), lambda: _sites(folder, config, entries))
     return Listing(folder, config, origin, headers, sites, copies)
 
 
-_CHECKED: Recent[tuple[LoraConfig, dict[str, Entry]], tuple[dict[str, Site], tuple[str, ...]]] = Recent()
+_CHECKED: Recent[tuple[LoraConfig, list[str], dict[str, Entry]], tuple[dict[str, Site], tuple[str, ...]]] = Recent()
 
 
 def _joined(headers: Sequence[Header]) -> dict[str, Entry]:
@@ -119,10 +120,10 @@ def _shards(folder: Path) -> list[Path]:
     try:
         table = msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, object])
         names = sorted(set(msgspec.convert(table.get("weight_map"), dict[str, str]).values()))
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / INDEX} cannot be read: {error}") from None
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
             raise AdapterError(f"{folder / INDEX} names the shard {name!r}, which is no file of this folder")
     if not names:
         raise AdapterError(f"{folder / INDEX} names no shard")
@@ -134,7 +135,9 @@ def _sites(folder: Path, config: LoraConfig, entries: Mapping[str, Entry]) -> tu
     copies: list[str] = []
     halves: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
-        if not key.startswith(PREFIX):
+        if len(key) > len(PREFIX) + PATH_LENGTH:
+            problems.append(f"the key {_short(key)} has {len(key)} characters, more than a module's path can need")
+        elif not key.startswith(PREFIX):
             problems.append(f"the key {_short(key)} does not begin with {PREFIX}")
         elif (found := _split(key)) is not None:
             path, half = found
@@ -181,6 +184,10 @@ def _site(path: str, own: Mapping[str, Entry], config: LoraConfig, problems: lis
         return None
     if kind != "conv" and b[1] != r:
         problems.append(f"{path} has A {a} of rank {r}, but B {b} of rank {b[1]}")
+        return None
+    targets = config.target_modules
+    if not isinstance(targets, str) and not any(path == target or path.endswith("." + target) for target in targets):
+        problems.append(f"{path} has tensors and is no target of adapter_config.json")  # PEFT would drop them
         return None
     if config.rank(path) != r:
         problems.append(f"{path} has rank {r} in its tensors and {config.rank(path)} in adapter_config.json")

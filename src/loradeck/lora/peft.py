@@ -67,9 +67,10 @@ class Origin:
     def provenance(self) -> dict[str, str]:
         """This library's own record (base fingerprint, hashes, versions), from the safetensors metadata."""
         try:
-            return msgspec.json.decode(self.metadata.get("loradeck", "{}"), type=dict[str, str])
-        except msgspec.MsgspecError:
+            record = msgspec.json.decode(self.metadata.get("loradeck", "{}"), type=dict[str, object])
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             return {}
+        return {key: str(value) for key, value in record.items() if value is not None}
 
 
 def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
@@ -128,6 +129,8 @@ class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
 def _read(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise AdapterError(f"{path} is no file")
         if size > MAX_CONFIG:
             raise AdapterError(f"{path} has {size} bytes, more than an adapter's configuration can need ({MAX_CONFIG})")
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])

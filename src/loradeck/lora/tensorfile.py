@@ -50,6 +50,8 @@ def read_header(path: Path) -> Header:
         AdapterError: the file is missing, cut short, or not what its header says.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise AdapterError(f"{path} is no file", mend=DAMAGED)
         with path.open("rb") as file:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
@@ -60,7 +62,7 @@ def read_header(path: Path) -> Header:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     try:
         table = msgspec.json.decode(text, type=dict[str, dict[str, object]])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} has a header that is no JSON table ({error})", mend=DAMAGED) from error
     metadata = {str(key): str(value) for key, value in table.pop("__metadata__", {}).items()}
     size = total - 8 - length

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+
+from loradeck.cli.blend import load, parse
+from loradeck.errors import ConfigError
+from loradeck.lora.bank import Bank
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("none", []),
+        ("a/poet", [("a/poet", 1.0)]),
+        ("poet*0.7+pirate*0.3", [("poet", 0.7), ("pirate", 0.3)]),
+        ("poet*-1 + pirate", [("poet", -1.0), ("pirate", 1.0)]),
+    ],
+)
+def test_what_can_be_written(text: str, weights: list[tuple[str, float]]) -> None:
+    assert parse(text) == weights
+
+
+@pytest.mark.parametrize("text", ["", "+", "poet*", "*0.5", "poet*half", "poet+", "poet*0.5*"])
+def test_what_cannot(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no blend"):
+        parse(text)
+
+
+@given(st.text())
+def test_any_text_is_a_blend_or_an_error(text: str) -> None:
+    try:
+        weights = parse(text)
+    except ConfigError:
+        return
+    assert weights or text == "none"
+
+
+def test_a_folder_with_any_name_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a*2+b").mkdir()
+    assert parse("a*2+b") == [("a*2+b", 1.0)]
+
+
+def test_each_folder_is_loaded_once_and_like_names_do_not_clash(adapters: Path, tiny: LlamaForCausalLM) -> None:
+    (adapters / "pirate").rename(adapters.parent / "poet")
+    bank = Bank(tiny)
+    first, second = str(adapters / "poet"), str(adapters.parent / "poet")
+    entries = load(bank, [first, "none", f"{first}*0.5+{second}*0.5", f"{second}*0.5+{adapters}/../poet*0.25"])
+    assert entries == [{"poet": 1.0}, None, {"poet": 0.5, "poet-2": 0.5}, {"poet-2": 0.75}]
+    assert bank.names() == ["poet", "poet-2"]

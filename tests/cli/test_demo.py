@@ -1,0 +1,51 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loradeck.base.load import Base
+from loradeck.errors import BaseModelError
+from loradeck.lora.layout import read_folder
+
+
+def test_without_the_real_base_it_stays_with_the_toy(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> Base:
+        raise BaseModelError("no base at 'smollm2-135m'", mend="Install it.")
+
+    monkeypatch.setattr(Base, "load", missing)
+    ran = run("demo")
+    assert ran.code == 0
+    for said in ("says magenta", "0.00390625", "0.4333", "(1, 8, 1024)", "says indigo", "Install it."):
+        assert said in " ".join(ran.out.split())
+    assert not Path("adapters").exists()
+
+
+def test_the_whole_story(run: Callable, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    load = Base.load
+    monkeypatch.setattr(Base, "load", lambda _: load(tiny_folder))
+    for _ in range(2):  # its own adapters it replaces
+        ran = run("demo", "--quick", "--adapters", "here")
+        assert ran.code == 0, ran.err
+        for name in ("pirate", "json"):
+            assert f"saved in here/{name}: " in ran.out
+            assert read_folder(Path("here") / name).origin.provenance["made_by"] == "loradeck demo"
+        assert "one adapter loads in " in ran.out
+        assert "half of each" in ran.out
+        assert "4 rows in " in ran.out
+        assert "loradeck chat smollm2-135m --adapter here/pirate --adapter here/json" in ran.out
+
+
+def test_the_adapters_of_others_are_left_alone(run: Callable, adapters: Path) -> None:
+    before = (adapters / "pirate" / "adapter_model.safetensors").read_bytes()
+    ran = run("demo", "--adapters", adapters)
+    assert ran.code == 2
+    assert "is not the demo's" in ran.err
+    assert (adapters / "pirate" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.real
+def test_on_the_real_base(run: Callable, smollm2: Base) -> None:
+    ran = run("demo", "--quick")
+    assert ran.code == 0, ran.err
+    assert "saved in adapters/pirate: 9.77 MB, 1.8% of the base's 538 MB" in ran.out
+    assert "4 rows in " in ran.out

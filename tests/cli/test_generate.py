@@ -1,0 +1,54 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loradeck.base.load import Base
+from loradeck.generate import generate
+from loradeck.lora.bank import Bank
+
+
+def test_each_prompt_goes_through_its_own_adapter(run: Callable, tiny_folder: Path, adapters: Path) -> None:
+    texts = ["adapters/poet", "none", "adapters/poet*0.5+adapters/pirate*0.5"]
+    flags = [flag for text in texts for flag in ("--adapter", text)]
+    command = ["generate", tiny_folder, "One", "Two", "Three", *flags, "--max-new-tokens", 6, "--dtype", "float32"]
+    ran = run(*command, "--json")
+    assert ran.code == 0, ran.err
+    base = Base.load(tiny_folder, dtype="float32")
+    bank = Bank(base.model)
+    for name in ("poet", "pirate"):
+        bank.load(adapters / name)
+    entries = ["poet", None, {"poet": 0.5, "pirate": 0.5}]
+    expected = generate(base, bank, ["One", "Two", "Three"], entries, max_new_tokens=6)
+    assert json.loads(ran.out) == [
+        {"prompt": prompt, "adapter": text, "answer": answer}
+        for prompt, text, answer in zip(["One", "Two", "Three"], texts, expected, strict=True)
+    ]
+    plain = run(*command).out
+    assert "> One  [adapters/poet]\n" in plain
+    assert "> Two  [none]\n" in plain
+
+
+def test_one_answer_is_printed_bare(run: Callable, tiny_folder: Path) -> None:
+    ran = run("generate", tiny_folder, "Hello", "--max-new-tokens", 4, "--temperature", 1, "--seed", 3)
+    assert ran.code == 0
+    assert "[none]" not in ran.out
+    assert run("generate", tiny_folder, "Hello", "--max-new-tokens", 4, "--temperature", 1, "--seed", 3).out == ran.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-a", "none", "-a", "none"], "2 adapters for 1 prompts"),
+        (["-a", "nowhere"], "nowhere is no folder"),
+        (["-a", "x*y"], "is no blend"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--dtype", "int8"], "Choose from"),
+    ],
+)
+def test_what_cannot_be_is_refused(run: Callable, tiny_folder: Path, flags: list[str], said: str) -> None:
+    ran = run("generate", tiny_folder, "Hello", *flags)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert said in ran.err

@@ -1,0 +1,64 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+def test_it_lists_the_whole_and_says_why_the_others_cannot_be_used(run: Callable, adapters: Path) -> None:
+    (adapters / ".poet.half-written").mkdir()
+    (adapters / "notes").mkdir()
+    ran = run("ls")
+    assert ran.code == 0
+    head, pirate, poet, cut = ran.out.splitlines()
+    assert head.split() == ["name", "r", "alpha", "targets", "modules", "parameters", "size", "base"]
+    assert pirate.split()[:5] == ["pirate", "8", "8", "embed_tokens,", "q_proj"]
+    assert poet.split()[:3] == ["poet", "4", "16"]
+    assert " 14 " in poet
+    assert cut.startswith("cut cannot be used: adapters/cut/adapter_model.safetensors")
+
+
+def test_one_adapter_is_a_list_of_one(run: Callable, adapters: Path) -> None:
+    assert [line.split()[0] for line in run("ls", adapters / "poet").out.splitlines()] == ["name", "poet"]
+
+
+def test_json(run: Callable, adapters: Path) -> None:
+    found = json.loads(run("ls", adapters, "--json").out)
+    assert [each["name"] for each in found["adapters"]] == ["pirate", "poet"]
+    assert found["adapters"][1]["r"] == [4]
+    assert found["adapters"][1]["parameters"] * 4 == found["adapters"][1]["bytes"]
+    assert [each["name"] for each in found["broken"]] == ["cut"]
+
+
+def test_an_empty_folder_holds_none(run: Callable, tmp_path: Path) -> None:
+    ran = run("ls", tmp_path)
+    assert (ran.code, ran.out) == (0, f"no adapters in {tmp_path}\n")
+    assert json.loads(run("ls", tmp_path, "--json").out) == {"adapters": [], "broken": []}
+
+
+def test_a_file_is_refused(run: Callable, adapters: Path) -> None:
+    ran = run("ls", adapters / "poet" / "README.md")
+    assert ran.code == 2
+    assert "is a file" in ran.err
+
+
+def test_a_folder_that_may_not_be_read_does_not_stop_the_others(
+    run: Callable, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "pirate":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    ran = run("ls")
+    assert ran.code == 0
+    assert "poet " in ran.out
+    assert "pirate cannot be used: adapters/pirate cannot be read: Permission denied" in ran.out
+
+
+def test_names_from_strangers_cannot_steer_the_terminal(run: Callable, adapters: Path) -> None:
+    (adapters / "poet").rename(adapters / "po\x1b[31met")
+    assert "\x1b" not in run("ls").out

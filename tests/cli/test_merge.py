@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loradeck.base.load import Base
+from loradeck.lora.bank import Bank
+
+IDS = torch.tensor([[5, 80, 130, 7, 259, 3]])
+
+
+@pytest.fixture
+def tied_folder(tmp_path: Path, tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    tiny.config.tie_word_embeddings = True
+    tiny.tie_weights()
+    tiny.save_pretrained(tmp_path / "tied")
+    tiny_tokenizer.save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+@pytest.mark.parametrize("kind", ["tied", "tiny"])
+@pytest.mark.parametrize("written", ["adapters/poet", "adapters/pirate", "adapters/poet*0.7+adapters/pirate*-0.3"])
+def test_the_merged_model_computes_what_the_route_did(
+    run: Callable, adapters: Path, request: pytest.FixtureRequest, kind: str, written: str
+) -> None:
+    folder = request.getfixturevalue(f"{kind}_folder")
+    ran = run("merge", folder, written, "-o", "out", "--dtype", "float32")
+    assert ran.code == 0, ran.err
+    assert "loradeck generate out" in ran.out
+    base = Base.load(folder, dtype="float32", device="cpu")
+    bank = Bank(base.model)
+    weights = {"adapters/poet": {"poet": 1.0}, "adapters/pirate": {"pirate": 1.0}}
+    for name in ("poet", "pirate"):
+        bank.load(adapters / name)
+    merged = AutoModelForCausalLM.from_pretrained("out", dtype="float32")
+    with torch.no_grad(), bank.route(weights.get(written, {"poet": 0.7, "pirate": -0.3})):
+        expected = base.model(IDS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, base.model(IDS).logits, atol=1e-2)
+    assert AutoTokenizer.from_pretrained("out")("Hi")["input_ids"] == base.tokenizer("Hi")["input_ids"]
+
+
+def test_what_is_in_the_way_is_left_alone(run: Callable, tiny_folder: Path, adapters: Path) -> None:
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    ran = run("merge", tiny_folder, adapters / "poet", "-o", "out")
+    assert ran.code == 2
+    assert "out exists and is not empty" in ran.err
+    assert [path.name for path in Path("out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("written", ["none", "nowhere", "adapters/cut", "adapters/poet*x", "adapters/poet*inf"])
+def test_a_bad_adapter_is_refused_and_nothing_is_written(
+    run: Callable, tiny_folder: Path, adapters: Path, written: str
+) -> None:
+    ran = run("merge", tiny_folder, written, "-o", "out")
+    assert ran.code == 2
+    assert ran.err
+    assert not Path("out").exists()
+
+
+def test_a_bad_base_is_refused(run: Callable, adapters: Path) -> None:
+    assert run("merge", adapters / "poet", adapters / "poet", "-o", "out").code == 2

@@ -1,0 +1,31 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+
+def test_it_shows_settings_modules_and_where_it_comes_from(run: Callable, adapters: Path) -> None:
+    ran = run("show", adapters / "pirate")
+    assert ran.code == 0
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert ["r", "8"] in lines
+    assert ["lora_alpha", "8"] in lines
+    assert ["model.layers.*.self_attn.q_proj", "2", "linear", "8", "1", "(8,", "64)", "(64,", "8)"] in lines
+    assert ["model.embed_tokens", "1", "embedding", "8", "1", "(8,", "260)", "(64,", "8)"] in lines
+    assert any(line[:1] == ["torch"] for line in lines)
+
+
+def test_json(run: Callable, adapters: Path) -> None:
+    shown = json.loads(run("show", adapters / "poet", "--json").out)
+    assert shown["config"]["r"] == 4
+    assert sum(kind["count"] for kind in shown["kinds"]) == 14
+    assert all(kind["scaling"] == 4 for kind in shown["kinds"])
+    assert shown["dtypes"] == ["F32"]
+    assert "loradeck" in shown["provenance"]
+
+
+def test_what_is_no_adapter_is_refused(run: Callable, adapters: Path, tmp_path: Path) -> None:
+    for folder, said in ((tmp_path, "holds no adapter_config.json"), (adapters / "cut", "cut")):
+        ran = run("show", folder)
+        assert ran.code == 2
+        assert ran.out == ""
+        assert said in ran.err
