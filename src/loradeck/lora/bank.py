@@ -46,6 +46,8 @@ class Bank:
         self._host.add_module(RESIDENTS, self._residents)
         self._layers: dict[str, LoraLayer] = {}
         self._working_sets = WorkingSets()
+        self._open: set[Route] = set()
+        self._unswept = False  # an adapter was unloaded under an open route
         self._fitting: Recent[Mapping[str, Site], dict[str, Form]] = Recent()
         self._own_weights: dict[str, nn.Parameter] = {}  # the base's, while adapters are merged into it
         self._lock = RLock()
@@ -168,11 +170,24 @@ class Bank:
             adapter = self[name]
             self._residents.remove(name)
             self._working_sets.forget(adapter)
-            shapes = {id(sites): sites for sites in (self[other].sites for other in self.names())}  # few, and shared
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Give back the modules that neither a resident adapter nor one of an open route needs."""
+        with self._lock:
+            members = {adapter for route in [*self._open] for adapter in route.members}
+            needed = [self[name] for name in self.names()] + [*members]
+            shapes = {id(adapter.sites): adapter.sites for adapter in needed}  # few, and shared
             wanted = {path for sites in shapes.values() for path in sites}
             for path in self._layers.keys() - wanted:
                 self._layers.pop(path).detach()
                 self._fitting.clear()
+            self._unswept = bool(members.difference(self[name] for name in self.names()))
+
+    def _closed(self, route: Route) -> None:
+        self._open.discard(route)
+        if self._unswept:
+            self._sweep()
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
@@ -218,7 +233,9 @@ class Bank:
         working_set = self._working_sets.of(members) if members else None
         index = {adapter: i for i, adapter in enumerate(working_set.members)} if working_set else {}
         mixed = tuple(tuple((index[own[name]], weight) for name, weight in entry) for entry in weights)
-        return opened(Route(self, working_set, mix_of(mixed, sizes), packed=lengths is not None))
+        return opened(
+            Route(self, working_set, mix_of(mixed, sizes), packed=lengths is not None), self._open, self._closed
+        )
 
     def merge(self, entry: str | Blend) -> None:
         """Fold an adapter, or a blend, into the base's weights, for a model without any extra cost per step.

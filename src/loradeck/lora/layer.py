@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.errors import RouteError
-from loradeck.lora.routing import Bound, Route, current
+from loradeck.lora.routing import Route, current
 from loradeck.ops import choose
 from loradeck.ops.forms import Form
+from loradeck.ops.operands import Operands
 
 
 class LoraLayer:
@@ -33,23 +34,23 @@ class LoraLayer:
         route = current(self.bank)
         if route is None:
             return y
-        bound = route.bind(self)
-        if bound is None:
+        operands = route.operands(self)
+        if operands is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        self._check(x, route, bound)
-        return choose.lora(x, y, bound.operands, bound.mix, training=self.module.training)
+        self._check(x, route, operands)
+        return choose.lora(x, y, operands, route.mix, training=self.module.training)
 
-    def _check(self, x: Tensor, route: Route, bound: Bound) -> None:
+    def _check(self, x: Tensor, route: Route, operands: Operands) -> None:
         rows = self.form.items(x).shape[0] if route.packed else x.shape[0]
-        total = bound.mix.total
+        total = route.mix.total
         if rows % total or (route.packed and rows != total):
             unit = "tokens" if route.packed else "rows"
             raise RouteError(
                 f"{self.path} got {rows} {unit}; the route is for {total}",
                 mend="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
-        if self.module.training and bound.operands.drops and torch._C._current_graph_task_id() != -1:
+        if self.module.training and operands.drops and torch._C._current_graph_task_id() != -1:
             raise RouteError(
                 f"{self.path} is computed again in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",

@@ -1,6 +1,6 @@
 """Which adapters, at which weight, each row goes through. Knows no layer's arithmetic and no files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,14 +21,6 @@ RouteEntry = str | None | Blend
 
 # Each thread and each asyncio task has its own route, and a thread begun inside a route begins without one.
 _route: ContextVar["Route | None"] = ContextVar("loradeck_route", default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A route as one layer sees it."""
-
-    operands: Operands
-    mix: Mix
 
 
 @dataclass(eq=False)
@@ -77,12 +69,14 @@ class Route:
     packed: bool  # entries are segments of tokens, not rows
     outer: "Route | None" = None
 
-    def bind(self, layer: "LoraLayer") -> Bound | None:
+    @property
+    def members(self) -> tuple[Adapter, ...]:
+        """The adapters that it may use."""
+        return self.working_set.members if self.working_set else ()
+
+    def operands(self, layer: "LoraLayer") -> Operands | None:
         """Return what the layer must add, None for nothing."""
-        if self.working_set is None:
-            return None
-        operands = self.working_set.operands(layer)
-        return None if operands is None else Bound(operands, self.mix)
+        return None if self.working_set is None else self.working_set.operands(layer)
 
 
 def current(bank: object) -> Route | None:
@@ -94,14 +88,19 @@ def current(bank: object) -> Route | None:
 
 
 @contextmanager
-def opened(route: Route) -> Iterator[None]:
-    """Make a route the current one of its bank in this thread until the block ends, however it ends."""
+def opened(route: Route, routes: set[Route], closed: Callable[[Route], None]) -> Iterator[None]:
+    """Make a route the current one of its bank in this thread until the block ends, however it ends.
+
+    Meanwhile it is one of its bank's `routes`; then `closed` is told.
+    """
     route.outer = _route.get()
+    routes.add(route)
     token = _route.set(route)
     try:
         yield
     finally:
         _route.reset(token)
+        closed(route)
 
 
 def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from loradeck.ops import packed, segmented
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands
+from loradeck.ops.operands import Operands, Pack
 
 # What a group costs in `segmented` beyond its arithmetic (a few small kernels), in multiply-adds of a dense product.
 # Measured by `python -m benchmarks.adapters --only ops`, recorded in docs/architecture.md.
@@ -17,21 +17,24 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) 
 
     x the layer's input · y the base's output for it · `training` lets dropout act -> a tensor like y.
     """
-    if packs(x, y, operands, mix, training=training):
-        return packed.lora(x, y, operands, mix)
+    pack = packs(x, y, operands, mix, training=training)
+    if pack is not None:
+        return packed.lora(x, y, operands, mix, pack)
     return segmented.lora(x, y, operands, mix, training=training)
 
 
-def packs(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> bool:
-    """Say whether the packed form is both right and cheaper here."""
+def packs(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Pack | None:
+    """Return the packed pairs where packing is both right and cheaper, else None."""
     if len(mix.groups) == 1:
-        return False  # one entry for all rows: nothing to mask
+        return None  # one entry for all rows: nothing to mask
     if torch.is_grad_enabled() and operands.trains:
-        return False  # the packed product of N jobs costs N times their own arithmetic
+        return None  # the packed product of N jobs costs N times their own arithmetic
     if training and operands.drops:
-        return False  # each adapter has its own mask
-    ranks = sum(operands.ranks)
-    wasted = y.numel() * ranks * (1 - 1 / len(mix.groups))  # multiply-adds in B alone; A's are of the same order
+        return None  # each adapter has its own mask
+    wasted = (
+        y.numel() * operands.total_rank * (1 - 1 / len(mix.groups))
+    )  # multiply-adds in B; A's are of the same order
     if 2 * wasted > GROUP_OVERHEAD * len(mix.groups):
-        return False
-    return operands.pack(x.dtype if x.is_floating_point() else y.dtype).finite
+        return None
+    pack = operands.pack(x.dtype if x.is_floating_point() else y.dtype)
+    return pack if pack.finite else None

@@ -48,7 +48,7 @@ class Mix:
     ) -> tuple[Tensor, float | None]:
         """Say which packed ranks each run uses, and at which factor weight · scaling.
 
-        Returns (unused (total, R) bool, factor) where every use has one factor, else (factors (total, R), None);
+        Returns (unused (total, 1, R) bool, factor) where every use has one factor, else (factors (total, 1, R), None);
         an unused rank has the factor 0.
         """
         key = (tuple(ranks), tuple(scalings), dtype, device)
@@ -68,7 +68,7 @@ class Mix:
             rows.append(row)
         with torch.inference_mode(False):  # kept across calls, so it must be usable under autograd too
             factors = torch.tensor(rows, dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=1)
-            factors = factors.repeat_interleave(torch.tensor(self.lengths), dim=0)
+            factors = factors.repeat_interleave(torch.tensor(self.lengths), dim=0).unsqueeze(1)
             used = factors[factors != 0]
             # A factor beyond the range would be Inf for every row, and Inf · 0 is NaN; in the mask it is its rows' own.
             largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max

@@ -1,6 +1,6 @@
 """The low-rank pairs that meet at one layer. Knows tensors; knows no names and no routes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -29,22 +29,14 @@ class Pair:
     def r(self) -> int:
         return self.a.shape[0]
 
-    @property
-    def version(self) -> int | None:
-        """A number that changes when the tensors are written to (torch's version counters); None while they train.
-
-        torch's fused optimizers, and writes to `.data`, leave the counters as they are.
-        """
-        return None if self.a.requires_grad or self.b.requires_grad else self.a._version + self.b._version
-
-    @property
-    def trains(self) -> bool:
-        return self.a.requires_grad or self.b.requires_grad
-
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Several pairs as one: A along the rank (R, …) and B (out, R)."""
+    """Several pairs as one: A along the rank (R, …) and B (out, R).
+
+    Matrices lie in memory with the rank last for A and first for B, as the products read them: a quarter to a half
+    faster at 16 rows than the other way round.
+    """
 
     a: Tensor
     b: Tensor
@@ -60,7 +52,7 @@ class Operands:
 
     form: Form
     pairs: tuple[Pair | None, ...]
-    _packs: dict[torch.dtype, tuple[list[int | None], Pack]] = field(default_factory=dict)
+    _packs: dict[torch.dtype, tuple[int | None, Pack]] = field(default_factory=dict)
     _casts: dict[tuple[int, torch.dtype], tuple[int | None, Pair]] = field(default_factory=dict)
 
     @cached_property
@@ -71,9 +63,34 @@ class Operands:
     def scalings(self) -> tuple[float, ...]:
         return tuple(pair.scaling if pair else 0.0 for pair in self.pairs)
 
+    @cached_property
+    def _leaves(self) -> tuple[Tensor, ...]:
+        """Return the tensors that can ask for gradients; a frozen adapter's, as views, cannot."""
+        tensors = [t for pair in self.pairs if pair for t in (pair.a, pair.b)]
+        return tuple(t for t in tensors if t._base is None or t.requires_grad)
+
+    @cached_property
+    def _watched(self) -> tuple[Tensor, ...]:
+        """Return one tensor for each version counter: views of one storage share theirs."""
+        views = [t for pair in self.pairs if pair for t in (pair.a, pair.b) if t._base is not None]
+        return *self._leaves, *{view.untyped_storage().data_ptr(): view for view in views}.values()
+
     @property
-    def trains(self) -> bool:  # asked at each call: tensors can be thawed
-        return any(pair is not None and pair.trains for pair in self.pairs)
+    def trains(self) -> bool:
+        """Whether a pair asks for gradients; asked at each call, because tensors can be thawed."""
+        return any(leaf.requires_grad for leaf in self._leaves)
+
+    @property
+    def version(self) -> int | None:
+        """A number that changes when a tensor is written to (torch's version counters); None while one trains.
+
+        torch's fused optimizers, and writes to `.data`, leave the counters as they are.
+        """
+        return None if self.trains else sum([tensor._version for tensor in self._watched])
+
+    @cached_property
+    def total_rank(self) -> int:
+        return sum(self.ranks)
 
     @cached_property
     def drops(self) -> bool:
@@ -84,24 +101,26 @@ class Operands:
         pair = self.pairs[operand]
         if pair is None or pair.a.dtype == dtype:
             return pair
-        if pair.trains and torch.is_grad_enabled():
-            return Pair(pair.a.to(dtype), pair.b.to(dtype), pair.scaling, pair.dropout, pair.generator)
+        if torch.is_grad_enabled() and (pair.a.requires_grad or pair.b.requires_grad):
+            return replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
+        current = self.version
         version, cast = self._casts.get((operand, dtype), (None, pair))
-        if version is None or version != pair.version:
+        if version is None or version != current:
             with torch.inference_mode(False), torch.no_grad():
-                cast = Pair(pair.a.to(dtype), pair.b.to(dtype), pair.scaling, pair.dropout, pair.generator)
-            self._casts[operand, dtype] = pair.version, cast
+                cast = replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
+            self._casts[operand, dtype] = current, cast
         return cast
 
     def pack(self, dtype: torch.dtype) -> Pack:
         """Return all pairs as one, in `dtype`, outside autograd."""
-        pairs = [pair for pair in self.pairs if pair is not None]
-        versions = [pair.version for pair in pairs]
-        known, pack = self._packs.get(dtype, (versions, None))
-        if pack is None or known != versions or None in versions:
+        current = self.version
+        version, pack = self._packs.get(dtype, (None, None))
+        if pack is None or version is None or version != current:
+            pairs = [pair for pair in self.pairs if pair is not None]
             with torch.inference_mode(False), torch.no_grad():
-                a = torch.cat([pair.a.to(dtype) for pair in pairs])
-                b = torch.cat([self.form.dense_b(pair.b).to(dtype) for pair in pairs], dim=1)
+                # Transposed twice: the same matrix, in the other order in memory.
+                a = torch.cat([pair.a.to(dtype).movedim(0, -1) for pair in pairs], dim=-1).movedim(-1, 0)
+                b = torch.cat([self.form.dense_b(pair.b).to(dtype).T for pair in pairs]).T
                 pack = Pack(a, b, finite(a) and finite(b))
-            self._packs[dtype] = versions, pack
+            self._packs[dtype] = current, pack
         return pack

@@ -5,27 +5,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands
+from loradeck.ops.operands import Operands, Pack
 
 
-def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix) -> Tensor:
+def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, pack: Pack | None = None) -> Tensor:
     """h = x Aᵀ;  h = where(used, h · factor, 0);  y + h Bᵀ.
 
     x the layer's input · y the base's output for it -> a tensor like y (y itself, updated, outside autograd).
     Every pair must be finite: 0 · NaN is NaN, so a neighbour's would reach every row.
     """
     form = operands.form
-    dtype = x.dtype if x.is_floating_point() else y.dtype
-    pack = operands.pack(dtype)
+    if pack is None:
+        pack = operands.pack(x.dtype if x.is_floating_point() else y.dtype)
     h = form.shrink(form.items(x), pack.a)  # (T, R)
     factors, factor = mix.mask(operands.ranks, operands.scalings, h.dtype, h.device)
     runs = h.view(mix.total, -1, h.shape[1])
     if factor is None:
-        unused = factors == 0
         # A product alone would leak: an overflow in a neighbour's rank is inf, and inf · 0 is NaN.
-        h = torch.where(unused[:, None], 0.0, runs * factors[:, None]).view(h.shape)
+        runs.mul_(factors).masked_fill_(factors == 0, 0.0)
     else:
-        h = runs.masked_fill(factors[:, None], 0.0).view(h.shape)
+        runs.masked_fill_(factors, 0.0)
     z = form.positions(y)
     alpha = 1.0 if factor is None else factor
     if z.dtype == h.dtype == pack.b.dtype:

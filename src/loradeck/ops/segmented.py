@@ -18,32 +18,34 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
     form = operands.form
     dtype = x.dtype if x.is_floating_point() else y.dtype
     items, z = form.items(x), form.positions(y)
+    in_place = not torch.is_grad_enabled()
     per_run, per_item = items.shape[0] // mix.total, z.shape[0] // max(items.shape[0], 1)
     updates: list[tuple[Tensor | slice, Tensor]] = []
     for group in mix.groups:
         own: Tensor | None = None
         rows: Tensor | slice | None = None
+        places: Tensor | slice | None = None
         for operand, weight in group.entry:
             pair = operands.pair(operand, dtype)
             if pair is None:
                 continue
             if rows is None:
                 rows = _rows(group.spans, per_run, items.device)
+                places = rows if per_item == 1 else _rows(group.spans, per_run * per_item, z.device)
             x_rows = items[rows] if isinstance(rows, slice) else items.index_select(0, rows)
             if training and pair.dropout > 0 and x_rows.is_floating_point():  # ids have nothing to drop
                 x_rows = _dropped(x_rows, pair)
             h = form.shrink(x_rows, pair.a)
             b = form.dense_b(pair.b).T
             factor = weight * pair.scaling
+            if in_place and isinstance(places, slice) and z.dtype == h.dtype == b.dtype:
+                z[places].addmm_(h, b, alpha=factor)
+                continue
             own = factor * (h @ b) if own is None else torch.add(own, h @ b, alpha=factor)
-        if own is not None and rows is not None:
-            updates.append((rows if per_item == 1 else _rows(group.spans, per_run * per_item, z.device), own))
-    if not updates:
-        return y
-    if len(mix.groups) == 1:
-        return form.restore(z + updates[0][1].to(z.dtype), y)
-    if torch.is_grad_enabled():
-        return form.restore(_added(z, updates), y)
+        if own is not None and places is not None:
+            updates.append((places, own))
+    if not in_place:
+        return form.restore(_added(z, updates), y) if updates else y
     for rows, own in updates:
         if isinstance(rows, slice):
             z[rows] += own.to(z.dtype)
