@@ -108,7 +108,6 @@ def load(model: nn.Module, folders: list[Path], rounds: int) -> dict[str, float]
     for _ in range(rounds):
         for name, (way, undo) in ways.items():
             times[name].append(timed(way, undo))
-    del peft
     few: list[float] = []
     many: list[float] = []
     for i, folder in enumerate(folders):

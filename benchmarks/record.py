@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return each way's median seconds over `rounds`, the ways taking turns so that a noisy machine is noisy for all."""
+    """Return each way's median seconds; the ways take turns, so that a noisy machine is noisy for all."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()

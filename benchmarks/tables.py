@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, and the table in the README, from the result files; no figure is typed by hand.
 
-    python -m benchmarks.tables [--check]
+python -m benchmarks.tables [--check]
 """
 
 import json
@@ -11,14 +11,16 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.tables` -->", "<!-- /benchmarks -->"
 
+DEMO = ("<!-- demo: written by `python -m benchmarks.tables` -->", "<!-- /demo -->")
+
 # (part, key, what it is, target as text, factor that must hold)
 TARGETS = (
     ("load", "PEFT / loradeck", "load from disk, PEFT's time over ours", "≥ 30"),
     ("load", "200 resident / 1 resident", "load with 200 resident, over with 1", "≤ 1.2"),
     ("load", "loradeck / read", "load, over reading the file's bytes", "2 (goal)"),
-    ("load", "switch, 200 resident, 16 rows of 16 (us)", "switch: a new route over 16 rows, 200 resident, µs", "< 100"),
-    ("memory float32", "added per adapter / its bytes", "memory per float32 adapter, over its tensors' bytes", "≤ 1.05"),
-    ("memory bfloat16", "added per adapter / its bytes", "memory per bfloat16 adapter, over its tensors' bytes", "≤ 1.05"),
+    ("load", "switch, 200 resident, 16 rows of 16 (us)", "switch: a new route, 16 rows, 200 resident, µs", "< 100"),
+    ("memory float32", "added per adapter / its bytes", "memory per float32 adapter, over its bytes", "≤ 1.05"),
+    ("memory bfloat16", "added per adapter / its bytes", "memory per bfloat16 adapter, over its bytes", "≤ 1.05"),
     ("step float32", "PEFT / loradeck, 16 adapters", "mixed decode step, float32, PEFT's time over ours", "≥ 4"),
     ("step bfloat16", "PEFT / loradeck, 16 adapters", "mixed decode step, bfloat16, PEFT's time over ours", "≥ 4"),
     ("step float32", "16 adapters / bare", "mixed step over the bare model's, float32", "≤ 1.6"),
@@ -30,11 +32,12 @@ TARGETS = (
 
 def main() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "adapters.json").read_text(encoding="utf-8"))
+    demo = (ROOT / "benchmarks" / "results" / "demo.txt").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    readme = between(readme, BEGIN, END, summary(record))
+    readme = between(readme, *DEMO, f"```text\n{demo.strip()}\n```")
     pages = {
-        ROOT / "README.md": f"{before}{BEGIN}\n{summary(record)}\n{END}{after}",
+        ROOT / "README.md": readme,
         ROOT / "docs" / "benchmarks.md": page(record),
     }
     stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
@@ -44,13 +47,20 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def between(text: str, begin: str, end: str, content: str) -> str:
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
 def summary(record: dict[str, Any]) -> str:
     rows = [
         f"| {what} | {figure(record['figures'][part][key])} | {target} |"
         for part, key, what, target in TARGETS
         if part in record["figures"]
     ]
-    return "\n".join(["| SmolLM2-135M, r=8, all linear layers (210 modules) | measured | target |", "|---|---|---|", *rows])
+    head = "| SmolLM2-135M, r=8, all linear layers (210 modules) | measured | target |"
+    return "\n".join([head, "|---|---|---|", *rows])
 
 
 def page(record: dict[str, Any]) -> str:
@@ -58,8 +68,8 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks.tables` from `benchmarks/results/`; made by `make bench`. Medians; the systems",
-        "take turns in one run, so compare figures within a table only. The machine is shared and noisy.",
+        "Written by `python -m benchmarks.tables` from `benchmarks/results/`, which `make bench` makes. Medians; the",
+        "systems take turns in one run, so compare figures within a table only. The machine is shared and noisy.",
         "",
         f"Machine: {record['machine']}. Versions: {versions}. Commit: {record['commit']}.",
         "",
@@ -76,8 +86,8 @@ def page(record: dict[str, Any]) -> str:
 NOTES = (
     "## How to read it",
     "",
-    "- *load*: a PEFT folder on disk (page cache warm) until it can be routed to. PEFT loads with one adapter resident,",
-    "  its best case. *read the bytes* keeps what it read in memory, as a load must; fresh pages are half of its cost.",
+    "- *load*: a PEFT folder on disk (page cache warm) until it can be routed to. PEFT loads with one adapter",
+    "  resident, its best case. *read the bytes* keeps what it read in memory, as a load must.",
     "- *step*: 16 rows, 64 tokens of context, one new token each. PEFT's mixed batch is `adapter_names`.",
     "- *first step after a switch*: a route to adapters that were not routed together before packs them first.",
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loradeck.base.load import Base
     from loradeck.errors import LoradeckError
-    from loradeck.generate import generate
+    from loradeck.generation import generate
     from loradeck.lora.adapter import Adapter
     from loradeck.lora.bank import Bank
     from loradeck.lora.config import LoraConfig
@@ -20,7 +20,7 @@ _HOMES = {
     "Base": "loradeck.base.load",
     "LoraConfig": "loradeck.lora.config",
     "LoradeckError": "loradeck.errors",
-    "generate": "loradeck.generate",
+    "generate": "loradeck.generation",
 }
 
 

@@ -56,7 +56,7 @@ def test_history_is_kept_and_ctrl_c_ends_an_answer(
             raise KeyboardInterrupt
         yield "matey"
 
-    monkeypatch.setattr("loradeck.generate.stream", stream)
+    monkeypatch.setattr("loradeck.generation.stream", stream)
     talk = Chat(None, None, verb.LIVELY)
     talk.answer("Hi")
     talk.answer("More")

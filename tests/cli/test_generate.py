@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from loradeck.base.load import Base
-from loradeck.generate import generate
+from loradeck.generation import generate
 from loradeck.lora.bank import Bank
 
 

@@ -6,7 +6,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft.utils import get_pattern_key
+from peft.utils.other import get_pattern_key
 
 from loradeck import LoraConfig
 from loradeck.errors import ConfigError

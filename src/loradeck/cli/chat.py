@@ -145,7 +145,7 @@ class Chat:
         Raises:
             LoradeckError: the conversation no longer fits the base; it is as it was before.
         """
-        from loradeck.generate import stream
+        from loradeck.generation import stream
 
         turn = [*self.messages, {"role": "user", "content": text}]
         pieces = stream(self.base, self.bank, turn, self.entry, **asdict(self.sampling))

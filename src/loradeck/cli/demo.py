@@ -187,7 +187,7 @@ def answers(console: "Console", base: "Base", bank: "Bank", *, quick: bool) -> N
     from rich.markup import escape
     from rich.table import Table
 
-    from loradeck.generate import generate
+    from loradeck.generation import generate
 
     prompts = msgspec.json.decode((files("loradeck.demo") / "prompts.json").read_bytes(), type=list[str])
     prompts = prompts[: 1 if quick else 4]

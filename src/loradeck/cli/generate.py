@@ -41,7 +41,7 @@ def generate(
     blend.check(texts)
 
     from loradeck.base.load import Base
-    from loradeck.generate import generate as answer
+    from loradeck.generation import generate as answer
     from loradeck.lora.bank import Bank
 
     loaded = Base.load(base, dtype=dtype)

@@ -20,7 +20,7 @@ Adapters: TypeAlias = Annotated[
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen: the arguments of loradeck.generate."""
+    """How tokens are chosen: the arguments of loradeck.generation."""
 
     max_new_tokens: int = 128
     """Tokens of an answer, at most."""

@@ -4,19 +4,20 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import RLock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, RouteError, UnknownAdapterError
-from loradeck.lora import fresh, merge, targets
+from loradeck.lora import fit, fresh, merge, targets
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.combine import Combination, Method, combine
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.layer import LoraLayer
-from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
+from loradeck.lora.layout import Site, read_folder
 from loradeck.lora.names import check_name
 from loradeck.lora.recent import Recent
 from loradeck.lora.residents import Residents, WorkingSets, host
@@ -42,10 +43,10 @@ class Bank:
         if hasattr(self._host, RESIDENTS):
             raise LoradeckError("this model already has a bank", mend="Use that bank, or call its detach() first.")
         self.model = model
-        self._residents = Residents(self._forget_working_sets)
+        self._working_sets = WorkingSets()
+        self._residents = Residents(self._working_sets.clear)
         self._host.add_module(RESIDENTS, self._residents)
         self._layers: dict[str, LoraLayer] = {}
-        self._working_sets = WorkingSets()
         self._open: set[Route] = set()
         self._unswept = False  # an adapter was unloaded under an open route
         self._fitting: Recent[Mapping[str, Site], dict[str, Form]] = Recent()
@@ -115,7 +116,7 @@ class Bank:
         with self._lock:
             self._check_new(name)
             if isinstance(adapter, Adapter):
-                forms = self._fitting.get(adapter.sites, lambda: self._fit(adapter.sites, "This adapter"))
+                forms = self._fit(adapter.sites, "This adapter")
             else:
                 self._check_unmerged()
                 forms = targets.resolve(self.model, adapter)
@@ -144,9 +145,11 @@ class Bank:
         with self._lock:
             self._check_new(name)
             listing = read_folder(folder)
-            self._check_base(listing, any_base)
-            forms = self._fitting.get(listing.sites, lambda: self._fit(listing.sites, str(folder)))
-            adapter = Adapter.from_listing(listing, trainable=trainable, check_copy=self._copy_problem)
+            fit.check_base(self.model, listing, any_base=any_base)
+            forms = self._fit(listing.sites, str(folder))
+            adapter = Adapter.from_listing(
+                listing, trainable=trainable, check_copy=partial(fit.copy_problem, self.model)
+            )
             if trainable:
                 fresh.prepare(adapter, generator=None)
             self._take(name, adapter, forms)
@@ -291,58 +294,11 @@ class Bank:
         if self._own_weights:
             raise RouteError("adapters are merged into the base", mend="Call bank.unmerge() first.")
 
-    def _check_base(self, listing: Listing, any_base: bool) -> None:
-        trained_on, here = listing.origin.provenance.get("base_fingerprint"), getattr(self.model, "fingerprint", None)
-        if trained_on and here and trained_on != here and not any_base:
-            raise AdapterError(
-                f"{listing.folder} was trained on another base: {listing.origin.base_model or 'unnamed'}, "
-                f"fingerprint {trained_on[:12]}; this one has {here[:12]}",
-                mend="Load that base, or pass any_base=True if you know that this one will do.",
-            )
+    # ---- places
 
     def _fit(self, sites: Mapping[str, Site], what: str) -> dict[str, Form]:
-        """Return how each module meets the adapter.
-
-        Raises:
-            AdapterError: with every module that is missing or has other shapes.
-        """
-        forms: dict[str, Form] = {}
-        problems = []
-        for path, site in sites.items():
-            layer = self._layers.get(path)
-            form = layer.form if layer else targets.check(self.model, path)
-            if isinstance(form, str):
-                problems.append(f"{path} {form}")
-            elif form.kind != site.kind:
-                problems.append(f"{path} is a {form.kind} layer here, the adapter's is {site.kind}")
-            elif form.shapes(site.r) != (site.a_shape, site.b_shape):
-                a, b = form.shapes(site.r)
-                problems.append(f"{path} needs A {a} and B {b} here, the adapter has {site.a_shape} and {site.b_shape}")
-            else:
-                forms[path] = form
-        if not sites:
-            problems.append("it adapts no module")
-        if problems:
-            raise AdapterError(
-                f"{what} does not fit this base", problems, mend="Load the base it was trained on; nothing was loaded."
-            )
-        return forms
-
-    def _copy_problem(self, key: str, tensor: Tensor) -> str | None:
-        """Say what is wrong with a tensor of the file that repeats a weight of the base; None if it is the same."""
-        path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        try:
-            own = self.model.get_parameter(path)
-        except AttributeError:
-            return "belongs to no weight of this base"
-        same = own.shape == tensor.shape
-        if not same or not (tensor.is_meta or torch.equal(own.detach().cpu(), tensor.to(own.dtype))):
-            return (
-                "is a weight of its own, other than this base's (modules_to_save, or a grown vocabulary): not supported"
-            )
-        return None
-
-    # ---- places
+        own = {path: layer.form for path, layer in self._layers.items()}
+        return self._fitting.get(sites, lambda: fit.forms(self.model, own, sites, what))
 
     def _take(self, name: str, adapter: Adapter, forms: Mapping[str, Form]) -> None:
         for path, form in forms.items():
@@ -352,6 +308,3 @@ class Bank:
         if device != torch.device("cpu"):
             adapter.to(device)
         self._residents.put(name, adapter)
-
-    def _forget_working_sets(self) -> None:
-        self._working_sets.clear()

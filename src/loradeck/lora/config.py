@@ -87,7 +87,7 @@ class LoraConfig:
         problems = []
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
-            if not isinstance(value, str | tuple) or not all(isinstance(part, str) for part in value):
+            if not isinstance(value, (str, tuple)) or not all(isinstance(part, str) for part in value):
                 problems.append(f"{name} is {_short(value)}, not text or a list of texts")
         layers = self.layers_to_transform
         if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, tuple) else (layers,))):

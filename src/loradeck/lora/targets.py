@@ -23,14 +23,14 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, Form]:
         TargetError: nothing matches (close names are listed), or a target takes no adapter.
     """
     modules = {path: module for path, module in model.named_modules() if path}
-    closed = _closed(model)
+    unreachable = closed(model)
     targets = config.target_modules
     if targets == "all-linear" or targets == "attention":
         head = _head(model)
         chosen = [
             path
             for path, module in modules.items()
-            if getattr(form_of(module), "kind", None) == "linear" and path not in closed
+            if getattr(form_of(module), "kind", None) == "linear" and path not in unreachable
             and (ATTENTION.search(path) if targets == "attention" else not _is_head(path, module, head))
         ]  # fmt: skip
     else:
@@ -45,8 +45,8 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, Form]:
         form = form_of(modules[path])
         if isinstance(form, str):
             problems.append(f"{path} is a {type(modules[path]).__name__}, which {form}")
-        elif path in closed:
-            problems.append(f"{path} lies in a {closed[path]}, which reads its weight and never calls it")
+        elif path in unreachable:
+            problems.append(f"{path} lies in a {unreachable[path]}, which reads its weight and never calls it")
         elif form.kind == "conv" and config.rank(path) % modules[path].groups:  # type: ignore[operator]
             problems.append(f"{path} has {modules[path].groups} groups, which do not divide r={config.rank(path)}")
         else:
@@ -58,13 +58,13 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, Form]:
     return forms
 
 
-def check(model: nn.Module, path: str) -> Form | str:
+def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> Form | str:
     """Return how the module at `path` meets an adapter, or what is wrong with it as a target."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         return "is no module of this base"
-    if path in (closed := _closed(model)):
+    if path in closed:
         return f"lies in a {closed[path]}, which reads its weight and never calls it"
     form = form_of(module)
     return form if not isinstance(form, str) else f"is a {type(module).__name__}, which {form}"
@@ -93,7 +93,8 @@ def _endings(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
 
-def _closed(model: nn.Module) -> dict[str, str]:
+def closed(model: nn.Module) -> dict[str, str]:
+    """Return the modules whose weights are read without calling them, by path, and the class that does so."""
     return {
         f"{path}.{inner}" if path else inner: type(module).__name__
         for path, module in model.named_modules()

@@ -13,7 +13,7 @@ from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
 from loradeck.base.text import decode, encode
 from loradeck.errors import ConfigError, RouteError, UnknownAdapterError
-from loradeck.generate import generate, stream
+from loradeck.generation import generate, stream
 
 PROMPTS = ["a", "What is the capital of France?", "日本"]
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "top_p": 0.95, "seed": 7}

@@ -1,0 +1,115 @@
+"""The house polices itself: imports go down, files stay small, names mean something, docs are true."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loradeck
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "loradeck"
+FILES = sorted(SOURCE.rglob("*.py"))
+# What each room may import of ours, besides itself: DESIGN's floors, from the ground up.
+GROUND = {"errors", "disk"}
+MAY = {
+    "errors": set(),
+    "disk": set(),
+    "toy": set(),
+    "demo": set(),
+    "ops": {"errors"},
+    "lora": {"ops", *GROUND},
+    "base": GROUND,
+    "generation": {"lora", "base", *GROUND},
+    "train": {"lora", "base", *GROUND},
+    "cli": {"generation", "train", "base", "lora", "ops", "toy", "demo", *GROUND},
+}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loradeck"):
+            found |= {node.module} if "." in str(node.module) else {f"loradeck.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("loradeck")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_only_go_down(path: Path) -> None:
+    place = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if place in ("__init__", "__main__"):
+        return
+    upward = {module for module in imports(path) if room(module) not in MAY[place] | {place}}
+    if place == "cli":
+        upward.discard("loradeck.__version__")
+    assert not upward
+
+
+def test_files_are_small() -> None:
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: size for name, size in sizes.items() if size > 310} == {}
+
+
+def test_names_mean_something() -> None:
+    forbidden = {"manager", "utils", "common", "helper", "handler", "wrapper", "data", "info", "misc"}
+    assert not {
+        path for path in FILES if forbidden & set(re.split(r"[_/]", str(path.relative_to(SOURCE).with_suffix(""))))
+    }
+
+
+def test_no_folder_of_one_file() -> None:
+    for folder in {path.parent for path in FILES}:
+        assert len([entry for entry in folder.iterdir() if entry.name not in ("__pycache__", "__init__.py")]) > 1
+
+
+def test_the_public_names_are_sorted_and_there() -> None:
+    assert loradeck.__all__ == sorted(loradeck.__all__)
+    assert all(getattr(loradeck, name) is not None for name in loradeck.__all__)
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        loradeck.nothing_of_that_name  # noqa: B018
+
+
+def test_generate_is_the_function_whatever_was_imported_first() -> None:
+    importlib.import_module("loradeck.generation")
+    assert callable(loradeck.generate)
+
+
+def test_importing_is_instant() -> None:
+    code = "import sys, loradeck; sys.exit(str([m for m in ('torch', 'transformers') if m in sys.modules] or ''))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+def test_the_readmes_tree_is_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme[readme.index("src/loradeck/\n") :].partition("```")[0]
+    named = set(re.findall(r"[a-z_]+", tree))
+    missing = {
+        path.stem for path in FILES if path.parent.name in ("lora", "ops", "base", "train") or path.parent == SOURCE
+    }
+    assert missing - named - {"__init__", "__main__"} == set()
+    for entry in re.findall(r"^  (\w+)(/|\.py)", tree, flags=re.MULTILINE):
+        assert (SOURCE / "".join(entry)).exists()
+
+
+def test_the_tables_are_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tables", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short_and_run(example: Path) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 30
+    done = subprocess.run([sys.executable, "-W", "error", str(example)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
