@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loradeck import Adapter, Bank, LoraConfig
-from loradeck.errors import AdapterNameError, ConfigError, UnknownAdapterError
+from loradeck.errors import AdapterError, AdapterNameError, ConfigError, UnknownAdapterError
 from loradeck.lora.combine import combine
 
 PLAIN = ("embed", "conv1", "conv2", "mix", "linear")  # of the zoo: every kind but the grouped convolution
@@ -295,6 +295,14 @@ class TestRefused:
         assert bank.names() == ["a", "b", "c", "grouped"]
         assert [bank[name].content_hash() for name in bank.names()] == before
 
+    @pytest.mark.parametrize("method", ["concat", "svd", "ties", "dare"])
+    def test_an_adapter_that_is_broken(self, bank, method):
+        with torch.no_grad():
+            bank["b"].pair("mix")[0][0, 0] = math.nan
+        with pytest.raises(AdapterError, match=r"mix\.lora_A\.weight holds NaN"):
+            bank.combine(WEIGHTS, name="new", method=method)
+        assert bank.names() == ["a", "b", "c"]
+
     def test_names(self, bank):
         with pytest.raises(UnknownAdapterError):
             bank.combine({"a": 1.0, "z": 1.0}, name="new")
@@ -313,12 +321,12 @@ class TestPeft:
     """PEFT's add_weighted_adapter, and PEFT as a reader of what was combined."""
 
     def both(self, tiny, fill):
-        """Our bank and PEFT's model with the same two adapters, "a" (r=4) and "b" (r=2)."""
+        """Our bank and PEFT's model with the same two adapters, "one" (r=4) and "two" (r=2)."""
         theirs, bank = copy.deepcopy(tiny), Bank(tiny)
-        for name, r in (("a", 4), ("b", 2)):
+        for name, r in (("one", 4), ("two", 2)):
             fill(bank.add(name, LoraConfig(r=r, lora_alpha=3, target_modules=["q_proj", "down_proj"])), seed=r)
         model = None
-        for name in ("a", "b"):
+        for name in ("one", "two"):
             config = PeftConfig(r=bank[name].config.r, lora_alpha=3, target_modules=["q_proj", "down_proj"])
             if model is None:
                 model = get_peft_model(theirs, config, adapter_name=name)
@@ -335,9 +343,9 @@ class TestPeft:
     @pytest.mark.parametrize(("ours", "theirs", "rank"), [("concat", "cat", {}), ("svd", "svd", {"r": 3})])
     def test_the_same_as_theirs(self, tiny, fill, ours, theirs, rank):
         bank, model = self.both(tiny, fill)
-        made = bank.combine({"a": 0.6, "b": 1.7}, name="new", method=ours, **rank)
+        made = bank.combine({"one": 0.6, "two": 1.7}, name="new", method=ours, **rank)
         svd = {"svd_rank": rank["r"]} if rank else {}
-        model.add_weighted_adapter(["a", "b"], [0.6, 1.7], "new", combination_type=theirs, **svd)
+        model.add_weighted_adapter(["one", "two"], [0.6, 1.7], "new", combination_type=theirs, **svd)
         for path in made.adapter.sites:
             module = model.base_model.model.get_submodule(path)
             assert module.r["new"] == made.adapter.sites[path].r

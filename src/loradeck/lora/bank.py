@@ -246,11 +246,13 @@ class Bank:
         Until `unmerge`, which restores the base bit for bit, the base's own weights are kept beside the merged ones.
 
         Raises:
-            RouteError: something is merged already.
+            RouteError: something is merged already, or a route to an adapter is open: its rows would get both.
             UnsupportedError: a weight that cannot be merged into.
         """
         with self._lock:
             self._check_unmerged()
+            if any(route.members for route in [*self._open]):
+                raise RouteError("a route is open", mend="Merge outside of any route.")
             weighted = [(self[name], weight) for name, weight in weights_of(entry)]
             forms = {path: layer.form for path, layer in self._layers.items()}
             self._own_weights = merge.fold(self.model, forms, weighted)

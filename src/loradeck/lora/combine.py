@@ -12,6 +12,7 @@ For weights w_i and updates D_i = scaling_i · B_i A_i, the target is D = Σ w_i
 ties and dare are defined on the values of D_i, so they build one module's D at a time; concat and svd never do.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,11 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loradeck.errors import ConfigError
+from loradeck.errors import AdapterError, ConfigError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.config import MAX_RANK, LoraConfig, literal_pattern
 from loradeck.lora.layout import Site
 from loradeck.lora.peft import Origin
+from loradeck.ops.operands import finite
 
 Method = Literal["concat", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = ("concat", "svd", "ties", "dare")
@@ -55,7 +57,8 @@ def combine(
         seed: of dare's choice.
 
     Raises:
-        ConfigError: an unknown method, a rank or density that cannot be, a rank for concat.
+        ConfigError: an unknown method, a rank, density or weight that cannot be, a rank for concat.
+        AdapterError: an adapter holds NaN or Inf.
     """
     _check(weighted, method, r, density)
     generator = torch.Generator().manual_seed(seed)
@@ -96,11 +99,16 @@ def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None
         raise ConfigError(f"method {method!r} is unknown", mend=f"Take one of {', '.join(METHODS)}.")
     if method == "concat" and r is not None:
         raise ConfigError("concat keeps every rank, so it takes no r", mend='Take method="svd" to lower the rank.')
-    if r is not None and not 1 <= r <= MAX_RANK:
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK):
         raise ConfigError(f"r is {r}, not a whole number from 1 to {MAX_RANK}")
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}, not above 0 and up to 1")
-    for adapter, _ in weighted:
+    for adapter, weight in weighted:
+        if not math.isfinite(weight):
+            raise ConfigError(f"a weight is {weight!r}", mend="A weight is a finite number.")
+        broken = [f"{key} holds NaN or Inf" for key, tensor in adapter.tensors() if not finite(tensor)]
+        if broken:
+            raise AdapterError("This adapter cannot be combined", broken, mend="Train it again, or leave it out.")
         for path, site in adapter.sites.items():
             if site.kind == "conv" and site.b_shape[1] != site.r:
                 raise ConfigError(

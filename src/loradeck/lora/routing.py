@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isfinite
+from operator import index
 from typing import TYPE_CHECKING
 
 from loradeck.errors import RouteError
@@ -137,12 +138,16 @@ def entries_of(
         raise RouteError("this route has no entry", mend="Give one entry per row, or one for the whole batch.")
     if lengths is None:
         return entries, (1,) * len(entries)
-    if len(lengths) != len(entries) or any(length < 1 for length in lengths):
+    try:
+        sizes = tuple(index(length) for length in lengths)  # whole numbers of any library
+    except TypeError:
+        sizes = ()
+    if len(sizes) != len(entries) or min(sizes) < 1:
         raise RouteError(
-            f"lengths {[*lengths][:8]} do not go with {len(entries)} entries",
+            f"lengths {repr(lengths)[:60]} do not go with {len(entries)} entries",
             mend="Give each packed segment's number of tokens, one per entry.",
         )
-    return entries, tuple(lengths)
+    return entries, sizes
 
 
 @lru_cache(maxsize=256)

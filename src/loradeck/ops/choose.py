@@ -8,7 +8,7 @@ from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands, Pack
 
 # What a group costs in `segmented` beyond its arithmetic (a few small kernels), in multiply-adds of a dense product.
-# Measured by `python -m benchmarks.adapters --only ops`, recorded in docs/architecture.md.
+# Where the two cross on two CPU cores: `python -m benchmarks.ops`, benchmarks/results/ops.json.
 GROUP_OVERHEAD = 1_000_000
 
 
