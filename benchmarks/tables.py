@@ -33,6 +33,7 @@ TARGETS = (
 def main() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "adapters.json").read_text(encoding="utf-8"))
     demo = (ROOT / "benchmarks" / "results" / "demo.txt").read_text(encoding="utf-8")
+    demo = demo[demo.index("3. Back from disk") : demo.index("What to try next")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = between(readme, BEGIN, END, summary(record))
     readme = between(readme, *DEMO, f"```text\n{demo.strip()}\n```")

@@ -1,8 +1,10 @@
 """`loradeck demo`: the whole idea, on the tutorial's toy and on a real base. Tells a story; all it uses is public."""
 
 import shlex
+import sys
 import time
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 from loradeck.cli.screen import shown, size
@@ -128,6 +130,8 @@ def real_story(console: "Console", base: "Base", adapters: Path, *, quick: bool,
     console.print("\n[bold]4. One batch[/], every row through its own adapter")
     answers(console, base, bank, quick=quick)
     console.print("\n[bold]What to try next[/]")
+    on_path = which("loradeck") or Path(sys.argv[0]).name != "loradeck"
+    program = "loradeck" if on_path else sys.argv[0]  # after `make demo`, .venv/bin/loradeck
     first, second = str(adapters / FIRST), str(adapters / SECOND)
     for command in (
         ["chat", BASE, "--adapter", first, "--adapter", second],
@@ -135,7 +139,7 @@ def real_story(console: "Console", base: "Base", adapters: Path, *, quick: bool,
         ["diff", first, second],
         ["train", BASE, "YOUR.jsonl", "--output", str(adapters / "yours")],
     ):
-        print(shown("   " + shlex.join(["loradeck", *command])))
+        print(shown("   " + shlex.join([program, *command])))
 
 
 def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "TrainConfig", folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The adapters resident on one model, and every way to change them. Knows any nn.Module; knows no language model."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import RLock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, RouteError, UnknownAdapterError
 from loradeck.lora import fit, fresh, merge, targets
@@ -44,7 +44,7 @@ class Bank:
             raise LoradeckError("this model already has a bank", mend="Use that bank, or call its detach() first.")
         self.model = model
         self._working_sets = WorkingSets()
-        self._residents = Residents(self._working_sets.clear)
+        self._residents = Residents(self._moved)
         self._host.add_module(RESIDENTS, self._residents)
         self._layers: dict[str, LoraLayer] = {}
         self._open: set[Route] = set()
@@ -187,7 +187,17 @@ class Bank:
                 self._fitting.clear()
             self._unswept = bool(members.difference(self[name] for name in self.names()))
 
-    def _closed(self, route: Route) -> None:
+    def _moved(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._working_sets.clear()
+        for parameter in self._own_weights.values():  # set aside by a merge, they move with the model all the same
+            parameter.data = fn(parameter.data)
+
+    def _enter(self, route: Route) -> None:
+        if route.members:
+            self._check_unmerged()
+        self._open.add(route)
+
+    def _leave(self, route: Route) -> None:
         self._open.discard(route)
         if self._unswept:
             self._sweep()
@@ -237,13 +247,14 @@ class Bank:
         index = {adapter: i for i, adapter in enumerate(working_set.members)} if working_set else {}
         mixed = tuple(tuple((index[own[name]], weight) for name, weight in entry) for entry in weights)
         return opened(
-            Route(self, working_set, mix_of(mixed, sizes), packed=lengths is not None), self._open, self._closed
+            Route(self, working_set, mix_of(mixed, sizes), packed=lengths is not None), self._enter, self._leave
         )
 
     def merge(self, entry: str | Blend) -> None:
         """Fold an adapter, or a blend, into the base's weights, for a model without any extra cost per step.
 
-        Until `unmerge`, which restores the base bit for bit, the base's own weights are kept beside the merged ones.
+        Until `unmerge`, which restores the base bit for bit, the base's own weights are kept beside the merged ones,
+        and a row routed to None goes through the merged model.
 
         Raises:
             RouteError: something is merged already, or a route to an adapter is open: its rows would get both.
@@ -285,8 +296,6 @@ class Bank:
             self.add(name, adapter)
             return result
 
-    # ---- checks
-
     def _check_new(self, name: str) -> None:
         check_name(name)
         if name in self:
@@ -295,8 +304,6 @@ class Bank:
     def _check_unmerged(self) -> None:
         if self._own_weights:
             raise RouteError("adapters are merged into the base", mend="Call bank.unmerge() first.")
-
-    # ---- places
 
     def _fit(self, sites: Mapping[str, Site], what: str) -> dict[str, Form]:
         own = {path: layer.form for path, layer in self._layers.items()}

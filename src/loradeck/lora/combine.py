@@ -83,6 +83,8 @@ def combine(
                 lost, whole = lost + dropped, whole + total
             a = a.reshape(-1, *site.a_shape[1:]).to(dtype)
             b = b.reshape(*site.b_shape[:1], -1, *site.b_shape[2:]).to(dtype)
+            if not (finite(a) and finite(b)):
+                raise AdapterError(f"{path} overflows {dtype}", mend="Combine at smaller weights, or in float32.")
             pairs[path] = a, b
             sites[path] = Site(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
     config = _config(sites)

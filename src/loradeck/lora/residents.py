@@ -5,7 +5,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.routing import WorkingSet
@@ -16,8 +16,8 @@ KEPT_SETS = 2  # the packed tensors of a working set cost about its adapters' by
 class Residents(nn.Module):
     """The adapters as a child of the model: they move with it and are among its parameters, not in its state_dict."""
 
-    def __init__(self, moved: Callable[[], None]) -> None:
-        """`moved` is called after the tensors were moved or cast."""
+    def __init__(self, moved: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
+        """`moved` is called after the tensors were moved or cast, with what moves or casts a tensor."""
         super().__init__()
         self._names: dict[str, Adapter] = {}
         self._moved = moved
@@ -57,7 +57,7 @@ class Residents(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Residents":
         super()._apply(fn, recurse)
-        self._moved()
+        self._moved(fn)
         return self
 
     # pyrefly: ignore [bad-override]  (a narrower result than torch's overloads)

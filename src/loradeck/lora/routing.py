@@ -89,19 +89,19 @@ def current(bank: object) -> Route | None:
 
 
 @contextmanager
-def opened(route: Route, routes: set[Route], closed: Callable[[Route], None]) -> Iterator[None]:
+def opened(route: Route, enter: Callable[[Route], None], leave: Callable[[Route], None]) -> Iterator[None]:
     """Make a route the current one of its bank in this thread until the block ends, however it ends.
 
-    Meanwhile it is one of its bank's `routes`; then `closed` is told.
+    Its bank is told by `enter`, which may refuse, and by `leave`.
     """
+    enter(route)
     route.outer = _route.get()
-    routes.add(route)
     token = _route.set(route)
     try:
         yield
     finally:
         _route.reset(token)
-        closed(route)
+        leave(route)
 
 
 def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:

@@ -70,15 +70,22 @@ def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> Form | str:
     return form if not isinstance(form, str) else f"is a {type(module).__name__}, which {form}"
 
 
-def suffixes(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
-    """Return the shortest path endings that match exactly `paths` among the model's modules, sorted."""
+def suffixes(model: nn.Module, paths: Sequence[str]) -> str | tuple[str, ...]:
+    """Return the shortest path endings that match exactly `paths` among the model's modules, sorted.
+
+    Where no ending can (a path that also ends another's), return a regex.
+    """
     wanted = set(paths)
     strangers: set[str] = set()
     for path, _ in model.named_modules():
         if path not in wanted:
             strangers.update(_endings(path))
-    chosen = {next((end for end in _endings(path) if end not in strangers), path) for path in paths}
-    return tuple(sorted(chosen))
+    chosen = {path: next((end for end in _endings(path) if end not in strangers), "") for path in paths}
+    endings = tuple(sorted({end for end in chosen.values() if end}))
+    whole = "|".join(re.escape(path) for path in sorted(paths) if not chosen[path])
+    if not whole:
+        return endings
+    return f"({whole})" + "".join(rf"|(.*\.)?{re.escape(end)}" for end in endings)
 
 
 def matches(path: str, targets: str | Sequence[str]) -> bool:
