@@ -184,6 +184,13 @@ class TestPeft:
 
     @pytest.mark.parametrize(("method", "theirs"), [("concat", "cat"), ("svd", "svd")])
     def test_add_weighted_adapter(self, bank, folders, method, theirs):
+        if method == "svd":  # of a convolution, PEFT's own svd fails
+            for name in ("a", "c"):
+                adapter = bank[name]
+                pairs = {path: adapter.pair(path) for path in adapter.sites if not path.startswith("conv")}
+                bank.unload(name)
+                bank.add(name, Adapter.of(CONFIGS[name], {k: v for k, v in pairs.items() if k != "embed"}))
+                bank.save(name, folders[name])
         weights = {"a": 0.6, "c": 0.9}
         options = {} if method == "concat" else {"r": 3}
         bank.combine(weights, name="ours", method=method, **options)
@@ -242,7 +249,7 @@ class TestRefusals:
             ({"a": 1.0}, {"method": "ties", "density": 0}), ({"a": 1.0}, {"method": "dare", "density": 1.5}),
             ({"a": 1.0}, {"method": "dare", "density": float("nan")}), ({"nobody": 1.0}, {}),
         ],
-        ids=str,
+        ids=lambda value: str(value)[:40],
     )  # fmt: skip
     def test_what_cannot_be(self, bank, weights, options):
         before = outputs(bank, "a")

@@ -12,9 +12,9 @@ For weights w_i and updates D_i = scaling_i · B_i A_i, the target is D = Σ w_i
 ties and dare are defined on the values of D_i, so they build one module's D at a time; concat and svd never do.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sys import float_info
 from typing import Literal
 
 import torch
@@ -106,8 +106,8 @@ def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}, not above 0 and up to 1")
     for adapter, weight in weighted:
-        if not math.isfinite(weight):
-            raise ConfigError(f"a weight is {weight!r}", mend="A weight is a finite number.")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= float_info.max:
+            raise ConfigError(f"a weight is {repr(weight)[:40]}", mend="A weight is a finite number.")
         broken = [f"{key} holds NaN or Inf" for key, tensor in adapter.tensors() if not finite(tensor)]
         if broken:
             raise AdapterError("This adapter cannot be combined", broken, mend="Train it again, or leave it out.")

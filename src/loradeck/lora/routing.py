@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isfinite
 from operator import index
+from sys import float_info
 from typing import TYPE_CHECKING
 
 from loradeck.errors import RouteError
@@ -119,8 +119,8 @@ def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:
             f"{entry!r} is no entry of a route", mend="An entry is an adapter's name, None, or {name: weight}."
         )
     for name, weight in entry.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
-            raise RouteError(f"the weight of {name!r} is {weight!r}", mend="A weight is a finite number.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= float_info.max:
+            raise RouteError(f"the weight of {name!r} is {repr(weight)[:40]}", mend="A weight is a finite number.")
     return tuple((name, float(weight)) for name, weight in entry.items() if weight != 0)
 
 
