@@ -1,5 +1,7 @@
 """Folding adapters into the base, and taking them out again bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -27,11 +29,13 @@ def logits(bank, ids, route=None):
 
 
 def weights(model):
-    return {name: (id(p), p.clone()) for name, p in model.named_parameters() if not name.startswith("loradeck")}
+    """Every parameter of the base, tied ones under each name: the object and its values."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: (id(p), p.clone()) for name, p in named if "loradeck." not in name}
 
 
 def unchanged(model, before):
-    after = dict(model.named_parameters())
+    after = dict(model.named_parameters(remove_duplicate=False))
     return all(id(after[name]) == identity and torch.equal(after[name], p) for name, (identity, p) in before.items())
 
 
@@ -112,6 +116,16 @@ class TestMerging:
         bank.unmerge()
         assert {p.dtype for p in bank.model.parameters()} == {torch.float64}
         assert torch.equal(bank.model.float()(ids).logits, base)
+
+    def test_a_copy_is_merged_by_itself(self, bank, ids):
+        base = logits(bank, ids)
+        bank.merge("a")
+        twin = copy.deepcopy(bank)
+        bank.unmerge()
+        assert torch.equal(bank.model(ids).logits, base)
+        assert not torch.equal(twin.model(ids).logits, base)
+        twin.unmerge()
+        assert torch.equal(twin.model(ids).logits, base)
 
     def test_training_flags_are_kept(self, bank):
         bank.model.lm_head.weight.requires_grad_(True)
@@ -199,6 +213,23 @@ class TestRefusals:
         with pytest.raises(UnsupportedError, match="x has a Packed"):
             bank.merge("a")
         assert type(model["x"].weight) is Packed
+
+    def test_a_merge_that_overflows(self, fill):
+        bank = Bank(nn.Sequential(nn.Linear(4, 4)).half())
+        fill(bank.add("a", LoraConfig(r=2, target_modules=["0"])), size=300.0)
+        before = weights(bank.model)
+        with pytest.raises(AdapterError, match="0 would hold NaN or Inf"):
+            bank.merge("a")
+        assert unchanged(bank.model, before)
+
+    def test_a_quantised_weight(self, zoo, fill):
+        bank = Bank(zoo)
+        fill(bank.add("a", LoraConfig(r=2, target_modules=["mix", "linear"])))
+        zoo.linear.weight = nn.Parameter(torch.ones(5, 7, dtype=torch.int8), requires_grad=False)
+        before = weights(zoo)
+        with pytest.raises(UnsupportedError, match=r"linear has a Parameter of torch\.int8"):
+            bank.merge("a")
+        assert unchanged(zoo, before)
 
     def test_unloading_what_is_merged(self, bank, ids):
         base = logits(bank, ids)

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
+from huggingface_hub import save_torch_state_dict
+from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import LoraConfig as PeftConfig
 from torch import nn
 from transformers import (
@@ -22,10 +23,15 @@ from transformers import (
 )
 
 from loradeck import Bank, LoraConfig
-from loradeck.errors import AdapterError, UnsupportedError
+from loradeck.errors import AdapterError, RouteError, UnsupportedError
 
 # PEFT 0.21 asks transformers 5 by a name that is going away.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# The other two it says of any adapter on such layers, its own as well.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
+]
 TENSORS = "adapter_model.safetensors"
 IDS = torch.randint(3, 128, (3, 6), generator=torch.Generator().manual_seed(4))
 
@@ -90,9 +96,16 @@ CASES = {
     "scaled embedding": ("gemma", {"r": 3, "target_modules": ["embed_tokens", "q_proj"]}),
     "gpt2": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "gpt2, every linear": ("gpt2", {"r": 4, "target_modules": "all-linear", "fan_in_fan_out": True}),
+    "gpt2, positions": ("gpt2", {"r": 3, "target_modules": ["wpe"]}),
+    "gpt2, tied embedding": ("gpt2", {"r": 3, "target_modules": ["wte"]}),
     "convolutions": ("convs", {"r": 4, "target_modules": ["embed", "conv1", "conv2"]}),
     "a grouped convolution": ("convs", {"r": 4, "target_modules": ["grouped", "conv1"]}),
 }  # fmt: skip
+
+
+COPIED = ("embedding and head", "scaled embedding", "gpt2, tied embedding", "gpt2, positions")  # with base weights
+# PEFT merges no grouped convolution, and an embedding into its tied head too.
+MERGEABLE = sorted(CASES.keys() - {"a grouped convolution", "scaled embedding", "gpt2, tied embedding"})
 
 
 def made(factory, seed=0):
@@ -116,7 +129,7 @@ def write_with_peft(model, folder, config, name="default", **options):
         adapted = get_peft_model(model, config, adapter_name=name, **options).eval()
         with torch.no_grad():
             for key, parameter in adapted.named_parameters():
-                if "lora_" in key:
+                if parameter.requires_grad or "lora_" in key:
                     parameter.copy_(torch.randn(parameter.shape) * 0.2)
         wanted = outputs(adapted)
         adapted.save_pretrained(folder)
@@ -137,29 +150,51 @@ class TestTheirsToOurs:
         assert bank.load(folder) == "theirs"
         with bank.route("theirs"):
             assert torch.allclose(outputs(model), wanted, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(wanted, base, atol=1e-2)
+        if case == "gpt2, positions":  # one row of positions serves the whole batch, so rows cannot differ there
+            with bank.route(["theirs", None, "theirs"]), pytest.raises(RouteError, match="wpe got 1 rows"):
+                outputs(model)
+            return
         with bank.route(["theirs", None, "theirs"]):
             mixed = outputs(model)
         assert torch.allclose(mixed[[0, 2]], wanted[[0, 2]], atol=1e-5, rtol=1e-5)
         assert torch.equal(mixed[1], base[1])
-        assert not torch.allclose(wanted, base, atol=1e-2)
 
+    @pytest.mark.parametrize("case", MERGEABLE)
+    def test_equal_merged_weights(self, case, tmp_path):
+        factory, settings = CASES[case]
+        config = PeftConfig(**settings)
+        _, folder = write_with_peft(made(FACTORIES[factory]), tmp_path / "theirs", config)
+        bank = Bank(made(FACTORIES[factory]))
+        bank.load(folder)
+        bank.merge("theirs")
+        ours = bank.model.state_dict()
+        base = made(FACTORIES[factory]).state_dict()
+        theirs = PeftModel.from_pretrained(made(FACTORIES[factory]), folder).merge_and_unload().state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[key], tensor, atol=1e-5) for key, tensor in theirs.items())
+        changed = [key for key, tensor in ours.items() if not torch.equal(tensor, base[key])]
+        assert len(changed) == len(bank["theirs"].sites)
+
+    @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
     @pytest.mark.parametrize("case", CASES)
-    def test_saving_again_gives_their_bytes(self, case, tmp_path):
+    def test_saving_again_gives_their_bytes(self, case, trainable, tmp_path):
         factory, settings = CASES[case]
         _, folder = write_with_peft(made(FACTORIES[factory]), tmp_path / "theirs", PeftConfig(**settings))
         bank = Bank(made(FACTORIES[factory]))
-        bank.load(folder)
+        bank.load(folder, trainable=trainable)
         again = bank.save("theirs", tmp_path / "again")
         tensors = safetensors.torch.load_file(folder / TENSORS)
         copies = [key for key in tensors if "lora_" not in key]
         if copies:  # of weights of the base; they are not written again
-            assert case in ("embedding and head", "scaled embedding")
+            assert case in COPIED
             kept = safetensors.torch.load_file(again / TENSORS)
             assert kept.keys() == tensors.keys() - set(copies)
             assert all(torch.equal(kept[key], tensors[key]) for key in kept)
         else:
             assert (again / TENSORS).read_bytes() == (folder / TENSORS).read_bytes()
-        theirs, ours = (json.loads((path / "adapter_config.json").read_text()) for path in (folder, again))
+        # Every key in its order, for the first pattern that matches counts; PEFT ends the file without a line break.
+        theirs, ours = ((path / "adapter_config.json").read_bytes().strip() for path in (folder, again))
         assert ours == theirs
 
     @pytest.mark.parametrize("name", ["1", "mlp", "layers", "weight", "q_proj", "self_attn", "default2"])
@@ -168,6 +203,8 @@ class TestTheirsToOurs:
         config = PeftConfig(r=3, target_modules=["q_proj", "up_proj"])
         wanted, folder = write_with_peft(made(llama), tmp_path, config, name)
         bank = Bank(made(llama))
+        with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
+            bank.load(tmp_path)
         assert bank.load(folder) == name
         with bank.route(name):
             assert torch.allclose(outputs(bank.model), wanted, atol=1e-5, rtol=1e-5)
@@ -197,14 +234,56 @@ class TestTheirsToOurs:
         assert got.dtype == torch.bfloat16
         assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max()
 
-    @pytest.mark.parametrize("init", ["gaussian", "orthogonal", True, False])
-    def test_initialisations_that_leave_the_base_alone(self, init, tmp_path):
-        config = PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    @pytest.mark.parametrize(
+        "settings",
+        [{"init_lora_weights": init} for init in ("gaussian", "orthogonal", True, False)]
+        + [{"lora_dropout": 0.3}, {"ensure_weight_tying": True}, {"inference_mode": True}],
+        ids=str,
+    )
+    def test_settings_that_only_training_knows(self, settings, tmp_path):
+        config = PeftConfig(r=4, target_modules=["q_proj"], **settings)
         wanted, folder = write_with_peft(made(llama), tmp_path / "a", config)
         bank = Bank(made(llama))
         bank.load(folder)
         with bank.route("a"):
             assert torch.allclose(outputs(bank.model), wanted, atol=1e-5, rtol=1e-5)
+
+    def test_shards(self, tmp_path):
+        wanted, folder = write_with_peft(made(llama), tmp_path / "a", PeftConfig(r=4, target_modules="all-linear"))
+        whole, tensors = (folder / TENSORS).read_bytes(), safetensors.torch.load_file(folder / TENSORS)
+        (folder / TENSORS).unlink()
+        pattern = "adapter_model{suffix}.safetensors"
+        save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=len(whole) // 3)
+        assert len([*folder.glob("adapter_model-*-of-*.safetensors")]) > 2
+        bank = Bank(made(llama))
+        bank.load(folder)
+        with bank.route("a"):
+            assert torch.allclose(outputs(bank.model), wanted, atol=1e-5, rtol=1e-5)
+        assert (bank.save("a", tmp_path / "b") / TENSORS).read_bytes() == whole
+
+    @pytest.mark.filterwarnings("ignore:.*changes the base weights of the model:UserWarning")
+    @pytest.mark.parametrize("use_rslora", [False, True])
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_what_changed_the_base_loads_once_converted(self, init, use_rslora, tmp_path):
+        """The way out that its refusal names."""
+        config = PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, use_rslora=use_rslora)
+        adapted = get_peft_model(made(llama), config).eval()
+        own = adapted.peft_config["default"]
+        own.init_lora_weights = True
+        adapted.save_pretrained(tmp_path / "initial")
+        own.init_lora_weights = init
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if "lora_" in key:
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        initial = str(tmp_path / "initial")
+        adapted.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=initial)
+        bank = Bank(made(llama))
+        base = outputs(bank.model)
+        bank.load(tmp_path / "a")
+        with bank.route("a"):
+            assert torch.allclose(outputs(bank.model), outputs(adapted), atol=1e-4, rtol=1e-4)  # W - BA + BA is rounded
+        assert not torch.allclose(outputs(adapted), base, atol=1e-2)
 
     def test_training_goes_on_as_in_peft(self, tmp_path):
         """The same steps from the same file."""
@@ -307,6 +386,10 @@ class TestOursToTheirs:
         assert result.unexpected_keys == []
         assert [key for key in result.missing_keys if "lora_" in key] == []
         adapted.set_adapter(name)
+        held = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+        file = safetensors.torch.load_file(folder / TENSORS)
+        assert held.keys() == file.keys()
+        assert all(torch.equal(held[key], tensor) for key, tensor in file.items())
         return adapted
 
     @pytest.mark.parametrize("case", CASES)
@@ -391,8 +474,9 @@ REFUSED = {
     "fast PiSSA": (llama, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
     "OLoRA": (llama, {"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
     "activated LoRA": (llama, {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
+    "VeLoRA": (llama, {"velora_config": {}}, "velora_config"),
     "layer replication": (llama, {"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
-    "an attention module": (_Attends, {"target_modules": ["attention"]}, "attention modules"),
+    "an attention module": (_Attends, {"target_modules": ["attention"]}, "attention module"),
 }  # fmt: skip
 
 

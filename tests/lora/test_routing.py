@@ -106,13 +106,12 @@ class TestEntries:
 class TestPackedRows:
     """`lengths`: each entry is a segment of tokens of one packed row."""
 
-    def test_segments_go_through_their_own(self, bank):
+    def test_segments_go_through_their_own(self, fill):
         linears = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).requires_grad_(False)
         packed = Bank(linears)
         with torch.no_grad():
-            for name in "ab":
-                for p in packed.add(name, LoraConfig(r=3, target_modules=["0", "2"])).parameters():
-                    p.normal_()
+            for seed, name in enumerate("ab"):
+                fill(packed.add(name, LoraConfig(r=3, target_modules=["0", "2"])), seed=seed)
             x = torch.randn(1, 11, 6)
             entries, lengths = ["a", None, {"a": 0.5, "b": -1.0}, "a"], [2, 4, 1, 4]
             with packed.route(entries, lengths=lengths):
@@ -314,6 +313,24 @@ def test_any_mix_is_its_rows(bank, entries, seed, length):
     for row, entry in enumerate(entries):
         alone = logits(bank, ids[row : row + 1], entry)[0]
         assert (together[row] - alone).abs().max() <= 1e-5 * max(1.0, alone.abs().max().item())
+
+
+@settings(max_examples=30, deadline=None, database=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(segments=st.lists(st.tuples(ENTRY, st.integers(1, 5)), min_size=1, max_size=5))
+def test_any_packed_segments_are_their_tokens(bank, segments):
+    layer = bank.model.model.layers[1].self_attn.q_proj
+    entries, lengths = [entry for entry, _ in segments], [length for _, length in segments]
+    x = torch.randn(1, sum(lengths), 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with bank.route(entries, lengths=lengths):
+            together = layer(x)
+        start = 0
+        for entry, length in segments:
+            with bank.route(entry):
+                alone = layer(x[:, start : start + length])
+            assert torch.allclose(together[:, start : start + length], alone, atol=1e-5, rtol=1e-5)
+            start += length
 
 
 JUNK = st.recursive(

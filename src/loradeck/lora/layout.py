@@ -21,8 +21,8 @@ UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA magnitudes",
     "lora_B.bias": "a bias of B",
     "token_adapter.trainable_tokens_delta": "replaced token rows",
-    "base_layer.lora_A": "nested parameters (MoE experts, attention modules)",
-    "base_layer.lora_B": "nested parameters (MoE experts, attention modules)",
+    "base_layer.out_proj.lora_": "pairs of a whole attention module (nn.MultiheadAttention)",
+    "base_layer.lora_": "nested parameters (MoE experts)",
 }
 
 
@@ -166,7 +166,7 @@ def _sites(folder: Path, config: LoraConfig, entries: Mapping[str, Entry]) -> tu
 
 def _split(key: str) -> tuple[str, str] | None:
     for half, end in (("A", LINEAR[0]), ("B", LINEAR[1]), ("eA", EMBEDDING[0]), ("eB", EMBEDDING[1])):
-        if key.endswith(end) and ".base_layer.lora_" not in key:
+        if key.endswith(end) and ".base_layer." not in key:
             return key[len(PREFIX) : -len(end)], half
     return None
 

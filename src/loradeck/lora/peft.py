@@ -44,6 +44,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_bdlora": (bool, "is a block-diagonal LoRA", RETRAIN),
     "arrow_config": (bool, "routes between adapters by itself", RETRAIN),
     "kasa_config": (bool, "is KaSA, which changes the base by a truncated SVD", RETRAIN),
+    "velora_config": (bool, "is VeLoRA, which saves tensors of its training too", RETRAIN),
     "monteclora_config": (bool, "is MonteCLoRA, which samples its tensors", RETRAIN),
     "init_lora_weights": (
         lambda v: isinstance(v, str) and v.lower().startswith(BASE_CHANGED),
@@ -167,7 +168,7 @@ def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) ->
         "use_dora": False,
         "use_rslora": config.use_rslora,
     }
-    return msgspec.json.format(msgspec.json.encode(table), indent=2) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(table), indent=2)
 
 
 def _short(value: object) -> str:

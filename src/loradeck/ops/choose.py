@@ -5,7 +5,7 @@ from torch import Tensor
 
 from loradeck.ops import packed, segmented
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pack
+from loradeck.ops.operands import Operands, Pack, compute_dtype
 
 # What a group costs in `segmented` beyond its arithmetic (a few small kernels), in multiply-adds of a dense product.
 # Where the two cross on two CPU cores: `python -m benchmarks.ops`, benchmarks/results/ops.json.
@@ -36,5 +36,5 @@ def packs(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool)
     )  # multiply-adds in B; A's are of the same order
     if 2 * wasted > GROUP_OVERHEAD * len(mix.groups):
         return None
-    pack = operands.pack(x.dtype if x.is_floating_point() else y.dtype)
+    pack = operands.pack(compute_dtype(x, y))
     return pack if pack.finite else None

@@ -1,7 +1,7 @@
 """The low-rank pairs that meet at one layer. Knows tensors; knows no names and no routes."""
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +13,24 @@ def finite(tensor: Tensor) -> bool:
     """Say whether a tensor holds no NaN and no Inf; one pass, a tenth of the time of torch.isfinite(tensor).all()."""
     low, high = torch.aminmax(tensor.detach())  # both carry a NaN through
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+@cache
+def _native(dtype: torch.dtype) -> bool:
+    """Say whether the CPU has arithmetic for a half-precision dtype; an older torch does not tell."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return any(able.get(name) for name in names)
+
+
+def compute_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer of input x and output y computes its update.
+
+    That is the layer's own; on a CPU that only emulates it, float32, which is then faster and no less exact.
+    """
+    dtype = x.dtype if x.is_floating_point() else y.dtype
+    half = dtype == torch.bfloat16 or dtype == torch.float16
+    return torch.float32 if half and x.device.type == "cpu" and not _native(dtype) else dtype
 
 
 @dataclass(frozen=True, slots=True)

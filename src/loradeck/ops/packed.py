@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pack
+from loradeck.ops.operands import Operands, Pack, compute_dtype
 
 
 def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, pack: Pack | None = None) -> Tensor:
@@ -16,8 +16,9 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, pack: Pack | None =
     """
     form = operands.form
     if pack is None:
-        pack = operands.pack(x.dtype if x.is_floating_point() else y.dtype)
-    h = form.shrink(form.items(x), pack.a)  # (T, R)
+        pack = operands.pack(compute_dtype(x, y))
+    items = form.items(x)
+    h = form.shrink(items.to(pack.a.dtype) if items.is_floating_point() else items, pack.a)  # (T, R)
     factors, factor = mix.mask(operands.ranks, operands.scalings, h.dtype, h.device)
     runs = h.view(mix.total, -1, h.shape[1])
     if factor is None:
@@ -31,4 +32,6 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, pack: Pack | None =
         if torch.is_grad_enabled():
             return form.restore(torch.addmm(z, h, pack.b.T, alpha=alpha), y)
         return form.restore(z.addmm_(h, pack.b.T, alpha=alpha), y)
-    return form.restore(z + (F.linear(h, pack.b) * alpha).to(z.dtype), y)
+    if torch.is_grad_enabled():
+        return form.restore(torch.add(z, F.linear(h, pack.b), alpha=alpha).to(z.dtype), y)
+    return form.restore(z.add_(F.linear(h, pack.b), alpha=alpha), y)

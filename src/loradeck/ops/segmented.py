@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pair
+from loradeck.ops.operands import Operands, Pair, compute_dtype
 
 
 def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool = False) -> Tensor:
@@ -16,8 +16,10 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
     x the layer's input · y the base's output for it -> a tensor like y. Dropout acts only when `training`.
     """
     form = operands.form
-    dtype = x.dtype if x.is_floating_point() else y.dtype
+    dtype = compute_dtype(x, y)
     items, z = form.items(x), form.positions(y)
+    if items.is_floating_point():
+        items = items.to(dtype)
     in_place = not torch.is_grad_enabled()
     per_run, per_item = items.shape[0] // mix.total, z.shape[0] // max(items.shape[0], 1)
     updates: list[tuple[Tensor | slice, Tensor]] = []
@@ -38,8 +40,11 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
             h = form.shrink(x_rows, pair.a)
             b = form.dense_b(pair.b).T
             factor = weight * pair.scaling
-            if in_place and isinstance(places, slice) and z.dtype == h.dtype == b.dtype:
-                z[places].addmm_(h, b, alpha=factor)
+            if in_place and isinstance(places, slice):
+                if z.dtype == h.dtype == b.dtype:
+                    z[places].addmm_(h, b, alpha=factor)
+                else:
+                    z[places].add_(h @ b, alpha=factor)
                 continue
             own = factor * (h @ b) if own is None else torch.add(own, h @ b, alpha=factor)
         if own is not None and places is not None:
