@@ -21,7 +21,7 @@ MAY = {
     "disk": set(),
     "toy": set(),
     "demo": set(),
-    "ops": {"errors"},
+    "ops": set(),
     "lora": {"ops", *GROUND},
     "base": GROUND,
     "generation": {"lora", "base", *GROUND},

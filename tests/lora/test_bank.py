@@ -195,6 +195,35 @@ class TestComingAndGoing:
             Bank(bank.model)
 
 
+class TestContentHash:
+    """What an adapter computes with, whatever it is called."""
+
+    def test_it_is_of_the_content(self, bank, fill, tmp_path):
+        first = fill(bank.add("a", LINEAR)).content_hash()
+        bank.rename("a", "b")
+        assert bank["b"].content_hash() == first
+        bank.load(bank.save("b", tmp_path / "c", note="x"))
+        bank.load(tmp_path / "c", "thawed", trainable=True)
+        assert bank["c"].content_hash() == bank["thawed"].content_hash() == first
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda bank: next(bank.parameters("a"))[0, 0].add_(1e-6),
+            lambda bank: bank["a"].double(),
+            lambda bank: bank.add(
+                "new", Adapter.of(LoraConfig(r=4, lora_alpha=17), {"linear": bank["a"].pair("linear")})
+            ),
+            lambda bank: bank.combine({"a": 1.0}, name="new"),
+        ],
+    )
+    def test_whatever_changes_an_output_changes_it(self, bank, fill, change):
+        first = fill(bank.add("a", LINEAR)).content_hash()
+        with torch.no_grad():
+            change(bank)
+        assert bank["new" if "new" in bank else "a"].content_hash() != first
+
+
 class TestOnTheModel:
     """The adapters are of the model, and its checkpoints are the base's."""
 
@@ -278,6 +307,17 @@ class TestOnTheModel:
         twin.detach()
         assert torch.equal(through(bank, x, ["a", None, "a"]), wanted)
 
+    def test_a_copy_made_under_a_route_has_none_open(self, bank, fill, x):
+        fill(bank.add("a", LINEAR))
+        with torch.no_grad(), bank.route("a"):
+            twin = copy.deepcopy(bank)
+            assert not torch.equal(bank.model(x), twin.model(x))
+            twin.merge("a")
+            twin.unmerge()
+            twin.unload("a")
+            assert set(vars(twin.model.linear)) == set(vars(nn.Linear(1, 1)))
+        assert set(vars(bank.model.linear)) != set(vars(nn.Linear(1, 1)))
+
     def test_a_copied_model_carries_its_adapters(self, bank, fill, x):
         fill(bank.add("a", LINEAR))
         twin = copy.deepcopy(bank.model)
@@ -286,6 +326,52 @@ class TestOnTheModel:
             assert torch.equal(twin(x), through(bank, x, None))
         with pytest.raises(LoradeckError, match="already has a bank"):
             Bank(twin)
+
+
+class TestOtherTools:
+    """Whatever else replaces a module's forward, before or after."""
+
+    def test_one_that_was_there_before(self, bank, fill, x):
+        linear = bank.model.linear
+        own = linear.forward
+        linear.forward = lambda x: 2 * own(x)
+        hooked = linear.forward
+        before = bank.model(x)
+        fill(bank.add("a", LINEAR))
+        assert torch.equal(bank.model(x), before)
+        bank.detach()
+        assert linear.forward is hooked
+
+    def test_one_that_came_after(self, bank, fill, x):
+        fill(bank.add("a", LINEAR))
+        linear = bank.model.linear
+        ours = linear.forward
+        linear.forward = lambda x: 2 * ours(x)
+        hooked = linear.forward
+        routed = through(bank, x, "a")
+        bank.detach()
+        assert linear.forward is hooked
+        assert torch.equal(
+            bank.model(x), 2 * nn.functional.linear(bank.model.first(x).relu(), linear.weight, linear.bias)
+        )
+        assert not torch.equal(bank.model(x), routed)
+
+    def test_a_bank_on_a_part_of_the_model(self, fill):
+        """Two banks meet on one module; whichever goes first, the other goes on."""
+        for first in (0, 1):
+            model = nn.Module()
+            model.part = Net().requires_grad_(False)
+            banks, linear, x = (Bank(model), Bank(model.part)), model.part.linear, torch.randn(3, 5)
+            before = linear(x)
+            for seed, bank in enumerate(banks):
+                fill(bank.add("a", LINEAR), seed=seed)
+            with torch.no_grad(), banks[1 - first].route("a"):
+                wanted = linear(x)
+                banks[first].detach()
+                assert torch.equal(linear(x), wanted)
+                assert not torch.equal(wanted, before)
+            banks[1 - first].detach()
+            assert torch.equal(linear(x), before)
 
 
 class TestUnloading:

@@ -1,6 +1,7 @@
 """The laws of the design that exist by now: what must hold whatever else changes."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -234,6 +235,38 @@ class TestJobsAreAlone:
             bank.model.zero_grad()
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
         assert all(bool(g.any()) for g in grads[1][1::2])  # B's; A's are zero while B is
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_computed_again_in_another_thread(self, reentrant):
+        """As torch does it for CUDA: the only open route is meant."""
+        torch.manual_seed(0)
+        bank = Bank(Checkpointed(reentrant))
+        adapter = bank.add("a", LoraConfig(r=2, target_modules=["inner"]))
+        x, grads = torch.randn(4, 3, requires_grad=True), []
+        for elsewhere in (False, True):
+            with bank.route(["a", None, "a", "a"]):
+                loss = bank.model(x).square().sum()
+                if elsewhere:
+                    with ThreadPoolExecutor(1) as pool:
+                        pool.submit(loss.backward).result(30)
+                else:
+                    loss.backward()
+            grads.append([p.grad.clone() for p in adapter.parameters()])
+            bank.model.zero_grad()
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+        assert bool(grads[1][1].any())
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_computed_again_outside_of_its_route(self, reentrant):
+        """Not an adapter that stays as it is without a word."""
+        bank = Bank(Checkpointed(reentrant))
+        bank.add("a", LoraConfig(r=2, target_modules=["inner"]))
+        with bank.route("a"):
+            loss = bank.model(torch.randn(4, 3, requires_grad=True)).square().sum()
+        with pytest.raises(RouteError, match="outside of any route"):
+            loss.backward()
+        with bank.route(None):
+            bank.model(torch.randn(4, 3, requires_grad=True)).sum().backward()
 
     def test_checkpointed_dropout_is_refused(self):
         bank = Bank(Checkpointed(False))

@@ -103,6 +103,48 @@ class TestEntries:
         assert torch.equal(bank.model(ids).logits, logits(bank, ids, None))
 
 
+class TestOddBatches:
+    """Empty batches, single tokens, inputs by keyword, inputs of one dimension."""
+
+    @pytest.mark.parametrize("rows", ["poet", ["poet", None, {"tiny": 0.5}]], ids=str)
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_no_rows_at_all(self, bank, rows, grad):
+        layer = bank.model.model.layers[0].self_attn.v_proj
+        with torch.set_grad_enabled(grad), bank.route(rows):
+            assert layer(torch.zeros(0, 64)).shape == (0, 32)
+            assert layer(torch.zeros(0, 5, 64)).shape == (0, 5, 32)
+
+    def test_by_keyword_and_without_a_batch(self, bank):
+        layer, x = bank.model.model.layers[0].self_attn.v_proj, torch.randn(2, 64)
+        with torch.no_grad(), bank.route("poet"):
+            wanted = layer(x)
+            assert torch.equal(layer(input=x), wanted)
+            assert close(layer(x[0]), wanted[0])
+        with torch.no_grad(), bank.route(["poet", None]):
+            assert torch.equal(layer(input=x)[1], _base(layer, x)[1])
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_under_autocast(self, bank, ids, grad):
+        rows = ["poet", None, {"pirate": 0.5, "tiny": 1.0}, "poet"]
+        wanted = logits(bank, ids, rows)
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16), bank.route(rows):
+            got = bank.model(ids).logits
+        assert got.dtype == torch.bfloat16
+        assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+    def test_one_image_without_a_batch(self, fill):
+        model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 2)}).requires_grad_(False)
+        bank = Bank(model)
+        fill(bank.add("a", LoraConfig(r=2, target_modules=["conv"])))
+        image = torch.randn(3, 5, 5)
+        with torch.no_grad(), bank.route("a"):
+            assert close(model["conv"](image), model["conv"](image[None])[0])
+
+
+def _base(layer, x):
+    return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+
 class TestPackedRows:
     """`lengths`: each entry is a segment of tokens of one packed row."""
 

@@ -162,6 +162,17 @@ class TestForms:
             wanted = torch.stack([case.defined(row, ((0, 1.0),)) for row in range(8)])
             assert torch.allclose(case.layer(case.x).double(), wanted, atol=1e-5)
 
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_the_result_lies_in_memory_as_the_bases_output(self, make, kind, grad):
+        """Or the layers after it would take other kernels, which round otherwise."""
+        case = make(kind, count=2)
+        for y in (case.y, case.y.contiguous(memory_format=torch.channels_last) if "conv2d" in kind else case.y):
+            for entries in ((((0, 1.0),), ()) * 2, (((0, 1.0),),) * 4):
+                with torch.set_grad_enabled(grad):
+                    mix = Mix(entries, (1,) * 4)
+                    got = choose.lora(case.x[:4], y[:4].clone(), case.operands, mix, training=False)
+                assert got.stride() == y[:4].stride()
+
     def test_a_grouped_convolution_has_no_delta(self, make):
         case = make("conv2d in groups", count=1)
         with pytest.raises(ValueError, match="groups"):

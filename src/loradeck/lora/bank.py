@@ -59,6 +59,7 @@ class Bank:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=RLock())
+        self._open.clear()  # open routes are the original's
 
     # ---- what is here
 
@@ -312,7 +313,7 @@ class Bank:
     def _take(self, name: str, adapter: Adapter, forms: Mapping[str, Form]) -> None:
         for path, form in forms.items():
             if path not in self._layers:
-                self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), form)
+                self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), form, self._open)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         if device != torch.device("cpu"):
             adapter.to(device)

@@ -20,10 +20,11 @@ class LoraLayer:
     quantised layers, tied weights and code that looks at `module.weight` see no difference.
     """
 
-    __slots__ = ("bank", "base", "form", "module", "path", "restored")
+    __slots__ = ("bank", "base", "form", "module", "open", "path", "restored")
 
-    def __init__(self, bank: object, path: str, module: nn.Module, form: Form) -> None:
-        self.bank, self.path, self.module, self.form = bank, path, module, form
+    def __init__(self, bank: object, path: str, module: nn.Module, form: Form, open_routes: set[Route]) -> None:
+        self.bank: object | None = bank
+        self.path, self.module, self.form, self.open = path, module, form, open_routes
         self.restored: Callable[..., Tensor] | None = module.__dict__.get("forward")  # another tool's, if any
         self.base: Callable[..., Tensor] = module.forward
         module.forward = self  # type: ignore[assignment]
@@ -31,7 +32,7 @@ class LoraLayer:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """f(x) + Σ_a w_a · scaling_a · B_a (A_a x): x and the result as the base's forward has them."""
         y = self.base(*args, **kwargs)
-        route = current(self.bank)
+        route = current(self.bank) or self._recomputed()
         if route is None:
             return y
         operands = route.operands(self)
@@ -40,6 +41,22 @@ class LoraLayer:
         x = args[0] if args else next(iter(kwargs.values()))
         self._check(x, route, operands)
         return choose.lora(x, y, operands, route.mix, training=self.module.training)
+
+    def _recomputed(self) -> Route | None:
+        """Return the route under which the backward pass computes this layer again (gradient checkpointing).
+
+        It does so in threads of its own for some devices, where no route is open: the bank's only one is meant.
+        Without one it would leave the adapter's gradients out, and some kinds of checkpoint would not even notice.
+        """
+        if torch._C._current_graph_task_id() == -1 or self.bank is None:
+            return None
+        routes = [*self.open]
+        if len(routes) != 1:
+            raise RouteError(
+                f"{self.path} is computed again in the backward pass (gradient checkpointing), outside of any route",
+                mend="Call backward() inside the route; inside bank.route(None) for the base alone.",
+            )
+        return routes[0]
 
     def _check(self, x: Tensor, route: Route, operands: Operands) -> None:
         rows = self.form.items(x).shape[0] if route.packed else x.shape[0]
@@ -58,8 +75,10 @@ class LoraLayer:
             )
 
     def detach(self) -> None:
-        """Give the module its own forward back."""
-        if self.restored is None:
+        """Give the module its own forward back; under what another tool has put there since, stay and do nothing."""
+        if vars(self.module).get("forward") is not self:
+            self.bank = None
+        elif self.restored is None:
             del self.module.forward
         else:
             self.module.forward = self.restored  # type: ignore[method-assign]
