@@ -9,7 +9,8 @@ LoradeckError            says what is wrong, every problem found, and how to men
 ├── AdapterError         an adapter's folder that cannot be read, written, or does not fit the base
 │   └── UnsupportedError a feature of the file that this library refuses rather than half-loads
 ├── BaseModelError       a base model that cannot be found or loaded
-└── DataError            a dataset that cannot be trained on; names the file and the line
+├── DataError            a dataset that cannot be trained on; names the file and the line
+└── TrainingError        a run that cannot go on: it diverged, or what it left is not what it would resume
 """
 
 from collections.abc import Sequence
@@ -72,3 +73,7 @@ class BaseModelError(LoradeckError):
 
 class DataError(LoradeckError):
     """A dataset that cannot be trained on; names the file and the line."""
+
+
+class TrainingError(LoradeckError):
+    """A run that cannot go on."""

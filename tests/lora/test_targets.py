@@ -103,7 +103,7 @@ class TestArchitectures:
         ids = torch.randint(3, 32, (3, 5))
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "t5" else {})
         bank = Bank(model)
-        fill(bank.add("a", LoraConfig(r=2)), size=0.3)
+        fill(bank.add("a", LoraConfig(r=2, lora_alpha=16)), size=0.3)
         with torch.no_grad():
             base = model(**inputs).logits
             with bank.route(["a", None, {"a": -0.5}]):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loradeck.ops import choose, packed, reference, segmented
+from loradeck.ops import choose, fused, packed, reference, segmented
+from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
 
 WAYS = {
@@ -42,11 +43,11 @@ def test_under_autograd_the_base_output_is_left_alone(make, kind, entries):
     case = make(kind, trains=True)
     y = case.y.clone()
     mix = Mix(entries, (1,) * len(entries))
-    got = segmented.lora(case.x, y, case.operands, mix)
-    assert torch.equal(y, case.y)
     with torch.no_grad():
-        close(got, reference.lora(case.x, y, case.operands, mix), 1e-5)
-    assert torch.equal(y, case.y)
+        wanted = reference.lora(case.x, y, case.operands, mix)
+    for lora in (segmented.lora, *([fused.lora] if isinstance(case.operands.form, LinearForm) else [])):
+        close(lora(case.x, y, case.operands, mix), wanted, 1e-5)
+        assert torch.equal(y, case.y)
 
 
 def test_adapters_of_another_dtype_than_their_layer(make, kind):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from loradeck.ops import choose
+from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands, Pair
@@ -12,7 +13,7 @@ from loradeck.ops.operands import Operands, Pair
 MIX = Mix((((0, 1.0),), (), ((1, 0.5),)), (1, 1, 1))
 
 
-def operands(*, trains: bool = False, dropout: float = 0.0, ranks: tuple[int, ...] = (2, 3)) -> Operands:
+def operands(*, trains: bool = False, dropout: Dropout | None = None, ranks: tuple[int, ...] = (2, 3)) -> Operands:
     torch.manual_seed(0)
     pairs = [
         Pair(torch.randn(r, 4).requires_grad_(trains), torch.randn(3, r).requires_grad_(trains), 1.0, dropout)
@@ -48,8 +49,8 @@ class TestPacks:
         assert own.pairs[0].a.grad is not None
 
     def test_dropout_is_not(self):
-        assert not choose.packs(self.x, self.y, operands(dropout=0.1), MIX, training=True)
-        assert choose.packs(self.x, self.y, operands(dropout=0.1), MIX, training=False)
+        assert not choose.packs(self.x, self.y, operands(dropout=Dropout(0.1)), MIX, training=True)
+        assert choose.packs(self.x, self.y, operands(dropout=Dropout(0.1)), MIX, training=False)
 
     def test_long_rows_are_not(self):
         x, y = torch.randn(3, 40_000, 4), torch.randn(3, 40_000, 3)

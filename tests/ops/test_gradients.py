@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose, packed, reference, segmented
-from loradeck.ops.forms import form_of
+from loradeck.ops import choose, fused, packed, reference, segmented
+from loradeck.ops.dropout import Dropout
+from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands, Pair
 
@@ -18,7 +19,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_segmented_gradients_are_the_reference_gradients(make, kind, mix):
+def test_the_fast_gradients_are_the_reference_gradients(make, kind, mix):
     case = make(kind, count=4, dtype=torch.float64, trains=True)
     mix = Mix(mix, (1,) * 4)
     x, leaves = case.x[:4], [t for pair in case.operands.pairs for t in (pair.a, pair.b)]
@@ -28,17 +29,18 @@ def test_segmented_gradients_are_the_reference_gradients(make, kind, mix):
     y = case.y[:4].clone().requires_grad_()
     leaves.append(y)
     grads = []
-    for lora in (reference.lora, segmented.lora):
+    for lora in (reference.lora, segmented.lora, *([fused.lora] if isinstance(case.operands.form, LinearForm) else [])):
         out = lora(x, y, case.operands, mix)
         grads.append(
             torch.autograd.grad((out * torch.arange(out.numel()).view(out.shape)).sum(), leaves, allow_unused=True)
         )
-    for wanted, got in zip(*grads, strict=True):
-        if wanted is None or not bool(wanted.any()):
-            assert got is None or not bool(got.any())
-        else:
-            assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-9)
-    assert grads[1][6] is None or not bool(grads[1][6].any())  # operand 3 is in no mix
+    for fast in grads[1:]:
+        for wanted, got in zip(grads[0], fast, strict=True):
+            if wanted is None or not bool(wanted.any()):
+                assert got is None or not bool(got.any())
+            else:
+                assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-9)
+        assert fast[6] is None or not bool(fast[6].any())  # operand 3 is in no mix
 
 
 def test_packed_lets_gradients_through_to_the_input(make):
@@ -90,7 +92,7 @@ class TestDropout:
         form = form_of(nn.Linear(64, 4))
         torch.manual_seed(1)
         pairs = [
-            Pair(torch.randn(2, 64), torch.randn(4, 2), 1.0, p, torch.Generator().manual_seed(seed + i))
+            Pair(torch.randn(2, 64), torch.randn(4, 2), 1.0, Dropout(p, torch.Generator().manual_seed(seed + i)))
             for i in range(2)
         ]
         return Operands(form, tuple(pairs))
@@ -115,7 +117,7 @@ class TestDropout:
 
     def test_the_ids_of_an_embedding_are_never_dropped(self):
         layer = nn.Embedding(5, 4)
-        pair = Pair(torch.randn(2, 5), torch.randn(4, 2), 1.0, 0.5, torch.Generator())
+        pair = Pair(torch.randn(2, 5), torch.randn(4, 2), 1.0, Dropout(0.5))
         ids, operands = torch.arange(4), Operands(form_of(layer), (pair,))
         mix = Mix((((0, 1.0),),) * 4, (1,) * 4)
         with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose, packed, reference, segmented
+from loradeck.ops import choose, fused, packed, reference, segmented
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands, Pair
@@ -83,12 +83,19 @@ def test_a_cast_that_overflows_changes_no_other_row():
     assert torch.equal(got[2], y[2])
 
 
-def test_gradients_stay_at_home_when_a_neighbour_is_nan(make):
+@pytest.mark.parametrize("lora", [segmented.lora, fused.lora], ids=["segmented", "fused"])
+@pytest.mark.parametrize("half", ["a", "b"])
+def test_gradients_stay_at_home_when_a_neighbour_is_nan(make, lora, half):
     case = make("linear", count=3, trains=True)
+    mix = Mix(ENTRIES, (1,) * 6)
     with torch.no_grad():
-        case.operands.pairs[1].a.fill_(math.nan)
+        wanted = lora(case.x[:6], case.y[:6].clone(), case.operands, mix)
+        getattr(case.operands.pairs[1], half).fill_(math.nan)
     x = case.x[:6].clone().requires_grad_()
-    segmented.lora(x, case.y[:6].clone(), case.operands, Mix(ENTRIES, (1,) * 6)).sum().backward()
+    y = lora(x, case.y[:6].clone(), case.operands, mix)
+    assert torch.allclose(y[SOUND], wanted[SOUND])
+    assert bool(y[[1, 5]].isnan().any(-1).all())
+    y.sum().backward()
     for sound in (0, 2):
         pair = case.operands.pairs[sound]
         assert bool(torch.isfinite(pair.a.grad).all())

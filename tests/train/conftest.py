@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -6,8 +8,10 @@ from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.train.example import Example
+from loradeck.train.example import UNSUPERVISED, Example, Preference
 from loradeck.train.record import Completion
+
+PROMPT = 3  # tokens of an example made by chance that are read and not learned
 
 
 @pytest.fixture
@@ -27,3 +31,30 @@ def bank(base: Base) -> Bank:
 def examples(tiny_tokenizer: PreTrainedTokenizerFast) -> list[Example]:
     pairs = {"Hi": "Ahoy!", "Bye": "Fair winds", "2+2?": "4", "Sea?": "Aye, the sea"}
     return [Example.of(Completion(*pair), tiny_tokenizer, 256) for pair in pairs.items()]
+
+
+@pytest.fixture(scope="session")
+def chance() -> Callable[[int, int], list[Example]]:
+    """Examples of 5 to 20 random tokens each, by their number and a seed."""
+
+    def some(count: int, seed: int) -> list[Example]:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(5, 21, (count,), generator=generator).tolist()
+        rows = [torch.randint(3, 260, (length,), generator=generator).tolist() for length in lengths]
+        return [Example(row, [UNSUPERVISED] * PROMPT + row[PROMPT:]) for row in rows]
+
+    return some
+
+
+@pytest.fixture(scope="session")
+def pairs(chance: Callable[[int, int], list[Example]]) -> Callable[[int, int], list[Preference]]:
+    """Preferences between random answers to the same prompt, by their number and a seed."""
+
+    def some(count: int, seed: int) -> list[Preference]:
+        chosen, rejected = chance(count, seed), chance(count, seed + 1000)
+        return [
+            Preference(one, Example(one.tokens[:PROMPT] + other.tokens[PROMPT:], other.labels))
+            for one, other in zip(chosen, rejected, strict=True)
+        ]
+
+    return some

@@ -19,9 +19,10 @@ from transformers import (
 
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.train.batching import Batch, collate
+from loradeck.train import loss
+from loradeck.train.batching import collate
 from loradeck.train.example import UNSUPERVISED, Example
-from loradeck.train.loss import causal_loss
+from loradeck.train.loss import HeadLoss, Losses
 
 NOT = UNSUPERVISED
 EXAMPLES = [
@@ -29,6 +30,7 @@ EXAMPLES = [
     Example([1, 2, 3], [NOT, NOT, 3]),
     Example([4, 4], [4, 4]),
 ]
+LEARNED = 5  # the first token of the third example is read, never predicted
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIALS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -46,44 +48,79 @@ def models() -> dict[str, PreTrainedModel]:
         }
 
 
-def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+def mean(model: PreTrainedModel, own: list[Example] = EXAMPLES) -> Tensor:
+    with Losses(model).of(own) as losses:
+        return losses.sum() / sum(example.supervised for example in own)
 
 
-def gradient(model: PreTrainedModel, loss: Tensor) -> Tensor:
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, [*model.parameters()])])
+def own_loss(model: PreTrainedModel) -> Tensor:
+    batch = collate(EXAMPLES, packed=False)
+    outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+    return outputs.loss
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "granite", "cohere"])
-def test_the_mean_is_the_models_own_loss(tiny: LlamaForCausalLM, kind: str) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_mean_is_the_models_own_loss(tiny: LlamaForCausalLM, kind: str, frozen: bool) -> None:
     model = (tiny if kind == "llama" else models()[kind]).eval().requires_grad_(True)
-    batch = collate(EXAMPLES)
-    total, supervised = causal_loss(model, batch)
-    assert supervised == 5  # the first token of the third example is read, never predicted
-    torch.testing.assert_close(total / supervised, own_loss(model, batch), rtol=1e-5, atol=1e-6)
-    expected = gradient(model, own_loss(model, batch))
-    assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(gradient(model, total / supervised), expected, rtol=1e-4, atol=1e-6)
+    if frozen:  # the head is then computed by HeadLoss, where nothing comes after it
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+    ours, theirs = mean(model), own_loss(model)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found, expected = (torch.autograd.grad(each, wanted, retain_graph=True) for each in (ours, theirs))
+    assert max(part.abs().max() for part in expected) > 1e-3
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_only_supervised_positions_enter_the_head(tiny: LlamaForCausalLM) -> None:
-    shapes = []
+def test_each_document_has_its_own(tiny: LlamaForCausalLM) -> None:
+    with Losses(tiny).of(EXAMPLES) as losses:
+        together = losses
+    assert together.shape == (3,)
+    for example, each in zip(EXAMPLES, together, strict=True):
+        with Losses(tiny).of([example]) as alone:
+            torch.testing.assert_close(alone[0], each, rtol=1e-5, atol=1e-5)
+            assert alone.dtype == torch.float32
+
+
+def test_a_frozen_head_is_never_given_all_positions(tiny: LlamaForCausalLM) -> None:
+    shapes, own = [], Losses(tiny)
     hook = tiny.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape)))
-    causal_loss(tiny, collate(EXAMPLES))
+    with own.of(EXAMPLES):
+        pass
+    tiny.lm_head.requires_grad_(True)
+    with own.of(EXAMPLES):
+        pass
     hook.remove()
-    assert shapes == [(1, 5, 260)]
+    assert shapes == [(1, 1, 260), (1, LEARNED, 260)]
     assert not tiny.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("rows", [1, 3, 128])
+def test_the_loss_of_the_head_passes_gradcheck(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=torch.float64, generator=generator)
+    targets = torch.randint(11, (7,), generator=generator)
+    assert torch.autograd.gradcheck(lambda h: HeadLoss.apply(h, weight, targets, True), hidden)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(HeadLoss.apply(hidden, weight, targets, True), expected)
 
 
 def test_the_model_is_itself_again_after_an_error(tiny: LlamaForCausalLM) -> None:
-    with pytest.raises(IndexError):
-        causal_loss(tiny, collate([Example([999, 1], [999, 1])]))
+    own = Losses(tiny)
+    with pytest.raises(IndexError), own.of([Example([999, 1], [999, 1])]):
+        pass
     assert not tiny.lm_head._forward_pre_hooks
+    assert tiny.config._attn_implementation == "sdpa"
 
 
 def test_another_thread_using_the_model_gets_all_its_logits(tiny: LlamaForCausalLM) -> None:
-    batch, seen = collate(EXAMPLES), []
-    thread = threading.Thread(target=lambda: seen.append(tiny(batch.input_ids).logits.shape))
+    ids, seen, own = torch.tensor([[5, 6, 7], [8, 9, 3]]), [], Losses(tiny)
+    thread = threading.Thread(target=lambda: seen.append(tiny(ids).logits.shape))
 
     def meanwhile(*_: object) -> None:
         if threading.current_thread() is not thread:
@@ -91,33 +128,35 @@ def test_another_thread_using_the_model_gets_all_its_logits(tiny: LlamaForCausal
             thread.join()
 
     hook = tiny.model.norm.register_forward_hook(meanwhile)
-    causal_loss(tiny, batch)
+    with own.of(EXAMPLES):
+        pass
     hook.remove()
-    assert seen == [(3, 6, 260)]
+    assert seen == [(2, 3, 260)]
 
 
-def test_the_sum_does_not_depend_on_the_batch(tiny: LlamaForCausalLM) -> None:
-    together, _count = causal_loss(tiny, collate(EXAMPLES))
-    alone = sum(causal_loss(tiny, collate([example]))[0] for example in EXAMPLES)
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("route", ["one", [None, "one", {"one": 0.5}]])
-def test_an_adapter_on_the_head_keeps_its_rows(tiny: LlamaForCausalLM, route: str | list) -> None:
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_an_adapter_on_the_head_keeps_its_rows(tiny: LlamaForCausalLM, weight: float) -> None:
     bank = Bank(tiny)
     adapter = bank.add("one", LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
-    batch = collate(EXAMPLES)
-    with bank.route(route):
-        total, supervised = causal_loss(tiny, batch)
-        expected = own_loss(tiny, batch)
-    torch.testing.assert_close(total / supervised, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.isclose(total / supervised, own_loss(tiny, batch), rtol=1e-3)
+    own = Losses(tiny)
+    with bank.route({"one": weight}):
+        theirs = own_loss(tiny)
+        with own.of(EXAMPLES) as losses:
+            ours = losses.sum() / LEARNED
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(ours, own_loss(tiny), rtol=1e-3)
+    with bank.route([None, "one", None], lengths=[6, 3, 2]), own.of(EXAMPLES) as mixed:
+        pass
+    with own.of(EXAMPLES) as plain:
+        pass
+    torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], rtol=1e-5, atol=1e-5)
+    assert not torch.isclose(mixed[1], plain[1], rtol=1e-3)
 
 
 def test_a_half_precision_base_has_its_loss_in_fp32(tiny: LlamaForCausalLM) -> None:
     half = copy.deepcopy(tiny).to(torch.bfloat16)
-    total, supervised = causal_loss(half, collate(EXAMPLES))
-    assert total.dtype == torch.float32
-    torch.testing.assert_close(total / supervised, own_loss(tiny, collate(EXAMPLES)), rtol=0.05, atol=0)
+    ours = mean(half)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, own_loss(tiny), rtol=0.05, atol=0)

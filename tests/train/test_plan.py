@@ -1,69 +1,68 @@
 import io
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from loradeck.base.load import Base
-from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
-from loradeck.train.example import Example
-from loradeck.train.plan import plan
-from loradeck.train.progress import progress, table
-from loradeck.train.trainer import Step, train
+from loradeck.train.plan import REASONS, Plan, plan
+from loradeck.train.progress import table
+from loradeck.train.recipe import JobRecipe, RunRecipe
+from loradeck.train.run import Run
+
+LINES = ["Hi|Ahoy!", "Bye|Fair winds", "2+2?|4"]
 
 
-def screen(*, terminal: bool = False) -> tuple[Console, io.StringIO]:
-    file = io.StringIO()
-    return Console(file=file, width=120, force_terminal=terminal), file
+@pytest.fixture
+def planned(base: Base, tmp_path: Path) -> tuple[Plan, Run]:
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(["prompt,completion", *(line.replace("|", ",") for line in LINES)]))
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    job = JobRecipe(name="one", data=str(data), lora=lora, train=TrainConfig(batch_size=2, epochs=2))
+    other = JobRecipe(name="other", data=str(data), lora=LoraConfig(r=64))
+    run = Run(RunRecipe(base="tiny", jobs=(job, other)), tmp_path / "one", base)
+    return plan(run, "one"), run
 
 
-def test_a_plan_is_what_train_does(base: Base, bank: Bank, examples: list[Example]) -> None:
-    config = TrainConfig(batch_size=3, epochs=2)
+def test_a_plan_is_what_the_run_does(planned: tuple[Plan, Run], base: Base) -> None:
+    made, run = planned
     alone = sum(parameter.nbytes for name, parameter in base.model.named_parameters() if "loradeck" not in name)
-    bank.add("other", LoraConfig(r=64))
-    made = plan(base, bank, "one", [*examples[:3], Example([5, 6, 7], [-100, 6, 7], truncated=True)], config)
-    assert made.trainable == sum(parameter.numel() for parameter in bank.parameters("one"))
+    assert made.trainable == sum(parameter.numel() for parameter in run.bank.parameters("one"))
     assert (made.adapter_bytes, made.base_bytes) == (4 * made.trainable, alone)
-    assert (made.examples, made.truncated, made.batch_size) == (4, 1, 3)
-    assert made.longest == max(len(example.tokens) for example in examples[:3])
-    assert made.tokens == sum(len(example.tokens) for example in examples[:3]) + 3
-    assert made.supervised == sum(len(answer) + 1 for answer in ("Ahoy!", "Fair winds", "4")) + 2
-    steps = []
-    train(base, bank, "one", examples, config, on_step=steps.append)
-    assert made.schedule.steps == steps[-1].steps == 4
-    assert made.schedule(1) == steps[1].learning_rate
+    assert (made.form, made.examples, made.valid, made.truncated, made.batch_size) == (
+        "prompt and completion",
+        3,
+        0,
+        0,
+        2,
+    )
+    train = run.splits["one"].train
+    assert made.longest == max(len(example.tokens) for example in train)
+    assert made.tokens == sum(len(example.tokens) for example in train)
+    assert made.supervised == sum(len(line.partition("|")[2]) + 1 for line in LINES)
+    run.begin()
+    run.train()
+    progress = run.trainer.jobs["one"].progress
+    assert (made.schedule.steps, 2 * made.tokens) == (progress.step, progress.tokens)
 
 
-def test_the_first_example_is_shown_with_its_mask(base: Base, bank: Bank, examples: list[Example]) -> None:
-    made = plan(base, bank, "one", examples, TrainConfig())
+def test_settings_have_reasons(planned: tuple[Plan, Run]) -> None:
+    settings = planned[0].settings
+    assert settings["r"] == ("4", "as given")
+    assert settings["lora_alpha"] == ("32", REASONS["lora_alpha"])
+    assert settings["epochs"] == ("2", "as given")
+    assert settings["lora_dropout"] == ("0.0", REASONS["lora_dropout"])
+    assert "patience" not in settings
+
+
+def test_the_first_example_is_shown_with_its_mask(planned: tuple[Plan, Run]) -> None:
+    made = planned[0]
     assert made.first == [("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False), ("Ahoy!<|im_end|>", True)]
-    console, file = screen()
-    console.print(table(made))
+    file = io.StringIO()
+    Console(file=file, width=120).print(table(made))
     assert "learned  Ahoy!<|im_end|>" in file.getvalue()
     assert "read     <|im_start|>user" in file.getvalue()
-    assert "4, the longest of" in file.getvalue()
-
-
-def test_a_strangers_text_moves_no_cursor(base: Base, bank: Bank, examples: list[Example]) -> None:
-    tokens = base.tokenizer("[bold]\x1b[2J" + "a" * 1000)["input_ids"]
-    console, file = screen()
-    console.print(table(plan(base, bank, "one", [Example(tokens, tokens)], TrainConfig())))
-    assert "\x1b" not in file.getvalue()
-    assert "[bold]" in file.getvalue()
-    assert file.getvalue().count("a" * 80) < 8
-
-
-def test_a_file_gets_about_ten_lines_and_a_terminal_a_bar() -> None:
-    for terminal in (False, True):
-        console, file = screen(terminal=terminal)
-        with progress(console) as on_step:
-            for n in range(1, 101):
-                on_step(Step(n, 100, loss=3 / n, learning_rate=1e-3, tokens=200 * n, seconds=2.0 * n))
-        text = file.getvalue()
-        assert "loss 0.030" in text
-        assert "100 tokens/s" in text
-        if terminal:
-            assert "100/100" in text
-        else:
-            assert len(text.splitlines()) == 11
-            assert text.startswith("step 1/100 · loss 3.000 · 100 tokens/s · 0:03:18 left")
+    assert "the longest of" in file.getvalue()
+    assert REASONS["lora_alpha"] in file.getvalue()

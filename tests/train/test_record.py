@@ -1,24 +1,141 @@
+import re
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loradeck.errors import DataError
-from loradeck.train.record import Completion, Conversation, Message, Text, parse
+from loradeck.train.record import FORMS, Completion, Conversation, Pair, Text, Tokens, parse
+from loradeck.train.turn import Message
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}
+BYE, FAIR = {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Fair winds"}
+ASKED, ANSWERED = Message("user", "Hi"), Message("assistant", "Ahoy")
+READ = Message("assistant", "Ahoy", weight=0)
+WEATHER = {"name": "weather", "parameters": {}}
+TOOL = {"type": "function", "function": WEATHER}
+CALLED = {"type": "function", "function": {"name": "weather", "arguments": {"in": "Rome"}}}
 
 
 def line(**keys: object) -> bytes:
     return msgspec.json.encode(keys)
 
 
-def test_the_three_forms() -> None:
+def test_text_and_completion() -> None:
     assert parse(line(text="Once")) == Text("Once")
     assert parse(line(prompt="Hi", completion="Ahoy", id=7, source=["x"])) == Completion("Hi", "Ahoy")
-    assert parse(line(messages=[USER, REPLY], prompt="Hi", tools=None)) == Conversation(
-        [Message("user", "Hi"), Message("assistant", "Ahoy")]
+
+
+def test_messages() -> None:
+    assert parse(line(messages=[USER, REPLY], tools=None)) == Conversation([ASKED, ANSWERED])
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert parse(line(messages=[{"role": "user", "content": parts}, REPLY])) == Conversation([ASKED, ANSWERED])
+    thoughtful = Conversation([ASKED, Message("assistant", "Ahoy", "greet")])
+    for key in ("reasoning_content", "thinking"):
+        assert parse(line(messages=[USER, REPLY | {key: "greet"}])) == thoughtful
+
+
+def test_calls_of_tools_and_what_they_say() -> None:
+    function = {"name": "weather", "arguments": {"in": "Rome"}}
+    as_openai = {"id": "7", "type": "function", "function": function | {"arguments": '{"in": "Rome"}'}}
+    says = {"role": "tool", "tool_call_id": "7", "name": "weather", "content": "sunny"}
+    for calls, call in (([as_openai], CALLED | {"id": "7"}), ([{"function": function}], CALLED), ([function], CALLED)):
+        turns = [USER, {"role": "assistant", "content": None, "tool_calls": calls}, says, REPLY]
+        for tools in ([TOOL], [WEATHER], msgspec.json.encode([WEATHER]).decode()):
+            assert parse(line(messages=turns, tools=tools)) == Conversation(
+                [
+                    ASKED,
+                    Message("assistant", "", tool_calls=[call]),
+                    Message("tool", "sunny", name="weather", tool_call_id="7"),
+                    ANSWERED,
+                ],
+                [TOOL],
+            )
+
+
+def test_a_turn_of_weight_0_is_not_learned() -> None:
+    record = parse(line(messages=[USER, REPLY | {"weight": 0}, BYE | {"weight": 0}, FAIR | {"weight": 1}]))
+    assert isinstance(record, Conversation)
+    assert [message.learned for message in record.messages] == [False, False, False, True]
+
+
+def test_prompt_and_completion_may_be_turns() -> None:
+    learned = Conversation([ASKED, READ, Message("user", "Bye"), Message("assistant", "Fair winds")])
+    assert parse(line(prompt=[USER, REPLY, BYE], completion=[FAIR])) == learned
+    assert parse(line(prompt=[USER, REPLY, BYE], completion="Fair winds")) == learned
+    assert parse(line(prompt="Hi", completion=REPLY)) == Conversation([ASKED, ANSWERED])
+
+
+def test_alpaca() -> None:
+    assert parse(line(instruction="Hi", output="Ahoy", input="")) == Conversation([ASKED, ANSWERED])
+    long = parse(
+        line(instruction="Add", input="2 2", output="4", system="Reckon.", history=[["Hi", "Ahoy"]], text="all of it")
     )
+    assert long == Conversation(
+        [Message("system", "Reckon."), ASKED, ANSWERED, Message("user", "Add\n2 2"), Message("assistant", "4")]
+    )
+    assert long.form == "alpaca"
+
+
+def test_sharegpt() -> None:
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"in": "Rome"}}'},
+        {"from": "observation", "value": "sunny"},
+        {"from": "gpt", "value": "Ahoy"},
+    ]
+    record = parse(line(conversations=turns, system="Be brief.", tools=msgspec.json.encode([WEATHER]).decode()))
+    assert record == Conversation(
+        [
+            Message("system", "Be brief."),
+            ASKED,
+            Message("assistant", "", tool_calls=[CALLED]),
+            Message("tool", "sunny"),
+            ANSWERED,
+        ],
+        [TOOL],
+    )
+    assert record.form == "sharegpt"
+    assert parse(line(conversations=[USER, REPLY])) == Conversation([ASKED, ANSWERED])
+
+
+def test_tokens() -> None:
+    for key in ("tokens", "input_ids"):
+        assert parse(line(**{key: [5, 6]}, labels=[-100, 6], attention_mask=[1, 1])) == Tokens([5, 6], [-100, 6])
+
+
+def test_preference_pairs() -> None:
+    strings = Pair(Completion("Hi", "Ahoy"), Completion("Hi", "Good day"))
+    assert parse(line(prompt="Hi", chosen="Ahoy", rejected="Good day")) == strings
+    polite = {"role": "assistant", "content": "Good day"}
+    turns = Pair(Conversation([ASKED, ANSWERED]), Conversation([ASKED, Message("assistant", "Good day")]))
+    for keys in (
+        {"prompt": [USER], "chosen": [REPLY], "rejected": [polite]},
+        {"prompt": "Hi", "chosen": REPLY, "rejected": polite},
+        {"chosen": [USER, REPLY], "rejected": [USER, polite]},
+        {"prompt": "Hi", "chosen": [USER, REPLY], "rejected": [USER, polite], "messages": [USER, REPLY]},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Ahoy"},
+            "rejected": {"from": "gpt", "value": "Good day"},
+        },
+    ):
+        assert parse(line(**keys)) == turns
+
+
+def test_what_both_of_a_pair_share_is_its_prompt() -> None:
+    record = parse(line(chosen=[USER, REPLY, BYE, FAIR], rejected=[USER, REPLY, BYE, FAIR | {"content": "Off"}]))
+    assert isinstance(record, Pair)
+    assert isinstance(record.chosen, Conversation)
+    assert record.chosen.messages[:3] == [ASKED, READ, Message("user", "Bye")]
+    assert record.chosen.messages[3].learned
+
+
+def test_a_record_is_of_the_first_form_whose_keys_it_has() -> None:
+    assert parse(line(text="x", prompt="y", completion="z", messages=None)).form == "prompt and completion"
+    assert parse(line(prompt="y", messages=[USER, REPLY])).form == "messages"
 
 
 def test_a_byte_order_mark_is_passed_over() -> None:
@@ -28,10 +145,9 @@ def test_a_byte_order_mark_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (b"{}", "$: none of messages, prompt and completion, or text; its keys are none"),
-        (line(instruction="x", output="y"), "its keys are 'instruction', 'output'"),
-        (line(prompt="x"), "$: none of"),
-        (line(text="x", prompt="y", completion="z"), "$: more than one of"),
+        (b"{}", "$: none of messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen"),
+        (line(question="x", answer="y"), "its keys are 'question', 'answer'"),
+        (line(prompt="x", completion=None), "its keys are 'prompt'"),
         (b"[1]", "$: Expected `object`, got `array`"),
         (b'{"text": "x"', "$: Input data was truncated"),
         (b'{"text": "x"} {"text": "y"}', "trailing characters"),
@@ -43,18 +159,60 @@ def test_a_byte_order_mark_is_passed_over() -> None:
         (line(text=" \n"), "$.text: is empty"),
         (line(prompt="", completion="x"), "$.prompt: is empty"),
         (line(prompt="x", completion=""), "$.completion: is empty"),
-        (line(prompt=[USER], completion="x"), "$.prompt: Expected `str`, got `array`"),
+        (line(prompt=[USER], completion=""), "$.completion: is empty"),
+        (line(prompt=[USER], completion=[BYE]), "$.completion: has no assistant turn to learn"),
+        (line(prompt="x", completion="y", label=False), "$.label: judges the completion, as for KTO"),
+        (line(prompt=["x"], completion="y"), "$.prompt[0]: Expected `object`, got `str`"),
         (line(messages=[]), "$.messages: has no assistant turn to learn"),
         (line(messages=[USER]), "$.messages: has no assistant turn to learn"),
+        (line(messages=[USER, REPLY | {"weight": 0}]), "$.messages: has no assistant turn to learn"),
         (line(messages=[REPLY]), "$.messages[0].role: is assistant, with nothing to answer"),
         (line(messages=[USER, {"role": "assistant", "content": ""}]), "$.messages[1].content: is empty"),
-        (line(messages=[USER, {"role": "assistant"}]), "$.messages[1]: Object missing required field `content`"),
+        (line(messages=[USER, {"role": "assistant"}]), "$.messages[1].content: is empty"),
+        (line(messages=[{"content": "x"}]), "$.messages[0].role: is missing; it is one of system"),
         (line(messages=[USER, {"role": "robot", "content": "x"}]), "$.messages[1].role: is 'robot', not one of system"),
+        (line(messages=[{"role": "human", "content": "x"}]), "$.messages[0].role: is 'human', not one of system, user"),
+        (line(messages=[USER | {"from": "human"}]), "$.messages[0]: has both role and from"),
+        (line(messages=[{"role": "user", "content": 1}]), "$.messages[0].content: Expected `str | array | null`"),
         (
-            line(messages=[USER, {**REPLY, "tool_calls": [{}]}]),
-            "$.messages[1].tool_calls: Expected `null`, got `array`",
+            line(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            "$.messages[0].content[0].type: is 'image_url'; only text",
         ),
-        (line(messages=[USER, REPLY], tools=[{}]), "$.tools: Expected `null`, got `array`"),
+        (line(messages=[USER, REPLY | {"train": False}]), '$.messages[1].train: is not read; write "weight": 0'),
+        (line(messages=[USER, REPLY | {"weight": 0.5}]), "$.messages[1].weight: is 0.5, neither 0 nor 1"),
+        (line(messages=[USER | {"weight": 1}, REPLY]), "$.messages[0].weight: is 1, but only an assistant's turn"),
+        (line(messages=[USER, REPLY | {"tool_calls": [{}]}]), "$.messages[1].tool_calls[0]: names no function"),
+        (line(messages=[USER | {"tool_calls": [CALLED]}, REPLY]), "$.messages[0].tool_calls: only the assistant calls"),
+        (
+            line(messages=[USER, REPLY | {"tool_calls": [{"name": "f", "arguments": "in Rome"}]}]),
+            "$.messages[1].tool_calls[0].arguments: is not the JSON it should be",
+        ),
+        (line(messages=[USER, REPLY], tools="weather"), "$.tools: is not the JSON it should be"),
+        (line(messages=[USER, REPLY], tools=[1]), "$.tools[0]: Expected `object`, got `int`"),
+        (
+            line(conversations=[{"from": "bot", "value": "x"}]),
+            "$.conversations[0].from: is 'bot', not one of system, h",
+        ),
+        (
+            line(conversations=[{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]),
+            "$.conversations[1].value: is not the JSON it should be",
+        ),
+        (line(conversations=[{"from": "human", "value": "x"}, {"from": "gpt"}]), "$.conversations[1].value: is empty"),
+        (line(instruction="x", output=" "), "$.output: is empty"),
+        (line(instruction="", output="y"), "$.instruction: is empty"),
+        (line(instruction="x", output="y", history=[["x"]]), "$.history[0]: Expected `array` of length 2"),
+        (line(tokens=[1, 2], labels=[1]), "$.labels: are 1, but tokens are 2"),
+        (line(input_ids=[1, 2], labels=[-100, 3]), "$.labels[1]: is 3, neither -100 nor input_ids[1], 2"),
+        (line(tokens=[1, 2], labels=[1, -100]), "$.labels: nothing is learned"),
+        (line(tokens=[-1], labels=[-1]), "$.tokens[0]: Expected `int` >= 0"),
+        (line(tokens=["B-PER"], labels=[1]), "$.tokens[0]: Expected `int`, got `str`"),
+        (line(chosen="x", rejected="y"), "$.prompt: is missing"),
+        (line(prompt="x", chosen="y", rejected="y"), "$.rejected: is the same as chosen"),
+        (line(chosen=[USER, REPLY], rejected=[USER, REPLY]), "$.rejected: is the same as chosen"),
+        (line(prompt="x", chosen="y", rejected=""), "$.rejected: is empty"),
+        (line(prompt="Bye", chosen=[USER, REPLY], rejected=[USER, FAIR]), "$.prompt: chosen and rejected are whole"),
+        (line(chosen=[USER, REPLY], rejected=[USER, REPLY, BYE, FAIR]), "$.chosen: does not go on with an assistant's"),
+        (line(chosen=[USER, REPLY], rejected=[BYE, FAIR]), "$.chosen: does not go on with an assistant's turn"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_path(bad: bytes, said: str) -> None:
@@ -64,22 +222,37 @@ def test_what_is_wrong_is_said_with_its_path(bad: bytes, said: str) -> None:
     assert len(caught.value.message) < 300
 
 
+def test_what_reads_without_a_tokenizer_is_what_is_learned() -> None:
+    for record, expected in (
+        (Text("Once"), [("Once", True)]),
+        (Completion("Hi", "Ahoy"), [("Hi", False), ("Ahoy", True)]),
+        (Conversation([ASKED, ANSWERED]), [("user: Hi", False), ("assistant: Ahoy", True)]),
+        (Tokens([5, 6, 7], [-100, 6, 7]), [("5", False), ("6 7", True)]),
+        (
+            Pair(Completion("Hi", "Ahoy"), Completion("Hi", "Good day")),
+            [("Hi", False), ("Ahoy", True), ("Good day", True)],
+        ),
+    ):
+        assert record.segments() == expected
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
 turns = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "tool"]) | json_values, "content": json_values}
-)
-objects = st.fixed_dictionaries(
-    {},
+    {"role": st.sampled_from(["user", "assistant", "tool"]) | json_values, "content": json_values},
     optional={
-        "text": json_values,
-        "prompt": json_values,
-        "completion": json_values,
-        "messages": st.lists(turns) | json_values,
+        "tool_calls": json_values | st.lists(st.fixed_dictionaries({"name": json_values, "arguments": json_values})),
+        "weight": json_values,
+        "from": json_values,
+        "value": json_values,
     },
+)
+optional_keys = sorted({key for _, needed in FORMS for key in needed} | {"tools", "system", "history", "input"})
+objects = st.fixed_dictionaries(
+    {}, optional={key: st.lists(turns, max_size=3) | turns | json_values for key in optional_keys}
 )
 
 
@@ -91,4 +264,12 @@ def test_any_line_is_a_record_or_a_data_error(content: bytes) -> None:
     except DataError as error:
         refused = error.message
     assert refused.isprintable()
-    assert refused or isinstance(record, Conversation | Completion | Text)
+    assert refused or isinstance(record, Conversation | Completion | Text | Tokens | Pair)
+
+
+def test_the_page_on_data_shows_each_form() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    forms = list(dict.fromkeys(parse(line.encode()).form for line in lines))
+    known = "preference pairs, tokens, messages, sharegpt, prompt and completion, alpaca, text"
+    assert ", ".join(forms) == known

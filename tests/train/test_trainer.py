@@ -1,21 +1,24 @@
 import math
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from loradeck.base.load import Base
 from loradeck.base.text import encode
-from loradeck.errors import AdapterError, ConfigError, DataError, LoradeckError, UnknownAdapterError
+from loradeck.errors import AdapterError, ConfigError, DataError, TrainingError, UnknownAdapterError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.train import trainer
+from loradeck.train import job, trainer
 from loradeck.train.batching import collate
 from loradeck.train.config import TrainConfig
+from loradeck.train.events import AnyEvent, End, Evaluation, Step
 from loradeck.train.example import Example
-from loradeck.train.trainer import Step, train
+from loradeck.train.trainer import Trainer, train
 
 FAST = TrainConfig(learning_rate=1e-2, max_steps=60, batch_size=4)
 
@@ -32,7 +35,7 @@ def test_a_few_examples_are_learned_by_heart_with_their_ends(base: Base, bank: B
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     result = train(base, bank, "one", examples, FAST)
     assert result.losses[-1] < 0.05
-    assert (result.steps, result.interrupted) == (60, False)
+    assert (result.steps, result.interrupted, result.end.reason) == (60, False, "finished")
     assert result.tokens == 60 * sum(len(example.tokens) for example in examples)
     after = base.model.state_dict()
     assert before.keys() == after.keys()
@@ -59,7 +62,9 @@ def test_the_same_seed_gives_the_same_adapter(base: Base, bank: Bank, examples: 
 
 def test_chance_elsewhere_is_left_as_it_was(base: Base, bank: Bank, examples: list[Example]) -> None:
     state = torch.get_rng_state()
-    train(base, bank, "one", examples, TrainConfig(max_steps=1))
+    bank.add("drops", LoraConfig(r=2, lora_dropout=0.5), generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    train(base, bank, "drops", examples, TrainConfig(max_steps=1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -70,16 +75,23 @@ def test_other_adapters_are_not_touched(base: Base, bank: Bank, examples: list[E
     assert same(weights(other), before)
 
 
-def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(base: Base, bank: Bank, examples: list[Example]) -> None:
-    """Against a plain loop on the model's own loss."""
-    config = TrainConfig(learning_rate=1e-3, max_steps=3, batch_size=4, weight_decay=0.1, max_grad_norm=0.5)
+@pytest.mark.parametrize("ratio", [1.0, 8.0])
+def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(
+    base: Base, bank: Bank, examples: list[Example], ratio: float
+) -> None:
+    """Against a plain loop on the model's own loss; and LoRA+."""
+    config = TrainConfig(
+        learning_rate=1e-3, max_steps=3, batch_size=4, weight_decay=0.1, max_grad_norm=0.5, loraplus_lr_ratio=ratio
+    )
     twin = bank.add("twin", LoraConfig(r=8), generator=torch.Generator().manual_seed(0))
     assert same(weights(twin), weights(bank["one"]))
     losses = train(base, bank, "one", examples, config).losses
-    optimizer = torch.optim.AdamW(twin.parameters(), betas=trainer.BETAS, weight_decay=0.1)
-    batch = collate(examples)
+    split = [[twin.pair(path)[n] for path in twin.sites] for n in (0, 1)]
+    groups = [{"params": own} for own in split]
+    optimizer = torch.optim.AdamW(groups, betas=job.BETAS, weight_decay=0.1)
+    batch = collate(examples, packed=False)
     for step, rate in enumerate([1e-3, 1e-3, 0.5e-3]):
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, rate * ratio
         with bank.route("twin"):
             loss = base.model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
             loss.backward()
@@ -96,48 +108,130 @@ def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(base: Base, bank: Ba
 
 
 def test_every_step_is_told(base: Base, bank: Bank, examples: list[Example]) -> None:
-    steps: list[Step] = []
+    told: list[AnyEvent] = []
     config = TrainConfig(learning_rate=1e-3, epochs=2, batch_size=3, warmup_ratio=0.5)
-    result = train(base, bank, "one", examples, config, on_step=steps.append)
+    result = train(base, bank, "one", examples, config, on_event=told.append)
+    *steps, end = told
+    assert all(isinstance(step, Step) for step in steps)
     assert [(step.step, step.steps) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [step.learning_rate for step in steps] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
     assert [step.loss for step in steps] == result.losses
     assert steps[-1].tokens == result.tokens == 2 * sum(len(example.tokens) for example in examples)
-    assert steps[-1].seconds == result.seconds
-    assert steps[-1].tokens_per_second == result.tokens / result.seconds
+    assert sum(step.supervised for step in steps) == 2 * sum(example.supervised for example in examples)
+    assert steps[0].grad_norm > 0
+    assert steps[0].memory > 1e7
+    assert sorted(step.seconds for step in steps) == [step.seconds for step in steps]
+    assert (end, end.reason, end.kept) == (result.end, "finished", 4)
+
+
+def test_accumulated_parts_are_the_whole_step(base: Base, bank: Bank, chance: Callable) -> None:
+    """Token-exact: however a ragged batch is cut, its gradient is that of all its tokens at once."""
+    data, config = chance(24, 1), TrainConfig(learning_rate=1e-2, max_steps=4, batch_size=12)
+    found = []
+    for name, tokens in [("whole", 10_000), ("parts", 40), ("one by one", 1)]:
+        bank.add(name.replace(" ", "-"), LoraConfig(r=4), generator=torch.Generator().manual_seed(0))
+        own = Trainer(base, bank, max_tokens=tokens)
+        added = own.add(name.replace(" ", "-"), data, config)
+        for _ in own:
+            pass
+        found.append((added.progress.losses, weights(bank[added.name])))
+    for losses, tensors in found[1:]:
+        assert losses == pytest.approx(found[0][0], abs=1e-5)
+        for one, other in zip(tensors, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_that_cannot_be_packed_is_padded(
+    base: Base, bank: Bank, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.add("two", LoraConfig(r=8), generator=torch.Generator().manual_seed(0))
+    packed = train(base, bank, "one", examples, FAST)
+    base.model.set_attn_implementation("eager")
+    padded = train(base, bank, "two", examples, FAST)
+    assert base.model.config._attn_implementation == "eager"
+    assert padded.losses == pytest.approx(packed.losses, abs=1e-3)
+
+
+class TestValidation:
+    def run(self, base: Base, bank: Bank, chance: Callable, **config: Any) -> tuple[list[AnyEvent], Trainer]:
+        told: list[AnyEvent] = []
+        own = Trainer(base, bank, on_event=told.append)
+        own.add("one", chance(8, 1), TrainConfig(learning_rate=3e-2, batch_size=4, **config), valid=chance(5, 2))
+        for _ in own:
+            pass
+        return told, own
+
+    def test_the_best_adapter_is_kept(self, base: Base, bank: Bank, chance: Callable) -> None:
+        """What is learned by heart here is of no use elsewhere, so the best is not the last."""
+        told, own = self.run(base, bank, chance, max_steps=30, eval_every=5)
+        evaluations = [event for event in told if isinstance(event, Evaluation)]
+        assert [event.step for event in evaluations] == [5, 10, 15, 20, 25, 30]
+        losses = [event.loss for event in evaluations]
+        assert [event.best for event in evaluations] == [loss == min(losses[: n + 1]) for n, loss in enumerate(losses)]
+        best = evaluations[losses.index(min(losses))]
+        assert best.step < 30
+        end = told[-1]
+        assert isinstance(end, End)
+        assert (end.kept, own.jobs["one"].progress.best_loss) == (best.step, best.loss)
+        valid = collate(chance(5, 2), packed=False)
+        with bank.route("one"):
+            loss = base.model(valid.input_ids, attention_mask=valid.attention_mask, labels=valid.labels).loss
+        assert loss.item() == pytest.approx(best.loss, abs=1e-4)
+
+    def test_patience_ends_it(self, base: Base, bank: Bank, chance: Callable) -> None:
+        told, own = self.run(base, bank, chance, max_steps=100, eval_every=5, patience=2)
+        end = told[-1]
+        assert isinstance(end, End)
+        assert (end.reason, end.step) == ("early stop", end.kept + 10)
+        assert "2 evaluations without a loss below" in end.detail
+
+    def test_the_last_step_is_evaluated_and_the_default_is_ten(self, base: Base, bank: Bank, chance: Callable) -> None:
+        told, _ = self.run(base, bank, chance, max_steps=24)
+        assert [event.step for event in told if isinstance(event, Evaluation)] == [3, 6, 9, 12, 15, 18, 21, 24]
+        told, _ = self.run(base, Bank(Base.model) if False else _another(bank), chance, max_steps=7, eval_every=5)
+        assert [event.step for event in told if isinstance(event, Evaluation)] == [5, 7]
+
+
+def _another(bank: Bank) -> Bank:
+    bank.unload("one")
+    bank.add("one", LoraConfig(r=8), generator=torch.Generator().manual_seed(0))
+    return bank
 
 
 def test_the_model_is_in_training_mode_meanwhile(base: Base, bank: Bank, examples: list[Example]) -> None:
     modes = []
-    train(base, bank, "one", examples, TrainConfig(max_steps=1), on_step=lambda _: modes.append(base.model.training))
-    assert modes == [True]
+    train(base, bank, "one", examples, TrainConfig(max_steps=1), on_event=lambda _: modes.append(base.model.training))
+    assert modes == [True, True] or modes == [True, False]
     assert not base.model.training
 
 
 def test_an_interrupt_leaves_whole_steps(base: Base, bank: Bank, examples: list[Example], tmp_path: Path) -> None:
-    def interrupt(step: Step) -> None:
-        if step.step == 2:
-            raise KeyboardInterrupt
+    def interrupt(event: AnyEvent) -> None:
+        if isinstance(event, Step) and event.step == 2:
+            signal.raise_signal(signal.SIGINT)
 
     bank.add("twin", LoraConfig(r=8), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(learning_rate=1e-3, max_steps=2, schedule="constant", warmup_ratio=0)
     train(base, bank, "twin", examples, config)
     longer = TrainConfig(learning_rate=1e-3, max_steps=9, schedule="constant", warmup_ratio=0)
-    result = train(base, bank, "one", examples, longer, on_step=interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    result = train(base, bank, "one", examples, longer, on_event=interrupt)
+    assert signal.getsignal(signal.SIGINT) is handler
     assert (result.interrupted, result.steps) == (True, 2)
     assert same(weights(bank["one"]), weights(bank["twin"]))
     assert not base.model.training
     bank.save("one", tmp_path / "one")
 
 
-def test_an_interrupt_within_a_step_undoes_it(
+def test_a_second_interrupt_undoes_the_step(
     base: Base, bank: Bank, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def twice(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     before = weights(bank["one"])
-    monkeypatch.setattr(trainer, "_check_finite", interrupt)
+    monkeypatch.setattr(job.Job, "update", twice)
     result = train(base, bank, "one", examples, FAST)
     assert (result.interrupted, result.steps) == (True, 0)
     assert same(weights(bank["one"]), before)
@@ -147,22 +241,26 @@ def test_an_interrupt_within_a_step_undoes_it(
 def test_a_loss_that_is_no_number_stops_before_its_step(base: Base, bank: Bank, examples: list[Example]) -> None:
     before = weights(bank["one"])
     torch.nn.init.constant_(base.model.model.norm.weight, math.inf)
-    with pytest.raises(LoradeckError, match="training 'one' diverged at step 1: the loss is nan") as caught:
+    with pytest.raises(TrainingError, match="training 'one' diverged at step 1: the loss is nan") as caught:
         train(base, bank, "one", examples, FAST)
     assert "Lower learning_rate" in caught.value.mend
     assert same(weights(bank["one"]), before)
     assert not base.model.training
 
 
-def test_what_cannot_be_trained_is_refused(
-    base: Base, bank: Bank, examples: list[Example], tmp_path: Path, tiny: LlamaForCausalLM
-) -> None:
+def test_what_cannot_be_trained_is_refused(base: Base, bank: Bank, examples: list[Example], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no examples"):
         train(base, bank, "one", [], FAST)
     with pytest.raises(ConfigError, match="the longest example has 300 tokens; tiny reads 256"):
         train(base, bank, "one", [Example([3] * 300, [3] * 300)], FAST)
+    with pytest.raises(ConfigError, match="the longest example has 300 tokens; tiny reads 256"):
+        train(base, bank, "one", examples, FAST, valid=[Example([3] * 300, [3] * 300)])
     with pytest.raises(UnknownAdapterError):
         train(base, bank, "two", examples, FAST)
     bank.load(bank.save("one", tmp_path / "saved"))
     with pytest.raises(AdapterError, match="frozen"):
         train(base, bank, "saved", examples, FAST)
+    own = trainer.Trainer(base, bank)
+    own.add("one", examples, FAST)
+    with pytest.raises(ConfigError, match="has a job already"):
+        own.add("one", examples, FAST)

@@ -89,6 +89,18 @@ class Base:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer without its model.
+
+    Raises:
+        BaseModelError: as Base.load.
+    """
+    _, folder = _find(source)
+    with _reported(source), _quiet():
+        _check(folder)
+        return _tokenizer(source, folder)
+
+
 def _find(source: str | Path) -> tuple[str, str]:
     """Return the base's name, and the folder or hub id that transformers loads."""
     if source == SMOLLM2:

@@ -13,21 +13,24 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from loradeck.errors import ConfigError
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Prompt: TypeAlias = str | Sequence[Message]
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Turn a prompt into token ids, up to where the model's answer begins.
 
-    With a chat template a string is one message of the user; without one it is plain text to be continued.
+    With a chat template a string is one message of the user; without one it is plain text to be continued. Token ids
+    stay as they are.
 
     Raises:
         ConfigError: messages that are none, that the base has no template for or its template refuses; no token at all.
     """
     if isinstance(prompt, str):
         messages: Sequence[Message] = [{"role": "user", "content": prompt}]
+    elif prompt and all(isinstance(token, int) for token in prompt):
+        return _known(tokenizer, cast("Sequence[int]", prompt))
     else:
-        messages = prompt
+        messages = cast("Sequence[Message]", prompt)
         _check(messages)
     if tokenizer.chat_template is not None:
         try:
@@ -47,6 +50,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if not ids:
         raise ConfigError("the prompt is empty", mend="Give at least one token to go on from.")
     return cast("list[int]", ids)  # a list of strings, or of lists, is for a batch
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    unknown = [token for token in ids if not 0 <= token < len(tokenizer)]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is no token of the base, which has {len(tokenizer)}", mend="Give token ids.")
+    return [*ids]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:

@@ -14,7 +14,7 @@ from loradeck import __version__
 from loradeck.cli.screen import shown
 from loradeck.errors import LoradeckError
 
-VERBS = ("demo", "train", "generate", "chat", "ls", "show", "diff", "merge", "rm", "doctor")
+VERBS = ("demo", "check", "train", "sweep", "plot", "generate", "chat", "ls", "show", "diff", "merge", "rm", "doctor")
 
 app = App(
     name="loradeck",

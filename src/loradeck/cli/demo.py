@@ -154,11 +154,11 @@ def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "Tr
     from loradeck.train.trainer import train
 
     with as_file(files("loradeck.demo") / f"{name}.jsonl") as path:
-        examples = read_dataset(path, base.tokenizer, recipe.max_length)
+        examples = read_dataset(path, base.tokenizer, recipe.max_length).train
     bank.add(name, LoraConfig(), generator=torch.Generator().manual_seed(recipe.seed))
     print(f"   training {name} on {len(examples)} examples")
-    with progress(console) as on_step:
-        result = train(base, bank, name, examples, recipe, on_step=on_step)
+    with progress(console) as on_event:
+        result = train(base, bank, name, examples, recipe, on_event=on_event)
     if result.interrupted:
         raise KeyboardInterrupt
     bank.save(name, folder, made_by=MARK)

@@ -18,6 +18,7 @@ from loradeck.lora.config import LoraConfig
 from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
 from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
 from loradeck.lora.recent import Recent
+from loradeck.ops.dropout import Dropout
 from loradeck.ops.operands import finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,6 +36,7 @@ class Adapter(nn.Module):
         config: the recipe, with its targets resolved.
         sites: what it holds for each module path.
         origin: where it comes from.
+        dropout: how it drops its inputs while it is trained; None where lora_dropout is 0.
     """
 
     def __init__(self, config: LoraConfig, sites: Mapping[str, Site], origin: Origin | None = None) -> None:
@@ -44,7 +46,7 @@ class Adapter(nn.Module):
         self.sites: Mapping[str, Site] = sites
         self.origin = origin or Origin()
         self.fan_in_fan_out = False
-        self.dropout_generator: torch.Generator | None = None
+        self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None  # while it is trainable
         self.moves = 0  # how often its tensors were moved or cast
         self._spans: Mapping[str, tuple[str, int, int]] = {}  # key -> (name of a flat parameter, start, stop)
 
@@ -211,10 +213,10 @@ class Adapter(nn.Module):
             plain = tensor.detach().cpu().contiguous()
             yield key, DTYPE_NAMES[plain.dtype], tuple(plain.shape), plain.view(-1).view(torch.uint8).numpy().tobytes()
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, notes: str = "") -> Path:
         """Write a PEFT folder in one step: whatever happens, `folder` holds the old adapter or this one.
 
-        Other files in an older folder stay; an older model card too.
+        Other files in an older folder stay; an older model card too, unless there are `notes` (markdown) for a new one.
 
         Raises:
             AdapterError: a tensor is not finite, or the folder cannot be written.
@@ -229,8 +231,8 @@ class Adapter(nn.Module):
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
                 (fresh / TENSORS).write_bytes(tensorfile.encode(self._raw(), self.origin.metadata))
-                if not (folder / CARD).exists():
-                    (fresh / CARD).write_text(card.text(self), encoding="utf-8")
+                if notes or not (folder / CARD).exists():
+                    (fresh / CARD).write_text(card.text(self, notes), encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise AdapterError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return folder

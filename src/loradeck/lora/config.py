@@ -26,9 +26,9 @@ class LoraConfig:
         ConfigError: a value that cannot be.
     """
 
-    r: int = 8
+    r: int = 16
     """Rank: the size of the bottleneck between A (r, in) and B (out, r)."""
-    lora_alpha: float = 16
+    lora_alpha: float = 32
     """Scales the update by lora_alpha / r, so that the learning rate need not follow the rank."""
     lora_dropout: float = 0.0
     """Share of A's inputs dropped while training."""

@@ -74,7 +74,6 @@ def stamp(model: nn.Module, made: Adapter) -> None:
 
 def prepare(made: Adapter, generator: torch.Generator | None) -> None:
     """Give a trainable adapter the random numbers of its dropout: its own, so that no neighbour shifts them."""
-    if made.config.lora_dropout > 0:
+    if made.dropout is not None:
         seed = int(torch.randint(2**62, (), generator=generator))
-        device = next(made.parameters()).device
-        made.dropout_generator = torch.Generator(device).manual_seed(seed)
+        made.dropout.generator = torch.Generator().manual_seed(seed)

@@ -67,11 +67,12 @@ class LoraLayer:
                 f"{self.path} got {rows} {unit}; the route is for {total}",
                 mend="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
-        if self.module.training and operands.drops and torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 and self.module.training and not operands.repeats:
             raise RouteError(
                 f"{self.path} is computed again in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",
-                mend="Set lora_dropout=0, or turn gradient checkpointing off.",
+                mend="Give its adapter.dropout a seed at every forward, set lora_dropout=0, or turn gradient checkpointing "
+                "off.",
             )
 
     def detach(self) -> None:

@@ -55,9 +55,7 @@ def _pair(adapter: Adapter, path: str) -> Pair | None:
     if site is None:
         return None
     a, b = adapter.pair(path)
-    return Pair(
-        a, b, site.scaling, adapter.config.lora_dropout if adapter.trainable else 0.0, adapter.dropout_generator
-    )
+    return Pair(a, b, site.scaling, adapter.dropout if adapter.trainable else None, path)
 
 
 @dataclass(eq=False, slots=True)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from loradeck.ops import packed, segmented
+from loradeck.ops import fused, packed, segmented
+from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands, Pack, compute_dtype
 
@@ -20,6 +21,8 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) 
     pack = packs(x, y, operands, mix, training=training)
     if pack is not None:
         return packed.lora(x, y, operands, mix, pack)
+    if torch.is_grad_enabled() and isinstance(operands.form, LinearForm):
+        return fused.lora(x, y, operands, mix, training=training)
     return segmented.lora(x, y, operands, mix, training=training)
 
 

@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from loradeck.ops.dropout import dropped
+
 Entry = tuple[tuple[int, float], ...]  # (operand, weight) pairs; empty for the base
 
 
@@ -19,6 +21,29 @@ class Group:
 
     entry: Entry
     spans: tuple[tuple[int, int], ...]  # [start, end) of each run, ascending
+
+    def rows(self, unit: int, device: torch.device) -> Tensor | slice:
+        """Return where they lie among items of which `unit` make one run length; as a slice where they are one run."""
+        if len(self.spans) == 1:
+            return slice(self.spans[0][0] * unit, self.spans[0][1] * unit)
+        return torch.cat([torch.arange(start * unit, stop * unit, device=device) for start, stop in self.spans])
+
+
+def take(items: Tensor, rows: Tensor | slice) -> Tensor:
+    """Return these rows; a view of a slice."""
+    return items[rows] if isinstance(rows, slice) else items.index_select(0, rows)
+
+
+def add(
+    items: Tensor, rows: Tensor | slice, left: Tensor, right: Tensor, *, factor: float = 1.0, keep: Tensor | None = None
+) -> None:
+    """items[rows] += factor · left right, but for what `keep` drops; in place."""
+    if isinstance(rows, slice) and keep is None and items.dtype == left.dtype == right.dtype:
+        items[rows].addmm_(left, right, alpha=factor)
+    elif isinstance(rows, slice):
+        items[rows].add_(dropped(left @ right, keep), alpha=factor)
+    else:
+        items.index_add_(0, rows, dropped(left @ right, keep).to(items.dtype), alpha=factor)
 
 
 @dataclass(frozen=True, slots=True)

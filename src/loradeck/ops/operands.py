@@ -6,6 +6,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import Form
 
 
@@ -40,8 +41,8 @@ class Pair:
     a: Tensor
     b: Tensor
     scaling: float
-    dropout: float = 0.0
-    generator: torch.Generator | None = None  # of the adapter's own dropout masks
+    dropout: Dropout | None = None
+    place: str = ""  # what tells this layer's masks from the other layers'
 
     @property
     def r(self) -> int:
@@ -112,7 +113,12 @@ class Operands:
 
     @cached_property
     def drops(self) -> bool:
-        return any(pair is not None and pair.dropout > 0 for pair in self.pairs)
+        return any(pair is not None and pair.dropout is not None for pair in self.pairs)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the layer drops the same when it is computed again; asked at each call, because seeds are set."""
+        return all(pair is None or pair.dropout is None or pair.dropout.seed is not None for pair in self.pairs)
 
     def pair(self, operand: int, dtype: torch.dtype) -> Pair | None:
         """Return a pair in the dtype its layer computes in; under autograd the cast is part of the graph."""

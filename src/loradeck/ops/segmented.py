@@ -1,4 +1,4 @@
-"""Rows sorted by what they go through, then one group after another. Best for long rows, and for training.
+"""Rows sorted by what they go through, then one group after another. Best for long rows; trains what `fused` cannot.
 
 No row meets a neighbour's tensors, so this is also the way of an adapter that is not finite.
 """
@@ -6,8 +6,9 @@ No row meets a neighbour's tensors, so this is also the way of an adapter that i
 import torch
 from torch import Tensor
 
-from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pair, compute_dtype
+from loradeck.ops.dropout import dropped
+from loradeck.ops.mix import Mix, add, take
+from loradeck.ops.operands import Operands, compute_dtype
 
 
 def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool = False) -> Tensor:
@@ -32,31 +33,23 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
             if pair is None:
                 continue
             if rows is None:
-                rows = _rows(group.spans, per_run, items.device)
-                places = rows if per_item == 1 else _rows(group.spans, per_run * per_item, z.device)
-            x_rows = items[rows] if isinstance(rows, slice) else items.index_select(0, rows)
-            if training and pair.dropout > 0 and x_rows.is_floating_point():  # ids have nothing to drop
-                x_rows = _dropped(x_rows, pair)
+                rows = group.rows(per_run, items.device)
+                places = rows if per_item == 1 else group.rows(per_run * per_item, z.device)
+            x_rows, factor = take(items, rows), weight * pair.scaling
+            if training and pair.dropout and x_rows.is_floating_point():  # ids have nothing to drop
+                x_rows = dropped(x_rows, pair.dropout.keep(x_rows.shape, pair.place, x_rows.device))
+                factor *= pair.dropout.scale
             h = form.shrink(x_rows, pair.a)
             b = form.dense_b(pair.b).T
-            factor = weight * pair.scaling
-            if in_place and isinstance(places, slice):
-                if z.dtype == h.dtype == b.dtype:
-                    z[places].addmm_(h, b, alpha=factor)
-                else:
-                    z[places].add_(h @ b, alpha=factor)
-                continue
-            own = factor * (h @ b) if own is None else torch.add(own, h @ b, alpha=factor)
-        if own is not None and places is not None:
+            if in_place:
+                add(z, places, h, b, factor=factor)
+            else:
+                own = factor * (h @ b) if own is None else torch.add(own, h @ b, alpha=factor)
+        if own is not None:
             updates.append((places, own))
-    if not in_place:
-        return form.restore(_added(z, updates), y) if updates else y
-    for rows, own in updates:
-        if isinstance(rows, slice):
-            z[rows] += own.to(z.dtype)
-        else:
-            z.index_add_(0, rows, own.to(z.dtype))
-    return form.restore(z, y)
+    if in_place:
+        return form.restore(z, y)
+    return form.restore(_added(z, updates), y) if updates else y
 
 
 def _added(z: Tensor, updates: list[tuple[Tensor | slice, Tensor]]) -> Tensor:
@@ -74,14 +67,3 @@ def _added(z: Tensor, updates: list[tuple[Tensor | slice, Tensor]]) -> Tensor:
         end = stop
     pieces.append(z.new_zeros(z.shape[0] - end, z.shape[1]))
     return z + torch.cat(pieces)
-
-
-def _rows(spans: tuple[tuple[int, int], ...], unit: int, device: torch.device) -> Tensor | slice:
-    if len(spans) == 1:
-        return slice(spans[0][0] * unit, spans[0][1] * unit)
-    return torch.cat([torch.arange(start * unit, stop * unit, device=device) for start, stop in spans])
-
-
-def _dropped(x: Tensor, pair: Pair) -> Tensor:
-    keep = torch.empty_like(x).bernoulli_(1 - pair.dropout, generator=pair.generator)
-    return x * keep / (1 - pair.dropout)

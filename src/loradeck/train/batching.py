@@ -1,62 +1,102 @@
-"""Which examples a step sees, as tensors. Knows token ids; knows no text and no model.
+"""Which documents a step reads, and how they lie in a batch. Knows token ids; knows no text and no model.
 
-B sequences of a batch   T tokens of its longest
+B documents   T tokens of the longest, or of all where they are packed
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import lru_cache
+from itertools import chain
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from loradeck.train.example import UNSUPERVISED, Example
+from loradeck.train.packing import positions
 
-# Sorting by length within windows of 20 batches saves most of the padding and leaves most of the chance (the window of
-# PEFT's training benchmark, which measured a quarter of the time saved).
-WINDOW = 20
 PADDING = 0  # any id of the vocabulary: attention_mask hides it from the model, labels from the loss
+
+T = TypeVar("T")
+
+
+class Batches(Generic[T]):
+    """The examples of each step, pass after pass without end; each pass has its own order, which the seed decides.
+
+    A function of the step's number, so a run that goes on where another ended reads on where that one did. The last
+    batch of a pass holds what is left.
+    """
+
+    def __init__(self, examples: Sequence[T], size: int, *, seed: int) -> None:
+        self.examples, self.size, self.seed = examples, size, seed
+        self._order = lru_cache(maxsize=1)(self._shuffled)
+
+    def __len__(self) -> int:
+        """Return the steps of one pass."""
+        return -(-len(self.examples) // self.size)
+
+    def __getitem__(self, step: int) -> list[T]:
+        """Return the examples of a step, counted from 0."""
+        epoch, at = divmod(step, len(self))
+        return [self.examples[n] for n in self._order(epoch)[at * self.size : (at + 1) * self.size]]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        chance = random.Random(f"{self.seed} {epoch}")  # a string seeds alike in every process
+        return chance.sample(range(len(self.examples)), len(self.examples))
+
+
+def pieces(units: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[Sequence[Example]]]:
+    """Cut units of documents, in their order, into pieces of at most so many tokens; a longer unit is one by itself."""
+    piece: list[Sequence[Example]] = []
+    size = 0
+    for unit in units:
+        own = sum(len(document.tokens) for document in unit)
+        if piece and size + own > tokens:
+            yield piece
+            piece = []
+            size = 0
+        piece.append(unit)
+        size += own
+    if piece:
+        yield piece
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences of one step, padded on the right: (B, T) int64 each."""
+    """Documents as one row, end to end, or as a row each, padded on the right: int64 tensors of one shape."""
 
     input_ids: Tensor
-    attention_mask: Tensor
-    """1 on tokens, 0 on padding."""
     labels: Tensor
-    """The token where it is learned, UNSUPERVISED elsewhere."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens without the padding."""
-        return int(self.attention_mask.sum())
-
-
-def batches(examples: Sequence[Example], size: int, *, seed: int) -> Iterator[list[Example]]:
-    """Yield `size` examples at a time, pass after pass without end; each pass has its own order, which `seed` decides.
-
-    The last batch of a pass holds what is left.
-    """
-    for epoch in count():
-        chance = random.Random(f"{seed} {epoch}")  # a string seeds alike in every process
-        shuffled = chance.sample(examples, len(examples))
-        for start in range(0, len(shuffled), size * WINDOW):
-            window = sorted(shuffled[start : start + size * WINDOW], key=lambda example: len(example.tokens))
-            groups = [window[at : at + size] for at in range(0, len(window), size)]
-            chance.shuffle(groups)
-            yield from groups
+    """The token where it is learned, UNSUPERVISED elsewhere and at the first of each document, which none predicts."""
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+    learned: tuple[int, ...]
+    """Supervised tokens of each document."""
+    position_ids: Tensor | None
+    """From 0 for each document, where they are packed."""
+    attention_mask: Tensor | None
+    """1 on tokens, 0 on padding, where they are not."""
 
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Pad examples on the right into one batch on `device`."""
-    lengths = [len(example.tokens) for example in examples]
-    longest = max(lengths)
-    rows = {
-        "input_ids": [example.tokens + [PADDING] * (longest - len(example.tokens)) for example in examples],
-        "attention_mask": [[1] * length + [0] * (longest - length) for length in lengths],
-        "labels": [example.labels + [UNSUPERVISED] * (longest - len(example.labels)) for example in examples],
-    }
-    return Batch(**{name: torch.tensor(value, dtype=torch.int64, device=device) for name, value in rows.items()})
+def collate(documents: Sequence[Example], *, packed: bool, device: torch.device | str = "cpu") -> Batch:
+    """Lay documents in one batch on `device`."""
+    lengths = tuple(len(document.tokens) for document in documents)
+    ids = [document.tokens for document in documents]
+    labels = [[UNSUPERVISED, *document.labels[1:]] for document in documents]
+    mask = None
+    if packed:
+        ids, labels = [[*chain(*ids)]], [[*chain(*labels)]]
+    else:
+        longest = max(lengths)
+        mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths], device=device)
+        ids = [own + [PADDING] * (longest - len(own)) for own in ids]
+        labels = [own + [UNSUPERVISED] * (longest - len(own)) for own in labels]
+    return Batch(
+        input_ids=torch.tensor(ids, device=device),
+        labels=torch.tensor(labels, device=device),
+        lengths=lengths,
+        learned=tuple(document.supervised for document in documents),
+        position_ids=positions(lengths).to(device) if packed else None,
+        attention_mask=mask,
+    )

@@ -11,7 +11,7 @@ Shape = Literal["linear", "cosine", "constant"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The recipe of one training run.
+    """The recipe of one job: how one adapter is trained.
 
     Raises:
         ConfigError: a value that cannot be; every one is named.
@@ -36,7 +36,17 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger 2-norm are scaled down to it; inf leaves them as they are."""
     seed: int = 0
-    """Seed of the order of the examples and of dropout."""
+    """Seed of the adapter's first values, of the order of the examples, of dropout and of what is held out."""
+    loraplus_lr_ratio: float = 1.0
+    """B's learning rate over A's (LoRA+, arXiv:2402.12354, which found 4 to 16 best)."""
+    dpo_beta: float = 0.1
+    """For preference pairs: how dearly the adapter pays for leaving the base (DPO, arXiv:2305.18290)."""
+    valid_ratio: float = 0.0
+    """Share of the dataset held out for validation, where it has no validation split of its own."""
+    eval_every: int | None = None
+    """Steps between evaluations on the validation examples; left out, ten in a run. The last step is evaluated too."""
+    patience: int | None = None
+    """End after so many evaluations in a row without a lower validation loss; left out, never."""
 
     def __post_init__(self) -> None:
         wanted = {
@@ -50,6 +60,11 @@ class TrainConfig:
             "weight_decay": (_number(self.weight_decay), "a number from 0"),
             "max_grad_norm": (self.max_grad_norm == math.inf or _positive(self.max_grad_norm), "a number above 0"),
             "seed": (_whole(self.seed, least=0), "a whole number from 0"),
+            "loraplus_lr_ratio": (_positive(self.loraplus_lr_ratio), "a number above 0"),
+            "dpo_beta": (_positive(self.dpo_beta), "a number above 0"),
+            "valid_ratio": (_number(self.valid_ratio) and self.valid_ratio < 1, "a number from 0 to below 1"),
+            "eval_every": (self.eval_every is None or _whole(self.eval_every), "a whole number from 1"),
+            "patience": (self.patience is None or _whole(self.patience), "a whole number from 1"),
         }
         problems = [f"{k} is {getattr(self, k)!r:.40}, not {what}" for k, (holds, what) in wanted.items() if not holds]
         if problems:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes, and what its metrics.jsonl holds: one event, one line. Knows no tensors, no screen."""
+"""What a run tells while it goes, and what its metrics.jsonl holds: one event, one line. Knows no tensors."""
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias
@@ -16,7 +16,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=st
     """Since the run began, what was before a resume included."""
 
 
-class Step(Event):
+class Step(Event, frozen=True):
     """One optimizer step."""
 
     steps: int
@@ -36,7 +36,7 @@ class Step(Event):
     """DPO: share of the step's pairs whose chosen answer is rated above the rejected one."""
 
 
-class Evaluation(Event):
+class Evaluation(Event, frozen=True):
     """The loss on the validation examples, after a step."""
 
     loss: float
@@ -49,7 +49,7 @@ class Evaluation(Event):
     """As in Step."""
 
 
-class Sample(Event):
+class Sample(Event, frozen=True):
     """What the adapter answers to a validation prompt."""
 
     prompt: str
@@ -57,7 +57,7 @@ class Sample(Event):
     answer: str
 
 
-class End(Event):
+class End(Event, frozen=True):
     """A job's last event."""
 
     reason: Literal["finished", "early stop", "stopped", "diverged", "interrupted"]

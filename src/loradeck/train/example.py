@@ -1,23 +1,22 @@
-"""What the model reads and what of it is learned, token by token. Knows tokenizers and chat templates; knows no files.
+"""What the model reads and what of it is learned, token by token. Knows tokenizers; knows no files.
 
-A mask is right when decoding the learned tokens gives the answers and the marks that end them, no more and no less.
-Few chat templates mark the assistant's tokens themselves, so a conversation is rendered turn by turn, each rendering a
-prefix of the next.
+What ends an answer is learned with it: the template's end of turn, or the tokenizer's end of text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from itertools import groupby
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.errors import DataError
-from loradeck.train.record import Completion, Conversation, Message, Record, Text
+from loradeck.train.record import UNSUPERVISED, Completion, Conversation, Pair, Record, Segment, Text, Tokens
+from loradeck.train.template import end_of_turn, sequences
+from loradeck.train.turn import Message
 
-UNSUPERVISED = -100  # torch.nn.functional.cross_entropy's ignore_index
-ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands in for an answer, to see what the template writes around it
-
-Segment: TypeAlias = tuple[str, bool]  # a text, and whether it is learned
+# One object for all occurrences of a token: 17 bytes a token, measured, in place of 29. No larger than a vocabulary.
+ONE: dict[int, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,28 +29,21 @@ class Example:
 
     @classmethod
     def of(cls, record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
-        """Turn a record into tokens and labels, cut at `max_length` tokens.
-
-        What ends an answer is learned with it: the template's end of turn, or the tokenizer's end of text.
+        """Turn a record that makes one sequence into tokens and labels, cut at `max_length` tokens.
 
         Raises:
-            DataError: the chat template does not fit the record, or nothing to learn is left after the cut.
+            DataError: it makes several, or cannot be learned: see `examples`.
         """
-        chat = tokenizer.chat_template is not None
-        if isinstance(record, Completion) and chat:
-            record = Conversation([Message("user", record.prompt), Message("assistant", record.completion)])
-        match record:
-            case Conversation() if not chat:
-                raise DataError("$.messages: the base's tokenizer has no chat template; give prompt and completion")
-            case Conversation():
-                tokens, labels = _tokenize(tokenizer, _conversation(tokenizer, record.messages), max_length)
-            case Completion():
-                tokens, labels = _plain(tokenizer, [(record.prompt, False), (record.completion, True)], max_length)
-            case Text():
-                tokens, labels = _plain(tokenizer, [("", False), (record.text, True)], max_length)
+        made = _sequences(record, tokenizer, max_length)
+        if len(made) > 1:
+            raise DataError(f"$: makes {len(made)} sequences with this base and max_length, where there can be one")
+        return cls._cut(*made[0], max_length)
+
+    @classmethod
+    def _cut(cls, tokens: list[int], labels: list[int], max_length: int) -> Self:
         example = cls(tokens[:max_length], labels[:max_length], truncated=len(tokens) > max_length)
         if not example.supervised:
-            raise DataError(f"nothing to learn is left within max_length, {max_length} tokens")
+            raise DataError(f"$: nothing to learn is left within max_length, {max_length} tokens")
         return example
 
     @property
@@ -59,18 +51,113 @@ class Example:
         """Tokens that are learned; the first is read, never predicted."""
         return sum(label != UNSUPERVISED for label in self.labels[1:])
 
+    def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+        """Return the text in runs that are learned, or not."""
+        pairs = zip(self.tokens, self.labels, strict=True)
+        return [
+            (str(tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)), learned)
+            for learned, run in groupby(pairs, key=lambda pair: pair[1] != UNSUPERVISED)
+        ]
 
-def _plain(tokenizer: PreTrainedTokenizerBase, segments: list[Segment], max_length: int) -> tuple[list[int], list[int]]:
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt; both sequences begin with its tokens, and only the answers are learned."""
+
+    chosen: Example
+    rejected: Example
+
+    @classmethod
+    def of(cls, pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
+        """Turn a pair into two examples, each cut at `max_length` tokens.
+
+        Raises:
+            DataError: as Example.of.
+        """
+        return cls(*(Example.of(side, tokenizer, max_length) for side in (pair.chosen, pair.rejected)))
+
+    @property
+    def supervised(self) -> int:
+        """Tokens of both that are learned."""
+        return self.chosen.supervised + self.rejected.supervised
+
+    @property
+    def truncated(self) -> bool:
+        """Whether either was cut."""
+        return self.chosen.truncated or self.rejected.truncated
+
+
+def examples(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example] | list[Preference]:
+    """Turn a record into what is trained on.
+
+    One example, unless a text is longer than `max_length`, which makes pieces of that size of which no token is lost,
+    or the chat template asks for several sequences (see `template.sequences`).
+
+    Raises:
+        DataError: the chat template does not fit the record, or nothing to learn is left after the cut.
+    """
+    if isinstance(record, Pair):
+        return [Preference.of(record, tokenizer, max_length)]
+    return [Example._cut(*made, max_length) for made in _sequences(record, tokenizer, max_length)]
+
+
+def ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens of which an adapter must learn one in order to stop: the end of text, and that of a turn."""
+    try:
+        mark = end_of_turn(tokenizer)
+    except DataError:  # a template that fails here may take other turns; each record tells
+        mark = ""
+    turn = tokenizer(mark, add_special_tokens=False)["input_ids"]
+    return frozenset(turn[-1:]) | ({tokenizer.eos_token_id} - {None})
+
+
+def _sequences(
+    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens and labels of each sequence; what is beyond `max_length` may be missing but for one token."""
+    chat = tokenizer.chat_template is not None
+    if isinstance(record, Completion) and chat:
+        record = Conversation([Message("user", record.prompt), Message("assistant", record.completion)])
+    match record:
+        case Conversation() if not chat:
+            raise DataError("$: the base's tokenizer has no chat template, so it takes no turns but prompt, completion")
+        case Conversation():
+            return [_tokenize(tokenizer, segments, max_length) for segments in sequences(tokenizer, record)]
+        case Completion():
+            return [_plain(tokenizer, [(record.prompt, False), (record.completion, True)])]
+        case Text():
+            return _pieces(*_plain(tokenizer, [("", False), (record.text, True)]), max_length)
+        case Tokens():
+            most = len(tokenizer)
+            if beyond := next((token for token in record.tokens if token >= most), None):
+                raise DataError(f"$: has token {beyond}; the base's tokenizer has {most}, from 0")
+            return [(record.tokens, record.labels)]
+        case Pair():
+            raise DataError("$: is a preference pair, and makes two sequences")
+
+
+def _pieces(tokens: list[int], labels: list[int], max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a sequence into pieces, each but the first beginning with the token before it, to be read and not learned."""
+    cuts = range(max_length - 1, len(tokens) - 1, max_length - 1)
+    rest = [(tokens[at : at + max_length], [UNSUPERVISED, *labels[at + 1 : at + max_length]]) for at in cuts]
+    return [(tokens[:max_length], labels[:max_length]), *rest]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, segments: list[Segment]) -> tuple[list[int], list[int]]:
     """Tokenize a text as it stands, begun and ended as the tokenizer begins and ends texts."""
     end = tokenizer.eos_token_id
     if end is None:
-        raise DataError("the base's tokenizer has no end of text, so the adapter could not learn to stop")
-    tokens, labels = _tokenize(tokenizer, segments, max_length, special=True)
+        raise DataError("$: the base's tokenizer has no end of text, so the adapter could not learn to stop")
+    tokens, labels = _tokenize(tokenizer, segments, special=True)
     return [*tokens, end], [*labels, end]
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, segments: Iterable[Segment], max_length: int, *, special: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    segments: Iterable[Segment],
+    max_length: int | None = None,
+    *,
+    special: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Tokenize segment after segment, stopping once past `max_length` tokens.
 
@@ -83,48 +170,14 @@ def _tokenize(
     labels: list[int] = []
     for segment, learned in segments:
         text += segment
-        joint = tokenizer(text, add_special_tokens=special)["input_ids"]
+        joint = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # or it warns of long texts
         if joint[: len(tokens)] == tokens:
             fresh = joint[len(tokens) :]
         else:
             fresh = tokenizer(segment, add_special_tokens=False)["input_ids"]
+        fresh = [ONE.setdefault(token, token) for token in fresh]
         tokens += fresh
         labels += fresh if learned else [UNSUPERVISED] * len(fresh)
-        if len(tokens) > max_length:
+        if max_length is not None and len(tokens) > max_length:
             break
     return tokens, labels
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Iterator[Segment]:
-    """Yield what is read before each assistant turn, then the turn up to its end."""
-    done = ""
-    for at, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        prompt = _render(tokenizer, messages[:at], add_generation_prompt=True)
-        marked = _render(tokenizer, [*messages[:at], Message("assistant", ANSWER)])
-        reply = _render(tokenizer, messages[: at + 1])
-        head, _, end = marked.removeprefix(prompt).partition(ANSWER)
-        end = end.rstrip()  # white space after the end of a turn is never generated
-        answer = reply.rstrip().removeprefix(prompt + head).removesuffix(end)
-        if not prompt.startswith(done) or prompt + head + answer + end != reply.rstrip():
-            raise DataError(f"$.messages[{at}]: the chat template does not render a conversation as a prefix of itself")
-        if answer.strip() != message.content.strip():
-            raise DataError(f"$.messages[{at}].content: the chat template rewrites it")
-        if not end:
-            raise DataError("the chat template marks no end of a turn, so the adapter could not learn to stop")
-        yield (prompt + head)[len(done) :], False
-        yield answer + end, True
-        done = prompt + head + answer + end
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
-) -> str:
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return str(
-            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-    except Exception as error:  # a template is a stranger's program and can fail in any way
-        raise DataError(f"$.messages: the base's chat template refuses them: {str(error)!r:.100}") from error

@@ -12,6 +12,7 @@ from loradeck.train.config import Shape, TrainConfig
 RATE, WIDTH, POWERS = 10 * 5e-5, 2000, {"llama": 0.781, "qwen": 0.0775}
 LOWEST, HIGHEST = 1e-4, 1e-3  # how far the fit is trusted
 UNKNOWN = 2e-4  # the default of axolotl and Unsloth
+GENTLE = 0.05  # preferences over answers: Tinker's guide takes a twentieth to a tenth of the rate for answers
 SHORT_RUN, HASTE = 100, 1.5  # a run of few steps moves less far, and can afford longer ones
 
 
@@ -30,10 +31,14 @@ class Schedule:
     shape: Shape
 
     @classmethod
-    def of(cls, config: TrainConfig, examples: int, model: PretrainedConfig) -> "Schedule":
+    def of(
+        cls, config: TrainConfig, examples: int, model: PretrainedConfig, *, preferences: bool = False
+    ) -> "Schedule":
         """Return the schedule of a run over so many examples on such a model."""
         steps = config.max_steps or config.epochs * math.ceil(examples / config.batch_size)
         peak, reason = (config.learning_rate, "as given") if config.learning_rate else automatic(model, steps)
+        if preferences and not config.learning_rate:
+            peak, reason = peak * GENTLE, f"{reason}; times {GENTLE} for preference pairs"
         return cls(steps, peak, reason, math.ceil(config.warmup_ratio * steps), config.schedule)
 
     def __call__(self, step: int) -> float:

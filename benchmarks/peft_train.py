@@ -1,0 +1,103 @@
+"""PEFT's training, the peer of ours: in a plain loop, and by transformers' Trainer. Batches are padded to the longest.
+
+Both take their examples in the order given, and AdamW with the settings of loradeck.train.job.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from loradeck.train.batching import collate
+from loradeck.train.example import Example
+from loradeck.train.job import BETAS
+
+
+class Plain:
+    """The loop that people write: forward with labels, backward, clip, step."""
+
+    def __init__(self, model: nn.Module, adapter: Path, rate: float) -> None:
+        self.model = PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = AdamW(self.parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
+
+    def step(self, examples: Sequence[Example]) -> float:
+        """Make one optimizer step and return its loss."""
+        loss = self.model(**padded(examples), use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+class Hosted:
+    """transformers' Trainer, which owns its loop: what else is to happen between its steps, it is told beforehand."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Path,
+        rate: float,
+        steps: Sequence[Sequence[Example]],
+        after_step: Callable[[float], None],
+    ) -> None:
+        peft = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        peft.config.use_cache = False
+        self.folder = tempfile.TemporaryDirectory()
+        arguments = transformers.TrainingArguments(
+            output_dir=self.folder.name,
+            max_steps=len(steps),
+            per_device_train_batch_size=len(steps[0]),
+            train_sampling_strategy="sequential",
+            learning_rate=rate,
+            lr_scheduler_type="constant",
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=True,
+        )
+        # pyrefly: ignore [bad-argument-type]  (any sequence will do)
+        self.trainer = _Trainer(peft, arguments, padded, train_dataset=[*chain(*steps)])
+        self.trainer.remove_callback(transformers.PrinterCallback)
+        self.trainer.add_callback(_After(lambda: after_step(float(self.trainer.loss))))
+
+    def run(self) -> None:
+        """Make all steps."""
+        self.trainer.train()
+        self.folder.cleanup()
+
+
+class _Trainer(transformers.Trainer):
+    loss: Tensor
+
+    def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
+        self.loss = super().training_step(*arguments, **settings)
+        return self.loss
+
+
+class _After(transformers.TrainerCallback):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.act()
+
+
+def padded(examples: Sequence[Example]) -> dict[str, Any]:
+    """Return a batch as transformers' models take it; the prompts' labels, and the padding's, are -100."""
+    batch = collate(examples, packed=False)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}

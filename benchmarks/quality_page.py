@@ -1,0 +1,152 @@
+"""docs/quality.md and docs/quality.png from the figures of benchmarks/quality.py. Knows a result file; runs nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+RANKS = ("LoRA r=1", "LoRA r=4", "LoRA r=16")
+ATTENTION, FULL, BASE = "LoRA, attention only", "full fine-tuning", "base"
+REACHED = 1.02  # of full fine-tuning's test loss
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def page(record: dict[str, Any]) -> str:
+    """Return docs/quality.md; a function of the record alone."""
+    figures = record["figures"]
+    recipe, tasks, runs = figures["recipe"], figures["tasks"], figures["runs"]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    seeds = max(len(own["seeds"]) for systems in runs.values() for name, own in systems.items() if name != BASE)
+    lines = [
+        "# Does LoRA reach full fine-tuning?",
+        "",
+        "Written by `python -m benchmarks.quality --page` from `benchmarks/results/quality.json`, which",
+        "`python -m benchmarks.quality` makes. The question is that of *LoRA Without Regret* (Thinking Machines,",
+        "2025), asked small: SmolLM2-135M in float32, three tasks, each system at its own best learning rate.",
+        "",
+        f"Machine: {record['machine']}. Versions: {versions}. Commit: {record['commit']}.",
+        "",
+        "## Answer",
+        "",
+        f"*Reaches* means: a test loss at most {REACHED - 1:.0%} above that of full fine-tuning.",
+        "",
+        *[f"- **{name}**: {answer(systems)}" for name, systems in runs.items()],
+        f"- **learning rate**: {rates(runs)}",
+        "",
+        "![Test loss by trained parameters, and validation loss by learning rate](quality.png)",
+    ]
+    for name, systems in runs.items():
+        lines += ["", f"## {name}", "", f"{tasks[name]['what']} From {tasks[name]['source']}.", "", *table(systems)]
+        lines += ["", like(tasks[name])]
+    note = f"the mean of {seeds} seeds, which set A's first values and the order of the examples" if seeds > 1 else ""
+    lines += [
+        "",
+        "## How it was measured",
+        "",
+        f"- Batches of {recipe['batch_size']} examples, {recipe['epochs']} epochs, {recipe['schedule']} decay after a "
+        f"warm-up of {recipe['warmup_ratio']:.0%};",
+        "  AdamW, no weight decay, gradients clipped to 1. All systems read the same batches in the same order, and",
+        "  loss, optimizer and schedule are the same; full fine-tuning is a plain loop over all the weights.",
+        "- LoRA has `lora_alpha=32` and sits on all linear layers; *attention only* has r=11 on the projections of",
+        "  queries and outputs and r=10 on those of keys and values, which makes exactly the parameters of r=4.",
+        "- Rates are half a decade apart. The search goes on until the rates on both sides of the best were tried and",
+        "  are worse, on the validation split. The test split is read once, with the weights after the last step.",
+        "- Losses are nats per token of the answer and its end. *Exact* is the share of the test's answers that greedy",
+        f"  decoding gives to the letter.{f' Figures are {note}.' if note else ''}",
+        "",
+        "## What it does not show",
+        "",
+        "- Data that exceed an adapter's capacity: these are small, as data for adapters mostly are.",
+        *([] if seeds > 1 else ["- The noise of the seed: there is one."]),
+        "- That a difference of a few answers in *exact* is more than chance: with n answers its standard error is",
+        "  √(p(1-p)/n), 3.6 points at one half of 192.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def answer(systems: dict[str, Any]) -> str:
+    full = figure(systems[FULL], "test loss")
+    enough = next((name for name in RANKS if figure(systems[name], "test loss") <= REACHED * full), None)
+    named = enough or min(RANKS, key=lambda name: figure(systems[name], "test loss"))
+    own = figure(systems[named], "test loss")
+    share = systems[named]["parameters"] / systems[FULL]["parameters"]
+    verb = f"{named} reaches it" if enough else f"no rank reaches it; the nearest is {named}"
+    attention = figure(systems[ATTENTION], "test loss") / figure(systems["LoRA r=4"], "test loss") - 1
+    return (
+        f"{verb}, with {share:.2%} of the bytes: a test loss of {own:.3f} against {full:.3f} "
+        f"({own / full - 1:+.0%}). Attention only, with the parameters of r=4: {attention:+.0%} loss."
+    )
+
+
+def rates(runs: dict[str, Any]) -> str:
+    found = [best_rate(systems[name]) / best_rate(systems[FULL]) for systems in runs.values() for name in RANKS]
+    least, most = min(found), max(found)
+    return (
+        f"LoRA's best is {least:.0f} to {most:.0f} times that of full fine-tuning, over all ranks and tasks; "
+        "LoRA Without Regret found 10."
+    )
+
+
+def table(systems: dict[str, Any]) -> list[str]:
+    exact = "exact match" in systems[BASE]
+    full = systems[FULL]["parameters"]
+    lines = [
+        f"| | trained parameters | MB in float32 | share | rate | test loss |{' exact |' if exact else ''}",
+        f"|---|---|---|---|---|---|{'---|' if exact else ''}",
+    ]
+    for name in (BASE, *RANKS, ATTENTION, FULL):
+        own = systems[name]
+        size = own.get("parameters", 0)
+        rate = f"{best_rate(own):g}" if size else "–"
+        cells = [name, f"{size:,}", f"{size * 4 / 1e6:.1f}", f"{size / full:.2%}", rate]
+        cells += [f"{figure(own, 'test loss'):.3f}"] + ([f"{figure(own, 'exact match'):.0%}"] if exact else [])
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def like(task: dict[str, Any]) -> str:
+    prompt, answer = task["like"]
+    sizes = f"{task['train']} examples ({task['train tokens']:,} tokens), {task['valid']} to validate, {task['test']}"
+    return f"{sizes} to test; the first: `{prompt}` → `{answer}`."
+
+
+def figure(own: dict[str, Any], key: str) -> float:
+    """Return a figure of a system on the test split, the mean over its seeds."""
+    return mean(each[key] for each in own["seeds"].values()) if "seeds" in own else own[key]
+
+
+def best_rate(own: dict[str, Any]) -> float:
+    losses = own["valid loss by rate"]
+    return float(min(losses, key=losses.__getitem__))
+
+
+def plot(record: dict[str, Any]) -> None:
+    """Write docs/quality.png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = record["figures"]["runs"]
+    drawing, rows = plt.subplots(2, len(runs), figsize=(4.2 * len(runs), 7.2), layout="constrained", squeeze=False)
+    for (name, systems), above, below in zip(runs.items(), *rows, strict=True):
+        full = figure(systems[FULL], "test loss")
+        above.plot(*points(systems, RANKS), "o-", label="LoRA r=1, 4, 16, all linear")
+        above.plot(*points(systems, [ATTENTION]), "s", label="LoRA, attention only")
+        above.plot(*points(systems, [FULL]), "D", color="black", label=FULL)
+        above.axhline(full, color="black", linestyle=":", linewidth=1)
+        above.set(xscale="log", xlabel="trained parameters", title=name, ylabel="test loss (nats per token)")
+        for system in (*RANKS, ATTENTION, FULL):
+            losses = systems[system]["valid loss by rate"]
+            style = {"color": "black", "marker": "D"} if system == FULL else {"marker": "o"}
+            below.plot([float(rate) for rate in losses], [*losses.values()], label=system, **style)
+        below.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
+    rows[0][0].legend()
+    rows[1][0].legend()
+    drawing.savefig(DOCS / "quality.png", dpi=100, metadata={"Software": None})
+    plt.close(drawing)
+
+
+def points(systems: dict[str, Any], names: Sequence[str]) -> tuple[list[int], list[float]]:
+    return [systems[name]["parameters"] for name in names], [figure(systems[name], "test loss") for name in names]

@@ -1,0 +1,124 @@
+"""A run's state on disk, from which it goes on to the same bits. Knows jobs and files; trains nothing.
+
+What a step does follows from the adapter's tensors, the optimizer's moments and the step's number alone: the order of
+the examples and the masks of dropout are functions of the seed and the step. So no generator's state is kept.
+"""
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loradeck.disk import new_folder
+from loradeck.errors import TrainingError
+from loradeck.train.job import Job, Progress
+from loradeck.train.trainer import Trainer
+
+STATE = "state.json"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch.optim.AdamW's
+MEND = "Remove it; the one before it counts then."
+PACKAGES = ("torch", "transformers")
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a run but its tensors."""
+
+    passes: int
+    seconds: float
+    fingerprint: str
+    """Of the base."""
+    jobs: dict[str, Progress]
+    data: dict[str, str]
+    """Of each job: its dataset's sha256."""
+    files: dict[str, int]
+    """Bytes of each file that grows with the run."""
+    versions: dict[str, str]
+
+
+def save(trainer: Trainer, folder: Path, *, data: Mapping[str, str], files: Mapping[str, int], keep: int) -> Path:
+    """Write a checkpoint into `folder`, in one step, and remove all but the newest `keep`."""
+    path = folder / f"{trainer.passes:08}"
+    state = State(
+        passes=trainer.passes,
+        seconds=trainer.seconds,
+        fingerprint=trainer.base.fingerprint,
+        jobs={name: job.progress for name, job in trainer.jobs.items()},
+        data=dict(data),
+        files=dict(files),
+        versions={package: version(package) for package in PACKAGES},
+    )
+    with new_folder(path) as fresh:
+        for name, job in trainer.jobs.items():
+            save_file(_tensors(job), fresh / f"{name}.safetensors")
+        (fresh / STATE).write_bytes(msgspec.json.encode(state))
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest last; one that a kill left unfinished has another name."""
+    return sorted(path for path in folder.glob("[0-9]*") if (path / STATE).is_file())
+
+
+def read(path: Path) -> State:
+    """Read a checkpoint's state.
+
+    Raises:
+        TrainingError: it is damaged.
+    """
+    try:
+        return msgspec.json.decode((path / STATE).read_bytes(), type=State)
+    except (OSError, msgspec.DecodeError) as error:
+        raise TrainingError(
+            f"{path} cannot be resumed from: {error}", mend="Remove it; the one before it counts then."
+        ) from error
+
+
+@torch.no_grad()
+def restore(trainer: Trainer, path: Path, state: State, *, data: Mapping[str, str]) -> None:
+    """Bring a trainer with fresh jobs to where a checkpoint was made.
+
+    Raises:
+        TrainingError: the base, the datasets or the adapters are not those of the checkpoint, or it is damaged.
+    """
+    problems = [] if state.fingerprint == trainer.base.fingerprint else ["the base is another one"]
+    problems += [f"{name}: its dataset has changed" for name in data if data[name] != state.data.get(name)]
+    if problems:
+        raise TrainingError(f"{path} cannot be resumed from", problems, mend="Put back what was, or begin a new run.")
+    for name, job in trainer.jobs.items():
+        try:
+            _put(job, load_file(path / f"{name}.safetensors"))
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise TrainingError(f"{path} cannot be resumed from: {name}: {error}", mend=MEND) from error
+        job.progress = state.jobs[name]
+    trainer.passes, trainer.seconds_before = state.passes, state.seconds
+
+
+def _tensors(job: Job) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for key, parameter in job.adapter.tensors():
+        tensors[f"weight {key}"] = parameter.detach().contiguous()
+        moments = job.optimizer.state.get(parameter, {}) if job.running else {}  # type: ignore[call-overload]
+        tensors.update({f"{name} {key}": moments[name] for name in MOMENTS if name in moments})
+    tensors.update({f"best {key}": tensor for key, tensor in job.best.items()})
+    return tensors
+
+
+def _put(job: Job, tensors: Mapping[str, Tensor]) -> None:
+    for key, parameter in job.adapter.tensors():
+        parameter.copy_(tensors[f"weight {key}"])
+        moments = {name: tensors[f"{name} {key}"] for name in MOMENTS if f"{name} {key}" in tensors}
+        if moments:
+            job.optimizer.state[parameter] = {name: moment.to(parameter.device) for name, moment in moments.items()}
+    job.best = {
+        key.removeprefix("best "): tensor.to(next(job.adapter.parameters()).device)
+        for key, tensor in tensors.items()
+        if key.startswith("best ")
+    }

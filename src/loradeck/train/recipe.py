@@ -1,0 +1,203 @@
+"""What a run is to do, as its run.toml says it: a base, and an [[adapter]] for each job. Knows TOML; runs nothing."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import tomli_w
+
+from loradeck.errors import ConfigError, LoradeckError
+from loradeck.lora.config import LoraConfig
+from loradeck.lora.names import check_name
+from loradeck.train.config import TrainConfig
+
+T = TypeVar("T")
+
+MEND = "See docs/training.md for the keys of a run file."
+JOBS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassConfig:
+    """What the jobs of a run share."""
+
+    max_tokens: int = 1024
+    """Tokens read at once; a larger step is computed in parts, to the same gradient with less memory."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping what they left: slower, in less memory."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are removed."""
+    samples: int = 2
+    """Validation prompts that each adapter answers at each evaluation; 0 for none."""
+
+    def __post_init__(self) -> None:
+        least = {"max_tokens": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "samples": 0}
+        problems = [
+            f"{name} is {getattr(self, name)!r:.40}, not a whole number from {low}"
+            for name, low in least.items()
+            if type(getattr(self, name)) is not int or getattr(self, name) < low
+        ]
+        if type(self.gradient_checkpointing) is not bool:
+            problems.append(f"gradient_checkpointing is {self.gradient_checkpointing!r:.40}, not true or false")
+        if problems:
+            raise ConfigError("These settings of the run cannot be", problems, mend=MEND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecipe:
+    """One job: an adapter, its dataset, and how it is trained."""
+
+    name: str
+    data: str
+    """A file, a folder with train, valid and test, or a hub id."""
+    valid: str | None = None
+    """A dataset to validate on, in place of the dataset's own validation split."""
+    last_layers: int | None = None
+    """Adapt only so many of the base's layers, from the last: less time and memory, as nothing flows further back."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.last_layers is not None:
+            if type(self.last_layers) is not int or self.last_layers < 1:
+                raise ConfigError(f"last_layers is {self.last_layers!r:.40}, not a whole number from 1", mend=MEND)
+            if self.lora.layers_to_transform is not None:
+                raise ConfigError("last_layers and layers_to_transform are both given", mend="Give one of them.")
+
+    def adapter_config(self, layers: int) -> LoraConfig:
+        """Return the adapter's config on a base of so many layers."""
+        if self.last_layers is None:
+            return self.lora
+        if self.last_layers > layers:
+            raise ConfigError(f"last_layers is {self.last_layers}; the base has {layers}", mend="Give fewer.")
+        return replace(self.lora, layers_to_transform=tuple(range(layers - self.last_layers, layers)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe:
+    """A run: a base, what its jobs share, and the jobs."""
+
+    base: str
+    """A folder, a hub id, a .gguf file, or smollm2-135m."""
+    dtype: str = "auto"
+    shared: PassConfig = field(default_factory=PassConfig)
+    jobs: tuple[JobRecipe, ...]
+
+    def __post_init__(self) -> None:
+        names = [job.name for job in self.jobs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if not names or twice:
+            raise ConfigError(
+                f"two [[adapter]] are named {twice[0]!r}" if twice else "there is no [[adapter]]",
+                mend="Give each job an [[adapter]] with a name of its own.",
+            )
+
+    def toml(self) -> str:
+        """Return the run as the text of a run file; what is not set is left out."""
+        shared = {"base": self.base, "dtype": self.dtype, **_set(asdict(self.shared))}
+        jobs = [
+            _set({**asdict(job), **asdict(job.lora), **asdict(job.train), "lora": None, "train": None})
+            for job in self.jobs
+        ]
+        return tomli_w.dumps({**shared, "adapter": jobs})
+
+
+def read_recipe(path: Path | str) -> RunRecipe:
+    """Read a run file. Its relative paths are relative to its folder; [defaults] holds for every [[adapter]].
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or has keys or values that cannot be: every one is named.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", mend="Give a run file, in TOML.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}", mend=MEND) from error
+    defaults, jobs = content.pop("defaults", {}), content.pop("adapter", [])
+    if not isinstance(defaults, dict) or not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
+        raise ConfigError(f"{path}: defaults is one table, adapter a list: [defaults], [[adapter]]", mend=MEND)
+    if len(jobs) > JOBS:
+        raise ConfigError(f"{path} has {len(jobs)} jobs, more than {JOBS}", mend="Split it.")
+    problems: list[str] = []
+    read = [_job({**defaults, **job}, f"adapter[{at}]", path.parent, problems) for at, job in enumerate(jobs)]
+    base, dtype = content.pop("base", None), content.pop("dtype", "auto")
+    problems += [] if isinstance(base, str) else ["base: is missing, or no text"]
+    problems += [] if isinstance(dtype, str) else ["dtype: is no text"]
+    shared = _convert(content, PassConfig, "", problems)
+    recipe = None
+    try:
+        if not problems and shared and isinstance(base, str):
+            local = path.parent / base
+            recipe = RunRecipe(
+                base=str(local.resolve()) if local.exists() else base,
+                dtype=dtype,
+                shared=shared,
+                jobs=tuple(job for job in read if job),
+            )
+    except ConfigError as error:
+        problems.append(error.message)
+    if recipe is None:
+        raise ConfigError(f"{path} cannot be run", problems, mend=MEND)
+    return recipe
+
+
+def _job(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]) -> JobRecipe | None:
+    own = {f.name for f in fields(JobRecipe)} - {"lora", "train"}
+    parts = {kind: {f.name for f in fields(kind)} for kind in (LoraConfig, TrainConfig)}
+    known = own.union(*parts.values())
+    problems += [f"{where}.{key}: {_unknown(key, known)}" for key in table.keys() - known]
+    before = len(problems)
+    lora = _convert({k: v for k, v in table.items() if k in parts[LoraConfig]}, LoraConfig, where, problems)
+    train = _convert({k: v for k, v in table.items() if k in parts[TrainConfig]}, TrainConfig, where, problems)
+    for key in ("name", "data"):
+        if not isinstance(table.get(key), str):
+            problems.append(f"{where}.{key}: is missing, or no text")
+    if len(problems) > before or lora is None or train is None:
+        return None
+    places = {key: _place(table[key], folder) for key in ("data", "valid") if isinstance(table.get(key), str)}
+    try:
+        own_values: dict[str, Any] = {**{key: value for key, value in table.items() if key in own}, **places}
+        return JobRecipe(**own_values, lora=lora, train=train)
+    except LoradeckError as error:
+        problems.append(f"{where}: {error.message}")
+        return None
+
+
+def _place(source: str, folder: Path) -> str:
+    """Return a dataset's path from anywhere; what is not there by this path may be a hub id."""
+    path = folder / source
+    return str(path.resolve()) if path.exists() else source
+
+
+def _convert(table: Mapping[str, Any], kind: type[T], where: str, problems: list[str]) -> T | None:
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    problems += [f"{where}{key}: {_unknown(key, known)}" for key in table.keys() - known]
+    try:
+        return msgspec.convert({k: v for k, v in table.items() if k in known}, kind)
+    except msgspec.ValidationError as error:
+        what, _, at = str(error).partition(" - at ")
+        problems.append(f"{where}{at.strip('`').removeprefix('$')}: {what}")
+    except ConfigError as error:
+        problems.extend(f"{where}: {problem}" if where else problem for problem in error.problems)
+    return None
+
+
+def _unknown(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"is no key of a run file{f'; did you mean {close[0]}?' if close else ''}"
+
+
+def _set(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what TOML can hold and says something."""
+    return {
+        key: list(v) if isinstance(v, tuple) else v for key, v in table.items() if v is not None and v not in ((), {})
+    }

@@ -1,0 +1,126 @@
+"""What a model card says of the run that made an adapter, as markdown. Knows settings and events; reads no files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from importlib.metadata import version
+from typing import Any
+
+from loradeck.lora.card import cell
+from loradeck.lora.config import LoraConfig
+from loradeck.train.config import TrainConfig
+from loradeck.train.events import End, Evaluation, Step
+
+PACKAGES = ("loradeck", "torch", "transformers")
+
+
+def training_section(
+    *,
+    base: str,
+    data: Mapping[str, str],
+    lora: LoraConfig,
+    recipe: TrainConfig,
+    steps: Sequence[Step],
+    evaluations: Sequence[Evaluation],
+    end: End,
+) -> str:
+    """Return the card's part on training: data, recipe, how it went, versions, use, limits.
+
+    `base` is what both Base.load and transformers find the base by. `data` is what is known of the dataset, as rows
+    (its name, form, counts, hash); a licence that it does not name is said to be unknown. `steps` and `evaluations`
+    are the job's own, in order, as `read_history` returns them. No text of these can be more than text in the card.
+    """
+    parts = {
+        "Data": _table({**data, "licence": data.get("licence", "unknown: see the dataset's own terms")}),
+        "Recipe": _table(_recipe(lora, recipe, steps)) + "\n\nAll other settings are loradeck's defaults.",
+        "How it went": _table(_course(steps, evaluations, end)),
+        "Versions": _table({package: version(package) for package in PACKAGES}),
+        "Use": _use(base),
+        "Limits": _limits(evaluations),
+    }
+    return "\n\n".join(["## Training", *(f"### {head}\n\n{part}" for head, part in parts.items())]) + "\n"
+
+
+def _recipe(lora: LoraConfig, recipe: TrainConfig, steps: Sequence[Step]) -> dict[str, str]:
+    """Return the settings that are not the defaults, and what the run made of the learning rate."""
+    rows = {
+        field.name: _spelled(value)
+        for config in (lora, recipe)
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != _default(field)
+    }
+    if steps:
+        rows["highest learning rate"] = f"{max(step.learning_rate for step in steps):.3g}"
+    return rows
+
+
+def _default(field: Field[Any]) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {own}" for key, own in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return f"{value}"
+
+
+def _course(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End) -> dict[str, str]:
+    rows = {"ended": f"{end.reason} after step {end.step}" + (f": {end.detail}" if end.detail else "")}
+    rows["kept"] = f"the adapter of step {end.kept}"
+    if steps:
+        first, last, lowest = steps[0], steps[-1], min(steps, key=lambda step: step.loss)
+        rows |= {
+            "steps": f"{last.step:,} of {last.steps:,}",
+            "tokens read": f"{last.tokens:,}",
+            f"{_learned(last)} learned": f"{sum(step.supervised for step in steps):,}",
+            "time": f"{end.seconds:,.0f} s",
+            "training loss": f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}, "
+            f"lowest {lowest.loss:.4f} at step {lowest.step}",
+        }
+    kept = next((each for each in reversed(evaluations) if each.step == end.kept), None)
+    if kept:
+        accuracy = f", accuracy {kept.accuracy:.1%}" if kept.accuracy is not None else ""
+        rows["validation loss"] = f"{kept.loss:.4f} at the kept step, over {kept.tokens:,} {_learned(kept)}{accuracy}"
+    else:
+        rows["validation loss"] = "not measured at the kept step"
+    return rows
+
+
+def _learned(event: Step | Evaluation) -> str:
+    return "tokens" if event.accuracy is None else "pairs"
+
+
+def _use(base: str) -> str:
+    name = ascii(base)  # so that no text of a stranger's can leave its line
+    return f"""With loradeck, where FOLDER is the folder of this card:
+
+```python
+from loradeck import Bank, Base, generate
+
+base = Base.load({name})
+bank = Bank(base.model)
+print(generate(base, bank, ["Hello!"], bank.load(FOLDER)))
+```
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({name}), FOLDER)
+```"""
+
+
+def _limits(evaluations: Sequence[Evaluation]) -> str:
+    measured = "the loss on its validation examples" if evaluations else "its training loss, on no held-out example"
+    return (
+        f"This adapter was measured by {measured}, and by nothing else: not for truth, safety or fairness. It knows "
+        "what its base and its data know, keeps the faults of both, and works on its own base only. Their licences "
+        "and terms hold for it."
+    )
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in rows.items())])

@@ -1,0 +1,98 @@
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from loradeck.cli.check import mask
+
+GOOD = '{"prompt": "Hi", "completion": "Ahoy"}\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "train.jsonl").write_text(GOOD * 2 + '{"prompt": "Bye", "completion": "Fair winds"}\n')
+    (tmp_path / "valid.jsonl").write_text(GOOD + '{"prompt": "Bye", "completion": "Off"}\n')
+    return tmp_path
+
+
+def test_a_good_dataset(run: Callable, folder: Path) -> None:
+    ran = run("check", folder)
+    assert (ran.code, ran.err) == (0, "")
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert ran.out.startswith(f"{folder}: prompt and completion\n")
+    assert ["train", "3", "3", "6", "6", "13", "13", "25", "72.0%", "0", "1", "0", "0"] in lines
+    assert ["valid", "2", "2", "6", "6", "6", "6", "12", "58.3%", "0", "0", "1", "1"] in lines
+    assert "train: there twice: train.jsonl:2, as train.jsonl:1\n" in ran.out
+    assert "valid: in train too: valid.jsonl:1, as train.jsonl:1\n" in ran.out
+    assert "valid: prompt in train, with another answer: valid.jsonl:2, as train.jsonl:3\n" in ran.out
+    assert "read     Hi\nlearned  Ahoy\n" in ran.out
+    assert ran.out.endswith("no problems\n")
+
+
+def test_with_a_base_it_is_in_tokens(run: Callable, folder: Path, tiny_folder: Path) -> None:
+    ran = run("check", folder / "train.jsonl", "--base", tiny_folder)
+    assert ran.code == 0
+    assert " tokens " in ran.out
+    assert "read     <|im_start|>user⏎\nread     Hi<|im_end|>⏎\nread     <|im_start|>assistant⏎\n" in ran.out
+    assert "learned  Ahoy<|im_end|>\n" in ran.out
+    cut = run("check", folder / "train.jsonl", "--base", tiny_folder, "--max-length", "20")
+    assert cut.code == 1
+    assert "train.jsonl:1: $: nothing to learn is left within max_length, 20 tokens" in cut.out
+
+
+def test_problems_end_with_code_1(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(GOOD + '{"text": 1}\n{"messages": [{"role": "robot"}]}\n')
+    ran = run("check", "bad.jsonl")
+    assert ran.code == 1
+    assert ran.out.splitlines()[-3:] == [
+        "bad.jsonl:2: $.text: Expected `str`, got `int`",
+        "bad.jsonl:3: $.messages[0].role: is 'robot', not one of system, user, assistant, tool",
+        "2 problems",
+    ]
+
+
+def test_json(run: Callable, folder: Path) -> None:
+    (folder / "test.jsonl").write_text("{}")
+    ran = run("check", folder, "--json")
+    found = json.loads(ran.out)
+    assert ran.code == 1
+    assert found["form"] == "prompt and completion"
+    assert found["splits"]["train"]["lengths"] == {"min": 6, "median": 6, "p95": 13, "max": 13}
+    assert found["splits"]["train"]["duplicates"] == [{"place": "train.jsonl:2", "of": "train.jsonl:1"}]
+    assert found["splits"]["test"]["lengths"] is None
+    assert found["first"] == [[["Hi", False], ["Ahoy", True]]]
+    assert [problem[:13] for problem in found["problems"]] == ["test.jsonl:1:"]
+
+
+def test_what_is_not_there_is_refused(run: Callable) -> None:
+    ran = run("check", "missing.jsonl")
+    assert (ran.code, ran.out) == (2, "")
+    assert "cannot be read" in ran.err
+
+
+def test_many_twins_are_counted_and_few_named(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD * 10)
+    out = run("check", "a.jsonl").out
+    assert out.count("there twice: a.jsonl:") == 3
+    assert "train: there twice: and 6 more\n" in out
+
+
+def test_a_strangers_text_moves_no_cursor(run: Callable, tmp_path: Path) -> None:
+    text = json.dumps({"text": "[bold]\x1b[2J\r" + "a" * 2000})
+    (tmp_path / "a.jsonl").write_text(text + "\n" + json.dumps({"\x1b[31m": 1}))
+    out = run("check", "a.jsonl").out
+    assert "\x1b" not in out
+    assert "\r" not in out
+    assert "learned  [bold]" in out
+    assert "a… (1,011 more characters)" in out
+
+
+def test_in_a_terminal_the_mask_has_colours() -> None:
+    file = io.StringIO()
+    Console(file=file, force_terminal=True, color_system="standard", width=80).print(
+        mask([("Hi\n\n", False), ("Ahoy", True)])
+    )
+    assert file.getvalue() == ("\x1b[2mread     Hi⏎\x1b[0m\n\x1b[2mread     ⏎\x1b[0m\n\x1b[32mlearned  Ahoy\x1b[0m\n")

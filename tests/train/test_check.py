@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from loradeck.errors import DataError
+from loradeck.train.check import Lengths, Twin, check_dataset
+from loradeck.train.dataset import read_dataset
+
+GOOD = [
+    {"prompt": "Hi", "completion": "Ahoy"},
+    {"prompt": "Bye", "completion": "Fair winds"},
+    {"prompt": "Hi", "completion": "Ahoy", "id": 7},
+]
+HELD = [
+    {"messages": [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Off you go"}]},
+    {"prompt": "Bye", "completion": "Fair winds"},
+    {"prompt": "Bye", "completion": "So long"},
+    {"prompt": "New", "completion": "Aye"},
+]
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "train.jsonl", *GOOD)
+    write(tmp_path / "valid.jsonl", *HELD)
+    return tmp_path
+
+
+def test_sizes_are_those_of_training(folder: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = read_dataset(folder, tiny_tokenizer, 64)
+    report = check_dataset(folder, tiny_tokenizer, 64)
+    assert (report.form, report.unit, report.problems) == (dataset.form, "tokens", [])
+    assert report.form == "prompt and completion, messages"
+    lengths = sorted(len(example.tokens) for example in dataset.train)
+    part = report.splits["train"]
+    assert part.lengths == Lengths(lengths[0], lengths[1], lengths[2], lengths[2])
+    assert (part.records, part.examples, part.truncated) == (3, 3, 0)
+    assert part.total == sum(lengths)
+    assert part.learned == sum(example.supervised for example in dataset.train) == len("AhoyFair windsAhoy") + 3
+    cut = check_dataset(folder, tiny_tokenizer, lengths[-1] - 1)
+    assert (cut.splits["train"].truncated, cut.splits["train"].lengths.max) == (1, lengths[-1] - 1)
+
+
+def test_without_a_tokenizer_characters_are_counted(folder: Path) -> None:
+    report = check_dataset(folder, None, 2)
+    assert (report.form, report.unit, report.problems) == ("prompt and completion, messages", "characters", [])
+    assert report.splits["train"].lengths == Lengths(6, 6, 13, 13)
+    assert (report.splits["train"].total, report.splits["train"].learned) == (25, 18)
+    assert report.first == [[("Hi", False), ("Ahoy", True)]]
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_what_is_there_twice(folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, with_tokenizer: bool) -> None:
+    report = check_dataset(folder, tiny_tokenizer if with_tokenizer else None, 64)
+    train, valid = report.splits["train"], report.splits["valid"]
+    assert train.duplicates == [Twin("train.jsonl:3", "train.jsonl:1")]
+    assert (train.leaked, train.prompts, valid.duplicates) == ([], [], [])
+    assert valid.leaked == [Twin("valid.jsonl:2", "train.jsonl:2")]
+    assert valid.prompts == [Twin("valid.jsonl:3", "train.jsonl:2")]
+
+
+def test_the_same_in_another_form_is_the_same(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Off you go"}]
+    write(tmp_path / "train.jsonl", HELD[0], {"instruction": "Bye", "output": "Off you go"}, {"conversations": turns})
+    report = check_dataset(tmp_path / "train.jsonl", None, 64)
+    assert len(report.splits["train"].duplicates) == 2
+
+
+def test_texts_have_no_prompt_to_share(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", {"text": "Once"})
+    write(tmp_path / "valid.jsonl", {"text": "Twice"})
+    assert check_dataset(tmp_path, None, 64).splits["valid"].prompts == []
+
+
+def test_it_goes_on_after_what_is_bad(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD[0], {"text": 1}, {"prompt": "x" * 90, "completion": "y"}, GOOD[1], [])
+    report = check_dataset(path, tiny_tokenizer, 64)
+    with pytest.raises(DataError) as caught:
+        read_dataset(path, tiny_tokenizer, 64)
+    assert report.problems == list(caught.value.problems)
+    assert [problem.partition(": ")[0] for problem in report.problems] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
+    assert report.splits["train"].records == 2
+    only_bad = check_dataset(write(path, {}), tiny_tokenizer, 64)
+    assert (only_bad.form, only_bad.splits["train"].lengths, only_bad.first) == ("none", None, [])
+    assert len(only_bad.problems) == 1
+
+
+def test_the_first_example_with_its_mask(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False)
+    path = write(tmp_path / "a.jsonl", {}, *GOOD)
+    assert check_dataset(path, tiny_tokenizer, 64).first == [[prompt, ("Ahoy<|im_end|>", True)]]
+    write(path, {"prompt": "Hi", "chosen": "Ahoy", "rejected": "Hello"})
+    report = check_dataset(path, tiny_tokenizer, 64)
+    assert report.first == [[prompt, ("Ahoy<|im_end|>", True)], [prompt, ("Hello<|im_end|>", True)]]
+    assert (report.splits["train"].records, report.splits["train"].examples) == (1, 1)
+    assert check_dataset(path, None, 64).first == [[("Hi", False), (answer, True)] for answer in ("Ahoy", "Hello")]
+
+
+def test_token_ids_need_no_tokenizer_to_be_counted(tmp_path: Path) -> None:
+    report = check_dataset(write(tmp_path / "a.jsonl", {"tokens": [5, 600, 7], "labels": [-100, 600, 7]}), None, 64)
+    assert (report.unit, report.splits["train"].total, report.splits["train"].learned) == ("tokens", 3, 2)
+
+
+def test_lengths_are_those_of_some_sequence() -> None:
+    assert Lengths.of([7]) == Lengths(7, 7, 7, 7)
+    assert Lengths.of(range(100, 0, -1)) == Lengths(1, 50, 95, 100)

@@ -1,0 +1,128 @@
+"""Packed documents give what each gives alone: outputs and gradients, on every kind of base that is packed."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from loradeck.train.batching import collate
+from loradeck.train.example import Example
+from loradeck.train.packing import NAME, documents, packable
+
+SPECIALS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **SPECIALS}
+LLAMA_LIKE = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=64, **SPECIALS)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA_LIKE, head_dim=8)),
+    "mistral, a window of 4": lambda: MistralForCausalLM(MistralConfig(**LLAMA_LIKE, sliding_window=4)),
+    "gemma3, a window of 4 in some layers": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **LLAMA_LIKE, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**LLAMA_LIKE)),
+}
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bloom, whose attention has a bias": lambda: BloomForCausalLM(
+        BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4, **SPECIALS)
+    ),
+    "mamba, which has a state": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, **SPECIALS)
+    ),
+    "gemma2, whose attention is capped": lambda: Gemma2ForCausalLM(Gemma2Config(**LLAMA_LIKE, head_dim=8)),
+}
+
+
+def built(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def packed_logits(model: PreTrainedModel, own: list[Example]) -> torch.Tensor:
+    batch = collate(own, packed=True)
+    with documents(model, batch.lengths):
+        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", *MODELS])
+def test_a_document_does_not_see_its_neighbours(kind: str, tiny: LlamaForCausalLM, chance: Callable) -> None:
+    model = tiny if kind == "llama" else built(MODELS[kind])
+    own = chance(5, 1)
+    assert packable(model)
+    before = model.config._attn_implementation
+    model.requires_grad_(True)
+    logits = packed_logits(model, own)
+    assert model.config._attn_implementation == before
+    alone = torch.cat([model(input_ids=torch.tensor([each.tokens]), use_cache=False).logits[0] for each in own])
+    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad(logits, [*model.parameters()], upstream, allow_unused=True)
+    expected = torch.autograd.grad(alone, [*model.parameters()], upstream, allow_unused=True)
+    for one, other in zip(gradients, expected, strict=True):
+        if one is not None or other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_documents_is_no_matter(tiny: LlamaForCausalLM, chance: Callable) -> None:
+    own = chance(4, 2)
+    ends = torch.tensor([0, *(len(each.tokens) for each in own)]).cumsum(0).tolist()
+    logits = packed_logits(tiny, own)
+    turned = packed_logits(tiny, own[::-1])
+    torch.testing.assert_close(turned[-ends[1] :], logits[: ends[1]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_base_that_packing_would_change_is_not_packed(kind: str) -> None:
+    assert not packable(built(OTHERS[kind]))
+
+
+def test_half_precision_is_packed(tiny: LlamaForCausalLM) -> None:
+    assert packable(tiny.to(torch.bfloat16))
+
+
+def test_another_thread_reads_as_ever(tiny: LlamaForCausalLM, chance: Callable) -> None:
+    """The attention that packs is then the model's for all, and must do for the others what theirs did."""
+    ids = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]])
+    mask = (ids > 0).long()
+    expected, found = tiny(input_ids=ids, attention_mask=mask).logits, []
+
+    def read() -> None:
+        found.append(tiny(input_ids=ids, attention_mask=mask).logits)
+
+    with documents(tiny, [3, 4]):
+        assert tiny.config._attn_implementation == NAME
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(found[0][mask == 1], expected[mask == 1], rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_leaves_the_model_as_it_was(tiny: LlamaForCausalLM) -> None:
+    with pytest.raises(KeyError), documents(tiny, [3]):
+        raise KeyError
+    assert tiny.config._attn_implementation == "sdpa"

@@ -1,0 +1,151 @@
+import re
+
+import msgspec
+import pytest
+import torch
+import transformers
+from markdown_it import MarkdownIt
+
+from loradeck.lora.config import LoraConfig
+from loradeck.train.config import TrainConfig
+from loradeck.train.events import End, Evaluation, Step
+from loradeck.train.report import training_section
+
+STEPS = [
+    Step(
+        job="poet",
+        step=step,
+        steps=8,
+        seconds=10.0 * step,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=1.0,
+        tokens=1000 * step,
+        supervised=400,
+        memory=1,
+    )
+    for step, loss, rate in [(1, 4.0, 1e-4), (2, 1.5, 3e-4), (3, 2.0, 2e-4)]
+]
+EVALUATIONS = [
+    Evaluation(job="poet", step=2, seconds=21, loss=1.75, tokens=1234, best=True),
+    Evaluation(job="poet", step=3, seconds=31, loss=1.9, tokens=1234, best=False),
+]
+END = End(job="poet", step=3, seconds=3600.4, reason="early stop", kept=2, detail="no better for 1 evaluation")
+
+
+def ended(**changes: object) -> End:
+    return msgspec.structs.replace(END, **changes)
+
+
+def section(**changes: object) -> str:
+    arguments: dict = {
+        "base": "hub/base",
+        "data": {"name": "poems.jsonl", "examples": "20"},
+        "lora": LoraConfig(),
+        "recipe": TrainConfig(),
+        "steps": STEPS,
+        "evaluations": EVALUATIONS,
+        "end": END,
+    }
+    return training_section(**arguments | changes)
+
+
+def rows(text: str) -> dict[str, str]:
+    """Read the tables as GitHub would."""
+    cells: list[list[str]] = []
+    for token in MarkdownIt("gfm-like", {"linkify": False}).parse(text):
+        if token.type == "tr_open":
+            cells.append([])
+        if token.type == "inline" and cells:
+            cells[-1].append("".join(child.content or child.tag for child in token.children or ()))
+    assert {len(row) for row in cells if any(row)} >= {2}
+    return {row[0]: row[1] for row in cells if row[0]}
+
+
+def test_how_it_went() -> None:
+    found = rows(section())
+    assert found["ended"] == "early stop after step 3: no better for 1 evaluation"
+    assert found["kept"] == "the adapter of step 2"
+    assert found["steps"] == "3 of 8"
+    assert (found["tokens read"], found["tokens learned"]) == ("3,000", "1,200")
+    assert found["time"] == "3,600 s"
+    assert found["training loss"] == "4.0000 at step 1, 2.0000 at step 3, lowest 1.5000 at step 2"
+    assert found["validation loss"] == "1.7500 at the kept step, over 1,234 tokens"
+
+
+def test_data_without_a_licence_says_so() -> None:
+    found = rows(section())
+    assert (found["name"], found["examples"]) == ("poems.jsonl", "20")
+    assert found["licence"].startswith("unknown")
+    assert rows(section(data={"licence": "CC0"}))["licence"] == "CC0"
+
+
+def test_the_recipe_is_what_is_not_the_default() -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2})
+    changed = rows(section(lora=lora, recipe=TrainConfig(epochs=7))).keys() - rows(section()).keys()
+    assert changed == {"r", "target_modules", "rank_pattern", "epochs"}
+    found = rows(section(lora=lora, recipe=TrainConfig(epochs=7)))
+    assert (found["r"], found["target_modules"], found["rank_pattern"]) == ("4", "q_proj, v_proj", "q_proj: 2")
+    assert found["highest learning rate"] == "0.0003"
+
+
+def test_versions() -> None:
+    found = rows(section())
+    assert (found["torch"], found["transformers"]) == (torch.__version__, transformers.__version__)
+
+
+def test_what_was_not_measured_is_not_said_to_be() -> None:
+    text = section(evaluations=[], end=ended(kept=3))
+    assert rows(text)["validation loss"] == "not measured at the kept step"
+    assert "on no held-out example" in text
+    assert "on no held-out example" not in section()
+
+
+def test_a_run_without_a_step_has_no_losses() -> None:
+    found = rows(section(steps=[], evaluations=[], end=ended(step=0, kept=0, reason="diverged")))
+    assert found["ended"].startswith("diverged after step 0")
+    assert "training loss" not in found
+    assert "highest learning rate" not in found
+
+
+def test_preferences_have_an_accuracy() -> None:
+    rated = Evaluation(job="poet", step=2, seconds=21, loss=0.5, tokens=9, best=True, accuracy=0.75)
+    steps = [msgspec.structs.replace(step, accuracy=0.5) for step in STEPS]
+    found = rows(section(steps=steps, evaluations=[rated]))
+    assert found["validation loss"] == "0.5000 at the kept step, over 9 pairs, accuracy 75.0%"
+    assert found["pairs learned"] == "1,200"
+
+
+def test_the_snippets_are_python() -> None:
+    tokens = MarkdownIt().parse(section(base='x"\n```\nimport os'))
+    snippets = [token.content for token in tokens if token.type == "fence"]
+    assert len(snippets) == 2
+    for code in snippets:
+        compile(code, "card", "exec")
+        assert "\nimport os" not in code
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "a|b",
+        "a\\|b",
+        "a\nb | c",
+        "![x](http://evil)",
+        "<img src=x>",
+        "`|`",
+        "\\",
+        "a\x1b[2Jb",
+        "[x](javascript:1)",
+        "**b**",
+    ],
+)
+def test_no_text_of_a_stranger_leaves_its_cell(hostile: str) -> None:
+    text = section(data={hostile: "here", "name": hostile}, end=ended(detail=hostile))
+    said = " ".join(hostile.split()).replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    found = rows(text)
+    assert found[said] == "here"
+    assert found["name"] == said
+    assert "\x1b" not in text
+    rendered = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert not re.search("<(img|a|em|strong)[ >]", rendered)
