@@ -1,15 +1,16 @@
 import json
+import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from loradeck.cli.train import suffixes
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.layout import read_folder
-from loradeck.train import trainer
 
 LINES = [{"prompt": "Hi", "completion": "Ahoy!"}, {"prompt": "2+2?", "completion": "Four, matey"}]
 
@@ -57,23 +58,91 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Callable, tiny_folder
     assert sorted(Path().iterdir()) == before
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-def test_ctrl_c_saves_what_there_is(
-    run: Callable, tiny_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
-    real = trainer.train
-
-    def interrupted(*arguments: Any, **options: Any) -> trainer.TrainResult:
-        *rest, recipe = arguments
-        result = real(*rest, replace(recipe, max_steps=1), **options) if steps else trainer.TrainResult()
-        result.interrupted = True
-        return result
-
-    monkeypatch.setattr(trainer, "train", interrupted)
-    ran = run("train", tiny_folder, dataset, "-o", "out", "--max-steps", 5)
+def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    flags = ["--r", 2, "--epochs", 3, "--batch-size", 1]
+    assert run("train", tiny_folder, dataset, "-o", "whole", *flags).code == 0
+    ran = interrupted(run, "train", tiny_folder, dataset, "-o", "out", *flags)
     assert ran.code == 130
-    assert "interrupted" in ran.out
-    assert Path("out/adapter_config.json").exists() == bool(steps)
+    assert "go on: loradeck train --output out --resume" in ran.out
+    assert Path("out/adapter_config.json").exists()
+    assert run("train", "-o", "out", "--resume").code == 0
+    files = [Path(name) / "adapter_model.safetensors" for name in ("out", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    flags = ["--r", 2, "--max-steps", 2]
+    assert run("train", tiny_folder, dataset, "-o", "out", *flags).code == 0
+    ran = run("train", tiny_folder, dataset, "-o", "out", "--r", 3, "--max-steps", 2, "--seed", 4, "--resume")
+    assert ran.code == 2
+    assert "r is 3, the run has 2" in ran.err
+    assert "seed is 4, the run has 0" in ran.err
+    assert run("train", tiny_folder, dataset, "-o", "out", "--max-steps", 2, "--resume").code == 0
+    ran = run("train", tiny_folder, dataset, "-o", "out", *flags)
+    assert ran.code == 2
+    assert "out holds a run" in ran.err
+    assert run("train", tiny_folder, dataset, "-o", "out", *flags, "--overwrite").code == 0
+    assert run("train", "-o", "nowhere", "--resume").code == 2
+
+
+def test_a_run_file_trains_all_its_adapters(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    pairs = [
+        {"prompt": "Hi", "chosen": "Ahoy!", "rejected": "Hello."},
+        {"prompt": "Bye", "chosen": "Aye", "rejected": "x"},
+    ]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    Path("run.toml").write_text(
+        f'base = "{tiny_folder}"\n[defaults]\nmax_steps = 3\n'
+        '[[adapter]]\nname = "sft"\ndata = "lines.jsonl"\nr = 2\nvalid = "lines.jsonl"\neval_every = 2\n'
+        '[[adapter]]\nname = "dpo"\ndata = "pairs.jsonl"\nlast_layers = 1\n'
+    )
+    ran = run("train", "run.toml", "-o", "out")
+    assert ran.code == 0, ran.err
+    assert "preference pairs" in ran.out
+    assert "best validation loss" in ran.out
+    assert all("layers.1." in path for path in read_folder("out/dpo").sites)
+    assert read_folder("out/sft").config.r == 2
+    card = Path("out/sft/README.md").read_text()
+    assert "lines.jsonl" in card
+    assert str(Path.cwd()) not in card, "a card is for others to read"
+    samples = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
+    assert {sample["expected"] for sample in samples} == {"Ahoy!", "Four, matey"}
+    ran = run("train", "run.toml", "-o", "out2", "--r", 3)
+    assert ran.code == 2
+    assert "beside a run file" in ran.err
+
+
+def test_one_that_diverges_is_told_and_not_saved(
+    run: Callable, tiny: LlamaForCausalLM, tiny_folder: Path, dataset: Path
+) -> None:
+    torch.nn.init.constant_(tiny.model.norm.weight, torch.inf)
+    tiny.save_pretrained(tiny_folder)
+    ran = run("train", tiny_folder, dataset, "-o", "out")
+    assert ran.code == 1
+    assert "diverged at step 1" in ran.out
+    assert not Path("out/adapter_config.json").exists()
+
+
+def test_tensorboard_gets_the_metrics_too(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    assert run("train", tiny_folder, dataset, "-o", "out", "--max-steps", 1, "--log", "tensorboard").code == 0
+    assert [*Path("out").glob("events.out.tfevents.*")]
+
+
+def interrupted(run: Callable, *arguments: object) -> Any:
+    """Run a command that gets a Ctrl-C once its metrics have two lines."""
+
+    def watch(*_: object) -> None:
+        metrics = Path("out/metrics.jsonl")
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 2:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGALRM, watch)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        return run(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @pytest.mark.parametrize(

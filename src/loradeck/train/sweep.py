@@ -23,20 +23,20 @@ def trials(job: JobRecipe, rates: Sequence[float], ranks: Sequence[int]) -> tupl
     Raises:
         ConfigError: they are fewer than two, or not all different.
     """
-    tried = [
-        replace(
-            job,
-            name="-".join([*([f"lr{rate:g}"] if rate else []), *([f"r{r}"] if r else [])]),
-            lora=replace(job.lora, r=r or job.lora.r),
-            train=replace(job.train, learning_rate=rate or job.train.learning_rate),
-        )
-        for rate, r in product(rates or [None], ranks or [None])
-    ]
-    if len({trial.name for trial in tried}) < max(2, len(tried)):
+    pairs = [*product(rates or [None], ranks or [None])]
+    if len(set(pairs)) < max(2, len(pairs)):
         raise ConfigError(
             "a sweep needs at least two different trials", mend="Give several: --lr 1e-4,3e-4 --r 4,16, or one of them."
         )
-    return tuple(tried)
+    return tuple(_trial(job, rate, r) for rate, r in pairs)
+
+
+def _trial(job: JobRecipe, rate: float | None, r: int | None) -> JobRecipe:
+    lora = job.lora if r is None else replace(job.lora, r=r)
+    train = job.train if rate is None else replace(job.train, learning_rate=rate)
+    parts = {"lr": rate, "r": r}
+    name = "-".join(f"{key}{value:g}" for key, value in parts.items() if value is not None)
+    return replace(job, name=name, lora=lora, train=train)
 
 
 def rungs(steps: int, count: int) -> set[int]:

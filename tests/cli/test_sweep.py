@@ -1,0 +1,66 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loradeck.lora.layout import read_folder
+from loradeck.train.history import read_history
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.jsonl"
+    lines = [{"prompt": f"{n}?", "completion": f"It is {n % 3}"} for n in range(20)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_the_worse_half_is_stopped_again_and_again(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    flags = ["--lr", "1e-6,1e-2,1e-5", "--r", "2,4", "--max-steps", 16, "--batch-size", 4, "--samples", 0]
+    ran = run("sweep", tiny_folder, dataset, "-o", "best", *flags)
+    assert ran.code == 0, ran.err
+    history = read_history(Path("best"))
+    assert history.keys() == {f"lr{lr}-r{r}" for lr in ("1e-06", "0.01", "1e-05") for r in (2, 4)}
+    ends = {name: track.end for name, track in history.items() if track.end}
+    assert sorted(end.step for end in ends.values()) == [2, 2, 2, 4, 8, 16]
+    assert sorted(end.reason for end in ends.values()) == ["finished"] + ["stopped"] * 5
+    (winner,) = [name for name, end in ends.items() if end.reason == "finished"]
+    assert winner.startswith("lr0.01")
+    assert read_folder("best").config.r == int(winner[-1])
+    tensors = [Path("best", *more, "adapter_model.safetensors").read_bytes() for more in ((), (winner,))]
+    assert tensors[0] == tensors[1]
+    for name, end in ends.items():
+        assert name in ran.out
+        if end.reason == "stopped":
+            assert "the better half, up to" in end.detail
+    assert f"best: the adapter of {winner}" in ran.out
+    assert run("generate", tiny_folder, "3?", "--adapter", "best", "--max-new-tokens", 2).code == 0
+
+
+def test_losses_at_a_halving_are_fresh(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    """Whatever the steps between evaluations, each halving has one of its own."""
+    flags = ["--lr", "1e-3,1e-2", "--max-steps", 8, "--eval-every", 3, "--samples", 0]
+    assert run("sweep", tiny_folder, dataset, "-o", "best", *flags).code == 0
+    for track in read_history(Path("best")).values():
+        assert 4 in [event.step for event in track.evaluations]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "at least two different trials"),
+        (["--lr", "1e-3"], "at least two different trials"),
+        (["--r", "4,4"], "at least two different trials"),
+        (["--r", "4,x"], "--r 4,x: "),
+        (["--r", "0,4"], "r is 0"),
+        (["--lr", "1e-3,-1"], "learning_rate is -1.0"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(
+    run: Callable, tiny_folder: Path, dataset: Path, flags: list[str], said: str
+) -> None:
+    ran = run("sweep", tiny_folder, dataset, "-o", "best", *flags)
+    assert ran.code == 2
+    assert said in ran.err
+    assert not Path("best").exists()

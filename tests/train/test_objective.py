@@ -1,0 +1,42 @@
+"""The losses against their formulas, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from loradeck.train.example import Example, Preference
+from loradeck.train.objective import Answers, Preferences
+
+ONE, OTHER = Example([1, 2, 3], [-100, 2, 3]), Example([1, 4], [-100, 4])
+
+
+def test_answers_weigh_their_supervised_tokens() -> None:
+    objective = Answers()
+    units = [objective.unit(ONE), objective.unit(OTHER)]
+    assert objective.weight(units) == 3
+    losses, right = objective.losses(torch.tensor([2.0, 5.0]), None)
+    assert (losses.tolist(), right) == ([2.0, 5.0], None)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_preferences_are_dpo(beta: float) -> None:
+    objective = Preferences(beta)
+    units = [objective.unit(Preference(ONE, OTHER)), objective.unit(Preference(OTHER, ONE))]
+    assert units == [(ONE, OTHER), (OTHER, ONE)]
+    assert objective.weight(units) == 2
+    chosen, rejected, base_chosen, base_rejected = -2.0, -5.0, -2.5, -4.0  # log-probabilities
+    documents = torch.tensor([-chosen, -rejected, -rejected, -chosen])
+    reference = torch.tensor([-base_chosen, -base_rejected, -base_rejected, -base_chosen])
+    losses, right = objective.losses(documents, reference)
+    margin = (chosen - base_chosen) - (rejected - base_rejected)
+    expected = [-math.log(1 / (1 + math.exp(-beta * each))) for each in (margin, -margin)]
+    assert losses.tolist() == pytest.approx(expected)
+    assert right is not None
+    assert right.tolist() == [True, False]
+
+
+def test_at_the_base_itself_a_preference_costs_log_two() -> None:
+    same = torch.tensor([3.0, 4.0])
+    losses, _ = Preferences(0.1).losses(same, same)
+    assert losses.tolist() == pytest.approx([math.log(2)])
