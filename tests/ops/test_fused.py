@@ -65,7 +65,9 @@ def test_the_backward_knows_the_mask_and_the_scale():
     wanted = y + 2.0 * (x * keep / (1 - 0.5)) @ a.T @ b.T
     got = fused.lora(x, y, operands(a, b, a, b, (dropout, None)), Mix((ONE,), (8,)), training=True)
     assert torch.allclose(got, wanted, rtol=1e-12)
-    for mine, its in zip(*(torch.autograd.grad(out.square().sum(), (x, y, a, b)) for out in (got, wanted)), strict=True):
+    for mine, its in zip(
+        *(torch.autograd.grad(out.square().sum(), (x, y, a, b)) for out in (got, wanted)), strict=True
+    ):
         assert torch.allclose(mine, its, rtol=1e-12)
 
 
@@ -167,6 +169,8 @@ def test_it_computes_in_its_own_dtype_under_autocast():
     grads = []
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = choose.lora(own[0], layer(own[0]), operands(*own[2:]), Mix(*MIXES["a span to each job"]), training=True)
+            out = choose.lora(
+                own[0], layer(own[0]), operands(*own[2:]), Mix(*MIXES["a span to each job"]), training=True
+            )
             grads.append(torch.autograd.grad(out.float().sum(), own[2:]))  # the backward pass inside of it, too
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))

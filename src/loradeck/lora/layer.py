@@ -67,12 +67,11 @@ class LoraLayer:
                 f"{self.path} got {rows} {unit}; the route is for {total}",
                 mend="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
-        if torch._C._current_graph_task_id() != -1 and self.module.training and not operands.repeats:
+        if torch._C._current_graph_task_id() != -1 and self.module.training and not operands.repeats(route.mix):
             raise RouteError(
                 f"{self.path} is computed again in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",
-                mend="Give its adapter.dropout a seed at every forward, set lora_dropout=0, or turn gradient checkpointing "
-                "off.",
+                mend="Set adapter.dropout.seed at each forward, or lora_dropout=0, or turn gradient checkpointing off.",
             )
 
     def detach(self) -> None:

@@ -3,8 +3,8 @@
 G tokens of a group, r rank. For each pair on each group, with f = w · scaling · (what dropout scales by), x̃ the
 group's x without what is dropped, and g = dL/dy:
 
-    y += h Bᵀ    h = f x̃ Aᵀ (G, r)
-    dB = gᵀ h    dh = f g B (G, r)    dA = dhᵀ x̃    dx += dh A, without what is dropped
+    h = x̃ Aᵀ (G, r)    y += f h Bᵀ
+    dh = g B (G, r)    dA = f dhᵀ x̃    dB = f gᵀ h    dx += f dh A, without what is dropped
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
     """y[g] + Σ_a w_a · scaling_a · B_a (A_a dropout_a(x[g])) for each group g of rows.
 
     x the layer's input (…, in) · y the base's output for it (…, out), left as it is -> a tensor like y. Dropout acts
-    only when `training`. The backward pass keeps x as it came, and nothing else of its size but masks.
+    only when `training`. For the backward pass it keeps x as it came, h, and masks of a byte per element.
     """
     terms: list[Term] = []
     leaves: list[Tensor] = []
@@ -50,6 +50,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
 
 class _Update(torch.autograd.Function):
     @staticmethod
+    # pyrefly: ignore [bad-override]  (torch declares any arguments)
     def forward(ctx: Any, x: Tensor, y: Tensor, total: int, terms: list[Term], *leaves: Tensor) -> Tensor:
         # A copy of y: what else holds the base's output (a hook, a saved tensor) is not known here.
         z = y.reshape(-1, y.shape[-1]).clone(memory_format=torch.contiguous_format)
@@ -69,11 +70,12 @@ class _Update(torch.autograd.Function):
         return z.view(y.shape)
 
     @staticmethod
+    # pyrefly: ignore [bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients, by differentiable operations on what was given: it can be differentiated again."""
+        """Made of operations that can be differentiated, so that the gradients can be, too."""
         x, *saved = ctx.saved_tensors
         needs_x, needs_y, _, _, *needs = ctx.needs_input_grad
-        items, g, dtype = None if x is None else x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), ctx.dtype
+        g, dtype = grad.reshape(-1, grad.shape[-1]), ctx.dtype
         dx = g.new_zeros((g.shape[0], ctx.shape[-1]), dtype=dtype) if needs_x else None
         grads: list[Tensor | None] = []
         with torch.autocast(g.device.type, enabled=False):
@@ -84,8 +86,8 @@ class _Update(torch.autograd.Function):
                 own_g, a, b = take(g, rows).to(dtype), a.to(dtype), b.to(dtype)
                 dh = own_g @ b
                 da = db = None
-                if items is not None and (needs_a or torch.is_grad_enabled()):
-                    own = dropped(take(items, rows).to(dtype), keep)
+                if x is not None and (needs_a or torch.is_grad_enabled()):
+                    own = dropped(take(x.reshape(-1, x.shape[-1]), rows).to(dtype), keep)
                     if needs_a:
                         da = torch.addmm(a, dh.t(), own, beta=0, alpha=term.factor)
                     if torch.is_grad_enabled():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import Form
+from loradeck.ops.mix import Mix
 
 
 def finite(tensor: Tensor) -> bool:
@@ -115,10 +116,10 @@ class Operands:
     def drops(self) -> bool:
         return any(pair is not None and pair.dropout is not None for pair in self.pairs)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether the layer drops the same when it is computed again; asked at each call, because seeds are set."""
-        return all(pair is None or pair.dropout is None or pair.dropout.seed is not None for pair in self.pairs)
+    def repeats(self, mix: Mix) -> bool:
+        """Say whether a batch drops the same when it is computed again; asked at each call, because seeds are set."""
+        used = [self.pairs[operand] for group in mix.groups for operand, _ in group.entry]
+        return all(pair is None or pair.dropout is None or pair.dropout.seed is not None for pair in used)
 
     def pair(self, operand: int, dtype: torch.dtype) -> Pair | None:
         """Return a pair in the dtype its layer computes in; under autograd the cast is part of the graph."""

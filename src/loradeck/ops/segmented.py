@@ -32,7 +32,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
             pair = operands.pair(operand, dtype)
             if pair is None:
                 continue
-            if rows is None:
+            if rows is None or places is None:
                 rows = group.rows(per_run, items.device)
                 places = rows if per_item == 1 else group.rows(per_run * per_item, z.device)
             x_rows, factor = take(items, rows), weight * pair.scaling
@@ -45,7 +45,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
                 add(z, places, h, b, factor=factor)
             else:
                 own = factor * (h @ b) if own is None else torch.add(own, h @ b, alpha=factor)
-        if own is not None:
+        if own is not None and places is not None:
             updates.append((places, own))
     if in_place:
         return form.restore(z, y)
