@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from loradeck.dataset.example import Example
 from loradeck.train.batching import collate
-from loradeck.train.example import Example
 from loradeck.train.job import BETAS
 
 

@@ -23,9 +23,9 @@ from benchmarks.quality_page import DOCS, best_rate, page, plot, table
 from benchmarks.record import RESULTS, write
 from benchmarks.tasks import TASKS, Pair, Task
 from loradeck import Bank, Base, LoraConfig, generate
+from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batches, pieces
 from loradeck.train.config import TrainConfig
-from loradeck.train.example import UNSUPERVISED, Example
 from loradeck.train.job import BETAS
 from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training
@@ -81,7 +81,7 @@ class Lora:
 
     bench: "Bench"
     config: LoraConfig
-    middle: int = -5
+    middle: int = -6
     losses: dict[str, float] = field(default_factory=dict)
     parameters: int = 0
 

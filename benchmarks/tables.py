@@ -5,41 +5,105 @@ python -m benchmarks.tables [--check]
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks import quality
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.tables` -->", "<!-- /benchmarks -->"
 
 DEMO = ("<!-- demo: written by `python -m benchmarks.tables` -->", "<!-- /demo -->")
 
-# (part, key, what it is, target as text, factor that must hold)
-TARGETS = (
-    ("load", "PEFT / loradeck", "load from disk, PEFT's time over ours", "≥ 30"),
-    ("load", "200 resident / 1 resident", "load with 200 resident, over with 1", "≤ 1.2"),
-    ("load", "loradeck / read", "load, over reading the file's bytes", "2 (goal)"),
-    ("load", "switch, 200 resident, 16 rows of 16 (us)", "switch: a new route, 16 rows, 200 resident, µs", "< 100"),
-    ("memory float32", "added per adapter / its bytes", "memory per float32 adapter, over its bytes", "≤ 1.05"),
-    ("memory bfloat16", "added per adapter / its bytes", "memory per bfloat16 adapter, over its bytes", "≤ 1.05"),
-    ("step float32", "PEFT / loradeck, 16 adapters", "mixed decode step, float32, PEFT's time over ours", "≥ 4"),
-    ("step bfloat16", "PEFT / loradeck, 16 adapters", "mixed decode step, bfloat16, PEFT's time over ours", "≥ 4"),
-    ("step float32", "16 adapters / bare", "mixed step over the bare model's, float32", "≤ 1.6"),
-    ("step bfloat16", "16 adapters / bare", "mixed step over the bare model's, bfloat16", "≤ 1.6"),
-    ("step float32", "base rows / bare", "base-only rows over the bare model's, float32", "≤ 1.02"),
-    ("step bfloat16", "base rows / bare", "base-only rows over the bare model's, bfloat16", "≤ 1.02"),
+
+@dataclass(frozen=True)
+class Suite:
+    """One result file, what is asked of it, and how to read it."""
+
+    name: str
+    title: str
+    head: str
+    targets: tuple[tuple[str, str, str, str], ...]
+    """(part, key, what it is, target as text)."""
+    notes: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        return json.loads((ROOT / "benchmarks" / "results" / f"{self.name}.json").read_text(encoding="utf-8"))
+
+
+ADAPTERS = Suite(
+    "adapters",
+    "Adapters",
+    "SmolLM2-135M, r=8, all linear layers (210 modules)",
+    (
+        ("load", "PEFT / loradeck", "load from disk, PEFT's time over ours", "≥ 30"),
+        ("load", "200 resident / 1 resident", "load with 200 resident, over with 1", "≤ 1.2"),
+        ("load", "loradeck / read", "load, over reading the file's bytes", "2 (goal)"),
+        ("load", "switch, 200 resident, 16 rows of 16 (us)", "switch: a new route, 16 rows, 200 resident, µs", "< 100"),
+        ("memory float32", "added per adapter / its bytes", "memory per float32 adapter, over its bytes", "≤ 1.05"),
+        ("memory bfloat16", "added per adapter / its bytes", "memory per bfloat16 adapter, over its bytes", "≤ 1.05"),
+        ("step float32", "PEFT / loradeck, 16 adapters", "mixed decode step, float32, PEFT's time over ours", "≥ 4"),
+        ("step bfloat16", "PEFT / loradeck, 16 adapters", "mixed decode step, bfloat16, PEFT's time over ours", "≥ 4"),
+        ("step float32", "16 adapters / bare", "mixed step over the bare model's, float32", "≤ 1.6"),
+        ("step bfloat16", "16 adapters / bare", "mixed step over the bare model's, bfloat16", "≤ 1.6"),
+        ("step float32", "base rows / bare", "base-only rows over the bare model's, float32", "≤ 1.02"),
+        ("step bfloat16", "base rows / bare", "base-only rows over the bare model's, bfloat16", "≤ 1.02"),
+    ),
+    (
+        "- *load*: a PEFT folder on disk (page cache warm) until it can be routed to. PEFT loads with one adapter",
+        "  resident, its best case. *read the bytes* keeps what it read in memory, as a load must.",
+        "- *step*: 16 rows, 64 tokens of context, one new token each. PEFT's mixed batch is `adapter_names`.",
+        "- *first step after a switch*: a route to adapters that were not routed together before packs them first.",
+    ),
 )
+TRAIN = Suite(
+    "train",
+    "Training",
+    "SmolLM2-135M, r=16, all linear layers, ragged examples with the prompt masked",
+    (
+        ("speed float32", "loradeck / PEFT, transformers' Trainer", "tokens/s over PEFT + Trainer's, float32", "≥ 2"),
+        ("speed bfloat16", "loradeck / PEFT, transformers' Trainer", "tokens/s over PEFT + Trainer's, bfloat16", "≥ 2"),
+        ("speed float32", "loradeck / PEFT, plain loop", "tokens/s over PEFT's in a plain loop, float32", ""),
+        ("speed bfloat16", "loradeck / PEFT, plain loop", "tokens/s over PEFT's in a plain loop, bfloat16", ""),
+        (
+            "memory float32",
+            "loradeck / PEFT, transformers' Trainer",
+            "peak memory over PEFT + Trainer's, float32",
+            "≤ 0.5",
+        ),
+        (
+            "memory bfloat16",
+            "loradeck / PEFT, transformers' Trainer",
+            "peak memory over PEFT + Trainer's, bfloat16",
+            "≤ 0.5",
+        ),
+        ("8 jobs, 8 sequences a step each", "8 jobs / one job", "8 jobs over one job, 8 sequences each", "≤ 1.15"),
+        ("8 jobs, 1 sequences a step each", "8 jobs / one job", "8 jobs over one job, 1 sequence each", "≤ 1.15"),
+        ("start", "process to first step (s)", "process start to the first step, s", "< 5"),
+    ),
+    (
+        "- *speed*: real tokens per second, padding not counted. The systems take turns after each step, on the same",
+        "  examples from the same adapter, and their losses are asserted to be equal to 1e-3.",
+        "- *memory*: the kernel's high-water mark over that with base and adapter loaded, a process for each system.",
+        "- *8 jobs*: an optimizer step of 8 jobs in one pass, over one job's step on the same sequences. PEFT's 8 runs",
+        "  are 8 steps of its plain loop, one after the other.",
+    ),
+)
+SUITES = (ADAPTERS, TRAIN)
 
 
 def main() -> None:
-    record = json.loads((ROOT / "benchmarks" / "results" / "adapters.json").read_text(encoding="utf-8"))
+    records = {suite.name: suite.record() for suite in SUITES}
     demo = (ROOT / "benchmarks" / "results" / "demo.txt").read_text(encoding="utf-8")
     demo = demo[demo.index("3. Back from disk") : demo.index("What to try next")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme = between(readme, BEGIN, END, summary(record))
+    readme = between(readme, BEGIN, END, "\n\n".join(summary(suite, records[suite.name]) for suite in SUITES))
     readme = between(readme, *DEMO, f"```text\n{demo.strip()}\n```")
     pages = {
         ROOT / "README.md": readme,
-        ROOT / "docs" / "benchmarks.md": page(record),
+        ROOT / "docs" / "benchmarks.md": page(records),
+        ROOT / "docs" / "quality.md": quality.page(quality.record()),
     }
     stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
@@ -54,44 +118,40 @@ def between(text: str, begin: str, end: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def summary(record: dict[str, Any]) -> str:
+def summary(suite: Suite, record: dict[str, Any]) -> str:
     rows = [
         f"| {what} | {figure(record['figures'][part][key])} | {target} |"
-        for part, key, what, target in TARGETS
+        for part, key, what, target in suite.targets
         if part in record["figures"]
     ]
-    head = "| SmolLM2-135M, r=8, all linear layers (210 modules) | measured | target |"
-    return "\n".join([head, "|---|---|---|", *rows])
+    return "\n".join([f"| {suite.head} | measured | target |", "|---|---|---|", *rows])
 
 
-def page(record: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+def page(records: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks.tables` from `benchmarks/results/`, which `make bench` makes. Medians; the",
         "systems take turns in one run, so compare figures within a table only. The machine is shared and noisy.",
-        "",
-        f"Machine: {record['machine']}. Versions: {versions}. Commit: {record['commit']}.",
-        "",
-        "## Against the targets",
-        "",
-        summary(record),
     ]
-    for part, figures in record["figures"].items():
-        lines += ["", f"## {part}", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {figure(value)} |" for name, value in figures.items()]
-    return "\n".join([*lines, "", *NOTES, ""])
-
-
-NOTES = (
-    "## How to read it",
-    "",
-    "- *load*: a PEFT folder on disk (page cache warm) until it can be routed to. PEFT loads with one adapter",
-    "  resident, its best case. *read the bytes* keeps what it read in memory, as a load must.",
-    "- *step*: 16 rows, 64 tokens of context, one new token each. PEFT's mixed batch is `adapter_names`.",
-    "- *first step after a switch*: a route to adapters that were not routed together before packs them first.",
-)
+    for suite in SUITES:
+        record = records[suite.name]
+        versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+        lines += [
+            "",
+            f"## {suite.title}",
+            "",
+            f"`python -m benchmarks.{suite.name}`. Machine: {record['machine']}. Versions: {versions}. "
+            f"Commit: {record['commit']}.",
+            "",
+            summary(suite, record),
+            "",
+            *suite.notes,
+        ]
+        for part, figures in record["figures"].items():
+            lines += ["", f"### {part}", "", "| | |", "|---|---|"]
+            lines += [f"| {name} | {figure(value)} |" for name, value in figures.items()]
+    return "\n".join([*lines, ""])
 
 
 def figure(value: float) -> str:

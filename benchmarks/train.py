@@ -29,17 +29,19 @@ from benchmarks.adapters import show
 from benchmarks.peft_train import Hosted, Plain
 from benchmarks.record import in_turns, write
 from loradeck import Bank, Base, LoraConfig
+from loradeck.dataset.example import Example
+from loradeck.dataset.record import Completion
 from loradeck.train.batching import Batches
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, Step
-from loradeck.train.example import Example
-from loradeck.train.record import Completion
 from loradeck.train.trainer import Trainer
 
 PARTS = ("speed", "memory", "jobs", "start")
 OURS, PLAIN, HOSTED = "loradeck", "PEFT, plain loop", "PEFT, transformers' Trainer"
 LONGEST, RATE, JOBS = 512, 1e-4, 8
-CLOSE = 1e-3  # losses of one step, between the systems
+# Losses of one step, between the systems. Padded and packed rows round differently, and Adam's first steps are as long
+# for a small gradient as for a large one: after one of them bf16's rounding shows.
+CLOSE = {"float32": 1e-3, "bfloat16": 3e-2}
 MODULES = (
     "argparse bisect calendar collections csv datetime difflib fractions functools heapq inspect json os pathlib "
     "random re shutil statistics string tempfile textwrap zipfile"
@@ -147,7 +149,7 @@ def speed(dtype: str, adapter: Path, count: int, sequences: int) -> dict[str, fl
     began = time.perf_counter()
     hosted.run()
     apart = max(max(row) - min(row) for row in zip(*losses.values(), strict=True))
-    assert apart <= CLOSE, f"the losses are {apart} apart: {losses}"
+    assert apart <= CLOSE[dtype], f"the losses are {apart} apart: {losses}"
     lengths = [[len(example.tokens) for example in step] for step in steps]
     every = [length for step in lengths for length in step]
     paces = {

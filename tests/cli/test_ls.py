@@ -13,7 +13,7 @@ def test_it_lists_the_whole_and_says_why_the_others_cannot_be_used(run: Callable
     head, pirate, poet, cut = ran.out.splitlines()
     assert head.split() == ["name", "r", "alpha", "targets", "modules", "parameters", "size", "base"]
     assert pirate.split()[:5] == ["pirate", "8", "8", "embed_tokens,", "q_proj"]
-    assert poet.split()[:3] == ["poet", "4", "16"]
+    assert poet.split()[:3] == ["poet", "4", "32"]
     assert " 14 " in poet
     assert cut.startswith("cut cannot be used: adapters/cut/adapter_model.safetensors")
 

@@ -18,7 +18,7 @@ def test_json(run: Callable, adapters: Path) -> None:
     shown = json.loads(run("show", adapters / "poet", "--json").out)
     assert shown["config"]["r"] == 4
     assert sum(kind["count"] for kind in shown["kinds"]) == 14
-    assert all(kind["scaling"] == 4 for kind in shown["kinds"])
+    assert all(kind["scaling"] == 8 for kind in shown["kinds"])
     assert shown["dtypes"] == ["F32"]
     assert "loradeck" in shown["provenance"]
 

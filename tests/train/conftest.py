@@ -6,10 +6,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
+from loradeck.dataset.example import UNSUPERVISED, Example, Preference
+from loradeck.dataset.record import Completion
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.train.example import UNSUPERVISED, Example, Preference
-from loradeck.train.record import Completion
 
 PROMPT = 3  # tokens of an example made by chance that are read and not learned
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batches, collate, pieces
-from loradeck.train.example import UNSUPERVISED, Example
 
 
 def examples(count: int, longest: int = 50) -> list[Example]:

@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 from loradeck.train import loss
 from loradeck.train.batching import collate
-from loradeck.train.example import UNSUPERVISED, Example
 from loradeck.train.loss import HeadLoss, Losses
 
 NOT = UNSUPERVISED

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loradeck.train.example import Example, Preference
+from loradeck.dataset.example import Example, Preference
 from loradeck.train.objective import Answers, Preferences
 
 ONE, OTHER = Example([1, 2, 3], [-100, 2, 3]), Example([1, 4], [-100, 4])

@@ -26,8 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from loradeck.dataset.example import Example
 from loradeck.train.batching import collate
-from loradeck.train.example import Example
 from loradeck.train.packing import NAME, documents, packable
 
 SPECIALS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -10,11 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
+from loradeck.dataset.example import Example, Preference
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, End
-from loradeck.train.example import Example, Preference
 from loradeck.train.trainer import Trainer
 
 

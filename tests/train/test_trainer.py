@@ -9,6 +9,7 @@ import torch
 
 from loradeck.base.load import Base
 from loradeck.base.text import encode
+from loradeck.dataset.example import Example
 from loradeck.errors import AdapterError, ConfigError, DataError, TrainingError, UnknownAdapterError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
@@ -17,7 +18,6 @@ from loradeck.train import job, trainer
 from loradeck.train.batching import collate
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, End, Evaluation, Step
-from loradeck.train.example import Example
 from loradeck.train.trainer import Trainer, train
 
 FAST = TrainConfig(learning_rate=1e-2, max_steps=60, batch_size=4)
@@ -179,7 +179,7 @@ class TestValidation:
         assert loss.item() == pytest.approx(best.loss, abs=1e-4)
 
     def test_patience_ends_it(self, base: Base, bank: Bank, chance: Callable) -> None:
-        told, own = self.run(base, bank, chance, max_steps=100, eval_every=5, patience=2)
+        told, _ = self.run(base, bank, chance, max_steps=100, eval_every=5, patience=2)
         end = told[-1]
         assert isinstance(end, End)
         assert (end.reason, end.step) == ("early stop", end.kept + 10)
@@ -188,7 +188,7 @@ class TestValidation:
     def test_the_last_step_is_evaluated_and_the_default_is_ten(self, base: Base, bank: Bank, chance: Callable) -> None:
         told, _ = self.run(base, bank, chance, max_steps=24)
         assert [event.step for event in told if isinstance(event, Evaluation)] == [3, 6, 9, 12, 15, 18, 21, 24]
-        told, _ = self.run(base, Bank(Base.model) if False else _another(bank), chance, max_steps=7, eval_every=5)
+        told, _ = self.run(base, _another(bank), chance, max_steps=7, eval_every=5)
         assert [event.step for event in told if isinstance(event, Evaluation)] == [5, 7]
 
 

@@ -73,7 +73,7 @@ class Base:
         place = _device(device)
         number = _dtype(dtype, place)
         name, folder = _find(source)
-        with _reported(source), _quiet():
+        with _reported(source), quiet():
             _check(folder)
             model = _model(source, folder, number).requires_grad_(False).eval()
             model.to(place)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         BaseModelError: as Base.load.
     """
     _, folder = _find(source)
-    with _reported(source), _quiet():
+    with _reported(source), quiet():
         _check(folder)
         return _tokenizer(source, folder)
 
@@ -198,7 +198,7 @@ def _dequantised(file: Path) -> Path:
         with (
             new_folder(folder) as fresh,
             TemporaryDirectory() as alone,  # transformers would also read other files beside the GGUF
-            _quiet(),
+            quiet(),
             redirect_stderr(io.StringIO()),  # for a tqdm bar that has no switch
         ):
             origin: dict[str, Any] = {"gguf_file": "base.gguf"}
@@ -276,7 +276,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' bars, logs and warnings; the bars of a download, which may take minutes, stay."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     downloads = not hub.are_progress_bars_disabled()

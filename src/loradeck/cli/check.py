@@ -10,8 +10,8 @@ from loradeck.train.config import TrainConfig
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from loradeck.train.check import Report, Twin
-    from loradeck.train.record import Segment
+    from loradeck.dataset.check import Report, Twin
+    from loradeck.dataset.record import Segment
 
 FEW = 3  # twins that are named; --json has them all
 SHOWN = 1000  # characters of each part of the first example
@@ -36,7 +36,7 @@ def check(
         base: Also read it as this base would: lengths in tokens, and the mask.
         max_length: Tokens per sequence; longer ones are cut at the end.
     """
-    from loradeck.train.check import check_dataset
+    from loradeck.dataset.check import check_dataset
 
     tokenizer = None
     if base is not None:

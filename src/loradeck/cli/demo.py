@@ -148,8 +148,8 @@ def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "Tr
 
     import torch
 
+    from loradeck.dataset.read import read_dataset
     from loradeck.lora.config import LoraConfig
-    from loradeck.train.dataset import read_dataset
     from loradeck.train.progress import progress
     from loradeck.train.trainer import train
 

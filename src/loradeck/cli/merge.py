@@ -26,9 +26,7 @@ def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias
         adapter: An adapter's folder, or a blend as in adapters/poet*0.7+adapters/pirate*0.3.
         output: A new folder for the model.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    from loradeck.base.load import Base
+    from loradeck.base.load import Base, quiet
     from loradeck.disk import new_folder
     from loradeck.lora.bank import Bank
 
@@ -43,9 +41,8 @@ def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias
     assert entry is not None
     bank.merge(entry)
     untie(loaded.model)
-    disable_progress_bar()  # writing takes a second
     try:
-        with new_folder(output) as fresh:
+        with quiet(), new_folder(output) as fresh:  # writing takes a second, and needs no bar
             loaded.model.save_pretrained(fresh)
             loaded.tokenizer.save_pretrained(fresh)
     except OSError as error:

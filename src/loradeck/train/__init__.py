@@ -1,1 +1,1 @@
-"""Training: from lines of JSON to an adapter. Knows the base and the bank; knows no serving."""
+"""Training: from examples to adapters, many in one pass. Knows the base and the bank; knows no serving."""

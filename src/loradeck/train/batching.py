@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from loradeck.train.example import UNSUPERVISED, Example
+from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.packing import positions
 
 PADDING = 0  # any id of the vocabulary: attention_mask hides it from the model, labels from the loss

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PretrainedConfig
 
+from loradeck.dataset.example import Example, Preference
 from loradeck.errors import TrainingError
 from loradeck.lora.adapter import Adapter
 from loradeck.train.batching import Batches
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import End, Evaluation, Step
-from loradeck.train.example import Example, Preference
 from loradeck.train.memory import resident_bytes
 from loradeck.train.objective import Answers, Objective, Preferences, Unit
 from loradeck.train.schedule import Schedule

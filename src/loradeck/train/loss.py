@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batch, collate
-from loradeck.train.example import UNSUPERVISED, Example
 from loradeck.train.packing import documents, packable
 
 # Rows of the head at once: enough for the matrix product to be at its best, few enough that (rows, V) stays small.

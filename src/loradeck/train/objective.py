@@ -9,7 +9,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from loradeck.train.example import Example, Preference
+from loradeck.dataset.example import Example, Preference
 
 Unit = Sequence[Example]
 

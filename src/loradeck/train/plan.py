@@ -2,9 +2,9 @@
 
 from dataclasses import MISSING, dataclass, fields
 
+from loradeck.dataset.record import Segment
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
-from loradeck.train.record import Segment
 from loradeck.train.run import Run
 from loradeck.train.schedule import Schedule
 

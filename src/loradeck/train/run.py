@@ -19,13 +19,13 @@ import torch
 
 from loradeck.base.load import Base
 from loradeck.base.text import chat_template_hash
+from loradeck.dataset.example import UNSUPERVISED, Example, Preference
+from loradeck.dataset.read import Dataset, held_out, read_dataset
 from loradeck.disk import write_file
 from loradeck.errors import TrainingError
 from loradeck.lora.bank import Bank
 from loradeck.train import checkpoint, events
-from loradeck.train.dataset import Dataset, held_out, read_dataset
 from loradeck.train.events import AnyEvent, End, Evaluation, Listener, Sample
-from loradeck.train.example import UNSUPERVISED, Example, Preference
 from loradeck.train.history import METRICS, Track, read_history
 from loradeck.train.mode import evaluation
 from loradeck.train.recipe import JobRecipe, RunRecipe

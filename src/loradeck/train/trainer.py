@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from loradeck.base.load import Base
+from loradeck.dataset.example import Example, Preference
 from loradeck.errors import ConfigError, DataError, TrainingError
 from loradeck.lora.bank import Bank
 from loradeck.train.batching import pieces
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import End, Listener
-from loradeck.train.example import Example, Preference
 from loradeck.train.job import Job
 from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training

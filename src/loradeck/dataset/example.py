@@ -10,10 +10,10 @@ from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.record import UNSUPERVISED, Completion, Conversation, Pair, Record, Segment, Text, Tokens
+from loradeck.dataset.template import end_of_turn, sequences
+from loradeck.dataset.turn import Message
 from loradeck.errors import DataError
-from loradeck.train.record import UNSUPERVISED, Completion, Conversation, Pair, Record, Segment, Text, Tokens
-from loradeck.train.template import end_of_turn, sequences
-from loradeck.train.turn import Message
 
 # One object for all occurrences of a token: 17 bytes a token, measured, in place of 29. No larger than a vocabulary.
 ONE: dict[int, int] = {}

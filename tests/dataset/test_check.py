@@ -4,9 +4,9 @@ import msgspec
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from loradeck.dataset.check import Lengths, Twin, check_dataset
+from loradeck.dataset.read import read_dataset
 from loradeck.errors import DataError
-from loradeck.train.check import Lengths, Twin, check_dataset
-from loradeck.train.dataset import read_dataset
 
 GOOD = [
     {"prompt": "Hi", "completion": "Ahoy"},

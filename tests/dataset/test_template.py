@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from loradeck.dataset.record import Conversation, Segment
+from loradeck.dataset.template import ANSWER, end_of_turn, sequences
+from loradeck.dataset.turn import Message
 from loradeck.errors import DataError
-from loradeck.train.record import Conversation, Segment
-from loradeck.train.template import ANSWER, end_of_turn, sequences
-from loradeck.train.turn import Message
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

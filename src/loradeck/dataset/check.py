@@ -14,10 +14,10 @@ from typing import Self
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
-from loradeck.train.dataset import Entry, Reading
-from loradeck.train.example import Example, Preference
-from loradeck.train.record import Pair, Record, Segment, Tokens
-from loradeck.train.source import find
+from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.read import Entry, Reading
+from loradeck.dataset.record import Pair, Record, Segment, Tokens
+from loradeck.dataset.source import find
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias, get_args
 import huggingface_hub.utils as hub
 import msgspec
 
+from loradeck.dataset import table
 from loradeck.errors import DataError
-from loradeck.train import table
 
 LINE_BYTES = 4 << 20
 DATASET_BYTES = 256 << 20  # its tokens are held in memory, at about ten times this size

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from loradeck.dataset import source
+from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.read import held_out, read_dataset
 from loradeck.errors import ConfigError, DataError
-from loradeck.train import source
-from loradeck.train.dataset import held_out, read_dataset
-from loradeck.train.example import Example, Preference
 
 PAIR = b'{"prompt": "Hi", "chosen": "Ahoy", "rejected": "Good day"}\n'
 

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.example import Example, Preference, ends, examples
+from loradeck.dataset.record import EXPECTED, PAIRS, Record, parse
+from loradeck.dataset.source import SPLITS, Row, Source, Split, find
 from loradeck.errors import ConfigError, DataError
-from loradeck.train.example import Example, Preference, ends, examples
-from loradeck.train.record import EXPECTED, PAIRS, Record, parse
-from loradeck.train.source import SPLITS, Row, Source, Split, find
 
 MEND = f"Each record has {EXPECTED}."
 Learnables: TypeAlias = list[Example] | list[Preference]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loradeck.dataset.record import FORMS, Completion, Conversation, Pair, Text, Tokens, parse
+from loradeck.dataset.turn import Message
 from loradeck.errors import DataError
-from loradeck.train.record import FORMS, Completion, Conversation, Pair, Text, Tokens, parse
-from loradeck.train.turn import Message
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}
 BYE, FAIR = {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Fair winds"}

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from loradeck.dataset.turn import Json, Message, Turn, messages, tools
 from loradeck.errors import DataError
-from loradeck.train.turn import Json, Message, Turn, messages, tools
 
 UNSUPERVISED = -100  # torch.nn.functional.cross_entropy's ignore_index
 PAIRS = "preference pairs"

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.record import Conversation, Segment
+from loradeck.dataset.turn import Json, Message
 from loradeck.errors import DataError
-from loradeck.train.record import Conversation, Segment
-from loradeck.train.turn import Json, Message
 
 ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands in for an answer, to see what the template writes around it
 NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")

@@ -4,8 +4,8 @@ from importlib.resources import files
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loradeck.train.dataset import read_dataset
-from loradeck.train.record import Completion, parse
+from loradeck.dataset.read import read_dataset
+from loradeck.dataset.record import Completion, parse
 
 DEMO = files("loradeck.demo")
 

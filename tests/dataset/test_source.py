@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from loradeck.dataset import source
+from loradeck.dataset.source import find
 from loradeck.errors import DataError
-from loradeck.train import source
-from loradeck.train.source import find
 
 ROWS = [{"prompt": "Hi", "completion": 'Ahoy,\n"matey"'}, {"prompt": "Bye", "completion": "Fair winds"}]
 
