@@ -17,8 +17,11 @@ lint: .venv/.dev
 types: .venv/.dev
 	$(BIN)/pyrefly check
 
-bench: .venv/.dev  ## measure against PEFT; writes benchmarks/results/
+bench: .venv/.dev  ## measure against PEFT, in half an hour; writes benchmarks/results/ and the pages made from it
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.adapters
+	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.tables
 
 # torch comes first and pinned: the plain name takes gigabytes of CUDA packages on a machine without a GPU.
 .venv/.torch: constraints.txt

@@ -1,6 +1,5 @@
 """docs/quality.md and docs/quality.png from the figures of benchmarks/quality.py. Knows a result file; runs nothing."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -66,41 +65,41 @@ def page(record: dict[str, Any]) -> str:
 
 
 def answer(systems: dict[str, Any]) -> str:
-    full = figure(systems[FULL], "test loss")
-    enough = next((name for name in RANKS if figure(systems[name], "test loss") <= REACHED * full), None)
-    named = enough or min(RANKS, key=lambda name: figure(systems[name], "test loss"))
-    own = figure(systems[named], "test loss")
-    share = systems[named]["parameters"] / systems[FULL]["parameters"]
+    losses = {name: test_loss(own) for name, own in systems.items()}
+    full = losses[FULL]
+    enough = next((name for name in RANKS if losses[name] <= REACHED * full), None)
+    named = enough or min(RANKS, key=losses.__getitem__)
+    share = parameters(systems[named]) / parameters(systems[FULL])
     verb = f"{named} reaches it" if enough else f"no rank reaches it; the nearest is {named}"
-    attention = figure(systems[ATTENTION], "test loss") / figure(systems["LoRA r=4"], "test loss") - 1
     return (
-        f"{verb}, with {share:.2%} of the bytes: a test loss of {own:.3f} against {full:.3f} "
-        f"({own / full - 1:+.0%}). Attention only, with the parameters of r=4: {attention:+.0%} loss."
+        f"{verb}, with {share:.2%} of the bytes: a test loss of {losses[named]:.3f} against {full:.3f} "
+        f"({losses[named] / full - 1:+.1%}). Attention only, against all linear layers with as many parameters: "
+        f"{losses[ATTENTION] / losses['LoRA r=4'] - 1:+.1%} loss."
     )
 
 
 def rates(runs: dict[str, Any]) -> str:
     found = [best_rate(systems[name]) / best_rate(systems[FULL]) for systems in runs.values() for name in RANKS]
-    least, most = min(found), max(found)
+    times = " to ".join(dict.fromkeys(f"{each:.0f}" for each in (min(found), max(found))))
     return (
-        f"LoRA's best is {least:.0f} to {most:.0f} times that of full fine-tuning, over all ranks and tasks; "
+        f"LoRA's best is {times} times that of full fine-tuning, over all ranks and tasks; "
         "LoRA Without Regret found 10."
     )
 
 
 def table(systems: dict[str, Any]) -> list[str]:
     exact = "exact match" in systems[BASE]
-    full = systems[FULL]["parameters"]
+    full = parameters(systems[FULL])
     lines = [
         f"| | trained parameters | MB in float32 | share | rate | test loss |{' exact |' if exact else ''}",
         f"|---|---|---|---|---|---|{'---|' if exact else ''}",
     ]
     for name in (BASE, *RANKS, ATTENTION, FULL):
         own = systems[name]
-        size = own.get("parameters", 0)
+        size = parameters(own)
         rate = f"{best_rate(own):g}" if size else "–"
         cells = [name, f"{size:,}", f"{size * 4 / 1e6:.1f}", f"{size / full:.2%}", rate]
-        cells += [f"{figure(own, 'test loss'):.3f}"] + ([f"{figure(own, 'exact match'):.0%}"] if exact else [])
+        cells += [f"{test_loss(own):.3f}"] + ([f"{figure(own, 'exact match'):.0%}"] if exact else [])
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -109,6 +108,14 @@ def like(task: dict[str, Any]) -> str:
     prompt, answer = task["like"]
     sizes = f"{task['train']} examples ({task['train tokens']:,} tokens), {task['valid']} to validate, {task['test']}"
     return f"{sizes} to test; the first: `{prompt}` → `{answer}`."
+
+
+def parameters(own: dict[str, Any]) -> int:
+    return own.get("parameters", 0)
+
+
+def test_loss(own: dict[str, Any]) -> float:
+    return figure(own, "test loss")
 
 
 def figure(own: dict[str, Any], key: str) -> float:
@@ -131,22 +138,17 @@ def plot(record: dict[str, Any]) -> None:
     runs = record["figures"]["runs"]
     drawing, rows = plt.subplots(2, len(runs), figsize=(4.2 * len(runs), 7.2), layout="constrained", squeeze=False)
     for (name, systems), above, below in zip(runs.items(), *rows, strict=True):
-        full = figure(systems[FULL], "test loss")
-        above.plot(*points(systems, RANKS), "o-", label="LoRA r=1, 4, 16, all linear")
-        above.plot(*points(systems, [ATTENTION]), "s", label="LoRA, attention only")
-        above.plot(*points(systems, [FULL]), "D", color="black", label=FULL)
-        above.axhline(full, color="black", linestyle=":", linewidth=1)
+        sizes, losses = ([value(systems[rank]) for rank in RANKS] for value in (parameters, test_loss))
+        above.plot(sizes, losses, color="lightgrey", zorder=0)
+        above.axhline(test_loss(systems[FULL]), color="lightgrey", linestyle=":", zorder=0)
+        for n, system in enumerate((*RANKS, ATTENTION, FULL)):
+            own, style = systems[system], {"color": f"C{n}", "marker": "osD"[max(0, n - 2)], "label": system}
+            above.plot(parameters(own), test_loss(own), linestyle="", **style)
+            losses = own["valid loss by rate"]
+            below.plot([float(rate) for rate in losses], [*losses.values()], **style)
         above.set(xscale="log", xlabel="trained parameters", title=name, ylabel="test loss (nats per token)")
-        for system in (*RANKS, ATTENTION, FULL):
-            losses = systems[system]["valid loss by rate"]
-            style = {"color": "black", "marker": "D"} if system == FULL else {"marker": "o"}
-            below.plot([float(rate) for rate in losses], [*losses.values()], label=system, **style)
+        above.set_ylim(0, 1.1 * max(test_loss(own) for system, own in systems.items() if system != BASE))
         below.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
-    rows[0][0].legend()
-    rows[1][0].legend()
+    drawing.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     drawing.savefig(DOCS / "quality.png", dpi=100, metadata={"Software": None})
     plt.close(drawing)
-
-
-def points(systems: dict[str, Any], names: Sequence[str]) -> tuple[list[int], list[float]]:
-    return [systems[name]["parameters"] for name in names], [figure(systems[name], "test loss") for name in names]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality
+from benchmarks import quality_page
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.tables` -->", "<!-- /benchmarks -->"
@@ -27,9 +27,6 @@ class Suite:
     targets: tuple[tuple[str, str, str, str], ...]
     """(part, key, what it is, target as text)."""
     notes: tuple[str, ...]
-
-    def record(self) -> dict[str, Any]:
-        return json.loads((ROOT / "benchmarks" / "results" / f"{self.name}.json").read_text(encoding="utf-8"))
 
 
 ADAPTERS = Suite(
@@ -94,7 +91,7 @@ SUITES = (ADAPTERS, TRAIN)
 
 
 def main() -> None:
-    records = {suite.name: suite.record() for suite in SUITES}
+    records = {suite.name: result(suite.name) for suite in SUITES}
     demo = (ROOT / "benchmarks" / "results" / "demo.txt").read_text(encoding="utf-8")
     demo = demo[demo.index("3. Back from disk") : demo.index("What to try next")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,13 +100,17 @@ def main() -> None:
     pages = {
         ROOT / "README.md": readme,
         ROOT / "docs" / "benchmarks.md": page(records),
-        ROOT / "docs" / "quality.md": quality.page(quality.record()),
+        ROOT / "docs" / "quality.md": quality_page.page(result("quality")),
     }
     stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         sys.exit(f"stale: {', '.join(stale)}; run python -m benchmarks.tables" if stale else 0)
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def between(text: str, begin: str, end: str, content: str) -> str:

@@ -71,7 +71,12 @@ def _print(report: "Report") -> None:
     print()
     for problem in report.problems:
         print(shown(problem))
-    print(f"{len(report.problems)} problems" if report.problems else "no problems")
+    if not report.problems:
+        print("no problems")
+        return
+    from loradeck.dataset.read import MEND
+
+    print(f"{len(report.problems)} problems: mend or remove these records. {MEND}")
 
 
 def _table(report: "Report") -> str:
