@@ -60,9 +60,7 @@ class System(Protocol):
 
     middle: int
     """Where the search for the rate begins, in half decades: 10^(middle / 2)."""
-
-    @property
-    def parameters(self) -> int: ...
+    parameters: int
 
     def learn(self, task: Examples, rates: Sequence[float], seed: int) -> list[float]:
         """Return the validation loss at each rate."""
@@ -110,15 +108,14 @@ class Lora:
 
 @dataclass
 class Full:
-    """All weights of the base: a plain loop."""
+    """All weights of the base, or all but the embeddings: a plain loop."""
 
     bench: "Bench"
+    embeddings: bool = True
+    """Whether they are trained; they are the output head's weights too."""
     middle: int = -8
     best: tuple[float, list[Tensor]] | None = None
-
-    @property
-    def parameters(self) -> int:
-        return sum(each.numel() for each in self.bench.base.model.parameters())
+    parameters: int = 0
 
     def learn(self, task: Examples, rates: Sequence[float], seed: int) -> list[float]:
         return [self._learn(task, recipe(rate, seed)) for rate in rates]
@@ -126,7 +123,9 @@ class Full:
     def _learn(self, task: Examples, config: TrainConfig) -> float:
         self.bench.restore(self.bench.weights)
         model = self.bench.base.model.requires_grad_(True)
-        weights = [*model.parameters()]
+        model.get_input_embeddings().weight.requires_grad_(self.embeddings)
+        weights = [each for each in model.parameters() if each.requires_grad]
+        self.parameters = sum(each.numel() for each in weights)
         schedule = Schedule.of(config, len(task.train), model.config)
         batches = Batches(task.train, config.batch_size, seed=config.seed)
         optimizer = AdamW(weights, betas=BETAS, weight_decay=config.weight_decay, fused=True)
@@ -146,7 +145,7 @@ class Full:
         model.requires_grad_(False)
         loss = self.bench.loss(task.valid)
         if self.best is None or loss < self.best[0]:
-            self.best = loss, [each.clone() for each in weights]
+            self.best = loss, [each.clone() for each in model.parameters()]
         return loss
 
     def use_best(self) -> None:
@@ -168,6 +167,7 @@ class Bench:
         self.weights = [each.clone() for each in self.base.model.parameters()]
         self.systems: dict[str, System] = {
             "full fine-tuning": Full(self),
+            "full, embeddings frozen": Full(self, embeddings=False),
             "LoRA r=1": Lora(self, LoraConfig(r=1, lora_alpha=32)),
             "LoRA r=4": Lora(self, LoraConfig(r=4, lora_alpha=32)),
             "LoRA r=16": Lora(self, LoraConfig(r=16, lora_alpha=32)),
