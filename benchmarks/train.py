@@ -70,9 +70,9 @@ def main() -> None:
                 figures[f"speed {dtype}"] = speed(dtype, adapter, arguments.steps, sequences)
                 gc.collect()
             if "memory" in arguments.only:
-                figures[f"memory {dtype}"] = memory(dtype, adapter, arguments.steps, sequences)
+                figures[f"memory {dtype}"] = memory(dtype, adapter, min(MEMORY_STEPS, arguments.steps), sequences)
         if "jobs" in arguments.only:
-            for each in sorted({1, sequences}):
+            for each in sorted({1, max(1, sequences // 2)}):
                 figures[f"{JOBS} jobs, {each} sequences a step each"] = jobs(each, adapter, arguments.rounds)
                 gc.collect()
         if "start" in arguments.only:
