@@ -41,6 +41,7 @@ OURS, PLAIN, HOSTED = "loradeck", "PEFT, plain loop", "PEFT, transformers' Train
 LONGEST, RATE, JOBS = 512, 1e-4, 8
 # Losses of one step, between the systems. Padded and packed rows round differently, and Adam's first steps are as long
 # for a small gradient as for a large one: after one of them bf16's rounding shows.
+MEMORY_STEPS = 3  # a step's peak is that of its longest documents, and the next steps reuse it
 CLOSE = {"float32": 1e-3, "bfloat16": 3e-2}
 MODULES = (
     "argparse bisect calendar collections csv datetime difflib fractions functools heapq inspect json os pathlib "
