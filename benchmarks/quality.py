@@ -25,12 +25,12 @@ from benchmarks.tasks import TASKS, Pair, Task
 from loradeck import Bank, Base, LoraConfig, generate
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batches, pieces
-from loradeck.train.config import TrainConfig
+from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.job import BETAS
 from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training
 from loradeck.train.schedule import Schedule
-from loradeck.train.trainer import MAX_TOKENS, Trainer
+from loradeck.train.trainer import Trainer
 
 RECIPE = {"batch_size": 8, "epochs": 3, "warmup_ratio": 0.1, "schedule": "linear"}
 ROWS = 64  # of a batch that generates
@@ -188,7 +188,7 @@ class Bench:
         """Return the mean -log p of a supervised token."""
         total = 0.0
         with evaluation(self.base.model), self.bank.route(route):
-            for piece in pieces([(example,) for example in examples], MAX_TOKENS):
+            for piece in pieces([(example,) for example in examples], PassConfig.max_tokens):
                 with self.losses.of([example for (example,) in piece]) as losses:
                     total += float(losses.sum())
         return total / sum(example.supervised for example in examples)

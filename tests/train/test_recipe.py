@@ -5,8 +5,8 @@ import pytest
 
 from loradeck.errors import AdapterNameError, ConfigError
 from loradeck.lora.config import LoraConfig
-from loradeck.train.config import TrainConfig
-from loradeck.train.recipe import JobRecipe, PassConfig, RunRecipe, read_recipe
+from loradeck.train.config import PassConfig, TrainConfig
+from loradeck.train.recipe import JobRecipe, RunRecipe, read_recipe
 
 FILE = """
 base = "smollm2-135m"

@@ -14,8 +14,8 @@ from loradeck.cli.screen import columns, shown
 from loradeck.cli.train import LORA, RECIPE, SHARED, carry_out, check_output, suffixes
 from loradeck.errors import ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
-from loradeck.train.config import TrainConfig
-from loradeck.train.recipe import JobRecipe, PassConfig, RunRecipe, read_recipe
+from loradeck.train.config import PassConfig, TrainConfig
+from loradeck.train.recipe import JobRecipe, RunRecipe, read_recipe
 
 if TYPE_CHECKING:
     from loradeck.train.run import Run

@@ -13,8 +13,8 @@ from loradeck.cli.options import Dtype
 from loradeck.cli.screen import shown, size
 from loradeck.errors import AdapterError, ConfigError
 from loradeck.lora.config import LoraConfig
-from loradeck.train.config import TrainConfig
-from loradeck.train.recipe import JobRecipe, PassConfig, RunRecipe, read_recipe
+from loradeck.train.config import PassConfig, TrainConfig
+from loradeck.train.recipe import JobRecipe, RunRecipe, read_recipe
 from loradeck.train.writers import Kind
 
 if TYPE_CHECKING:

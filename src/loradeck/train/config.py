@@ -71,6 +71,39 @@ class TrainConfig:
             raise ConfigError("This TrainConfig cannot be", problems, mend="See `help(TrainConfig)` for each field.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassConfig:
+    """What the jobs of one pass over the base share.
+
+    Raises:
+        ConfigError: a value that cannot be; every one is named.
+    """
+
+    # A CPU's matrix products gain nothing beyond, and what is kept for the backward pass is large.
+    max_tokens: int = 1024
+    """Tokens read at once; a larger step is computed in parts, to the same gradient with less memory."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping what they left: slower, in less memory."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are removed."""
+    samples: int = 2
+    """Validation prompts that each adapter answers at each evaluation; 0 for none."""
+
+    def __post_init__(self) -> None:
+        least = {"max_tokens": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "samples": 0}
+        problems = [
+            f"{name} is {getattr(self, name)!r:.40}, not a whole number from {low}"
+            for name, low in least.items()
+            if type(getattr(self, name)) is not int or getattr(self, name) < low
+        ]
+        if type(self.gradient_checkpointing) is not bool:
+            problems.append(f"gradient_checkpointing is {self.gradient_checkpointing!r:.40}, not true or false")
+        if problems:
+            raise ConfigError("This PassConfig cannot be", problems, mend="See `help(PassConfig)` for each field.")
+
+
 def _whole(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 

@@ -13,40 +13,12 @@ import tomli_w
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.names import check_name
-from loradeck.train.config import TrainConfig
+from loradeck.train.config import PassConfig, TrainConfig
 
 T = TypeVar("T")
 
 MEND = "See docs/training.md for the keys of a run file."
 JOBS = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassConfig:
-    """What the jobs of a run share."""
-
-    max_tokens: int = 1024
-    """Tokens read at once; a larger step is computed in parts, to the same gradient with less memory."""
-    gradient_checkpointing: bool = False
-    """Compute layers again in the backward pass instead of keeping what they left: slower, in less memory."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept; older ones are removed."""
-    samples: int = 2
-    """Validation prompts that each adapter answers at each evaluation; 0 for none."""
-
-    def __post_init__(self) -> None:
-        least = {"max_tokens": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "samples": 0}
-        problems = [
-            f"{name} is {getattr(self, name)!r:.40}, not a whole number from {low}"
-            for name, low in least.items()
-            if type(getattr(self, name)) is not int or getattr(self, name) < low
-        ]
-        if type(self.gradient_checkpointing) is not bool:
-            problems.append(f"gradient_checkpointing is {self.gradient_checkpointing!r:.40}, not true or false")
-        if problems:
-            raise ConfigError("These settings of the run cannot be", problems, mend=MEND)
 
 
 @dataclass(frozen=True, kw_only=True)

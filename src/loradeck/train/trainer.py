@@ -7,9 +7,10 @@ of several jobs lie in one batch, each routed through its own adapter, and the b
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -20,15 +21,12 @@ from loradeck.dataset.example import Example, Preference
 from loradeck.errors import ConfigError, DataError, TrainingError
 from loradeck.lora.bank import Bank
 from loradeck.train.batching import pieces
-from loradeck.train.config import TrainConfig
-from loradeck.train.events import End, Listener
+from loradeck.train.config import PassConfig, TrainConfig
+from loradeck.train.events import AnyEvent, End, Listener
 from loradeck.train.job import Job
 from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training
 from loradeck.train.objective import Unit
-
-# Read at once: a CPU's matrix products gain nothing beyond, and what is kept for the backward pass is large.
-MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class Trainer:
         base: Base,
         bank: Bank,
         *,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int = PassConfig.max_tokens,
         gradient_checkpointing: bool = False,
         on_event: Listener | None = None,
     ) -> None:
@@ -150,8 +148,7 @@ class Trainer:
         for batch in self._batches(units):
             self._learn(batch, {job: job.objective.weight(units[job]) for job in jobs})
         for job in jobs:
-            with self._ending(job):
-                self._tell(job.update(units[job], self.seconds))
+            self._tell_of(job, partial(job.update, units[job], self.seconds))
         self.evaluate([job for job in jobs if job.running and job.due])
         for job in jobs:
             if job.running and (ending := job.ending()):
@@ -211,8 +208,7 @@ class Trainer:
                         right[part.job] += 0 if hits is None else int(hits.sum())
         for job in jobs:
             weight = job.objective.weight(units[job])
-            with self._ending(job):
-                self._tell(job.evaluated(sums[job], right[job], weight, self.seconds))
+            self._tell_of(job, partial(job.evaluated, sums[job], right[job], weight, self.seconds))
 
     @contextmanager
     def _losses_of(self, batch: Sequence[Part], *, base_only: bool = False) -> Iterator[tuple[Tensor, ...]]:
@@ -223,13 +219,14 @@ class Trainer:
         with self.bank.route(names, lengths=lengths), self._losses.of(documents) as losses:
             yield losses.split([len(part.documents) for part in batch])
 
-    @contextmanager
-    def _ending(self, job: Job) -> Iterator[None]:
-        """End a job that diverges."""
+    def _tell_of(self, job: Job, event: Callable[[], AnyEvent]) -> None:
+        """Tell what a job did, or end it where it diverged."""
         try:
-            yield
+            done = event()
         except TrainingError as error:
             self._end(job, "diverged", str(error))
+        else:
+            self._tell(done)
 
     def _end(self, job: Job, reason: str, detail: str) -> None:
         self._tell(job.finish(reason, detail, self.seconds))
