@@ -23,6 +23,8 @@ MAY = {
     "demo": set(),
     "ops": set(),
     "lora": {"ops", *GROUND},
+    "stored": {"lora", *GROUND},
+    "store": {"stored", "lora", *GROUND},
     "base": GROUND,
     "generation": {"lora", "base", *GROUND},
     "dataset": {"base", *GROUND},

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from loradeck.lora.adapter import Adapter
     from loradeck.lora.bank import Bank
     from loradeck.lora.config import LoraConfig
+    from loradeck.store import AdapterStore
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "Bank", "Base", "LoraConfig", "LoradeckError", "generate"]
+__all__ = ["Adapter", "AdapterStore", "Bank", "Base", "LoraConfig", "LoradeckError", "generate"]
 
 _HOMES = {
     "Adapter": "loradeck.lora.adapter",
+    "AdapterStore": "loradeck.store",
     "Bank": "loradeck.lora.bank",
     "Base": "loradeck.base.load",
     "LoraConfig": "loradeck.lora.config",

@@ -4,7 +4,7 @@ LoradeckError            says what is wrong, every problem found, and how to men
 ├── ConfigError          a setting that cannot be (a rank of 0, a learning rate of -1)
 ├── TargetError          a target that matches no module, or a module that takes no adapter
 ├── AdapterNameError     a name that is taken, or that no file or route could carry
-├── UnknownAdapterError  no resident adapter has this name
+├── UnknownAdapterError  no resident or stored adapter has this name
 ├── RouteError           a route that does not fit its batch
 ├── AdapterError         an adapter's folder that cannot be read, written, or does not fit the base
 │   └── UnsupportedError a feature of the file that this library refuses rather than half-loads
@@ -52,7 +52,7 @@ class AdapterNameError(LoradeckError):
 
 
 class UnknownAdapterError(LoradeckError):
-    """No resident adapter has this name."""
+    """No resident or stored adapter has this name."""
 
 
 class RouteError(LoradeckError):
