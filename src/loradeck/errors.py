@@ -10,7 +10,9 @@ LoradeckError            says what is wrong, every problem found, and how to men
 │   └── UnsupportedError a feature of the file that this library refuses rather than half-loads
 ├── BaseModelError       a base model that cannot be found or loaded
 ├── DataError            a dataset that cannot be trained on; names the file and the line
-└── TrainingError        a run that cannot go on: it diverged, or what it left is not what it would resume
+├── TrainingError        a run that cannot go on: it diverged, or what it left is not what it would resume
+├── BusyError            no request is taken now: too many wait, or the engine is about to end
+└── RequestError         a request that failed while others went on
 """
 
 from collections.abc import Sequence
@@ -77,3 +79,15 @@ class DataError(LoradeckError):
 
 class TrainingError(LoradeckError):
     """A run that cannot go on."""
+
+
+class BusyError(LoradeckError):
+    """No request is taken now. `retry_after` is the number of seconds after which to ask again."""
+
+    def __init__(self, message: str, *, retry_after: float, mend: str = "") -> None:
+        super().__init__(message, mend=mend or f"Ask again after {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+class RequestError(LoradeckError):
+    """A request that failed while others went on."""

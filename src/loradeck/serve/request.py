@@ -1,0 +1,85 @@
+"""One generation, as the engine sees it: token ids, adapters by the hash of their content. Knows no text and no tensor.
+
+T prompt tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+Key: TypeAlias = tuple[tuple[str, float], ...]
+"""Which adapters, as (sha256, weight), sorted; () is the base. Every cache's keys begin with it (law 7)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request's tokens are chosen, and when they end. `check` refuses what cannot be."""
+
+    max_tokens: int = 128
+    """New tokens at most; 0 reads the prompt only, for its log-probabilities."""
+    min_tokens: int = 0
+    """Before so many, no stop token is chosen."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    """Besides the base's own."""
+    ignore_eos: bool = False
+    """Go on after the base's own stop tokens."""
+    logprobs: int | None = None
+    """With each token its log-probability and those of so many likeliest ones; None for neither."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, but for the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token, with what was asked for about it."""
+
+    id: int
+    logprob: float | None = None
+    """Natural, of the model's own distribution, before temperature, penalties and cuts."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(id, logprob) of the likeliest, best first."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A generation on its way."""
+
+    id: str
+    tokens: list[int]
+    """The prompt, then what was generated."""
+    prompt_length: int
+    key: Key
+    sampling: Sampling
+    adapter: str = ""
+    """What the client called its adapters, for people and metrics; "" is the base."""
+    tenant: str = ""
+    """Whom fairness counts its tokens to, below its adapters: an API key's name."""
+    arrived: float = 0.0
+    """time.monotonic() at its arrival; the three below too, 0 until it comes to that."""
+    admitted: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+    computed: int = 0
+    """Of `tokens`, those whose keys and values the row holds."""
+    cached: int = 0
+    """Of the prompt, the tokens that were found in the prefix cache."""
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed before the next one can be chosen."""
+        return len(self.tokens) - self.computed
