@@ -29,7 +29,9 @@ MAY = {
     "generation": {"lora", "base", *GROUND},
     "dataset": {"base", *GROUND},
     "train": {"dataset", "lora", "base", *GROUND},
-    "cli": {"generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},
+    "serve": {"store", "stored", "lora", "base", *GROUND},
+    "api": {"serve", "store", "stored", "lora", "base", *GROUND},
+    "cli": {"api", "serve", "generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},
 }
 
 
