@@ -16,7 +16,9 @@ class EngineConfig:
     kv_cache_bytes: int = 1 << 30
     """For keys and values, those kept for prefixes included."""
     adapter_bytes: int = 1 << 30
-    """For resident adapters."""
+    """For adapters on the device that computes."""
+    memory_bytes: int = 1 << 32
+    """For adapters that gave way there and are kept in memory; not used where the device is the CPU."""
     max_waiting: int = 1024
     """Requests that wait at most; those beyond are refused with `BusyError`."""
     patience: float = 2.0
@@ -32,3 +34,8 @@ class EngineConfig:
         wrong = [f"{own.name}={getattr(self, own.name)!r}" for own in fields(self) if not getattr(self, own.name) > 0]
         if wrong:
             raise ConfigError("a setting of the engine is not above 0", wrong, mend="Give more than 0.")
+        if self.max_step_tokens < self.max_rows:
+            raise ConfigError(
+                f"max_step_tokens={self.max_step_tokens} is below max_rows={self.max_rows}",
+                mend="A step computes a token of every row at least.",
+            )

@@ -3,9 +3,12 @@
 T prompt tokens.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+from loradeck.errors import ConfigError
 
 Key: TypeAlias = tuple[tuple[str, float], ...]
 """Which adapters, as (sha256, weight), sorted; () is the base. Every cache's keys begin with it (law 7)."""
@@ -13,7 +16,11 @@ Key: TypeAlias = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a request's tokens are chosen, and when they end. `check` refuses what cannot be."""
+    """How a request's tokens are chosen, and when they end.
+
+    Raises:
+        ConfigError: a number out of its bounds.
+    """
 
     max_tokens: int = 128
     """New tokens at most; 0 reads the prompt only, for its log-probabilities."""
@@ -39,6 +46,25 @@ class Sampling:
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens, but for the first."""
 
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_tokens": self.max_tokens >= 0,
+            "min_tokens": self.min_tokens >= 0,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "presence_penalty": math.isfinite(self.presence_penalty),
+            "frequency_penalty": math.isfinite(self.frequency_penalty),
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "logit_bias": not any(map(math.isnan, self.logit_bias.values())),
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
+            "prompt_logprobs": self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+        }
+        wrong = [f"{name}={getattr(self, name)!r}" for name, holds in bounds.items() if not holds]
+        if wrong:
+            raise ConfigError("tokens cannot be chosen so", wrong, mend="Give numbers within their bounds.")
+
 
 @dataclass(frozen=True, slots=True)
 class Token:
@@ -49,6 +75,8 @@ class Token:
     """Natural, of the model's own distribution, before temperature, penalties and cuts."""
     top: tuple[tuple[int, float], ...] = ()
     """(id, logprob) of the likeliest, best first."""
+    ends: bool = False
+    """It is a stop token: counted, but no part of the answer's text."""
 
 
 @dataclass(eq=False, slots=True)
@@ -74,6 +102,8 @@ class Request:
     """Of `tokens`, those whose keys and values the row holds."""
     cached: int = 0
     """Of the prompt, the tokens that were found in the prefix cache."""
+    cancelled: bool = False
+    """Nobody waits for it any more; it is dropped at the next step."""
 
     @property
     def generated(self) -> int:
@@ -83,3 +113,23 @@ class Request:
     def pending(self) -> int:
         """Tokens still to be computed before the next one can be chosen."""
         return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes of one request: its next `count` tokens."""
+
+    request: Request
+    count: int
+
+    @property
+    def ends(self) -> bool:
+        """Whether the request's next token can be chosen afterwards."""
+        return self.count == self.request.pending
+
+    @property
+    def scored(self) -> int:
+        """How many of the tokens are asked what follows them: the last ones."""
+        if self.request.sampling.prompt_logprobs is not None and self.request.computed < self.request.prompt_length - 1:
+            return self.count
+        return int(self.ends)

@@ -1,0 +1,195 @@
+"""Many generations at once on one base, each through its own adapters. Knows token ids; knows no text and no HTTP.
+
+Any thread hands requests in and reads their streams; one thread computes (`serve.loop`).
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+from loradeck.base.load import Base
+from loradeck.base.text import stop_ids
+from loradeck.base.twin import twin
+from loradeck.errors import BusyError, ConfigError
+from loradeck.lora.routing import RouteEntry
+from loradeck.serve.cache import Cache
+from loradeck.serve.config import EngineConfig
+from loradeck.serve.loop import Loop
+from loradeck.serve.observer import Observer
+from loradeck.serve.request import Request, Sampling, Token
+from loradeck.serve.residency import Residency
+from loradeck.serve.runner import Runner
+from loradeck.serve.sampler import Sampler
+from loradeck.serve.scheduler import Scheduler
+from loradeck.serve.stats import Stats
+from loradeck.serve.stream import Stream
+from loradeck.store import AdapterStore
+
+DEFAULT = Sampling()
+
+
+class Engine:
+    """Continuous batching over one base, and any adapters of a store.
+
+    The base itself is left as it is: the engine works on a twin that shares its weights.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        store: AdapterStore | None = None,
+        config: EngineConfig | None = None,
+        *,
+        observer: Observer | None = None,
+    ) -> None:
+        """Begin to serve a base.
+
+        Raises:
+            BaseModelError: the base's attention cannot be computed row by row.
+            LoradeckError: the base's model has a bank; its adapters are on it for others.
+        """
+        self.base = base
+        self.store = store
+        self.config = config or EngineConfig()
+        self._runner = Runner(twin(base.model))
+        cache = Cache(self._runner.form, self.config.kv_cache_bytes)
+        if not cache.longest:
+            raise ConfigError(
+                f"kv_cache_bytes={self.config.kv_cache_bytes} holds no row of this base",
+                mend=f"A token takes {self._runner.form.token_bytes} bytes.",
+            )
+        self._longest = min(cache.longest, base.context or cache.longest)
+        self.residency = Residency(self._runner.bank, store, self.config, lambda: self._loop.wake())
+        self._loop = Loop(
+            self._runner,
+            cache,
+            Sampler(stop_ids(base.tokenizer, base.model.generation_config)),
+            Scheduler(self.config, cache, self.residency),
+            self.residency,
+            longest=self._longest,
+            observer=observer,
+        )
+        self._lock = Lock()
+        self._draining = False
+        self._loop.start()
+
+    @property
+    def stats(self) -> Stats:
+        """How full it is."""
+        return self._loop.stats
+
+    # ---- asking
+
+    def submit(
+        self,
+        tokens: Sequence[int],
+        entry: RouteEntry = None,
+        sampling: Sampling = DEFAULT,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+    ) -> Stream:
+        """Hand in a prompt, as token ids, to be continued through adapters of the store; any thread may. Asks the disk.
+
+        `entry` is None for the base, a name or name@version, or {name: weight}; `adapter` is what to call it in
+        metrics, and an adapter's tokens are shared fairly between its `tenant`s.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+            AdapterError: it cannot be used.
+            ConfigError: the prompt is empty, has ids that the base does not know, or is too long.
+            BusyError: too many wait, or the engine is about to end.
+        """
+        self._check(tokens, sampling)
+        key, found = self.residency.resolve(entry)
+        request = Request(
+            uuid.uuid4().hex, [*tokens], len(tokens), key, sampling, adapter, tenant, arrived=time.monotonic()
+        )
+        stream = Stream(request, self._loop.wake)
+        with self._lock:
+            if self._draining or self._loop.failed:
+                raise BusyError("the engine is about to end", retry_after=1)
+            waiting = self._loop.waiting
+            if waiting >= self.config.max_waiting:
+                raise BusyError(f"{waiting} requests wait already", retry_after=self.stats.wait(waiting))
+            self._loop.add(stream, found)
+        return stream
+
+    def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: Sampling = DEFAULT) -> Stream:
+        """Return the tokens that continue a prompt, as they come: `async for token in engine.stream(...)`, or `for`.
+
+        Raises:
+            LoradeckError: as `submit`.
+        """
+        return self.submit(tokens, entry, sampling)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        entries: RouteEntry | Sequence[RouteEntry] = None,
+        sampling: Sampling | Sequence[Sampling] = DEFAULT,
+    ) -> list[list[Token]]:
+        """Return what continues each prompt, whole; `entries` and `sampling` are one for all prompts or one for each.
+
+        Raises:
+            ConfigError: not as many entries or samplings as prompts.
+            LoradeckError: as `submit`; or a request failed.
+        """
+        each = (
+            [*entries] if isinstance(entries, Sequence) and not isinstance(entries, str) else [entries] * len(prompts)
+        )
+        how = [*sampling] if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        if not len(prompts) == len(each) == len(how):
+            raise ConfigError(
+                f"{len(prompts)} prompts, {len(each)} entries, {len(how)} samplings",
+                mend="Give as many of each, or one.",
+            )
+        streams: list[Stream] = []
+        try:
+            for prompt, entry, own in zip(prompts, each, how, strict=True):
+                streams.append(self.submit(prompt, entry, own))
+            return [[*stream] for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new, let what is here end within so many seconds, and cancel the rest."""
+        with self._lock:
+            self._draining = True
+        until = time.monotonic() + seconds
+        while live := self._loop.live:
+            if time.monotonic() >= until:
+                for stream in live:
+                    stream.cancel()
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Cancel what is here, end the engine's threads, and give its memory back."""
+        with self._lock:
+            self._draining = True
+        self._loop.stop()
+        self.residency.close()
+        self._runner.bank.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _check(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        known = self._runner.vocabulary
+        strange = [token for token in [*tokens, *sampling.logit_bias] if not 0 <= token < known]
+        if strange:
+            raise ConfigError(f"{strange[0]} is no token of the base, which has {known}", mend="Give token ids.")
+        if not tokens:
+            raise ConfigError("the prompt is empty", mend="Give at least one token to go on from.")
+        if len(tokens) + min(sampling.max_tokens, 1) > self._longest:
+            raise ConfigError(
+                f"a prompt of {len(tokens)} tokens leaves no room; a row has {self._longest} at most",
+                mend="Shorten the prompt, or raise kv_cache_bytes if the base reads more.",
+            )

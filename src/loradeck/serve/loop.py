@@ -1,0 +1,191 @@
+"""The engine's thread: it takes requests in, computes step after step, and ends requests. Knows no text.
+
+A step is next -> run -> choose -> accept.
+"""
+
+import logging
+import time
+from collections import deque
+from threading import Event, Thread
+
+from loradeck.errors import LoradeckError, RequestError
+from loradeck.serve.cache import Cache
+from loradeck.serve.observer import Finish, Observer
+from loradeck.serve.request import Request, Work
+from loradeck.serve.residency import Residency
+from loradeck.serve.runner import Runner
+from loradeck.serve.sampler import Choice, Sampler
+from loradeck.serve.scheduler import Scheduler
+from loradeck.serve.stats import Stats
+from loradeck.serve.stream import Stream
+from loradeck.stored import Stored
+
+TICK = 0.1  # seconds after which requests that wait are looked at again, for patience and time-outs
+
+log = logging.getLogger(__name__)
+
+
+class Loop:
+    """Computes what was added, until it is stopped."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: Cache,
+        sampler: Sampler,
+        scheduler: Scheduler,
+        residency: Residency,
+        *,
+        longest: int,
+        observer: Observer | None,
+    ) -> None:
+        """`longest` is the most tokens of a row."""
+        self._runner, self._cache, self._sampler = runner, cache, sampler
+        self._scheduler, self._residency = scheduler, residency
+        self._longest = longest
+        self._observer = observer
+        self.stats = Stats(scheduler, cache)
+        self.failed = False
+        self._streams: dict[Request, Stream] = {}
+        self._arriving: deque[tuple[Stream, dict[str, Stored]]] = deque()
+        self._stopped = False
+        self._changed = Event()
+        self._thread = Thread(target=self._run, name="loradeck-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Cancel what is here, and wait for the thread to end."""
+        self._stopped = True
+        self.wake()
+        self._thread.join()
+
+    def wake(self) -> None:
+        """Say that there may be something to do."""
+        self._changed.set()
+
+    def add(self, stream: Stream, found: dict[str, Stored]) -> None:
+        """Take a request in; `found` are its adapters on disk."""
+        self._arriving.append((stream, found))
+        self.wake()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self._scheduler.waiting) + len(self._arriving)
+
+    @property
+    def live(self) -> list[Stream]:
+        """The streams of all requests that have not ended."""
+        return [*self._streams.copy().values(), *(stream for stream, _ in self._arriving.copy())]
+
+    # ---- in the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped:
+                self._changed.clear()  # before looking: what comes afterwards wakes it
+                self._receive()
+                if not self._step():
+                    self._changed.wait(TICK if self._streams else None)
+        except Exception:
+            log.exception("the engine has failed")
+            self.failed = True
+        finally:
+            finish: Finish = "failed" if self.failed else "cancelled"
+            for stream in self.live:
+                stream.end(finish, RequestError("the engine has failed") if self.failed else None)
+
+    def _step(self) -> bool:
+        """Compute one step, and say whether there was anything to compute."""
+        batch = self._scheduler.next(time.monotonic())
+        if not batch:
+            return False
+        try:
+            scores = self._runner.run(batch, self._cache)
+            choices = self._sampler.choose(scores, batch)
+        except Exception as error:
+            if len(batch) == 1:
+                choices = [Choice(error=_told(error))]
+            else:
+                log.warning("a step of %d requests failed, each is computed alone: %s", len(batch), error)
+                choices = [self._alone(work) for work in batch]
+        for work, choice in zip(batch, choices, strict=True):  # all, before any ends: rows move when one does
+            if choice.error is None:
+                self._scheduler.done(work)
+        for work, choice in zip(batch, choices, strict=True):
+            self._accept(work, choice)
+        return True
+
+    def _alone(self, work: Work) -> Choice:
+        """Compute one request's part of a step that failed, so that only the request that made it fail does."""
+        try:
+            return self._sampler.choose(self._runner.run([work], self._cache), [work])[0]
+        except Exception as error:
+            return Choice(error=_told(error))
+
+    def _accept(self, work: Work, choice: Choice) -> None:
+        """Add what was computed to a request, and end it where it ends."""
+        request, stream = work.request, self._streams[work.request]
+        before = request.computed - (0 if choice.error else work.count)
+        if self._observer and before == request.cached and not request.generated:
+            self._observer.admitted(request)
+        if choice.error is not None:
+            return self._end(stream, "failed", choice.error)
+        if choice.prompt:
+            at = before + 1 if before else 0
+            stream.prompt[at : at + len(choice.prompt)] = choice.prompt
+        if request.pending:
+            return None  # the prompt goes on
+        if not request.generated:
+            self._cache.keep(request)
+        if choice.token is None:
+            return self._end(stream, "length")
+        request.tokens.append(choice.token.id)
+        now = time.monotonic()
+        since = now - (request.last_token or request.arrived)
+        request.first_token = request.first_token or now
+        request.last_token = now
+        if self._observer:
+            self._observer.token(request, since)
+        stream.push(choice.token)
+        if choice.token.ends:
+            return self._end(stream, "stop")
+        if request.generated >= request.sampling.max_tokens or len(request.tokens) >= self._longest:
+            return self._end(stream, "length")
+        return None
+
+    def _receive(self) -> None:
+        """Take in what has come, and let go what nobody waits for, waited too long, or has no adapter."""
+        while self._arriving:
+            stream, found = self._arriving.popleft()
+            self._streams[stream.request] = stream
+            self._scheduler.add(stream.request, found)
+        now = time.monotonic()
+        for stream in [*self._streams.values()]:
+            request = stream.request
+            if request.cancelled:
+                self._end(stream, "cancelled")
+            elif now - request.arrived > self._scheduler.config.timeout:
+                self._end(stream, "failed", RequestError(f"not done within {self._scheduler.config.timeout:g} s"))
+            elif not request.admitted and (error := self._residency.failed(request.key)) is not None:
+                self._end(stream, "failed", error)
+        self._residency.forgive()
+
+    def _end(self, stream: Stream, finish: Finish, error: LoradeckError | None = None) -> None:
+        request = stream.request
+        self._scheduler.end(request)
+        self._sampler.forget(request)
+        del self._streams[request]
+        self.stats.ended(request)
+        if self._observer:
+            self._observer.finished(request, finish)
+        stream.end(finish, error if finish == "failed" else None)
+
+
+def _told(error: Exception) -> LoradeckError:
+    if isinstance(error, LoradeckError):
+        return error
+    return RequestError(f"the request could not be computed: {str(error).partition(chr(10))[0]}")

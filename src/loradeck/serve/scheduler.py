@@ -1,0 +1,166 @@
+"""Decides which requests run next, within rows, tokens, and the memory of keys, values and adapters.
+
+Running requests get their next token in every step; what is left of the step's tokens goes to prompts, in chunks, so
+that a long prompt stalls nobody. Knows no tensors and no text.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from loradeck.serve.config import EngineConfig
+from loradeck.serve.request import Key, Request, Work
+from loradeck.serve.turns import Turns
+from loradeck.stored import Stored
+
+TRIES = 8  # adapters that are looked for in one step, so that thousands of requests that wait cost no time
+
+
+class Rows(Protocol):
+    """Memory for keys and values: `serve.cache.Cache`."""
+
+    def reserve(self, request: Request, tokens: int) -> bool:
+        """Give a request room for so many tokens, if there is any."""
+        ...
+
+    def release(self, request: Request) -> None:
+        """Take a request's room back."""
+        ...
+
+
+class Adapters(Protocol):
+    """Memory for adapters: `serve.residency.Residency`."""
+
+    def ready(self, key: Key) -> bool:
+        """Say whether all of a key's adapters can be used."""
+        ...
+
+    def fetch(self, found: list[tuple[str, Stored]], *, spare: Callable[[str], bool]) -> bool:
+        """Begin to load what is missing, if there is room."""
+        ...
+
+    def pin(self, key: Key) -> None:
+        """Keep a key's adapters."""
+        ...
+
+    def unpin(self, key: Key) -> None:
+        """Let them go."""
+        ...
+
+
+class Scheduler:
+    """The requests of an engine: those that wait, and those that run."""
+
+    def __init__(self, config: EngineConfig, rows: Rows, adapters: Adapters) -> None:
+        self.config = config
+        self.rows = rows
+        self.adapters = adapters
+        self.waiting = Turns(config.quantum)
+        self.running: list[Request] = []
+        """In the order of their admission."""
+        self._found: dict[Request, Mapping[str, Stored]] = {}
+        self._tries = 0
+
+    def add(self, request: Request, found: Mapping[str, Stored]) -> None:
+        """Let a request wait for its turn; `found` are its adapters on disk."""
+        self._found[request] = found
+        self.waiting.push(request)
+
+    def next(self, now: float) -> list[Work]:
+        """Return what the next step computes; `now` is time.monotonic()."""
+        before = [*self.running]
+        batch = [Work(request, 1) for request in before if request.pending == 1 and self._reserve(request, 1)]
+        left = self.config.max_step_tokens - len(batch)
+        for request in [request for request in before if request.pending > 1]:
+            count = min(left, request.pending)
+            if count and self._reserve(request, count):
+                batch.append(Work(request, count))
+                left -= count
+        if self.running != before:  # some gave way to others: no room for newcomers
+            return [work for work in batch if work.request in self.running]
+        self._tries = 0
+        while left > 0 and len(self.running) < self.config.max_rows:
+            request = self._admit(now)
+            if request is None:
+                break
+            count = min(left, request.pending)
+            batch.append(Work(request, count))
+            left -= count
+        return batch
+
+    def done(self, work: Work) -> None:
+        """Count a step's work on a request."""
+        work.request.computed += work.count
+        self.waiting.charge(work.request, work.count)
+
+    def end(self, request: Request) -> None:
+        """Let a request go, wherever it is, with all that it holds."""
+        if request in self.running:
+            self._stop(request)
+        else:
+            self.waiting.remove(request)
+        self.waiting.done(request)
+        del self._found[request]
+
+    # ---- coming in
+
+    def _admit(self, now: float) -> Request | None:
+        overdue = self._overdue(now)
+        if overdue is not None and not self._prepare(overdue, spare=lambda _: False):
+            return None  # what runs must end first; nobody else may take what it waits for
+        wanted = self._wanted()
+        request = self.waiting.next(lambda request: self._prepare(request, spare=wanted) and self._is_ready(request))
+        if request is None:
+            return None
+        if not self.rows.reserve(request, request.pending):
+            self.waiting.push(request, again=True)  # it is the next one; smaller ones do not go before it
+            return None
+        self.adapters.pin(request.key)
+        self.running.append(request)
+        request.admitted = request.admitted or now
+        return request
+
+    def _overdue(self, now: float) -> Request | None:
+        """Return the request that has waited for longest, if that is beyond patience and it lacks an adapter."""
+        heads = [head for head in self.waiting.heads() if now - head.arrived > self.config.patience]
+        lacking = [head for head in heads if not self._is_ready(head)]
+        return min(lacking, key=lambda head: head.arrived, default=None)
+
+    def _wanted(self) -> Callable[[str], bool]:
+        """Return a test for adapters that somebody waits for: they are used before they give way."""
+        wanted: set[str] | None = None
+
+        def spare(sha256: str) -> bool:
+            nonlocal wanted
+            if wanted is None:
+                wanted = {own for head in self.waiting.heads() for own, _ in head.key}
+            return sha256 in wanted
+
+        return spare
+
+    def _prepare(self, request: Request, *, spare: Callable[[str], bool]) -> bool:
+        """See to it that a request's adapters are there, or on their way; say whether there is room for them."""
+        if self._is_ready(request):
+            return True
+        self._tries += 1
+        return self._tries <= TRIES and self.adapters.fetch([*self._found[request].items()], spare=spare)
+
+    def _is_ready(self, request: Request) -> bool:
+        return self.adapters.ready(request.key)
+
+    # ---- giving way
+
+    def _reserve(self, request: Request, count: int) -> bool:
+        """Make room for a running request's next tokens, if need be by letting those that came last wait again."""
+        while request in self.running:
+            if self.rows.reserve(request, request.computed + count):
+                return True
+            last = self.running[-1]
+            self._stop(last)
+            last.computed = 0
+            self.waiting.push(last, again=True)
+        return False
+
+    def _stop(self, request: Request) -> None:
+        self.rows.release(request)
+        self.running.remove(request)
+        self.adapters.unpin(request.key)
