@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loradeck.ops.forms import form_of
 from loradeck.ops.mix import Entry
-from loradeck.ops.operands import Operands, Pair
+from loradeck.ops.operands import Operands
+from loradeck.ops.pair import Pair
 
 ROWS = 8
 RANKS = (1, 2, 4, 8, 16, 64)

@@ -107,7 +107,8 @@ def test_scaled_embeddings_scale_the_update():
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
     from loradeck.ops.forms import form_of
-    from loradeck.ops.operands import Operands, Pair
+    from loradeck.ops.operands import Operands
+    from loradeck.ops.pair import Pair
 
     layer = Gemma3TextScaledWordEmbedding(11, 6, 0, embed_scale=3.0)
     a, b = torch.randn(2, 11), torch.randn(6, 2)

@@ -8,7 +8,8 @@ from loradeck.ops import choose
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pair
+from loradeck.ops.operands import Operands
+from loradeck.ops.pair import Pair
 
 MIX = Mix((((0, 1.0),), (), ((1, 0.5),)), (1, 1, 1))
 
@@ -121,18 +122,18 @@ class TestMix:
         assert {group.entry: group.spans for group in mix.groups} == {a: ((0, 3), (7, 11)), b: ((3, 6),), (): ((6, 7),)}
 
     def test_one_factor_is_told_apart_from_many(self):
-        unused, factor = MIX.mask((2, 3), (4.0, 8.0), torch.float32, torch.device("cpu"))
+        unused, factor = MIX.mask(((0, 2), (2, 5)), 5, (4.0, 8.0), torch.float32, torch.device("cpu"))
         assert factor == 4.0
         assert unused[:, 0].tolist() == [[False] * 2 + [True] * 3, [True] * 5, [True] * 2 + [False] * 3]
-        factors, factor = MIX.mask((2, 3), (4.0, 4.0), torch.float32, torch.device("cpu"))
+        factors, factor = MIX.mask(((0, 2), (2, 5)), 5, (4.0, 4.0), torch.float32, torch.device("cpu"))
         assert factor is None
         assert factors[:, 0].tolist() == [[4.0] * 2 + [0.0] * 3, [0.0] * 5, [0.0] * 2 + [2.0] * 3]
 
     def test_masks_of_other_ranks_are_other_masks(self):
         cpu = torch.device("cpu")
-        first, _ = MIX.mask((2, 3), (4.0, 8.0), torch.float32, cpu)
-        assert MIX.mask((2, 3), (4.0, 8.0), torch.float32, cpu)[0] is first
-        assert MIX.mask((3, 2), (4.0, 8.0), torch.float32, cpu)[0].tolist() != first.tolist()
+        first, _ = MIX.mask(((0, 2), (2, 5)), 5, (4.0, 8.0), torch.float32, cpu)
+        assert MIX.mask(((0, 2), (2, 5)), 5, (4.0, 8.0), torch.float32, cpu)[0] is first
+        assert MIX.mask(((0, 3), (3, 5)), 5, (4.0, 8.0), torch.float32, cpu)[0].tolist() != first.tolist()
 
 
 class TestForms:

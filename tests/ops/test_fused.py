@@ -8,7 +8,8 @@ from loradeck.ops import choose, fused, segmented
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Entry, Mix
-from loradeck.ops.operands import Operands, Pair
+from loradeck.ops.operands import Operands
+from loradeck.ops.pair import Pair
 
 FORM = LinearForm(5, 4)
 ONE, TWO = ((0, 1.0),), ((1, -0.5),)

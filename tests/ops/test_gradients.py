@@ -8,7 +8,8 @@ from loradeck.ops import choose, fused, packed, reference, segmented
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pair
+from loradeck.ops.operands import Operands
+from loradeck.ops.pair import Pair
 
 MIXES = {
     "runs": (((0, 1.0),), ((0, 1.0),), (), ((1, 0.5),)),

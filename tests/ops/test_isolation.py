@@ -9,7 +9,8 @@ from torch import nn
 from loradeck.ops import choose, fused, packed, reference, segmented
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pair
+from loradeck.ops.operands import Operands
+from loradeck.ops.pair import Pair
 
 # Two sound rows of adapters 0 and 2, a base row, and the broken adapter 1 between them; then two more of 0 and 1.
 ENTRIES = (((0, 1.0),), ((1, 1.0),), (), ((2, 0.5), (0, 1.0)), ((0, 1.0),), ((1, 1.0), (2, 1.0)))

@@ -19,7 +19,7 @@ from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
 from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
 from loradeck.lora.recent import Recent
 from loradeck.ops.dropout import Dropout
-from loradeck.ops.operands import finite
+from loradeck.ops.pair import finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -85,7 +85,10 @@ class Adapter(nn.Module):
             for path, pair in pairs.items():
                 for key, tensor in zip(_keys(path, adapter.sites[path]), pair, strict=True):
                     adapter.register_parameter(
-                        _parameter_name(key), nn.Parameter(tensor.detach().clone(), requires_grad=trainable)
+                        _parameter_name(key),
+                        nn.Parameter(
+                            tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=trainable
+                        ),
                     )
         return adapter
 

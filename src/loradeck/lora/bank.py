@@ -21,7 +21,7 @@ from loradeck.lora.layout import Site, read_folder
 from loradeck.lora.names import check_name
 from loradeck.lora.recent import Recent
 from loradeck.lora.residents import Residents, WorkingSets, host
-from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, mix_of, opened, weights_of
+from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
 from loradeck.ops.forms import Form
 
 RESIDENTS = "loradeck"  # the name of the adapters' place in the model
@@ -239,17 +239,11 @@ class Bank:
             RouteError: an entry that is none, or adapters are merged into the base.
         """
         entries, sizes = entries_of(rows, lengths)
-        weights = [weights_of(entry) for entry in entries]
-        own = {name: self[name] for name in dict.fromkeys(name for entry in weights for name, _ in entry)}
-        members = tuple(dict.fromkeys(own.values()))
-        if members:
+        weighted = [tuple((self[name], weight) for name, weight in weights_of(entry)) for entry in entries]
+        if any(weighted):
             self._check_unmerged()
-        working_set = self._working_sets.of(members) if members else None
-        index = {adapter: i for i, adapter in enumerate(working_set.members)} if working_set else {}
-        mixed = tuple(tuple((index[own[name]], weight) for name, weight in entry) for entry in weights)
-        return opened(
-            Route(self, working_set, mix_of(mixed, sizes), packed=lengths is not None), self._enter, self._leave
-        )
+        route = self._working_sets.route(self, weighted, sizes, packed=lengths is not None)
+        return opened(route, self._enter, self._leave)
 
     def merge(self, entry: str | Blend) -> None:
         """Fold an adapter, or a blend, into the base's weights, for a model without any extra cost per step.

@@ -25,7 +25,7 @@ from loradeck.lora.adapter import Adapter
 from loradeck.lora.config import MAX_RANK, LoraConfig, literal_pattern
 from loradeck.lora.layout import Site
 from loradeck.lora.peft import Origin
-from loradeck.ops.operands import finite
+from loradeck.ops.pair import finite
 
 Method = Literal["concat", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = ("concat", "svd", "ties", "dare")

@@ -1,14 +1,14 @@
 """Where a bank keeps its adapters, and the working sets made of them. Knows names and identities; knows no layers."""
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.routing import WorkingSet
+from loradeck.lora.routing import Route, WorkingSet, mix_of, rank
 
 KEPT_SETS = 2  # the packed tensors of a working set cost about its adapters' bytes once more
 
@@ -83,35 +83,66 @@ class WorkingSets:
     """The working sets in use lately."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[frozenset[Adapter], WorkingSet] = OrderedDict()
+        self._known: list[WorkingSet] = []  # the last used one last
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["WorkingSets"], tuple[()]]:
         """A copy begins empty: its adapters are other objects."""
         return WorkingSets, ()
 
-    def of(self, members: tuple[Adapter, ...]) -> WorkingSet:
-        """Return a working set that holds these adapters and at most as many others."""
+    def route(
+        self,
+        bank: object,
+        entries: Sequence[tuple[tuple[Adapter, float], ...]],
+        lengths: tuple[int, ...],
+        *,
+        packed: bool,
+    ) -> Route:
+        """Return a route of these entries, over a working set with their adapters and perhaps a few others."""
+        members = tuple(dict.fromkeys(adapter for entry in entries for adapter, _ in entry))
+        with self._lock:  # until the route is made: a set that has one is not changed
+            working_set = self._set(members) if members else None
+            index = {adapter: i for i, adapter in enumerate(working_set.members)} if working_set else {}
+            mixed = tuple(tuple((index[adapter], weight) for adapter, weight in entry) for entry in entries)
+            return Route(bank, working_set, mix_of(mixed, lengths), packed)
+
+    def _set(self, members: tuple[Adapter, ...]) -> WorkingSet:
+        """Return a set that is there, or that no route uses and that becomes the one that is needed, or a new one."""
         wanted = frozenset(members)
-        with self._lock:
-            key = wanted if wanted in self._known else None
-            if key is None:
-                key = next((own for own in self._known if wanted < own and len(own) <= 2 * len(wanted)), None)
-            if key is None or not self._known[key].fresh:
-                key = wanted
-                self._known[key] = WorkingSet(members)
-                if len(self._known) > KEPT_SETS:
-                    self._known.popitem(last=False)
-            self._known.move_to_end(key)
-            return self._known[key]
+        self._known = [own for own in self._known if own.fresh]
+        found = next((own for own in reversed(self._known) if _holds(own, wanted)), None)
+        if found is None:
+            before = None if torch.is_grad_enabled() else self._similar(wanted)
+            found = WorkingSet(members) if before is None else before.evolved(members)
+            self._known = [own for own in self._known if own is not before][1 - KEPT_SETS :]
+        else:
+            self._known.remove(found)
+        self._known.append(found)
+        return found
+
+    def _similar(self, wanted: frozenset[Adapter]) -> WorkingSet | None:
+        """Return the set that is most easily turned into one of these adapters, None where a new one is as easy."""
+        idle = [own for own in self._known if not len(own.routes)]
+        best = max(idle, key=lambda own: len(wanted.intersection(own.members)), default=None)
+        if best is not None and (len(self._known) >= KEPT_SETS or not wanted.isdisjoint(best.members)):
+            return best
+        return None
 
     def forget(self, adapter: Adapter) -> None:
-        """Drop every set that holds this adapter."""
+        """Take an adapter out of every set; routes that are there keep theirs until they end."""
         with self._lock:
-            for key in [own for own in self._known if adapter in own]:
-                del self._known[key]
+            self._known = [
+                own.without(adapter) if adapter in own.members else own
+                for own in self._known
+                if adapter not in own.members or (own.fresh and len(own.members) > 1 and not len(own.routes))
+            ]
 
     def clear(self) -> None:
         """Drop all."""
         with self._lock:
             self._known.clear()
+
+
+def _holds(own: WorkingSet, wanted: frozenset[Adapter]) -> bool:
+    """Say whether a set holds these adapters, and is not more than twice as wide as they need."""
+    return wanted.issubset(own.members) and own.width <= 2 * sum(map(rank, wanted))

@@ -5,14 +5,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from operator import index
 from sys import float_info
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from loradeck.errors import RouteError
 from loradeck.lora.adapter import Adapter
 from loradeck.ops.mix import Entry, Mix
-from loradeck.ops.operands import Operands, Pair
+from loradeck.ops.operands import Operands
+from loradeck.ops.pair import Pair
 
 if TYPE_CHECKING:
     from loradeck.lora.layer import LoraLayer
@@ -29,25 +32,97 @@ class WorkingSet:
     """The adapters of a route, and what each layer holds of them. Kept while routes ask for the same adapters."""
 
     members: tuple[Adapter, ...]
+    starts: tuple[int, ...] = ()
+    """Where each member's ranks begin in packs, the same at every layer; one after the other by default."""
     layers: dict["LoraLayer", Operands | None] = field(default_factory=dict)
+    routes: "WeakSet[Route]" = field(default_factory=WeakSet)
+    """Those that use it; without any, its packs may be taken over by another."""
+    _before: dict["LoraLayer", tuple[tuple[Adapter, ...], Operands]] = field(default_factory=dict)
     moves: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.moves = [adapter.moves for adapter in self.members]
+        if not self.starts:
+            self.starts = (0, *accumulate(map(rank, self.members)))[: len(self.members)]
 
     @property
     def fresh(self) -> bool:
         """Whether the members' tensors are still where they were: moving or casting an adapter makes new ones."""
         return self.moves == [adapter.moves for adapter in self.members]
 
+    @property
+    def width(self) -> int:
+        """Ranks of its packs."""
+        return max((start + rank(own) for own, start in zip(self.members, self.starts, strict=True)), default=0)
+
+    def evolved(self, wanted: Sequence[Adapter]) -> "WorkingSet":
+        """Return a set that holds these adapters, and takes over this one's packs: only newcomers are copied.
+
+        Members that are not wanted stay while nobody needs their place and they are not more than the wanted ones. This
+        set is not to be used any more.
+        """
+        return self._after(placed(wanted, dict(zip(self.members, self.starts, strict=True))))
+
+    def without(self, adapter: Adapter) -> "WorkingSet":
+        """Return a set of the other members that takes over this one's packs, and keeps nothing of the adapter."""
+        starts = dict(zip(self.members, self.starts, strict=True))
+        del starts[adapter]
+        others = self._after(starts)
+        for layer in [*others._before]:
+            others.operands(layer)
+        return others
+
+    def _after(self, starts: Mapping[Adapter, int]) -> "WorkingSet":
+        before = self._before | {
+            layer: (self.members, operands) for layer, operands in self.layers.items() if operands is not None
+        }
+        return WorkingSet((*starts,), (*starts.values(),), _before=before)
+
     def operands(self, layer: "LoraLayer") -> Operands | None:
         """Return the members' pairs at a layer, None where no member adapts it."""
         try:
             return self.layers[layer]
         except KeyError:
-            pairs = tuple(_pair(adapter, layer.path) for adapter in self.members)
-            known = self.layers[layer] = Operands(layer.form, pairs) if any(pairs) else None
+            members, before = self._before.pop(layer, ((), None))
+            pairs = dict(zip(members, before.pairs, strict=True)) if before else {}
+            own = tuple(pairs[adapter] if adapter in pairs else _pair(adapter, layer.path) for adapter in self.members)
+            known = None
+            if any(own):
+                known = before.evolved(own, self.starts) if before else Operands(layer.form, own, self.starts)
+            self.layers[layer] = known
             return known
+
+
+def rank(adapter: Adapter) -> int:
+    """Return the most ranks that an adapter has at any layer."""
+    return max((site.r for site in adapter.sites.values()), default=0)
+
+
+def placed(wanted: Sequence[Adapter], before: Mapping[Adapter, int]) -> dict[Adapter, int]:
+    """Return where adapters' ranks begin in a pack: where they lay before; newcomers in the first gap that holds them.
+
+    Where gaps would make the pack more than twice as wide as it need be, all lie close together.
+    """
+    needed = sum(map(rank, wanted))
+    starts = {own: before[own] for own in wanted if own in before}
+    for own in sorted((own for own in wanted if own not in before), key=rank, reverse=True):
+        starts[own] = _gap(starts, rank(own))
+    if max((start + rank(own) for own, start in starts.items()), default=0) > 2 * needed:
+        order = sorted(starts, key=starts.__getitem__)
+        starts = dict(zip(order, (0, *accumulate(map(rank, order))), strict=False))
+    for own, start in before.items():  # they may be asked for again
+        if own not in starts and start + rank(own) <= 2 * needed and _gap(starts, rank(own), start) == start:
+            starts[own] = start
+    return starts
+
+
+def _gap(starts: Mapping[Adapter, int], width: int, first: int = 0) -> int:
+    """Return the first place, from `first` on, where so many ranks are free."""
+    for start, stop in sorted((start, start + rank(own)) for own, start in starts.items()):
+        if first + width <= start:
+            break
+        first = max(first, stop)
+    return first
 
 
 def _pair(adapter: Adapter, path: str) -> Pair | None:
@@ -58,7 +133,7 @@ def _pair(adapter: Adapter, path: str) -> Pair | None:
     return Pair(a, b, site.scaling, adapter.dropout if adapter.trainable else None, path)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Route:
     """One opened route: a batch's mix over a working set."""
 
@@ -67,6 +142,10 @@ class Route:
     mix: Mix
     packed: bool  # entries are segments of tokens, not rows
     outer: "Route | None" = None
+
+    def __post_init__(self) -> None:
+        if self.working_set is not None:
+            self.working_set.routes.add(self)
 
     @property
     def members(self) -> tuple[Adapter, ...]:

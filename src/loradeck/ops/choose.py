@@ -6,7 +6,8 @@ from torch import Tensor
 from loradeck.ops import fused, packed, segmented
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pack, compute_dtype
+from loradeck.ops.operands import Operands, compute_dtype
+from loradeck.ops.pair import Pack
 
 # What a group costs in `segmented` beyond its arithmetic (a few small kernels), in multiply-adds of a dense product.
 # Where the two cross on two CPU cores: `python -m benchmarks.ops`, benchmarks/results/ops.json.
@@ -34,9 +35,7 @@ def packs(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool)
         return None  # the packed product of N jobs costs N times their own arithmetic
     if training and operands.drops:
         return None  # each adapter has its own mask
-    wasted = (
-        y.numel() * operands.total_rank * (1 - 1 / len(mix.groups))
-    )  # multiply-adds in B; A's are of the same order
+    wasted = y.numel() * operands.width * (1 - 1 / len(mix.groups))  # multiply-adds in B; A's are of the same order
     if 2 * wasted > GROUP_OVERHEAD * len(mix.groups):
         return None
     pack = operands.pack(compute_dtype(x, y))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from loradeck.ops.dropout import dropped
 
+MASKS = 32  # of one mix, for layers and working sets that lie otherwise
+
 Entry = tuple[tuple[int, float], ...]  # (operand, weight) pairs; empty for the base
 
 
@@ -69,30 +71,40 @@ class Mix:
         object.__setattr__(self, "total", ends[-1] if ends else 0)
 
     def mask(
-        self, ranks: Sequence[int], scalings: Sequence[float], dtype: torch.dtype, device: torch.device
+        self,
+        spans: Sequence[tuple[int, int]],
+        width: int,
+        scalings: Sequence[float],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> tuple[Tensor, float | None]:
-        """Say which packed ranks each run uses, and at which factor weight · scaling.
+        """Say which ranks of a pack each run uses, and at which factor weight · scaling; R is the pack's width.
 
         Returns (unused (total, 1, R) bool, factor) where every use has one factor, else (factors (total, 1, R), None);
         an unused rank has the factor 0.
         """
-        key = (tuple(ranks), tuple(scalings), dtype, device)
+        key = (tuple(spans), width, tuple(scalings), dtype, device)
         known = self._masks.get(key)
         if known is None:
-            known = self._masks[key] = self._build_mask(ranks, scalings, dtype, device)
+            while len(self._masks) >= MASKS:
+                self._masks.pop(next(iter(self._masks)), None)
+            known = self._masks[key] = self._build_mask(spans, width, scalings, dtype, device)
         return known
 
     def _build_mask(
-        self, ranks: Sequence[int], scalings: Sequence[float], dtype: torch.dtype, device: torch.device
+        self,
+        spans: Sequence[tuple[int, int]],
+        width: int,
+        scalings: Sequence[float],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> tuple[Tensor, float | None]:
-        rows = []
-        for entry in self.entries:
-            row = [0.0] * len(ranks)
-            for operand, weight in entry:
-                row[operand] += weight * scalings[operand]
-            rows.append(row)
         with torch.inference_mode(False):  # kept across calls, so it must be usable under autograd too
-            factors = torch.tensor(rows, dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=1)
+            factors = torch.zeros(len(self.entries), width, dtype=torch.float64)
+            for row, entry in enumerate(self.entries):
+                for operand, weight in entry:
+                    start, stop = spans[operand]
+                    factors[row, start:stop] += weight * scalings[operand]
             factors = factors.repeat_interleave(torch.tensor(self.lengths), dim=0).unsqueeze(1)
             used = factors[factors != 0]
             # A factor beyond the range would be Inf for every row, and Inf · 0 is NaN; in the mask it is its rows' own.

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, Pack, compute_dtype
+from loradeck.ops.operands import Operands, compute_dtype
+from loradeck.ops.pair import Pack
 
 
 def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, pack: Pack | None = None) -> Tensor:
@@ -19,7 +20,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, pack: Pack | None =
         pack = operands.pack(compute_dtype(x, y))
     items = form.items(x)
     h = form.shrink(items.to(pack.a.dtype) if items.is_floating_point() else items, pack.a)  # (T, R)
-    factors, factor = mix.mask(operands.ranks, operands.scalings, h.dtype, h.device)
+    factors, factor = mix.mask(operands.spans, operands.width, operands.scalings, h.dtype, h.device)
     runs = h.view(mix.total, -1, h.shape[1])
     if factor is None:
         # A product alone would leak: an overflow in a neighbour's rank is inf, and inf · 0 is NaN.
