@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
 from loradeck.lora.residents import KEPT_SETS
-from loradeck.lora.routing import WorkingSet, placed, rank
-from loradeck.ops.pair import Room
+from loradeck.lora.routing import placed
+from loradeck.ops.stack import Stack
 
 PATHS = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qo"]
 IDS = torch.arange(24).view(6, 4)
@@ -43,13 +43,13 @@ def run(bank: Bank, rows: list) -> torch.Tensor:
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The ranks of each pair that is copied into a pack."""
     seen: list[int] = []
-    put = Room._put
+    put = Stack._put
 
-    def spy(room, form, pair, *rest):
+    def spy(stack, slot, pair):
         seen.append(pair.r)
-        return put(room, form, pair, *rest)
+        return put(stack, slot, pair)
 
-    monkeypatch.setattr(Room, "_put", spy)
+    monkeypatch.setattr(Stack, "_put", spy)
     return seen
 
 
@@ -153,28 +153,25 @@ def fake(r: int) -> Adapter:
     return adapter(0, r, PATHS[:1])
 
 
-def test_newcomers_take_the_first_gap_that_holds_them() -> None:
-    a, b, c, d = (fake(r) for r in (4, 2, 4, 2))
+def test_newcomers_take_the_first_free_slot_of_their_width() -> None:
+    a, b, c, d = (fake(r) for r in (4, 3, 5, 1))
     before = placed([a, b, c], {})
-    assert sorted((before[x], before[x] + rank(x)) for x in (a, b, c)) == [(0, 4), (4, 8), (8, 10)]
-    after = placed([a, c, d], before)
-    assert after[a] == before[a]
-    assert after[c] == before[c]
-    assert after[d] == before[b]
-    assert b not in after
+    assert before == {a: (4, 0), b: (4, 1), c: (8, 0)}
+    assert placed([b, c, d], before)[d] == (4, 0)
 
 
-def test_a_pack_with_too_many_gaps_is_closed() -> None:
+def test_slots_lie_close_together() -> None:
     own = [fake(4) for _ in range(6)]
     before = placed(own, {})
-    last = max(own, key=before.__getitem__)
-    assert placed([last], before)[last] == 0
+    assert placed([own[5]], before)[own[5]] == (4, 0)
+    after = placed([own[0], own[3], own[5]], before)
+    assert [after[own[i]] for i in (0, 3, 5)] == [(4, 0), (4, 3), (4, 5)]  # half of the slots: moving costs more
 
 
 def test_those_that_left_stay_while_nobody_needs_their_place() -> None:
     own = [fake(4) for _ in range(4)]
     before = placed(own, {})
     after = placed(own[:2], before)
-    assert set(after) == set(own)
+    assert after == before
     assert [*after][:2] == own[:2]
-    assert WorkingSet((*after,), (*after.values(),)).width == 16
+    assert own[2] not in placed(own[:1], before)

@@ -1,19 +1,39 @@
-"""The four ways of the one operation agree with its definition: every mix, every kind of layer, every dtype."""
+"""The ways of the one operation agree with its definition: every mix, every kind of layer, every dtype."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from loradeck.ops import choose, fused, packed, reference, segmented
+from loradeck.ops import choose, fused, reference, segmented, stacked
+from loradeck.ops import plan as planning
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
 
 WAYS = {
     "reference": reference.lora,
-    "packed": packed.lora,
     "segmented": segmented.lora,
     "choose": lambda *args: choose.lora(*args, training=False),
 }
+
+
+def ways(operands):
+    """Stacks are for linear layers."""
+    return [*WAYS.values(), *([every_row_stacked] if isinstance(operands.form, LinearForm) else [])]
+
+
+def every_row_stacked(x, y, operands, mix):
+    """All groups in stacks, whatever is cheaper."""
+    plan = _plan(mix, operands.slots, x.numel() // x.shape[-1] // mix.total)
+    return stacked.lora(x, y, operands, mix, plan)
+
+
+def _plan(mix, slots, unit):
+    own = Mix(mix.entries, mix.lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "SEGMENT", 1e9)
+        return planning.plan_of(own, slots, unit, torch.device("cpu"))
+
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-12}
 
 
@@ -30,7 +50,7 @@ def test_every_way_is_the_definition(make, kind, entries):
         case = make(kind, dtype=dtype)
         wanted = torch.stack([case.defined(row, entry) for row, entry in enumerate(entries)])
         base = torch.tensor([not entry for entry in entries])
-        for lora in WAYS.values():
+        for lora in ways(case.operands):
             with torch.no_grad():
                 got = lora(case.x, case.y.clone(), case.operands, mix)
             assert got.dtype == dtype
@@ -56,7 +76,7 @@ def test_adapters_of_another_dtype_than_their_layer(make, kind):
     wide = make(kind, dtype=torch.float32).operands
     mix = Mix((((0, 1.0),), ((5, 0.5),), (), ((2, 1.0),)), (1,) * 4)
     wanted = reference.lora(case.x[:4], case.y[:4], case.operands, mix).double()
-    for lora in WAYS.values():
+    for lora in ways(case.operands):
         with torch.no_grad():
             got = lora(case.x[:4], case.y[:4].clone(), wide, mix)
         assert got.dtype == torch.bfloat16
@@ -75,7 +95,7 @@ def test_packed_rows(make, kind, lengths):
         case.x, case.y = x, y = x[:, 0], y[:, 0]
     tokens = [entry for entry, length in zip(own, lengths, strict=True) for _ in range(length)]
     wanted = torch.stack([case.defined(row, entry) for row, entry in enumerate(tokens)])
-    for lora in WAYS.values():
+    for lora in ways(case.operands):
         with torch.no_grad():
             got = lora(x[None], y[None].clone(), case.operands, Mix(own, lengths))
         close(got[0], wanted, 1e-5)
@@ -86,7 +106,7 @@ def test_rows_multiplied(make, kind):
     case = make(kind)
     own = (((4, 1.0),), (), ((1, 0.5), (3, -2.0)), ((4, 1.0),))
     wanted = torch.stack([case.defined(row, own[row // 2]) for row in range(8)])
-    for lora in WAYS.values():
+    for lora in ways(case.operands):
         with torch.no_grad():
             close(lora(case.x, case.y.clone(), case.operands, Mix(own, (1,) * 4)), wanted, 1e-5)
 
@@ -96,7 +116,7 @@ def test_an_adapter_that_leaves_the_layer_alone(make, kind):
     entries = tuple(((i % 5, 1.0), (i % 3, -0.5)) if i % 4 else () for i in range(8))
     case.operands.pairs = tuple(None if i % 2 else pair for i, pair in enumerate(case.operands.pairs))
     wanted = torch.stack([case.defined(row, entry) for row, entry in enumerate(entries)])
-    for lora in WAYS.values():
+    for lora in ways(case.operands):
         with torch.no_grad():
             got = lora(case.x, case.y.clone(), case.operands, Mix(entries, (1,) * len(entries)))
         close(got, wanted, 1e-5)

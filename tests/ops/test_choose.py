@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose
+from loradeck.ops import choose, reference
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands
 from loradeck.ops.pair import Pair
+from loradeck.ops.plan import KEPT, plan_of
 
 MIX = Mix((((0, 1.0),), (), ((1, 0.5),)), (1, 1, 1))
 
@@ -23,43 +24,57 @@ def operands(*, trains: bool = False, dropout: Dropout | None = None, ranks: tup
     return Operands(LinearForm(4, 3), tuple(pairs))
 
 
-class TestPacks:
-    """Packed is for short rows of frozen, finite adapters."""
+class TestWays:
+    """Stacks are for few rows of several adapters, outside autograd."""
 
     x, y = torch.randn(3, 4), torch.randn(3, 3)
 
-    def test_short_rows_are_packed(self):
-        assert choose.packs(self.x, self.y, operands(), MIX, training=False)
+    def stripes(self, x: torch.Tensor, own: Operands, mix: Mix = MIX, *, training: bool = False) -> bool:
+        with torch.no_grad():
+            plan = choose.stacks(x, own, mix, training=training)
+        return plan is not None and bool(plan.stripes)
+
+    def test_few_rows_are_stacked(self):
+        entries = tuple(((i, 1.0),) for i in range(4))
+        assert self.stripes(torch.randn(4, 4), operands(ranks=(2, 3, 4, 1)), Mix(entries, (1,) * 4))
 
     def test_one_entry_for_all_rows_is_not(self):
-        assert not choose.packs(self.x, self.y, operands(), Mix((((0, 1.0),),) * 3, (1,) * 3), training=False)
+        assert not self.stripes(self.x, operands(), Mix((((0, 1.0),),) * 3, (1,) * 3))
 
-    def test_what_trains_is_not(self):
-        own = operands(trains=True)
-        assert not choose.packs(self.x, self.y, own, MIX, training=False)
-        with torch.no_grad():
-            assert choose.packs(self.x, self.y, own, MIX, training=False)
+    def test_what_autograd_sees_is_not(self):
+        assert choose.stacks(self.x, operands(), MIX, training=False) is None
 
-    def test_a_pair_thawed_later_is_not(self):
+    def test_a_pair_thawed_later_trains(self):
         own = operands()
-        assert choose.packs(self.x, self.y, own, MIX, training=False)
+        with torch.no_grad():
+            choose.lora(self.x, self.y.clone(), own, MIX, training=False)
         own.pairs[0].a.requires_grad_()
         own.pairs[0].b.requires_grad_()
-        assert not choose.packs(self.x, self.y, own, MIX, training=False)
         choose.lora(self.x, self.y, own, MIX, training=False).sum().backward()
         assert own.pairs[0].a.grad is not None
 
     def test_dropout_is_not(self):
-        assert not choose.packs(self.x, self.y, operands(dropout=Dropout(0.1)), MIX, training=True)
-        assert choose.packs(self.x, self.y, operands(dropout=Dropout(0.1)), MIX, training=False)
+        with torch.no_grad():
+            assert choose.stacks(self.x, operands(dropout=Dropout(0.1)), MIX, training=True) is None
+            assert choose.stacks(self.x, operands(dropout=Dropout(0.1)), MIX, training=False) is not None
 
-    def test_long_rows_are_not(self):
-        x, y = torch.randn(3, 40_000, 4), torch.randn(3, 40_000, 3)
-        assert not choose.packs(x, y, operands(ranks=(64, 64)), MIX, training=False)
+    def test_long_runs_go_by_themselves_beside_single_rows(self):
+        """A step of serving: single tokens of many, and a chunk of somebody's prompt."""
+        entries = tuple(((i, 1.0),) for i in range(6))
+        mix = Mix(entries, (1, 1, 1, 1, 1, 200))
+        own, x = operands(ranks=(2,) * 6), torch.randn(1, 205, 4)
+        with torch.no_grad():
+            plan = choose.stacks(x, own, mix, training=False)
+            assert plan is not None
+            assert [group.entry for group in plan.groups] == [((5, 1.0),)]
+            assert [stripe.slots for stripe in plan.stripes] == [5]
+            y = torch.randn(1, 205, 3)
+            got = choose.lora(x, y.clone(), own, mix, training=False)
+            torch.testing.assert_close(got, reference.lora(x, y, own, mix), atol=1e-5, rtol=1e-5)
 
 
 class TestKept:
-    """The packed form is kept until a tensor is written to."""
+    """Stacks and casts are kept until a tensor is written to."""
 
     def run(self, own: Operands) -> torch.Tensor:
         with torch.no_grad():
@@ -67,8 +82,12 @@ class TestKept:
 
     def test_it_is_made_once(self):
         own = operands()
-        assert own.pack(torch.float32) is own.pack(torch.float32)
-        assert own.pack(torch.float64).a.dtype == torch.float64
+        a, b = own.stack(4, torch.ones(1))
+        again = own.stack(4, torch.ones(1))
+        assert again[0] is a
+        assert again[1] is b
+        assert own.stack(4, torch.ones(1, dtype=torch.float64))[0].dtype == torch.float64
+        assert own.stack(4, torch.ones(1, dtype=torch.bfloat16))[0].dtype == torch.float32  # on the CPU
 
     @pytest.mark.parametrize("half", ["a", "b"])
     def test_a_write_makes_it_anew(self, half):
@@ -121,19 +140,13 @@ class TestMix:
         assert mix.total == 11
         assert {group.entry: group.spans for group in mix.groups} == {a: ((0, 3), (7, 11)), b: ((3, 6),), (): ((6, 7),)}
 
-    def test_one_factor_is_told_apart_from_many(self):
-        unused, factor = MIX.mask(((0, 2), (2, 5)), 5, (4.0, 8.0), torch.float32, torch.device("cpu"))
-        assert factor == 4.0
-        assert unused[:, 0].tolist() == [[False] * 2 + [True] * 3, [True] * 5, [True] * 2 + [False] * 3]
-        factors, factor = MIX.mask(((0, 2), (2, 5)), 5, (4.0, 4.0), torch.float32, torch.device("cpu"))
-        assert factor is None
-        assert factors[:, 0].tolist() == [[4.0] * 2 + [0.0] * 3, [0.0] * 5, [0.0] * 2 + [2.0] * 3]
-
-    def test_masks_of_other_ranks_are_other_masks(self):
-        cpu = torch.device("cpu")
-        first, _ = MIX.mask(((0, 2), (2, 5)), 5, (4.0, 8.0), torch.float32, cpu)
-        assert MIX.mask(((0, 2), (2, 5)), 5, (4.0, 8.0), torch.float32, cpu)[0] is first
-        assert MIX.mask(((0, 3), (3, 5)), 5, (4.0, 8.0), torch.float32, cpu)[0].tolist() != first.tolist()
+    def test_the_last_plans_are_kept(self):
+        mix, cpu = Mix(MIX.entries, MIX.lengths), torch.device("cpu")
+        first = plan_of(mix, ((4, 0), (4, 1)), 1, cpu)
+        assert plan_of(mix, ((4, 0), (4, 1)), 1, cpu) is first
+        for number in range(2, 40):
+            plan_of(mix, ((4, 0), (4, number)), 1, cpu)
+        assert len(mix.plans) <= KEPT
 
 
 class TestForms:

@@ -1,12 +1,13 @@
 """Nothing depends on who else is in the batch: what is broken next door stays there."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose, fused, packed, reference, segmented
+from loradeck.ops import choose, fused, plan, reference, segmented, stacked
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands
@@ -25,7 +26,6 @@ def test_a_broken_adapter_changes_no_other_row(make, kind, bad, half):
         wanted = torch.stack([case.defined(row, ENTRIES[row]) for row in SOUND])
         getattr(case.operands.pairs[1], half).fill_(bad)
         mix = Mix(ENTRIES, (1,) * 6)
-        assert not choose.packs(case.x[:6], case.y[:6], case.operands, mix, training=False)
         got = choose.lora(case.x[:6], case.y[:6].clone(), case.operands, mix, training=False)
     assert torch.allclose(got[SOUND].double(), wanted, atol=1e-5)
     assert torch.equal(got[2], case.y[2])
@@ -38,7 +38,7 @@ def test_a_broken_input_row_changes_no_other_row(make, bad):
         case = make(kind, count=3)
         wanted = torch.stack([case.defined(row, ENTRIES[row]) for row in SOUND])
         case.x[[1, 5]] = bad
-        for lora in (packed.lora, segmented.lora):
+        for lora in (partial(choose.lora, training=False), segmented.lora):
             with torch.no_grad():
                 got = lora(case.x[:6], case.y[:6].clone(), case.operands, Mix(ENTRIES, (1,) * 6))
             assert torch.allclose(got[SOUND].double(), wanted, atol=1e-5)
@@ -47,26 +47,26 @@ def test_a_broken_input_row_changes_no_other_row(make, bad):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5)], ids=["one factor", "many factors"])
 def test_an_overflow_next_door_changes_no_other_row(weights):
-    """Every tensor is finite, so rows are packed; one adapter's product overflows to Inf for every row."""
+    """Every tensor is finite; one adapter's product overflows to Inf for every row that meets it."""
     form = LinearForm(4, 3)
     sound = Pair(torch.randn(2, 4), torch.randn(3, 2), 1.0)
     huge = Pair(torch.full((2, 4), 3e38), torch.full((3, 2), 3e38), 1.0)
     operands = Operands(form, (sound, huge))
     x, y = torch.rand(4, 4) + 1, torch.randn(4, 3)
     mix = Mix((((0, weights[0]),), ((1, weights[0]),), (), ((0, weights[1]),)), (1,) * 4)
-    assert choose.packs(x, y, operands, mix, training=False)
     wanted = reference.lora(x, y, operands, mix)
-    got = packed.lora(x, y.clone(), operands, mix)
+    got = choose.lora(x, y.clone(), operands, mix, training=False)
     assert torch.allclose(got[[0, 2, 3]], wanted[[0, 2, 3]], atol=1e-5)
     assert not bool(torch.isfinite(got[1]).any())
 
 
 @pytest.mark.parametrize("weight", [1e38, 1e39, 1e308, -1e308])
-def test_a_weight_beyond_the_dtype_changes_no_other_row(weight):
+def test_a_weight_beyond_the_dtype_changes_no_other_row(weight, monkeypatch):
+    monkeypatch.setattr(plan, "SEGMENT", 1e9)  # so that stacks are used
     form = LinearForm(4, 3)
     operands = Operands(form, (Pair(torch.randn(2, 4), torch.randn(3, 2), 16.0),))
     x, y = torch.randn(3, 4), torch.randn(3, 3)
-    for lora in (packed.lora, segmented.lora):
+    for lora in (stacked.lora, segmented.lora):
         got = lora(x, y.clone(), operands, Mix((((0, weight),), (), ()), (1,) * 3))
         assert torch.equal(got[1:], y[1:])
         assert got[0].abs().max() > 1e30 or not bool(torch.isfinite(got[0]).all())

@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.routing import Route, WorkingSet, mix_of, rank
+from loradeck.lora.routing import Route, WorkingSet, mix_of
 
-KEPT_SETS = 2  # the packed tensors of a working set cost about its adapters' bytes once more
+KEPT_SETS = 2  # the stacks of a working set cost about its adapters' bytes once more, in float32
 
 
 class Residents(nn.Module):
@@ -110,9 +109,9 @@ class WorkingSets:
         """Return a set that is there, or that no route uses and that becomes the one that is needed, or a new one."""
         wanted = frozenset(members)
         self._known = [own for own in self._known if own.fresh]
-        found = next((own for own in reversed(self._known) if _holds(own, wanted)), None)
+        found = next((own for own in reversed(self._known) if own.holds(wanted)), None)
         if found is None:
-            before = None if torch.is_grad_enabled() else self._similar(wanted)
+            before = self._similar(wanted)
             found = WorkingSet(members) if before is None else before.evolved(members)
             self._known = [own for own in self._known if own is not before][1 - KEPT_SETS :]
         else:
@@ -141,8 +140,3 @@ class WorkingSets:
         """Drop all."""
         with self._lock:
             self._known.clear()
-
-
-def _holds(own: WorkingSet, wanted: frozenset[Adapter]) -> bool:
-    """Say whether a set holds these adapters, and is not more than twice as wide as they need."""
-    return wanted.issubset(own.members) and own.width <= 2 * sum(map(rank, wanted))

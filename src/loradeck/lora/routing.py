@@ -1,11 +1,12 @@
 """Which adapters, at which weight, each row goes through. Knows no layer's arithmetic and no files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import count
 from operator import index
 from sys import float_info
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ from weakref import WeakSet
 from loradeck.errors import RouteError
 from loradeck.lora.adapter import Adapter
 from loradeck.ops.mix import Entry, Mix
-from loradeck.ops.operands import Operands
+from loradeck.ops.operands import Operands, slots_of
 from loradeck.ops.pair import Pair
+from loradeck.ops.plan import Slot
+from loradeck.ops.stack import width_of
 
 if TYPE_CHECKING:
     from loradeck.lora.layer import LoraLayer
@@ -32,51 +35,51 @@ class WorkingSet:
     """The adapters of a route, and what each layer holds of them. Kept while routes ask for the same adapters."""
 
     members: tuple[Adapter, ...]
-    starts: tuple[int, ...] = ()
-    """Where each member's ranks begin in packs, the same at every layer; one after the other by default."""
+    slots: tuple[Slot, ...] = ()
+    """Where each member lies in stacks, the same at every layer; one after the other by default."""
     layers: dict["LoraLayer", Operands | None] = field(default_factory=dict)
     routes: "WeakSet[Route]" = field(default_factory=WeakSet)
-    """Those that use it; without any, its packs may be taken over by another."""
+    """Those that use it; without any, its stacks may be taken over by another."""
     _before: dict["LoraLayer", tuple[tuple[Adapter, ...], Operands]] = field(default_factory=dict)
     moves: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.moves = [adapter.moves for adapter in self.members]
-        if not self.starts:
-            self.starts = (0, *accumulate(map(rank, self.members)))[: len(self.members)]
+        if not self.slots:
+            self.slots = slots_of([*map(rank, self.members)])
 
     @property
     def fresh(self) -> bool:
         """Whether the members' tensors are still where they were: moving or casting an adapter makes new ones."""
         return self.moves == [adapter.moves for adapter in self.members]
 
-    @property
-    def width(self) -> int:
-        """Ranks of its packs."""
-        return max((start + rank(own) for own, start in zip(self.members, self.starts, strict=True)), default=0)
+    def holds(self, wanted: Collection[Adapter]) -> bool:
+        """Say whether it holds these adapters, and so close together that few other slots are computed along."""
+        own = dict(zip(self.members, self.slots, strict=True))
+        return all(adapter in own for adapter in wanted) and _are_close([own[adapter] for adapter in wanted])
 
     def evolved(self, wanted: Sequence[Adapter]) -> "WorkingSet":
-        """Return a set that holds these adapters, and takes over this one's packs: only newcomers are copied.
+        """Return a set that holds these adapters, and takes over this one's stacks: only newcomers are copied.
 
         Members that are not wanted stay while nobody needs their place and they are not more than the wanted ones. This
         set is not to be used any more.
         """
-        return self._after(placed(wanted, dict(zip(self.members, self.starts, strict=True))))
+        return self._after(placed(wanted, dict(zip(self.members, self.slots, strict=True))))
 
     def without(self, adapter: Adapter) -> "WorkingSet":
-        """Return a set of the other members that takes over this one's packs, and keeps nothing of the adapter."""
-        starts = dict(zip(self.members, self.starts, strict=True))
-        del starts[adapter]
-        others = self._after(starts)
+        """Return a set of the other members that takes over this one's stacks, and keeps nothing of the adapter."""
+        slots = dict(zip(self.members, self.slots, strict=True))
+        del slots[adapter]
+        others = self._after(slots)
         for layer in [*others._before]:
             others.operands(layer)
         return others
 
-    def _after(self, starts: Mapping[Adapter, int]) -> "WorkingSet":
+    def _after(self, slots: Mapping[Adapter, Slot]) -> "WorkingSet":
         before = self._before | {
             layer: (self.members, operands) for layer, operands in self.layers.items() if operands is not None
         }
-        return WorkingSet((*starts,), (*starts.values(),), _before=before)
+        return WorkingSet((*slots,), (*slots.values(),), _before=before)
 
     def operands(self, layer: "LoraLayer") -> Operands | None:
         """Return the members' pairs at a layer, None where no member adapts it."""
@@ -88,7 +91,7 @@ class WorkingSet:
             own = tuple(pairs[adapter] if adapter in pairs else _pair(adapter, layer.path) for adapter in self.members)
             known = None
             if any(own):
-                known = before.evolved(own, self.starts) if before else Operands(layer.form, own, self.starts)
+                known = before.evolved(own, self.slots) if before else Operands(layer.form, own, self.slots)
             self.layers[layer] = known
             return known
 
@@ -98,31 +101,34 @@ def rank(adapter: Adapter) -> int:
     return max((site.r for site in adapter.sites.values()), default=0)
 
 
-def placed(wanted: Sequence[Adapter], before: Mapping[Adapter, int]) -> dict[Adapter, int]:
-    """Return where adapters' ranks begin in a pack: where they lay before; newcomers in the first gap that holds them.
+def placed(wanted: Sequence[Adapter], before: Mapping[Adapter, Slot]) -> dict[Adapter, Slot]:
+    """Return slots for adapters: where they lay before, newcomers in the first that is free, and close together.
 
-    Where gaps would make the pack more than twice as wide as it need be, all lie close together.
+    Others that lay there stay after them, for they may be asked for again.
     """
-    needed = sum(map(rank, wanted))
-    starts = {own: before[own] for own in wanted if own in before}
-    for own in sorted((own for own in wanted if own not in before), key=rank, reverse=True):
-        starts[own] = _gap(starts, rank(own))
-    if max((start + rank(own) for own, start in starts.items()), default=0) > 2 * needed:
-        order = sorted(starts, key=starts.__getitem__)
-        starts = dict(zip(order, (0, *accumulate(map(rank, order))), strict=False))
-    for own, start in before.items():  # they may be asked for again
-        if own not in starts and start + rank(own) <= 2 * needed and _gap(starts, rank(own), start) == start:
-            starts[own] = start
-    return starts
-
-
-def _gap(starts: Mapping[Adapter, int], width: int, first: int = 0) -> int:
-    """Return the first place, from `first` on, where so many ranks are free."""
-    for start, stop in sorted((start, start + rank(own)) for own, start in starts.items()):
-        if first + width <= start:
+    slots = {own: before[own] for own in wanted if own in before}
+    for own in wanted:
+        if own not in slots:
+            slots[own] = _free([*slots.values()], width_of(rank(own)))
+    for own in sorted(slots, key=slots.__getitem__, reverse=True):
+        if _are_close([*slots.values()]):
             break
-        first = max(first, stop)
-    return first
+        slots[own] = min(slots[own], _free([*slots.values()], slots[own][0]))
+    counts = Counter(width for width, _ in slots.values())
+    for own, (width, number) in before.items():
+        if own not in slots and number < 2 * counts[width] and (width, number) not in slots.values():
+            slots[own] = (width, number)
+    return slots
+
+
+def _free(taken: Collection[Slot], width: int) -> Slot:
+    return next((width, number) for number in count() if (width, number) not in taken)
+
+
+def _are_close(slots: Sequence[Slot]) -> bool:
+    """Say whether the slots of each width are at least half of all up to the last of them."""
+    counts = Counter(width for width, _ in slots)
+    return all(number < 2 * counts[width] for width, number in slots)
 
 
 def _pair(adapter: Adapter, path: str) -> Pair | None:

@@ -3,15 +3,11 @@
 import torch
 from torch import Tensor
 
-from loradeck.ops import fused, packed, segmented
+from loradeck.ops import fused, segmented, stacked
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands, compute_dtype
-from loradeck.ops.pair import Pack
-
-# What a group costs in `segmented` beyond its arithmetic (a few small kernels), in multiply-adds of a dense product.
-# Where the two cross on two CPU cores: `python -m benchmarks.ops`, benchmarks/results/ops.json.
-GROUP_OVERHEAD = 1_000_000
+from loradeck.ops.operands import Operands
+from loradeck.ops.plan import Plan, plan_of
 
 
 def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Tensor:
@@ -19,24 +15,20 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) 
 
     x the layer's input · y the base's output for it · `training` lets dropout act -> a tensor like y.
     """
-    pack = packs(x, y, operands, mix, training=training)
-    if pack is not None:
-        return packed.lora(x, y, operands, mix, pack)
     if torch.is_grad_enabled() and isinstance(operands.form, LinearForm):
         return fused.lora(x, y, operands, mix, training=training)
-    return segmented.lora(x, y, operands, mix, training=training)
+    plan = stacks(x, operands, mix, training=training)
+    if plan is None:
+        return segmented.lora(x, y, operands, mix, training=training)
+    if plan.stripes:
+        y = stacked.lora(x, y, operands, mix, plan)
+    return segmented.lora(x, y, operands, mix, plan.groups) if plan.groups else y
 
 
-def packs(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Pack | None:
-    """Return the packed pairs where packing is both right and cheaper, else None."""
-    if len(mix.groups) == 1:
-        return None  # one entry for all rows: nothing to mask
-    if torch.is_grad_enabled() and operands.trains:
-        return None  # the packed product of N jobs costs N times their own arithmetic
-    if training and operands.drops:
-        return None  # each adapter has its own mask
-    wasted = y.numel() * operands.width * (1 - 1 / len(mix.groups))  # multiply-adds in B; A's are of the same order
-    if 2 * wasted > GROUP_OVERHEAD * len(mix.groups):
+def stacks(x: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Plan | None:
+    """Return which rows are computed in stacks and which group by group; None where stacks are not for this."""
+    if torch.is_grad_enabled() or not isinstance(operands.form, LinearForm):
         return None
-    pack = operands.pack(compute_dtype(x, y))
-    return pack if pack.finite else None
+    if len(mix.groups) == 1 or (training and operands.drops):
+        return None  # one entry for all rows, or masks of each adapter's own
+    return plan_of(mix, operands.slots, x.numel() // x.shape[-1] // mix.total, x.device)

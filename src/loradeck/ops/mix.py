@@ -1,18 +1,16 @@
-"""Which operands each run of rows goes through, at which weight. Knows numbers; knows no names and no layers.
+"""Which operands each run of rows goes through, at which weight. Knows numbers; knows no names and no layers."""
 
-R total rank of the packed operands, T positions.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loradeck.ops.dropout import dropped
 
-MASKS = 32  # of one mix, for layers and working sets that lie otherwise
+if TYPE_CHECKING:
+    from loradeck.ops.plan import Plan
 
 Entry = tuple[tuple[int, float], ...]  # (operand, weight) pairs; empty for the base
 
@@ -56,7 +54,8 @@ class Mix:
     lengths: tuple[int, ...]
     groups: tuple[Group, ...] = field(init=False)
     total: int = field(init=False)
-    _masks: dict[object, tuple[Tensor, float | None]] = field(init=False, default_factory=dict, compare=False)
+    plans: "dict[object, Plan]" = field(init=False, default_factory=dict, compare=False)
+    """How it is computed, for the operands that it met last: the steps of a decode are alike."""
 
     def __post_init__(self) -> None:
         ends = list(accumulate(self.lengths))
@@ -69,46 +68,3 @@ class Mix:
                 own.append((end - length, end))
         object.__setattr__(self, "groups", tuple(Group(entry, tuple(own)) for entry, own in spans.items()))
         object.__setattr__(self, "total", ends[-1] if ends else 0)
-
-    def mask(
-        self,
-        spans: Sequence[tuple[int, int]],
-        width: int,
-        scalings: Sequence[float],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> tuple[Tensor, float | None]:
-        """Say which ranks of a pack each run uses, and at which factor weight · scaling; R is the pack's width.
-
-        Returns (unused (total, 1, R) bool, factor) where every use has one factor, else (factors (total, 1, R), None);
-        an unused rank has the factor 0.
-        """
-        key = (tuple(spans), width, tuple(scalings), dtype, device)
-        known = self._masks.get(key)
-        if known is None:
-            while len(self._masks) >= MASKS:
-                self._masks.pop(next(iter(self._masks)), None)
-            known = self._masks[key] = self._build_mask(spans, width, scalings, dtype, device)
-        return known
-
-    def _build_mask(
-        self,
-        spans: Sequence[tuple[int, int]],
-        width: int,
-        scalings: Sequence[float],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> tuple[Tensor, float | None]:
-        with torch.inference_mode(False):  # kept across calls, so it must be usable under autograd too
-            factors = torch.zeros(len(self.entries), width, dtype=torch.float64)
-            for row, entry in enumerate(self.entries):
-                for operand, weight in entry:
-                    start, stop = spans[operand]
-                    factors[row, start:stop] += weight * scalings[operand]
-            factors = factors.repeat_interleave(torch.tensor(self.lengths), dim=0).unsqueeze(1)
-            used = factors[factors != 0]
-            # A factor beyond the range would be Inf for every row, and Inf · 0 is NaN; in the mask it is its rows' own.
-            largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
-            if len(used) and bool((used == used[0]).all()) and abs(used[0]) <= largest:
-                return (factors == 0).to(device), float(used[0])
-            return factors.to(device=device, dtype=dtype), None

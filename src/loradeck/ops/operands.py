@@ -1,15 +1,18 @@
 """The low-rank pairs that meet at one layer. Knows tensors; knows no names and no routes."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from loradeck.ops.forms import Form
 from loradeck.ops.mix import Mix
-from loradeck.ops.pair import Pack, Pair, Room
+from loradeck.ops.pair import Pair
+from loradeck.ops.plan import Slot
+from loradeck.ops.stack import Stack, width_of
 
 
 @cache
@@ -30,49 +33,44 @@ def compute_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.float32 if half and x.device.type == "cpu" and not _native(dtype) else dtype
 
 
+def slots_of(ranks: Sequence[int]) -> tuple[Slot, ...]:
+    """Return slots for pairs of these ranks, one after the other within a width."""
+    seen: Counter[int] = Counter()
+    found = []
+    for width in map(width_of, ranks):
+        found.append((width, seen[width]))
+        seen[width] += 1
+    return tuple(found)
+
+
 @dataclass(eq=False)
 class Operands:
     """The pairs of a working set at one layer; an adapter that leaves the layer alone has None.
 
-    The packed form is made once per dtype and again when a pair is written to; at each call while one trains.
+    Stacks and casts are made once and again when a pair is written to; at each call while one trains.
     """
 
     form: Form
     pairs: tuple[Pair | None, ...]
-    starts: tuple[int, ...] = ()
-    """Where each pair's ranks begin in a pack; one after the other by default."""
-    _packs: dict[tuple[torch.dtype, bool], tuple[int | None, Pack]] = field(default_factory=dict)
+    slots: tuple[Slot, ...] = ()
+    """Where each pair lies in stacks; one after the other by default."""
     _casts: dict[tuple[int, torch.dtype], tuple[int | None, Pair]] = field(default_factory=dict)
-    _rooms: dict[torch.dtype, Room] = field(default_factory=dict)
+    _stacks: dict[tuple[int, torch.dtype, torch.device], Stack] = field(default_factory=dict)
+    _filled: dict[Stack, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.starts:
-            ends = accumulate(pair.r if pair else 0 for pair in self.pairs)
-            self.starts = (0, *ends)[: len(self.pairs)]
+        if not self.slots:
+            self.slots = slots_of([pair.r if pair else 1 for pair in self.pairs])
 
-    def evolved(self, pairs: tuple[Pair | None, ...], starts: tuple[int, ...]) -> "Operands":
-        """Return operands that take over the memory of these, and what still lies at its place there.
+    def evolved(self, pairs: tuple[Pair | None, ...], slots: tuple[Slot, ...]) -> "Operands":
+        """Return operands that take over the stacks of these, with what still lies at its place there.
 
         These are not to be used any more.
         """
-        for room in self._rooms.values():
-            room.keep(pairs)
-        return Operands(self.form, pairs, starts, _rooms=self._rooms)
-
-    @cached_property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """Of each pair: where its ranks begin and end in a pack."""
-        ranks = (pair.r if pair else 0 for pair in self.pairs)
-        return tuple((start, start + r) for start, r in zip(self.starts, ranks, strict=True))
-
-    @cached_property
-    def width(self) -> int:
-        """Ranks of a pack."""
-        return max((stop for start, stop in self.spans if stop > start), default=0)
-
-    @cached_property
-    def scalings(self) -> tuple[float, ...]:
-        return tuple(pair.scaling if pair else 0.0 for pair in self.pairs)
+        made = Operands(self.form, pairs, slots, _stacks=self._stacks)
+        for (width, _, _), stack in self._stacks.items():
+            made._fill(width, stack)
+        return made
 
     @cached_property
     def _leaves(self) -> tuple[Tensor, ...]:
@@ -123,15 +121,24 @@ class Operands:
             self._casts[operand, dtype] = current, cast
         return cast
 
-    def pack(self, dtype: torch.dtype) -> Pack:
-        """Return all pairs as one, in `dtype`, outside autograd."""
-        graph = torch.is_grad_enabled()
-        current = self.version
-        version, pack = self._packs.get((dtype, graph), (None, None))
-        if pack is None or version is None or version != current:
-            # A graph may keep the pack for its backward pass, so that one is never written to again.
-            room = Room() if graph else self._rooms.setdefault(dtype, Room())
-            with torch.inference_mode(False), torch.no_grad():
-                pack = room.pack(self.form, self.pairs, self.spans, self.width, dtype)
-            self._packs[dtype, graph] = current, pack
-        return pack
+    def stack(self, width: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pairs in slots of so many ranks, A (C, I, W) and B (C, W, O), for an input of the layer.
+
+        On the CPU they are float32 at least: its batched products are slower in half precision, and less exact.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+        stack = self._stacks.get((width, dtype, x.device))
+        if stack is None:
+            (_, inside), (outside, _) = self.form.shapes(width)
+            with torch.inference_mode(False):
+                stack = self._stacks[width, dtype, x.device] = Stack(width, inside, outside, dtype, x.device)
+        filled = self._filled.get(stack)
+        if filled is None or filled != self.version:
+            self._fill(width, stack)
+        return stack.a, stack.b
+
+    def _fill(self, width: int, stack: Stack) -> None:
+        own = [(slot, pair) for pair, (w, slot) in zip(self.pairs, self.slots, strict=True) if w == width]
+        with torch.inference_mode(False), torch.no_grad():
+            stack.fill({slot: pair for slot, pair in own if pair}, max((slot for slot, _ in own), default=-1) + 1)
+        self._filled[stack] = self.version

@@ -3,16 +3,26 @@
 No row meets a neighbour's tensors, so this is also the way of an adapter that is not finite.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from loradeck.ops.dropout import dropped
-from loradeck.ops.mix import Mix, add, take
+from loradeck.ops.mix import Group, Mix, add, take
 from loradeck.ops.operands import Operands, compute_dtype
 
 
-def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool = False) -> Tensor:
-    """y[g] + Σ_a w_a · scaling_a · B_a (A_a dropout_a(x[g])) for each group g of rows.
+def lora(
+    x: Tensor,
+    y: Tensor,
+    operands: Operands,
+    mix: Mix,
+    groups: Sequence[Group] | None = None,
+    *,
+    training: bool = False,
+) -> Tensor:
+    """y[g] + Σ_a w_a · scaling_a · B_a (A_a dropout_a(x[g])) for each group g of rows, by default all of the mix.
 
     x the layer's input · y the base's output for it -> a tensor like y. Dropout acts only when `training`.
     """
@@ -24,7 +34,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool =
     in_place = not torch.is_grad_enabled()
     per_run, per_item = items.shape[0] // mix.total, z.shape[0] // max(items.shape[0], 1)
     updates: list[tuple[Tensor | slice, Tensor]] = []
-    for group in mix.groups:
+    for group in mix.groups if groups is None else groups:
         own: Tensor | None = None
         rows: Tensor | slice | None = None
         places: Tensor | slice | None = None

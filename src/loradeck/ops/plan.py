@@ -1,0 +1,126 @@
+"""Which rows of a batch meet which slots of stacks, as indices. Knows a mix and slots; knows no adapter's tensors.
+
+T items of the layer's input   S slots   M rows of a slot at most
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loradeck.ops.mix import Group, Mix
+
+# Microseconds on two CPU cores, of a layer with 576 features: only their ratios matter, and where the two ways cross.
+# `python -m benchmarks.ops`, benchmarks/results/ops.json.
+SEGMENT = 45.0  # one adapter on one group, by itself
+STRIPE = 60.0  # all slots of a width at once
+ROW = 0.4  # one row of a slot, there or not
+
+KEPT = 8  # plans of one mix, for working sets that lie otherwise
+
+Slot = tuple[int, int]  # (ranks, number)
+
+
+@dataclass(frozen=True, slots=True)
+class Stripe:
+    """The rows that meet the slots of one width."""
+
+    width: int
+    slots: int
+    """S: the first ones."""
+    take: Tensor
+    """(S · M) the item in each row of each slot; any, where there are fewer."""
+    weight: Tensor | None
+    """(S, M, 1), None where all are 1."""
+    places: Tensor | None
+    """(K) which of the S · M are rows; None for all."""
+    put: Tensor
+    """(K) the item of each of them."""
+    back: Tensor | None
+    """(T) where each item's row is, if every item is in one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a mix is computed: few rows of many adapters in stripes, the rest group by group."""
+
+    stripes: tuple[Stripe, ...]
+    groups: tuple[Group, ...]
+
+
+def plan_of(mix: Mix, slots: Sequence[Slot], unit: int, device: torch.device) -> Plan:
+    """Return the cheapest plan, kept with the mix. `slots` are the operands', `unit` the items of one run length."""
+    key = (tuple(slots), unit, device)
+    known = mix.plans.get(key)
+    if known is None:
+        while len(mix.plans) >= KEPT:
+            mix.plans.pop(next(iter(mix.plans)), None)
+        known = mix.plans[key] = _cheapest(mix, slots, unit, device)
+    return known
+
+
+def _cheapest(mix: Mix, slots: Sequence[Slot], unit: int, device: torch.device) -> Plan:
+    sizes = {group: sum(stop - start for start, stop in group.spans) * unit for group in mix.groups if group.entry}
+    if unit == 0:
+        return Plan((), ())  # no rows at all
+    ways = [_split(sizes, most) for most in (0, *sorted(set(sizes.values())))]
+    short, long = min(ways, key=lambda way: _cost(*way, sizes, slots))
+    stripes = tuple(_stripe(width, short, slots, unit, mix.total * unit, device) for width in _widths(short, slots))
+    return Plan(stripes, tuple(long))
+
+
+def _split(sizes: dict[Group, int], most: int) -> tuple[list[Group], list[Group]]:
+    return [own for own, size in sizes.items() if size <= most], [own for own, size in sizes.items() if size > most]
+
+
+def _cost(short: Sequence[Group], long: Sequence[Group], sizes: dict[Group, int], slots: Sequence[Slot]) -> float:
+    cost = SEGMENT * sum(len(group.entry) for group in long)
+    for width in _widths(short, slots):
+        rows: Counter[int] = Counter()
+        for group in short:
+            for operand, _ in group.entry:
+                if slots[operand][0] == width:
+                    rows[slots[operand][1]] += sizes[group]
+        cost += STRIPE + ROW * (max(rows) + 1) * max(rows.values())
+    return cost
+
+
+def _widths(groups: Iterable[Group], slots: Sequence[Slot]) -> list[int]:
+    return sorted({slots[operand][0] for group in groups for operand, _ in group.entry})
+
+
+def _stripe(
+    width: int, groups: Sequence[Group], slots: Sequence[Slot], unit: int, total: int, device: torch.device
+) -> Stripe:
+    rows: dict[int, list[tuple[int, float]]] = {}
+    for group in groups:
+        items = [item for start, stop in group.spans for item in range(start * unit, stop * unit)]
+        for operand, weight in group.entry:
+            if slots[operand][0] == width:
+                rows.setdefault(slots[operand][1], []).extend((item, weight) for item in items)
+    count, most = max(rows) + 1, max(map(len, rows.values()))
+    take, weights = [0] * (count * most), [0.0] * (count * most)
+    places: list[int] = []
+    put: list[int] = []
+    for slot, own in rows.items():
+        for place, (item, weight) in enumerate(own, start=slot * most):
+            take[place], weights[place] = item, weight
+            places.append(place)
+            put.append(item)
+    back: Tensor | None = None
+    if sorted(put) == list(range(total)):
+        at = dict(zip(put, places, strict=True))
+        back = torch.tensor([at[item] for item in range(total)], device=device)
+    own_weights = {weights[place] for place in places}
+    with torch.inference_mode(False):
+        return Stripe(
+            width,
+            count,
+            torch.tensor(take, device=device),
+            None if own_weights == {1.0} else torch.tensor(weights, device=device).view(count, most, 1),
+            None if places == list(range(count * most)) else torch.tensor(places, device=device),
+            torch.tensor(put, device=device),
+            back,
+        )
