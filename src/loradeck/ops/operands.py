@@ -14,6 +14,8 @@ from loradeck.ops.pair import Pair
 from loradeck.ops.plan import Slot
 from loradeck.ops.stack import Stack, width_of
 
+FEW_ROWS = 32
+
 
 @cache
 def _native(dtype: torch.dtype) -> bool:
@@ -26,11 +28,14 @@ def _native(dtype: torch.dtype) -> bool:
 def compute_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     """Return the dtype in which a layer of input x and output y computes its update.
 
-    That is the layer's own; on a CPU that only emulates it, float32, which is then faster and no less exact.
+    That is the layer's own. On a CPU it is float32 where half precision is only emulated, and for few rows, whose
+    products take longer to begin in half precision than to compute; float32 is then faster and no less exact.
     """
     dtype = x.dtype if x.is_floating_point() else y.dtype
     half = dtype == torch.bfloat16 or dtype == torch.float16
-    return torch.float32 if half and x.device.type == "cpu" and not _native(dtype) else dtype
+    if not half or x.device.type != "cpu" or (_native(dtype) and x.numel() > FEW_ROWS * x.shape[-1]):
+        return dtype
+    return torch.float32
 
 
 def slots_of(ranks: Sequence[int]) -> tuple[Slot, ...]:

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from loradeck.ops.mix import Group, Mix
 
-# Microseconds on two CPU cores, of a layer with 576 features: only their ratios matter, and where the two ways cross.
-# `python -m benchmarks.ops`, benchmarks/results/ops.json.
-SEGMENT = 45.0  # one adapter on one group, by itself
-STRIPE = 60.0  # all slots of a width at once
-ROW = 0.4  # one row of a slot, there or not
-
+# Microseconds on two CPU cores, of layers with 576 and 1536 features: `python -m benchmarks.ops`, results/ops.json.
+SEGMENT, SEGMENT_ROW = 20.0, 0.9  # one adapter on one group by itself, and each of its rows
+STRIPE, STRIPE_ROW = 55.0, 1.2  # all slots of a width at once, and each row of a slot, whether there is one or not
 KEPT = 8  # plans of one mix, for working sets that lie otherwise
 
 Slot = tuple[int, int]  # (ranks, number)
@@ -76,14 +73,14 @@ def _split(sizes: dict[Group, int], most: int) -> tuple[list[Group], list[Group]
 
 
 def _cost(short: Sequence[Group], long: Sequence[Group], sizes: dict[Group, int], slots: Sequence[Slot]) -> float:
-    cost = SEGMENT * sum(len(group.entry) for group in long)
+    cost = sum(len(group.entry) * (SEGMENT + SEGMENT_ROW * sizes[group]) for group in long)
     for width in _widths(short, slots):
         rows: Counter[int] = Counter()
         for group in short:
             for operand, _ in group.entry:
                 if slots[operand][0] == width:
                     rows[slots[operand][1]] += sizes[group]
-        cost += STRIPE + ROW * (max(rows) + 1) * max(rows.values())
+        cost += STRIPE + STRIPE_ROW * (max(rows) + 1) * max(rows.values())
     return cost
 
 

@@ -123,7 +123,7 @@ def step(parts: Sequence[Part]) -> Iterator[None]:
 
 @contextmanager
 def observed() -> Iterator[dict[int, LayerShape]]:
-    """Find out what each layer keeps of a token, from a forward of one token within the block, by the layer's number."""
+    """Find out what each layer keeps of a token, from a forward of one token in the block, by its number."""
     found: dict[int, LayerShape] = {}
     token = _shapes.set(found)
     try:

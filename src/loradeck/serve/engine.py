@@ -15,6 +15,7 @@ from loradeck.base.text import stop_ids
 from loradeck.base.twin import twin
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
+from loradeck.serve import openmp
 from loradeck.serve.cache import Cache
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.loop import Loop
@@ -74,6 +75,7 @@ class Engine:
         )
         self._lock = Lock()
         self._draining = False
+        openmp.release()  # this thread's: the engine's is the one that computes from now on
         self._loop.start()
 
     @property

@@ -15,6 +15,7 @@ from loradeck.errors import AdapterError, ConfigError, LoradeckError, UnknownAda
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry, weights_of
+from loradeck.serve import openmp
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.request import Key
 from loradeck.store import AdapterStore
@@ -71,7 +72,7 @@ class Residency:
         self._lock = RLock()
         self._known: dict[str, Resident] = {}
         self._failed: dict[str, LoradeckError] = {}
-        self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load")
+        self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load", openmp.alone)
 
     # ---- what is where
 
