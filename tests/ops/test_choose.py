@@ -58,6 +58,18 @@ class TestWays:
             assert choose.stacks(self.x, operands(dropout=Dropout(0.1)), MIX, training=True) is None
             assert choose.stacks(self.x, operands(dropout=Dropout(0.1)), MIX, training=False) is not None
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_an_input_that_was_written_to_is_another_input(self, mode):
+        """Layers that share an input share its rows; it must be the same then."""
+        entries = tuple(((i, 1.0),) for i in range(4))
+        own, mix = operands(ranks=(2, 3, 4, 1)), Mix(entries, (1,) * 4)
+        with mode():
+            x, y = torch.randn(4, 4), torch.zeros(4, 3)
+            first = choose.lora(x, y.clone(), own, mix, training=False)
+            x.mul_(2)
+            second = choose.lora(x, y.clone(), own, mix, training=False)
+        torch.testing.assert_close(second, 2 * first)
+
     def test_long_runs_go_by_themselves_beside_single_rows(self):
         """A step of serving: single tokens of many, and a chunk of somebody's prompt."""
         entries = tuple(((i, 1.0),) for i in range(6))
@@ -82,12 +94,12 @@ class TestKept:
 
     def test_it_is_made_once(self):
         own = operands()
-        a, b = own.stack(4, torch.ones(1))
-        again = own.stack(4, torch.ones(1))
+        a, b = own.stack(4, torch.ones(1), 2)
+        again = own.stack(4, torch.ones(1), 2)
         assert again[0] is a
         assert again[1] is b
-        assert own.stack(4, torch.ones(1, dtype=torch.float64))[0].dtype == torch.float64
-        assert own.stack(4, torch.ones(1, dtype=torch.bfloat16))[0].dtype == torch.float32  # on the CPU
+        assert own.stack(4, torch.ones(1, dtype=torch.float64), 2)[0].dtype == torch.float64
+        assert own.stack(4, torch.ones(1, dtype=torch.bfloat16), 2)[0].dtype == torch.float32  # on the CPU
 
     @pytest.mark.parametrize("half", ["a", "b"])
     def test_a_write_makes_it_anew(self, half):

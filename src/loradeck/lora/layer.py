@@ -59,7 +59,7 @@ class LoraLayer:
         return routes[0]
 
     def _check(self, x: Tensor, route: Route, operands: Operands) -> None:
-        rows = self.form.items(x).shape[0] if route.packed else x.shape[0]
+        rows = self.form.count(x) if route.packed else x.shape[0]
         total = route.mix.total
         if rows % total or (route.packed and rows != total):
             unit = "tokens" if route.packed else "rows"
@@ -67,7 +67,7 @@ class LoraLayer:
                 f"{self.path} got {rows} {unit}; the route is for {total}",
                 mend="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
-        if torch._C._current_graph_task_id() != -1 and self.module.training and not operands.repeats(route.mix):
+        if self.module.training and torch._C._current_graph_task_id() != -1 and not operands.repeats(route.mix):
             raise RouteError(
                 f"{self.path} is computed again in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",

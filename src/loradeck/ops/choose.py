@@ -31,4 +31,4 @@ def stacks(x: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Plan |
         return None
     if len(mix.groups) == 1 or (training and operands.drops):
         return None  # one entry for all rows, or masks of each adapter's own
-    return plan_of(mix, operands.slots, x.numel() // x.shape[-1] // mix.total, x.device)
+    return plan_of(mix, operands.slots, operands.form.count(x) // mix.total, x.device)

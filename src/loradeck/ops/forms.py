@@ -32,6 +32,10 @@ class Form(Protocol):
         """Return the layer's input with what runs count along dimension 0."""
         ...
 
+    def count(self, x: Tensor) -> int:
+        """Return how many items an input has."""
+        ...
+
     def shrink(self, items: Tensor, a: Tensor) -> Tensor:
         """A x: items and A -> (P, r)."""
         ...
@@ -68,6 +72,9 @@ class LinearForm:
     def items(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.in_features)
 
+    def count(self, x: Tensor) -> int:
+        return x.numel() // self.in_features
+
     def shrink(self, items: Tensor, a: Tensor) -> Tensor:
         return F.linear(items, a)
 
@@ -99,6 +106,9 @@ class EmbeddingForm:
 
     def items(self, x: Tensor) -> Tensor:
         return x.reshape(-1)
+
+    def count(self, x: Tensor) -> int:
+        return x.numel()
 
     def shrink(self, items: Tensor, a: Tensor) -> Tensor:
         h = F.embedding(items, a.T)
@@ -139,6 +149,9 @@ class ConvForm:
 
     def items(self, x: Tensor) -> Tensor:
         return x if x.dim() == self.dims + 2 else x.unsqueeze(0)
+
+    def count(self, x: Tensor) -> int:
+        return x.shape[0] if x.dim() == self.dims + 2 else 1
 
     def shrink(self, items: Tensor, a: Tensor) -> Tensor:
         conv = F.conv1d if self.dims == 1 else F.conv2d

@@ -61,7 +61,9 @@ class Operands:
     """Where each pair lies in stacks; one after the other by default."""
     _casts: dict[tuple[int, torch.dtype], tuple[int | None, Pair]] = field(default_factory=dict)
     _stacks: dict[tuple[int, torch.dtype, torch.device], Stack] = field(default_factory=dict)
-    _filled: dict[Stack, int | None] = field(default_factory=dict)
+    _shown: dict[tuple[int, torch.dtype, torch.device, int], tuple[int | None, Tensor, Tensor]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not self.slots:
@@ -126,24 +128,30 @@ class Operands:
             self._casts[operand, dtype] = current, cast
         return cast
 
-    def stack(self, width: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pairs in slots of so many ranks, A (C, I, W) and B (C, W, O), for an input of the layer.
+    def stack(self, width: int, x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Return the first slots of so many ranks, A (S, I, W) and B (S, W, O), for an input of the layer.
 
         On the CPU they are float32 at least: its batched products are slower in half precision, and less exact.
         """
+        key = (width, x.dtype, x.device, slots)
+        version = self.version
+        known = self._shown.get(key)
+        if known is None or known[0] is None or known[0] != version:
+            stack = self._stack(width, x)
+            self._fill(width, stack)
+            known = self._shown[key] = (version, stack.a[:slots], stack.b[:slots])
+        return known[1], known[2]
+
+    def _stack(self, width: int, x: Tensor) -> Stack:
         dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
         stack = self._stacks.get((width, dtype, x.device))
         if stack is None:
             (_, inside), (outside, _) = self.form.shapes(width)
             with torch.inference_mode(False):
                 stack = self._stacks[width, dtype, x.device] = Stack(width, inside, outside, dtype, x.device)
-        filled = self._filled.get(stack)
-        if filled is None or filled != self.version:
-            self._fill(width, stack)
-        return stack.a, stack.b
+        return stack
 
     def _fill(self, width: int, stack: Stack) -> None:
         own = [(slot, pair) for pair, (w, slot) in zip(self.pairs, self.slots, strict=True) if w == width]
         with torch.inference_mode(False), torch.no_grad():
             stack.fill({slot: pair for slot, pair in own if pair}, max((slot for slot, _ in own), default=-1) + 1)
-        self._filled[stack] = self.version

@@ -20,7 +20,7 @@ KEPT = 8  # plans of one mix, for working sets that lie otherwise
 Slot = tuple[int, int]  # (ranks, number)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stripe:
     """The rows that meet the slots of one width."""
 

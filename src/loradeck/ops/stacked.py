@@ -3,12 +3,14 @@
 A row meets its own adapter's slot and no other, so a neighbour that is not finite stays where it is, whatever it is.
 """
 
+import threading
+
 import torch
 from torch import Tensor
 
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands
-from loradeck.ops.plan import Plan, plan_of
+from loradeck.ops.plan import Plan, Stripe, plan_of
 
 
 def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan | None = None) -> Tensor:
@@ -20,15 +22,35 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan | None =
     items, z = form.items(x), form.positions(y)
     plan = plan or plan_of(mix, operands.slots, items.shape[0] // mix.total, items.device)
     for stripe in plan.stripes:
-        a, b = operands.stack(stripe.width, x)
-        own = items.index_select(0, stripe.take).to(a.dtype).view(stripe.slots, -1, items.shape[1])
-        h = torch.bmm(own, a[: stripe.slots])
+        a, b = operands.stack(stripe.width, x, stripe.slots)
+        h = torch.bmm(_rows(x, items, stripe, a.dtype), a)
         if stripe.weight is not None:
             h.mul_(stripe.weight)
-        update = torch.bmm(h, b[: stripe.slots]).view(-1, z.shape[1])
+        update = torch.bmm(h, b).view(-1, z.shape[1])
         if stripe.back is not None:
             z.add_(update.index_select(0, stripe.back))
         else:
             rows = update if stripe.places is None else update.index_select(0, stripe.places)
             z.index_add_(0, stripe.put, rows.to(z.dtype))
     return form.restore(z, y)
+
+
+class _Last(threading.local):
+    """The rows that this thread gathered last: layers that share an input share them."""
+
+    source: tuple[Tensor, int, Stripe, torch.dtype] | None = None
+    rows: Tensor
+
+
+_last = _Last()
+
+
+def _rows(x: Tensor, items: Tensor, stripe: Stripe, dtype: torch.dtype) -> Tensor:
+    """Return the rows of a layer's input that meet each slot, (S, M, I)."""
+    if x.is_inference():  # nothing would tell that it was written to since
+        return items.index_select(0, stripe.take).to(dtype).view(stripe.slots, -1, items.shape[1])
+    last = _last.source
+    if last is None or last[0] is not x or last[1:] != (x._version, stripe, dtype):
+        _last.rows = items.index_select(0, stripe.take).to(dtype).view(stripe.slots, -1, items.shape[1])
+        _last.source = (x, x._version, stripe, dtype)
+    return _last.rows

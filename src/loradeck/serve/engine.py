@@ -83,6 +83,11 @@ class Engine:
         """How full it is."""
         return self._loop.stats
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has stopped computing, for a reason that is in the log."""
+        return self._loop.failed
+
     # ---- asking
 
     def submit(

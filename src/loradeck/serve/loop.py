@@ -167,7 +167,7 @@ class Loop:
         for stream in [*self._streams.values()]:
             request = stream.request
             if request.cancelled:
-                self._end(stream, "cancelled")
+                self._end(stream, stream.given_up)
             elif now - request.arrived > self._scheduler.config.timeout:
                 self._end(stream, "failed", RequestError(f"not done within {self._scheduler.config.timeout:g} s"))
             elif not request.admitted and (error := self._residency.failed(request.key)) is not None:

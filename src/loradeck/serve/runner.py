@@ -53,7 +53,7 @@ class Runner:
         device = self.form.device
         entries = [dict(work.request.key) or None for work in works]
         with (
-            torch.inference_mode(),
+            torch.no_grad(),  # not inference_mode, whose tensors do not tell whether they were written to
             attention.step(parts),
             self.bank.route(entries, lengths=[work.count for work in works]),
         ):

@@ -17,6 +17,7 @@ class Stream(AsyncIterator[Token], Iterator[Token]):
         request: what was asked, and how far it is.
         prompt: its prompt's tokens with their log-probabilities, where these were asked for; whole before any token.
         finish: how it ended; None until then.
+        given_up: how it is to end, where nobody waits for it any more.
     """
 
     def __init__(self, request: Request, wake: Callable[[], None]) -> None:
@@ -24,15 +25,17 @@ class Stream(AsyncIterator[Token], Iterator[Token]):
         self.request = request
         self.prompt: list[Token] = []
         self.finish: Finish | None = None
+        self.given_up: Finish = "cancelled"
         self._error: LoradeckError | None = None
         self._wake = wake
         self._tokens: deque[Token] = deque()
         self._changed = Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
-    def cancel(self) -> None:
-        """Give the request up; its place is free within a step. Afterwards, do nothing."""
+    def cancel(self, finish: Finish = "cancelled") -> None:
+        """Give the request up, and call that its `finish`; its place is free within a step. Afterwards, do nothing."""
         if self.finish is None and not self.request.cancelled:
+            self.given_up = finish
             self.request.cancelled = True
             self._wake()
 
