@@ -51,7 +51,7 @@ ADAPTERS = Suite(
         "- *load*: a PEFT folder on disk (page cache warm) until it can be routed to. PEFT loads with one adapter",
         "  resident, its best case. *read the bytes* keeps what it read in memory, as a load must.",
         "- *step*: 16 rows, 64 tokens of context, one new token each. PEFT's mixed batch is `adapter_names`.",
-        "- *first step after a switch*: a route to adapters that were not routed together before packs them first.",
+        "- *first step after a switch*: a route to adapters that were not routed together before copies them first.",
     ),
 )
 TRAIN = Suite(
@@ -87,7 +87,40 @@ TRAIN = Suite(
         "  are 8 steps of its plain loop, one after the other.",
     ),
 )
-SUITES = (ADAPTERS, TRAIN)
+SERVE = Suite(
+    "serve",
+    "Serving",
+    "SmolLM2-135M, 16 rows, r=8, all linear layers",
+    (
+        (
+            "streams bfloat16",
+            "distinct / base",
+            "16 different adapters, tokens/s over the same streams on the base, bfloat16",
+            "≥ 0.7",
+        ),
+        ("streams float32", "distinct / base", "the same, float32", "≥ 0.7"),
+        (
+            "streams bfloat16",
+            "loradeck / PEFT, distinct",
+            "16 different adapters, tokens/s over PEFT's, bfloat16",
+            "≥ 6",
+        ),
+        ("streams float32", "loradeck / PEFT, distinct", "the same, float32", "≥ 6"),
+        ("streams bfloat16", "of it outside the model", "a 16-row step's time outside the model's forward", "< 0.1"),
+        ("registered", "2,000 / 5", "tokens/s with 2,000 adapters registered over with 5", "≥ 0.95"),
+        ("crowded", "half / all resident", "time to first token, half of the adapters fit, over all resident", "≤ 3"),
+        ("cold", "cold - warm (ms)", "first token of an adapter on disk later than of a resident one, ms", "≤ 50"),
+    ),
+    (
+        "- *streams*: 64 tokens of prompt and 32 of answer, all at once; tokens of answers per second, prompts included in",
+        "  the time. Workloads as Punica's. PEFT: transformers' `generate` with `adapter_names`.",
+        "- *registered*: S-LoRA's question, scaled down: the same Gamma arrivals at four fifths of what the engine can",
+        "  take, adapters of r=4 drawn uniformly from 5 or from 2,000 in the store.",
+        "- *crowded*: 32 adapters in use, with room for all and with room for 16.",
+        "- *cold*: the file is in the page cache of the operating system.",
+    ),
+)
+SUITES = (ADAPTERS, TRAIN, SERVE)
 
 
 def main() -> None:
