@@ -112,8 +112,8 @@ SERVE = Suite(
         ("cold", "cold - warm (ms)", "first token of an adapter on disk later than of a resident one, ms", "≤ 50"),
     ),
     (
-        "- *streams*: 64 tokens of prompt and 32 of answer, all at once; tokens of answers per second, prompts included in",
-        "  the time. Workloads as Punica's. PEFT: transformers' `generate` with `adapter_names`.",
+        "- *streams*: 64 tokens of prompt and 32 of answer, all at once; tokens of answers per second;",
+        "  workloads as Punica's. PEFT: transformers' `generate` with `adapter_names`.",
         "- *registered*: S-LoRA's question, scaled down: the same Gamma arrivals at four fifths of what the engine can",
         "  take, adapters of r=4 drawn uniformly from 5 or from 2,000 in the store.",
         "- *crowded*: 32 adapters in use, with room for all and with room for 16.",

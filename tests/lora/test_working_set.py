@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
 from loradeck.lora.residents import KEPT_SETS
-from loradeck.lora.routing import placed
+from loradeck.lora.routing import KEPT_SLOTS, placed
 from loradeck.ops import plan
 from loradeck.ops.stack import Stack
 
@@ -176,4 +176,5 @@ def test_those_that_left_stay_while_nobody_needs_their_place() -> None:
     after = placed(own[:2], before)
     assert after == before
     assert [*after][:2] == own[:2]
-    assert own[2] not in placed(own[:1], before)
+    many = [fake(4) for _ in range(KEPT_SLOTS + 2)]
+    assert len(placed(many[:1], placed(many, {}))) == KEPT_SLOTS

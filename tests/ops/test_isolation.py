@@ -60,6 +60,30 @@ def test_an_overflow_next_door_changes_no_other_row(weights):
     assert not bool(torch.isfinite(got[1]).any())
 
 
+@pytest.mark.parametrize("broken", ["nan in b", "overflow", "nan in x"])
+def test_long_groups_side_by_side_change_no_other_row(broken):
+    """Chunks of prompts in bfloat16 are packed, but for adapters that are not finite; a row's own NaN stays its own."""
+    form, dtype = LinearForm(16, 12), torch.bfloat16
+    pairs = [Pair(torch.randn(4, 16) / 4, torch.randn(12, 4) / 2, 2.0) for _ in range(3)]
+    x, y = torch.randn(1, 300, 16).to(dtype), torch.randn(1, 300, 12).to(dtype)
+    entries = (((0, 1.0),), ((1, 1.0),), ((2, 0.5),))
+    if broken == "nan in b":
+        pairs[1].b[3, 1] = math.nan
+    if broken == "overflow":
+        pairs[1].a.fill_(3e38)
+        pairs[1].b.fill_(3e38)
+    if broken == "nan in x":
+        x[:, 100:200] = math.nan
+    operands, mix = Operands(form, tuple(pairs)), Mix(entries, (100, 100, 100))
+    assert choose.packs(x, y, operands, mix.groups) == (broken != "nan in b")
+    with torch.no_grad():
+        got = choose.lora(x, y.clone(), operands, mix, training=False)
+        wanted = reference.lora(x, y, operands, mix)
+    sound = [*range(100), *range(200, 300)]
+    torch.testing.assert_close(got[:, sound], wanted[:, sound], atol=5e-2, rtol=2e-2)
+    assert not bool(torch.isfinite(got[:, 100:200]).all())
+
+
 @pytest.mark.parametrize("weight", [1e38, 1e39, 1e308, -1e308])
 def test_a_weight_beyond_the_dtype_changes_no_other_row(weight, monkeypatch):
     monkeypatch.setattr(plan, "SEGMENT", 1e9)  # so that stacks are used

@@ -61,8 +61,7 @@ class WorkingSet:
     def evolved(self, wanted: Sequence[Adapter]) -> "WorkingSet":
         """Return a set that holds these adapters, and takes over this one's stacks: only newcomers are copied.
 
-        Members that are not wanted stay while nobody needs their place and they are not more than the wanted ones. This
-        set is not to be used any more.
+        Members that are not wanted stay while nobody needs their place. This set is not to be used any more.
         """
         return self._after(placed(wanted, dict(zip(self.members, self.slots, strict=True))))
 
@@ -101,6 +100,9 @@ def rank(adapter: Adapter) -> int:
     return max((site.r for site in adapter.sites.values()), default=0)
 
 
+KEPT_SLOTS = 16  # of a width, for adapters that are not wanted now: they cost memory, but no time
+
+
 def placed(wanted: Sequence[Adapter], before: Mapping[Adapter, Slot]) -> dict[Adapter, Slot]:
     """Return slots for adapters: where they lay before, newcomers in the first that is free, and close together.
 
@@ -116,7 +118,7 @@ def placed(wanted: Sequence[Adapter], before: Mapping[Adapter, Slot]) -> dict[Ad
         slots[own] = min(slots[own], _free([*slots.values()], slots[own][0]))
     counts = Counter(width for width, _ in slots.values())
     for own, (width, number) in before.items():
-        if own not in slots and number < 2 * counts[width] and (width, number) not in slots.values():
+        if own not in slots and number < max(KEPT_SLOTS, 2 * counts[width]) and (width, number) not in slots.values():
             slots[own] = (width, number)
     return slots
 

@@ -1,13 +1,17 @@
 """Which way the operation is computed: the only place that decides. Knows costs; knows no names."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from loradeck.ops import fused, segmented, stacked
+from loradeck.ops import fused, packed, segmented, stacked
 from loradeck.ops.forms import LinearForm
-from loradeck.ops.mix import Mix
-from loradeck.ops.operands import Operands
+from loradeck.ops.mix import Group, Mix
+from loradeck.ops.operands import Operands, compute_dtype
 from loradeck.ops.plan import Plan, plan_of
+
+WIDEST = 256  # ranks that are worth computing for every row
 
 
 def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Tensor:
@@ -22,7 +26,23 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) 
         return segmented.lora(x, y, operands, mix, training=training)
     if plan.stripes:
         y = stacked.lora(x, y, operands, mix, plan)
-    return segmented.lora(x, y, operands, mix, plan.groups) if plan.groups else y
+    if plan.groups:
+        way = packed.lora if packs(x, y, operands, plan.groups) else segmented.lora
+        y = way(x, y, operands, mix, plan.groups)
+    return y
+
+
+def packs(x: Tensor, y: Tensor, operands: Operands, groups: Sequence[Group]) -> bool:
+    """Say whether groups with many rows are computed side by side: where this is both right and cheaper."""
+    used = {operand for group in groups for operand, _ in group.entry}
+    pairs = [pair for operand in used if (pair := operands.pairs[operand])]
+    dtype = compute_dtype(x, y)
+    return (
+        len(groups) > 1
+        and dtype in (torch.bfloat16, torch.float16)
+        and sum(pair.r for pair in pairs) <= WIDEST
+        and all(operands.finite(operand, dtype) for operand in used)
+    )
 
 
 def stacks(x: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Plan | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loradeck.ops.forms import Form
 from loradeck.ops.mix import Mix
-from loradeck.ops.pair import Pair
+from loradeck.ops.pair import Pair, finite
 from loradeck.ops.plan import Slot
 from loradeck.ops.stack import Stack, width_of
 
@@ -59,7 +59,8 @@ class Operands:
     pairs: tuple[Pair | None, ...]
     slots: tuple[Slot, ...] = ()
     """Where each pair lies in stacks; one after the other by default."""
-    _casts: dict[tuple[int, torch.dtype], tuple[int | None, Pair]] = field(default_factory=dict)
+    _casts: dict[tuple[Pair, torch.dtype], tuple[int | None, Pair]] = field(default_factory=dict)
+    _sound: dict[Pair, tuple[int | None, bool]] = field(default_factory=dict)
     _stacks: dict[tuple[int, torch.dtype, torch.device], Stack] = field(default_factory=dict)
     _shown: dict[tuple[int, torch.dtype, torch.device, int], tuple[int | None, Tensor, Tensor]] = field(
         default_factory=dict
@@ -74,7 +75,10 @@ class Operands:
 
         These are not to be used any more.
         """
-        made = Operands(self.form, pairs, slots, _stacks=self._stacks)
+        casts = {key: cast for key, cast in self._casts.items() if key[0] in pairs}
+        own = {*pairs, *(cast for _, cast in casts.values())}
+        sound = {pair: known for pair, known in self._sound.items() if pair in own}
+        made = Operands(self.form, pairs, slots, casts, sound, self._stacks)
         for (width, _, _), stack in self._stacks.items():
             made._fill(width, stack)
         return made
@@ -120,13 +124,24 @@ class Operands:
             return pair
         if torch.is_grad_enabled() and (pair.a.requires_grad or pair.b.requires_grad):
             return replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
-        current = self.version
-        version, cast = self._casts.get((operand, dtype), (None, pair))
-        if version is None or version != current:
+        version = pair.version
+        known = self._casts.get((pair, dtype))
+        if known is None or version is None or known[0] != version:
             with torch.inference_mode(False), torch.no_grad():
-                cast = replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
-            self._casts[operand, dtype] = current, cast
-        return cast
+                known = version, replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
+            self._casts[pair, dtype] = known
+        return known[1]
+
+    def finite(self, operand: int, dtype: torch.dtype) -> bool:
+        """Say whether a pair, in the dtype its layer computes in, holds no NaN and no Inf."""
+        pair = self.pair(operand, dtype)
+        if pair is None:
+            return True
+        version = pair.version
+        known = self._sound.get(pair)
+        if known is None or version is None or known[0] != version:
+            known = self._sound[pair] = (version, finite(pair.a) and finite(pair.b))
+        return known[1]
 
     def stack(self, width: int, x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Return the first slots of so many ranks, A (S, I, W) and B (S, W, O), for an input of the layer.

@@ -14,7 +14,7 @@ def finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pair:
     """One adapter's low-rank tensors at one layer, in the shapes of its form."""
 
