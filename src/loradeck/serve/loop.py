@@ -97,6 +97,8 @@ class Loop:
             finish: Finish = "failed" if self.failed else "cancelled"
             for stream in self.live:
                 stream.end(finish, RequestError("the engine has failed") if self.failed else None)
+            self._streams.clear()
+            self._arriving.clear()
 
     def _step(self) -> bool:
         """Compute one step, and say whether there was anything to compute."""

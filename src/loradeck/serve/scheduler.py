@@ -5,6 +5,7 @@ that a long prompt stalls nobody. Knows no tensors and no text.
 """
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Protocol
 
 from loradeck.serve.config import EngineConfig
@@ -12,7 +13,7 @@ from loradeck.serve.request import Key, Request, Work
 from loradeck.serve.turns import Turns
 from loradeck.stored import Stored
 
-TRIES = 8  # adapters that are looked for in one step, so that thousands of requests that wait cost no time
+TRIES = 4  # adapters that are looked for in one step, so that thousands of requests that wait cost no time
 
 
 class Rows(Protocol):
@@ -77,7 +78,7 @@ class Scheduler:
                 left -= count
         if self.running != before:  # some gave way to others: no room for newcomers
             return [work for work in batch if work.request in self.running]
-        self._tries = 0
+        self._look_ahead()
         while left > 0 and len(self.running) < self.config.max_rows:
             request = self._admit(now)
             if request is None:
@@ -104,11 +105,7 @@ class Scheduler:
     # ---- coming in
 
     def _admit(self, now: float) -> Request | None:
-        overdue = self._overdue(now)
-        if overdue is not None and not self._prepare(overdue, spare=lambda _: False):
-            return None  # what runs must end first; nobody else may take what it waits for
-        wanted = self._wanted()
-        request = self.waiting.next(lambda request: self._prepare(request, spare=wanted) and self._is_ready(request))
+        request = self.waiting.next(self._able(now))
         if request is None:
             return None
         if not self.rows.reserve(request, request.pending):
@@ -119,11 +116,17 @@ class Scheduler:
         request.admitted = request.admitted or now
         return request
 
-    def _overdue(self, now: float) -> Request | None:
-        """Return the request that has waited for longest, if that is beyond patience and it lacks an adapter."""
-        heads = [head for head in self.waiting.heads() if now - head.arrived > self.config.patience]
-        lacking = [head for head in heads if not self._is_ready(head)]
-        return min(lacking, key=lambda head: head.arrived, default=None)
+    def _able(self, now: float) -> Callable[[Request], bool]:
+        """Return a test for requests that may run now."""
+        late = [head for head in self.waiting.heads() if now - head.arrived > self.config.patience]
+        here = [head for head in late if self._is_ready(head)]
+        lacking = min((head for head in late if head not in here), key=lambda head: head.arrived, default=None)
+        kept = {own for head in here for own, _ in head.key}
+        if lacking is not None and not self._prepare(lacking, spare=kept.__contains__):
+            # What runs must end first. Those that have waited as long come in; nobody else takes what it waits for.
+            return lambda request: request in here
+        wanted = self._wanted()
+        return lambda request: self._is_ready(request) or (self._try(request, wanted) and self._is_ready(request))
 
     def _wanted(self) -> Callable[[str], bool]:
         """Return a test for adapters that somebody waits for: they are used before they give way."""
@@ -137,12 +140,20 @@ class Scheduler:
 
         return spare
 
+    def _look_ahead(self) -> None:
+        """Begin to load for those whose turn is next, while all rows are taken."""
+        self._tries = 0
+        for head in islice(self.waiting.heads(), TRIES):
+            if not self._is_ready(head):
+                self._prepare(head, spare=self._wanted())
+
     def _prepare(self, request: Request, *, spare: Callable[[str], bool]) -> bool:
         """See to it that a request's adapters are there, or on their way; say whether there is room for them."""
-        if self._is_ready(request):
-            return True
+        return self.adapters.fetch([*self._found[request].items()], spare=spare)
+
+    def _try(self, request: Request, spare: Callable[[str], bool]) -> bool:
         self._tries += 1
-        return self._tries <= TRIES and self.adapters.fetch([*self._found[request].items()], spare=spare)
+        return self._tries <= TRIES and self._prepare(request, spare=spare)
 
     def _is_ready(self, request: Request) -> bool:
         return self.adapters.ready(request.key)

@@ -77,9 +77,9 @@ class Turns:
             self._members[request.key] = self._members.get(request.key, 0) + 1
         self._count += 1
 
-    def heads(self) -> list[Request]:
-        """Return of each key the request whose turn it is next."""
-        return [self._head(key) for key in self._queues]
+    def heads(self) -> Iterator[Request]:
+        """Yield of each key the request whose turn it is next, those first whose turn is first."""
+        return (self._head(key) for key in [*self._queues])
 
     def next(self, able: Callable[[Request], bool]) -> Request | None:
         """Take out the request whose turn it is, of those that are able to go."""

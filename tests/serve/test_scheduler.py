@@ -1,0 +1,241 @@
+"""Who runs next: tokens, rows, memory for adapters and for keys and values. Plain Python, no model."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loradeck.serve.config import EngineConfig
+from loradeck.serve.request import Key, Request, Sampling
+from loradeck.serve.scheduler import Scheduler
+
+
+class Rows:
+    """Room for so many tokens."""
+
+    def __init__(self, room: int = 10_000) -> None:
+        self.room = room
+        self.taken: dict[Request, int] = {}
+
+    def reserve(self, request: Request, tokens: int) -> bool:
+        others = sum(own for other, own in self.taken.items() if other is not request)
+        if others + tokens > self.room:
+            return False
+        self.taken[request] = max(tokens, self.taken.get(request, 0))
+        return True
+
+    def release(self, request: Request) -> None:
+        self.taken.pop(request, None)
+
+
+class Adapters:
+    """Room for so many adapters; a load takes until `settle`."""
+
+    def __init__(self, room: int = 100) -> None:
+        self.room = room
+        self.here: dict[str, int] = {}  # sha256 -> pins, the least recently used first
+        self.coming: list[str] = []
+        self.loads = 0
+
+    def ready(self, key: Key) -> bool:
+        return all(own in self.here for own, _ in key)
+
+    def fetch(self, found: list[tuple[str, Any]], *, spare: Callable[[str], bool]) -> bool:
+        wanted = [own for own, _ in found]
+        missing = [own for own in wanted if own not in self.here and own not in self.coming]
+        free = self.room - len(self.here) - len(self.coming)
+        idle = [own for own, pins in self.here.items() if not pins and own not in wanted and not spare(own)]
+        if free + len(idle) < len(missing):
+            return False
+        for own in idle[: max(0, len(missing) - free)]:
+            del self.here[own]
+        self.coming += missing
+        self.loads += len(missing)
+        return True
+
+    def settle(self) -> None:
+        self.here |= dict.fromkeys(self.coming, 0)
+        self.coming = []
+
+    def pin(self, key: Key) -> None:
+        for own, _ in key:
+            self.here[own] = self.here.pop(own) + 1
+
+    def unpin(self, key: Key) -> None:
+        for own, _ in key:
+            self.here[own] -= 1
+
+
+class World:
+    """A scheduler, and what a step does to its requests."""
+
+    def __init__(
+        self, *, rows: int = 4, tokens: int = 16, room: int = 10_000, adapters: int = 100, **bounds: Any
+    ) -> None:
+        self.rows, self.adapters = Rows(room), Adapters(adapters)
+        config = EngineConfig(max_rows=rows, max_step_tokens=tokens, **bounds)
+        self.scheduler = Scheduler(config, self.rows, self.adapters)
+        self.now = 0.0
+        self.done: list[str] = []
+
+    def ask(self, name: str, adapter: str = "", *, prompt: int = 3, answer: int = 4, tenant: str = "") -> Request:
+        key: Key = ((adapter, 1.0),) if adapter else ()
+        sampling = Sampling(max_tokens=answer)
+        request = Request(name, [0] * prompt, prompt, key, sampling, adapter, tenant, arrived=self.now)
+        self.scheduler.add(request, {adapter: SimpleNamespace()} if adapter else {})  # type: ignore[dict-item]
+        return request
+
+    def step(self, seconds: float = 0.01) -> dict[str, int]:
+        """Compute one step, and return how many tokens of each request it had."""
+        self.now += seconds
+        batch = self.scheduler.next(self.now)
+        told = {work.request.id: work.count for work in batch}
+        assert len(told) == len(batch)
+        assert sum(told.values()) <= self.scheduler.config.max_step_tokens
+        for work in batch:
+            self.scheduler.done(work)
+        for work in batch:
+            if not work.request.pending:
+                work.request.tokens.append(0)
+                if work.request.generated == work.request.sampling.max_tokens:
+                    self.scheduler.end(work.request)
+                    self.done.append(work.request.id)
+        self.adapters.settle()
+        return told
+
+    def run(self, steps: int = 500) -> list[str]:
+        for _ in range(steps):
+            self.step()
+        return self.done
+
+
+def test_a_long_prompt_stalls_nobody() -> None:
+    world = World(tokens=8)
+    world.ask("short", answer=20)
+    world.step()
+    world.ask("long", prompt=50)
+    steps = [world.step() for _ in range(8)]
+    assert all(step["short"] == 1 for step in steps)
+    assert [step.get("long") for step in steps] == [7] * 7 + [1]
+
+
+def test_rows_are_bounded_and_filled() -> None:
+    world = World(rows=2)
+    for i in range(5):
+        world.ask(str(i))
+    assert len(world.step()) == 2
+    assert sorted(world.run()) == ["0", "1", "2", "3", "4"]
+
+
+def test_others_go_on_while_an_adapter_loads() -> None:
+    world = World()
+    world.ask("a", "A")
+    world.ask("base")
+    assert world.step().keys() == {"base"}
+    assert world.step().keys() == {"base", "a"}
+
+
+def test_those_that_came_last_give_way_and_nobody_is_lost() -> None:
+    world = World(rows=4, room=40)
+    for i in range(6):
+        world.ask(str(i), prompt=6, answer=20)
+    assert sorted(world.run()) == [str(i) for i in range(6)]
+    assert world.rows.taken == {}
+
+
+def test_a_busy_adapter_does_not_starve_a_cold_one() -> None:
+    world = World(rows=2, quantum=16)
+    for i in range(50):
+        world.ask(f"busy{i}", "A", answer=10)
+    for _ in range(30):
+        world.step()
+    world.ask("cold", "B", answer=2)
+    before = len(world.done)
+    while "cold" not in world.done:
+        world.step()
+    assert len(world.done) - before <= 4
+
+
+def test_shares_are_equal_in_tokens_not_in_requests() -> None:
+    world = World(rows=1, quantum=8)
+    for i in range(40):
+        world.ask(f"long{i}", "A", prompt=1, answer=40)
+        world.ask(f"short{i}", "B", prompt=1, answer=4)
+    for _ in range(400):
+        world.step()
+    long = sum(name.startswith("long") for name in world.done) * 40
+    short = sum(name.startswith("short") for name in world.done) * 4
+    assert 0.6 < long / short < 1.7
+
+
+def test_tenants_of_an_adapter_share_it() -> None:
+    world = World(rows=1, quantum=8)
+    for i in range(30):
+        world.ask(f"greedy{i}", "A", tenant="greedy")
+    for i in range(3):
+        world.ask(f"modest{i}", "A", tenant="modest")
+    while sum(name.startswith("modest") for name in world.done) < 3:
+        world.step()
+    assert len(world.done) <= 8
+
+
+def test_debts_are_forgotten_with_their_requests() -> None:
+    world = World()
+    for i in range(20):
+        world.ask(str(i), f"adapter{i % 3}", tenant=str(i % 2))
+    world.run(200)
+    waiting = world.scheduler.waiting
+    assert (len(waiting), waiting._members, waiting._tenants, waiting._keys._left) == (0, {}, {}, {})
+
+
+def test_what_is_resident_is_used_before_it_gives_way() -> None:
+    """Twice as many adapters as fit: each is loaded once, since the requests of one go together."""
+    world = World(rows=2, adapters=2, patience=1000)
+    for i in range(40):
+        world.ask(str(i), f"adapter{i % 4}", answer=2)
+    assert len(world.run()) == 40
+    assert world.adapters.loads == 4
+
+
+def test_beyond_patience_nobody_waits_for_ever() -> None:
+    world = World(rows=2, adapters=1, patience=0.05)
+    world.ask("other", "B")
+    for i in range(200):
+        world.ask(f"own{i}", "A", answer=3)
+    while "other" not in world.done:
+        world.step()
+        assert world.now < 2
+    assert len(world.run(2000)) == 201
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_many_late_ones_do_not_take_each_others_adapters_away(room: int) -> None:
+    """Each was loaded for the one that waited longest, and evicted for the next before it was used: for ever."""
+    world = World(rows=3, adapters=room, patience=0.001)
+    for i in range(30):
+        world.ask(str(i), f"adapter{i % 10}")
+    assert len(world.run(600)) == 30
+
+
+def test_thousands_that_wait_cost_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(rows=4, adapters=1, patience=1000)
+    world.ask("first", "adapter0", answer=50)
+    world.step()
+    world.step()
+    for i in range(900):
+        world.ask(str(i), f"adapter{i + 1}")
+    looks: list[int] = []
+    fetch = world.adapters.fetch
+    monkeypatch.setattr(world.adapters, "fetch", lambda *a, **k: looks.append(1) or fetch(*a, **k))
+    world.step()
+    assert len(looks) <= 10
+
+
+def test_a_request_that_waits_can_be_ended() -> None:
+    world = World(rows=1)
+    world.ask("a", answer=50)
+    waiting = world.ask("b")
+    world.step()
+    world.scheduler.end(waiting)
+    assert world.run(100) == ["a"]
