@@ -18,7 +18,6 @@ types: .venv/.dev
 	$(BIN)/pyrefly check
 
 bench: .venv/.dev  ## measure against PEFT, in half an hour; writes benchmarks/results/ and the pages made from it
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.adapters
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.tables

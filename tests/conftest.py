@@ -1,4 +1,7 @@
-"""The models that tests share: a tiny random Llama with a byte-level tokenizer, and the real SmolLM2-135M."""
+"""The models that tests share: a tiny random Llama with a byte-level tokenizer, and the real SmolLM2-135M.
+
+And a tokenizer of the other kind, for what treats text.
+"""
 
 import os
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE, Base
@@ -57,6 +60,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture(scope="session")
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2, Mistral and Gemma have them: words begin with their space, and unknown characters are bytes."""
+    words = ["a", "b", "c", "é", "▁", "▁a", "▁b", "▁c", "<|stop|>"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    merges = [("▁", letter) for letter in "abc"]
+    tokenizer = Tokenizer(
+        models.BPE({word: at for at, word in enumerate(vocabulary)}, merges, byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture

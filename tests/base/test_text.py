@@ -101,6 +101,31 @@ def test_decode_drops_special_tokens_and_half_a_character(tiny_tokenizer: PreTra
     assert decode(tiny_tokenizer, []) == ""
 
 
+@given(ids=st.lists(st.integers(3, 260), max_size=12))
+def test_no_tokens_are_too_strange_to_be_text(spaced_tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> None:
+    whole = spaced_tokenizer.decode(ids)
+    assert decode(spaced_tokenizer, ids) == whole or "\ufffd" in whole
+
+
+@given(text=st.text())
+def test_decode_is_the_inverse_where_words_begin_with_their_space(
+    spaced_tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    assert decode(spaced_tokenizer, ids_of(spaced_tokenizer, text)) == text.replace("▁", " ")
+
+
+def test_a_text_that_goes_on_keeps_its_space(spaced_tokenizer: PreTrainedTokenizerFast) -> None:
+    before, word = ids_of(spaced_tokenizer, "a b"), ids_of(spaced_tokenizer, "c")
+    assert Detokenizer(spaced_tokenizer).push(word[0]) == "c"
+    assert Detokenizer(spaced_tokenizer, before).push(word[0]) == " c"
+    assert Detokenizer(spaced_tokenizer, before * 20).push(word[0]) == " c"
+
+
+def test_a_character_begun_before_is_finished(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    *before, last = ids_of(tiny_tokenizer, "a語")
+    assert Detokenizer(tiny_tokenizer, before).push(last) == "語"
+
+
 def test_a_tokenizer_in_python_detokenizes_too() -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast

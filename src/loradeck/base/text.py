@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -14,6 +13,7 @@ from loradeck.errors import ConfigError
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+CONTEXT = 16  # tokens before a text that can matter to it
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -67,22 +67,27 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
 class Detokenizer:
     """Text as its tokens arrive. A character of several tokens comes with its last one; special tokens are left out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
+        """`before` are tokens that the text goes on from: without any, some tokenizers take the first word's space."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True) if tokenizer.is_fast else None
         self._ids: list[int] = []
-        self._given = 0
+        self._given = 0  # of them, those whose text was given; they stay, because text depends on what is before it
+        for token in before[-CONTEXT:]:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """Return the text that `token` completes, which may be none."""
-        if self._stream is not None:
-            return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
         self._ids.append(token)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = self._text(self._ids)
         if text.endswith("\ufffd"):  # the first bytes of a character
             return ""
-        piece, self._given = text[self._given :], len(text)
+        piece = text[len(self._text(self._ids[: self._given])) :]
+        if piece:
+            self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
         return piece
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,27 @@ from loradeck import __version__
 from loradeck.cli.screen import shown
 from loradeck.errors import LoradeckError
 
-VERBS = ("demo", "check", "train", "sweep", "plot", "generate", "chat", "ls", "show", "diff", "merge", "rm", "doctor")
+VERBS = (
+    "demo",
+    "check",
+    "train",
+    "sweep",
+    "plot",
+    "generate",
+    "chat",
+    "serve",
+    "ls",
+    "show",
+    "diff",
+    "merge",
+    "export",
+    "rm",
+    "doctor",
+)
 
 app = App(
     name="loradeck",
-    help="One base, a thousand adapters: train, store, switch and blend LoRA. Begin with `loradeck demo`.",
+    help="One base, a thousand adapters: train, store, switch and serve LoRA. Begin with `loradeck demo`.",
     help_format="plaintext",  # Markdown would double the time of --help
     version=__version__,
     default_parameter=Parameter(negative=(), show_default=lambda value: None if value is False else value),

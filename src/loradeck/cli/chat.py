@@ -1,19 +1,19 @@
 """`loradeck chat`: a conversation that changes adapters between turns. Knows the terminal; generates nothing itself."""
 
 import contextlib
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from loradeck.cli import blend
 from loradeck.cli.options import Adapters, Dtype, Sampling
+from loradeck.cli.partner import Far, Near, Partner
 from loradeck.cli.screen import shown
 from loradeck.errors import ConfigError, LoradeckError
 
 if TYPE_CHECKING:
-    from loradeck.base.load import Base
-    from loradeck.lora.bank import Bank
     from loradeck.lora.routing import RouteEntry
 
 HELP = """\
@@ -38,48 +38,48 @@ LIVELY = Lively()
 
 
 def chat(
-    base: str,
+    base: str | None = None,
     /,
     *,
+    server: str | None = None,
+    key: Annotated[str, Parameter(env_var="LORADECK_KEY", show_default=False)] = "",
     adapters: Adapters = (),
     sampling: Lively = LIVELY,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with a base, and switch adapters between turns.
+    """Talk with a base, or a server, and switch adapters between turns.
 
     ADAPTER is a folder, or a blend as in adapters/poet*0.7+adapters/pirate*0.3;
-    the first one answers first. Ctrl-C ends an answer, /help lists what else can
-    be typed.
+    of a server's, a name, or a blend of names. The first one answers first.
+    Ctrl-C ends an answer, /help lists what else can be typed.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
+        server: In place of a base, the URL of `loradeck serve`, or of any server that speaks as OpenAI's.
+        key: The server's API key.
     """
-    blend.check(adapters)
+    if (base is None) == (server is None):
+        raise ConfigError("a conversation is with a base or with a server", mend="Give BASE, or --server URL.")
+    if server is not None:
+        from loradeck.cli.remote import Remote
 
-    from loradeck.base.load import Base
-    from loradeck.lora.bank import Bank
-
-    loaded = Base.load(base, dtype=dtype)
-    if loaded.tokenizer.chat_template is None:
-        raise ConfigError(
-            f"{loaded.name} has no chat template, so it cannot keep up a conversation",
-            mend="Take a base tuned for chat, or continue a text with `loradeck generate`.",
-        )
-    bank = Bank(loaded.model)
-    entries = blend.load(bank, adapters)
-    names = bank.names()
-    print(shown(f"{loaded.name} with {', '.join(names) or 'no adapter'}; /help lists the commands"))
+        blends = [dict(blend.parse(text)) for text in adapters]
+        remote = Remote(server, key)
+        partner: Partner = Far(remote, remote.models())
+    else:
+        assert base is not None
+        partner, blends = Near.load(base, dtype, adapters)
+    print(shown(f"{partner.name} with {', '.join(partner.names()) or 'no adapter'}; /help lists the commands"))
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` its line editing
-    Chat(loaded, bank, sampling, entries[0] if entries else None).run()
+    Chat(partner, sampling, blends[0] or None if blends else None).run()
 
 
 @dataclass
 class Chat:
     """A conversation so far, and who answers next."""
 
-    base: "Base"
-    bank: "Bank"
+    partner: Partner
     sampling: Sampling
     entry: "RouteEntry" = None
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -127,31 +127,26 @@ class Chat:
                 print("forgotten")
             case ["/help"]:
                 print(HELP)
-                print(shown(f"adapters: {', '.join(self.bank.names()) or 'none; name them with --adapter'}"))
+                print(shown(f"adapters: {', '.join(self.partner.names()) or 'none'}"))
             case _:
                 raise ConfigError(f"{line!r} is no command", mend="/help lists them.")
 
     def switch(self, entry: "RouteEntry") -> None:
-        """Let another adapter answer from the next turn on, and print how long that took."""
-        begun = time.perf_counter()
-        with self.bank.route(entry):
-            took = time.perf_counter() - begun
+        """Let another adapter answer from the next turn on."""
+        said = self.partner.switch(entry)
         self.entry = entry
-        print(shown(f"{self.speaker}, switched in {took * 1e6:.0f} µs"))
+        print(shown(f"{self.speaker}, {said}"))
 
     def answer(self, text: str) -> None:
         """Print the answer as it comes, and keep both; on Ctrl-C, as far as it came.
 
         Raises:
-            LoradeckError: the conversation no longer fits the base; it is as it was before.
+            LoradeckError: the conversation no longer fits the base, or the server refuses; it is as it was before.
         """
-        from loradeck.generation import stream
-
         turn = [*self.messages, {"role": "user", "content": text}]
-        pieces = stream(self.base, self.bank, turn, self.entry, **asdict(self.sampling))
         said = ""
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces:
+            for piece in self.partner.stream(turn, self.entry, self.sampling):
                 said += piece
                 print(shown(piece), end="", flush=True)
         print()

@@ -43,7 +43,7 @@ def curve(label: str, track: Track, metric: Metric) -> Curve:
     if metric == "validation":
         raw = marks
     elif metric == "tokens_per_second":
-        raw = [(now.step, pace(before, now)) for before, now in pairwise(track.steps)]
+        raw = [(pair[-1].step, pace(pair)) for pair in pairwise(track.steps)]
     else:
         raw = [(step.step, getattr(step, metric)) for step in track.steps]
     finite = [(step, value) for step, value in raw if value is not None and math.isfinite(value)]

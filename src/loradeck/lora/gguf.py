@@ -1,0 +1,160 @@
+"""An adapter as a LoRA file of llama.cpp: its names, its order of rows, its one alpha. Knows no model and no command.
+
+What the file must be is said by its reader, llama.cpp's src/llama-adapter.cpp, and by convert_lora_to_gguf.py there. It
+holds one alpha and takes alpha / r for the scaling of each pair, r being the pair's own.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from loradeck.disk import write_file
+from loradeck.errors import AdapterError, UnsupportedError
+from loradeck.lora.adapter import Adapter
+from loradeck.lora.layout import Site
+
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
+
+# Those whose q and k llama.cpp keeps in another order of rows, and those whose weights it keeps as they are.
+REORDERED = frozenset({"granite", "llama", "smollm3"})
+PLAIN = frozenset({"gemma", "gemma2", "gemma3", "olmo2", "phi3", "qwen2", "qwen3"})
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A base as llama.cpp knows it: its kind, its heads, and the shape (out, in) of each weight by llama.cpp's name."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        for name, (rows, *_) in self.shapes.items():
+            heads = self._heads_of(name, default=1)
+            if not isinstance(heads, int) or heads < 1 or rows % heads:
+                raise ValueError(f"{name} has {rows} rows, and {heads} heads")
+
+    @property
+    def blocks(self) -> int:
+        """Number of layers."""
+        numbers = (re.match(r"blk\.(\d+)\.", name) for name in self.shapes)
+        return 1 + max((int(number[1]) for number in numbers if number), default=-1)
+
+    def reorder(self, name: str, rows: Tensor) -> Tensor:
+        """Return a weight's rows, or those of a B (out, r), in llama.cpp's order.
+
+        Where it rotates neighbours by RoPE, transformers rotates the two halves of a head.
+        """
+        heads = self._heads_of(name, default=0)
+        if self.name not in REORDERED or not heads:
+            return rows
+        return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+    def _heads_of(self, weight: str, default: int) -> int:
+        return {"attn_q": self.heads, "attn_k": self.kv_heads}.get(weight.split(".")[-2], default)
+
+
+def names(architecture: str, blocks: int) -> "TensorNameMap":
+    """Return gguf's map from the weights' names in transformers to those in llama.cpp."""
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[architecture], blocks)
+
+
+def export(
+    adapter: Adapter, base: Architecture, file: Path, *, dtype: Literal["float32", "float16"] = "float32"
+) -> float:
+    """Write an adapter as a file that llama.cpp loads onto this base, in one step, and return the file's alpha.
+
+    Raises:
+        UnsupportedError: with every module that llama.cpp cannot adapt.
+        AdapterError: a value is too large for the dtype, or the file cannot be written.
+    """
+    import gguf
+
+    weights = _weights(adapter.sites, base)
+    alpha = _common_alpha(adapter.sites.values())
+    try:
+        with TemporaryDirectory() as folder:
+            draft = Path(folder) / "adapter.gguf"
+            writer = gguf.GGUFWriter(draft, base.name)
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            for name, tensor in _tensors(adapter, weights, base, alpha):
+                values = tensor.to(getattr(torch, dtype)).contiguous()
+                if not values.isfinite().all():
+                    raise AdapterError(f"{name} has values beyond {dtype}'s range", mend="Export it in float32.")
+                writer.add_tensor(name, values.numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            write_file(file, draft.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be written: {error.strerror or error}") from error
+    return alpha
+
+
+def _common_alpha(sites: Iterable[Site]) -> float:
+    """Return the alpha that is right for most modules; what the others lack goes into their B."""
+    ((alpha, _),) = Counter(site.scaling * site.r for site in sites).most_common(1)
+    return alpha if torch.tensor(alpha, dtype=torch.float32) else 1.0  # llama.cpp takes an alpha of 0 for no scaling
+
+
+def _tensors(
+    adapter: Adapter, weights: Mapping[str, str], base: Architecture, alpha: float
+) -> Iterator[tuple[str, Tensor]]:
+    for path, name in weights.items():
+        site = adapter.sites[path]
+        a, b = (tensor.detach().cpu().double() for tensor in adapter.pair(path))
+        b = base.reorder(name, b * (site.scaling * site.r / alpha))
+        # An embedding's A is read by rows, one for each token: see build_inp_embd in llama.cpp's src/llama-graph.cpp.
+        yield f"{name}.lora_a", a.T if site.kind == "embedding" else a
+        yield f"{name}.lora_b", b
+
+
+def _weights(sites: Mapping[str, Site], base: Architecture) -> dict[str, str]:
+    """Return llama.cpp's name of the weight of each module."""
+    known = names(base.name, base.blocks)
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    for path, site in sites.items():
+        name = known.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        problem = _problem(name, site, base)
+        if name is None or problem:
+            problems.append(f"{path} {problem}")
+        else:
+            found[path] = name
+    if problems:
+        raise UnsupportedError(
+            "llama.cpp cannot take this adapter on this base",
+            problems,
+            mend="Give its own base with --base, train it without these modules, or merge it: `loradeck merge`.",
+        )
+    return found
+
+
+def _problem(name: str | None, site: Site, base: Architecture) -> str | None:
+    if site.kind == "conv":
+        return "is a convolution"
+    if name is None or (name not in base.shapes and name != HEAD):
+        return f"is no weight of this {base.name} base"
+    if name not in base.shapes or (name == EMBEDDING and HEAD not in base.shapes):
+        return "shares its weight: llama.cpp would adapt the embedding and the head at once"
+    shape = (site.b_shape[0], site.a_shape[1])
+    shape = shape[::-1] if site.kind == "embedding" else shape
+    if shape != base.shapes[name]:
+        return f"is {shape} in the adapter and {base.shapes[name]} in the base"
+    return None

@@ -1,0 +1,97 @@
+"""What a client calls a model: every way of writing it, and what is none."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loradeck import AdapterStore, Base
+from loradeck.api.errors import HttpError
+from loradeck.api.model_name import MAX_BLEND, ModelNames
+from loradeck.api.numbering import Numbering
+from loradeck.api.schema import Generation, Scale
+
+from .conftest import adapter
+
+
+@pytest.fixture
+def names(base: Base, store: AdapterStore) -> ModelNames:
+    return ModelNames(base, Numbering(store))
+
+
+@pytest.mark.parametrize(
+    ("text", "entry", "label"),
+    [
+        ("", None, ""),
+        ("tiny", None, ""),
+        ("org/tiny", None, ""),
+        ("tiny:", None, ""),
+        ("poet", {"poet": 1.0}, "poet"),
+        ("tiny:poet", {"poet": 1.0}, "poet"),
+        ("org/tiny:poet@2", {"poet@2": 1.0}, "poet@2"),
+        ("tiny:tiny", {"tiny": 1.0}, "tiny"),
+        ("poet*0.7+pirate*0.3", {"poet": 0.7, "pirate": 0.3}, "pirate*0.3+poet*0.7"),
+        ("tiny:poet + pirate*-1", {"poet": 1.0, "pirate": -1.0}, "pirate*-1+poet"),
+        ("poet*0.5+poet*0.25", {"poet": 0.75}, "poet*0.75"),
+    ],
+)
+def test_names(names: ModelNames, text: str, entry: object, label: str) -> None:
+    chosen = names.choose(Generation(model=text))
+    assert chosen.entry == entry
+    assert chosen.label == label
+
+
+@pytest.mark.parametrize(
+    "text", ["poet*", "*0.5", "poet*x", "poet+", "poet*nan", "poet*1e999", "poet*1e308+poet*1e308"]
+)
+def test_what_is_no_blend(names: ModelNames, text: str) -> None:
+    with pytest.raises(HttpError) as caught:
+        names.parse(text)
+    assert (caught.value.status, caught.value.param) == (400, "model")
+
+
+def test_a_blend_is_bounded(names: ModelNames) -> None:
+    with pytest.raises(HttpError, match=str(MAX_BLEND)):
+        names.parse("+".join(f"a{i}" for i in range(MAX_BLEND + 1)))
+
+
+def test_the_other_fields(names: ModelNames) -> None:
+    assert names.choose(Generation(adapter_id="poet")).names == ["poet"]
+    assert names.choose(Generation(model="tiny", adapter_id="poet@1")).names == ["poet"]
+    assert names.choose(Generation(model="poet", adapter_id="tiny:poet")).names == ["poet"]
+    assert names.choose(Generation(model="tiny", lora=[Scale(0, 0.5), Scale(2, 0.0)])).entry == {"pirate": 0.5}
+    assert names.choose(Generation(lora=[])).entry is None
+    with pytest.raises(HttpError, match="model and adapter_id"):
+        names.choose(Generation(model="poet", adapter_id="pirate"))
+    with pytest.raises(HttpError, match="number 9") as caught:
+        names.choose(Generation(lora=[Scale(9, 1.0)]))
+    assert caught.value.status == 404
+
+
+def test_scales_are_for_requests_that_name_nothing(names: ModelNames) -> None:
+    names._numbering.rescale({"poet": 0.5, "pirate": 0.0})
+    assert names.choose(Generation()).entry == {"poet": 0.5}
+    assert names.choose(Generation(model="tiny")).entry is None
+    assert names.choose(Generation(lora=[])).entry is None
+
+
+def test_a_number_stays_with_its_name(store: AdapterStore) -> None:
+    numbering = Numbering(store)
+    assert numbering.names() == {0: "pirate", 1: "poet", 2: "team-a"}
+    store.publish("admiral", adapter(9))
+    store.remove("poet")
+    assert numbering.names() == {0: "pirate", 2: "team-a", 3: "admiral"}
+    store.publish("poet", adapter(9))
+    assert numbering.name(1) == "poet"
+    assert Numbering(None).names() == {}
+
+
+@given(st.text(max_size=20))
+def test_no_text_does_worse_than_400(text: str) -> None:
+    names = object.__new__(ModelNames)
+    names._own = {"tiny"}
+    status = None
+    try:
+        assert all(names.parse(text).names)
+    except HttpError as error:
+        status = error.status
+    assert status in (None, 400)

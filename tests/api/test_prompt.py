@@ -1,0 +1,81 @@
+"""Token ids of texts and conversations; what a chat template makes of tools, continuations and a stranger's settings."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from loradeck.api import prompt
+from loradeck.api.errors import HttpError
+from loradeck.api.schema import ChatRequest, Message, TextPart
+
+USER = Message("user", "hi")
+WITH_TOOLS = "{% if tools %}{{ tools | length }} tools{% endif %}{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.arguments.x if m.tool_calls }}{% endfor %}{{ mood }}"
+
+
+def text(tokenizer: PreTrainedTokenizerFast, *messages: Message, **fields: Any) -> str:
+    return str(tokenizer.decode(prompt.chat(tokenizer, ChatRequest(messages=list(messages), **fields))))
+
+
+@pytest.fixture
+def tools_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    own = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    own.chat_template = WITH_TOOLS
+    return own
+
+
+def test_a_conversation(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    begun = "<|im_start|>user\nhi<|im_end|>\n"
+    assert text(tiny_tokenizer, USER) == begun + "<|im_start|>assistant\n"
+    assert text(tiny_tokenizer, USER, add_generation_prompt=False) == begun
+    parts = [TextPart("text", "h"), TextPart("text", "i")]
+    assert text(tiny_tokenizer, Message("user", parts), add_generation_prompt=False) == begun.replace("hi", "h\ni")
+
+
+def test_the_last_message_can_be_continued(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    said = text(tiny_tokenizer, USER, Message("assistant", "Well"), continue_final_message=True)
+    assert said.endswith("<|im_start|>assistant\nWell")
+    with pytest.raises(HttpError, match="contradict"):
+        text(tiny_tokenizer, USER, continue_final_message=True, add_generation_prompt=True)
+
+
+def test_tools_are_for_templates_that_know_them(
+    tiny_tokenizer: PreTrainedTokenizerFast, tools_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(HttpError, match="no place for tools") as caught:
+        text(tiny_tokenizer, USER, tools=tools)
+    assert caught.value.param == "tools"
+    assert text(tools_tokenizer, USER, tools=tools) == "1 toolshi"
+    assert text(tools_tokenizer, USER, tools=tools, tool_choice="none") == "hi"
+    calls: list[Any] = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}]
+    assert text(tools_tokenizer, Message("assistant", None, tool_calls=calls)) == "7"
+    calls[0]["function"]["arguments"] = "{"
+    with pytest.raises(HttpError, match="no JSON"):
+        text(tools_tokenizer, Message("assistant", None, tool_calls=calls))
+
+
+def test_the_template_gets_settings_but_is_not_replaced(tools_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert text(tools_tokenizer, USER, chat_template_kwargs={"mood": "gay"}) == "higay"
+    for name in ("chat_template", "tokenize", "tools", "tokenizer_kwargs"):
+        with pytest.raises(HttpError, match=name):
+            text(tools_tokenizer, USER, chat_template_kwargs={name: "{{ 7 * 7 }}"})
+    with pytest.raises(HttpError, match="refuses"):
+        text(tools_tokenizer, USER, chat_template_kwargs={"messages": []})
+
+
+def test_a_base_without_a_template_takes_no_conversation(tools_tokenizer: PreTrainedTokenizerFast) -> None:
+    tools_tokenizer.chat_template = None
+    with pytest.raises(HttpError, match="no chat template"):
+        text(tools_tokenizer, USER)
+
+
+def test_texts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    one = prompt.texts(tiny_tokenizer, "ab")
+    assert prompt.texts(tiny_tokenizer, ["ab", "ab"]) == one * 2
+    assert prompt.texts(tiny_tokenizer, one[0]) == one
+    assert prompt.texts(tiny_tokenizer, one) == one
+    for wrong in ([1, "a"], [[1], "a"], [[1], [260]]):
+        with pytest.raises(HttpError) as caught:
+            prompt.texts(tiny_tokenizer, wrong)
+        assert caught.value.param == "prompt"
