@@ -16,17 +16,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from benchmarks.record import in_turns, write
 from loradeck import Bank, Base, LoraConfig
 
 ROWS, CONTEXT, RESIDENT = 16, 64, 200
+# transformers changed the word during version 5.
+WORD = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def main() -> None:
@@ -162,8 +166,8 @@ def step(model: nn.Module, folders: list[Path], rounds: int) -> dict[str, float]
 
     def decode(own: nn.Module, key: str, **how: Any) -> None:
         if key not in caches:
-            caches[key] = own(prompt, use_cache=True, **how).past_key_values
-        own(token, past_key_values=caches[key], use_cache=True, **how)
+            caches[key] = own(prompt, use_cache=True, **how)[WORD]
+        own(token, use_cache=True, **{WORD: caches[key]}, **how)
         caches[key].crop(-1)
 
     bare = copy.deepcopy(model)

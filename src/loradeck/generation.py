@@ -5,6 +5,7 @@ Knows a base, a bank and transformers' generation. Knows no queue, no cache kept
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,14 +104,17 @@ def stream(
     if temperature > 0:
         sharpen += [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p)]
 
+    # transformers changed the word during version 5.
+    word = "cache" if "cache" in signature(base.model.forward).parameters else "past_key_values"
+
     @torch.no_grad()
     def pieces() -> Iterator[str]:
         text, cache = Detokenizer(base.tokenizer), None
         unread = prompt_ids = torch.tensor([ids], device=base.model.device)
         for _ in range(length):
             with _route(bank, adapter):  # not across a yield: there it would be the reader's route too
-                output = base.model(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+                output = base.model(input_ids=unread, use_cache=True, logits_to_keep=1, **{word: cache})
+            cache = output[word]
             scores = sharpen(prompt_ids, output.logits[:, -1].float())  # type: ignore[arg-type]
             if temperature > 0:
                 unread = torch.multinomial(scores.softmax(-1), 1, generator=chance)
