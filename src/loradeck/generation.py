@@ -105,7 +105,7 @@ def stream(
         sharpen += [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p)]
 
     # transformers changed the word during version 5.
-    word = "cache" if "cache" in signature(base.model.forward).parameters else "past_key_values"
+    word = "cache" if "cache" in signature(type(base.model).forward).parameters else "past_key_values"
 
     @torch.no_grad()
     def pieces() -> Iterator[str]:
