@@ -27,13 +27,16 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def write(name: str, figures: dict[str, Any]) -> Path:
-    """Write benchmarks/results/NAME.json."""
+def write(name: str, figures: dict[str, Any], versions: Mapping[str, str] | None = None) -> Path:
+    """Write benchmarks/results/NAME.json; `versions` are those of other systems."""
     record = {
         "benchmark": name,
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "src") else ""),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {package: version(package) for package in ("loradeck", "torch", "transformers", "peft")},
+        "versions": {
+            **{package: version(package) for package in ("loradeck", "torch", "transformers", "peft")},
+            **(versions or {}),
+        },
         "figures": figures,
     }
     path = RESULTS / f"{name}.json"

@@ -114,8 +114,8 @@ SERVE = Suite(
     (
         "- *streams*: 64 tokens of prompt and 32 of answer, all at once; tokens of answers per second;",
         "  workloads as Punica's. PEFT: transformers' `generate` with `adapter_names`.",
-        "- *registered*: S-LoRA's question, scaled down: the same Gamma arrivals at four fifths of what the engine can",
-        "  take, adapters of r=4 drawn uniformly from 5 or from 2,000 in the store.",
+        "- *registered*: S-LoRA's question, scaled down: the same Gamma arrivals, adapters of r=4 drawn evenly from",
+        "  5 or from 2,000 in the store.",
         "- *crowded*: 32 adapters in use, with room for all and with room for 16.",
         "- *cold*: the file is in the page cache of the operating system.",
     ),

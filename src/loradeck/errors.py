@@ -33,11 +33,16 @@ class LoradeckError(Exception):
         self.mend = mend
 
     def __str__(self) -> str:
-        text = self.message
-        if self.problems:
-            text += ": " + "; ".join(self.problems[:SHOWN])
-        if len(self.problems) > SHOWN:
-            text += f"; and {len(self.problems) - SHOWN} more"
+        return self._text(": ", "; ")
+
+    def told(self) -> str:
+        """Return what `str` does, for a terminal: where there are several problems, each on a line of its own."""
+        return self._text(":\n  ", "\n  ") if len(self.problems) > 1 else str(self)
+
+    def _text(self, first: str, between: str) -> str:
+        rest = len(self.problems) - SHOWN
+        parts = [*self.problems[:SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
+        text = self.message + (first + between.join(parts) if parts else "")
         return f"{text}\n{self.mend}" if self.mend else text
 
 

@@ -119,6 +119,9 @@ def test_small_routes(serve: Serve) -> None:
     tokens = serve.ask("/tokenize", {"model": "tiny", "prompt": "héllo"}).json()
     assert (tokens["count"], tokens["max_model_len"]) == (6, 256)
     assert serve.ask("/detokenize", {"tokens": tokens["tokens"]}).json() == {"prompt": "héllo"}
+    tokenizer = serve.ask("/tokenizer_info").json()
+    assert (tokenizer["eos_token"], tokenizer["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+    assert "add_generation_prompt" in tokenizer["chat_template"]
     chat = serve.ask("/tokenize", {"messages": SAY["messages"]}).json()
     assert chat["count"] == serve.ask(CHAT, SAY).json()["usage"]["prompt_tokens"]
 

@@ -53,6 +53,8 @@ def test_problems_end_with_code_1(run: Callable, tmp_path: Path) -> None:
         "bad.jsonl:3: $.messages[0].role: is 'robot', not one of system, user, assistant, tool",
     ]
     assert count.startswith("2 problems: mend or remove these records. Each record has messages, ")
+    (tmp_path / "bad.jsonl").write_text(GOOD + '{"text": 1}\n')
+    assert run("check", "bad.jsonl").out.splitlines()[-1].startswith("1 problem: ")
 
 
 def test_json(run: Callable, folder: Path) -> None:

@@ -13,6 +13,7 @@ def step(number: int, loss: float) -> Step:
         job="poet",
         step=number,
         seconds=2.0 * number,
+        took=2.0,
         steps=9,
         loss=loss,
         learning_rate=0.1 * number,
@@ -45,7 +46,7 @@ def test_each_metric_is_its_own() -> None:
 
 
 def test_what_is_no_number_is_left_out() -> None:
-    broken = Track([step(1, 4.0), step(2, math.nan), msgspec.structs.replace(step(3, 2.0), seconds=4.0)])
+    broken = Track([step(1, 4.0), step(2, math.nan), msgspec.structs.replace(step(3, 2.0), took=0.0)])
     assert curve("poet", broken, "loss").raw == [(1, 4.0), (3, 2.0)]
     assert curve("poet", broken, "tokens_per_second").raw == [(2, 50.0)]
 

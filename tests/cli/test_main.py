@@ -89,6 +89,19 @@ def test_an_error_is_one_line_and_how_to_mend_it(run: Callable) -> None:
     )
 
 
+def test_problems_are_lines_that_can_be_jumped_to(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('basis = "x"\nsampels = 1\n[[adapter]]\nname = "a"\ndata = "b"\n')
+    ran = run("train", "run.toml", "-o", "out")
+    assert ran.code == 2
+    assert ran.err.splitlines() == [
+        "loradeck: run.toml cannot be run:",
+        "  base: is missing, or no text",
+        "  basis: is no key of a run file",
+        "  sampels: is no key of a run file; did you mean samples?",
+        "See docs/training.md for the keys of a run file.",
+    ]
+
+
 def test_errors_cannot_steer_the_terminal(run: Callable) -> None:
     assert "\x1b" not in run("ls", "a\x1b[31mb").err
 

@@ -16,6 +16,7 @@ def events(job: str, count: int = 40, *, evaluate: bool = True) -> list[AnyEvent
             job=job,
             step=number,
             seconds=2.0 * number,
+            took=2.0,
             steps=count,
             loss=3.0 + (-1.0) ** number / number,
             learning_rate=1e-4,

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,31 @@ def test_losses_at_a_halving_are_fresh(run: Callable, tiny_folder: Path, dataset
     assert run("sweep", tiny_folder, dataset, "-o", "best", *flags).code == 0
     for track in read_history(Path("best")).values():
         assert 4 in [event.step for event in track.evaluations]
+
+
+def test_a_sweep_is_resumed_as_one(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    flags = ["--lr", "1e-3,1e-2,1e-4", "--max-steps", 8, "--batch-size", 4, "--samples", 0, "--checkpoint-every", 3]
+    assert run("sweep", tiny_folder, dataset, "-o", "whole/best", *flags).code == 0
+    assert run("sweep", tiny_folder, dataset, "-o", "best", *flags).code == 0
+    for checkpoint in sorted(Path("best/checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)  # as a kill would have left it
+    ran = run("train", "-o", "best", "--resume")
+    assert ran.code == 2
+    assert "loradeck sweep --output best --resume" in ran.err
+    ran = run("sweep", "-o", "best", "--lr", "1e-3,1e-2", "--resume")
+    assert ran.code == 2
+    assert "beside --resume" in ran.err
+    assert run("sweep", "-o", "best", "--resume").code == 0
+    for name in ("", "lr0.001", "lr0.01", "lr0.0001"):
+        tensors = [Path(root, name, "adapter_model.safetensors").read_bytes() for root in ("best", "whole/best")]
+        assert tensors[0] == tensors[1]
+
+
+def test_what_is_no_sweep_is_not_resumed_as_one(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    assert run("train", tiny_folder, dataset, "-o", "out", "--max-steps", 1).code == 0
+    ran = run("sweep", "-o", "out", "--resume")
+    assert ran.code == 2
+    assert "loradeck train --output out --resume" in ran.err
 
 
 @pytest.mark.parametrize(

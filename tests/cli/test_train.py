@@ -1,5 +1,7 @@
 import json
+import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,22 @@ def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, datas
     assert ran.code == 2
     assert "out holds a run" in ran.err
     assert run("train", tiny_folder, dataset, "-o", "out", *flags, "--overwrite").code == 0
-    assert run("train", "-o", "nowhere", "--resume").code == 2
+    ran = run("train", "-o", "nowhere", "--resume")
+    assert ran.code == 2
+    assert "nowhere holds no run" in ran.err
+
+
+def test_a_run_is_resumed_and_repeated_from_anywhere(
+    run: Callable, tiny_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = os.path.relpath(tiny_folder)
+    flags = ["--r", 2, "--max-steps", 2, "--valid", "lines.jsonl"]
+    assert run("train", base, "lines.jsonl", "-o", "out", *flags).code == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("train", "-o", "../out", "--resume").code == 0
+    ran = run("train", "../out/run.toml", "-o", "../out2/out")
+    assert ran.code == 0, ran.err
 
 
 def test_a_run_file_trains_all_its_adapters(run: Callable, tiny_folder: Path, dataset: Path) -> None:
@@ -107,7 +124,16 @@ def test_a_run_file_trains_all_its_adapters(run: Callable, tiny_folder: Path, da
     assert str(Path.cwd()) not in card, "a card is for others to read"
     samples = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
     assert {sample["expected"] for sample in samples} == {"Ahoy!", "Four, matey"}
-    ran = run("train", "run.toml", "-o", "out2", "--r", 3)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--r", 3], ["--epochs", 1], ["--dtype", "float32"], ["--valid", "lines.jsonl"], ["--last-layers", 1]]
+)
+def test_a_setting_beside_a_run_file_is_refused(
+    run: Callable, tiny_folder: Path, dataset: Path, flags: list[object]
+) -> None:
+    Path("run.toml").write_text(f'base = "{tiny_folder}"\n[[adapter]]\nname = "a"\ndata = "lines.jsonl"\n')
+    ran = run("train", "run.toml", "-o", "out", *flags)
     assert ran.code == 2
     assert "beside a run file" in ran.err
 
@@ -126,6 +152,16 @@ def test_one_that_diverges_is_told_and_not_saved(
 def test_tensorboard_gets_the_metrics_too(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     assert run("train", tiny_folder, dataset, "-o", "out", "--max-steps", 1, "--log", "tensorboard").code == 0
     assert [*Path("out").glob("events.out.tfevents.*")]
+
+
+def test_a_writer_that_is_not_there_is_told_before_the_run_begins(
+    run: Callable, tiny_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    ran = run("train", tiny_folder, dataset, "-o", "out", "--log", "trackio")
+    assert ran.code == 2
+    assert "loradeck[trackio]" in ran.err
+    assert not Path("out").exists()
 
 
 def interrupted(run: Callable, *arguments: object) -> Any:

@@ -8,11 +8,14 @@ from loradeck.train.board import POINTS, RECENT, Board, Curve
 from loradeck.train.events import End, Evaluation, Sample, Step
 
 
-def step(number: int, job: str = "poet", seconds: float | None = None, loss: float = 1.0, memory: int = 5) -> Step:
+def step(
+    number: int, job: str = "poet", seconds: float | None = None, loss: float = 1.0, memory: int = 5, took: float = 1.0
+) -> Step:
     return Step(
         job=job,
         step=number,
         seconds=float(number) if seconds is None else seconds,
+        took=took,
         steps=100,
         loss=loss,
         learning_rate=1e-4,
@@ -62,11 +65,19 @@ def test_a_loss_that_is_no_number_leaves_the_curve(value: float) -> None:
 def test_the_pace_is_the_recent_one() -> None:
     board = Board()
     for number in range(1, 31):  # 10 s a step, as long as it warms up
-        board.hear(step(number, seconds=10.0 * number))
+        board.hear(step(number, seconds=10.0 * number, took=10))
     for number in range(31, 31 + RECENT):
-        job = board.hear(step(number, seconds=300 + 0.5 * (number - 30)))
+        job = board.hear(step(number, seconds=300 + 0.5 * (number - 30), took=0.5))
     assert job.pace == pytest.approx(200)
     assert job.left == pytest.approx(0.5 * (100 - 30 - RECENT))
+
+
+def test_a_pace_counts_no_evaluations_and_what_is_left_does() -> None:
+    board = Board()
+    board.hear(step(1, seconds=1, took=1))
+    board.hear(Evaluation(job="poet", step=1, seconds=9.0, loss=2.0, tokens=7, best=True))
+    job = board.hear(step(2, seconds=10, took=1))
+    assert (job.pace, job.left) == (100.0, 9.0 * 98)
 
 
 def test_a_pace_is_unknown_before_the_second_step() -> None:
@@ -77,7 +88,7 @@ def test_a_pace_is_unknown_before_the_second_step() -> None:
 def test_a_resumed_job_is_paced_by_what_it_does_now() -> None:
     board = Board({"poet": 100})
     board.hear(step(51, seconds=1000))
-    job = board.hear(step(52, seconds=1002))
+    job = board.hear(step(52, seconds=1002, took=2))
     assert (job.pace, job.left) == (50.0, 96.0)
 
 

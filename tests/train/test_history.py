@@ -7,11 +7,12 @@ from loradeck.train.events import AnyEvent, End, Evaluation, Sample, Step, encod
 from loradeck.train.history import METRICS, pace, read_history
 
 
-def step(number: int, job: str = "poet", loss: float = 1.0, seconds: float | None = None) -> Step:
+def step(number: int, job: str = "poet", loss: float = 1.0, took: float = 1.0) -> Step:
     return Step(
         job=job,
         step=number,
-        seconds=float(number) if seconds is None else seconds,
+        seconds=float(number),
+        took=took,
         steps=9,
         loss=loss,
         learning_rate=1e-4,
@@ -87,5 +88,6 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_pace_is_of_what_lies_between() -> None:
-    assert pace(step(2, seconds=10), step(6, seconds=18)) == 50.0
-    assert pace(step(2, seconds=10), step(6, seconds=10)) is None
+    assert pace([step(2, took=10), step(3, took=1), step(6, took=7)]) == 50.0
+    assert pace([step(2), step(6, took=0)]) is None
+    assert pace([step(2)]) is None

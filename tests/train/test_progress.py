@@ -20,6 +20,7 @@ def step(number: int, job: str = "poet", **changes: Any) -> Step:
         job=job,
         step=number,
         seconds=2.0 * number,
+        took=2.0,
         steps=100,
         loss=4.0 / number,
         learning_rate=3e-4,

@@ -79,6 +79,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             ),
             JobRecipe(name="two", data="x", train=TrainConfig(max_grad_norm=float("inf"))),
         ),
+        sweep=True,
     )
     assert read_recipe(write(tmp_path, recipe.toml())) == recipe
 
@@ -87,6 +88,8 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
     text = """
     basis = "x"
     max_tokens = "many"
+    [defaults]
+    lr = 1e-3
     [[adapter]]
     name = "one"
     data = "a"
@@ -115,6 +118,7 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
     ):
         assert expected in found
     assert str(tmp_path / "run.toml") in str(caught.value)
+    assert [line for line in caught.value.problems if "lr" in line] == ["defaults.lr: is no key of a run file"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +127,7 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
         ('base = "x"', r"there is no \[\[adapter\]\]"),
         ('base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\n[[adapter]]\nname = "a"\ndata = "y"', "two .* named 'a'"),
         ('base = "x"\nadapter = 3', "adapter a list"),
+        ('base = "x"\nsweep = 1\n[[adapter]]\nname = "a"\ndata = "x"', "sweep: is not true or false"),
         ("base = ", "no TOML"),
         ('base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\nlast_layers = 0', "last_layers is 0"),
         ('base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\nlast_layers = 1\nlayers_to_transform = 1', "both given"),

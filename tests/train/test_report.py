@@ -17,6 +17,7 @@ STEPS = [
         step=step,
         steps=8,
         seconds=10.0 * step,
+        took=10.0,
         loss=loss,
         learning_rate=rate,
         grad_norm=1.0,
@@ -40,6 +41,7 @@ def ended(**changes: object) -> End:
 def section(**changes: object) -> str:
     arguments: dict = {
         "base": "hub/base",
+        "source": "short-base",
         "data": {"name": "poems.jsonl", "examples": "20"},
         "lora": LoraConfig(),
         "recipe": TrainConfig(),
@@ -116,8 +118,15 @@ def test_preferences_have_an_accuracy() -> None:
     assert found["pairs learned"] == "1,200"
 
 
+def test_each_tool_finds_the_base_by_its_own_word() -> None:
+    ours, theirs = [token.content for token in MarkdownIt().parse(section()) if token.type == "fence"]
+    assert "Base.load('short-base')" in ours
+    assert "from_pretrained('hub/base')" in theirs
+
+
 def test_the_snippets_are_python() -> None:
-    tokens = MarkdownIt().parse(section(base='x"\n```\nimport os'))
+    hostile = 'x"\n```\nimport os'
+    tokens = MarkdownIt().parse(section(base=hostile, source=hostile))
     snippets = [token.content for token in tokens if token.type == "fence"]
     assert len(snippets) == 2
     for code in snippets:

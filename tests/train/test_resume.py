@@ -16,6 +16,7 @@ import pytest
 from loradeck.base.load import Base
 from loradeck.errors import TrainingError
 from loradeck.train import checkpoint
+from loradeck.train.events import AnyEvent, End, Evaluation, Sample
 from loradeck.train.recipe import read_recipe
 from loradeck.train.run import Run
 
@@ -117,7 +118,7 @@ def outcome(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: (run / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")}
     for name in ("metrics.jsonl", "samples.jsonl"):
         events = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        found[name] = [{k: v for k, v in event.items() if k not in ("seconds", "memory")} for event in events]
+        found[name] = [{k: v for k, v in event.items() if k not in ("seconds", "took", "memory")} for event in events]
     return found
 
 
@@ -189,6 +190,30 @@ def test_without_a_checkpoint_it_begins(stopped: Path, base: Base) -> None:
     run = again(stopped, base)
     assert run.resume() == 0
     assert (stopped / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, base: Base) -> None:
+    """Also at the last step, where the adapter becomes the best one, which is an earlier one."""
+    run = Run(read_recipe(folder / "run.toml"), folder / "out", base)
+    measured: list[tuple[int, str]] = []
+    sampled: list[tuple[int, str]] = []
+
+    def weights() -> str:
+        return str([float(tensor.double().sum()) for _, tensor in run.bank["one"].tensors()])
+
+    def hear(event: AnyEvent) -> None:
+        if isinstance(event, Evaluation):
+            measured.append((event.step, weights()))
+        if isinstance(event, Sample):
+            sampled.append((event.step, event.answer))
+        if isinstance(event, End) and event.job == "one":
+            assert event.kept < event.step
+
+    run.answer, run.on_event = (lambda names, prompts: [weights()] * len(prompts)), hear
+    run.begin()
+    run.train()
+    assert sampled == measured
+    assert len(measured) == 10
 
 
 def test_changed_data_and_another_base_are_refused(stopped: Path, base: Base, folder: Path) -> None:

@@ -121,6 +121,7 @@ def test_every_step_is_told(base: Base, bank: Bank, examples: list[Example]) -> 
     assert steps[0].grad_norm > 0
     assert steps[0].memory > 1e7
     assert sorted(step.seconds for step in steps) == [step.seconds for step in steps]
+    assert 0 < sum(step.took for step in steps) <= steps[-1].seconds
     assert (end, end.reason, end.kept) == (result.end, "finished", 4)
 
 

@@ -16,6 +16,7 @@ def step(job: str, step: int, **more: float) -> Step:
         job=job,
         step=step,
         seconds=2.0 * step,
+        took=2.0,
         steps=4,
         loss=4.0 / step,
         learning_rate=0.5**step,

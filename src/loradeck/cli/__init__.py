@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(tokens)
         sys.stdout.flush()
     except (LoradeckError, CycloptsError) as error:
-        print(shown(f"loradeck: {error}"), file=sys.stderr)
+        said = error.told() if isinstance(error, LoradeckError) else error
+        print(shown(f"loradeck: {said}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

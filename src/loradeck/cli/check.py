@@ -76,7 +76,8 @@ def _print(report: "Report") -> None:
         return
     from loradeck.dataset.read import MEND
 
-    print(f"{len(report.problems)} problems: mend or remove these records. {MEND}")
+    count = len(report.problems)
+    print(f"{count} problem{'s' * (count > 1)}: mend or remove these records. {MEND}")
 
 
 def _table(report: "Report") -> str:

@@ -11,11 +11,11 @@ from cyclopts import Parameter
 
 from loradeck.cli.options import Dtype
 from loradeck.cli.screen import columns, shown
-from loradeck.cli.train import LORA, RECIPE, SHARED, carry_out, check_output, suffixes
+from loradeck.cli.train import LORA, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
 from loradeck.errors import ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
-from loradeck.train.recipe import JobRecipe, RunRecipe, read_recipe
+from loradeck.train.recipe import JobRecipe, RunRecipe, base_place, place
 
 if TYPE_CHECKING:
     from loradeck.train.run import Run
@@ -32,8 +32,8 @@ def sweep(
     /,
     *,
     output: Annotated[Path, Parameter(alias="-o")],
-    lr: str = "",
-    r: str = "",
+    lr: str | None = None,
+    r: str | None = None,
     lora: Annotated[LoraConfig, Parameter(name="*", parse=LORA_FLAGS)] = LORA,
     recipe: Annotated[TrainConfig, Parameter(name="*", parse=RECIPE_FLAGS)] = RECIPE,
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
@@ -61,19 +61,27 @@ def sweep(
         resume: Go on with the sweep in the folder.
         overwrite: Replace an adapter or a run that is already there.
     """
-    from loradeck.train.run import RECIPE as RUN_FILE
     from loradeck.train.sweep import HELD_OUT, Halving, trials
 
     if resume:
-        wanted = read_recipe(output / RUN_FILE)
+        given = (base, dataset, lr, r, lora, recipe, shared, valid, dtype)
+        if given != (None, None, None, None, LORA, RECIPE, SHARED, None, "auto"):
+            raise ConfigError("settings are given beside --resume", mend="Resume it by --output and --resume alone.")
+        wanted = read_run(output, sweep=True)
     elif base is None or dataset is None:
         raise ConfigError("no base and dataset", mend="loradeck sweep BASE DATASET -o FOLDER --lr 1e-4,3e-4.")
     else:
         check_output(output, overwrite=overwrite)
         recipe = replace(recipe, valid_ratio=recipe.valid_ratio or HELD_OUT)
-        job = JobRecipe(name=output.resolve().name, data=dataset, valid=valid, lora=suffixes(lora), train=recipe)
+        job = JobRecipe(
+            name=output.resolve().name,
+            data=place(dataset),
+            valid=valid and place(valid),
+            lora=suffixes(lora),
+            train=recipe,
+        )
         tried = trials(job, numbers("--lr", lr, float), numbers("--r", r, int))
-        wanted = RunRecipe(base=base, dtype=dtype, shared=shared, jobs=tried)
+        wanted = RunRecipe(base=base_place(base), dtype=dtype, shared=shared, jobs=tried, sweep=True)
     halving = Halving()
     run = carry_out(wanted, output, resume=resume, dry_run=dry_run, listener=halving.hear, each_pass=halving)
     return 0 if dry_run else conclude(run, wanted.base)
@@ -106,13 +114,13 @@ def conclude(run: "Run", base: str) -> int:
     return 0
 
 
-def numbers(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    """Read numbers with commas between them.
+def numbers(flag: str, text: str | None, kind: Callable[[str], T]) -> list[T]:
+    """Read numbers with commas between them; none where there is no text.
 
     Raises:
         ConfigError: one of them is none.
     """
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in (text or "").split(",") if part.strip()]
     except ValueError as error:
         raise ConfigError(f"{flag} {text}: {error}", mend="Give numbers with commas between them.") from error

@@ -11,10 +11,10 @@ from cyclopts import Parameter
 
 from loradeck.cli.options import Dtype
 from loradeck.cli.screen import shown, size
-from loradeck.errors import AdapterError, ConfigError
+from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
-from loradeck.train.recipe import JobRecipe, RunRecipe, read_recipe
+from loradeck.train.recipe import JobRecipe, RunRecipe, base_place, place, read_recipe
 from loradeck.train.writers import Kind
 
 if TYPE_CHECKING:
@@ -68,28 +68,26 @@ def train(
         resume: Go on with the run in the folder.
         overwrite: Replace an adapter or a run that is already there.
     """
-    from loradeck.train.run import RECIPE as RUN_FILE
-
     if base is not None and base.endswith(".toml") and dataset is None:
-        if (lora, recipe, shared) != (LORA, RECIPE, SHARED):
+        if (lora, recipe, shared, valid, last_layers, dtype) != (LORA, RECIPE, SHARED, None, None, "auto"):
             raise ConfigError("settings are given beside a run file", mend="Write them into the file.")
         wanted = read_recipe(base)
     elif base is not None and dataset is not None:
         job = JobRecipe(
             name=output.resolve().name,
-            data=dataset,
-            valid=valid,
+            data=place(dataset),
+            valid=valid and place(valid),
             last_layers=last_layers,
             lora=suffixes(lora),
             train=recipe,
         )
-        wanted = RunRecipe(base=base, dtype=dtype, shared=shared, jobs=(job,))
+        wanted = RunRecipe(base=base_place(base), dtype=dtype, shared=shared, jobs=(job,))
     elif resume and base is None:
         wanted = None
     else:
         raise ConfigError("no base and dataset", mend="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER.")
     if resume:
-        stored = read_recipe(output / RUN_FILE)
+        stored = read_run(output, sweep=False)
         if wanted is not None:
             check_same(wanted, stored)
         wanted = stored
@@ -127,15 +125,16 @@ def carry_out(
         console.print(table(plan(run, name)))
     if dry_run:
         return run
-    if resume:
-        print(shown(f"resumed {output} after {run.resume()} passes"))
-    else:
-        run.begin()
     with ExitStack() as stack:
-        steps = {name: job.schedule.steps for name, job in run.trainer.jobs.items()}
-        listeners = [stack.enter_context(progress(console, steps)), *([listener] if listener else [])]
+        listeners = [listener] if listener else []
         if log is not None:
             listeners.append(stack.enter_context(metric_writer(log, output)))
+        if resume:
+            print(shown(f"resumed {output} after {run.resume()} passes"))
+        else:
+            run.begin()
+        steps = {name: job.schedule.steps for name, job in run.trainer.jobs.items()}
+        listeners.append(stack.enter_context(progress(console, steps)))
 
         def tell(event: "AnyEvent") -> None:
             for hear in listeners:
@@ -206,6 +205,25 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         tempfile.TemporaryDirectory(dir=place, prefix=".loradeck-").cleanup()
     except OSError as error:
         raise AdapterError(f"{folder} cannot be written: {place}: {error.strerror}", mend="Name another.") from error
+
+
+def read_run(folder: Path, *, sweep: bool) -> RunRecipe:
+    """Read the recipe of a folder's run.
+
+    Raises:
+        TrainingError: there is none, or another verb goes on with it.
+        ConfigError: as read_recipe.
+    """
+    from loradeck.train.run import RECIPE as FILE
+
+    if not (folder / FILE).exists():
+        raise TrainingError(f"{folder} holds no run", mend="Begin one: loradeck train BASE DATASET -o FOLDER.")
+    stored = read_recipe(folder / FILE)
+    if stored.sweep != sweep:
+        verb, kind = ("sweep", "a sweep") if stored.sweep else ("train", "no sweep")
+        go_on = shlex.join(["loradeck", verb, "--output", str(folder), "--resume"])
+        raise TrainingError(f"the run in {folder} is {kind}", mend=f"Go on with it by {go_on}.")
+    return stored
 
 
 def check_same(wanted: RunRecipe, stored: RunRecipe) -> None:

@@ -66,7 +66,7 @@ class Job:
     @property
     def pace(self) -> float | None:
         """Tokens per second over the recent steps; None before the second one."""
-        return pace(self.recent[0], self.recent[-1]) if self.recent else None
+        return pace([*self.recent])
 
     @property
     def left(self) -> float | None:

@@ -21,6 +21,8 @@ class Step(Event, frozen=True):
 
     steps: int
     """That the job will make, unless it stops early."""
+    took: float
+    """Seconds of the pass that made it; what lies between passes, as evaluations, is not counted."""
     loss: float
     """Mean over the step's supervised tokens, in nats (DPO: over its pairs), before the update."""
     learning_rate: float

@@ -1,5 +1,7 @@
 """A run's metrics.jsonl, read back: one track a job. Knows events and files; draws nothing."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,10 +48,10 @@ def _cut(events: list[Step] | list[Evaluation], step: int) -> None:
         events.pop()
 
 
-def pace(before: Step, now: Step) -> float | None:
-    """Return a job's tokens per second between two of its steps, None where the clock did not move."""
-    seconds = now.seconds - before.seconds
-    return (now.tokens - before.tokens) / seconds if seconds > 0 else None
+def pace(steps: Sequence[Step]) -> float | None:
+    """Return a job's tokens per second in successive steps after the first of them, None where these took no time."""
+    took = math.fsum(step.took for step in steps[1:])
+    return (steps[-1].tokens - steps[0].tokens) / took if took > 0 else None
 
 
 def read_history(path: Path) -> dict[str, Track]:

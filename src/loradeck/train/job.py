@@ -6,7 +6,7 @@ make no difference to it.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -96,8 +96,8 @@ class Job:
         self._loss += float(losses.detach().sum())
         self._right += 0 if right is None else int(right.sum())
 
-    def update(self, units: Sequence[Unit], seconds: float) -> Step:
-        """Make the optimizer's step with the gradients that were summed.
+    def update(self, units: Sequence[Unit], began: float, clock: Callable[[], float]) -> Step:
+        """Make the optimizer's step with the gradients that were summed since the pass began, by the run's clock.
 
         Raises:
             TrainingError: the loss or the gradient is NaN or infinite; the adapter is the one before this step.
@@ -123,10 +123,12 @@ class Job:
         progress.step += 1
         progress.tokens += sum(len(document.tokens) for unit in units for document in unit)
         progress.losses.append(loss)
+        seconds = clock()
         return Step(
             job=self.name,
             step=progress.step,
             seconds=seconds,
+            took=seconds - began,
             steps=self.schedule.steps,
             loss=loss,
             learning_rate=rate,

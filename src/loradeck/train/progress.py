@@ -181,8 +181,8 @@ def table(plan: Plan) -> RenderableType:
         f"truncated; {plan.valid:,} to validate on",
         "tokens": f"{plan.tokens:,}, of which {plan.supervised:,} are learned",
         "steps": f"{plan.schedule.steps:,} of {plan.batch_size:,} examples",
-        "learning rate": f"{plan.schedule.peak:.2g}, {plan.schedule.shape} after {plan.schedule.warmup:,} steps of "
-        f"warm-up ({plan.schedule.reason})",
+        "learning rate": f"{plan.schedule.peak:.2g}, {plan.schedule.shape} after "
+        f"{plan.schedule.warmup:,} step{'s' * (plan.schedule.warmup != 1)} of warm-up ({plan.schedule.reason})",
     }
     for name, value in rows.items():
         sizes.add_row(Text(name, style="bold"), Text(value))

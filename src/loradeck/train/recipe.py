@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 import tomli_w
 
+from loradeck.base import SMOLLM2
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.names import check_name
@@ -61,6 +62,8 @@ class RunRecipe:
     dtype: str = "auto"
     shared: PassConfig = field(default_factory=PassConfig)
     jobs: tuple[JobRecipe, ...]
+    sweep: bool = False
+    """Whether the jobs are trials of which the worse half is stopped again and again."""
 
     def __post_init__(self) -> None:
         names = [job.name for job in self.jobs]
@@ -73,12 +76,17 @@ class RunRecipe:
 
     def toml(self) -> str:
         """Return the run as the text of a run file; what is not set is left out."""
-        shared = {"base": self.base, "dtype": self.dtype, **_set(asdict(self.shared))}
+        shared = _set({"base": self.base, "dtype": self.dtype, "sweep": self.sweep or None, **asdict(self.shared)})
         jobs = [
             _set({**asdict(job), **asdict(job.lora), **asdict(job.train), "lora": None, "train": None})
             for job in self.jobs
         ]
         return tomli_w.dumps({**shared, "adapter": jobs})
+
+
+OWN = {f.name for f in fields(JobRecipe)} - {"lora", "train"}
+LORA, TRAIN = ({f.name for f in fields(kind)} for kind in (LoraConfig, TrainConfig))
+KEYS = OWN | LORA | TRAIN
 
 
 def read_recipe(path: Path | str) -> RunRecipe:
@@ -99,21 +107,23 @@ def read_recipe(path: Path | str) -> RunRecipe:
         raise ConfigError(f"{path}: defaults is one table, adapter a list: [defaults], [[adapter]]", mend=MEND)
     if len(jobs) > JOBS:
         raise ConfigError(f"{path} has {len(jobs)} jobs, more than {JOBS}", mend="Split it.")
-    problems: list[str] = []
-    read = [_job({**defaults, **job}, f"adapter[{at}]", path.parent, problems) for at, job in enumerate(jobs)]
-    base, dtype = content.pop("base", None), content.pop("dtype", "auto")
+    problems = [f"defaults.{key}: {_unknown(key, KEYS)}" for key in defaults.keys() - KEYS]
+    known = {key: value for key, value in defaults.items() if key in KEYS}
+    read = [_job({**known, **job}, f"adapter[{at}]", path.parent, problems) for at, job in enumerate(jobs)]
+    base, dtype, sweep = content.pop("base", None), content.pop("dtype", "auto"), content.pop("sweep", False)
     problems += [] if isinstance(base, str) else ["base: is missing, or no text"]
     problems += [] if isinstance(dtype, str) else ["dtype: is no text"]
+    problems += [] if isinstance(sweep, bool) else ["sweep: is not true or false"]
     shared = _convert(content, PassConfig, "", problems)
     recipe = None
     try:
         if not problems and shared and isinstance(base, str):
-            local = path.parent / base
             recipe = RunRecipe(
-                base=str(local.resolve()) if local.exists() else base,
+                base=base_place(base, path.parent),
                 dtype=dtype,
                 shared=shared,
                 jobs=tuple(job for job in read if job),
+                sweep=sweep,
             )
     except ConfigError as error:
         problems.append(error.message)
@@ -123,31 +133,33 @@ def read_recipe(path: Path | str) -> RunRecipe:
 
 
 def _job(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]) -> JobRecipe | None:
-    own = {f.name for f in fields(JobRecipe)} - {"lora", "train"}
-    parts = {kind: {f.name for f in fields(kind)} for kind in (LoraConfig, TrainConfig)}
-    known = own.union(*parts.values())
-    problems += [f"{where}.{key}: {_unknown(key, known)}" for key in table.keys() - known]
+    problems += [f"{where}.{key}: {_unknown(key, KEYS)}" for key in table.keys() - KEYS]
     before = len(problems)
-    lora = _convert({k: v for k, v in table.items() if k in parts[LoraConfig]}, LoraConfig, where, problems)
-    train = _convert({k: v for k, v in table.items() if k in parts[TrainConfig]}, TrainConfig, where, problems)
+    lora = _convert({k: v for k, v in table.items() if k in LORA}, LoraConfig, where, problems)
+    train = _convert({k: v for k, v in table.items() if k in TRAIN}, TrainConfig, where, problems)
     for key in ("name", "data"):
         if not isinstance(table.get(key), str):
             problems.append(f"{where}.{key}: is missing, or no text")
     if len(problems) > before or lora is None or train is None:
         return None
-    places = {key: _place(table[key], folder) for key in ("data", "valid") if isinstance(table.get(key), str)}
+    places = {key: place(table[key], folder) for key in ("data", "valid") if isinstance(table.get(key), str)}
     try:
-        own_values: dict[str, Any] = {**{key: value for key, value in table.items() if key in own}, **places}
+        own_values: dict[str, Any] = {**{key: value for key, value in table.items() if key in OWN}, **places}
         return JobRecipe(**own_values, lora=lora, train=train)
     except LoradeckError as error:
         problems.append(f"{where}: {error.message}")
         return None
 
 
-def _place(source: str, folder: Path) -> str:
+def place(source: str, folder: Path = Path()) -> str:
     """Return a dataset's path from anywhere; what is not there by this path may be a hub id."""
     path = folder / source
     return str(path.resolve()) if path.exists() else source
+
+
+def base_place(source: str, folder: Path = Path()) -> str:
+    """Return a base's path from anywhere; not of a folder that only has the name of the base that needs none."""
+    return source if source == SMOLLM2 else place(source, folder)
 
 
 def _convert(table: Mapping[str, Any], kind: type[T], where: str, problems: list[str]) -> T | None:

@@ -16,6 +16,7 @@ PACKAGES = ("loradeck", "torch", "transformers")
 def training_section(
     *,
     base: str,
+    source: str,
     data: Mapping[str, str],
     lora: LoraConfig,
     recipe: TrainConfig,
@@ -25,16 +26,17 @@ def training_section(
 ) -> str:
     """Return the card's part on training: data, recipe, how it went, versions, use, limits.
 
-    `base` is what both Base.load and transformers find the base by. `data` is what is known of the dataset, as rows
-    (its name, form, counts, hash); a licence that it does not name is said to be unknown. `steps` and `evaluations`
-    are the job's own, in order, as `read_history` returns them. No text of these can be more than text in the card.
+    `base` is what transformers finds the base by, `source` what Base.load does. `data` is what is known of the
+    dataset, as rows (its name, form, counts, hash); a licence that it does not name is said to be unknown. `steps` and
+    `evaluations` are the job's own, in order, as `read_history` returns them. No text of these can be more than text
+    in the card.
     """
     parts = {
         "Data": _table({**data, "licence": data.get("licence", "unknown: see the dataset's own terms")}),
         "Recipe": _table(_recipe(lora, recipe, steps)) + "\n\nAll other settings are loradeck's defaults.",
         "How it went": _table(_course(steps, evaluations, end)),
         "Versions": _table({package: version(package) for package in PACKAGES}),
-        "Use": _use(base),
+        "Use": _use(base, source),
         "Limits": _limits(evaluations),
     }
     return "\n\n".join(["## Training", *(f"### {head}\n\n{part}" for head, part in parts.items())]) + "\n"
@@ -91,14 +93,14 @@ def _learned(event: Step | Evaluation) -> str:
     return "tokens" if event.accuracy is None else "pairs"
 
 
-def _use(base: str) -> str:
-    name = ascii(base)  # so that no text of a stranger's can leave its line
+def _use(base: str, source: str) -> str:
+    name, own = ascii(base), ascii(source)  # so that no text of a stranger's can leave its line
     return f"""With loradeck, where FOLDER is the folder of this card:
 
 ```python
 from loradeck import Bank, Base, generate
 
-base = Base.load({name})
+base = Base.load({own})
 bank = Bank(base.model)
 print(generate(base, bank, ["Hello!"], bank.load(FOLDER)))
 ```

@@ -25,8 +25,9 @@ from loradeck.disk import write_file
 from loradeck.errors import TrainingError
 from loradeck.lora.bank import Bank
 from loradeck.train import checkpoint, events
-from loradeck.train.events import AnyEvent, End, Evaluation, Listener, Sample
+from loradeck.train.events import AnyEvent, End, Listener, Sample
 from loradeck.train.history import METRICS, Track, read_history
+from loradeck.train.job import Job
 from loradeck.train.mode import evaluation
 from loradeck.train.recipe import JobRecipe, RunRecipe
 from loradeck.train.report import training_section
@@ -73,6 +74,7 @@ class Run:
             max_tokens=recipe.shared.max_tokens,
             gradient_checkpointing=recipe.shared.gradient_checkpointing,
             on_event=self._note,
+            on_evaluated=self._sample,
         )
 
         @cache
@@ -92,7 +94,6 @@ class Run:
             jobs.append(replace(job, train=resolved))
         self.recipe = replace(recipe, jobs=tuple(jobs))
         """With every default made plain."""
-        self._evaluated: list[str] = []
 
     def place(self, name: str) -> Path:
         """Return the folder of a job's adapter."""
@@ -131,7 +132,6 @@ class Run:
         Ctrl-C ends it after the pass that is being made, with a checkpoint, and with the adapters as they are then.
         """
         for passes in self.trainer:
-            self._sample()
             if each_pass:
                 each_pass(self.trainer)
             if passes % self.recipe.shared.checkpoint_every == 0 and self.trainer.running:
@@ -156,8 +156,6 @@ class Run:
         """Write an event down, act on it, and pass it on."""
         with (self.folder / (SAMPLES if isinstance(event, Sample) else METRICS)).open("ab") as file:
             file.write(events.encode(event))
-        if isinstance(event, Evaluation):
-            self._evaluated.append(event.job)
         if isinstance(event, End):
             self.publish(event.job, self.place(event.job))
         self.on_event(event)
@@ -171,7 +169,8 @@ class Run:
         track = read_history(self.folder).get(name, Track())
         split = self.splits[job.name]
         notes = training_section(
-            base=job.adapter.origin.base_model or self.recipe.base,
+            base=job.adapter.origin.base_model or self.base.name,
+            source=self.base.name,
             data={
                 "dataset": Path(split.dataset.name).name,  # not where it lies on this machine
                 "form": split.dataset.form,
@@ -191,24 +190,21 @@ class Run:
         )
         job.adapter.save(place, notes=notes)
 
-    def _sample(self) -> None:
+    def _sample(self, jobs: Sequence[Job]) -> None:
         """Let the adapters that were just evaluated answer their first validation prompts, all in one batch."""
-        names = self._evaluated.copy()
-        self._evaluated.clear()
         rows = [
-            (name, *_prompt_and_answer(example))
-            for name in names
-            for example in self.splits[name].valid[: self.recipe.shared.samples]
+            (job, *_prompt_and_answer(example))
+            for job in jobs
+            for example in self.splits[job.name].valid[: self.recipe.shared.samples]
         ]
         if not rows or self.answer is None:
             return
         with evaluation(self.base.model):
-            answers = self.answer([name for name, _, _ in rows], [prompt for _, prompt, _ in rows])
-        for (name, prompt, expected), answer in zip(rows, answers, strict=True):
-            job = self.trainer.jobs[name]
+            answers = self.answer([job.name for job, _, _ in rows], [prompt for _, prompt, _ in rows])
+        for (job, prompt, expected), answer in zip(rows, answers, strict=True):
             self._note(
                 Sample(
-                    job=name,
+                    job=job.name,
                     step=job.progress.step,
                     seconds=self.trainer.seconds,
                     prompt=self._text(prompt),

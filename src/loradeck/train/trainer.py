@@ -61,8 +61,12 @@ class Trainer:
         max_tokens: int = PassConfig.max_tokens,
         gradient_checkpointing: bool = False,
         on_event: Listener | None = None,
+        on_evaluated: Callable[[Sequence[Job]], None] | None = None,
     ) -> None:
-        """Begin without jobs. `max_tokens` are read at once; a larger step is computed in parts, to one gradient."""
+        """Begin without jobs. `max_tokens` are read at once; a larger step is computed in parts, to one gradient.
+
+        `on_evaluated` gets the jobs of an evaluation, once all are told and before any ends.
+        """
         self.base, self.bank = base, bank
         self.max_tokens, self.gradient_checkpointing = max_tokens, gradient_checkpointing
         self.jobs: dict[str, Job] = {}
@@ -73,6 +77,7 @@ class Trainer:
         self.seconds_before = 0.0
         """Of the run before it was resumed."""
         self._tell: Listener = on_event or (lambda _: None)
+        self._evaluated = on_evaluated or (lambda _: None)
         self._losses = Losses(base.model)
         self._begun = time.perf_counter()
 
@@ -143,12 +148,12 @@ class Trainer:
             self._end(job, "interrupted", "")
 
     def _pass(self) -> None:
-        jobs = self.running
+        jobs, began = self.running, self.seconds
         units = {job: job.units() for job in jobs}
         for batch in self._batches(units):
             self._learn(batch, {job: job.objective.weight(units[job]) for job in jobs})
         for job in jobs:
-            self._tell_of(job, partial(job.update, units[job], self.seconds))
+            self._tell_of(job, partial(job.update, units[job], began, lambda: self.seconds))
         self.evaluate([job for job in jobs if job.running and job.due])
         for job in jobs:
             if job.running and (ending := job.ending()):
@@ -209,6 +214,7 @@ class Trainer:
         for job in jobs:
             weight = job.objective.weight(units[job])
             self._tell_of(job, partial(job.evaluated, sums[job], right[job], weight, self.seconds))
+        self._evaluated([job for job in jobs if job.running])
 
     @contextmanager
     def _losses_of(self, batch: Sequence[Part], *, base_only: bool = False) -> Iterator[tuple[Tensor, ...]]:

@@ -49,7 +49,7 @@ def _numbers(event: AnyEvent, before: Step | None) -> dict[str, float]:
     found: dict[str, float | None] = {}
     if isinstance(event, Step):
         found = {name: getattr(event, name) for name in ("loss", "accuracy", "learning_rate", "grad_norm")}
-        found["tokens_per_second"] = pace(before, event) if before else None
+        found["tokens_per_second"] = pace((before, event)) if before else None
     elif isinstance(event, Evaluation):
         found = {"validation_loss": event.loss, "validation_accuracy": event.accuracy}
     return {name: value for name, value in found.items() if value is not None}

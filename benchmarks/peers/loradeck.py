@@ -1,0 +1,32 @@
+"""This library's engine."""
+
+import tempfile
+from collections.abc import Sequence
+
+from benchmarks.peers.workload import ROWS, Questions
+from loradeck import AdapterStore, Base
+from loradeck.serve.config import EngineConfig
+from loradeck.serve.engine import Engine
+from loradeck.serve.request import Sampling
+
+
+def main() -> None:
+    questions = Questions()
+    base = Base.load(questions.folder.base, dtype="bfloat16")
+    with tempfile.TemporaryDirectory() as path:
+        store = AdapterStore(path)
+        names = [folder.name for folder in questions.folder.adapters]
+        for folder in questions.folder.adapters:
+            store.publish(folder.name, folder)
+        with Engine(base, store, EngineConfig(max_rows=ROWS)) as engine:
+
+            def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], tokens: int) -> list[list[int]]:
+                through = [None if adapter is None else names[adapter] for adapter in adapters]
+                answers = engine.generate(prompts, through, Sampling(max_tokens=tokens, ignore_eos=True))
+                return [[token.id for token in answer] for answer in answers]
+
+            questions.answer(generate, {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""One system at work: its process, its questions, its rates. Knows the workload; knows no system."""
+
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import psutil
+
+from benchmarks.peers.workload import Folder
+
+STEPS = 32
+QUIET, PATIENCE = 0.05, 20  # the share of the machine's cores that others may use; seconds to wait for that
+
+
+class Case(NamedTuple):
+    """How many rows, and through how many different adapters; 0 is the base alone."""
+
+    rows: int
+    adapters: int
+
+    def __str__(self) -> str:
+        through = {0: "base", 1: "1 adapter"}.get(self.adapters, f"{self.adapters} adapters")
+        return f"{self.rows} row{'s' * (self.rows > 1)}, {through}"
+
+
+class Answer(NamedTuple):
+    seconds: float
+    tokens: list[list[int]]
+    others: float
+    """The share of the machine's cores that other processes used meanwhile."""
+
+
+@dataclass
+class System:
+    """A system that is ready, and what was measured of it."""
+
+    name: str
+    process: subprocess.Popen[str]
+    versions: dict[str, str]
+    rates: dict[Case, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Tokens per second, decoding alone."""
+    tokens: dict[Case, list[list[int]]] = field(default_factory=dict)
+    others: float = 0.0
+    """The largest share of others in what was kept."""
+
+    @classmethod
+    def start(cls, name: str, command: list[str], folder: Folder) -> Self | None:
+        """Start a system; None, and a line that says why, if it does not get ready."""
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(
+                [*command, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+            assert process.stdout
+            ready = process.stdout.readline()
+            if ready:
+                return cls(name, process, json.loads(ready))
+            process.wait()
+            log.seek(0)
+            print(f"{name} is left out: {[line.strip() for line in log if line.strip()][-1:]}")
+            return None
+
+    def stop(self) -> None:
+        """End the process."""
+        with self.process:
+            assert self.process.stdin
+            self.process.stdin.close()
+
+    def ask(self, case: Case, tokens: int) -> Answer:
+        """Let it continue the prompts by so many tokens."""
+        assert self.process.stdin
+        assert self.process.stdout
+        begun, busy, own = time.perf_counter(), _busy(), self._own()
+        print(json.dumps({**case._asdict(), "tokens": tokens}), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        cores = (time.perf_counter() - begun) * (psutil.cpu_count() or 1)
+        return Answer(answer["seconds"], answer["tokens"], (_busy() - busy - (self._own() - own)) / cores)
+
+    def measure(self, case: Case, tries: int) -> float:
+        """Add a rate and return it: of so many tries the first on a quiet machine, or the quietest."""
+        found: list[tuple[float, float]] = []
+        while len(found) < tries and (not found or found[-1][0] > QUIET):
+            _wait()
+            short, long = self.ask(case, 1), self.ask(case, 1 + STEPS)
+            rate = case.rows * STEPS / (long.seconds - short.seconds)
+            found.append((max(short.others, long.others), rate))
+            self.tokens[case] = long.tokens
+        others, rate = min(found)
+        self.rates[case].append(rate)
+        self.others = max(self.others, others)
+        return rate
+
+    def figures(self, reference: "System") -> dict[str, float]:
+        """Return what the result file says of it, its answers against another's."""
+        most = max(self.rates)
+        own, theirs, plain = self.tokens[most], reference.tokens[most], self.tokens[Case(most.rows, 0)]
+        return {
+            **{f"{case} (tokens/s)": round(statistics.median(rates), 2) for case, rates in self.rates.items()},
+            f"first tokens equal to {reference.name}'s, of {most.rows}": sum(
+                a[0] == b[0] for a, b in zip(own, theirs, strict=True)
+            ),
+            f"answers that the adapters change, of {most.rows}": sum(a != b for a, b in zip(own, plain, strict=True)),
+            "others' share of the machine, at most": round(self.others, 3),
+        }
+
+    def _own(self) -> float:
+        process = psutil.Process(self.process.pid)
+        return sum(sum(each.cpu_times()[:2]) for each in [process, *process.children(recursive=True)])
+
+
+def _wait() -> None:
+    """Wait until others leave the machine alone, but not for ever."""
+    for _ in range(PATIENCE):
+        busy = _busy()
+        time.sleep(1)
+        if _busy() - busy < QUIET * (psutil.cpu_count() or 1):
+            return
+
+
+def _busy() -> float:
+    """Return the seconds for which cores have been busy."""
+    times: Any = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
