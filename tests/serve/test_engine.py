@@ -150,8 +150,9 @@ def test_a_row_ends_at_the_context(serve: Serve, base: Base) -> None:
 def test_a_cancelled_request_frees_its_row_and_ends(serve: Serve) -> None:
     engine = serve(max_rows=1)
     forever = Sampling(max_tokens=200, ignore_eos=True)
-    running, waiting = engine.submit([5], "a0", forever), engine.submit([6], "a1", forever)
+    running = engine.submit([5], "a0", forever)
     next(running)
+    waiting = engine.submit([6], "a1", forever)
     waiting.cancel()
     running.cancel()
     assert len([*running]) < 200

@@ -58,9 +58,12 @@ class Adapters:
         self.here |= dict.fromkeys(self.coming, 0)
         self.coming = []
 
-    def pin(self, key: Key) -> None:
+    def pin(self, key: Key) -> bool:
+        if not self.ready(key):
+            return False
         for own, _ in key:
             self.here[own] = self.here.pop(own) + 1
+        return True
 
     def unpin(self, key: Key) -> None:
         for own, _ in key:
@@ -79,8 +82,10 @@ class World:
         self.now = 0.0
         self.done: list[str] = []
 
-    def ask(self, name: str, adapter: str = "", *, prompt: int = 3, answer: int = 4, tenant: str = "") -> Request:
-        key: Key = ((adapter, 1.0),) if adapter else ()
+    def ask(
+        self, name: str, adapter: str = "", *, prompt: int = 3, answer: int = 4, tenant: str = "", weight: float = 1.0
+    ) -> Request:
+        key: Key = ((adapter, weight),) if adapter else ()
         sampling = Sampling(max_tokens=answer)
         request = Request(name, [0] * prompt, prompt, key, sampling, adapter, tenant, arrived=self.now)
         self.scheduler.add(request, {adapter: SimpleNamespace()} if adapter else {})  # type: ignore[dict-item]
@@ -207,6 +212,77 @@ def test_beyond_patience_nobody_waits_for_ever() -> None:
         world.step()
         assert world.now < 2
     assert len(world.run(2000)) == 201
+
+
+def test_a_busy_adapter_whose_requests_are_all_late_keeps_no_other_out() -> None:
+    """Its next one was always late and its adapter there, so it was never evicted for one that waited longer."""
+    world = World(rows=2, adapters=1, patience=0.05)
+    asked = 0
+    while "other" not in world.done:
+        while len(world.scheduler.waiting) < 20:
+            asked += 1
+            world.ask(f"own{asked}", "A", answer=3)
+        if asked == 30:
+            world.ask("other", "B")
+        world.step()
+        assert world.now < 2
+    assert "own30" in world.done
+
+
+def test_adapters_that_all_have_late_requests_are_loaded_once_in_a_while() -> None:
+    """Twice as many as fit, more requests than can be computed: no adapter is loaded for one request at a time."""
+    world = World(rows=2, adapters=2, patience=0.5)
+    asked = 0
+    for _ in range(1000):  # ten seconds
+        while len(world.scheduler.waiting) < 100:
+            asked += 1
+            world.ask(str(asked), f"adapter{asked % 4}", answer=3)
+        world.step()
+    assert len(world.done) > 400
+    assert world.adapters.loads < len(world.done) / 8
+    assert {int(name) % 4 for name in world.done[-100:]} == {0, 1, 2, 3}
+
+
+def test_the_base_waits_for_no_adapters_memory() -> None:
+    world = World(rows=3, adapters=1, patience=0.05)
+    world.ask("long", "A", answer=100)
+    world.step()
+    world.step()
+    world.ask("other", "B")
+    for _ in range(20):
+        world.step()
+    world.ask("base")
+    assert "base" in world.step()
+    assert "other" not in world.done
+
+
+def test_an_adapter_that_is_unloaded_as_its_request_begins_is_waited_for_again() -> None:
+    world = World()
+    ready, taken = world.adapters.ready, []
+
+    def unloaded(key: Key) -> bool:
+        there = ready(key)
+        if there and key and not taken:
+            taken.append(world.adapters.here.pop(key[0][0]))
+        return there
+
+    world.adapters.ready = unloaded  # type: ignore[method-assign]
+    world.ask("a", "A")
+    world.ask("base")
+    assert sorted(world.run(20)) == ["a", "base"]
+    assert taken == [0]
+    assert world.adapters.loads == 2
+
+
+def test_an_adapter_has_one_turn_whatever_its_weights() -> None:
+    """Else who asks for it at ten slightly other weights would get ten shares."""
+    world = World(rows=1, quantum=8)
+    for i in range(30):
+        world.ask(f"greedy{i}", "A", weight=1 + i / 1000)
+        world.ask(f"modest{i}", "B") if i < 5 else None
+    while sum(name.startswith("modest") for name in world.done) < 5:
+        world.step()
+    assert len(world.done) <= 12
 
 
 @pytest.mark.parametrize("room", [1, 2, 3])

@@ -60,8 +60,8 @@ def told(events: Sequence[AnyEvent], jobs: Mapping[str, int] | None = None, **op
 
 def test_a_job_is_a_line() -> None:
     board = Board({"poet": 100, "judge": 30})
-    for number in (1, 2, 4):
-        board.hear(step(number))
+    for number, took in ((1, 2.0), (2, 2.0), (4, 4.0)):
+        board.hear(step(number, took=took))
     board.hear(evaluation(4, 1.25, best=True))
     head, poet, judge, sums = seen(board)
     assert head.split() == ["job", "step", "loss", "validation", "rate", "tokens/s", "left"]

@@ -86,9 +86,7 @@ class Adapter(nn.Module):
                 for key, tensor in zip(_keys(path, adapter.sites[path]), pair, strict=True):
                     adapter.register_parameter(
                         _parameter_name(key),
-                        nn.Parameter(
-                            tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=trainable
-                        ),
+                        nn.Parameter(tensor.detach().clone(), requires_grad=trainable),
                     )
         return adapter
 

@@ -85,7 +85,7 @@ def combine(
             b = b.reshape(*site.b_shape[:1], -1, *site.b_shape[2:]).to(dtype)
             if not (finite(a) and finite(b)):
                 raise AdapterError(f"{path} overflows {dtype}", mend="Combine at smaller weights, or in float32.")
-            pairs[path] = a, b
+            pairs[path] = a.contiguous(), b.contiguous()  # as a file has them: another order in memory rounds otherwise
             sites[path] = Site(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
     config = _config(sites)
     origin = Origin(weighted[0][0].origin.base_model, task_type=weighted[0][0].origin.task_type)

@@ -176,7 +176,7 @@ def _convert(table: Mapping[str, Any], kind: type[T], where: str, problems: list
 
 
 def _unknown(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5) if len(key) > 2 else []
     return f"is no key of a run file{f'; did you mean {close[0]}?' if close else ''}"
 
 
