@@ -1,5 +1,6 @@
 """Tiny bases of several shapes, and a store of tiny adapters that change what they say."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,6 +125,16 @@ def serve(base: Base, store: AdapterStore) -> Iterator[Callable[..., Engine]]:
     yield serve
     for engine in made:
         engine.close()
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds within ten seconds."""
+    end = time.monotonic() + 10
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 70) -> list[list[int]]:

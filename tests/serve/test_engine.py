@@ -26,7 +26,7 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.request import Sampling
 
-from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, prompts
+from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, prompts, until
 
 LONG = Sampling(max_tokens=16)
 ENTRIES = [None, "a0", "a1", {"a2": 0.7, "a0": 0.3}, "a3", {"a1": -0.5}]
@@ -35,16 +35,6 @@ Serve = Callable[..., Engine]
 
 def ids(tokens) -> list[int]:
     return [token.id for token in tokens]
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    """Whether a condition holds within ten seconds."""
-    end = time.monotonic() + 10
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -342,7 +332,7 @@ def test_nothing_is_kept_of_requests_that_ended(serve: Serve) -> None:
     assert until(lambda: not engine._loop.live)
     scheduler, sampler = engine._loop._scheduler, engine._loop._sampler
     assert (scheduler.running, scheduler._found, sampler._chances) == ([], {}, {})
-    assert (scheduler.waiting._members, scheduler.waiting._tenants, scheduler.waiting._keys._left) == ({}, {}, {})
+    assert (scheduler.waiting._members, scheduler.waiting._tenants, scheduler.waiting._credits._left) == ({}, {}, {})
     assert engine._loop._cache._places == {}
 
 

@@ -39,8 +39,8 @@ class Adapters(Protocol):
         """Begin to load what is missing, if there is room."""
         ...
 
-    def pin(self, key: Key) -> None:
-        """Keep a key's adapters."""
+    def pin(self, key: Key) -> bool:
+        """Keep a key's adapters, and say whether they are there."""
         ...
 
     def unpin(self, key: Key) -> None:
@@ -108,10 +108,12 @@ class Scheduler:
         request = self.waiting.next(self._able(now))
         if request is None:
             return None
-        if not self.rows.reserve(request, request.pending):
+        pinned = self.adapters.pin(request.key)  # not if it was unloaded by hand just now
+        if not pinned or not self.rows.reserve(request, request.pending):
+            if pinned:
+                self.adapters.unpin(request.key)
             self.waiting.push(request, again=True)  # it is the next one; smaller ones do not go before it
             return None
-        self.adapters.pin(request.key)
         self.running.append(request)
         request.admitted = request.admitted or now
         return request
@@ -119,12 +121,15 @@ class Scheduler:
     def _able(self, now: float) -> Callable[[Request], bool]:
         """Return a test for requests that may run now."""
         late = [head for head in self.waiting.heads() if now - head.arrived > self.config.patience]
-        here = [head for head in late if self._is_ready(head)]
-        lacking = min((head for head in late if head not in here), key=lambda head: head.arrived, default=None)
-        kept = {own for head in here for own, _ in head.key}
-        if lacking is not None and not self._prepare(lacking, spare=kept.__contains__):
-            # What runs must end first. Those that have waited as long come in; nobody else takes what it waits for.
-            return lambda request: request in here
+        lacking = min((head for head in late if not self._is_ready(head)), key=lambda head: head.arrived, default=None)
+        if lacking is not None:
+            # Once loaded, an adapter stays for what came within patience of the next one's first: no thrashing.
+            turn = lacking.arrived + self.config.patience
+            here = [head for head in late if head.arrived <= turn and self._is_ready(head)]
+            kept = {own for head in here for own, _ in head.key}
+            if not self._prepare(lacking, spare=kept.__contains__):
+                # What runs must end first. Nobody else comes in that would use the memory it waits for.
+                return lambda request: request in here or not request.key
         wanted = self._wanted()
         return lambda request: self._is_ready(request) or (self._try(request, wanted) and self._is_ready(request))
 

@@ -2,16 +2,17 @@
 
 A queue may go while it has credit. Tokens are taken off its credit when they are computed, and when no queue that is
 able to go has credit left, all get the same again: so shares are equal in tokens, not in requests, and a queue that is
-busy with long answers waits while others catch up. Knows requests' keys and tenants only.
+busy with long answers waits while others catch up. Knows requests' adapters and tenants only.
 """
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from loradeck.serve.request import Key, Request
+from loradeck.serve.request import Request
 
 Name = TypeVar("Name", bound=Hashable)
+Adapters = tuple[str, ...]  # whatever their weights: else who varies them would get more turns
 
 
 class Credits(Generic[Name]):
@@ -52,10 +53,10 @@ class Turns:
 
     def __init__(self, quantum: int) -> None:
         self.quantum = quantum
-        self._queues: OrderedDict[Key, OrderedDict[str, deque[Request]]] = OrderedDict()
-        self._keys: Credits[Key] = Credits(quantum)
-        self._tenants: dict[Key, Credits[str]] = {}
-        self._members: dict[Key, int] = {}  # waiting and running; without any, a key's debt is forgotten
+        self._queues: OrderedDict[Adapters, OrderedDict[str, deque[Request]]] = OrderedDict()
+        self._credits: Credits[Adapters] = Credits(quantum)
+        self._tenants: dict[Adapters, Credits[str]] = {}
+        self._members: dict[Adapters, int] = {}  # waiting and running; without any, a debt is forgotten
         self._count = 0
 
     def __len__(self) -> int:
@@ -66,61 +67,69 @@ class Turns:
 
     def push(self, request: Request, *, again: bool = False) -> None:
         """Let a request wait; one that waits `again` goes before the others of its queue."""
-        tenants = self._queues.setdefault(request.key, OrderedDict())
+        name = _adapters(request)
+        tenants = self._queues.setdefault(name, OrderedDict())
         queue = tenants.setdefault(request.tenant, deque())
         if again:
             queue.appendleft(request)
             tenants.move_to_end(request.tenant, last=False)
-            self._queues.move_to_end(request.key, last=False)
+            self._queues.move_to_end(name, last=False)
         else:
             queue.append(request)
-            self._members[request.key] = self._members.get(request.key, 0) + 1
+            self._members[name] = self._members.get(name, 0) + 1
         self._count += 1
 
     def heads(self) -> Iterator[Request]:
-        """Yield of each key the request whose turn it is next, those first whose turn is first."""
-        return (self._head(key) for key in [*self._queues])
+        """Yield of each queue the request whose turn it is next, those first whose turn is first."""
+        return (self._head(name) for name in [*self._queues])
 
     def next(self, able: Callable[[Request], bool]) -> Request | None:
         """Take out the request whose turn it is, of those that are able to go."""
-        key = self._keys.first([*self._queues], lambda key: able(self._head(key)))
-        if key is None:
+        name = self._credits.first([*self._queues], lambda name: able(self._head(name)))
+        if name is None:
             return None
-        request = self._head(key)
+        request = self._head(name)
         self.remove(request)
-        if key in self._queues:
-            self._queues.move_to_end(key)
-            if request.tenant in self._queues[key]:
-                self._queues[key].move_to_end(request.tenant)
+        if name in self._queues:
+            self._queues.move_to_end(name)
+            if request.tenant in self._queues[name]:
+                self._queues[name].move_to_end(request.tenant)
         return request
 
     def remove(self, request: Request) -> None:
         """Take a waiting request out."""
-        tenants = self._queues[request.key]
+        name = _adapters(request)
+        tenants = self._queues[name]
         tenants[request.tenant].remove(request)
         self._count -= 1
         if not tenants[request.tenant]:
             del tenants[request.tenant]
         if not tenants:
-            del self._queues[request.key]
+            del self._queues[name]
 
     def charge(self, request: Request, tokens: int) -> None:
         """Count tokens that were computed for a request."""
-        self._keys.charge(request.key, tokens)
-        self._tenants.setdefault(request.key, Credits(self.quantum)).charge(request.tenant, tokens)
+        name = _adapters(request)
+        self._credits.charge(name, tokens)
+        self._tenants.setdefault(name, Credits(self.quantum)).charge(request.tenant, tokens)
 
     def done(self, request: Request) -> None:
         """Say that a request, waiting no more, has ended."""
-        self._members[request.key] -= 1
-        if not self._members[request.key]:
-            del self._members[request.key]
-            self._keys.forget(request.key)
-            self._tenants.pop(request.key, None)
+        name = _adapters(request)
+        self._members[name] -= 1
+        if not self._members[name]:
+            del self._members[name]
+            self._credits.forget(name)
+            self._tenants.pop(name, None)
 
-    def _head(self, key: Key) -> Request:
-        tenants = self._queues[key]
+    def _head(self, name: Adapters) -> Request:
+        tenants = self._queues[name]
         if len(tenants) == 1:
             return next(iter(tenants.values()))[0]
-        name = self._tenants.setdefault(key, Credits(self.quantum)).first([*tenants])
-        assert name is not None
-        return tenants[name][0]
+        tenant = self._tenants.setdefault(name, Credits(self.quantum)).first([*tenants])
+        assert tenant is not None
+        return tenants[tenant][0]
+
+
+def _adapters(request: Request) -> Adapters:
+    return tuple(own for own, _ in request.key)

@@ -107,7 +107,7 @@ def read_recipe(path: Path | str) -> RunRecipe:
         raise ConfigError(f"{path}: defaults is one table, adapter a list: [defaults], [[adapter]]", mend=MEND)
     if len(jobs) > JOBS:
         raise ConfigError(f"{path} has {len(jobs)} jobs, more than {JOBS}", mend="Split it.")
-    problems = [f"defaults.{key}: {_unknown(key, KEYS)}" for key in defaults.keys() - KEYS]
+    problems = [f"defaults.{key}: {_unknown(key, KEYS)}" for key in defaults if key not in KEYS]
     known = {key: value for key, value in defaults.items() if key in KEYS}
     read = [_job({**known, **job}, f"adapter[{at}]", path.parent, problems) for at, job in enumerate(jobs)]
     base, dtype, sweep = content.pop("base", None), content.pop("dtype", "auto"), content.pop("sweep", False)
@@ -133,7 +133,7 @@ def read_recipe(path: Path | str) -> RunRecipe:
 
 
 def _job(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]) -> JobRecipe | None:
-    problems += [f"{where}.{key}: {_unknown(key, KEYS)}" for key in table.keys() - KEYS]
+    problems += [f"{where}.{key}: {_unknown(key, KEYS)}" for key in table if key not in KEYS]
     before = len(problems)
     lora = _convert({k: v for k, v in table.items() if k in LORA}, LoraConfig, where, problems)
     train = _convert({k: v for k, v in table.items() if k in TRAIN}, TrainConfig, where, problems)
@@ -164,7 +164,7 @@ def base_place(source: str, folder: Path = Path()) -> str:
 
 def _convert(table: Mapping[str, Any], kind: type[T], where: str, problems: list[str]) -> T | None:
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    problems += [f"{where}{key}: {_unknown(key, known)}" for key in table.keys() - known]
+    problems += [f"{where}{key}: {_unknown(key, known)}" for key in table if key not in known]
     try:
         return msgspec.convert({k: v for k, v in table.items() if k in known}, kind)
     except msgspec.ValidationError as error:
