@@ -159,12 +159,15 @@ class Residency:
         with self._lock:
             self._failed.clear()
 
-    def pin(self, key: Key) -> None:
-        """Keep a key's adapters on the device until they are unpinned as often."""
+    def pin(self, key: Key) -> bool:
+        """Keep a key's adapters on the device until they are unpinned as often; say whether they are there."""
         with self._lock:
+            if not self.ready(key):
+                return False  # unloaded by hand just now
             for sha256, _ in key:
                 self._known[sha256].pins += 1
                 self._known[sha256].last_used = time.time()
+            return True
 
     def unpin(self, key: Key) -> None:
         """Let a key's adapters go, as far as this pin is concerned."""
