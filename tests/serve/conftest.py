@@ -1,7 +1,8 @@
 """Tiny bases of several shapes, and a store of tiny adapters that change what they say."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from loradeck import Adapter, AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
+from loradeck.serve.request import Token
 
 VOCABULARY, CONTEXT = 260, 256
 SHAPE = {
@@ -137,6 +139,10 @@ def until(condition: Callable[[], bool]) -> bool:
     return True
 
 
+def ids(tokens: Iterable[Token]) -> list[int]:
+    return [token.id for token in tokens]
+
+
 def prompts(count: int, *, seed: int = 0, longest: int = 70) -> list[list[int]]:
     """Prompts of many lengths."""
     generator = torch.Generator().manual_seed(seed)
@@ -144,20 +150,37 @@ def prompts(count: int, *, seed: int = 0, longest: int = 70) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def greedy(
-    base: Base, store: AdapterStore | None, prompt: list[int], entry: object = None, length: int = 16
-) -> list[int]:
-    """What transformers' generate continues a prompt with, alone, through the adapters of a route's entry."""
+@contextmanager
+def alone(base: Base, store: AdapterStore | None, entry: object, *, trainable: bool = False) -> Iterator[None]:
+    """The base's own model, nothing of an engine in it, through the adapters of a route's entry."""
     bank = Bank(base.model)
     weights = {entry: 1.0} if isinstance(entry, str) else dict(entry or {})  # type: ignore[call-overload]
     route = {}
     for i, (spec, weight) in enumerate(weights.items()):
         assert store is not None
-        route[bank.load(store.find(spec).path, f"x{i}")] = weight
-    ids = torch.tensor([prompt])
-    with torch.no_grad(), bank.route(route or None):
+        route[bank.load(store.find(spec).path, f"x{i}", trainable=trainable)] = weight
+    try:
+        with bank.route(route or None):
+            yield
+    finally:
+        bank.detach()
+
+
+@torch.no_grad()
+def greedy(
+    base: Base, store: AdapterStore | None, prompt: list[int], entry: object = None, length: int = 16
+) -> list[int]:
+    """What transformers' generate continues a prompt with, alone."""
+    tokens = torch.tensor([prompt])
+    with alone(base, store, entry):
         out = base.model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, pad_token_id=0
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, do_sample=False, pad_token_id=0
         )
-    bank.detach()
     return out[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def logprobs(base: Base, store: AdapterStore | None, tokens: list[int], entry: object = None) -> torch.Tensor:
+    """The log-probabilities (T, V) of what follows each token, from one plain forward."""
+    with alone(base, store, entry):
+        return base.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)

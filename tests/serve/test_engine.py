@@ -26,15 +26,11 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.request import Sampling
 
-from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, prompts, until
+from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, ids, prompts, until
 
 LONG = Sampling(max_tokens=16)
 ENTRIES = [None, "a0", "a1", {"a2": 0.7, "a0": 0.3}, "a3", {"a1": -0.5}]
 Serve = Callable[..., Engine]
-
-
-def ids(tokens) -> list[int]:
-    return [token.id for token in tokens]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -154,6 +150,72 @@ def test_a_cancelled_request_frees_its_row_and_ends(serve: Serve) -> None:
     assert all(not own.pinned for own in engine.residency.residents())
 
 
+def test_a_cancelled_request_is_in_no_step_but_the_one_that_runs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = serve(max_rows=2)
+    run, late = engine._runner.run, []
+
+    def watched(batch, cache):
+        late.extend(work.request for work in batch if work.request.cancelled)
+        if gone and not gone[0].cancelled and gone[0].generated == 5:
+            stream.cancel()  # while this step runs
+        return run(batch, cache)
+
+    gone: list = []
+    monkeypatch.setattr(engine._runner, "run", watched)
+    forever = Sampling(max_tokens=200, ignore_eos=True)
+    stream, other = engine.submit([5], "a0", forever), engine.submit([6], None, forever)
+    gone.append(stream.request)
+    assert len([*stream]) == 6
+    assert late == []
+    assert len([*other]) == 200
+
+
+# ---- chance
+
+
+def test_a_seed_says_the_same_whoever_is_beside_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [5, 6, 7]
+
+    def hot(seed: int) -> Sampling:
+        return Sampling(max_tokens=12, temperature=1.2, top_p=0.95, seed=seed, ignore_eos=True, frequency_penalty=0.1)
+
+    answers = [*map(ids, serve().generate([prompt] * 3, "a1", [hot(seed) for seed in range(3)]))]  # n=3
+    assert len({*map(tuple, answers)}) == 3
+    engine = serve(max_rows=3, max_step_tokens=8, kv_cache_bytes=serve()._runner.form.token_bytes * 384)
+    others = [engine.submit(own, f"a{i % 4}", hot(i)) for i, own in enumerate(prompts(6, seed=6))]
+    streams = [engine.submit(prompt, "a1", hot(seed)) for seed in (2, 0, 1)]
+    assert [ids(stream) for stream in streams] == [answers[2], answers[0], answers[1]]
+    assert all(len([*other]) == 12 for other in others)
+
+
+def test_chance_goes_on_where_it_was_after_giving_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    hot = Sampling(max_tokens=12, temperature=1.2, seed=1, ignore_eos=True)
+    expected = ids(serve().generate([[5, 6]], "a1", hot)[0])
+    engine = serve()
+    reserve, refused = engine._loop._cache.reserve, []
+
+    def own(request, tokens: int) -> bool:
+        if request.generated == 6 and not refused:
+            refused.append(request)
+            return False
+        return reserve(request, tokens)
+
+    monkeypatch.setattr(engine._loop._cache, "reserve", own)
+    assert ids(engine.generate([[5, 6]], "a1", hot)[0]) == expected
+    assert refused
+
+
+def test_bias_and_penalties_reach_the_choice(serve: Serve, base: Base) -> None:
+    plain = ids(serve().generate([[5, 6, 7]], None, Sampling(max_tokens=20, ignore_eos=True))[0])
+    assert len({*plain}) < 20
+    banned = Sampling(max_tokens=20, ignore_eos=True, logit_bias={plain[0]: float("-inf")})
+    assert plain[0] not in ids(serve().generate([[5, 6, 7]], None, banned)[0])
+    varied = Sampling(max_tokens=20, ignore_eos=True, presence_penalty=1000.0)
+    assert len({*ids(serve().generate([[5, 6, 7]], None, varied)[0])}) == 20
+    new = ids(serve().generate([[5, 6, 7]], None, Sampling(max_tokens=20, ignore_eos=True, repetition_penalty=1e9))[0])
+    assert not {*new} & {5, 6, 7}
+
+
 # ---- failures
 
 
@@ -208,6 +270,17 @@ def test_time_runs_out(serve: Serve) -> None:
     time.sleep(0.2)
     with pytest.raises(RequestError, match=r"0\.05 s"):
         list(stream)
+
+
+def test_time_runs_out_for_those_that_wait_too(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = serve(max_rows=1, timeout=0.3)
+    run = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda *work: time.sleep(0.02) or run(*work))
+    streams = [engine.submit([5], None, Sampling(max_tokens=250, ignore_eos=True)) for _ in range(3)]
+    for stream in streams:
+        with pytest.raises(RequestError, match=r"0\.3 s"):
+            list(stream)
+    assert [stream.request.admitted > 0 for stream in streams] == [True, False, False]
 
 
 # ---- what is refused
@@ -300,17 +373,29 @@ def test_tasks_and_threads_read_streams(serve: Serve, base: Base, store: Adapter
 # ---- memory
 
 
+def views(place: int, size: int) -> int:
+    """Tensors on so many bytes at this place. The test's adapters differ in size, so none of the others' is taken."""
+    tensors = [own for own in gc.get_objects() if issubclass(type(own), torch.Tensor)]
+    storages = [own.untyped_storage() for own in tensors if own.device.type == "cpu" and own.layout == torch.strided]
+    return sum((own.data_ptr(), own.nbytes()) == (place, size) for own in storages)
+
+
 def test_adapters_give_way_and_their_memory_comes_back(serve: Serve, base: Base, store: AdapterStore) -> None:
     nbytes = max(store.find(f"a{i}").facts.nbytes for i in range(4))
     engine = serve(adapter_bytes=2 * nbytes)
     bank = engine._runner.bank
     engine.generate([[5]], "a0", LONG)
     gone = weakref.ref(bank[store.find("a0").sha256()])
+    storage = bank[store.find("a0").sha256()].flat_F32.untyped_storage()
+    place, size = storage.data_ptr(), storage.nbytes()
+    del storage
+    assert views(place, size) >= 1
     for name in ("a1", "a2", "a3"):
         assert ids(engine.generate([[5, 6]], name, LONG)[0]) == greedy(base, store, [5, 6], name)
         assert engine.residency.nbytes <= 2 * nbytes
     gc.collect()
     assert gone() is None
+    assert views(place, size) == 0  # no stack, cast or plan of the working sets holds on to its bytes
     assert engine.residency.evictions >= 2
     assert store.find("a0").sha256() not in bank
     assert ids(engine.generate([[5, 6]], "a0", LONG)[0]) == greedy(base, store, [5, 6], "a0")

@@ -1,18 +1,22 @@
 """Where adapters are: loading, giving way, the tier between, unloading by hand."""
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from loradeck import AdapterStore, Bank, Base
 from loradeck.base.twin import twin
-from loradeck.errors import AdapterError, UnknownAdapterError
+from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
+from loradeck.lora import tensorfile
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.residency import Residency
 
-from .conftest import adapter
+from .conftest import adapter, until
 
 
 @pytest.fixture
@@ -26,6 +30,39 @@ def residency(base: Base, store: AdapterStore) -> Iterator[Residency]:
 
 def sha(store: AdapterStore, spec: str) -> str:
     return store.find(spec).sha256()
+
+
+class Slow:
+    """Call it with what reads an adapter: it does so in a thread, and waits in the middle until `go`."""
+
+    def __init__(self, read: Callable[..., Any]) -> None:
+        self._read, self._begun, self._go = read, threading.Event(), threading.Event()
+        self._slow = False
+
+    def __call__(self, work: Callable[[], object]) -> threading.Thread:
+        self._slow = True
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert self._begun.wait(10)
+        return thread
+
+    def go(self) -> None:
+        self._go.set()
+
+    def read(self, *arguments: Any) -> Any:
+        if self._slow:
+            self._slow = False  # the next one is quick
+            self._begun.set()
+            assert self._go.wait(10)
+        return self._read(*arguments)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    made = Slow(tensorfile.read_body)
+    monkeypatch.setattr(tensorfile, "read_body", made.read)
+    yield made
+    made.go()
 
 
 def test_loads_and_gives_way_by_last_use(residency: Residency, store: AdapterStore) -> None:
@@ -79,26 +116,170 @@ def test_memory_keeps_what_gives_way(residency: Residency, store: AdapterStore) 
         residency.load(name)
     tiers = {name: residency.tier(sha(store, name)) for name in ("a0", "a1", "a2", "a3")}
     assert tiers == {"a0": "memory", "a1": "memory", "a2": "device", "a3": "device"}
+    key, found = residency.resolve("a0")
     store.remove("a0")  # from disk
-    key = ((residency.residents()[0].sha256, 1.0),)
-    own = residency.residents()[0]
-    assert residency.fetch([(own.sha256, own.stored)], spare=lambda _: False)
-    residency.close()
-    assert residency.ready(key)
+    assert residency.fetch([*found.items()], spare=lambda _: False)
+    assert until(lambda: residency.ready(key))
+    assert residency.nbytes <= residency.budget
+    assert sum(own.nbytes for own in residency.residents() if own.tier == "memory") <= residency.memory_budget
+
+
+def test_unloading_gives_back_what_is_kept_in_memory(residency: Residency, store: AdapterStore) -> None:
+    residency.memory_budget = store.find("a0").facts.nbytes
+    residency.load("a0")
+    gone = weakref.ref(residency.bank[sha(store, "a0")])
+    residency.load("a3")
+    residency.load("a2")
+    assert residency.tier(sha(store, "a0")) == "memory"
+    residency.unload("a0")
+    assert residency.tier(sha(store, "a0")) == "disk"
+    assert gone() is None
+
+
+def test_unloading_by_another_name_of_the_same_content(residency: Residency, store: AdapterStore) -> None:
+    store.publish("twin", store.find("a0").path)
+    residency.load("a0")
+    residency.unload("twin")
+    assert residency.residents() == []
+
+
+def test_unloading_while_it_loads(residency: Residency, store: AdapterStore, slow: "Slow") -> None:
+    loading = slow(lambda: residency.load("a0"))
+    residency.unload("a0")
+    slow.go()
+    loading.join()
+    assert residency.residents() == []
+    residency.load("a0")
+    assert residency.tier(sha(store, "a0")) == "device"
+
+
+def test_a_slow_disk_keeps_nothing_else_waiting(residency: Residency, store: AdapterStore, slow: "Slow") -> None:
+    """The loop evicts, pins and unloads while an adapter is read."""
+    for name in ("a1", "a2"):
+        residency.load(name)
+    residency.budget += store.find("a3").facts.nbytes
+    loading = slow(lambda: residency.load("a3"))
+    key, found = residency.resolve("a0")
+    done = threading.Event()
+
+    def others() -> None:
+        residency.unload("a1")
+        assert residency.fetch([*found.items()], spare=lambda _: False)
+        assert residency.pin(residency.resolve("a2")[0])
+        done.set()
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    assert done.wait(10)
+    assert residency.tier(sha(store, "a1")) == "disk"
+    assert loading.is_alive()
+    slow.go()
+    thread.join()
+    loading.join()
+    assert until(lambda: residency.ready(key))
+    assert residency.tier(sha(store, "a3")) == "device"
+
+
+def test_what_was_taken_away_cannot_be_pinned(residency: Residency) -> None:
+    residency.load("a0")
+    residency.load("a1")
+    key, _ = residency.resolve({"a0": 1.0, "a1": 1.0})
+    residency.unload("a1")
+    assert not residency.pin(key)
+    assert [own.pins for own in residency.residents()] == [0]
 
 
 def test_a_failure_is_told_and_tried_again(residency: Residency, store: AdapterStore) -> None:
     file: Path = store.find("a0").path / "adapter_model.safetensors"
     content = file.read_bytes()
-    key, found = residency.resolve("a0")
     file.write_bytes(content[:-4] + b"\xff\xff\xff\x7f")
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match="NaN or Inf"):
         residency.load("a0")
     assert residency.residents() == []
+    failures = residency.failures()
+    assert [type(error) for error in failures.values()] == [AdapterError]
+    assert residency.failures() == {}
     file.write_bytes(content)
     residency.load("a0")
-    assert residency.ready(key) or residency.ready(residency.resolve("a0")[0])
-    assert found
+    assert residency.ready(residency.resolve("a0")[0])
+
+
+def test_a_failure_is_no_news_once_it_is_tried_again(
+    residency: Residency, slow: "Slow", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a request that got its adapter at the second try would be failed for the first."""
+    with monkeypatch.context() as patched:
+        patched.setattr(residency.bank, "load", lambda *_: torch.empty(1 << 60))
+        with pytest.raises(AdapterError, match="a0@1 could not be loaded"):
+            residency.load("a0")
+    loading = slow(lambda: residency.load("a0"))
+    assert residency.failures() == {}
+    slow.go()
+    loading.join()
+    assert residency.ready(residency.resolve("a0")[0])
+
+
+def test_a_folder_that_changes_while_it_is_read_is_not_taken(
+    residency: Residency, store: AdapterStore, slow: "Slow"
+) -> None:
+    failed: list[LoradeckError] = []
+
+    def load() -> None:
+        try:
+            residency.load("a0")
+        except LoradeckError as error:
+            failed.append(error)
+
+    loading = slow(load)
+    config = store.find("a0").path / "adapter_config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    slow.go()
+    loading.join()
+    assert "changed" in str(failed[0])
+    assert residency.residents() == []
+    assert residency.bank.names() == []
+
+
+def test_a_blend_beyond_the_budget_is_refused(residency: Residency) -> None:
+    with pytest.raises(ConfigError, match="a1@1 and a2@1 and a3@1 take"):
+        residency.resolve({"a1": 0.5, "a2": 0.2, "a3": 0.3})
+
+
+def test_closing_ends_loads_and_keeps_nothing(base: Base, store: AdapterStore, slow: "Slow") -> None:
+    config = EngineConfig(adapter_bytes=2 * store.find("a3").facts.nbytes, loaders=1)
+    residency = Residency(Bank(twin(base.model)), store, config, lambda: None)
+    residency.memory_budget = 1 << 30
+    for name in ("a0", "a3", "a2"):
+        residency.load(name)
+    gone = weakref.ref(next(own.parked for own in residency.residents() if own.parked))
+    told: list[str] = []
+
+    def load(name: str) -> None:
+        try:
+            residency.load(name)
+            told.append(f"{name} there")
+        except BusyError:
+            told.append(f"{name} busy")
+
+    residency.unload("a2")
+    residency.unload("a3")
+    loading = slow(lambda: load("a1"))
+    queued = threading.Thread(target=load, args=("a2",))
+    queued.start()
+    assert until(lambda: residency._loaders._work_queue.qsize() == 1)
+    closing = threading.Thread(target=residency.close)
+    closing.start()
+    queued.join(10)
+    slow.go()
+    for thread in (loading, queued, closing):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert sorted(told) == ["a1 there", "a2 busy"]
+    assert residency.residents() == []
+    assert gone() is None
+    with pytest.raises(BusyError):
+        residency.load("a0")
+    assert residency.residents() == []
 
 
 def test_many_threads_load_one_adapter_once(residency: Residency) -> None:

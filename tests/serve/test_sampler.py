@@ -133,10 +133,49 @@ def test_a_request_whose_scores_are_no_numbers_fails_alone(scores: torch.Tensor)
     assert choices[0].token == choices[3].token == Token(int(scores.argmax()))
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45, 5e-324])
+def test_a_temperature_close_to_0_takes_the_likeliest(scores: torch.Tensor, temperature: float) -> None:
+    best = int(scores.argmax())
+    for sampling in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+        own = request(temperature=temperature, seed=1, **sampling)
+        assert choose(Sampler(frozenset()), scores, own) == [Token(best)]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"logprobs": 1}])
+def test_one_score_that_is_no_number_is_enough(scores: torch.Tensor, value: float, sampling: dict) -> None:
+    scores[7] = value
+    work = Work(request(**sampling), 3)
+    assert isinstance(Sampler(frozenset()).choose([scores[None]], [work])[0].error, RequestError)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_where_every_token_is_ruled_out_none_is_chosen(temperature: float) -> None:
+    own = request(logit_bias=dict.fromkeys(range(4), float("-inf")), temperature=temperature)
+    choice = Sampler(frozenset()).choose([torch.zeros(1, 4)], [Work(own, 3)])[0]
+    assert "every token is ruled out" in str(choice.error)
+
+
+def test_a_request_that_breaks_the_choice_fails_alone_and_chance_goes_on(scores: torch.Tensor) -> None:
+    """Chosen again one by one, the others would draw a second time from their seeds."""
+    alone, beside = Sampler(frozenset()), Sampler(frozenset())
+    hot, again = request(temperature=1.0, seed=5), request(temperature=1.0, seed=5)
+    broken = request(min_tokens=1, stop_tokens=frozenset({V + 5}))
+    expected = [choose(alone, scores, hot)[0] for _ in range(4)]
+    found = []
+    for _ in range(4):
+        choices = beside.choose([scores[None]] * 2, [Work(again, 3), Work(broken, 3)])
+        found.append(choices[0].token)
+        assert isinstance(choices[1].error, RequestError)
+    assert found == expected
+    assert len({token.id for token in expected if token}) > 1
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2},
      {"max_tokens": -1}, {"repetition_penalty": 0}, {"presence_penalty": float("inf")}, {"logit_bias": {1: float("nan")}},
+     {"logit_bias": {1: float("inf")}}, {"min_tokens": -1}, {"prompt_logprobs": -1}, {"frequency_penalty": float("nan")},
      {"logprobs": -1}],
 )  # fmt: skip
 def test_numbers_out_of_their_bounds_are_refused(wrong: dict) -> None:

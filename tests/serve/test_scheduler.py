@@ -1,10 +1,14 @@
 """Who runs next: tokens, rows, memory for adapters and for keys and values. Plain Python, no model."""
 
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.request import Key, Request, Sampling
@@ -315,3 +319,82 @@ def test_a_request_that_waits_can_be_ended() -> None:
     world.step()
     world.scheduler.end(waiting)
     assert world.run(100) == ["a"]
+
+
+class Anything(RuleBasedStateMachine):
+    """Requests come, go and are given up, adapters load when they like and are unloaded by hand, in little memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(rows=3, tokens=8, room=60, adapters=3, quantum=8, patience=0.2)
+        self.live: dict[str, Request] = {}
+        self.ended = 0
+        self.settle = self.world.adapters.settle
+        self.world.adapters.settle = lambda: None  # type: ignore[method-assign]
+
+    @rule(
+        adapters=st.sets(st.sampled_from("ABCDE"), max_size=2),
+        prompt=st.integers(1, 50),
+        answer=st.integers(1, 10),
+        tenant=st.sampled_from(["", "x"]),
+    )
+    def ask(self, adapters: set[str], prompt: int, answer: int, tenant: str) -> None:
+        name = str(self.ended + len(self.live))
+        key: Key = tuple((own, 1.0) for own in sorted(adapters))
+        own = Request(name, [0] * prompt, prompt, key, Sampling(max_tokens=answer), "", tenant, arrived=self.world.now)
+        self.world.scheduler.add(own, dict.fromkeys(adapters))  # type: ignore[arg-type]
+        self.live[name] = own
+
+    @precondition(lambda self: self.live)
+    @rule(place=st.integers(0, 100))
+    def give_up(self, place: int) -> None:
+        self.world.scheduler.end(self.live.pop([*self.live][place % len(self.live)]))
+        self.ended += 1
+
+    @rule()
+    def load(self) -> None:
+        self.settle()
+
+    @rule(adapter=st.sampled_from("ABCDE"))
+    def unload(self, adapter: str) -> None:
+        if self.world.adapters.here.get(adapter) == 0:
+            del self.world.adapters.here[adapter]
+
+    @rule(count=st.integers(1, 8))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            done = len(self.world.done)
+            self.world.step(0.05)
+            for name in self.world.done[done:]:
+                self.live.pop(name)
+                self.ended += 1
+
+    @invariant()
+    def nobody_is_lost(self) -> None:
+        scheduler = self.world.scheduler
+        assert {*scheduler.waiting, *scheduler.running} == {*self.live.values()}
+        assert len(scheduler.waiting) + len(scheduler.running) == len(self.live)
+        assert len(scheduler.running) <= scheduler.config.max_rows
+        assert {*scheduler._found} == {*self.live.values()}
+
+    @invariant()
+    def memory_is_kept_for_those_that_run(self) -> None:
+        running = self.world.scheduler.running
+        assert {*self.world.rows.taken} == {*running}
+        pins = Counter(own for request in running for own, _ in request.key)
+        assert {own: count for own, count in self.world.adapters.here.items() if count} == dict(pins)
+        assert len(self.world.adapters.here) + len(self.world.adapters.coming) <= self.world.adapters.room
+
+    def teardown(self) -> None:
+        """All come to their end, and nothing is left of them."""
+        self.world.adapters.settle = self.settle  # type: ignore[method-assign]
+        for _ in range(40 * (1 + len(self.live))):
+            self.world.step(0.05)
+        assert {*self.world.done} >= {*self.live}
+        waiting = self.world.scheduler.waiting
+        assert (len(waiting), waiting._members, waiting._tenants, waiting._credits._left) == (0, {}, {}, {})
+        assert set(self.world.adapters.here.values()) <= {0}
+
+
+TestAnything = Anything.TestCase
+TestAnything.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -143,17 +143,18 @@ class Bank:
             name = folder.resolve().name if name is None else name
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, or a loop of links
             raise AdapterError(f"{str(folder)!r} is no folder: {error}") from None
+        self._check_new(name)
+        listing = read_folder(folder)
+        fit.check_base(self.model, listing, any_base=any_base)
+        with self._lock:
+            self._fit(listing.sites, str(folder))
+        # Read without the lock: the disk may be slow, and others unload in the meantime.
+        adapter = Adapter.from_listing(listing, trainable=trainable, check_copy=partial(fit.copy_problem, self.model))
+        if trainable:
+            fresh.prepare(adapter, generator=None)
         with self._lock:
             self._check_new(name)
-            listing = read_folder(folder)
-            fit.check_base(self.model, listing, any_base=any_base)
-            forms = self._fit(listing.sites, str(folder))
-            adapter = Adapter.from_listing(
-                listing, trainable=trainable, check_copy=partial(fit.copy_problem, self.model)
-            )
-            if trainable:
-                fresh.prepare(adapter, generator=None)
-            self._take(name, adapter, forms)
+            self._take(name, adapter, self._fit(listing.sites, str(folder)))
         return name
 
     def save(self, name: str, folder: str | Path, **provenance: str) -> Path:

@@ -56,13 +56,14 @@ class Cache:
         while capacity < tokens:
             capacity *= 2
         pool = self._pools.get(capacity) or Pool(self.form, capacity)
-        leaves = known[0].row_bytes if known is not None and len(known[0].owners) == 1 else 0
-        needed = (pool.next_rows() - pool.rows) * pool.row_bytes - leaves
-        if self.row_bytes + needed > self.budget:
+        leaves = known[0].rows * known[0].row_bytes if known is not None and len(known[0].owners) == 1 else 0
+        room = self.budget - self.row_bytes + leaves
+        rows = pool.next_rows(room // pool.row_bytes)
+        if rows == len(pool.owners):
             return False
-        self.prefixes.shrink(self.budget - self.row_bytes - needed)
+        self.prefixes.shrink(room - (rows - pool.rows) * pool.row_bytes)
         self._pools[capacity] = pool
-        row = pool.add(request)
+        row = pool.add(request, rows)
         if known is not None:
             pool.write(row, 0, known[0].read(known[1], 0, request.computed))
             self._leave(*known)
@@ -87,6 +88,12 @@ class Cache:
             self.budget - self.row_bytes,
         )
 
+    def clear(self) -> None:
+        """Give all memory back."""
+        self.prefixes.shrink(0)
+        self._places.clear()
+        self._pools.clear()
+
     def _recall(self, request: Request) -> None:
         if request.sampling.prompt_logprobs is not None:
             return  # they come from computing the prompt
@@ -95,7 +102,8 @@ class Cache:
         for index, block in enumerate(blocks):
             pool.write(row, index * BLOCK, block.parts)
         request.computed = len(blocks) * BLOCK
-        request.cached = min(request.computed, request.prompt_length)
+        if not request.admitted:  # else it gave way, and may find what it left itself
+            request.cached = request.computed
 
     def _leave(self, pool: Pool[Request], row: int) -> None:
         pool.remove(row, pool.owners[-1].computed)

@@ -5,7 +5,7 @@ Any thread hands requests in and reads their streams; one thread computes (`serv
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from threading import Lock
 from types import TracebackType
 from typing import Self
@@ -67,7 +67,7 @@ class Engine:
         self._loop = Loop(
             self._runner,
             cache,
-            Sampler(stop_ids(base.tokenizer, base.model.generation_config)),
+            Sampler(self._known(stop_ids(base.tokenizer, base.model.generation_config))),
             Scheduler(self.config, cache, self.residency),
             self.residency,
             longest=self._longest,
@@ -188,11 +188,16 @@ class Engine:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
+    def _known(self, tokens: Iterable[int]) -> frozenset[int]:
+        """Return those of these tokens that the base has scores for; some tokenizers have more."""
+        return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
+
     def _check(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        known = self._runner.vocabulary
-        strange = [token for token in [*tokens, *sampling.logit_bias] if not 0 <= token < known]
+        asked = [*tokens, *sampling.logit_bias, *sampling.stop_tokens]
+        strange = {*asked} - self._known(asked)
         if strange:
-            raise ConfigError(f"{strange[0]} is no token of the base, which has {known}", mend="Give token ids.")
+            known = self._runner.vocabulary
+            raise ConfigError(f"{min(strange)} is no token of the base, which has {known}", mend="Give token ids.")
         if not tokens:
             raise ConfigError("the prompt is empty", mend="Give at least one token to go on from.")
         if len(tokens) + min(sampling.max_tokens, 1) > self._longest:

@@ -69,6 +69,8 @@ class Loop:
     def add(self, stream: Stream, found: dict[str, Stored]) -> None:
         """Take a request in; `found` are its adapters on disk."""
         self._arriving.append((stream, found))
+        if self.failed:  # perhaps just now, too late for the thread to see this one
+            self._give_up()
         self.wake()
 
     @property
@@ -94,23 +96,32 @@ class Loop:
             log.exception("the engine has failed")
             self.failed = True
         finally:
-            finish: Finish = "failed" if self.failed else "cancelled"
-            for stream in self.live:
-                stream.end(finish, RequestError("the engine has failed") if self.failed else None)
-            self._streams.clear()
-            self._arriving.clear()
+            self._give_up()
+            self._cache.clear()
+
+    def _give_up(self) -> None:
+        finish: Finish = "failed" if self.failed else "cancelled"
+        for stream in self.live:
+            stream.end(finish, RequestError("the engine has failed") if self.failed else None)
+        self._streams.clear()
+        self._arriving.clear()
 
     def _step(self) -> bool:
         """Compute one step, and say whether there was anything to compute."""
-        batch = self._scheduler.next(time.monotonic())
+        now = time.monotonic()
+        batch = self._scheduler.next(now)
         if not batch:
             return False
+        if self._observer:
+            for work in batch:
+                if work.request.admitted == now:
+                    self._observer.admitted(work.request)
         try:
             scores = self._runner.run(batch, self._cache)
             choices = self._sampler.choose(scores, batch)
         except Exception as error:
             if len(batch) == 1:
-                choices = [Choice(error=_told(error))]
+                choices = [Choice.failed(error)]
             else:
                 log.warning("a step of %d requests failed, each is computed alone: %s", len(batch), error)
                 choices = [self._alone(work) for work in batch]
@@ -126,17 +137,15 @@ class Loop:
         try:
             return self._sampler.choose(self._runner.run([work], self._cache), [work])[0]
         except Exception as error:
-            return Choice(error=_told(error))
+            return Choice.failed(error)
 
     def _accept(self, work: Work, choice: Choice) -> None:
         """Add what was computed to a request, and end it where it ends."""
         request, stream = work.request, self._streams[work.request]
-        before = request.computed - (0 if choice.error else work.count)
-        if self._observer and before == request.cached and not request.generated:
-            self._observer.admitted(request)
         if choice.error is not None:
             return self._end(stream, "failed", choice.error)
         if choice.prompt:
+            before = request.computed - work.count
             at = before + 1 if before else 0
             stream.prompt[at : at + len(choice.prompt)] = choice.prompt
         if request.pending:
@@ -162,9 +171,11 @@ class Loop:
     def _receive(self) -> None:
         """Take in what has come, and let go what nobody waits for, waited too long, or has no adapter."""
         while self._arriving:
-            stream, found = self._arriving.popleft()
-            self._streams[stream.request] = stream
+            stream, found = self._arriving[0]
+            self._streams[stream.request] = stream  # before it leaves the other: it is always in one of them
+            self._arriving.popleft()
             self._scheduler.add(stream.request, found)
+        failures = self._residency.failures()
         now = time.monotonic()
         for stream in [*self._streams.values()]:
             request = stream.request
@@ -172,9 +183,8 @@ class Loop:
                 self._end(stream, stream.given_up)
             elif now - request.arrived > self._scheduler.config.timeout:
                 self._end(stream, "failed", RequestError(f"not done within {self._scheduler.config.timeout:g} s"))
-            elif not request.admitted and (error := self._residency.failed(request.key)) is not None:
-                self._end(stream, "failed", error)
-        self._residency.forgive()
+            elif failed := [failures[own] for own, _ in request.key if own in failures]:
+                self._end(stream, "failed", failed[0])
 
     def _end(self, stream: Stream, finish: Finish, error: LoradeckError | None = None) -> None:
         request = stream.request
@@ -185,9 +195,3 @@ class Loop:
         if self._observer:
             self._observer.finished(request, finish)
         stream.end(finish, error if finish == "failed" else None)
-
-
-def _told(error: Exception) -> LoradeckError:
-    if isinstance(error, LoradeckError):
-        return error
-    return RequestError(f"the request could not be computed: {str(error).partition(chr(10))[0]}")

@@ -84,13 +84,13 @@ class Pool(Generic[Owner]):
         shape, place = self.form.places[index]
         return self._tensors[2 * shape][place], self._tensors[2 * shape + 1][place]
 
-    def next_rows(self) -> int:
-        """Return how many rows there would be memory for with one more owner."""
-        return self.rows if len(self.owners) < self.rows else self.rows + max(1, self.rows // 2)
+    def next_rows(self, most: int) -> int:
+        """Return how many rows there is to be memory for with one more owner, at most so many more than now."""
+        return self.rows if len(self.owners) < self.rows else self.rows + min(max(1, self.rows // 2), most)
 
-    def add(self, owner: Owner) -> int:
-        """Take a row, and return its number."""
-        self._resize(self.next_rows())
+    def add(self, owner: Owner, rows: int) -> int:
+        """Take a row, with memory for so many rows, and return its number."""
+        self._resize(rows)
         self.owners.append(owner)
         return len(self.owners) - 1
 

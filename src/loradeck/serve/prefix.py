@@ -68,15 +68,16 @@ class Prefixes:
             block = self._blocks.get(here)
             if block is None:
                 views = read(index * BLOCK, (index + 1) * BLOCK)
-                self.shrink(room - sum(view.nbytes for view in views))
-                if self.nbytes + sum(view.nbytes for view in views) > room or (path and path[-1] not in self._blocks):
-                    break
+                nbytes = sum(view.nbytes for view in views)
+                if (index + 1) * nbytes > room:
+                    break  # its end would drive out its beginning
+                self.shrink(room - nbytes)
                 block = self._blocks[here] = Block(next(self._numbers), tuple(view.clone() for view in views))
                 self.nbytes += block.nbytes
             self._blocks.move_to_end(here)
             path.append(here)
             before = block.number
-        self._used([place for place in path if place in self._blocks])
+        self._used(path)
 
     def shrink(self, most: int) -> None:
         """Drop blocks until they take `most` bytes."""

@@ -57,7 +57,7 @@ class Sampling:
             "presence_penalty": math.isfinite(self.presence_penalty),
             "frequency_penalty": math.isfinite(self.frequency_penalty),
             "repetition_penalty": 0 < self.repetition_penalty < math.inf,
-            "logit_bias": not any(map(math.isnan, self.logit_bias.values())),
+            "logit_bias": all(bias < math.inf for bias in self.logit_bias.values()),
             "logprobs": self.logprobs is None or self.logprobs >= 0,
             "prompt_logprobs": self.prompt_logprobs is None or self.prompt_logprobs >= 0,
         }

@@ -6,53 +6,19 @@ one are not concerned. Knows a store and a bank; knows no requests.
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from threading import RLock
-from typing import Literal
 
-from loradeck.errors import AdapterError, ConfigError, LoradeckError, UnknownAdapterError
-from loradeck.lora.adapter import Adapter
+from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry, weights_of
 from loradeck.serve import openmp
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.request import Key
+from loradeck.serve.resident import Resident, Tier
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
-
-Tier = Literal["device", "memory", "disk"]
-
-
-@dataclass(eq=False)
-class Resident:
-    """An adapter that takes memory, or is about to."""
-
-    stored: Stored
-    """By which version it was last asked for."""
-    sha256: str
-    tier: Tier
-    last_used: float
-    """In seconds since 1970."""
-    pins: int = 0
-    """Running requests that use it."""
-    doomed: bool = False
-    """To be given up as soon as nothing uses it."""
-    parked: Adapter | None = None
-    """Its tensors, in the tier memory."""
-    loading: "Future[LoradeckError | None] | None" = None
-
-    @property
-    def spec(self) -> str:
-        return self.stored.spec
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.facts.nbytes
-
-    @property
-    def pinned(self) -> bool:
-        return self.pins > 0
 
 
 class Residency:
@@ -72,6 +38,7 @@ class Residency:
         self._lock = RLock()
         self._known: dict[str, Resident] = {}
         self._failed: dict[str, LoradeckError] = {}
+        self._closed = False
         self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load", openmp.alone)
 
     # ---- what is where
@@ -123,7 +90,7 @@ class Residency:
     def ready(self, key: Key) -> bool:
         """Say whether all of a key's adapters are on the device."""
         with self._lock:
-            return all(self._is_ready(sha256) for sha256, _ in key)
+            return all(sha256 in self._known and self._known[sha256].ready for sha256, _ in key)
 
     def fetch(self, found: Collection[tuple[str, Stored]], *, spare: Callable[[str], bool]) -> bool:
         """Begin to load those of these adapters that are not on the device, and say whether there is room for them.
@@ -132,38 +99,37 @@ class Residency:
         """
         with self._lock:
             missing = [(sha256, stored) for sha256, stored in found if not self._is_coming(sha256)]
+            if not missing:
+                return True
             wanted = {sha256 for sha256, _ in found}
             needed = sum(stored.facts.nbytes for _, stored in missing) - (self.budget - self.nbytes)
             leaving = []
             for own in sorted(self._known.values(), key=lambda own: own.last_used):
                 if needed <= 0:
                     break
-                if self._can_leave(own) and own.sha256 not in wanted and not spare(own.sha256):
+                if own.idle and own.sha256 not in wanted and not spare(own.sha256):
                     leaving.append(own)
                     needed -= own.nbytes
-            if missing and needed > 0:
+            if needed > 0:
                 return False
             for own in leaving:
-                self._evict(own)
+                self._evict(own, coming=wanted)
             for sha256, stored in missing:
                 self._begin(sha256, stored)
             return True
 
-    def failed(self, key: Key) -> LoradeckError | None:
-        """Return why one of a key's adapters could not be loaded; it is tried again for the next that asks."""
+    def failures(self) -> dict[str, LoradeckError]:
+        """Return why adapters could not be loaded, once; they are tried again for the next that asks."""
         with self._lock:
-            return next((self._failed[sha256] for sha256, _ in key if sha256 in self._failed), None)
-
-    def forgive(self) -> None:
-        """Forget the failures that were told."""
-        with self._lock:
+            failed = self._failed.copy()
             self._failed.clear()
+            return failed
 
     def pin(self, key: Key) -> bool:
-        """Keep a key's adapters on the device until they are unpinned as often; say whether they are there."""
+        """Keep a key's adapters on the device until they are unpinned as often, if all are there, and say so."""
         with self._lock:
             if not self.ready(key):
-                return False  # unloaded by hand just now
+                return False
             for sha256, _ in key:
                 self._known[sha256].pins += 1
                 self._known[sha256].last_used = time.time()
@@ -176,7 +142,7 @@ class Residency:
                 own = self._known[sha256]
                 own.pins -= 1
                 own.last_used = time.time()
-                if own.doomed and not own.pins:
+                if own.doomed and own.idle:
                     self._drop(own)
 
     # ---- by hand
@@ -187,30 +153,45 @@ class Residency:
         Raises:
             UnknownAdapterError, AdapterError, ConfigError: as `resolve`; AdapterError also where all adapters on the
                 device are in use and leave no room.
+            BusyError: the engine is about to end.
         """
         _, found = self.resolve(spec)
         with self._lock:
+            if self._closed:
+                raise _ending()
             for sha256 in found:
                 if sha256 in self._known:
                     self._known[sha256].doomed = False
             if not self.fetch([*found.items()], spare=lambda _: False):
                 raise AdapterError(f"there is no room for {spec} while others are in use", mend="Raise adapter_bytes.")
             loading = [self._known[sha256].loading for sha256 in found]
-        for error in [future.result() for future in loading if future is not None]:
-            if error is not None:
-                raise error
+        try:
+            errors = [future.result() for future in loading if future is not None]
+        except CancelledError:
+            raise _ending() from None
+        for error in filter(None, errors):
+            raise error
 
     def unload(self, name: str) -> None:
         """Give back the memory of an adapter, in all versions, once no running request uses it."""
+        latest = ""  # it may have been loaded by another name
+        with suppress(LoradeckError):
+            latest = self._find(name).sha256()
         with self._lock:
-            for own in [own for own in self._known.values() if own.stored.name == name]:
+            for own in [own for own in self._known.values() if own.stored.name == name or own.sha256 == latest]:
                 own.doomed = True
-                if self._can_leave(own):
+                if own.tier == "memory":
+                    self._known.pop(own.sha256)
+                elif own.idle:
                     self._drop(own)
 
     def close(self) -> None:
-        """Stop loading."""
+        """Stop loading, and keep nothing."""
+        with self._lock:
+            self._closed = True
         self._loaders.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._known.clear()
 
     # ---- moving
 
@@ -219,21 +200,14 @@ class Residency:
             raise UnknownAdapterError(f"no adapter is named {spec!r}", mend="Give the engine a store of adapters.")
         return self.store.find(spec)
 
-    def _is_ready(self, sha256: str) -> bool:
-        own = self._known.get(sha256)
-        return own is not None and own.tier == "device" and own.loading is None
-
     def _is_coming(self, sha256: str) -> bool:
         own = self._known.get(sha256)
         return own is not None and own.tier == "device"
 
-    @staticmethod
-    def _can_leave(own: Resident) -> bool:
-        return own.tier == "device" and not own.pins and own.loading is None
-
     def _begin(self, sha256: str, stored: Stored) -> None:
         own = self._known.setdefault(sha256, Resident(stored, sha256, "device", time.time()))
         own.stored, own.tier, own.doomed = stored, "device", False
+        self._failed.pop(sha256, None)  # it is no news any more
         own.loading = self._loaders.submit(self._load, own)
 
     def _load(self, own: Resident) -> LoradeckError | None:
@@ -259,13 +233,13 @@ class Residency:
                 self.loads += 1
                 self.load_seconds += time.perf_counter() - begun
                 own.loading = None
-                if own.doomed and not own.pins:
+                if own.doomed:
                     self._drop(own)
         self._wake()
         return failure
 
-    def _evict(self, own: Resident) -> None:
-        """Take an adapter off the device; it stays in memory if there is room for it."""
+    def _evict(self, own: Resident, *, coming: Collection[str]) -> None:
+        """Take an adapter off the device; it stays in memory if there is room beside those that are not `coming`."""
         self.evictions += 1
         adapter = self.bank[own.sha256]
         self._drop(own)
@@ -274,7 +248,7 @@ class Residency:
         own.parked = adapter.to("cpu")
         own.tier = "memory"
         self._known[own.sha256] = own
-        self._trim(other for other in self._known.values() if other.tier == "memory")
+        self._trim(other for other in self._known.values() if other.tier == "memory" and other.sha256 not in coming)
 
     def _trim(self, parked: Iterable[Resident]) -> None:
         there = sorted(parked, key=lambda own: own.last_used)
@@ -289,6 +263,10 @@ class Residency:
         self.bank.unload(own.sha256)
         self._known.pop(own.sha256)
         own.doomed = False
+
+
+def _ending() -> BusyError:
+    return BusyError("the engine is about to end", retry_after=1)
 
 
 def _told(own: Resident, error: Exception) -> LoradeckError:

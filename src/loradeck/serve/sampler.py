@@ -19,6 +19,7 @@ from loradeck.errors import LoradeckError, RequestError
 from loradeck.serve.request import Request, Sampling, Token, Work
 
 CANDIDATES = 1024  # of the likeliest tokens top_p looks at, before it looks at all
+COLD = 1e-5  # a temperature below is 0: scores divided by it may overflow, and only ties would come out otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,13 @@ class Choice:
     token: Token | None = None
     """The next token; None where the prompt goes on."""
     error: LoradeckError | None = None
+
+    @classmethod
+    def failed(cls, error: Exception) -> "Choice":
+        """Make one of what went wrong."""
+        if isinstance(error, LoradeckError):
+            return cls(error=error)
+        return cls(error=RequestError(f"the request could not be computed: {str(error).partition(chr(10))[0]}"))
 
 
 @dataclass(eq=False)
@@ -54,14 +62,13 @@ class Sampler:
                 token = None
                 if index in greedy:
                     value, token_id = best[greedy[index]]
-                    if value != value:
-                        raise _undefined()
+                    _check(value)
                     token = Token(token_id, ends=self._ends(work.request, token_id))
                 elif work.ends and work.request.sampling.max_tokens:
                     token = self._next(scores[index][-1].float(), work.request)
                 choices.append(Choice(prompt, token))
-            except LoradeckError as error:
-                choices.append(Choice(error=error))
+            except Exception as error:  # of this request: the others have drawn, and are not to draw again
+                choices.append(Choice.failed(error))
         return choices
 
     def forget(self, request: Request) -> None:
@@ -71,10 +78,12 @@ class Sampler:
     def _next(self, scores: Tensor, request: Request) -> Token:
         """Choose one token from scores (V,)."""
         sampling = request.sampling
-        if bool(scores.max().isnan()):
-            raise _undefined()
+        _check(float(scores.max()))
         own = self._adjusted(scores, request)
-        token = int(own.argmax()) if sampling.temperature == 0 else self._drawn(own, request)
+        best, likeliest = own.max(-1)
+        if float(best) == -math.inf:
+            raise RequestError("every token is ruled out", mend="Ask with a smaller logit_bias.")
+        token = int(likeliest) if sampling.temperature < COLD else self._drawn(own, request)
         ends = self._ends(request, token)
         if sampling.logprobs is None:
             return Token(token, ends=ends)
@@ -137,8 +146,7 @@ class Sampler:
         if not follow:
             return first
         logprobs = scores[: len(follow)].float().log_softmax(-1)
-        if bool(logprobs.max().isnan()):
-            raise _undefined()
+        _check(float(logprobs.max()))
         own = logprobs.gather(1, torch.tensor(follow, device=scores.device)[:, None])[:, 0].tolist()
         return first + tuple(
             Token(token, value, _likeliest(row, asked)) for token, value, row in zip(follow, own, logprobs, strict=True)
@@ -185,5 +193,8 @@ def _cut(best: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
     return best.masked_fill(out, float("-inf"))
 
 
-def _undefined() -> RequestError:
-    return RequestError("the model's scores are not numbers", mend="Ask without the adapter, or with a lower scale.")
+def _check(best: float) -> None:
+    """Refuse scores the highest of which is no number: NaN, or beyond what the dtype can say."""
+    if not math.isfinite(best):
+        mend = "Ask without the adapter, or with a lower scale."
+        raise RequestError("the model's scores are not numbers", mend=mend)

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from threading import Condition
 
 from loradeck.errors import LoradeckError
@@ -95,7 +96,7 @@ class Stream(AsyncIterator[Token], Iterator[Token]):
         if self._waiter is not None:
             loop, waiter = self._waiter
             self._waiter = None
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # its loop was closed: nobody waits
                 loop.call_soon_threadsafe(_done, waiter)
 
 
