@@ -69,7 +69,7 @@ def test_every_bad_line_is_in_one_error(tmp_path: Path, tiny_tokenizer: PreTrain
     assert caught.value.problems == (
         "train.jsonl:2: $.text: Expected `str`, got `int`",
         "train.jsonl:4: $: Input data was truncated",
-        "train.jsonl:5: $: nothing to learn is left within max_length, 20 tokens",
+        "train.jsonl:5: $: nothing to learn is left within max_length, 20 tokens; raise it",
         "valid.jsonl:1: $.messages[0].role: is 'robot', not one of system, user, assistant, tool",
         "test: is empty",
     )

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from loradeck.cli.imports import heavy
 from loradeck.cli.options import Dtype
 from loradeck.cli.screen import shown, size
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
-from loradeck.train.recipe import JobRecipe, RunRecipe, base_place, place, read_recipe
+from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, base_place, place, read_recipe
 from loradeck.train.writers import Kind
 
 if TYPE_CHECKING:
@@ -111,11 +112,12 @@ def carry_out(
     """Train what a recipe says into a folder; return the run, which has no event yet after a dry one."""
     from rich.console import Console
 
-    from loradeck.base.load import Base
-    from loradeck.train.plan import plan
-    from loradeck.train.progress import progress, table
-    from loradeck.train.run import Run
-    from loradeck.train.writers import metric_writer
+    with heavy():
+        from loradeck.base.load import Base
+        from loradeck.train.plan import plan
+        from loradeck.train.progress import progress, table
+        from loradeck.train.run import Run
+        from loradeck.train.writers import metric_writer
 
     console = Console()
     base = Base.load(recipe.base, dtype=recipe.dtype)
@@ -192,12 +194,14 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     import tempfile
 
     from loradeck.cli.summary import is_adapter
-    from loradeck.train.run import check_unused
 
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file", mend="Name a folder.")
     if not overwrite:
-        check_unused(folder)
+        if (folder / RUN_FILE).exists():
+            raise TrainingError(
+                f"{folder} holds a run", mend="Go on with it: --resume. Begin anew in its place: --overwrite."
+            )
         if folder.is_dir() and is_adapter(folder):
             raise AdapterError(f"{folder} holds an adapter", mend="Name another folder, or pass --overwrite.")
     place = next(parent for parent in folder.resolve().parents if parent.exists())
@@ -214,11 +218,9 @@ def read_run(folder: Path, *, sweep: bool) -> RunRecipe:
         TrainingError: there is none, or another verb goes on with it.
         ConfigError: as read_recipe.
     """
-    from loradeck.train.run import RECIPE as FILE
-
-    if not (folder / FILE).exists():
+    if not (folder / RUN_FILE).exists():
         raise TrainingError(f"{folder} holds no run", mend="Begin one: loradeck train BASE DATASET -o FOLDER.")
-    stored = read_recipe(folder / FILE)
+    stored = read_recipe(folder / RUN_FILE)
     if stored.sweep != sweep:
         verb, kind = ("sweep", "a sweep") if stored.sweep else ("train", "no sweep")
         go_on = shlex.join(["loradeck", verb, "--output", str(folder), "--resume"])

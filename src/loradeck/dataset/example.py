@@ -43,7 +43,7 @@ class Example:
     def _cut(cls, tokens: list[int], labels: list[int], max_length: int) -> Self:
         example = cls(tokens[:max_length], labels[:max_length], truncated=len(tokens) > max_length)
         if not example.supervised:
-            raise DataError(f"$: nothing to learn is left within max_length, {max_length} tokens")
+            raise DataError(f"$: nothing to learn is left within max_length, {max_length} tokens; raise it")
         return example
 
     @property

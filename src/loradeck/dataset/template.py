@@ -92,7 +92,7 @@ def _check(where: str, message: Message, answer: str) -> None:
     if not kept:
         parts = [("content", content.strip()), ("reasoning", reasoning.strip()), ("tool calls", names)]
         its = " and ".join(name for name, part in parts if part)
-        raise DataError(f"{where}: the chat template drops or rewrites its {its}")
+        raise DataError(f"{where}: the chat template drops or rewrites its {its}; leave them out, or take another base")
 
 
 def _in_order(pieces: Sequence[str], text: str) -> bool:

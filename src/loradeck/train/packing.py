@@ -63,12 +63,13 @@ def packable(model: PreTrainedModel) -> bool:
     if not set(getattr(config, "layer_types", None) or KINDS) <= KINDS:
         return False
     chance = torch.Generator().manual_seed(0)
-    parts = [torch.randint(config.vocab_size, (1, n), generator=chance).to(model.device) for n in (5, 4)]
+    tokens = torch.randint(config.vocab_size, (2, 5), generator=chance).to(model.device)
+    lengths = [tokens.shape[1]] * 2
     try:
-        alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in parts], dim=1)
-        positions = torch.cat([torch.arange(part.shape[1], device=model.device) for part in parts])[None]
-        with documents(model, [part.shape[1] for part in parts]):
-            packed = model(input_ids=torch.cat(parts, dim=1), position_ids=positions, use_cache=False).logits
+        alone = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+        with documents(model, lengths):
+            places = positions(lengths).to(model.device)
+            packed = model(input_ids=tokens.reshape(1, -1), position_ids=places, use_cache=False).logits[0]
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
     rounding = 1e-4 if alone.dtype == torch.float32 else 5e-2

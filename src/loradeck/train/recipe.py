@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 MEND = "See docs/training.md for the keys of a run file."
 JOBS = 1000
+RUN_FILE = "run.toml"  # in a run's folder
 
 
 @dataclass(frozen=True, kw_only=True)

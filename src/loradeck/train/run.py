@@ -22,18 +22,17 @@ from loradeck.base.text import chat_template_hash
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
 from loradeck.dataset.read import Dataset, held_out, read_dataset
 from loradeck.disk import write_file
-from loradeck.errors import TrainingError
 from loradeck.lora.bank import Bank
 from loradeck.train import checkpoint, events
 from loradeck.train.events import AnyEvent, End, Listener, Sample
 from loradeck.train.history import METRICS, Track, read_history
 from loradeck.train.job import Job
 from loradeck.train.mode import evaluation
-from loradeck.train.recipe import JobRecipe, RunRecipe
+from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe
 from loradeck.train.report import training_section
 from loradeck.train.trainer import Trainer
 
-RECIPE, SAMPLES, CHECKPOINTS = "run.toml", "samples.jsonl", "checkpoints"
+SAMPLES, CHECKPOINTS = "samples.jsonl", "checkpoints"
 
 # Adapters' names and prompts' tokens, one of each per row -> their answers.
 Answer: TypeAlias = Callable[[Sequence[str], Sequence[list[int]]], list[str]]
@@ -106,7 +105,7 @@ class Run:
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         for name in (METRICS, SAMPLES):
             write_file(self.folder / name, b"")
-        write_file(self.folder / RECIPE, self.recipe.toml().encode())
+        write_file(self.folder / RUN_FILE, self.recipe.toml().encode())
 
     def resume(self) -> int:
         """Go back to the newest checkpoint, or to the start where there is none yet; return the passes it had made.
@@ -215,18 +214,6 @@ class Run:
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def check_unused(folder: Path) -> None:
-    """Refuse a folder that holds a run.
-
-    Raises:
-        TrainingError: it does.
-    """
-    if (folder / RECIPE).exists():
-        raise TrainingError(
-            f"{folder} holds a run", mend="Go on with it: --resume. Begin anew in its place: --overwrite."
-        )
 
 
 def _split(job: JobRecipe, read: Callable[[str, int], Dataset]) -> Split:
