@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFas
 from loradeck.base.text import Detokenizer, chat_template_hash, decode, encode, pad_left, stop_ids
 from loradeck.errors import ConfigError
 
+TEXTS = st.text().filter(lambda text: not text.endswith("\ufffd"))  # at its end that means half a character
 TEXT = "naïve café, 日本語, 👩‍🚀 and ä̈"
 
 
@@ -89,7 +90,7 @@ def test_pieces_break_no_character(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     assert set(pieces) - {""} == set(TEXT)
 
 
-@given(text=st.text())
+@given(text=TEXTS)
 def test_decode_is_the_inverse(tiny_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert decode(tiny_tokenizer, ids_of(tiny_tokenizer, text)) == text
 
@@ -107,7 +108,7 @@ def test_no_tokens_are_too_strange_to_be_text(spaced_tokenizer: PreTrainedTokeni
     assert decode(spaced_tokenizer, ids) == whole or "\ufffd" in whole
 
 
-@given(text=st.text())
+@given(text=TEXTS)
 def test_decode_is_the_inverse_where_words_begin_with_their_space(
     spaced_tokenizer: PreTrainedTokenizerFast, text: str
 ) -> None:

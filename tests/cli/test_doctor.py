@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loradeck.base import packed, quantised
 from loradeck.cli import doctor
 
 
@@ -21,6 +22,13 @@ def test_it_says_what_is_here(run: Callable, monkeypatch: pytest.MonkeyPatch, tm
     assert facts["cpu"].startswith(f"{torch.get_num_threads()} threads")
     assert facts["cache"].endswith("cache, 1.5 kB")
     assert json.loads(run("doctor", "--json").out) == {"sound": True, **facts}
+
+
+def test_it_says_which_kernels_there_are(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "packing", lambda dtype: "is slower here" if dtype == torch.float32 else "")
+    monkeypatch.setattr(quantised, "int8_product", lambda: "")
+    facts = json.loads(run("doctor", "--json").out)
+    assert facts["kernels"] == "packed float32 is slower here; packed bfloat16; int8"
 
 
 def test_a_broken_torch_is_one_line_of_it(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

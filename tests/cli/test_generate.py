@@ -1,10 +1,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from loradeck.base.load import Base
+from loradeck.base.prepared import CHOICES
+from loradeck.cli.options import Weights
 from loradeck.generation import generate
 from loradeck.lora.bank import Bank
 
@@ -37,6 +40,17 @@ def test_one_answer_is_printed_bare(run: Callable, tiny_folder: Path) -> None:
     assert run("generate", tiny_folder, "Hello", "--max-new-tokens", 4, "--temperature", 1, "--seed", 3).out == ran.out
 
 
+def test_weights_are_kept_as_asked(run: Callable, tiny_folder: Path) -> None:
+    said = {}
+    for weights in CHOICES:
+        base = Base.load(tiny_folder, dtype="float32", device="cpu", weights=weights)
+        (said[weights],) = generate(base, None, ["Hello"], max_new_tokens=20)
+        flags = ["--weights", weights, "--dtype", "float32", "--max-new-tokens", 20, "--json"]
+        assert json.loads(run("generate", tiny_folder, "Hello", *flags).out)[0]["answer"] == said[weights]
+    assert said["int8"] != said["plain"]  # else the flag would not show
+    assert get_args(get_args(Weights)[0]) == CHOICES
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -45,6 +59,7 @@ def test_one_answer_is_printed_bare(run: Callable, tiny_folder: Path) -> None:
         (["-a", "x*y"], "is no blend"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--dtype", "int8"], "Choose from"),
+        (["--weights", "int4"], "Choose from"),
     ],
 )
 def test_what_cannot_be_is_refused(run: Callable, tiny_folder: Path, flags: list[str], said: str) -> None:

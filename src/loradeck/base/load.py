@@ -3,7 +3,6 @@
 Everything comes from strangers: weights only from safetensors or GGUF, no code of the model's own, no key missing.
 """
 
-import hashlib
 import io
 import logging
 import os
@@ -26,7 +25,9 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from loradeck.base import SMOLLM2
+from loradeck.base.digest import Digests, sha256
 from loradeck.base.fingerprint import fingerprint
+from loradeck.base.prepared import Weights, prepare
 from loradeck.disk import new_folder
 from loradeck.errors import BaseModelError, ConfigError
 
@@ -58,6 +59,7 @@ class Base:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        weights: Weights = "plain",
     ) -> "Base":
         """Load a decoder-only language model with its tokenizer, frozen and in eval mode.
 
@@ -65,10 +67,12 @@ class Base:
         user's cache folder, or in `$LORADECK_CACHE`), or `smollm2-135m`.
         `dtype` is float32, bfloat16 or float16; `auto` is bfloat16 where the device computes in it, else float32.
         `device` is the accelerator by default, and the CPU where there is none.
+        `weights` are `plain`, `packed` for the CPU's fastest kernels, or `int8`: see `loradeck.base.prepared`. The
+        fingerprint is that of the plain ones.
 
         Raises:
             BaseModelError: nothing is there, or it cannot be loaded whole and without running its code.
-            ConfigError: a dtype or device that cannot be.
+            ConfigError: a dtype, device or kind of weights that cannot be.
         """
         place = _device(device)
         number = _dtype(dtype, place)
@@ -81,6 +85,7 @@ class Base:
         base = cls(model, tokenizer, name, str(source), fingerprint(model))
         origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # what other tools find the base by
         vars(model).update(fingerprint=base.fingerprint, base_name=origin)
+        prepare(model, weights)
         return base
 
     @property
@@ -185,8 +190,9 @@ def _dequantised(file: Path) -> Path:
     cache = os.environ.get("LORADECK_CACHE")
     with _reported(file, "Give a whole GGUF file of a decoder-only model; set LORADECK_CACHE to a folder with room."):
         root = Path(cache).expanduser() if cache else platformdirs.user_cache_path("loradeck", appauthor=False)
-        folder = root / f"{_sha256(file)}-bf16"
-        if _is_whole(folder):
+        digests = Digests(root / "digests.json")
+        folder = root / f"{digests.of(file)}-bf16"
+        if _is_whole(folder, digests):
             return folder
         if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
             raise BaseModelError(
@@ -207,25 +213,20 @@ def _dequantised(file: Path) -> Path:
             if hasattr(transformers, "GgufConfig"):  # or it may keep them packed, and cannot save them
                 origin["quantization_config"] = transformers.GgufConfig(dequantize=True)
             _model(file, alone, torch.bfloat16, **origin).save_pretrained(fresh)
-            sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(fresh.iterdir())]
+            sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(fresh.iterdir())]
             (fresh / CHECKSUMS).write_text("".join(sums))
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether every file of a cache folder is what was written; reading it all takes less than loading it."""
+def _is_whole(folder: Path, digests: Digests) -> bool:
+    """Whether every file of a cache folder is what was written."""
     sums = folder / CHECKSUMS
     if not sums.is_file():
         return False
     files = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
     return bool(files) and all(
-        (folder / name).is_file() and _sha256(folder / name) == digest for digest, _, name in files
+        (folder / name).is_file() and digests.of(folder / name) == digest for digest, _, name in files
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _device(device: str | torch.device | None) -> torch.device:

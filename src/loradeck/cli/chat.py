@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.cli import blend
-from loradeck.cli.options import Adapters, Dtype, Sampling
+from loradeck.cli.options import Adapters, Dtype, Sampling, Weights
 from loradeck.cli.partner import Far, Near, Partner
 from loradeck.cli.screen import shown
 from loradeck.errors import ConfigError, LoradeckError
@@ -46,6 +46,7 @@ def chat(
     adapters: Adapters = (),
     sampling: Lively = LIVELY,
     dtype: Dtype = "auto",
+    weights: Weights = "packed",
 ) -> None:
     """Talk with a base, or a server, and switch adapters between turns.
 
@@ -68,7 +69,7 @@ def chat(
         partner: Partner = Far(remote, remote.models())
     else:
         assert base is not None
-        partner, blends = Near.load(base, dtype, adapters)
+        partner, blends = Near.load(base, dtype, weights, adapters)
     print(shown(f"{partner.name} with {', '.join(partner.names()) or 'no adapter'}; /help lists the commands"))
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` its line editing

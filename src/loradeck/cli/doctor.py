@@ -28,6 +28,7 @@ def doctor(*, as_json: AsJson = False) -> int:
         **{name: lambda name=name: _version(name) for name in PACKAGES},
         "cpu": _cpu,
         "gpu": _gpu,
+        "kernels": _kernels,
         "smollm2-135m": _smollm2,
         "cache": _cache,
         "extras": _extras,
@@ -79,6 +80,16 @@ def _gpu() -> str:
         return "none"
     names = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
     return ", ".join(names) or place.type
+
+
+def _kernels() -> str:
+    """Name the ways of keeping weights that this machine has a kernel for, and why it has none for the others."""
+    from loradeck.base.packed import TOLERANCE, packing
+    from loradeck.base.quantised import int8_product
+
+    problems = {f"packed {str(dtype).removeprefix('torch.')}": packing(dtype) for dtype in TOLERANCE}
+    problems["int8"] = int8_product()
+    return "; ".join(f"{way} {problem}".rstrip() for way, problem in problems.items())
 
 
 def _smollm2() -> str:

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from loradeck.cli import blend
-from loradeck.cli.options import Adapters, AsJson, Dtype, Sampling
+from loradeck.cli.options import Adapters, AsJson, Dtype, Sampling, Weights
 from loradeck.cli.screen import print_json, shown
 from loradeck.errors import ConfigError
 
@@ -18,6 +18,7 @@ def generate(
     adapters: Adapters = (),
     sampling: Sampling = GREEDY,
     dtype: Dtype = "auto",
+    weights: Weights = "packed",
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts, each through its own adapter, as one batch.
@@ -44,7 +45,7 @@ def generate(
     from loradeck.generation import generate as answer
     from loradeck.lora.bank import Bank
 
-    loaded = Base.load(base, dtype=dtype)
+    loaded = Base.load(base, dtype=dtype, weights=weights)
     bank = Bank(loaded.model)
     answers = answer(loaded, bank, prompts, blend.load(bank, texts), **asdict(sampling))
     rows = list(zip(prompts, texts, answers, strict=True))

@@ -11,6 +11,13 @@ Dtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     Parameter(help="The base's numbers; auto is bfloat16 where the device computes in it, else float32."),
 ]
+Weights: TypeAlias = Annotated[
+    Literal["plain", "packed", "int8"],
+    Parameter(
+        help="How the base's weights are kept: as they came; packed for the CPU's fastest kernels; or in 8 bits, "
+        "half of bfloat16's memory and quicker for few rows, a little off."
+    ),
+]
 Adapters: TypeAlias = Annotated[
     Sequence[str],
     Parameter(name=["--adapter", "-a"], metavar="ADAPTER", show_default=False, help="May be given several times."),

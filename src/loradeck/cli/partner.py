@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from loradeck.cli import blend
-from loradeck.cli.options import Adapters, Dtype, Sampling
+from loradeck.cli.options import Adapters, Dtype, Sampling, Weights
 from loradeck.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,14 +45,16 @@ class Near:
     bank: "Bank"
 
     @classmethod
-    def load(cls, base: str, dtype: Dtype, adapters: Adapters) -> "tuple[Near, list[blend.Blend | None]]":
+    def load(
+        cls, base: str, dtype: Dtype, weights: Weights, adapters: Adapters
+    ) -> "tuple[Near, list[blend.Blend | None]]":
         """Load a base and these adapters onto it, and return for each what `bank.route` takes too."""
         blend.check(adapters)
 
         from loradeck.base.load import Base
         from loradeck.lora.bank import Bank
 
-        loaded = Base.load(base, dtype=dtype)
+        loaded = Base.load(base, dtype=dtype, weights=weights)
         if loaded.tokenizer.chat_template is None:
             raise ConfigError(
                 f"{loaded.name} has no chat template, so it cannot keep up a conversation",

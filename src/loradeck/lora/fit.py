@@ -62,6 +62,9 @@ def copy_problem(model: nn.Module, key: str, tensor: Tensor) -> str | None:
         own = model.get_parameter(path)
     except AttributeError:
         return "belongs to no weight of this base"
+    if not own.is_floating_point():
+        return "repeats a weight of which this base holds a quantised form, so the two cannot be compared"
+    own = own.to_dense() if own.is_mkldnn else own  # packed for the CPU's kernels, every value kept
     same = own.shape == tensor.shape
     if not same or not (tensor.is_meta or torch.equal(own.detach().cpu(), tensor.to(own.dtype))):
         return "is a weight of its own, other than this base's (modules_to_save, or a grown vocabulary): not supported"

@@ -38,6 +38,8 @@ def fold(
     with torch.inference_mode(False), torch.no_grad():
         for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.sites):
             weight = model.get_submodule(path).weight
+            if weight.is_mkldnn:  # packed for the CPU's kernels, every value kept
+                weight = nn.Parameter(weight.to_dense(), requires_grad=False)  # type: ignore[operator]
             if type(weight) is not nn.Parameter or not weight.is_floating_point():
                 raise UnsupportedError(
                     f"{path} has a {type(weight).__name__} of {weight.dtype}, which cannot be merged into",

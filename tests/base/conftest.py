@@ -1,0 +1,36 @@
+"""What the tests of prepared weights share: a small model whose larger layers are worth packing."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loradeck.base import packed, quantised
+
+
+@pytest.fixture
+def small() -> Callable[..., LlamaForCausalLM]:
+    """Return a function that makes the same frozen model each time; its k and v are too small to be packed."""
+
+    def small(dtype: torch.dtype = torch.float32, *, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=260, hidden_size=256, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=tied,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+    return small
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """Kernels are tried anew in this test, and what it finds is forgotten after it."""
+    for tried in (packed.packing, quantised.int8_product):
+        tried.cache_clear()
+    yield
+    for tried in (packed.packing, quantised.int8_product):
+        tried.cache_clear()
