@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="SYSTEM=PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tries", type=int, default=3, help="to find the machine quiet, each time")
-    parser.add_argument("--lock", type=Path, help="a file to lock during each measurement, where others do so too")
+    parser.add_argument("--lock", type=Path, help="a file to lock while computing, where others do so too")
     arguments = parser.parse_args()
     pythons = {
         **dict.fromkeys(("PEFT", "loradeck"), sys.executable),
@@ -53,11 +53,17 @@ def main() -> None:
     commands = [(name, [python, "-m", SYSTEMS[name]]) for name, python in pythons.items()]
     with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as running:
         folder = make(Path(path))
-        started = [system for name, command in commands if (system := System.start(name, command, folder))]
-        for system in started:
-            running.callback(system.stop)
-            for case in CASES:  # loads, packs and compiles what is to come
-                system.ask(case, 2)
+        started: list[System] = []
+        for name, command in commands:
+            with locked(arguments.lock):
+                system = System.start(name, command, folder)
+            if system:
+                started.append(system)
+                running.callback(system.stop)
+        for case in CASES:
+            for system in started:
+                with locked(arguments.lock):
+                    system.ask(case, 2)  # loads, packs and compiles what is to come
         for _ in range(arguments.rounds):
             for case in CASES:
                 for system in started:

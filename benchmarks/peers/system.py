@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import psutil
 
@@ -41,7 +41,8 @@ class System:
 
     name: str
     process: subprocess.Popen[str]
-    versions: dict[str, str]
+    log: IO[str]
+    versions: dict[str, str] = field(default_factory=dict)
     rates: dict[Case, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Tokens per second, decoding alone."""
     tokens: dict[Case, list[list[int]]] = field(default_factory=dict)
@@ -51,18 +52,17 @@ class System:
     @classmethod
     def start(cls, name: str, command: list[str], folder: Folder) -> Self | None:
         """Start a system; None, and a line that says why, if it does not get ready."""
-        with tempfile.TemporaryFile("w+") as log:
-            process = subprocess.Popen(
-                [*command, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-            assert process.stdout
-            ready = process.stdout.readline()
-            if ready:
-                return cls(name, process, json.loads(ready))
-            process.wait()
-            log.seek(0)
-            print(f"{name} is left out: {[line.strip() for line in log if line.strip()][-1:]}")
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it stays open as long as the process
+        process = subprocess.Popen(
+            [*command, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        system = cls(name, process, log)
+        try:
+            system.versions = system._read()
+        except RuntimeError as error:
+            print(f"left out: {error}")
             return None
+        return system
 
     def stop(self) -> None:
         """End the process."""
@@ -73,10 +73,9 @@ class System:
     def ask(self, case: Case, tokens: int) -> Answer:
         """Let it continue the prompts by so many tokens."""
         assert self.process.stdin
-        assert self.process.stdout
         begun, busy, own = time.perf_counter(), _busy(), self._own()
         print(json.dumps({**case._asdict(), "tokens": tokens}), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline())
+        answer = self._read()
         cores = (time.perf_counter() - begun) * (psutil.cpu_count() or 1)
         return Answer(answer["seconds"], answer["tokens"], (_busy() - busy - (self._own() - own)) / cores)
 
@@ -106,6 +105,15 @@ class System:
             f"answers that the adapters change, of {most.rows}": sum(a != b for a, b in zip(own, plain, strict=True)),
             "others' share of the machine, at most": round(self.others, 3),
         }
+
+    def _read(self) -> Any:
+        assert self.process.stdout
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        code = self.process.wait()
+        self.log.seek(0)
+        said = [line.strip() for line in self.log if line.strip()][-3:]
+        raise RuntimeError(f"{self.name} ended with code {code}: {said}")
 
     def _own(self) -> float:
         process = psutil.Process(self.process.pid)
