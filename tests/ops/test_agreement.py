@@ -8,6 +8,8 @@ from loradeck.ops import choose, fused, packed, reference, segmented, stacked
 from loradeck.ops import plan as planning
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
+from loradeck.ops.operands import Operands
+from loradeck.ops.pair import Pair
 
 WAYS = {
     "reference": reference.lora,
@@ -84,6 +86,20 @@ def test_adapters_of_another_dtype_than_their_layer(make, kind):
     assert all(pair.a.dtype == torch.float32 for pair in wide.pairs)
 
 
+def test_half_precision_adapters_on_a_float32_layer(make, kind):
+    """Their values are what was stored, and nothing is rounded to it again, whatever the scaling is."""
+    case = make(kind)
+    pairs = [pair for pair in case.operands.pairs if pair]
+    narrow = tuple(Pair(pair.a.bfloat16(), pair.b.bfloat16(), 0.7 * pair.scaling) for pair in pairs)
+    case.operands = Operands(case.operands.form, narrow)
+    entries = (((0, 1.0),), ((5, 0.5),), (), ((2, 1.0), (1, -0.3)))
+    wanted = torch.stack([case.defined(row, entry) for row, entry in enumerate(entries)])
+    for lora in ways(case.operands):
+        with torch.no_grad():
+            got = lora(case.x[:4], case.y[:4].clone(), case.operands, Mix(entries, (1,) * 4))
+        close(got, wanted, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("lengths", [(2, 3, 1, 2), (1, 1, 1, 5), (8,)])
 @pytest.mark.parametrize("kind", ["linear", "embedding", "transformers' Conv1D"])
 def test_packed_rows(make, kind, lengths):
@@ -127,8 +143,6 @@ def test_scaled_embeddings_scale_the_update():
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
     from loradeck.ops.forms import form_of
-    from loradeck.ops.operands import Operands
-    from loradeck.ops.pair import Pair
 
     layer = Gemma3TextScaledWordEmbedding(11, 6, 0, embed_scale=3.0)
     a, b = torch.randn(2, 11), torch.randn(6, 2)

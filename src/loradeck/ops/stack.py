@@ -66,7 +66,8 @@ class Stack:
             self.a[slot].zero_()
             self.b[slot].zero_()
         self.a[slot, :, : pair.r] = pair.a.T
-        torch.mul(pair.b.T, pair.scaling, out=self.b[slot, : pair.r])
+        # Cast first: a product of half precision and a number is rounded to half precision, whatever it is written to.
+        torch.mul(pair.b.T.to(self.b.dtype), pair.scaling, out=self.b[slot, : pair.r])
         self._held[slot] = Held(pair, pair.version)
 
     def _grow(self, slots: int) -> None:
