@@ -94,12 +94,12 @@ class TestKept:
 
     def test_it_is_made_once(self):
         own = operands()
-        a, b = own.stack(4, torch.ones(1), 2)
-        again = own.stack(4, torch.ones(1), 2)
+        a, b = own.stack(4, torch.ones(1), 0, 2)
+        again = own.stack(4, torch.ones(1), 0, 2)
         assert again[0] is a
         assert again[1] is b
-        assert own.stack(4, torch.ones(1, dtype=torch.float64), 2)[0].dtype == torch.float64
-        assert own.stack(4, torch.ones(1, dtype=torch.bfloat16), 2)[0].dtype == torch.float32  # on the CPU
+        assert own.stack(4, torch.ones(1, dtype=torch.float64), 0, 2)[0].dtype == torch.float64
+        assert own.stack(4, torch.ones(1, dtype=torch.bfloat16), 0, 2)[0].dtype == torch.float32  # on the CPU
 
     @pytest.mark.parametrize("half", ["a", "b"])
     def test_a_write_makes_it_anew(self, half):

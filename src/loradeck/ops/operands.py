@@ -62,7 +62,7 @@ class Operands:
     _casts: dict[tuple[Pair, torch.dtype], tuple[int | None, Pair]] = field(default_factory=dict)
     _sound: dict[Pair, tuple[int | None, bool]] = field(default_factory=dict)
     _stacks: dict[tuple[int, torch.dtype, torch.device], Stack] = field(default_factory=dict)
-    _shown: dict[tuple[int, torch.dtype, torch.device, int], tuple[int | None, Tensor, Tensor]] = field(
+    _shown: dict[tuple[int, torch.dtype, torch.device, int, int], tuple[int | None, Tensor, Tensor]] = field(
         default_factory=dict
     )
 
@@ -143,18 +143,19 @@ class Operands:
             known = self._sound[pair] = (version, finite(pair.a) and finite(pair.b))
         return known[1]
 
-    def stack(self, width: int, x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Return the first slots of so many ranks, A (S, I, W) and B (S, W, O), for an input of the layer.
+    def stack(self, width: int, x: Tensor, first: int, slots: int) -> tuple[Tensor, Tensor]:
+        """Return slots of so many ranks from the `first` on, A (S, I, W) and B (S, W, O), for an input of the layer.
 
         On the CPU they are float32 at least: its batched products are slower in half precision, and less exact.
         """
-        key = (width, x.dtype, x.device, slots)
+        key = (width, x.dtype, x.device, first, slots)
         version = self.version
         known = self._shown.get(key)
         if known is None or known[0] is None or known[0] != version:
             stack = self._stack(width, x)
             self._fill(width, stack)
-            known = self._shown[key] = (version, stack.a[:slots], stack.b[:slots])
+            chosen = slice(first, first + slots)
+            known = self._shown[key] = (version, stack.a[chosen], stack.b[chosen])
         return known[1], known[2]
 
     def _stack(self, width: int, x: Tensor) -> Stack:

@@ -25,18 +25,19 @@ class Stripe:
     """The rows that meet the slots of one width."""
 
     width: int
+    first: int
     slots: int
-    """S: the first ones."""
-    take: Tensor
+    """S of them, from the first on."""
+    take: Tensor | slice
     """(S · M) the item in each row of each slot; any, where there are fewer."""
     weight: Tensor | None
     """(S, M, 1), None where all are 1."""
     places: Tensor | None
     """(K) which of the S · M are rows; None for all."""
-    put: Tensor
+    put: Tensor | slice
     """(K) the item of each of them."""
     back: Tensor | None
-    """(T) where each item's row is, if every item is in one row."""
+    """(T) where each item's row is, if every item is in one, and not in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def _cost(short: Sequence[Group], long: Sequence[Group], sizes: dict[Group, int]
             for operand, _ in group.entry:
                 if slots[operand][0] == width:
                     rows[slots[operand][1]] += sizes[group]
-        cost += STRIPE + STRIPE_ROW * (max(rows) + 1) * max(rows.values())
+        cost += STRIPE + STRIPE_ROW * (max(rows) + 1 - min(rows)) * max(rows.values())
     return cost
 
 
@@ -97,27 +98,35 @@ def _stripe(
         for operand, weight in group.entry:
             if slots[operand][0] == width:
                 rows.setdefault(slots[operand][1], []).extend((item, weight) for item in items)
-    count, most = max(rows) + 1, max(map(len, rows.values()))
+    first, most = min(rows), max(map(len, rows.values()))
+    count = max(rows) + 1 - first
     take, weights = [0] * (count * most), [0.0] * (count * most)
     places: list[int] = []
     put: list[int] = []
-    for slot, own in rows.items():
-        for place, (item, weight) in enumerate(own, start=slot * most):
+    for slot in sorted(rows):
+        for place, (item, weight) in enumerate(rows[slot], start=(slot - first) * most):
             take[place], weights[place] = item, weight
             places.append(place)
             put.append(item)
     back: Tensor | None = None
-    if sorted(put) == list(range(total)):
+    if put != sorted(put) and sorted(put) == list(range(total)):
         at = dict(zip(put, places, strict=True))
         back = torch.tensor([at[item] for item in range(total)], device=device)
     own_weights = {weights[place] for place in places}
     with torch.inference_mode(False):
         return Stripe(
             width,
+            first,
             count,
-            torch.tensor(take, device=device),
+            _run(take, device),
             None if own_weights == {1.0} else torch.tensor(weights, device=device).view(count, most, 1),
             None if places == list(range(count * most)) else torch.tensor(places, device=device),
-            torch.tensor(put, device=device),
+            _run(put, device),
             back,
         )
+
+
+def _run(items: list[int], device: torch.device) -> Tensor | slice:
+    """Return items as a slice where they are a run, as an index else."""
+    run = range(items[0], items[0] + len(items))
+    return slice(run.start, run.stop) if items == [*run] else torch.tensor(items, device=device)

@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from loradeck.ops.mix import Mix
+from loradeck.ops.mix import Mix, take
 from loradeck.ops.operands import Operands
 from loradeck.ops.plan import Plan, Stripe, plan_of
 
@@ -22,16 +22,19 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan | None =
     items, z = form.items(x), form.positions(y)
     plan = plan or plan_of(mix, operands.slots, items.shape[0] // mix.total, items.device)
     for stripe in plan.stripes:
-        a, b = operands.stack(stripe.width, x, stripe.slots)
+        a, b = operands.stack(stripe.width, x, stripe.first, stripe.slots)
         h = torch.bmm(_rows(x, items, stripe, a.dtype), a)
         if stripe.weight is not None:
             h.mul_(stripe.weight)
-        update = torch.bmm(h, b).view(-1, z.shape[1])
+        update = torch.bmm(h, b).view(-1, z.shape[1]).to(z.dtype)
         if stripe.back is not None:
             z.add_(update.index_select(0, stripe.back))
+            continue
+        rows = update if stripe.places is None else update.index_select(0, stripe.places)
+        if isinstance(stripe.put, slice):
+            z[stripe.put].add_(rows)
         else:
-            rows = update if stripe.places is None else update.index_select(0, stripe.places)
-            z.index_add_(0, stripe.put, rows.to(z.dtype))
+            z.index_add_(0, stripe.put, rows)
     return form.restore(z, y)
 
 
@@ -48,9 +51,13 @@ _last = _Last()
 def _rows(x: Tensor, items: Tensor, stripe: Stripe, dtype: torch.dtype) -> Tensor:
     """Return the rows of a layer's input that meet each slot, (S, M, I)."""
     if x.is_inference():  # nothing would tell that it was written to since
-        return items.index_select(0, stripe.take).to(dtype).view(stripe.slots, -1, items.shape[1])
+        return _gathered(items, stripe, dtype)
     last = _last.source
     if last is None or last[0] is not x or last[1:] != (x._version, stripe, dtype):
-        _last.rows = items.index_select(0, stripe.take).to(dtype).view(stripe.slots, -1, items.shape[1])
+        _last.rows = _gathered(items, stripe, dtype)
         _last.source = (x, x._version, stripe, dtype)
     return _last.rows
+
+
+def _gathered(items: Tensor, stripe: Stripe, dtype: torch.dtype) -> Tensor:
+    return take(items, stripe.take).to(dtype).view(stripe.slots, -1, items.shape[1])
