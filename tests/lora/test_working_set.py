@@ -10,9 +10,8 @@ from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
 from loradeck.lora.residents import KEPT_SETS
-from loradeck.lora.routing import KEPT_SLOTS, current, placed
+from loradeck.lora.routing import KEPT_SLOTS, placed
 from loradeck.ops import plan
-from loradeck.ops.plan import plan_of
 from loradeck.ops.stack import Stack
 
 PATHS = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qo"]
@@ -147,23 +146,6 @@ def test_an_unloaded_adapter_leaves_nothing_and_the_others_stay(bank: Bank, copi
     got = run(bank, ["a1", None, "a4"])
     assert copies == []
     torch.testing.assert_close(got[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("r", [2, 8])
-def test_rows_in_the_banks_order_are_a_run_of_each_stack(bank: Bank, copies: list[int], r: int) -> None:
-    """So nothing is gathered; whatever the order, each row is what it is alone."""
-    for seed in range(4):
-        bank.add(f"s{seed}", adapter(seed, r=r))
-    rows = ["s2", None, "s0", "a7", "s3", None, "s1", "a5"]
-    run(bank, ["s3", "s1"])
-    order = bank.order(rows)
-    assert sorted(order) == [*range(8)]
-    assert [rows[i] for i in order][:2] == [None, None]
-    with torch.no_grad(), bank.route([rows[i] for i in order]) as _:
-        route = current(bank)
-        own = plan_of(route.mix, route.working_set.slots, 1, torch.device("cpu"))
-        assert all(isinstance(stripe.put, slice) for stripe in own.stripes)
-        assert all(isinstance(stripe.take, slice) for stripe in own.stripes if stripe.places is None)
 
 
 # ---- where they lie

@@ -5,9 +5,8 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
-from loradeck.serve.attention import NAME, Chunk, Singles, Terms, step
+from loradeck.serve.attention import Chunk, Singles, Terms
 from loradeck.serve.pool import Form, LayerShape, Pool
 
 HEADS, CAPACITY, WIDTH = 2, 16, 4
@@ -51,35 +50,11 @@ def pool() -> Pool[str]:
     return made
 
 
-def test_a_step_of_mixed_parts_in_any_order(pool: Pool[str]) -> None:
-    """Tokens of two pools take turns, and lie in another order than their rows."""
-    other: Pool[str] = Pool(FORM, 2 * CAPACITY)
-    for owner in "xy":
-        row = other.add(owner, 2)
-        other.write(row, 0, [torch.randn_like(part[:, :, :9]) for part in other.read(row, 0, CAPACITY)])
-    query, key, value = drawn(1, 4, 7, WIDTH), *drawn(2, 1, HEADS, 7, WIDTH)
-    single = {0: (pool, 2, 5), 1: (other, 1, 7), 2: (pool, 0, 3), 3: (other, 0, 9)}  # token: pool, row, position
-    parts = [
-        Singles(pool, [2, 0], [0, 2], [3, 5]),
-        Singles(other, [3, 1], [0, 1], [9, 7]),
-        Chunk(pool, 4, 1, 6, 3),
-    ]
-    module = torch.nn.Module()
-    module.layer_idx = 0
-    with step(parts):
-        seen, _ = AttentionInterface()[NAME](module, query, key, value, None)
-    chunk = {4 + at: (pool, 1, 6 + at) for at in range(3)}
-    for token, (place, row, position) in (single | chunk).items():
-        keys, values = place.layer(0)
-        wanted = by_the_book(query[0, :, token], keys[row], values[row], position, TERMS[0])
-        torch.testing.assert_close(seen[0, token], wanted)
-
-
 @pytest.mark.parametrize(("term", "heads", "rows"), [*product(TERMS, (2, 4), ([0, 1, 2], [0, 2], [1]))])
 def test_single_tokens_of_several_rows(pool: Pool[str], term: Terms, heads: int, rows: list[int]) -> None:
     positions = [4 + 2 * row for row in rows]
     query, key, value = drawn(1, heads, len(rows), WIDTH), *drawn(2, 1, HEADS, len(rows), WIDTH)
-    own = Singles(pool, [*range(len(rows))], rows, positions)
+    own = Singles(pool, 0, rows, positions)
     for layer in range(2):
         seen = own.attend(layer, query, key, value, term)
         keys, values = pool.layer(layer)

@@ -246,15 +246,6 @@ class Bank:
         route = self._working_sets.route(self, weighted, sizes, packed=lengths is not None)
         return opened(route, self._enter, self._leave)
 
-    def order(self, rows: Sequence[RouteEntry]) -> list[int]:
-        """Return a batch's rows, by number, in the order in which a route is quickest for few tokens of each.
-
-        Raises:
-            UnknownAdapterError, RouteError: as `route`.
-        """
-        weighted = [tuple((self[name], weight) for name, weight in weights_of(entry)) for entry in rows]
-        return self._working_sets.order(weighted)
-
     def merge(self, entry: str | Blend) -> None:
         """Fold an adapter, or a blend, into the base's weights, for a model without any extra cost per step.
 

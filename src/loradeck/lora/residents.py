@@ -105,15 +105,6 @@ class WorkingSets:
             mixed = tuple(tuple((index[adapter], weight) for adapter, weight in entry) for entry in entries)
             return Route(bank, working_set, mix_of(mixed, lengths), packed)
 
-    def order(self, entries: Sequence[tuple[tuple[Adapter, float], ...]]) -> list[int]:
-        """Return the entries' numbers in the order in which their adapters lie in memory, the base's first."""
-        members = tuple(dict.fromkeys(adapter for entry in entries for adapter, _ in entry))
-        with self._lock:
-            own = self._set(members) if members else None
-            slots = dict(zip(own.members, own.slots, strict=True)) if own else {}
-        places = [min((slots[adapter] for adapter, _ in entry), default=(0, 0)) for entry in entries]
-        return sorted(range(len(entries)), key=places.__getitem__)
-
     def _set(self, members: tuple[Adapter, ...]) -> WorkingSet:
         """Return a set that is there, or that no route uses and that becomes the one that is needed, or a new one."""
         wanted = frozenset(members)

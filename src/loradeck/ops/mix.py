@@ -1,5 +1,6 @@
 """Which operands each run of rows goes through, at which weight. Knows numbers; knows no names and no layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from torch import Tensor
 from loradeck.ops.dropout import dropped
 
 if TYPE_CHECKING:
-    from loradeck.ops.plan import Plan
+    from loradeck.ops.plan import Plan, Slot
 
 Entry = tuple[tuple[int, float], ...]  # (operand, weight) pairs; empty for the base
 
@@ -55,7 +56,8 @@ class Mix:
     groups: tuple[Group, ...] = field(init=False)
     total: int = field(init=False)
     plans: "dict[object, Plan]" = field(init=False, default_factory=dict, compare=False)
-    """How it is computed, for the operands that it met last: the steps of a decode are alike."""
+    """How it is computed, for the operands that it met lately: the steps of a decode are alike."""
+    last_plan: "tuple[Sequence[Slot], int, torch.device, Plan] | None" = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         ends = list(accumulate(self.lengths))

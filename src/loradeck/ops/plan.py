@@ -50,12 +50,16 @@ class Plan:
 
 def plan_of(mix: Mix, slots: Sequence[Slot], unit: int, device: torch.device) -> Plan:
     """Return the cheapest plan, kept with the mix. `slots` are the operands', `unit` the items of one run length."""
+    last = mix.last_plan
+    if last and last[0] is slots and last[1] == unit and last[2] == device:
+        return last[3]  # the layers of a step ask for the same, and a key of many slots takes long to hash
     key = (tuple(slots), unit, device)
     known = mix.plans.get(key)
     if known is None:
         while len(mix.plans) >= KEPT:
             mix.plans.pop(next(iter(mix.plans)), None)
         known = mix.plans[key] = _cheapest(mix, slots, unit, device)
+    object.__setattr__(mix, "last_plan", (slots, unit, device, known))
     return known
 
 

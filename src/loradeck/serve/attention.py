@@ -25,11 +25,10 @@ UNKNOWN = ("s_aux", "position_bias")  # terms that some models' attention has be
 
 @dataclass(eq=False)
 class Singles:
-    """One token each for rows of a pool."""
+    """One token each for rows of a pool, which are the step's tokens from `start` on."""
 
     pool: Pool[Any]
-    tokens: list[int]
-    """Which of the step's they are."""
+    start: int
     rows: list[int]
     """Ascending."""
     positions: list[int]
@@ -38,10 +37,7 @@ class Singles:
 
     def __post_init__(self) -> None:
         device = self.pool.form.device
-        run = list(range(self.tokens[0], self.tokens[0] + len(self.tokens)))
-        self.span: Tensor | slice = slice(run[0], run[-1] + 1)
-        if self.tokens != run:
-            self.span = torch.tensor(self.tokens, device=device)
+        self.stop = self.start + len(self.rows)
         self._rows = torch.tensor(self.rows, device=device)
         self._places = torch.tensor(self.positions, device=device)
         self._length = max(self.positions) + 1
@@ -79,7 +75,7 @@ class Chunk:
     length: int
 
     def __post_init__(self) -> None:
-        self.span: Tensor | slice = slice(self.start, self.start + self.length)
+        self.stop = self.start + self.length
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, term: "Terms") -> Tensor:
         """Query (1, Q, N, D), key and value (1, H, N, D) of the N new tokens -> (N, Q, D)."""
@@ -148,13 +144,11 @@ def _attention(
     if any(settings.get(name) is not None for name in UNKNOWN):
         raise ValueError("this attention has a term of its own")
     term = Terms(settings.get("scaling"), settings.get("sliding_window"), settings.get("softcap"))
-    if len(parts) == 1 and isinstance(parts[0].span, slice):
-        return parts[0].attend(layer, query, key, value, term)[None], None
-    seen = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    seen = []
     for part in parts:
-        own = slice(None), slice(None), part.span
-        seen[part.span] = part.attend(layer, query[own], key[own], value[own], term)
-    return seen[None], None
+        span = slice(part.start, part.stop)
+        seen.append(part.attend(layer, query[:, :, span], key[:, :, span], value[:, :, span], term))
+    return (seen[0] if len(seen) == 1 else torch.cat(seen))[None], None
 
 
 def _products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, term: Terms) -> Tensor:

@@ -14,7 +14,7 @@ from loradeck.lora.bank import Bank
 from loradeck.serve import attention
 from loradeck.serve.attention import Chunk, Part, Singles
 from loradeck.serve.cache import Cache
-from loradeck.serve.pool import Form, Pool
+from loradeck.serve.pool import Form
 from loradeck.serve.request import Request, Sampling, Work
 
 
@@ -44,7 +44,7 @@ class Runner:
 
     def run(self, batch: Sequence[Work], cache: Cache) -> list[Tensor]:
         """Compute a step. Of each request's work, return the scores (S, V) of what follows its scored tokens."""
-        order, parts = self._laid(batch, cache)
+        order, parts = _laid(batch, cache)
         works = [batch[index] for index in order]
         tokens = [t for work in works for t in work.request.tokens[work.request.computed :][: work.count]]
         positions = [at + work.request.computed for work in works for at in range(work.count)]
@@ -65,26 +65,6 @@ class Runner:
             ).logits[0]
         pieces = dict(zip(order, logits.split([work.scored for work in works]), strict=True))
         return [pieces[index] for index in range(len(batch))]
-
-    def _laid(self, batch: Sequence[Work], cache: Cache) -> tuple[list[int], list[Part]]:
-        """Return in which order the batch lies in the step, single tokens before chunks, and its parts."""
-        places = [cache.place(work.request) for work in batch]
-        sorted_ = self.bank.order([dict(work.request.key) for work in batch])
-        order = sorted(sorted_, key=lambda index: batch[index].count > 1)
-        pools: dict[Pool[Request], list[tuple[int, int]]] = {}  # (row, token)
-        parts: list[Part] = []
-        start = 0
-        for index in order:
-            (pool, row), work = places[index], batch[index]
-            if work.count == 1:
-                pools.setdefault(pool, []).append((row, start))
-            else:
-                parts.append(Chunk(pool, start, row, work.request.computed, work.count))
-            start += work.count
-        for pool, own in pools.items():
-            rows, tokens = zip(*sorted(own), strict=True)
-            parts.append(Singles(pool, [*tokens], [*rows], [pool.owners[row].computed for row in rows]))
-        return order, parts
 
     def _form(self) -> Form:
         with torch.inference_mode(), attention.observed() as shapes:
@@ -108,6 +88,30 @@ class Runner:
                     if not (scores[-1] - own).abs().max() <= rounding * own.abs().max():
                         raise ValueError("rows that are computed side by side come out otherwise")
                 work.request.computed += work.count
+
+
+def _laid(batch: Sequence[Work], cache: Cache) -> tuple[list[int], list[Part]]:
+    """Return in which order the batch lies in the step, and its parts: single tokens by pool and row, then chunks."""
+    places = [cache.place(work.request) for work in batch]
+    singles: dict[int, list[int]] = {}
+    for index, work in enumerate(batch):
+        if work.count == 1:
+            singles.setdefault(places[index][0].capacity, []).append(index)
+    order: list[int] = []
+    parts: list[Part] = []
+    for capacity in sorted(singles):
+        own = sorted(singles[capacity], key=lambda index: places[index][1])
+        rows = [places[index][1] for index in own]
+        parts.append(Singles(places[own[0]][0], len(order), rows, [batch[index].request.computed for index in own]))
+        order += own
+    start = len(order)
+    for index, work in enumerate(batch):
+        if work.count > 1:
+            pool, row = places[index]
+            parts.append(Chunk(pool, start, row, work.request.computed, work.count))
+            order.append(index)
+            start += work.count
+    return order, parts
 
 
 def _refused(model: PreTrainedModel, why: str) -> BaseModelError:
