@@ -1,5 +1,7 @@
 """The engine against its own base and against PEFT's `generate`, in the same run on SmolLM2-135M.
 
+The engine's base has packed weights, as `loradeck serve` has by default; PEFT's has them as they came.
+
     python -m benchmarks.serve [--rounds 3] [--dtypes bfloat16 float32] [--only streams registered crowded cold]
 
 streams     16 requests at once, 64 tokens of prompt, 32 of answer, adapters r=8 on all linear layers
@@ -30,6 +32,7 @@ from transformers import GenerationConfig
 from benchmarks.record import RESULTS, in_turns, write
 from benchmarks.workloads import Arrival, popularity, trace
 from loradeck import AdapterStore, Bank, Base, LoraConfig
+from loradeck.base.load import SMOLLM2
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.request import Sampling
@@ -51,12 +54,12 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in arguments.dtypes if "streams" in arguments.only else ():
-            base = Base.load("smollm2-135m", dtype=dtype)
-            store = made_store(base.model, Path(folder) / dtype, count=ROWS, r=8)
-            figures[f"streams {dtype}"] = streams(base, store, arguments.rounds)
-            del base
+            plain, base = Base.load(SMOLLM2, dtype=dtype), Base.load(SMOLLM2, dtype=dtype, weights="packed")
+            store = made_store(plain.model, Path(folder) / dtype, count=ROWS, r=8)
+            figures[f"streams {dtype}"] = streams(base, plain, store, arguments.rounds)
+            del plain, base
             gc.collect()
-        base = Base.load("smollm2-135m", dtype=arguments.dtypes[0])
+        base = Base.load(SMOLLM2, dtype=arguments.dtypes[0], weights="packed")
         if "registered" in arguments.only:
             figures["registered"] = registered(base, Path(folder), arguments.rounds, arguments.seconds, arguments.rate)
         if "crowded" in arguments.only:
@@ -74,14 +77,14 @@ def main() -> None:
 # ---- 16 at once
 
 
-def streams(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
+def streams(base: Base, plain: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
     """Tokens of answers per second, prompts included in the time; and a step's time outside the model."""
     chance = torch.Generator().manual_seed(0)
 
     def prompts() -> list[list[int]]:  # new ones each time: none is in the prefix cache
         return torch.randint(3, 49000, (ROWS, PROMPT), generator=chance).tolist()
 
-    peft_model = peft(base.model, [store.find(f"a{i}").path for i in range(ROWS)])
+    peft_model = peft(plain.model, [store.find(f"a{i}").path for i in range(ROWS)])
     settings = GenerationConfig(
         max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=0, eos_token_id=2
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.api.settings import Settings
-from loradeck.cli.options import Dtype
+from loradeck.cli.options import Dtype, Weights
 from loradeck.cli.screen import shown
 from loradeck.errors import LoradeckError
 from loradeck.serve.config import EngineConfig
@@ -29,6 +29,7 @@ def serve(
     port: int = 8000,
     keys: Path | None = None,
     dtype: Dtype = "auto",
+    weights: Weights = "packed",
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     settings: Annotated[Settings, Parameter(name="*")] = SETTINGS,
 ) -> None:
@@ -60,7 +61,7 @@ def serve(
         from loradeck.base.load import Base
         from loradeck.serve.engine import Engine
 
-        loaded = Base.load(base, dtype=dtype)
+        loaded = Base.load(base, dtype=dtype, weights=weights)
         metrics = Metrics(loaded.name, settings.top_adapters)
         with Engine(loaded, store, engine, observer=metrics) as running:
             own = replace(settings, hosts=(*settings.hosts, f"[{host}]" if ":" in host else host))
