@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.api.settings import Settings
+from loradeck.cli.imports import heavy
 from loradeck.cli.options import Dtype, Weights
 from loradeck.cli.screen import shown
 from loradeck.errors import LoradeckError
@@ -56,10 +57,11 @@ def serve(
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # what is wrong with the folder, before the base takes its seconds
     with listen(host, port, guarded=bool(known)) as address:
-        from loradeck.api.app import app
-        from loradeck.api.metrics import Metrics
-        from loradeck.base.load import Base
-        from loradeck.serve.engine import Engine
+        with heavy():
+            from loradeck.api.app import app
+            from loradeck.api.metrics import Metrics
+            from loradeck.base.load import Base
+            from loradeck.serve.engine import Engine
 
         loaded = Base.load(base, dtype=dtype, weights=weights)
         metrics = Metrics(loaded.name, settings.top_adapters)
