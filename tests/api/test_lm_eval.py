@@ -20,7 +20,7 @@ from .conftest import Serve
 PYTHON = os.environ.get("LM_EVAL_PYTHON", sys.executable)
 pytestmark = pytest.mark.skipif(
     "LM_EVAL_PYTHON" not in os.environ and find_spec("lm_eval") is None,
-    reason="needs pip install 'lm-eval[api]', or LM_EVAL_PYTHON, a Python that has it",
+    reason="needs pip install 'lm-eval[api]' transformers, or LM_EVAL_PYTHON, a Python that has them",
 )
 
 QUESTIONS = [
