@@ -5,7 +5,9 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,22 @@ def test_kill_while_saving_a_file(tmp_path: Path) -> None:
         assert version in (last, last + 1)
         assert file.read_text() == f"{version}\n" * 50000
         last = version
+
+
+def test_threads_that_write_at_once_leave_the_umask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can only be read by setting it."""
+    umask = os.umask
+    before = umask(0o022)
+    umask(before)
+
+    def slow(mask: int) -> int:
+        old = umask(mask)
+        time.sleep(0.005)  # another thread's turn
+        return old
+
+    monkeypatch.setattr(os, "umask", slow)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: write_file(tmp_path / str(number), b""), range(8)))
+    after = umask(before)
+    assert after == before
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~before}
