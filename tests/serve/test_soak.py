@@ -21,12 +21,12 @@ def soaked(base: Base, folder: Path, seconds: float) -> tuple[Ledger, dict[str, 
     config = EngineConfig(
         max_rows=8,
         max_step_tokens=48,
-        kv_cache_bytes=TOKEN_BYTES * 128 * 7,
+        kv_cache_bytes=TOKEN_BYTES * 128 * 14,
         adapter_bytes=max(sum(sizes) // 4, 3 * max(sizes)),
         max_waiting=6,
         patience=0.05,
     )
-    bounds = Bounds(seconds, clients=16, longest=140, answer=24, pause=0.02, config=config)
+    bounds = Bounds(seconds, clients=16, longest=140, answer=24, pause=0.05, config=config)
     ledger, left = soak(base, crowd, bounds, seed=0)
     assert ledger.told
     return ledger, left, judged(base, ledger.told, [crowd.folder(f"a{i}", 1) for i in range(4)])
