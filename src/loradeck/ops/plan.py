@@ -28,16 +28,16 @@ class Stripe:
     first: int
     slots: int
     """S of them, from the first on."""
-    take: Tensor | slice
+    take: Tensor
     """(S · M) the item in each row of each slot; any, where there are fewer."""
     weight: Tensor | None
     """(S, M, 1), None where all are 1."""
     places: Tensor | None
     """(K) which of the S · M are rows; None for all."""
-    put: Tensor | slice
+    put: Tensor
     """(K) the item of each of them."""
     back: Tensor | None
-    """(T) where each item's row is, if every item is in one, and not in their order."""
+    """(T) where each item's row is, if every item is in one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def _stripe(
             places.append(place)
             put.append(item)
     back: Tensor | None = None
-    if put != sorted(put) and sorted(put) == list(range(total)):
+    if sorted(put) == list(range(total)):
         at = dict(zip(put, places, strict=True))
         back = torch.tensor([at[item] for item in range(total)], device=device)
     own_weights = {weights[place] for place in places}
@@ -122,15 +122,9 @@ def _stripe(
             width,
             first,
             count,
-            _run(take, device),
+            torch.tensor(take, device=device),
             None if own_weights == {1.0} else torch.tensor(weights, device=device).view(count, most, 1),
             None if places == list(range(count * most)) else torch.tensor(places, device=device),
-            _run(put, device),
+            torch.tensor(put, device=device),
             back,
         )
-
-
-def _run(items: list[int], device: torch.device) -> Tensor | slice:
-    """Return items as a slice where they are a run, as an index else."""
-    run = range(items[0], items[0] + len(items))
-    return slice(run.start, run.stop) if items == [*run] else torch.tensor(items, device=device)

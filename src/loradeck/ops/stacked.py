@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from loradeck.ops.mix import Mix, take
+from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands
 from loradeck.ops.plan import Plan, Stripe, plan_of
 
@@ -29,11 +29,8 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan | None =
         update = torch.bmm(h, b).view(-1, z.shape[1]).to(z.dtype)
         if stripe.back is not None:
             z.add_(update.index_select(0, stripe.back))
-            continue
-        rows = update if stripe.places is None else update.index_select(0, stripe.places)
-        if isinstance(stripe.put, slice):
-            z[stripe.put].add_(rows)
         else:
+            rows = update if stripe.places is None else update.index_select(0, stripe.places)
             z.index_add_(0, stripe.put, rows)
     return form.restore(z, y)
 
@@ -60,4 +57,4 @@ def _rows(x: Tensor, items: Tensor, stripe: Stripe, dtype: torch.dtype) -> Tenso
 
 
 def _gathered(items: Tensor, stripe: Stripe, dtype: torch.dtype) -> Tensor:
-    return take(items, stripe.take).to(dtype).view(stripe.slots, -1, items.shape[1])
+    return items.index_select(0, stripe.take).to(dtype).view(stripe.slots, -1, items.shape[1])
