@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Read when triton is imported: without a GPU its kernels are interpreted on the CPU. Nothing else here uses it.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

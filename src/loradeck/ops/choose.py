@@ -1,6 +1,8 @@
 """Which way the operation is computed: the only place that decides. Knows costs; knows no names."""
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) 
     if plan is None:
         return segmented.lora(x, y, operands, mix, training=training)
     if plan.stripes:
-        y = stacked.lora(x, y, operands, mix, plan)
+        y = _stripes(x, y, operands, mix, plan)
     if plan.groups:
         way = packed.lora if packs(x, y, operands, plan.groups) else segmented.lora
         y = way(x, y, operands, mix, plan.groups)
@@ -52,3 +54,23 @@ def stacks(x: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Plan |
     if len(mix.groups) == 1 or (training and operands.drops):
         return None  # one entry for all rows, or masks of each adapter's own
     return plan_of(mix, operands.slots, operands.form.count(x) // mix.total, x.device)
+
+
+@cache
+def triton_problem(device: torch.device) -> str:
+    """Say why few rows of many adapters do not go through the Triton kernels on a device; "" where they do."""
+    if device.type != "cuda":
+        return "is for GPUs"
+    if find_spec("triton") is None:
+        return "needs the package triton"
+    from loradeck.ops import triton
+
+    return triton.problem(device)
+
+
+def _stripes(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan) -> Tensor:
+    if x.is_cuda and y.dtype == x.dtype != torch.float64 and not triton_problem(x.device):
+        from loradeck.ops import triton
+
+        return triton.lora(x, y, operands, mix, plan)
+    return stacked.lora(x, y, operands, mix, plan)
