@@ -37,7 +37,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan | None =
     plan = plan or plan_of(mix, operands.slots, items.shape[0] // mix.total, items.device)
     with torch.cuda.device_of(z):  # Triton launches on the current device, whatever device the tensors are on
         for stripe in plan.stripes:
-            a, b = operands.stack(stripe.width, x, stripe.slots)
+            a, b = operands.stack(stripe.width, x, stripe.first, stripe.slots)
             _update(items, z, a, b, _meetings(stripe, len(items)))
     return form.restore(z, y)
 
