@@ -65,11 +65,11 @@ def way(
     return lambda: lora(x, y, next(turns), *rest)
 
 
-def all_stacked(mix: Mix, operands: Operands, unit: int) -> plan.Plan:
+def all_stacked(mix: Mix, operands: Operands, unit: int, device: str = "cpu") -> plan.Plan:
     """The plan that has every group in stacks, whatever it costs."""
     kept, plan.SEGMENT = plan.SEGMENT, 1e9
     try:
-        return plan.plan_of(Mix(mix.entries, mix.lengths), operands.slots, unit, torch.device("cpu"))
+        return plan.plan_of(Mix(mix.entries, mix.lengths), operands.slots, unit, torch.device(device))
     finally:
         plan.SEGMENT = kept
 

@@ -8,21 +8,30 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("loradeck", "torch", "transformers", "peft")
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return each way's median seconds; the ways take turns, so that a noisy machine is noisy for all."""
+def in_turns(
+    ways: Mapping[str, Callable[[], object]], rounds: int, settle: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Return each way's median seconds; the ways take turns, so that a noisy machine is noisy for all.
+
+    `settle` waits for what a way leaves running, on a GPU.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()
     for _ in range(rounds):
         for name, way in ways.items():
+            settle()
             start = time.perf_counter()
             way()
+            settle()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(own) for name, own in times.items()}
 
@@ -60,14 +69,17 @@ def _others() -> float:
     return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def write(name: str, figures: dict[str, Any], versions: Mapping[str, str] | None = None) -> Path:
-    """Write benchmarks/results/NAME.json; `versions` are those of other systems."""
+def write(
+    name: str, figures: dict[str, Any], versions: Mapping[str, str] | None = None, *, card: str | None = None
+) -> Path:
+    """Write benchmarks/results/NAME.json; `versions` are those of other systems, `card` the GPU that was measured."""
+    packages = [package for package in PACKAGES if find_spec(package)]
     record = {
         "benchmark": name,
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "src") else ""),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": f"{f'{card}; ' if card else ''}{_processor()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {
-            **{package: version(package) for package in ("loradeck", "torch", "transformers", "peft")},
+            **{package: version(package) for package in packages},
             **(versions or {}),
         },
         "figures": figures,
