@@ -34,6 +34,7 @@ SHAPES: dict[str, Callable[[], LlamaConfig]] = {
     ),
     "tiny": partial(
         llama, vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+        bos_token_id=0, eos_token_id=1,
     ),
 }  # fmt: skip

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs the package triton, as torch's builds for CUDA bring it")
+pytest.importorskip(
+    "triton",
+    minversion=None if torch.cuda.is_available() else "3.7",  # the interpreter of 3.5 fails on NumPy 2.4
+    reason="needs the package triton, as torch's builds for CUDA bring it; without a GPU from 3.7 on",
+)
 
 from loradeck.ops import choose, plan, reference, segmented, stacked
 from loradeck.ops import triton as kernels
