@@ -13,7 +13,6 @@ was drawn, where its seed's number lies outside its share. It is forgiven within
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 import time
@@ -21,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS, write
 from benchmarks.soak import engine, server
-from benchmarks.soak.alone import judged
+from benchmarks.soak.alone import Judgement, judged
+from benchmarks.soak.asked import Ledger
 from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.engine import Bounds
 from loradeck import Base
@@ -42,70 +42,72 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [*WAYS] if arguments.over == "both" else [arguments.over]
     base = Base.load("smollm2-135m", dtype="float32")
-    figures = {}
     clean = True
-    for way in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.monotonic()
-            crowd = Crowd(base.model, Path(folder), arguments.adapters)
-            sizes = [crowd.store.find(f"a{i}").facts.nbytes for i in range(min(200, arguments.adapters))]
-            size = sum(sizes) / len(sizes)
-            print(f"{way}: {arguments.adapters} adapters after {time.monotonic() - begun:.0f} s", flush=True)
-            config = EngineConfig(
-                max_step_tokens=128,
-                kv_cache_bytes=ROWS_BYTES,
-                adapter_bytes=round(FIT * size),
-                max_waiting=arguments.clients - 20,
-                patience=0.5,
-            )
-            bounds = Bounds(arguments.seconds, arguments.clients, longest=140, answer=24, pause=0.5, config=config)
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.monotonic()
+        crowd = Crowd(base.model, Path(folder), arguments.adapters)
+        sizes = [crowd.store.find(f"a{number}").facts.nbytes for number in range(min(200, arguments.adapters))]
+        print(f"{arguments.adapters} adapters after {time.monotonic() - begun:.0f} s", flush=True)
+        config = EngineConfig(
+            max_step_tokens=128,
+            kv_cache_bytes=ROWS_BYTES,
+            adapter_bytes=FIT * sum(sizes) // len(sizes),
+            max_waiting=arguments.clients - 20,
+            patience=0.5,
+        )
+        bounds = Bounds(arguments.seconds, arguments.clients, longest=140, answer=24, pause=0.5, config=config)
+        for way in chosen:
             ledger, left = WAYS[way](base, crowd, bounds, arguments.seed)
             print(f"{way}: {len(ledger.told)} answers are judged", flush=True)
             begun = time.monotonic()
-            others = [crowd.folder(f"a{number}", 1) for number in range(8)]
-            random.Random(arguments.seed).shuffle(ledger.told)
-            judgement = judged(base, ledger.told, others)
+            judgement = judged(base, ledger.told, [crowd.folder(f"a{number}", 1) for number in range(8)])
             print(f"{way}: judged after {time.monotonic() - begun:.0f} s", flush=True)
-        verdict = judgement.verdict
-        counts = ledger.counts
-        figures[way] = {
-            "seconds": arguments.seconds,
-            "adapters in the store": arguments.adapters,
-            "adapters in use": len(ledger.used),
-            "adapters that there is room for": FIT,
-            "requests": counts["requests"],
-            "finished": counts["stop"] + counts["length"],
-            "cancelled": counts["cancelled"],
-            "refused (429)": counts["refused"],
-            "overtaken by a new version": counts["overtaken"],
-            "publishes": counts["publishes"],
-            "loads by hand": counts["loads by hand"],
-            "loads by hand without room": counts["loads by hand without room"],
-            "unloads by hand": counts["unloads by hand"],
-            "tokens": counts["tokens"],
-            "lost requests": ledger.lost,
-            "faults": counts["faults"],
-            "answers judged": verdict.requests,
-            "tokens judged": verdict.tokens,
-            "wrong tokens": verdict.wrong,
-            "answers that ended wrong": verdict.ended_wrong,
-            "forgiven tokens": verdict.forgiven,
-            "largest forgiven difference": verdict.worst,
-            "log-probabilities judged": verdict.scored,
-            "their largest difference": verdict.off,
-            "answers judged by a wrong adapter": judgement.controls,
-            "of these found out": judgement.apart,
-            **left,
-        }
-        for name, value in figures[way].items():
-            print(f"  {name}: {value:,.6g}")
-        for error in ledger.errors[:20]:
-            print("  !", error)
-        clean &= not (ledger.lost or ledger.errors or verdict.wrong or verdict.ended_wrong)
-    path = RESULTS / "soak.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
-    print(f"written: {write('soak', {**before, **figures})}")
+            figures = figures_of(ledger, judgement, left, crowd, bounds)
+            for name, value in figures.items():
+                print(f"  {name}: {value:,.6g}")
+            for error in ledger.errors[:20]:
+                print("  !", error)
+            verdict = judgement.verdict
+            clean &= not (ledger.lost or ledger.errors or verdict.wrong or verdict.ended_wrong)
+            path = RESULTS / "soak.json"
+            others = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+            print(f"written: {write('soak', {**others, way: figures})}", flush=True)
     sys.exit(0 if clean else 1)
+
+
+def figures_of(
+    ledger: Ledger, judgement: Judgement, left: dict[str, float], crowd: Crowd, bounds: Bounds
+) -> dict[str, float]:
+    counts, verdict = ledger.counts, judgement.verdict
+    return {
+        "seconds": bounds.seconds,
+        "adapters in the store": crowd.count,
+        "adapters in use": len(ledger.used),
+        "adapters that there is room for": FIT,
+        "requests": counts["requests"],
+        "finished": counts["stop"] + counts["length"],
+        "cancelled": counts["cancelled"],
+        "refused (429)": counts["refused"],
+        "overtaken by a new version": counts["overtaken"],
+        "publishes": counts["publishes"],
+        "loads by hand": counts["loads by hand"],
+        "loads by hand without room": counts["loads by hand without room"],
+        "unloads by hand": counts["unloads by hand"],
+        "tokens": counts["tokens"],
+        "lost requests": ledger.lost,
+        "faults": counts["faults"],
+        "answers judged": verdict.requests,
+        "tokens judged": verdict.tokens,
+        "wrong tokens": verdict.wrong,
+        "answers that ended wrong": verdict.ended_wrong,
+        "forgiven tokens": verdict.forgiven,
+        "largest forgiven difference": verdict.worst,
+        "log-probabilities judged": verdict.scored,
+        "their largest difference": verdict.off,
+        "answers judged by a wrong adapter": judgement.controls,
+        "of these found out": judgement.apart,
+        **left,
+    }
 
 
 if __name__ == "__main__":

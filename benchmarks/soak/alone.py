@@ -79,7 +79,7 @@ class Alone:
         verdict = Verdict(requests=1, tokens=len(tokens), ended_wrong=self._ended_wrong(told))
         if not tokens:
             return verdict
-        scores = self._scores([*asked.prompt, *tokens], route)[len(asked.prompt) - 1 : -1]
+        scores = self._scores([*asked.prompt, *tokens], route, len(tokens) + 1)[:-1]
         logprobs = scores.log_softmax(-1)
         own = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         gaps = _drawn(scores, tokens, asked.temperature, asked.seed) if asked.temperature else _behind(logprobs, own)
@@ -94,8 +94,8 @@ class Alone:
         return verdict
 
     @torch.no_grad()
-    def _scores(self, tokens: Sequence[int], route: Route) -> Tensor:
-        """Return the scores (T, V) of what follows each token."""
+    def _scores(self, tokens: Sequence[int], route: Route, last: int) -> Tensor:
+        """Return the scores (T, V) of what follows each of the last tokens."""
         weights: dict[str, float] = {}
         folders: dict[str, Path] = {}
         for folder, weight in route:
@@ -106,7 +106,7 @@ class Alone:
             self.bank.load(folder, name)
         try:
             with self.bank.route(weights or None):
-                return self.base.model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+                return self.base.model(torch.tensor([tokens]), use_cache=False, logits_to_keep=last).logits[0].float()
         finally:
             for name in folders:
                 self.bank.unload(name)
@@ -132,8 +132,8 @@ class Judgement:
 
 def judged(base: Base, answers: Iterable[Told], others: Sequence[Path]) -> Judgement:
     """Judge all answers; some by one of these other adapters too."""
-    alone = Alone(base)
-    found = Judgement(Verdict())
+    alone, found, threads = Alone(base), Judgement(Verdict()), torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other are slower than one where somebody else computes too
     try:
         for number, told in enumerate(answers):
             found.verdict.add(alone.judge(told))
@@ -143,6 +143,7 @@ def judged(base: Base, answers: Iterable[Told], others: Sequence[Path]) -> Judge
                 found.controls += 1
                 found.apart += not alone.by(told, ((wrong, 1.0),)).right
     finally:
+        torch.set_num_threads(threads)
         alone.close()
     return found
 
