@@ -17,9 +17,13 @@ lint: .venv/.dev
 types: .venv/.dev
 	$(BIN)/pyrefly check
 
-bench: .venv/.dev  ## measure against PEFT, in half an hour; writes benchmarks/results/ and the pages made from it
+# PEERS adds other systems: make bench PEERS='--python llama.cpp=VENV/bin/python --python vLLM=VENV/bin/python'
+bench: .venv/.dev  ## measure against PEFT, in an hour; writes benchmarks/results/ and the pages made from it
 	$(BIN)/python -m benchmarks.adapters
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.base
+	$(if $(PEERS),$(BIN)/python -m benchmarks.peers $(PEERS))
 	$(BIN)/python -m benchmarks.tables
 
 # torch comes first and pinned: the plain name takes gigabytes of CUDA packages on a machine without a GPU.

