@@ -60,8 +60,8 @@ GRIDS = (
         "peers",
         "Peers",
         (
-            "Decoding alone, in tokens per second, prompts of 64 tokens, r=8 on all linear layers. llama.cpp computes in",
-            "Q4_1, the others in bfloat16; `loradeck` has packed weights, `loradeck, int8` those in int8.",
+            "Decoding alone, in tokens per second, prompts of 64 tokens, r=8 on all linear layers. llama.cpp computes",
+            "in Q4_1, the others in bfloat16; `loradeck` has packed weights, `loradeck, int8` those in int8.",
         ),
     ),
 )
