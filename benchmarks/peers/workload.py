@@ -3,7 +3,8 @@
 A system is a process in a Python of its own, `PYTHON -m benchmarks.peers.NAME [WEIGHTS] FOLDER`. Once it is ready it
 writes one JSON line, {package: version}; then for each line {"rows", "adapters", "tokens"} that it reads it continues
 so many of the folder's prompts by so many tokens, greedily and past any end, row i through adapter i modulo `adapters`
-(0: the base alone), and writes {"seconds", "tokens"}. It keeps nothing from one question to the next but what it has loaded.
+(0: the base alone), and writes {"seconds", "tokens"}. It keeps nothing from one question to the next but
+what it has loaded.
 """
 
 import json
