@@ -13,6 +13,7 @@ cold        the first request to an adapter on disk, against one to a resident a
 import argparse
 import gc
 import json
+import multiprocessing
 import shutil
 import statistics
 import tempfile
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from loradeck.serve.stream import Stream
 ROWS, PROMPT, ANSWER = 16, 64, 32
 KINDS = ("base", "identical", "uniform", "zipf:1.5", "distinct")
 PARTS = ("streams", "registered", "crowded", "cold")
+CONFIG = EngineConfig(max_rows=ROWS)
 
 
 def main() -> None:
@@ -54,10 +57,10 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in arguments.dtypes if "streams" in arguments.only else ():
-            plain, base = Base.load(SMOLLM2, dtype=dtype), Base.load(SMOLLM2, dtype=dtype, weights="packed")
-            store = made_store(plain.model, Path(folder) / dtype, count=ROWS, r=8)
-            figures[f"streams {dtype}"] = streams(base, plain, store, arguments.rounds)
-            del plain, base
+            base = Base.load(SMOLLM2, dtype=dtype, weights="packed")
+            store = made_store(base.model, Path(folder) / dtype, count=ROWS, r=8)
+            figures[f"streams {dtype}"] = streams(base, store, arguments.rounds)
+            del base
             gc.collect()
         base = Base.load(SMOLLM2, dtype=arguments.dtypes[0], weights="packed")
         if "registered" in arguments.only:
@@ -77,40 +80,21 @@ def main() -> None:
 # ---- 16 at once
 
 
-def streams(base: Base, plain: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
+def streams(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
     """Tokens of answers per second, prompts included in the time; and a step's time outside the model."""
     chance = torch.Generator().manual_seed(0)
 
     def prompts() -> list[list[int]]:  # new ones each time: none is in the prefix cache
         return torch.randint(3, 49000, (ROWS, PROMPT), generator=chance).tolist()
 
-    peft_model = peft(plain.model, [store.find(f"a{i}").path for i in range(ROWS)])
-    settings = GenerationConfig(
-        max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=0, eos_token_id=2
-    )
-
-    def theirs(kind: str) -> Callable[[], object]:
-        names = ["__base__"] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)]
-
-        def run() -> None:
-            ids = torch.tensor(prompts())
-            with torch.inference_mode():
-                peft_model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=settings,
-                    adapter_names=names,
-                )
-
-        return run
-
-    with Engine(base, store, EngineConfig(max_rows=ROWS)) as engine:
+    folders = [store.find(f"a{i}").path for i in range(ROWS)]
+    with peft(str(base.model.dtype).removeprefix("torch."), folders) as theirs, Engine(base, store, CONFIG) as engine:
 
         def ours(kind: str) -> Callable[[], object]:
             names = [None] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)]
             return lambda: engine.generate(prompts(), names, Sampling(max_tokens=ANSWER, ignore_eos=True))
 
-        ways = {f"loradeck, {kind}": ours(kind) for kind in KINDS} | {"PEFT, distinct": theirs("distinct")}
+        ways = {f"loradeck, {kind}": ours(kind) for kind in KINDS} | {"PEFT, distinct": lambda: theirs(prompts())}
         seconds = in_turns(ways, rounds)
         with timed(engine) as steps:
             ours("distinct")()
@@ -203,7 +187,7 @@ def registered(base: Base, folder: Path, rounds: int, seconds: float, rate: floa
     found: dict[int, list[Outcome]] = {5: [], 2000: []}
     for _ in range(rounds):
         for count, own in found.items():
-            with Engine(base, store, EngineConfig(max_rows=ROWS)) as engine:
+            with Engine(base, store, CONFIG) as engine:
                 own.append(replay(engine, trace(adapters=count, rate=rate, seconds=seconds)))
     speed = {count: statistics.median(own.tokens / own.seconds for own in each) for count, each in found.items()}
     first = {count: statistics.median(t for own in each for t in own.first) for count, each in found.items()}
@@ -242,7 +226,7 @@ def cold(base: Base, folder: Path, rounds: int) -> dict[str, float]:
     store = made_store(base.model, folder / "cold", count=rounds + 2, r=8)
     chance = torch.Generator().manual_seed(0)
     times: dict[str, list[float]] = {"warm": [], "cold": []}
-    with Engine(base, store, EngineConfig(max_rows=ROWS)) as engine:
+    with Engine(base, store, CONFIG) as engine:
         for i in range(rounds + 2):
             for state, own in (("cold", f"a{i}"), ("warm", f"a{i}")):
                 prompt = torch.randint(3, 49000, (PROMPT,), generator=chance).tolist()
@@ -289,14 +273,46 @@ def made_store(
     return store
 
 
-def peft(model: Any, folders: list[Path]) -> Any:
-    """The model with all these adapters as PEFT has it, on the same weights."""
-    from loradeck.base.twin import twin
+@contextmanager
+def peft(dtype: str, folders: list[Path]) -> Iterator[Callable[[list[list[int]]], None]]:
+    """PEFT's `generate` for one prompt of each of these adapters.
 
-    made = PeftModel.from_pretrained(twin(model), folders[0], adapter_name="a0")
+    It is a process of its own: two threads of one that both compute slow each other down, even in turns.
+    """
+    context = multiprocessing.get_context("spawn")
+    near, far = context.Pipe()
+    process = context.Process(target=generate_with_peft, args=(far, dtype, folders), daemon=True)
+    process.start()
+
+    def ask(prompts: list[list[int]]) -> None:
+        near.send(prompts)
+        near.recv()
+
+    try:
+        near.recv()  # it is ready
+        yield ask
+    finally:
+        near.send(None)
+        process.join()
+
+
+def generate_with_peft(pipe: Connection, dtype: str, folders: list[Path]) -> None:
+    """Answer each list of prompts that comes through a pipe, until None comes."""
+    model = PeftModel.from_pretrained(Base.load(SMOLLM2, dtype=dtype).model, folders[0], adapter_name="a0").eval()
     for i, path in enumerate(folders[1:], start=1):
-        made.load_adapter(str(path), adapter_name=f"a{i}")
-    return made.eval()
+        model.load_adapter(str(path), adapter_name=f"a{i}")
+    settings = GenerationConfig(
+        max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=0, eos_token_id=2
+    )
+    pipe.send("ready")
+    while prompts := pipe.recv():
+        ids = torch.tensor(prompts)
+        names = [f"a{i}" for i in range(len(folders))]
+        with torch.inference_mode():
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, adapter_names=names
+            )
+        pipe.send("done")
 
 
 if __name__ == "__main__":
