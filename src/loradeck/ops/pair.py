@@ -1,5 +1,6 @@
 """One adapter's low-rank tensors at a layer. Knows tensors; knows no batch."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from loradeck.ops.dropout import Dropout
 def finite(tensor: Tensor) -> bool:
     """Say whether a tensor holds no NaN and no Inf; one pass, a tenth of the time of torch.isfinite(tensor).all()."""
     low, high = torch.aminmax(tensor.detach())  # both carry a NaN through
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low) and math.isfinite(high)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
