@@ -165,17 +165,15 @@ def replay(engine: Engine, arrivals: Sequence[Arrival]) -> Outcome:
     waiting: list[tuple[Stream, threading.Thread]] = []
     begun = time.monotonic()
 
-    def read(stream: Stream) -> None:
-        outcome.tokens += sum(1 for _ in stream)
-
     for own, prompt in zip(arrivals, prompts, strict=True):
         time.sleep(max(0.0, begun + own.at - time.monotonic()))
         stream = engine.submit(prompt, f"a{own.adapter}", Sampling(max_tokens=own.answer, ignore_eos=True))
-        reader = threading.Thread(target=read, args=(stream,))
+        reader = threading.Thread(target=list, args=(stream,))
         reader.start()
         waiting.append((stream, reader))
     for stream, reader in waiting:
         reader.join()
+        outcome.tokens += stream.request.generated
         outcome.first.append(stream.request.first_token - stream.request.arrived)
     outcome.seconds = time.monotonic() - begun
     return outcome
