@@ -113,11 +113,10 @@ SERVE = Suite(
     ),
     (
         "- *streams*: 64 tokens of prompt and 32 of answer, all at once; tokens of answers per second;",
-        "  workloads as Punica's. PEFT: transformers' `generate` with `adapter_names`.",
+        "  workloads as Punica's. PEFT: transformers' `generate` with `adapter_names`, in a process of its own.",
         "- *registered*: S-LoRA's question, scaled down: the same Gamma arrivals, adapters of r=4 drawn evenly from",
-        "  5 or from 2,000 in the store. Not measured yet: its one run asked for far too little.",
-        "- *crowded*: 32 adapters in use, with room for all and with room for 16; in this run at 4 requests a second,",
-        "  more than the engine could take, so that both waited for rows.",
+        "  5 or from 2,000 in the store; with 2,000, most requests are the first to their adapter.",
+        "- *crowded*: 32 adapters in use, with room for all and with room for 16; 0.8 requests a second.",
         "- *cold*: the file is in the page cache of the operating system.",
     ),
 )
