@@ -14,7 +14,7 @@ from loradeck.base.frozen import FrozenLinear
 from loradeck.base.trial import Product, trial
 from loradeck.errors import UnsupportedError
 
-FEW = 8  # rows up to which the op is faster than making the weight plain first: benchmarks/results/kernels.json
+FEW = 8  # rows up to which the op is faster than making the weight plain first: `python -m benchmarks.kernels`
 STEP = 32  # the op crashes where the inputs are no multiple of 16, and a wider step costs nothing
 BLOCK = 1 << 20  # weights made plain at a time: they fit the cache, and the head's never exist all at once
 TOLERANCE = 2**-6  # of the largest output: the op rounds its inputs and outputs to bfloat16
