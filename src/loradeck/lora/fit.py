@@ -46,8 +46,9 @@ def check_base(model: nn.Module, listing: Listing, *, any_base: bool) -> None:
     Raises:
         AdapterError: the fingerprints differ and `any_base` is not set.
     """
-    trained_on, here = listing.origin.provenance.get("base_fingerprint"), getattr(model, "fingerprint", None)
-    if trained_on and here and trained_on != here and not any_base:
+    trained_on: str | None = listing.origin.provenance.get("base_fingerprint")
+    here: object = getattr(model, "fingerprint", None)
+    if trained_on and isinstance(here, str) and trained_on != here and not any_base:
         raise AdapterError(
             f"{listing.folder} was trained on another base: {listing.origin.base_model or 'unnamed'}, "
             f"fingerprint {trained_on[:12]}; this one has {here[:12]}",

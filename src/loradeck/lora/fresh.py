@@ -63,7 +63,8 @@ def _resolved(model: nn.Module, config: LoraConfig, sites: Mapping[str, Site]) -
 
 def stamp(model: nn.Module, made: Adapter) -> None:
     """Record the base and the versions an adapter was made with, as far as the model tells."""
-    name = getattr(model, "base_name", None) or getattr(model, "name_or_path", None) or None
+    names = (getattr(model, word, None) for word in ("base_name", "name_or_path"))
+    name = next((name for name in names if isinstance(name, str) and name), None)
     # A language model's classes are named …ForCausalLM, and PEFT picks its wrapper class by this.
     task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else made.origin.task_type
     made.origin = Origin(name, made.origin.revision, task, made.origin.metadata)
