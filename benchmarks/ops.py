@@ -1,9 +1,10 @@
-"""Where `stacked` and `segmented` cross: what the constants in ops/plan.py are read from.
+"""Where the ways of computing cross: what the constants in ops/plan.py and ops/meetings.py are read from.
 
     python -m benchmarks.ops [--rounds 30]
 
-Sixteen rows of several tokens over several different adapters of r=8, on layers of SmolLM2-135M's shapes. Each call
-meets another layer's weights, as in a model: what a cache holds from the call before would flatter both.
+Sixteen rows of several tokens over several different adapters of r=8, then one adapter of several ranks on long rows,
+on layers of SmolLM2-135M's shapes. Each call meets another layer's weights, as in a model: what a cache holds from the
+call before would flatter all.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from itertools import cycle
 import torch
 
 from benchmarks.record import in_turns, write
-from loradeck.ops import choose, plan, segmented, stacked
+from loradeck.ops import meetings, native, plan, segmented, stacked
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands
@@ -28,31 +29,48 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     rounds = parser.parse_args().rounds
     figures: dict[str, object] = {}
-    print(f"{'layer':>10} {'adapters':>8} {'tokens':>7} {'stacked us':>10} {'segmented us':>12} {'chosen':>10}")
-    for inside, outside in ((576, 576), (576, 1536), (1536, 576)):
-        for count in (2, 4, 16):
-            mix = Mix(tuple(((i * count // ROWS, 1.0),) for i in range(ROWS)), (1,) * ROWS)
-            layers = [
-                Operands(
-                    LinearForm(inside, outside),
-                    tuple(Pair(torch.randn(8, inside), torch.randn(outside, 8), 2.0) for _ in range(count)),
-                )
-                for _ in range(LAYERS)
-            ]
+    for dtype in (torch.float32, torch.bfloat16):
+        for inside, outside in ((576, 576), (576, 1536), (1536, 576)):
+            for count in (2, 4, 16):
+                for tokens in (1, 4, 16, 64):
+                    name = f"{short(dtype)}, {inside} to {outside}, {count} adapters of r=8, {tokens} tokens a row"
+                    figures[name] = shown(name, compared(dtype, inside, outside, [8] * count, tokens, rounds))
+        for r in (8, 16, 32, 64, 128):
             for tokens in (1, 4, 16, 64):
-                x, y = torch.randn(ROWS, tokens, inside), torch.randn(ROWS, tokens, outside)
-                chosen = choose.stacks(x, layers[0], mix, training=False)
-                plans = all_stacked(mix, layers[0], tokens)
-                times = in_turns({"stacked": way(stacked.lora, x, y, layers, mix, plans),
-                                  "segmented": way(segmented.lora, x, y, layers, mix)}, rounds)  # fmt: skip
-                row: dict[str, object] = {name: round(seconds * 1e6, 1) for name, seconds in times.items()}
-                row["chosen"] = "stacked" if chosen is not None and chosen.stripes else "segmented"
-                figures[f"{inside} to {outside}, {count} adapters, {tokens} tokens a row"] = row
-                print(
-                    f"{inside:>5}x{outside:<5} {count:>7} {tokens:>7} {row['stacked']:>10} {row['segmented']:>12}"
-                    f" {row['chosen']:>10}"
-                )
+                name = f"{short(dtype)}, 576 to 1536, 1 adapter of r={r}, {tokens} tokens a row"
+                figures[name] = shown(name, compared(dtype, 576, 1536, [r], tokens, rounds))
     print(f"written: {write('ops', figures)}")
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shown(name: str, times: dict[str, float]) -> dict[str, float]:
+    print(name, *(f"{way} {time}" for way, time in times.items()), sep="  ", flush=True)
+    return times
+
+
+def compared(
+    dtype: torch.dtype, inside: int, outside: int, ranks: list[int], tokens: int, rounds: int
+) -> dict[str, float]:
+    """Microseconds of each way, sixteen rows of so many tokens evenly over adapters of these ranks."""
+    mix = Mix(tuple(((i * len(ranks) // ROWS, 1.0),) for i in range(ROWS)), (1,) * ROWS)
+    layers = [
+        Operands(
+            LinearForm(inside, outside),
+            # views, as a loaded adapter has them
+            tuple(Pair(torch.randn(r, inside).to(dtype)[:], torch.randn(outside, r).to(dtype)[:], 2.0) for r in ranks),
+        )
+        for _ in range(LAYERS)
+    ]
+    x, y = torch.randn(ROWS, tokens, inside).to(dtype), torch.randn(ROWS, tokens, outside).to(dtype)
+    ways = {"segmented": way(segmented.lora, x, y, layers, mix)}
+    if len(ranks) > 1:
+        ways["stacked"] = way(stacked.lora, x, y, layers, mix, all_stacked(mix, layers[0], tokens))
+    if native.takes(x, y):
+        ways["native"] = way(native.lora, x, y, layers, mix, all_native(mix, layers[0], tokens))
+    return {name: round(seconds * 1e6, 1) for name, seconds in in_turns(ways, rounds).items()}
 
 
 def way(
@@ -72,6 +90,15 @@ def all_stacked(mix: Mix, operands: Operands, unit: int, device: str = "cpu") ->
         return plan.plan_of(Mix(mix.entries, mix.lengths), operands.slots, unit, torch.device(device))
     finally:
         plan.SEGMENT = kept
+
+
+def all_native(mix: Mix, operands: Operands, unit: int) -> meetings.Meetings:
+    """The plan that leaves no group to others."""
+    kept, meetings.MEETING = meetings.MEETING, 0.0
+    try:
+        return native.plan(Mix(mix.entries, mix.lengths), operands.slots, unit)
+    finally:
+        meetings.MEETING = kept
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ MAY = {
     "disk": set(),
     "toy": set(),
     "demo": set(),
-    "ops": set(),
+    "ops": {"disk"},
     "lora": {"ops", *GROUND},
     "stored": {"lora", *GROUND},
     "store": {"stored", "lora", *GROUND},

@@ -11,8 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
+import platformdirs
+
 UMASK = Lock()
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: `$LORADECK_CACHE`, or the user's own cache folder."""
+    own = os.environ.get("LORADECK_CACHE")
+    return Path(own).expanduser() if own else platformdirs.user_cache_path("loradeck", appauthor=False)
 
 
 def write_file(path: Path, content: bytes) -> None:

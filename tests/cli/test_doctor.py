@@ -9,7 +9,7 @@ import torch
 
 from loradeck.base import packed, quantised
 from loradeck.cli import doctor
-from loradeck.ops import choose
+from loradeck.ops import choose, native
 
 
 def test_it_says_what_is_here(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -28,9 +28,13 @@ def test_it_says_what_is_here(run: Callable, monkeypatch: pytest.MonkeyPatch, tm
 def test_it_says_which_kernels_there_are(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "packing", lambda dtype: "is slower here" if dtype == torch.float32 else "")
     monkeypatch.setattr(quantised, "int8_product", lambda: "")
+    monkeypatch.setattr(native, "problem", lambda: "needs a compiler")
     monkeypatch.setattr(choose, "triton_problem", lambda device: "is for GPUs")
     facts = json.loads(run("doctor", "--json").out)
-    assert facts["kernels"] == "packed float32 is slower here; packed bfloat16; int8; triton is for GPUs"
+    assert (
+        facts["kernels"]
+        == "packed float32 is slower here; packed bfloat16; int8; native needs a compiler; triton is for GPUs"
+    )
 
 
 def test_a_broken_torch_is_one_line_of_it(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

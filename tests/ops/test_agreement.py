@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loradeck.ops import choose, fused, packed, reference, segmented, stacked
+from loradeck.ops import choose, fused, native, packed, reference, segmented, stacked
 from loradeck.ops import plan as planning
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Mix
@@ -19,8 +19,9 @@ WAYS = {
 
 
 def ways(operands):
-    """Stacks and packs are for linear layers."""
-    return [*WAYS.values(), *([every_row_stacked, packed.lora] if isinstance(operands.form, LinearForm) else [])]
+    """Stacks, packs and C are for linear layers."""
+    linear = [every_row_stacked, packed.lora, *([] if native.problem() else [native.lora])]
+    return [*WAYS.values(), *(linear if isinstance(operands.form, LinearForm) else [])]
 
 
 def every_row_stacked(x, y, operands, mix):

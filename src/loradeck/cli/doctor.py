@@ -6,10 +6,10 @@ Works where torch is broken or missing: each line is found out on its own.
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 from loradeck.cli.options import AsJson
 from loradeck.cli.screen import columns, print_json, size
+from loradeck.disk import cache_folder
 
 NEEDED = ("torch", "transformers", "safetensors")
 PACKAGES = ("loradeck", *NEEDED, "peft", "gguf", "accelerate")
@@ -88,11 +88,13 @@ def _kernels() -> str:
 
     from loradeck.base.packed import TOLERANCE, packing
     from loradeck.base.quantised import int8_product
+    from loradeck.ops import native
     from loradeck.ops.choose import triton_problem
 
     problems = {f"packed {str(dtype).removeprefix('torch.')}": packing(dtype) for dtype in TOLERANCE}
     problems["int8"] = int8_product()
     place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    problems["native"] = native.problem()
     problems["triton"] = triton_problem(place)
     return "; ".join(f"{way} {problem}".rstrip() for way, problem in problems.items())
 
@@ -109,10 +111,7 @@ def _smollm2() -> str:
 
 
 def _cache() -> str:
-    import platformdirs
-
-    own = os.environ.get("LORADECK_CACHE")
-    folder = Path(own).expanduser() if own else platformdirs.user_cache_path("loradeck", appauthor=False)
+    folder = cache_folder()
     return f"{folder}, {size(sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()))}"
 
 

@@ -14,10 +14,9 @@ from weakref import WeakSet
 
 from loradeck.errors import RouteError
 from loradeck.lora.adapter import Adapter
-from loradeck.ops.mix import Entry, Mix
+from loradeck.ops.mix import Entry, Mix, Slot
 from loradeck.ops.operands import Operands, slots_of
 from loradeck.ops.pair import Pair
-from loradeck.ops.plan import Slot
 from loradeck.ops.stack import width_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from loradeck.ops import fused, packed, segmented, stacked
+from loradeck.ops import fused, native, packed, segmented, stacked
 from loradeck.ops.forms import LinearForm
 from loradeck.ops.mix import Group, Mix
 from loradeck.ops.operands import Operands, compute_dtype
@@ -21,17 +21,23 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) 
 
     x the layer's input · y the base's output for it · `training` lets dropout act -> a tensor like y.
     """
-    if torch.is_grad_enabled() and isinstance(operands.form, LinearForm):
-        return fused.lora(x, y, operands, mix, training=training)
-    plan = stacks(x, operands, mix, training=training)
-    if plan is None:
+    if not isinstance(operands.form, LinearForm) or (training and operands.drops and not torch.is_grad_enabled()):
         return segmented.lora(x, y, operands, mix, training=training)
-    if plan.stripes:
-        y = _stripes(x, y, operands, mix, plan)
-    if plan.groups:
-        way = packed.lora if packs(x, y, operands, plan.groups) else segmented.lora
-        y = way(x, y, operands, mix, plan.groups)
-    return y
+    if torch.is_grad_enabled():
+        return fused.lora(x, y, operands, mix, training=training)
+    groups: Sequence[Group]
+    if native.takes(x, y):
+        plan = native.plan(mix, operands.slots, operands.form.count(x) // mix.total)
+        y, groups = native.lora(x, y, operands, mix, plan), plan.groups
+    elif len(mix.groups) == 1:
+        groups = mix.groups
+    else:
+        stacks = plan_of(mix, operands.slots, operands.form.count(x) // mix.total, x.device)
+        y, groups = _stripes(x, y, operands, mix, stacks), stacks.groups
+    if not groups:
+        return y
+    way = packed.lora if packs(x, y, operands, groups) else segmented.lora
+    return way(x, y, operands, mix, groups)
 
 
 def packs(x: Tensor, y: Tensor, operands: Operands, groups: Sequence[Group]) -> bool:
@@ -45,15 +51,6 @@ def packs(x: Tensor, y: Tensor, operands: Operands, groups: Sequence[Group]) -> 
         and sum(pair.r for pair in pairs) <= WIDEST
         and all(operands.finite(operand, dtype) for operand in used)
     )
-
-
-def stacks(x: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Plan | None:
-    """Return which rows are computed in stacks and which group by group; None where stacks are not for this."""
-    if torch.is_grad_enabled() or not isinstance(operands.form, LinearForm):
-        return None
-    if len(mix.groups) == 1 or (training and operands.drops):
-        return None  # one entry for all rows, or masks of each adapter's own
-    return plan_of(mix, operands.slots, operands.form.count(x) // mix.total, x.device)
 
 
 @cache

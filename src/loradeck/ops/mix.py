@@ -1,19 +1,20 @@
 """Which operands each run of rows goes through, at which weight. Knows numbers; knows no names and no layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from loradeck.ops.dropout import dropped
 
-if TYPE_CHECKING:
-    from loradeck.ops.plan import Plan, Slot
+KEPT = 8  # plans of one mix, for working sets that lie otherwise
 
 Entry = tuple[tuple[int, float], ...]  # (operand, weight) pairs; empty for the base
+Slot = tuple[int, int]  # where an operand lies in stacks: (ranks, number)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,9 @@ class Mix:
     lengths: tuple[int, ...]
     groups: tuple[Group, ...] = field(init=False)
     total: int = field(init=False)
-    plans: "dict[object, Plan]" = field(init=False, default_factory=dict, compare=False)
+    plans: dict[object, Any] = field(init=False, default_factory=dict, compare=False)
     """How it is computed, for the operands that it met lately: the steps of a decode are alike."""
-    last_plan: "tuple[Sequence[Slot], int, torch.device, Plan] | None" = field(init=False, default=None, compare=False)
+    last: tuple[Any, ...] | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         ends = list(accumulate(self.lengths))
@@ -70,3 +71,23 @@ class Mix:
                 own.append((end - length, end))
         object.__setattr__(self, "groups", tuple(Group(entry, tuple(own)) for entry, own in spans.items()))
         object.__setattr__(self, "total", ends[-1] if ends else 0)
+
+    def kept(
+        self,
+        make: Callable[["Mix", Sequence[Slot], int, torch.device], Made],
+        slots: Sequence[Slot],
+        unit: int,
+        device: torch.device,
+    ) -> Made:
+        """Return make(mix, slots, unit, device), made once: `slots` the operands', `unit` the items of a run length."""
+        last = self.last
+        if last and last[0] is slots and last[1:4] == (make, unit, device):
+            return cast("Made", last[4])  # the layers of a step ask for the same, and a key of many slots hashes slowly
+        key = (make, tuple(slots), unit, device)
+        known = self.plans.get(key)
+        if known is None:
+            while len(self.plans) >= KEPT:
+                self.plans.pop(next(iter(self.plans)), None)
+            known = self.plans[key] = make(self, slots, unit, device)
+        object.__setattr__(self, "last", (slots, make, unit, device, known))
+        return cast("Made", known)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from loradeck.ops.forms import Form
-from loradeck.ops.mix import Mix
+from loradeck.ops.mix import Mix, Slot
 from loradeck.ops.pair import Pair, finite
-from loradeck.ops.plan import Slot
 from loradeck.ops.stack import Stack, width_of
 
 FEW_ROWS = 32

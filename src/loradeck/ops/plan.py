@@ -10,14 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loradeck.ops.mix import Group, Mix
+from loradeck.ops.mix import Group, Mix, Slot
 
 # Microseconds on two CPU cores, of layers with 576 and 1536 features: `python -m benchmarks.ops`, results/ops.json.
 SEGMENT, SEGMENT_ROW = 20.0, 0.9  # one adapter on one group by itself, and each of its rows
 STRIPE, STRIPE_ROW = 55.0, 1.2  # all slots of a width at once, and each row of a slot, whether there is one or not
-KEPT = 8  # plans of one mix, for working sets that lie otherwise
-
-Slot = tuple[int, int]  # (ranks, number)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,17 +47,7 @@ class Plan:
 
 def plan_of(mix: Mix, slots: Sequence[Slot], unit: int, device: torch.device) -> Plan:
     """Return the cheapest plan, kept with the mix. `slots` are the operands', `unit` the items of one run length."""
-    last = mix.last_plan
-    if last and last[0] is slots and last[1] == unit and last[2] == device:
-        return last[3]  # the layers of a step ask for the same, and a key of many slots takes long to hash
-    key = (tuple(slots), unit, device)
-    known = mix.plans.get(key)
-    if known is None:
-        while len(mix.plans) >= KEPT:
-            mix.plans.pop(next(iter(mix.plans)), None)
-        known = mix.plans[key] = _cheapest(mix, slots, unit, device)
-    object.__setattr__(mix, "last_plan", (slots, unit, device, known))
-    return known
+    return mix.kept(_cheapest, slots, unit, device)
 
 
 def _cheapest(mix: Mix, slots: Sequence[Slot], unit: int, device: torch.device) -> Plan:

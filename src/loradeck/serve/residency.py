@@ -10,6 +10,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from threading import RLock
 
+import torch
+
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry, weights_of
@@ -31,6 +33,9 @@ class Residency:
         self.budget = config.adapter_bytes
         on_device = next(bank.model.parameters()).device.type != "cpu"
         self.memory_budget = config.memory_bytes if on_device else 0  # else both tiers are the same memory
+        # float32 says no more where its update is added to bfloat16, and takes twice the bytes, at each step too.
+        # bfloat16 has float32's range; in float16 a weight might be Inf.
+        self._dtype = torch.bfloat16 if bank.model.dtype == torch.bfloat16 else None
         self.loads = 0
         self.evictions = 0
         self.load_seconds = 0.0
@@ -221,6 +226,7 @@ class Residency:
                 self.bank.load(own.stored.path, own.sha256)
                 if own.stored.sha256() != own.sha256:  # asked after the load, it vouches for what was loaded
                     raise AdapterError(f"{own.spec} has changed while it was loaded", mend="Ask again.")
+                own.loaded_bytes = self.bank[own.sha256].to(self._dtype).nbytes
         except Exception as error:
             failure = _told(own, error)
             with self._lock:

@@ -28,6 +28,8 @@ class Resident:
     parked: Adapter | None = None
     """Its tensors, in the tier memory."""
     loading: Future[LoradeckError | None] | None = None
+    loaded_bytes: int | None = None
+    """What its tensors take, once they are loaded: not always what they take on disk."""
 
     @property
     def spec(self) -> str:
@@ -35,7 +37,7 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        return self.stored.facts.nbytes
+        return self.stored.facts.nbytes if self.loaded_bytes is None else self.loaded_bytes
 
     @property
     def pinned(self) -> bool:
