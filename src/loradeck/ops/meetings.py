@@ -11,9 +11,10 @@ from torch import Tensor
 
 from loradeck.ops.mix import Group, Mix, Slot
 
-# Microseconds on two CPU cores, of layers with 576 and 1536 features: `python -m benchmarks.ops`, results/ops.json.
-MEETING = 0.029  # an item with one rank of a pair
-ALONE, ALONE_ITEM, ALONE_RANK = 20.0, 0.4, 0.0125  # two dense products for a group, each of its items, and its ranks
+# Microseconds on two CPU cores, of a layer from 576 to 1536 features: `python -m benchmarks.ops`, results/ops.json;
+# between those of float32 and of bfloat16.
+MEETING = 0.037  # an item with one rank of a pair
+ALONE, ALONE_ITEM, ALONE_RANK = 45.0, 0.2, 0.016  # two dense products for a group, each of its items, and its ranks
 
 
 @dataclass(frozen=True, eq=False)
