@@ -53,6 +53,13 @@ def packs(x: Tensor, y: Tensor, operands: Operands, groups: Sequence[Group]) -> 
     )
 
 
+def warm_up(device: torch.device) -> None:
+    """Try the device's kernels now, not at the first forward with an adapter: a compiler may have to run for them."""
+    if device.type == "cpu":
+        native.problem()
+    triton_problem(device)
+
+
 @cache
 def triton_problem(device: torch.device) -> str:
     """Say why few rows of many adapters do not go through the Triton kernels on a device; "" where they do."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from loradeck.errors import BaseModelError
 from loradeck.lora.bank import Bank
+from loradeck.ops.choose import warm_up
 from loradeck.serve import attention
 from loradeck.serve.attention import Chunk, Part, Singles
 from loradeck.serve.cache import Cache
@@ -30,6 +31,7 @@ class Runner:
         """
         self.model = model
         self.bank = Bank(model)
+        warm_up(model.device)
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
         chance = torch.Generator().manual_seed(0)
         prompts = [torch.randint(self.vocabulary, (length,), generator=chance).tolist() for length in (7, 5)]
