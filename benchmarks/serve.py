@@ -2,9 +2,11 @@
 
 The engine's base has packed weights, as `loradeck serve` has by default; PEFT's has them as they came.
 
-    python -m benchmarks.serve [--rounds 3] [--dtypes bfloat16 float32] [--only streams registered crowded cold]
+    python -m benchmarks.serve [--rounds 3] [--dtypes bfloat16 float32]
+        [--only streams prefill registered crowded cold]
 
 streams     16 requests at once, 64 tokens of prompt, 32 of answer, adapters r=8 on all linear layers
+prefill     the first token of 16 prompts of 64 tokens, and of one of 512, against transformers' and PEFT's `generate`
 registered  S-LoRA's question: the same arrivals with 5 and with 2,000 adapters in the store
 crowded     twice as many adapters in use as fit, against all resident: time to the first token
 cold        the first request to an adapter on disk, against one to a resident adapter
@@ -42,7 +44,7 @@ from loradeck.serve.stream import Stream
 
 ROWS, PROMPT, ANSWER = 16, 64, 32
 KINDS = ("base", "identical", "uniform", "zipf:1.5", "distinct")
-PARTS = ("streams", "registered", "crowded", "cold")
+PARTS = ("streams", "prefill", "registered", "crowded", "cold")
 CONFIG = EngineConfig(max_rows=ROWS)
 
 
@@ -56,10 +58,13 @@ def main() -> None:
     arguments = parser.parse_args()
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in arguments.dtypes if "streams" in arguments.only else ():
+        for dtype in arguments.dtypes if {"streams", "prefill"} & {*arguments.only} else ():
             base = Base.load(SMOLLM2, dtype=dtype, weights="packed")
             store = made_store(base.model, Path(folder) / dtype, count=ROWS, r=8)
-            figures[f"streams {dtype}"] = streams(base, store, arguments.rounds)
+            if "streams" in arguments.only:
+                figures[f"streams {dtype}"] = streams(base, store, arguments.rounds)
+            if "prefill" in arguments.only:
+                figures[f"prefill {dtype}"] = prefill(base, store, arguments.rounds)
             del base
             gc.collect()
         base = Base.load(SMOLLM2, dtype=arguments.dtypes[0], weights="packed")
@@ -106,6 +111,36 @@ def streams(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
         "decode step (ms)": 1e3 * statistics.median(step.seconds for step in whole),
         "of it outside the model": statistics.median(1 - step.model / step.seconds for step in whole),
     }
+
+
+def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
+    """Milliseconds to the first token of all rows; new prompts each time, so that none is in the prefix cache."""
+    chance = torch.Generator().manual_seed(1)
+    folders = [store.find(f"a{i}").path for i in range(ROWS)]
+    figures: dict[str, float] = {}
+    with peft(str(base.model.dtype).removeprefix("torch."), folders) as theirs, Engine(base, store, CONFIG) as engine:
+        for rows, length in ((ROWS, PROMPT), (1, 512)):
+
+            def prompts(rows: int = rows, length: int = length) -> list[list[int]]:
+                return torch.randint(3, 49000, (rows, length), generator=chance).tolist()
+
+            def ours(names: Sequence[str | None]) -> object:
+                return engine.generate(prompts(), names, Sampling(max_tokens=1, ignore_eos=True))
+
+            ways: dict[str, Callable[[], object]] = {
+                "loradeck, base": lambda: ours([None] * rows),
+                "loradeck, distinct": lambda: ours([f"a{i}" for i in range(rows)]),
+                "transformers, base": lambda: theirs(prompts(), tokens=1, adapted=False),
+                "PEFT, distinct": lambda: theirs(prompts(), tokens=1),
+            }
+            seconds = in_turns(ways, rounds)
+            what = f"{rows} x {length}"
+            figures |= {f"{what}: {name} (ms)": 1e3 * own for name, own in seconds.items()}
+            figures |= {
+                f"{what}: transformers / loradeck, {way}": seconds["transformers, base"] / seconds[f"loradeck, {way}"]
+                for way in ("base", "distinct")
+            }
+    return figures
 
 
 @dataclass
@@ -201,7 +236,7 @@ def registered(base: Base, folder: Path, rounds: int, seconds: float, rate: floa
 
 def crowded(base: Base, folder: Path, rounds: int, seconds: float, rate: float) -> dict[str, float]:
     """Median milliseconds to the first token, 32 adapters in use: all resident, and with room for 16."""
-    store = made_store(base.model, folder / "crowd", count=32, r=8)
+    store = made_store(base.model, folder / "crowd", count=32, r=8, dtype=base.model.dtype)  # as the engine keeps them
     nbytes = store.find("a0").facts.nbytes
     found: dict[int, list[float]] = {32: [], 16: []}
     arrivals = trace(adapters=32, rate=rate, seconds=seconds)
@@ -272,8 +307,8 @@ def made_store(
 
 
 @contextmanager
-def peft(dtype: str, folders: list[Path]) -> Iterator[Callable[[list[list[int]]], None]]:
-    """PEFT's `generate` for one prompt of each of these adapters.
+def peft(dtype: str, folders: list[Path]) -> Iterator[Callable[..., None]]:
+    """PEFT's `generate` for prompts, the i-th through the i-th of these adapters, or transformers' on the base.
 
     It is a process of its own: two threads of one that both compute slow each other down, even in turns.
     """
@@ -282,8 +317,8 @@ def peft(dtype: str, folders: list[Path]) -> Iterator[Callable[[list[list[int]]]
     process = context.Process(target=generate_with_peft, args=(far, dtype, folders), daemon=True)
     process.start()
 
-    def ask(prompts: list[list[int]]) -> None:
-        near.send(prompts)
+    def ask(prompts: list[list[int]], *, tokens: int = ANSWER, adapted: bool = True) -> None:
+        near.send((prompts, tokens, adapted))
         near.recv()
 
     try:
@@ -295,21 +330,24 @@ def peft(dtype: str, folders: list[Path]) -> Iterator[Callable[[list[list[int]]]
 
 
 def generate_with_peft(pipe: Connection, dtype: str, folders: list[Path]) -> None:
-    """Answer each list of prompts that comes through a pipe, until None comes."""
+    """Answer each (prompts, new tokens, whether through adapters) that comes through a pipe, until None comes."""
     model = PeftModel.from_pretrained(Base.load(SMOLLM2, dtype=dtype).model, folders[0], adapter_name="a0").eval()
     for i, path in enumerate(folders[1:], start=1):
         model.load_adapter(str(path), adapter_name=f"a{i}")
-    settings = GenerationConfig(
-        max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=0, eos_token_id=2
-    )
     pipe.send("ready")
-    while prompts := pipe.recv():
+    while asked := pipe.recv():
+        prompts, tokens, adapted = asked
         ids = torch.tensor(prompts)
-        names = [f"a{i}" for i in range(len(folders))]
+        settings = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=2
+        )
+        given: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": settings}
         with torch.inference_mode():
-            model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, adapter_names=names
-            )
+            if adapted:
+                model.generate(**given, adapter_names=[f"a{i}" for i in range(len(prompts))])
+            else:
+                with model.disable_adapter():
+                    model.generate(**given)
         pipe.send("done")
 
 

@@ -107,6 +107,20 @@ SERVE = Suite(
         ),
         ("streams float32", "loradeck / PEFT, distinct", "the same, float32", "≥ 6"),
         ("streams bfloat16", "of it outside the model", "a 16-row step's time outside the model's forward", "< 0.1"),
+        (
+            "prefill bfloat16",
+            "16 x 64: transformers / loradeck, distinct",
+            "first token of 16 prompts of 64, 16 adapters, transformers' time on the base over ours, bfloat16",
+            "≥ 1.5",
+        ),
+        (
+            "prefill bfloat16",
+            "1 x 512: transformers / loradeck, distinct",
+            "first token of a prompt of 512 through an adapter, transformers' time on the base over ours, bfloat16",
+            "≥ 1.5",
+        ),
+        ("prefill float32", "16 x 64: transformers / loradeck, distinct", "16 x 64, the same, float32", "≥ 1.5"),
+        ("prefill float32", "1 x 512: transformers / loradeck, distinct", "1 x 512, the same, float32", "≥ 1.5"),
         ("registered", "2,000 / 5", "tokens/s with 2,000 adapters registered over with 5", "≥ 0.95"),
         ("crowded", "half / all resident", "time to first token, half of the adapters fit, over all resident", "≤ 3"),
         ("cold", "cold - warm (ms)", "first token of an adapter on disk later than of a resident one, ms", "≤ 50"),
@@ -114,9 +128,10 @@ SERVE = Suite(
     (
         "- *streams*: 64 tokens of prompt and 32 of answer, all at once; tokens of answers per second;",
         "  workloads as Punica's. PEFT: transformers' `generate` with `adapter_names`, in a process of its own.",
+        "- *prefill*: new prompts each time; transformers' `generate` of one token, in the same process as PEFT's.",
         "- *registered*: S-LoRA's question, scaled down: the same Gamma arrivals, adapters of r=4 drawn evenly from",
         "  5 or from 2,000 in the store; with 2,000, most requests are the first to their adapter.",
-        "- *crowded*: 32 adapters in use, with room for all and with room for 16; 0.8 requests a second.",
+        "- *crowded*: 32 adapters in use, with room for all and with room for 16; 1.2 requests a second.",
         "- *cold*: the file is in the page cache of the operating system.",
     ),
 )

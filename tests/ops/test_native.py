@@ -285,6 +285,12 @@ class TestWithoutIt:
         assert native.problem().startswith("is off by")
 
     @needs_compiler
+    def test_warming_up_compiles(self, cache):
+        """So that the first request with an adapter does not wait for it."""
+        choose.warm_up(torch.device("cpu"))
+        assert [*(cache / "compiled").iterdir()]
+
+    @needs_compiler
     def test_it_is_compiled_once(self, cache, monkeypatch):
         compiler.loaded(native.SOURCE)
         (kept,) = (cache / "compiled").iterdir()
