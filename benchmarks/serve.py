@@ -117,11 +117,10 @@ def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
     """Milliseconds to the first token of all rows; new prompts each time, so that none is in the prefix cache."""
     chance = torch.Generator().manual_seed(1)
     folders = [store.find(f"a{i}").path for i in range(ROWS)]
-    figures: dict[str, float] = {}
     with peft(str(base.model.dtype).removeprefix("torch."), folders) as theirs, Engine(base, store, CONFIG) as engine:
-        for rows, length in ((ROWS, PROMPT), (1, 512)):
 
-            def prompts(rows: int = rows, length: int = length) -> list[list[int]]:
+        def asked(rows: int, length: int) -> dict[str, float]:
+            def prompts() -> list[list[int]]:
                 return torch.randint(3, 49000, (rows, length), generator=chance).tolist()
 
             def ours(names: Sequence[str | None]) -> object:
@@ -134,13 +133,14 @@ def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
                 "PEFT, distinct": lambda: theirs(prompts(), tokens=1),
             }
             seconds = in_turns(ways, rounds)
-            what = f"{rows} x {length}"
-            figures |= {f"{what}: {name} (ms)": 1e3 * own for name, own in seconds.items()}
-            figures |= {
-                f"{what}: transformers / loradeck, {way}": seconds["transformers, base"] / seconds[f"loradeck, {way}"]
+            ratios = {
+                f"transformers / loradeck, {way}": seconds["transformers, base"] / seconds[f"loradeck, {way}"]
                 for way in ("base", "distinct")
             }
-    return figures
+            own = {f"{name} (ms)": 1e3 * each for name, each in seconds.items()} | ratios
+            return {f"{rows} x {length}: {name}": value for name, value in own.items()}
+
+        return asked(ROWS, PROMPT) | asked(1, 512)
 
 
 @dataclass

@@ -160,7 +160,7 @@ SOAK = Suite(
         "  share. A log-probability that is told is wrong beyond 1e-3 too. What was left is judged as far as it came.",
         "- *judged by a wrong adapter*: a fifth of the answers, to see that a leak would be found.",
         "- *server*: a `loradeck serve` process, openai's client, and SIGTERM while it answers. *loads by hand without",
-        "  room*: all adapters were in use, and the load was refused. In this run both ways ran at once, a core each.",
+        "  room*: all adapters were in use, and the load was refused.",
         "- *after warm-up*: a quarter of the time. Figures around a moment are means of a tenth of the time.",
     ),
 )

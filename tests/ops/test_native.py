@@ -252,7 +252,7 @@ class TestWithoutIt:
     def test_no_compiler(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CC", raising=False)
-        assert native.problem() == "is not to be had here (there is no C compiler)"
+        assert native.problem() == "is not to be had here (there is no GCC)"
         own, mix = operands(40, 24, (4, 8)), Mix((((0, 1.0),), ((1, 1.0),)), (1, 1))
         x, y = torch.randn(2, 40), torch.randn(2, 24)
         with torch.no_grad():

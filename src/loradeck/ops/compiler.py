@@ -18,7 +18,7 @@ import torch
 from loradeck.disk import cache_folder, write_file
 
 PATIENCE = 60  # seconds for the compiler
-FEATURES = {  # what torch has found the CPU to be able to do -> flags of GCC and Clang
+FEATURES = {  # what torch has found the CPU to be able to do -> flags of GCC
     "AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma",
     "AVX2": "-mavx2 -mfma",
 }
@@ -28,8 +28,8 @@ FLAGS = "-std=gnu11 -O3 -fPIC -w -fopenmp"
 def loaded(source: Path) -> ctypes.CDLL:
     """Return the library of a C file, compiled now if it has not been on this machine.
 
-    The compiler is `$CC`, or the first of cc, gcc and clang. The library is linked with no OpenMP of its own and finds
-    torch's: two would keep two teams of threads, which wait for each other.
+    The compiler is `$CC`, gcc or cc, and must be GCC, whose OpenMP is torch's on Linux: the library is linked with none
+    of its own, because two would keep two teams of threads, which wait for each other.
 
     Raises:
         OSError: there is no compiler, it fails, or the library finds no OpenMP in this process.
@@ -52,9 +52,9 @@ def loaded(source: Path) -> ctypes.CDLL:
 
 def _compiler() -> list[str]:
     own = shlex.split(os.environ.get("CC", ""))
-    found = own or next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    found = own or next(([name] for name in ("gcc", "cc") if shutil.which(name)), None)
     if not found:
-        raise OSError("there is no C compiler")
+        raise OSError("there is no GCC")
     return found
 
 

@@ -25,12 +25,12 @@ class Meetings:
     """(K), int64; so are all but the weights."""
     weight: Tensor
     """(K), float32."""
-    pair: Tensor
-    """(S) the operand's number."""
+    operands: tuple[int, ...]
+    """(S) those whose pairs are met."""
     first: Tensor
     """(S + 1) the meetings of the s-th are first[s] to first[s + 1] - 1."""
     unit_pair: Tensor
-    """(U) a unit is a few meetings of one pair, which are computed together."""
+    """(U) which of the S; a unit is a few meetings of one pair, which are computed together."""
     unit: Tensor
     """(U + 1) its meetings, likewise."""
     groups: tuple[Group, ...]
@@ -52,18 +52,18 @@ def meetings(mix: Mix, slots: Sequence[Slot], unit: int, most: int) -> Meetings:
     item: list[int] = []
     weight: list[float] = []
     first, unit_pair, units = [0], list[int](), list[int]()
-    for operand, items in met:
+    for number, (_, items) in enumerate(met):
         item += [each for each, _ in items]
         weight += [each for _, each in items]
         first.append(len(item))
         starts = range(first[-2], first[-1], most)
         units += starts
-        unit_pair += [operand] * len(starts)
+        unit_pair += [number] * len(starts)
     with torch.inference_mode(False):
         return Meetings(
             torch.tensor(item, dtype=torch.int64),
             torch.tensor(weight, dtype=torch.float32),
-            torch.tensor([operand for operand, _ in met], dtype=torch.int64),
+            tuple(operand for operand, _ in met),
             torch.tensor(first),
             torch.tensor(unit_pair, dtype=torch.int64),
             torch.tensor([*units, len(item)]),

@@ -40,14 +40,13 @@ typedef struct {
 } Pair;
 
 typedef struct {
-    const Pair *pairs;
-    const int64_t *item; /* (K) */
-    const f32 *weight;   /* (K) */
-    const int64_t *pair; /* (S) */
-    const int64_t *first; /* (S + 1): the meetings of the s-th are first[s] to first[s + 1] - 1 */
+    const Pair *pairs;        /* (S); r is 0 where an adapter leaves the layer alone */
+    const int64_t *item;      /* (K) */
+    const f32 *weight;        /* (K) */
+    const int64_t *first;     /* (S + 1): the meetings of the s-th pair are first[s] to first[s + 1] - 1 */
     const int64_t *unit_pair; /* (U) */
     const int64_t *unit;      /* (U + 1), likewise */
-    int64_t meetings, slots, units, inside, outside, ranks, half;
+    int64_t meetings, met, units, inside, outside, ranks, half;
 } Batch;
 
 int64_t rows_of_a_unit(void) { return ROWS; }
@@ -186,8 +185,8 @@ ALWAYS void turn(f32 *turned, const Pair *p, int64_t o, int64_t size, int b_half
 /* y[item_k, o : o + BLOCK] += h[k] B for all meetings. */
 ALWAYS void expand(const Batch *c, void *y, const f32 *h, f32 *turned, int64_t o, int half) {
     const int64_t O = c->outside, size = O - o < BLOCK ? O - o : BLOCK;
-    for (int64_t s = 0; s < c->slots; s++) {
-        const Pair *p = c->pairs + c->pair[s];
+    for (int64_t s = 0; s < c->met; s++) {
+        const Pair *p = c->pairs + s;
         if (!p->r) continue;
         if (p->half) turn(turned, p, o, size, 1);
         else turn(turned, p, o, size, 0);

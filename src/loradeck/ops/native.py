@@ -25,7 +25,7 @@ from loradeck.ops.pair import Pair
 SOURCE = Path(__file__).with_suffix(".c")
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
-ARRAYS = ("item", "weight", "pair", "first", "unit_pair", "unit")  # of Meetings, as the C code's Batch has them
+ARRAYS = ("item", "weight", "first", "unit_pair", "unit")  # of Meetings, as the C code's Batch has them
 
 
 class _Pair(ctypes.Structure):
@@ -41,32 +41,24 @@ class _Pair(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("pairs", *ARRAYS)),
-        *((name, ctypes.c_int64) for name in ("meetings", "slots", "units", "inside", "outside", "ranks", "half")),
+        *((name, ctypes.c_int64) for name in ("meetings", "met", "units", "inside", "outside", "ranks", "half")),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Where the pairs of operands lie."""
-
-    pairs: "ctypes.Array[_Pair]"
-    held: tuple[Pair, ...]
-    """The pairs at these addresses."""
-    settled: bool
-    """Whether they stay there as long as the operands live: nothing was cast, and nothing is a parameter, whose memory
-    can be exchanged without a trace."""
-    version: int | None
-    """Of the operands, for what was cast."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
     """What the C code is told besides x and y. Whoever holds it keeps all that it points to."""
 
-    table: _Table
+    batch: _Batch
     meetings: Meetings
     dtype: torch.dtype
-    batch: _Batch
+    held: tuple[object, ...]
+    """The pairs at the addresses, and the array of these."""
+    settled: bool
+    """Whether the pairs stay there as long as the operands live: nothing was cast, and nothing is a parameter, whose
+    memory can be exchanged without a trace."""
+    version: int | None
+    """Of the operands, for what was cast."""
 
 
 _last: WeakKeyDictionary[Operands, _Call] = WeakKeyDictionary()  # the steps of a decode are alike
@@ -139,45 +131,40 @@ def _meetings(mix: Mix, slots: Sequence[Slot], unit: int, _: torch.device) -> Me
 
 def _call(operands: Operands, own: Meetings, dtype: torch.dtype) -> _Call:
     last = _last.get(operands)
-    if last is not None and _stands(last.table, operands):
-        if last.meetings is own and last.dtype == dtype:
-            return last
-        table = last.table
-    else:
-        table = _table(operands)
+    if last is not None and last.meetings is own and last.dtype == dtype and _stands(last, operands):
+        return last
+    pairs = [operands.pairs[operand] for operand in own.operands]
+    held = [pair and _readable(operands, operand, pair) for operand, pair in zip(own.operands, pairs, strict=True)]
+    views = all(t._base is not None for pair in pairs if pair for t in (pair.a, pair.b))
+    lying = (_Pair * len(held))(
+        *(
+            _Pair(pair.a.data_ptr(), pair.b.data_ptr(), pair.r, pair.a.dtype == torch.bfloat16, pair.scaling)
+            if pair
+            else _Pair()
+            for pair in held
+        )
+    )
     (_, inside), (outside, _) = operands.form.shapes(1)
-    ranks = max((pair.r for pair in table.held), default=0)
-    sizes = (len(own.item) if ranks else 0, len(own.pair), len(own.unit_pair), inside, outside, ranks)
+    ranks = max((pair.r for pair in held if pair), default=0)
+    sizes = (len(own.item) if ranks else 0, len(held), len(own.unit_pair), inside, outside, ranks)
     arrays = [getattr(own, name).data_ptr() for name in ARRAYS]
-    batch = _Batch(ctypes.addressof(table.pairs), *arrays, *sizes, dtype == torch.bfloat16)
-    made = _last[operands] = _Call(table, own, dtype, batch)
+    batch = _Batch(ctypes.addressof(lying), *arrays, *sizes, dtype == torch.bfloat16)
+    settled = views and all(new is old for new, old in zip(held, pairs, strict=True))
+    version = operands.version if views and not settled else None
+    made = _last[operands] = _Call(batch, own, dtype, (lying, *held), settled, version)
     return made
 
 
-def _stands(table: _Table, operands: Operands) -> bool:
+def _stands(call: _Call, operands: Operands) -> bool:
     """Say whether the pairs are still those, and where they were."""
-    return table.settled or (table.version is not None and table.version == operands.version)
+    return call.settled or (call.version is not None and call.version == operands.version)
 
 
-def _table(operands: Operands) -> _Table:
-    pairs, settled = (_Pair * len(operands.pairs))(), True
-    held: list[Pair] = []
-    for operand, pair in enumerate(operands.pairs):
-        if pair is None:
-            continue
-        own = pair
-        if not pair.a.dtype == pair.b.dtype in DTYPES:
-            wide = operands.pair(operand, torch.float32) or pair
-            own = replace(wide, b=wide.b.float())
-        own = replace(own, a=own.a.detach().contiguous(), b=own.b.detach().contiguous())
-        settled = settled and all(new.data_ptr() == old.data_ptr() and old._base is not None
-                                  for new, old in ((own.a, pair.a), (own.b, pair.b)))  # fmt: skip
-        held.append(own)
-        pairs[operand] = _Pair(own.a.data_ptr(), own.b.data_ptr(), own.r, own.a.dtype == torch.bfloat16, own.scaling)
-    return _Table(pairs, tuple(held), settled, None if settled else _version(operands))
-
-
-def _version(operands: Operands) -> int | None:
-    """Return the operands' version if what they hold can only be written to, None if it could be exchanged."""
-    views = all(t._base is not None for pair in operands.pairs if pair for t in (pair.a, pair.b))
-    return operands.version if views else None
+def _readable(operands: Operands, operand: int, pair: Pair) -> Pair:
+    """Return a pair as the C code reads it: itself, or what was cast or closed up."""
+    if pair.a.dtype == pair.b.dtype in DTYPES and pair.a.is_contiguous() and pair.b.is_contiguous():
+        return pair
+    if pair.a.dtype not in DTYPES or pair.a.dtype != pair.b.dtype:
+        pair = operands.pair(operand, torch.float32) or pair
+        pair = replace(pair, b=pair.b.float())
+    return replace(pair, a=pair.a.contiguous(), b=pair.b.contiguous())
