@@ -51,7 +51,7 @@ ADAPTERS = Suite(
         "- *load*: a PEFT folder on disk (page cache warm) until it can be routed to. PEFT loads with one adapter",
         "  resident, its best case. *read the bytes* keeps what it read in memory, as a load must.",
         "- *step*: 16 rows, 64 tokens of context, one new token each. PEFT's mixed batch is `adapter_names`.",
-        "- *first step after a switch*: a route to adapters that were not routed together before copies them first.",
+        "- *first step after a switch*: a route to adapters that were not routed together finds all their tensors.",
     ),
 )
 TRAIN = Suite(
@@ -157,7 +157,8 @@ SOAK = Suite(
         "  unloaded and published by hand meanwhile. There is room for sixteen adapters. Each has weights of its own.",
         "- *wrong*: not the likeliest token of one plain forward through the request's own adapters, or, of one that",
         "  was drawn, not the one in whose share its seed's number lies; forgiven within 1e-3 of log-probability or",
-        "  share. A log-probability that is told is wrong beyond 1e-3 too. What was left is judged as far as it came.",
+        "  share. A log-probability that is told is wrong beyond 1e-3 too (architecture.md tells of one: rounding). What",
+        "  was left is judged as far as it came.",
         "- *judged by a wrong adapter*: a fifth of the answers, to see that a leak would be found.",
         "- *server*: a `loradeck serve` process, openai's client, and SIGTERM while it answers. *loads by hand without",
         "  room*: all adapters were in use, and the load was refused.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.api.settings import Settings
+from loradeck.cli import allocator
 from loradeck.cli.imports import heavy
 from loradeck.cli.options import Dtype, Weights
 from loradeck.cli.screen import shown
@@ -57,6 +58,7 @@ def serve(
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # what is wrong with the folder, before the base takes its seconds
     with listen(host, port, guarded=bool(known)) as address:
+        allocator.thrifty()
         with heavy():
             from loradeck.api.app import app
             from loradeck.api.metrics import Metrics
