@@ -1,4 +1,4 @@
-"""Writes that a kill -9 cannot tear: a file or a folder is the old one or the new one. Knows no format."""
+"""Writes that a kill -9 cannot tear: a file or a folder is the old one or the new one. And where a cache lies."""
 
 import ctypes
 import errno
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-import platformdirs
-
 UMASK = Lock()
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def cache_folder() -> Path:
     """Return where what can be made again is kept: `$LORADECK_CACHE`, or the user's own cache folder."""
+    import platformdirs
+
     own = os.environ.get("LORADECK_CACHE")
     return Path(own).expanduser() if own else platformdirs.user_cache_path("loradeck", appauthor=False)
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loradeck.ops.forms import form_of
-from loradeck.ops.mix import Entry
+from loradeck.ops.mix import Entry, Mix
 from loradeck.ops.operands import Operands
 from loradeck.ops.pair import Pair
 
@@ -72,6 +74,19 @@ class Case:
                 update = x @ a.T @ b.T
             y = y + weight * pair.scaling * update
         return y[0]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, way: ModuleType, size: Callable[[Any], int]) -> list[int]:
+    """Return a list that gets the size of the plan of each call of a way from now on."""
+    seen: list[int] = []
+    lora = way.lora
+
+    def counted(x: Tensor, y: Tensor, own: Operands, mix: Mix, plan: Any) -> Tensor:
+        seen.append(size(plan))
+        return lora(x, y, own, mix, plan)
+
+    monkeypatch.setattr(way, "lora", counted)
+    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,8 @@ from loradeck.ops.operands import Operands
 from loradeck.ops.pair import Pair
 from loradeck.ops.plan import plan_of
 
+from .conftest import watched
+
 MIX = Mix((((0, 1.0),), (), ((1, 0.5),)), (1, 1, 1))
 
 
@@ -39,15 +41,7 @@ class TestWays:
     @pytest.fixture
     def stripes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """The stripes of each call of `stacked`."""
-        seen: list[int] = []
-        lora = stacked.lora
-
-        def counted(x, y, own, mix, plan):
-            seen.append(len(plan.stripes))
-            return lora(x, y, own, mix, plan)
-
-        monkeypatch.setattr(stacked, "lora", counted)
-        return seen
+        return watched(monkeypatch, stacked, lambda plan: len(plan.stripes))
 
     def test_few_rows_are_stacked(self, stripes):
         entries = tuple(((i, 1.0),) for i in range(4))

@@ -23,8 +23,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     """What `choose` takes on a CPU."""
     if request.param == "without a compiler":
         monkeypatch.setattr(native, "takes", lambda x, y: False)
-    elif native.problem():
-        pytest.skip(f"the C code {native.problem()}")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

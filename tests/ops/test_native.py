@@ -18,6 +18,8 @@ from loradeck.ops.mix import Mix
 from loradeck.ops.operands import Operands
 from loradeck.ops.pair import Pair
 
+from .conftest import watched
+
 needs_compiler = pytest.mark.skipif(bool(native.problem()), reason=f"the C code {native.problem()}")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
@@ -197,15 +199,7 @@ class TestChosen:
     @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """The meetings of each call."""
-        seen: list[int] = []
-        lora = native.lora
-
-        def counted(x, y, own, mix, plan):
-            seen.append(len(plan.item))
-            return lora(x, y, own, mix, plan)
-
-        monkeypatch.setattr(native, "lora", counted)
-        return seen
+        return watched(monkeypatch, native, lambda plan: len(plan.item))
 
     def test_high_ranks_of_long_groups_are_left_to_dense_products(self, calls):
         own = operands(40, 24, (128, 8, 8))
@@ -252,7 +246,7 @@ class TestWithoutIt:
     def test_no_compiler(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CC", raising=False)
-        assert native.problem() == "is not to be had here (there is no GCC)"
+        assert native.problem() == "is not to be had here (there is no GCC; install it, or name it in $CC)"
         own, mix = operands(40, 24, (4, 8)), Mix((((0, 1.0),), ((1, 1.0),)), (1, 1))
         x, y = torch.randn(2, 40), torch.randn(2, 24)
         with torch.no_grad():
@@ -291,13 +285,10 @@ class TestWithoutIt:
         assert [*(cache / "compiled").iterdir()]
 
     @needs_compiler
-    def test_it_is_compiled_once(self, cache, monkeypatch):
+    def test_it_is_compiled_once(self, monkeypatch):
         compiler.loaded(native.SOURCE)
-        (kept,) = (cache / "compiled").iterdir()
         monkeypatch.setattr(compiler, "_compile", None)
         compiler.loaded(native.SOURCE)
-        monkeypatch.undo()
-        kept.unlink()
 
     @needs_compiler
     def test_a_cache_that_cannot_be_written_to(self, cache):

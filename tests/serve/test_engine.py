@@ -275,7 +275,8 @@ def test_time_runs_out(serve: Serve) -> None:
 def test_time_runs_out_for_those_that_wait_too(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = serve(max_rows=1, timeout=0.3)
     run = engine._runner.run
-    monkeypatch.setattr(engine._runner, "run", lambda *work: time.sleep(0.02) or run(*work))
+    # A step as long as this: all time is over at its end, however slowly the requests came one after the other.
+    monkeypatch.setattr(engine._runner, "run", lambda *work: time.sleep(0.2) or run(*work))
     streams = [engine.submit([5], None, Sampling(max_tokens=250, ignore_eos=True)) for _ in range(3)]
     for stream in streams:
         with pytest.raises(RequestError, match=r"0\.3 s"):

@@ -1,5 +1,6 @@
 """Where adapters are: loading, giving way, the tier between, unloading by hand."""
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -77,6 +78,17 @@ def test_loads_and_gives_way_by_last_use(residency: Residency, store: AdapterSto
     assert (residency.loads, residency.evictions) == (3, 1)
     assert residency.bank.names() == [sha(store, "a1"), sha(store, "a2")]
     assert residency.nbytes == sum(store.find(name).facts.nbytes for name in ("a1", "a2"))
+
+
+def test_adapters_take_a_base_in_bfloat16_for_theirs(base: Base, store: AdapterStore) -> None:
+    """And are counted as what they take then; on another base they keep what their file has."""
+    for dtype, share in ((torch.bfloat16, 2), (torch.float32, 1)):
+        residency = Residency(Bank(copy.deepcopy(base.model).to(dtype)), store, EngineConfig(), lambda: None)
+        residency.load("a1")
+        own = residency.bank[sha(store, "a1")]
+        assert {parameter.dtype for parameter in own.parameters()} == {dtype}
+        assert residency.nbytes == own.nbytes == store.find("a1").facts.nbytes / share
+        residency.close()
 
 
 def test_what_is_in_use_stays(residency: Residency) -> None:

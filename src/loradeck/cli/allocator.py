@@ -9,7 +9,7 @@ import os
 ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1
 SETTINGS = {
     ARENA_MAX: 2,
-    MMAP_THRESHOLD: 4 << 20,  # above what a step needs now and then, below an adapter
+    MMAP_THRESHOLD: 4 << 20,  # above what a step of a small base needs, below most adapters in float32
     TRIM_THRESHOLD: 64 << 20,  # or what a step frees would be given back, and taken again by the next
 }
 

@@ -54,7 +54,7 @@ def _compiler() -> list[str]:
     own = shlex.split(os.environ.get("CC", ""))
     found = own or next(([name] for name in ("gcc", "cc") if shutil.which(name)), None)
     if not found:
-        raise OSError("there is no GCC")
+        raise OSError("there is no GCC; install it, or name it in $CC")
     return found
 
 

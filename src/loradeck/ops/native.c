@@ -191,10 +191,10 @@ ALWAYS void expand(const Batch *c, void *y, const f32 *h, f32 *turned, int64_t o
         if (p->half) turn(turned, p, o, size, 1);
         else turn(turned, p, o, size, 0);
         for (int64_t k = c->first[s]; k < c->first[s + 1]; k++) {
-            char *own = (char *)y + (c->item[k] * O + o) * bytes(half), edge[BLOCK * sizeof(f32)] = {0};
+            char *own = (char *)y + (c->item[k] * O + o) * bytes(half), edge[BLOCK * sizeof(f32)];
             char *at = size == BLOCK ? own : edge; /* what lies after y's end is not ours */
             vec sums[BLOCK / LANES];
-            if (size < BLOCK) memcpy(edge, own, size * bytes(half));
+            if (size < BLOCK) memcpy(memset(edge, 0, sizeof edge), own, size * bytes(half));
             for (int v = 0; v < BLOCK / LANES; v++) sums[v] = (vec){0}; /* not y: rounding would be as large as y is */
             for (int64_t j = 0; j < p->r; j++)
                 for (int v = 0; v < BLOCK / LANES; v++)

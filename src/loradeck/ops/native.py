@@ -92,7 +92,7 @@ def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, own: Meetings | Non
     if call.batch.meetings and _library().lora(
         ctypes.byref(call.batch), x.data_ptr(), y.data_ptr(), torch.get_num_threads()
     ):
-        raise MemoryError("no memory for the update of a layer")
+        raise MemoryError("no memory for the update of a layer; give it fewer rows or tokens at once")
     return y
 
 
