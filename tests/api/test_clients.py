@@ -100,6 +100,17 @@ def test_litellm(url: str) -> None:
             litellm.completion(messages=SAY, **{**asked, "model": "openai/nobody"})
 
 
+def test_schemathesis_reads_streams(serve: Serve) -> None:
+    """It takes a stream for a sequence of events, and not for one text."""
+    host = {"host": "localhost"}
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app(serve.engine, serve.metrics), headers=host)
+    for path, own in (("/v1/completions", {"prompt": "hi"}), ("/v1/chat/completions", {"messages": SAY})):
+        case = schema[path]["POST"].Case(body={**own, "max_tokens": 2, "stream": True}, media_type="application/json")
+        response = case.call(headers=host)
+        assert response.headers["content-type"][0].startswith("text/event-stream")
+        case.validate_response(response, checks=CHECKS)
+
+
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_schemathesis_finds_nothing(serve: Serve, mode: GenerationMode) -> None:
     host = {"host": "localhost"}
