@@ -53,7 +53,7 @@ def _operation(own: Operation, found: dict[int, dict[str, Any]], error: dict[str
         statuses |= {400, 413, 415}
     if own.generates:
         statuses |= {404, 422, 429, 503}
-        content["text/event-stream"] = {}  # events, for which 3.1 has no schema
+        content["text/event-stream"] = dict[str, Any]()  # events, for which 3.1 has no schema
     said: dict[str, Any] = {
         "summary": own.summary,
         "operationId": own.summary.lower().replace(" ", "_"),
