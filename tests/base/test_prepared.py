@@ -13,7 +13,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 from loradeck import Bank, LoraConfig
 from loradeck.base.load import SMOLLM2, Base
-from loradeck.base.packed import PackedLinear
+from loradeck.base.packed import TOLERANCE, PackedLinear, packing
 from loradeck.base.prepared import CHOICES, prepare
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear
 from loradeck.base.twin import twin
@@ -58,8 +58,10 @@ def filled(bank: Bank, name: str, config: LoraConfig, seed: int) -> None:
 # ---- what is prepared
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_packed_keeps_one_copy(small: Small, dtype: torch.dtype) -> None:
+    if why := packing(dtype):
+        pytest.skip(f"packed {dtype} {why}")
     plain, model = small(dtype), small(dtype)
     prepare(model, "packed")
     assert kinds(model) == {PackedLinear: 2 * 5 + 1, nn.Linear: 2 * 2, nn.Embedding: 1}  # k and v are too small

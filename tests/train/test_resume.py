@@ -33,10 +33,10 @@ name = "one"
 data = "one.jsonl"
 r = 4
 lora_dropout = 0.2
-learning_rate = 2e-2
+learning_rate = 3e-3
 batch_size = 3
 max_steps = 40
-valid_ratio = 0.3
+valid = "contrary.jsonl"
 eval_every = 4
 loraplus_lr_ratio = 4
 
@@ -78,6 +78,9 @@ def folder(tmp_path: Path, tiny_folder: Path) -> Path:
     for name, words in {"one": "ahoy matey", "two": "yes indeed"}.items():
         lines = [{"prompt": f"{n} {name}?", "completion": f"{words} {n * n}" + "!" * (n % 5)} for n in range(17)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    # What is learned makes these less likely: so the best is not the last, however a machine rounds.
+    contrary = [{"prompt": f"{n} one?", "completion": f"{n * n} QUITE WRONG"} for n in range(5)]
+    (tmp_path / "contrary.jsonl").write_text("\n".join(map(json.dumps, contrary)))
     return tmp_path
 
 
