@@ -16,6 +16,7 @@ from loradeck.base.packed import SMALLEST, TOLERANCE, PackedLinear, pack, packin
 from loradeck.base.prepared import prepare
 from loradeck.errors import UnsupportedError
 
+
 def here(dtype: torch.dtype) -> pytest.MarkDecorator:
     """Only where this machine packs weights of a dtype: bfloat16 takes AVX-512, or AVX2 with its conversions."""
     return pytest.mark.skipif(bool(packing(dtype)), reason=f"packed {dtype} {packing(dtype)}")
