@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loradeck.base.widened import WidenedLinear
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
@@ -98,16 +99,20 @@ def test_a_frozen_head_is_never_given_all_positions(tiny: LlamaForCausalLM) -> N
     assert not tiny.lm_head._forward_pre_hooks
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, WidenedLinear])
 @pytest.mark.parametrize("rows", [1, 3, 128])
-def test_the_loss_of_the_head_passes_gradcheck(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_the_head_passes_gradcheck(
+    rows: int, kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "ROWS", rows)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(11, 4, dtype=torch.float64, generator=generator)
+    head = nn.Linear(4, 11, bias=False, dtype=torch.float64).requires_grad_(False)
+    head.__class__ = kind
     targets = torch.randint(11, (7,), generator=generator)
-    assert torch.autograd.gradcheck(lambda h: HeadLoss.apply(h, weight, targets, True), hidden)
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    torch.testing.assert_close(HeadLoss.apply(hidden, weight, targets, True), expected)
+    assert torch.autograd.gradcheck(lambda h: HeadLoss.apply(h, head, targets, True), hidden)
+    expected = torch.nn.functional.cross_entropy(hidden @ head.weight.T, targets, reduction="none")
+    torch.testing.assert_close(HeadLoss.apply(hidden, head, targets, True), expected)
 
 
 def test_the_model_is_itself_again_after_an_error(tiny: LlamaForCausalLM) -> None:

@@ -1,10 +1,11 @@
-"""A linear layer that does not train, so that its weight may lie as its kernel likes. Knows autograd, no kernel."""
+"""A linear layer that does not train, so that its weight may lie as its kernel likes. Knows autograd, no format."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loradeck.base.products import back
 from loradeck.errors import UnsupportedError
 
 
@@ -18,6 +19,10 @@ class FrozenLinear(nn.Linear):
     def product(self, x: Tensor) -> Tensor:
         """X Wᵀ + bias, unknown to autograd: x (…, in) of the layer's dtype -> (…, out)."""
         raise NotImplementedError
+
+    def back(self, grad: Tensor) -> Tensor:
+        """Return `product`'s gradient: dL/dy (…, out) -> dL/dx (…, in), in its dtype."""
+        return back(grad, self.dense())
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear: (…, in) -> (…, out)."""
@@ -43,4 +48,4 @@ class _Through(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad @ ctx.layer.dense().to(grad.dtype)).to(ctx.dtype), None
+        return ctx.layer.back(grad).to(ctx.dtype), None

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
+from loradeck.arithmetic import computes_in
 from loradeck.base import SMOLLM2
 from loradeck.base.digest import Digests, sha256
 from loradeck.base.fingerprint import fingerprint
@@ -241,12 +242,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # an older torch does not tell what the CPU can do
-            able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-            native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if computes_in(torch.bfloat16, device) else torch.float32
     number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if number is None or number not in DTYPES.values():
         raise ConfigError(f"dtype {dtype!r} is no choice", mend=f"Give auto, {', '.join(DTYPES)}.")

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from loradeck.base.packed import pack
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear, quantised
+from loradeck.base.widened import widen
 from loradeck.errors import ConfigError
 
 Weights: TypeAlias = Literal["plain", "packed", "int8"]
@@ -23,7 +24,7 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
 
     `packed` keeps every value; results differ by the order of summation (float32: 1e-5 of the largest output, bfloat16:
     its rounding). A weight that two modules share (a tied head) stays plain, for both to read; on other devices than
-    the CPU nothing is to be done.
+    the CPU nothing is to be done. Where the CPU only emulates the dtype, what is not packed is multiplied in float32.
     `int8` keeps one byte per weight, of the token embedding and the head too, tied or not, and quantises nothing else;
     the rest of the model, and every adapter, stay in their own precision.
 
@@ -37,6 +38,8 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
         for module in model.modules():
             if _is_frozen(module, nn.Linear) and uses[id(module.weight)] == 1:
                 pack(cast("nn.Linear", module))
+            if _is_frozen(module, nn.Linear):  # shared, or not to be packed
+                widen(cast("nn.Linear", module))
     if weights == "int8":
         _quantise(model)
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import FrozenLinear
+from loradeck.base.products import blocks, linear
 from loradeck.base.trial import Product, trial
 from loradeck.errors import UnsupportedError
 
 FEW = 8  # rows up to which the op is faster than making the weight plain first: `python -m benchmarks.kernels`
 STEP = 32  # the op crashes where the inputs are no multiple of 16, and a wider step costs nothing
-BLOCK = 1 << 20  # weights made plain at a time: they fit the cache, and the head's never exist all at once
 TOLERANCE = 2**-6  # of the largest output: the op rounds its inputs and outputs to bfloat16
 
 
@@ -65,7 +65,7 @@ class QuantisedEmbedding(Unsaved, nn.Embedding):
 def quantised(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     """Return q (out, in) in int8 and s (out,) in the weight's dtype, so that |w - s q| is at most s / 2."""
     q, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight))
-    for rows in _blocks(weight):
+    for rows in blocks(weight):
         own = weight[rows].detach().float()
         scales[rows] = (own.abs().amax(1) / 127).to(torch.bfloat16).to(weight.dtype)
         q[rows] = (own / scales[rows, None].float().clamp_min(1e-30)).round_().clamp_(-127, 127).to(torch.int8)
@@ -88,14 +88,9 @@ def _few(items: Tensor, q: Tensor, scales: Tensor) -> Tensor:
 def _many(items: Tensor, q: Tensor, scales: Tensor) -> Tensor:
     """(x qᵀ) s with q made plain a block at a time; bfloat16 holds every whole number up to 256."""
     y = items.new_empty(len(items), len(q))
-    for rows in _blocks(q):
-        torch.mul(F.linear(items, q[rows].to(items.dtype)), scales[rows], out=y[:, rows])
+    for rows in blocks(q):
+        torch.mul(linear(items, q[rows].to(items.dtype)), scales[rows], out=y[:, rows])
     return y
-
-
-def _blocks(weight: Tensor) -> list[slice]:
-    step = max(1, BLOCK // weight.shape[1])
-    return [slice(at, at + step) for at in range(0, len(weight), step)]
 
 
 def _pair(weight: Tensor) -> tuple[Product, Product]:

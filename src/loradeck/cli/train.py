@@ -120,7 +120,7 @@ def carry_out(
         from loradeck.train.writers import metric_writer
 
     console = Console()
-    base = Base.load(recipe.base, dtype=recipe.dtype)
+    base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
     run = Run(recipe, output, base)
     run.answer = answerer(base, run)
     for name in run.splits:

@@ -3,25 +3,18 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from loradeck.arithmetic import computes_in
 from loradeck.ops.forms import Form
 from loradeck.ops.mix import Mix, Slot
 from loradeck.ops.pair import Pair, finite
 from loradeck.ops.stack import Stack, width_of
 
 FEW_ROWS = 32
-
-
-@cache
-def _native(dtype: torch.dtype) -> bool:
-    """Say whether the CPU has arithmetic for a half-precision dtype; an older torch does not tell."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
-    return any(able.get(name) for name in names)
 
 
 def compute_dtype(x: Tensor, y: Tensor) -> torch.dtype:
@@ -32,7 +25,7 @@ def compute_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     """
     dtype = x.dtype if x.is_floating_point() else y.dtype
     half = dtype == torch.bfloat16 or dtype == torch.float16
-    if not half or x.device.type != "cpu" or (_native(dtype) and x.numel() > FEW_ROWS * x.shape[-1]):
+    if not half or x.device.type != "cpu" or (computes_in(dtype, x.device) and x.numel() > FEW_ROWS * x.shape[-1]):
         return dtype
     return torch.float32
 

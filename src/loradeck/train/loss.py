@@ -6,6 +6,7 @@ B documents   H width of the model   V vocabulary   N positions of the batch tha
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from loradeck.base.frozen import FrozenLinear
+from loradeck.base.products import back
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batch, collate
 from loradeck.train.packing import documents, packable
@@ -67,13 +70,13 @@ class Losses:
                 use_cache=False,
             ).logits
         if alone:
-            return HeadLoss.apply(taken[0], head.weight, targets[wanted], torch.is_grad_enabled())  # type: ignore[union-attr]
+            return HeadLoss.apply(taken[0], head, targets[wanted], torch.is_grad_enabled())
         rows = logits.flatten(0, -2) if free else logits[wanted]
         return F.cross_entropy(rows.float(), targets[wanted], reduction="none")
 
 
 class HeadLoss(torch.autograd.Function):
-    """-log softmax(h Wᵀ)[target] for h (N, H), a frozen W (V, H) and targets (N,) -> (N,).
+    """-log softmax(h Wᵀ)[target] for h (N, H), a frozen head of weight W (V, H) and targets (N,) -> (N,).
 
     The gradient with respect to h is made beside the loss, a few rows at a time, so that (N, V) never exists and
     the head is not computed twice (the idea of Liger's fused linear cross-entropy, arXiv:2410.10989).
@@ -81,16 +84,17 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     # pyrefly: ignore [bad-override]  (torch's Function takes any signature)
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiate: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, differentiate: bool) -> Tensor:
+        undo = head.back if isinstance(head, FrozenLinear) else partial(back, weight=head.weight)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for rows, own in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-            scores = F.linear(rows, weight).to(exact).log_softmax(-1)
+            scores = head.forward(rows).to(exact).log_softmax(-1)
             losses.append(-scores.gather(1, own[:, None]).squeeze(1))
             if differentiate:
                 scores.exp_()[torch.arange(len(own), device=own.device), own] -= 1
-                gradients.append(scores.to(weight.dtype) @ weight)
+                gradients.append(undo(scores.to(hidden.dtype)))
         ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
         return torch.cat(losses)
 
@@ -106,7 +110,7 @@ class HeadLoss(torch.autograd.Function):
 def _plain_head(model: PreTrainedModel) -> bool:
     """Say whether the model's logits are its head's output and nothing more, by trying a few tokens."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
+    if not (type(head) is nn.Linear or isinstance(head, FrozenLinear)) or head.bias is not None:
         return False
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _, __, output: seen.append(output))
