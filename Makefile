@@ -23,6 +23,7 @@ bench: .venv/.dev  ## measure against PEFT, in an hour; writes benchmarks/result
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.base
+	$(BIN)/python -m benchmarks.emulated
 	$(if $(PEERS),$(BIN)/python -m benchmarks.peers $(PEERS))
 	$(BIN)/python -m benchmarks.tables
 

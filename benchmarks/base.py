@@ -77,7 +77,7 @@ def main() -> None:
         own: dict[str, object] = {"MB": {weights: round(_bytes(model) / 1e6, 1) for weights, model in models.items()}}
         for name, (rows, tokens) in PASSES.items():
             times = in_quiet_turns(
-                {weights: _pass(model, rows, tokens) for weights, model in models.items()}, arguments.rounds
+                {weights: forward_pass(model, rows, tokens) for weights, model in models.items()}, arguments.rounds
             )
             own[f"{name}, ms"] = {weights: round(seconds * 1e3, 1) for weights, seconds in times.items()}
             print(dtype, name, own[f"{name}, ms"], flush=True)
@@ -88,7 +88,7 @@ def main() -> None:
     print(f"written: {write('base', figures)}")
 
 
-def _pass(model: PreTrainedModel, rows: int, tokens: int) -> Callable[[], object]:
+def forward_pass(model: PreTrainedModel, rows: int, tokens: int) -> Callable[[], object]:
     """One forward pass: a step after a prompt of 64 tokens where `tokens` is 1, else a prefill for its last logits."""
     ids = torch.randint(0, 1000, (rows, max(tokens, PROMPT)), generator=torch.Generator().manual_seed(0))
     if tokens > 1:
