@@ -194,8 +194,8 @@ EMULATED = Suite(
         ("forward passes", "decode, 1 row; plain / packed", "decode step, 1 row, the same", ""),
     ),
     (
-        "- *training*: r=16 on all linear layers, two sequences a step; the steps take turns. *loss off float32's*: over",
-        "  the same steps with a base in float32.",
+        "- *training*: r=16 on all linear layers, two sequences a step; the steps take turns. *loss off float32's*:",
+        "  over the same steps with a base in float32.",
         "- *forward passes*: plain transformers, no adapters. Packed weights are here ours, multiplied in float32.",
     ),
 )
