@@ -8,7 +8,8 @@ adapters, versions, scales, blends, the base; greedily and with seeds; with prom
 some go away in the middle. Meanwhile adapters are loaded, unloaded and published by hand.
 
 A token is wrong where it is not the likeliest of a plain forward through the request's own adapters, or, of one that
-was drawn, where its seed's number lies outside its share. It is forgiven within 1e-3, and so is a log-probability.
+was drawn, where its seed's number lies outside its share. It is forgiven within 1e-3, and so is a log-probability; and
+within what rounding does to this very text, where that is more.
 """
 
 import argparse
@@ -104,6 +105,8 @@ def figures_of(
         "largest forgiven difference": verdict.worst,
         "log-probabilities judged": verdict.scored,
         "their largest difference": verdict.off,
+        "answers further off than 1e-3, held against their rounding": verdict.shaken,
+        "largest bound": verdict.bound,
         "answers judged by a wrong adapter": judgement.controls,
         "of these found out": judgement.apart,
         **left,

@@ -2,22 +2,27 @@
 
 Each token is judged where the tokens before it are those that were served, so that one that is forgiven does not
 excuse those after it. Greedy: it is the likeliest. Drawn: the seed's next number lies in its share of the
-probabilities, which are put end to end.
+probabilities, which are put end to end. What is further off than `BOUND` is held against how far rounding carries on
+this very text: embeddings that are moved by their last bit say so.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.soak.asked import Route, Told
 from loradeck import Bank, Base
 from loradeck.base.text import stop_ids
 
 BOUND = 1e-3  # of log-probabilities, and of the numbers that tokens are drawn by
+SHAKES = 4  # times that an answer's embeddings are moved
+ROUNDING = 4  # of the furthest that they carried: each product rounds, not the embeddings alone
 CONTROLS = 5  # of so many answers one is judged by a wrong adapter too
 
 
@@ -35,6 +40,10 @@ class Verdict:
     """Tokens with a log-probability."""
     off: float = 0.0
     """The largest difference of a log-probability."""
+    shaken: int = 0
+    """Answers further off than `BOUND`, which were held against their rounding."""
+    bound: float = BOUND
+    """The largest bound that an answer had."""
     ended_wrong: int = 0
     """Answers that ended where they should not have."""
 
@@ -48,9 +57,37 @@ class Verdict:
         self.wrong += other.wrong
         self.forgiven += other.forgiven
         self.scored += other.scored
+        self.shaken += other.shaken
         self.ended_wrong += other.ended_wrong
         self.worst = max(self.worst, other.worst)
         self.off = max(self.off, other.off)
+        self.bound = max(self.bound, other.bound)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How far an answer's tokens are off, and its log-probabilities; of each token served."""
+
+    gaps: Tensor
+    logprobs: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, told: Told) -> Self:
+        """Measure by the scores (T, V) that each of the answer's tokens was chosen from."""
+        asked, tokens = told.asked, torch.tensor(told.tokens)[:, None]
+        logprobs = scores.log_softmax(-1)
+        own = logprobs.gather(1, tokens)[:, 0]
+        if asked.temperature:
+            return cls(_drawn(scores, told.tokens, asked.temperature, asked.seed), own)
+        return cls(logprobs.max(-1).values - own, own)
+
+    def off(self, logprobs: Sequence[float]) -> Tensor:
+        """Return how far each log-probability that was told is off."""
+        return (torch.tensor(logprobs) - self.logprobs[: len(logprobs)]).abs()
+
+    def to(self, other: "Measure") -> float:
+        """Return the furthest that anything of this one lies from the other."""
+        return max(float((self.gaps - other.gaps).abs().max()), float((self.logprobs - other.logprobs).abs().max()))
 
 
 class Alone:
@@ -73,29 +110,26 @@ class Alone:
                 break
         return min(verdicts, key=lambda own: (own.wrong, own.ended_wrong))
 
+    @torch.no_grad()
     def by(self, told: Told, route: Route) -> Verdict:
         """Judge an answer by a route."""
-        asked, tokens = told.asked, [*told.tokens]
-        verdict = Verdict(requests=1, tokens=len(tokens), ended_wrong=self._ended_wrong(told))
-        if not tokens:
+        verdict = Verdict(requests=1, tokens=len(told.tokens), ended_wrong=self._ended_wrong(told))
+        if not told.tokens:
             return verdict
-        scores = self._scores([*asked.prompt, *tokens], route, len(tokens) + 1)[:-1]
-        logprobs = scores.log_softmax(-1)
-        own = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        gaps = _drawn(scores, tokens, asked.temperature, asked.seed) if asked.temperature else _behind(logprobs, own)
-        verdict.wrong = sum(not gap <= BOUND for gap in gaps)
-        verdict.forgiven = sum(0 < gap <= BOUND for gap in gaps)
-        verdict.worst = max((gap for gap in gaps if gap <= BOUND), default=0.0)
-        for told_logprob, expected in zip(told.logprobs, own.tolist(), strict=False):
-            off = abs(told_logprob - expected)
-            verdict.scored += 1
-            verdict.off = max(verdict.off, off)
-            verdict.wrong += not off <= BOUND
+        with self._routed(route):
+            measure = Measure.of(self._scores(told)[0], told)
+            found = torch.cat([measure.gaps, off := measure.off(told.logprobs)])
+            if not bool((found <= BOUND).all()):
+                moved = max(measure.to(Measure.of(scores, told)) for scores in self._shaken(told))
+                verdict.shaken, verdict.bound = 1, BOUND + ROUNDING * moved
+        verdict.wrong = int((~(found <= verdict.bound)).sum())
+        forgiven = measure.gaps[(measure.gaps > 0) & (measure.gaps <= verdict.bound)].tolist()
+        verdict.forgiven, verdict.worst = len(forgiven), max(forgiven, default=0.0)
+        verdict.scored, verdict.off = len(off), max(off.tolist(), default=0.0)
         return verdict
 
-    @torch.no_grad()
-    def _scores(self, tokens: Sequence[int], route: Route, last: int) -> Tensor:
-        """Return the scores (T, V) of what follows each of the last tokens."""
+    @contextmanager
+    def _routed(self, route: Route) -> Iterator[None]:
         weights: dict[str, float] = {}
         folders: dict[str, Path] = {}
         for folder, weight in route:
@@ -106,10 +140,27 @@ class Alone:
             self.bank.load(folder, name)
         try:
             with self.bank.route(weights or None):
-                return self.base.model(torch.tensor([tokens]), use_cache=False, logits_to_keep=last).logits[0].float()
+                yield
         finally:
             for name in folders:
                 self.bank.unload(name)
+
+    def _scores(self, told: Told, rows: int = 1) -> Tensor:
+        """Return the scores (rows, T, V) that each of the answer's tokens was chosen from."""
+        tokens = torch.tensor([[*told.asked.prompt, *told.tokens]] * rows)
+        return self.base.model(tokens, use_cache=False, logits_to_keep=len(told.tokens) + 1).logits[:, :-1].float()
+
+    def _shaken(self, told: Told) -> Tensor:
+        """Return such scores (SHAKES, T, V) from embeddings whose numbers are each one bit further up or down."""
+        generator = torch.Generator().manual_seed(0)
+
+        def shake(_: nn.Module, __: object, embedded: Tensor) -> Tensor:
+            ways = torch.randint(0, 2, embedded.shape, generator=generator) * 2 - 1
+            return torch.nextafter(embedded, ways * torch.inf)
+
+        embeddings = self.base.model.get_input_embeddings()
+        with embeddings.register_forward_hook(shake):
+            return self._scores(told, SHAKES)
 
     def _ended_wrong(self, told: Told) -> bool:
         asked, tokens = told.asked, told.tokens
@@ -148,11 +199,7 @@ def judged(base: Base, answers: Iterable[Told], others: Sequence[Path]) -> Judge
     return found
 
 
-def _behind(logprobs: Tensor, own: Tensor) -> list[float]:
-    return (logprobs.max(-1).values - own).tolist()
-
-
-def _drawn(scores: Tensor, tokens: Sequence[int], temperature: float, seed: int) -> list[float]:
+def _drawn(scores: Tensor, tokens: Sequence[int], temperature: float, seed: int) -> Tensor:
     """Return how far each number that a token was drawn by lies outside the token's share."""
     chance = random.Random(seed)
     ends = (scores / temperature).double().softmax(-1).cumsum(-1)
@@ -161,4 +208,4 @@ def _drawn(scores: Tensor, tokens: Sequence[int], temperature: float, seed: int)
         place = chance.random() * float(end[-1])
         begin = float(end[token - 1]) if token else 0.0
         gaps.append(max(begin - place, place - float(end[token]), 0.0))
-    return gaps
+    return torch.tensor(gaps)

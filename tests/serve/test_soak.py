@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from benchmarks.soak.alone import Judgement, judged
-from benchmarks.soak.asked import Ledger
+import torch
+from benchmarks.soak.alone import BOUND, Alone, Judgement, judged
+from benchmarks.soak.asked import Asked, Ledger, Told
 from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.engine import Bounds, soak
 
@@ -64,3 +65,28 @@ def test_it_finds_an_answer_from_a_wrong_version(base: Base, tmp_path: Path, mon
     monkeypatch.setattr(Crowd, "latest", lambda self, name: 1)  # as if what is published later were not to be seen
     ledger, _, _ = soaked(base, tmp_path, seconds=2)
     assert any("was taken for" in error for error in ledger.errors)
+
+
+@torch.no_grad()
+def test_it_forgives_what_rounding_does_to_a_text_and_no_more(base: Base) -> None:
+    prompt, count = (5, 6, 7), 8
+
+    def told(off: float) -> Told:
+        tokens, logprobs = [*prompt], []
+        for _ in range(count):
+            after = base.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            tokens.append(int(after.argmax()))
+            logprobs.append(float(after.max()) + off)
+        asked = Asked(prompt, (), count, temperature=0.0, seed=0, scored=True, endless=True, leaves=None)
+        return Told(asked, [()], tokens[len(prompt) :], logprobs, "length")
+
+    alone = Alone(base)
+    verdict = alone.judge(told(2 * BOUND))
+    assert (verdict.wrong, verdict.shaken) == (count, 1)
+    assert verdict.bound < 1.1 * BOUND
+    # Ten thousand turns of the circle: what rounding left in the last bits of a hidden state now shows in the scores.
+    with base.model.lm_head.register_forward_pre_hook(lambda _, given: torch.sin(given[0] * 1e4)):
+        verdict = alone.judge(told(2 * BOUND))
+        assert (verdict.wrong, verdict.shaken) == (0, 1)
+        assert alone.judge(told(2 * verdict.bound)).wrong == count
+    alone.close()
