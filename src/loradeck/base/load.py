@@ -27,6 +27,7 @@ from loradeck.base import SMOLLM2
 from loradeck.base.digest import Digests, sha256
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.prepared import Weights, prepare
+from loradeck.base.primitives import keep_few
 from loradeck.disk import cache_folder, new_folder
 from loradeck.errors import BaseModelError, ConfigError
 
@@ -69,10 +70,14 @@ class Base:
         `weights` are `plain`, `packed` for the CPU's fastest kernels, or `int8`: see `loradeck.base.prepared`. The
         fingerprint is that of the plain ones.
 
+        Sets `$LRU_CACHE_CAPACITY` and `$ONEDNN_PRIMITIVE_CACHE_CAPACITY` where they are not set, so that the kernels
+        compiled for a CPU do not come to take half a gigabyte: see `loradeck.base.primitives`.
+
         Raises:
             BaseModelError: nothing is there, or it cannot be loaded whole and without running its code.
             ConfigError: a dtype, device or kind of weights that cannot be.
         """
+        keep_few()
         place = _device(device)
         number = _dtype(dtype, place)
         name, folder = _find(source)
