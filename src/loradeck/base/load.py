@@ -27,7 +27,7 @@ from loradeck.base import SMOLLM2
 from loradeck.base.digest import Digests, sha256
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.prepared import Weights, prepare
-from loradeck.base.primitives import keep_few
+from loradeck.base.primitives import FEW, keep
 from loradeck.disk import cache_folder, new_folder
 from loradeck.errors import BaseModelError, ConfigError
 
@@ -77,7 +77,7 @@ class Base:
             BaseModelError: nothing is there, or it cannot be loaded whole and without running its code.
             ConfigError: a dtype, device or kind of weights that cannot be.
         """
-        keep_few()
+        keep(FEW)
         place = _device(device)
         number = _dtype(dtype, place)
         name, folder = _find(source)

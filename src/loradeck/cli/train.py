@@ -114,12 +114,14 @@ def carry_out(
 
     with heavy():
         from loradeck.base.load import Base
+        from loradeck.base.primitives import MANY, keep
         from loradeck.train.plan import plan
         from loradeck.train.progress import progress, table
         from loradeck.train.run import Run
         from loradeck.train.writers import metric_writer
 
     console = Console()
+    keep(MANY)
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
     run = Run(recipe, output, base)
     run.answer = answerer(base, run)
