@@ -21,7 +21,7 @@ from loradeck import Bank, Base
 from loradeck.base.text import stop_ids
 
 BOUND = 1e-3  # of log-probabilities, and of the numbers that tokens are drawn by
-FAR = 0.1  # no rounding of float32 carries as far
+FAR = 0.1  # what is further off is wrong, whatever rounding does
 SHAKES = 4  # times that an answer's embeddings are moved
 ROUNDING = 4  # of the furthest that they carried: each product rounds, not the embeddings alone
 CONTROLS = 5  # of so many answers one is judged by a wrong adapter too

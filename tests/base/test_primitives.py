@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from loradeck.base import primitives
 from loradeck.base.packed import packing
-from loradeck.base.primitives import SETTINGS
+from loradeck.base.primitives import FEW, MANY, SETTINGS, keep
 
 # What a packed layer has taken after 600 numbers of rows, by glibc's own count.
 TAKEN = """
@@ -43,3 +44,12 @@ def taken(folder: Path, kept: str | None) -> int:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_few_of_the_kernels_compiled_are_kept_unless_the_user_wants_more(tiny_folder: Path) -> None:
     assert taken(tiny_folder, None) < taken(tiny_folder, "1024") / 2
+
+
+def test_what_was_set_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `train` sets it before its base is loaded, and the user before that."""
+    environment = {SETTINGS[0]: "7"}
+    monkeypatch.setattr(primitives.os, "environ", environment)
+    keep(MANY)
+    keep(FEW)
+    assert environment == {SETTINGS[0]: "7", SETTINGS[1]: str(MANY)}

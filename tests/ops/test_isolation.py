@@ -71,9 +71,8 @@ def test_an_overflow_next_door_changes_no_other_row(weights):
 @pytest.mark.parametrize("broken", ["nan in b", "overflow", "nan in x"])
 def test_long_groups_side_by_side_change_no_other_row(broken, monkeypatch):
     """Chunks of prompts in bfloat16 are packed, but for adapters that are not finite; a row's own NaN stays its own."""
-    monkeypatch.setattr(
-        operands_module, "computes_in", lambda dtype, device: True
-    )  # as on a CPU that computes in bfloat16
+    # As on a CPU that computes in bfloat16.
+    monkeypatch.setattr(operands_module, "computes_in", lambda dtype, device: True)
     form, dtype = LinearForm(16, 12), torch.bfloat16
     pairs = [Pair(torch.randn(4, 16) / 4, torch.randn(12, 4) / 2, 2.0) for _ in range(3)]
     x, y = torch.randn(1, 300, 16).to(dtype), torch.randn(1, 300, 12).to(dtype)
