@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.record import in_quiet_turns, write
 from loradeck.base.load import SMOLLM2, Base
-from loradeck.base.prepared import CHOICES
+from loradeck.base.weights import CHOICES
 
 DTYPES = ("bfloat16", "float32")
 PASSES = {

@@ -18,8 +18,8 @@ from benchmarks.adapters import show
 from benchmarks.base import PASSES, forward_pass
 from benchmarks.record import in_turns, write
 from benchmarks.train import docstrings, make_adapter, ours
-from loradeck.arithmetic import computes_in
 from loradeck.base.load import SMOLLM2, Base
+from loradeck.dtypes import computes_in
 
 PLAIN, PACKED, FLOAT = "bfloat16, plain", "bfloat16, packed", "float32, packed"
 

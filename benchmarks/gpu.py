@@ -31,9 +31,9 @@ from benchmarks.gpu_shapes import SHAPES
 from benchmarks.record import in_turns, write
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
-from loradeck.base.twin import twin
+from loradeck.base.shared_copy import shared_copy
 from loradeck.dataset.example import UNSUPERVISED, Example
-from loradeck.ops.choose import triton_problem
+from loradeck.ops.dispatch import triton_problem
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, Step
 from loradeck.train.trainer import Trainer
@@ -126,7 +126,7 @@ def peft(model: Any, folders: list[Path], **how: Any) -> Any:
     from peft import PeftModel
 
     place = str(model.device)
-    loaded = PeftModel.from_pretrained(twin(model), folders[0], adapter_name="a0", torch_device=place, **how)
+    loaded = PeftModel.from_pretrained(shared_copy(model), folders[0], adapter_name="a0", torch_device=place, **how)
     for i, path in enumerate(folders[1:], start=1):
         loaded.load_adapter(str(path), adapter_name=f"a{i}", torch_device=place)
     return loaded
@@ -149,7 +149,7 @@ def decode(model: Any, folders: list[Path], rounds: int, settle: Callable[[], ob
         caches[key].crop(-1)
         return scores
 
-    ours = twin(model)
+    ours = shared_copy(model)
     with torch.inference_mode(False):
         bank = Bank(ours)
         for name, folder in zip(names, folders, strict=True):
@@ -214,7 +214,7 @@ def timed(way: Callable[[], object], settle: Callable[[], object]) -> float:
 
 def load(model: Any, folders: list[Path], rounds: int, settle: Callable[[], object]) -> dict[str, float]:
     """Milliseconds from files in the page cache to an adapter on the device, one being there already."""
-    bank = Bank(twin(model))
+    bank = Bank(shared_copy(model))
     bank.load(folders[0], "first")
     kept: list[object] = []
     size = sum(file.stat().st_size for file in folders[1].iterdir())
@@ -249,7 +249,7 @@ def train(model: Any, folder: Path, rounds: int, settle: Callable[[], object]) -
     tokens = torch.randint(2, model.config.vocab_size, (4, length))
     losses: dict[str, list[float]] = {name: [] for name in ("loradeck", "PEFT") if name != "PEFT" or has_peft()}
     examples = [Example(row, [UNSUPERVISED, *row[1:]]) for row in tokens.tolist()]
-    own = passes(twin(model), folder, examples, rounds + 1, losses["loradeck"])
+    own = passes(shared_copy(model), folder, examples, rounds + 1, losses["loradeck"])
     ways: dict[str, Callable[[], object]] = {"loradeck": lambda: next(own)}
     if has_peft():
         ways["PEFT, plain loop"] = plain(model, folder, tokens.to(model.device), losses["PEFT"])

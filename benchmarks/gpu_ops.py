@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from benchmarks.ops import all_stacked
 from benchmarks.record import in_turns
-from loradeck.ops import choose, fused, packed, reference, segmented, stacked
-from loradeck.ops.forms import Form, LinearForm, form_of
-from loradeck.ops.mix import Entry, Mix
+from loradeck.ops import autograd, dispatch, packed, portable, reference, stacked
+from loradeck.ops.layer_kinds import Form, LinearForm, form_of
+from loradeck.ops.mapping import Entry, Mix
 from loradeck.ops.operands import Operands
-from loradeck.ops.pair import Pair
+from loradeck.ops.weights import Pair
 
 ROWS = 32
 RANKS = (1, 4, 8, 16, 16, 64)
@@ -46,15 +46,15 @@ def every_way(device: torch.device) -> dict[str, Way]:
 
     ways: dict[str, Way] = {
         "reference": reference.lora,
-        "segmented": segmented.lora,
+        "segmented": portable.lora,
         "stacked": in_stacks(stacked.lora),
         "packed": packed.lora,
-        "choose": lambda x, y, own, mix: choose.lora(x, y, own, mix, training=False),
+        "choose": lambda x, y, own, mix: dispatch.lora(x, y, own, mix, training=False),
     }
-    if not choose.triton_problem(device):
-        from loradeck.ops import triton
+    if not dispatch.triton_problem(device):
+        from loradeck.ops import gpu
 
-        ways["triton"] = in_stacks(triton.lora)
+        ways["triton"] = in_stacks(gpu.lora)
     return ways
 
 
@@ -121,7 +121,7 @@ def training(
     with torch.enable_grad():
         wanted = graded(reference.lora, doubled(pairs), x.double(), y.double(), toward.double())
         own = [replace(pair, a=pair.a.detach().clone(), b=pair.b.detach().clone()) for pair in moved(pairs, device)]
-        got = graded(fused.lora, own, x.to(device, copy=True), y.to(device), toward.to(device))
+        got = graded(autograd.lora, own, x.to(device, copy=True), y.to(device), toward.to(device))
     for one, other in zip(got, wanted, strict=True):
         note(found, "fused and its gradients", kind, one, other, y.dtype)
 
@@ -166,9 +166,9 @@ def ways(
 
 
 def _triton(*arguments: object) -> Tensor:
-    from loradeck.ops import triton
+    from loradeck.ops import gpu
 
-    return triton.lora(*arguments)  # type: ignore[arg-type]
+    return gpu.lora(*arguments)  # type: ignore[arg-type]
 
 
 def pairs_of(form: Form, dtype: torch.dtype, *, ranks: Sequence[int] = RANKS, least: int = 1) -> tuple[Pair, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.record import in_quiet_turns, write
 from loradeck.base.load import DTYPES
-from loradeck.base.packed import _packed
+from loradeck.base.prepacked import _packed
 from loradeck.base.quantised import _few, _many, quantised
 
 Product: TypeAlias = Callable[[Tensor], Tensor]

@@ -14,11 +14,11 @@ from itertools import cycle
 import torch
 
 from benchmarks.record import in_turns, write
-from loradeck.ops import meetings, native, plan, segmented, stacked
-from loradeck.ops.forms import LinearForm
-from loradeck.ops.mix import Mix
+from loradeck.ops import cpu, plan, portable, segments, stacked
+from loradeck.ops.layer_kinds import LinearForm
+from loradeck.ops.mapping import Mix
 from loradeck.ops.operands import Operands
-from loradeck.ops.pair import Pair
+from loradeck.ops.weights import Pair
 
 ROWS, LAYERS = 16, 16
 
@@ -65,11 +65,11 @@ def compared(
         for _ in range(LAYERS)
     ]
     x, y = torch.randn(ROWS, tokens, inside).to(dtype), torch.randn(ROWS, tokens, outside).to(dtype)
-    ways = {"segmented": way(segmented.lora, x, y, layers, mix)}
+    ways = {"segmented": way(portable.lora, x, y, layers, mix)}
     if len(ranks) > 1:
         ways["stacked"] = way(stacked.lora, x, y, layers, mix, all_stacked(mix, layers[0], tokens))
-    if native.takes(x, y):
-        ways["native"] = way(native.lora, x, y, layers, mix, all_native(mix, layers[0], tokens))
+    if cpu.takes(x, y):
+        ways["native"] = way(cpu.lora, x, y, layers, mix, all_native(mix, layers[0], tokens))
     return {name: round(seconds * 1e6, 1) for name, seconds in in_turns(ways, rounds).items()}
 
 
@@ -92,13 +92,13 @@ def all_stacked(mix: Mix, operands: Operands, unit: int, device: str = "cpu") ->
         plan.SEGMENT = kept
 
 
-def all_native(mix: Mix, operands: Operands, unit: int) -> meetings.Meetings:
+def all_native(mix: Mix, operands: Operands, unit: int) -> segments.Meetings:
     """The plan that leaves no group to others."""
-    kept, meetings.MEETING = meetings.MEETING, 0.0
+    kept, segments.MEETING = segments.MEETING, 0.0
     try:
-        return native.plan(Mix(mix.entries, mix.lengths), operands.slots, unit)
+        return cpu.plan(Mix(mix.entries, mix.lengths), operands.slots, unit)
     finally:
-        meetings.MEETING = kept
+        segments.MEETING = kept
 
 
 if __name__ == "__main__":

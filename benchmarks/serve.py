@@ -39,7 +39,7 @@ from loradeck import AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import Sampling
+from loradeck.serve.request import SamplingParams
 from loradeck.serve.stream import Stream
 
 ROWS, PROMPT, ANSWER = 16, 64, 32
@@ -97,7 +97,7 @@ def streams(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
 
         def ours(kind: str) -> Callable[[], object]:
             names = [None] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)]
-            return lambda: engine.generate(prompts(), names, Sampling(max_tokens=ANSWER, ignore_eos=True))
+            return lambda: engine.generate(prompts(), names, SamplingParams(max_tokens=ANSWER, ignore_eos=True))
 
         ways = {f"loradeck, {kind}": ours(kind) for kind in KINDS} | {"PEFT, distinct": lambda: theirs(prompts())}
         seconds = in_turns(ways, rounds)
@@ -124,7 +124,7 @@ def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
                 return torch.randint(3, 49000, (rows, length), generator=chance).tolist()
 
             def ours(names: Sequence[str | None]) -> object:
-                return engine.generate(prompts(), names, Sampling(max_tokens=1, ignore_eos=True))
+                return engine.generate(prompts(), names, SamplingParams(max_tokens=1, ignore_eos=True))
 
             ways: dict[str, Callable[[], object]] = {
                 "loradeck, base": lambda: ours([None] * rows),
@@ -202,7 +202,7 @@ def replay(engine: Engine, arrivals: Sequence[Arrival]) -> Outcome:
 
     for own, prompt in zip(arrivals, prompts, strict=True):
         time.sleep(max(0.0, begun + own.at - time.monotonic()))
-        stream = engine.submit(prompt, f"a{own.adapter}", Sampling(max_tokens=own.answer, ignore_eos=True))
+        stream = engine.submit(prompt, f"a{own.adapter}", SamplingParams(max_tokens=own.answer, ignore_eos=True))
         reader = threading.Thread(target=list, args=(stream,))
         reader.start()
         waiting.append((stream, reader))
@@ -264,7 +264,7 @@ def cold(base: Base, folder: Path, rounds: int) -> dict[str, float]:
             for state, own in (("cold", f"a{i}"), ("warm", f"a{i}")):
                 prompt = torch.randint(3, 49000, (PROMPT,), generator=chance).tolist()
                 begun = time.perf_counter()
-                next(engine.submit(prompt, own, Sampling(max_tokens=1)))
+                next(engine.submit(prompt, own, SamplingParams(max_tokens=1)))
                 if i > 1:
                     times[state].append(time.perf_counter() - begun)
     median = {state: 1e3 * statistics.median(own) for state, own in times.items()}

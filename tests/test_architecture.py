@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "loradeck"
 FILES = sorted(SOURCE.rglob("*.py"))
 # What each room may import of ours, besides itself: DESIGN's floors, from the ground up.
-GROUND = {"errors", "disk", "arithmetic"}
+GROUND = {"errors", "disk", "dtypes"}
 MAY = {
     "errors": set(),
     "disk": set(),
-    "arithmetic": set(),
+    "dtypes": set(),
     "toy": set(),
     "demo": set(),
-    "ops": {"disk", "arithmetic"},
+    "ops": {"disk", "dtypes"},
     "lora": {"ops", *GROUND},
     "stored": {"lora", *GROUND},
     "store": {"stored", "lora", *GROUND},

@@ -12,7 +12,7 @@ from loradeck.base.fingerprint import fingerprint
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import Sampling
+from loradeck.serve.request import SamplingParams
 from loradeck.train.config import TrainConfig
 from loradeck.train.trainer import train
 
@@ -85,7 +85,7 @@ def test_training_is_the_cpus(base: Base, tiny_tokenizer: PreTrainedTokenizerFas
 
 
 def test_an_engine_says_what_each_request_alone_gets(base: Base, store: AdapterStore) -> None:
-    sampling = Sampling(max_tokens=12, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
     with Engine(base, store, EngineConfig(max_rows=4)) as engine:
         together = engine.generate(PROMPTS, ENTRIES, sampling)
         alone = [

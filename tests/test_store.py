@@ -186,7 +186,7 @@ def test_an_unknown_version(store: AdapterStore, source: Path, spec: str) -> Non
     store.publish("poet", source)
     with pytest.raises(UnknownAdapterError, match="'poet' has no version") as caught:
         store.find(spec)
-    assert "1" in caught.value.mend
+    assert "1" in caught.value.hint
     assert len(str(caught.value)) < 200
 
 
@@ -195,7 +195,7 @@ def test_an_unknown_name(store: AdapterStore, source: Path) -> None:
     for ask in (store.find, store.versions, store.remove, lambda name: store.prune(name, keep=1)):
         with pytest.raises(UnknownAdapterError, match="'poett'") as caught:
             ask("poett")
-        assert "poet" in caught.value.mend
+        assert "poet" in caught.value.hint
 
 
 # ---- publish

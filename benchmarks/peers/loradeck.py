@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from benchmarks.peers.workload import ROWS, Questions
 from loradeck import AdapterStore, Base
-from loradeck.base.prepared import CHOICES
+from loradeck.base.weights import CHOICES
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import Sampling
+from loradeck.serve.request import SamplingParams
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
             def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], tokens: int) -> list[list[int]]:
                 through = [None if adapter is None else names[adapter] for adapter in adapters]
-                answers = engine.generate(prompts, through, Sampling(max_tokens=tokens, ignore_eos=True))
+                answers = engine.generate(prompts, through, SamplingParams(max_tokens=tokens, ignore_eos=True))
                 return [[token.id for token in answer] for answer in answers]
 
             questions.answer(generate, {})

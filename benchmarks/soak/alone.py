@@ -42,11 +42,11 @@ class Verdict:
     off: float = 0.0
     """The largest difference of a log-probability."""
     shaken: int = 0
-    """Answers further off than `BOUND`, which were held against their rounding."""
+    """SFT further off than `BOUND`, which were held against their rounding."""
     bound: float = BOUND
     """The largest bound that an answer had."""
     ended_wrong: int = 0
-    """Answers that ended where they should not have."""
+    """SFT that ended where they should not have."""
 
     @property
     def right(self) -> bool:

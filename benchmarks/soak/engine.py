@@ -12,10 +12,10 @@ from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.memory import Memory
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
-from loradeck.serve.cache import Cache
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import Sampling
+from loradeck.serve.kv_cache import KVCache
+from loradeck.serve.request import SamplingParams
 
 PATIENCE = 120.0  # seconds after the end for what was begun to end
 
@@ -43,7 +43,7 @@ def soak(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, d
     return ledger, left
 
 
-def soaked(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, dict[str, float], Cache]:
+def soaked(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, dict[str, float], KVCache]:
     """Do so, with the engine's cache."""
     ledger, over, memory = Ledger(), threading.Event(), Memory()
     with Engine(base, crowd.store, bounds.config) as engine:
@@ -136,8 +136,8 @@ def contents(crowd: Crowd, route: Route) -> dict[str, float] | None:
     return found
 
 
-def sampling(asked: Asked) -> Sampling:
-    return Sampling(
+def sampling(asked: Asked) -> SamplingParams:
+    return SamplingParams(
         max_tokens=asked.answer,
         temperature=asked.temperature,
         seed=asked.seed,

@@ -1,6 +1,6 @@
 """The errors this library raises on purpose. Knows nothing of ours.
 
-LoradeckError            says what is wrong, every problem found, and how to mend it
+LoradeckError            says what is wrong, every problem found, and how to fix it
 ├── ConfigError          a setting that cannot be (a rank of 0, a learning rate of -1)
 ├── TargetError          a target that matches no module, or a module that takes no adapter
 ├── AdapterNameError     a name that is taken, or that no file or route could carry
@@ -21,16 +21,16 @@ SHOWN = 12  # problems spelled out in a message; all of them stay in `.problems`
 
 
 class LoradeckError(Exception):
-    """What is wrong, each problem found, and how to mend it.
+    """What is wrong, each problem found, and how to fix it.
 
-    `str(error)` is one line, then one line with the mend where there is one.
+    `str(error)` is one line, then one line with the hint where there is one.
     """
 
-    def __init__(self, message: str, problems: Sequence[str] = (), *, mend: str = "") -> None:
+    def __init__(self, message: str, problems: Sequence[str] = (), *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.problems = tuple(problems)
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
         return self._text(": ", "; ")
@@ -43,7 +43,7 @@ class LoradeckError(Exception):
         rest = len(self.problems) - SHOWN
         parts = [*self.problems[:SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
         text = self.message + (first + between.join(parts) if parts else "")
-        return f"{text}\n{self.mend}" if self.mend else text
+        return f"{text}\n{self.hint}" if self.hint else text
 
 
 class ConfigError(LoradeckError):
@@ -89,8 +89,8 @@ class TrainingError(LoradeckError):
 class BusyError(LoradeckError):
     """No request is taken now. `retry_after` is the number of seconds after which to ask again."""
 
-    def __init__(self, message: str, *, retry_after: float, mend: str = "") -> None:
-        super().__init__(message, mend=mend or f"Ask again after {retry_after:.0f} s.")
+    def __init__(self, message: str, *, retry_after: float, hint: str = "") -> None:
+        super().__init__(message, hint=hint or f"Ask again after {retry_after:.0f} s.")
         self.retry_after = retry_after
 
 

@@ -44,10 +44,10 @@ def generate(
         UnknownAdapterError: a name that is not resident.
     """
     if isinstance(prompts, str) or not prompts:
-        raise ConfigError("prompts is not a list with at least one prompt", mend="Give a list: [prompt].")
+        raise ConfigError("prompts is not a list with at least one prompt", hint="Give a list: [prompt].")
     if isinstance(adapters, Sequence) and not isinstance(adapters, str) and len(adapters) != len(prompts):
         raise RouteError(
-            f"{len(adapters)} adapters for {len(prompts)} prompts", mend="Give one entry per prompt, or one for all."
+            f"{len(adapters)} adapters for {len(prompts)} prompts", hint="Give one entry per prompt, or one for all."
         )
     rows = [encode(base.tokenizer, prompt) for prompt in prompts]
     length = _length(base, rows, max_new_tokens)
@@ -133,30 +133,30 @@ def _route(bank: "Bank | None", adapters: "RouteEntry | Sequence[RouteEntry]") -
     if bank is not None:
         return bank.route(adapters)
     if adapters is not None:
-        raise RouteError("adapters are given, but no bank that holds them", mend="Give the bank, or adapters=None.")
+        raise RouteError("adapters are given, but no bank that holds them", hint="Give the bank, or adapters=None.")
     return nullcontext()
 
 
 def _length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
     """The tokens to generate: as many as asked for, fewer where the longest prompt leaves less of the context."""
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}", mend="Give 1 or more.")
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}", hint="Give 1 or more.")
     if base.context is None:
         return max_new_tokens
     longest = max(map(len, rows))
     if longest >= base.context:
         raise ConfigError(
             f"a prompt of {longest} tokens leaves no room in the context of {base.name}, {base.context} tokens",
-            mend="Shorten the prompt, or take a base with a longer context.",
+            hint="Shorten the prompt, or take a base with a longer context.",
         )
     return min(max_new_tokens, base.context - longest)
 
 
 def _check_sampling(temperature: float, top_p: float) -> None:
     if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature}", mend="Give 0 for the likeliest token, or more.")
+        raise ConfigError(f"temperature is {temperature}", hint="Give 0 for the likeliest token, or more.")
     if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}", mend="Give a probability above 0, at most 1.")
+        raise ConfigError(f"top_p is {top_p}", hint="Give a probability above 0, at most 1.")
 
 
 def _turn(ids: list[int], stops: frozenset[int]) -> list[int]:

@@ -20,7 +20,7 @@ import msgspec
 
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
-from loradeck.lora.layout import read_folder
+from loradeck.lora.manifest import read_folder
 from loradeck.lora.names import check_name
 from loradeck.lora.peft import CARD, CONFIG
 from loradeck.stored import Record, Stored, digest_of, files_of, is_adapter, read_stored
@@ -62,7 +62,7 @@ class AdapterStore:
             names = self.names()
             close = difflib.get_close_matches(name, names, n=3) or names[:8]
             raise UnknownAdapterError(
-                f"no adapter in {self.folder} is named {name[:128]!r}", mend=f"There are: {', '.join(close) or 'none'}."
+                f"no adapter in {self.folder} is named {name[:128]!r}", hint=f"There are: {', '.join(close) or 'none'}."
             )
         return numbers
 
@@ -152,7 +152,7 @@ class AdapterStore:
             AdapterError: the store cannot be changed.
         """
         if keep < 1:
-            raise ConfigError(f"keep={keep} would keep no version of {name!r}", mend="Keep 1, or call `remove`.")
+            raise ConfigError(f"keep={keep} would keep no version of {name!r}", hint="Keep 1, or call `remove`.")
         old = [number for number in self.versions(name) if number][:-keep]
         self._remove(name, old)
         return old
@@ -171,7 +171,7 @@ class AdapterStore:
                 for file in files + card:
                     shutil.copyfile(source / file, fresh / file)
                 if digest_of(fresh, files) != digest:
-                    raise AdapterError(f"{source} was changed while it was read", mend="Publish it again.")
+                    raise AdapterError(f"{source} was changed while it was read", hint="Publish it again.")
         except BaseException:
             record.unlink(missing_ok=True)
             raise
@@ -225,7 +225,7 @@ class AdapterStore:
         if (which == "0" or NUMBER.fullmatch(which)) and int(which) in numbers:
             return name, int(which)
         there = ", ".join(map(str, numbers[-8:]))
-        raise UnknownAdapterError(f"{name!r} has no version {which[:20]!r}", mend=f"The latest are: {there}.")
+        raise UnknownAdapterError(f"{name!r} has no version {which[:20]!r}", hint=f"The latest are: {there}.")
 
     def _versions(self, name: str) -> list[int]:
         own = [entry for entry in self._entries() if entry.partition("@")[0] == name] if _possible(name) else []
@@ -254,8 +254,8 @@ class AdapterStore:
         try:
             return os.listdir(self.folder)  # noqa: PTH208  (Path.iterdir makes thousands of paths, most for nothing)
         except OSError as error:
-            mend = "Name a folder of adapters."
-            raise AdapterError(f"the store {self.folder} cannot be read: {error.strerror}", mend=mend) from error
+            hint = "Name a folder of adapters."
+            raise AdapterError(f"the store {self.folder} cannot be read: {error.strerror}", hint=hint) from error
 
 
 def _split(entry: str) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import msgspec
 
 from loradeck.errors import AdapterError
-from loradeck.lora.layout import INDEX, Listing, read_folder
+from loradeck.lora.manifest import INDEX, AdapterFiles, read_folder
 from loradeck.lora.peft import CONFIG, TENSORS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Stored:
         """
         digest = self.recorded or _remembered(_sha256, self.path, self.stamp)
         if stamp(self.path) != self.stamp:
-            raise AdapterError(f"{self.path} has changed since it was found", mend="Find it again.")
+            raise AdapterError(f"{self.path} has changed since it was found", hint="Find it again.")
         return digest
 
 
@@ -115,7 +115,7 @@ def is_adapter(folder: Path) -> bool:
         return True  # a folder that may not be looked into: reading it says so
 
 
-def files_of(listing: Listing) -> list[str]:
+def files_of(listing: AdapterFiles) -> list[str]:
     """Return the names of the files that an adapter computes with."""
     tensors = [header.path.name for header in listing.headers]
     return sorted([CONFIG, *tensors, *([INDEX] if tensors != [TENSORS] else [])])

@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck import Adapter, AdapterStore, Base, LoraConfig
 from loradeck.api.app import app
-from loradeck.api.door import Door
 from loradeck.api.metrics import Metrics
 from loradeck.api.server import Server, listen, url_of
+from loradeck.api.state import ServerState
 from loradeck.base.fingerprint import fingerprint
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
@@ -98,7 +98,7 @@ class Serve:
         return asyncio.run(main())
 
     @contextmanager
-    def on_a_socket(self) -> Iterator[tuple[str, Door]]:
+    def on_a_socket(self) -> Iterator[tuple[str, ServerState]]:
         """Serve on a socket of this machine; its URL, and the application's state."""
         made = app(self.engine, self.metrics, **self.options)
         address = listen("127.0.0.1", 0, guarded=False)

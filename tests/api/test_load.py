@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from loradeck import AdapterStore, Base
-from loradeck.api.door import Door
 from loradeck.api.metrics import Metrics
+from loradeck.api.state import ServerState
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
@@ -39,7 +39,7 @@ def slow(base: Base, store: AdapterStore, metrics: Metrics) -> Iterator[Callable
 def asked(serve: Serve, test: Callable[..., Any], **fields: Any) -> Any:
     """Await `test` with a client on a socket, the lines of a stream that has begun, and the application's state."""
 
-    async def main(url: str, door: Door) -> Any:
+    async def main(url: str, door: ServerState) -> Any:
         async with (
             httpx.AsyncClient(base_url=url, timeout=30) as client,
             client.stream("POST", CHAT, json={**LONG, "stream": True, **fields}) as answer,
@@ -80,7 +80,7 @@ def test_a_request_that_fails_on_the_way_says_so_in_its_stream(slow: Callable[..
 
 
 def test_a_server_that_ends_lets_streams_end(slow: Callable[..., Serve]) -> None:
-    async def test(client: httpx.AsyncClient, lines: Any, door: Door) -> Any:
+    async def test(client: httpx.AsyncClient, lines: Any, door: ServerState) -> Any:
         drained = asyncio.create_task(asyncio.to_thread(door.drain, 20))
         while not door.draining:
             await asyncio.sleep(0.01)
@@ -98,7 +98,7 @@ def test_a_server_that_ends_lets_streams_end(slow: Callable[..., Serve]) -> None
 
 
 def test_what_does_not_end_in_time_is_ended(slow: Callable[..., Serve]) -> None:
-    async def test(_: Any, lines: Any, door: Door) -> Any:
+    async def test(_: Any, lines: Any, door: ServerState) -> Any:
         await asyncio.to_thread(door.drain, 0.1)
         return [line async for line in lines if line]
 

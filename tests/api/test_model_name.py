@@ -6,16 +6,16 @@ from hypothesis import strategies as st
 
 from loradeck import AdapterStore, Base
 from loradeck.api.errors import HttpError
+from loradeck.api.llamacpp_ids import LlamacppIds
 from loradeck.api.model_name import MAX_BLEND, ModelNames
-from loradeck.api.numbering import Numbering
-from loradeck.api.schema import Generation, Scale
+from loradeck.api.requests import Generation, Scale
 
 from .conftest import adapter
 
 
 @pytest.fixture
 def names(base: Base, store: AdapterStore) -> ModelNames:
-    return ModelNames(base, Numbering(store))
+    return ModelNames(base, LlamacppIds(store))
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_scales_are_for_requests_that_name_nothing(names: ModelNames) -> None:
 
 
 def test_a_number_stays_with_its_name(store: AdapterStore) -> None:
-    numbering = Numbering(store)
+    numbering = LlamacppIds(store)
     assert numbering.names() == {0: "pirate", 1: "poet", 2: "team-a"}
     store.publish("admiral", adapter(9))
     store.remove("poet")
     assert numbering.names() == {0: "pirate", 2: "team-a", 3: "admiral"}
     store.publish("poet", adapter(9))
     assert numbering.name(1) == "poet"
-    assert Numbering(None).names() == {}
+    assert LlamacppIds(None).names() == {}
 
 
 @given(st.text(max_size=20))

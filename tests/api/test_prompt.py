@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loradeck.api import prompt
 from loradeck.api.errors import HttpError
-from loradeck.api.schema import ChatRequest, Message, TextPart
+from loradeck.api.requests import ChatRequest, Message, TextPart
 
 USER = Message("user", "hi")
 WITH_TOOLS = "{% if tools %}{{ tools | length }} tools{% endif %}{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.arguments.x if m.tool_calls }}{% endfor %}{{ mood }}"

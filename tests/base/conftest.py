@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loradeck.base import packed, quantised
+from loradeck.base import prepacked, quantised
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def small() -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture
 def untried() -> Iterator[None]:
     """Kernels are tried anew in this test, and what it finds is forgotten after it."""
-    for tried in (packed.packing, quantised.int8_product):
+    for tried in (prepacked.packing, quantised.int8_product):
         tried.cache_clear()
     yield
-    for tried in (packed.packing, quantised.int8_product):
+    for tried in (prepacked.packing, quantised.int8_product):
         tried.cache_clear()

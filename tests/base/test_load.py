@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 from transformers.utils import logging as transformers_logging
 
-from loradeck import arithmetic
+from loradeck import dtypes
 from loradeck.base import load
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import SMOLLM2, SMOLLM2_HUB_ID, SMOLLM2_PACKAGE, Base
@@ -67,7 +67,7 @@ def test_auto_is_what_the_cpu_computes_in(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    monkeypatch.setattr(arithmetic, "_cpu_computes_in", arithmetic._cpu_computes_in.__wrapped__)  # it remembers
+    monkeypatch.setattr(dtypes, "_cpu_computes_in", dtypes._cpu_computes_in.__wrapped__)  # it remembers
     assert Base.load(tiny_folder, device="cpu").model.dtype == expected
 
 
@@ -187,7 +187,7 @@ def test_refuses_folder(tiny_folder: Path, spoil: Callable[[Path], None], words:
     with pytest.raises(BaseModelError, match=words) as caught:
         Base.load(tiny_folder, device="cpu")
     assert str(tiny_folder) in caught.value.message
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(

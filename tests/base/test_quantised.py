@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from loradeck.base import products
+from loradeck.base import matmul
 from loradeck.base import quantised as room
-from loradeck.base.prepared import prepare
 from loradeck.base.quantised import FEW, TOLERANCE, QuantisedEmbedding, QuantisedLinear, quantised
+from loradeck.base.weights import prepare
 from loradeck.errors import UnsupportedError
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -65,7 +65,7 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(50, 64), torch.randn(20, 64)
     whole = quantised(weight)
     wanted = room._many(x, *whole)
-    monkeypatch.setattr(products, "BLOCK", 7 * 64)
+    monkeypatch.setattr(matmul, "BLOCK", 7 * 64)
     parts = quantised(weight)
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
     torch.testing.assert_close(room._many(x, *whole), wanted)

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loradeck.cli import chat as verb
 from loradeck.cli.chat import Chat
-from loradeck.cli.partner import Near
+from loradeck.cli.chat_backends import Local
 
 
 def test_a_conversation_changes_adapters(run: Callable, tiny_folder: Path, adapters: Path) -> None:
@@ -58,7 +58,7 @@ def test_history_is_kept_and_ctrl_c_ends_an_answer(
         yield "matey"
 
     monkeypatch.setattr("loradeck.generation.stream", stream)
-    talk = Chat(Near(None, None), verb.LIVELY)
+    talk = Chat(Local(None, None), verb.LIVELY)
     talk.answer("Hi")
     talk.answer("More")
     assert [message["content"] for message in turns[1]] == ["Hi", "Aye\x1b, ", "More"]

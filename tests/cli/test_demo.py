@@ -5,12 +5,12 @@ import pytest
 
 from loradeck.base.load import Base
 from loradeck.errors import BaseModelError
-from loradeck.lora.layout import read_folder
+from loradeck.lora.manifest import read_folder
 
 
 def test_without_the_real_base_it_stays_with_the_toy(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> Base:
-        raise BaseModelError("no base at 'smollm2-135m'", mend="Install it.")
+        raise BaseModelError("no base at 'smollm2-135m'", hint="Install it.")
 
     monkeypatch.setattr(Base, "load", missing)
     ran = run("demo")

@@ -11,7 +11,7 @@ from loradeck.cli.distance import distances
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.lora.layout import read_folder
+from loradeck.lora.manifest import read_folder
 
 
 def update(adapter: Adapter, path: str) -> torch.Tensor:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loradeck.base import packed, quantised
+from loradeck.base import prepacked, quantised
 from loradeck.cli import doctor
-from loradeck.ops import choose, native
+from loradeck.ops import cpu, dispatch
 
 
 def test_it_says_what_is_here(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -26,10 +26,10 @@ def test_it_says_what_is_here(run: Callable, monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_it_says_which_kernels_there_are(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "packing", lambda dtype: "is slower here" if dtype == torch.float32 else "")
+    monkeypatch.setattr(prepacked, "packing", lambda dtype: "is slower here" if dtype == torch.float32 else "")
     monkeypatch.setattr(quantised, "int8_product", lambda: "")
-    monkeypatch.setattr(native, "problem", lambda: "needs a compiler")
-    monkeypatch.setattr(choose, "triton_problem", lambda device: "is for GPUs")
+    monkeypatch.setattr(cpu, "problem", lambda: "needs a compiler")
+    monkeypatch.setattr(dispatch, "triton_problem", lambda device: "is for GPUs")
     facts = json.loads(run("doctor", "--json").out)
     assert (
         facts["kernels"]

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from loradeck.base.load import Base
-from loradeck.base.prepared import CHOICES
+from loradeck.base.weights import CHOICES
 from loradeck.cli.options import Weights
 from loradeck.generation import generate
 from loradeck.lora.bank import Bank

@@ -110,7 +110,7 @@ def test_any_other_exception_keeps_its_traceback(run: Callable, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("loradeck.lora.layout.read_folder", fail)
+    monkeypatch.setattr("loradeck.lora.manifest.read_folder", fail)
     with pytest.raises(ZeroDivisionError):
         run("show", "x")
 
@@ -120,7 +120,7 @@ def test_exit_codes(run: Callable, monkeypatch: pytest.MonkeyPatch, error: BaseE
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("loradeck.lora.layout.read_folder", fail)
+    monkeypatch.setattr("loradeck.lora.manifest.read_folder", fail)
     assert run("show", "x").code == code
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loradeck.lora.layout import read_folder
+from loradeck.lora.manifest import read_folder
 from loradeck.train.history import read_history
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from loradeck.cli.train import suffixes
 from loradeck.lora.config import LoraConfig
-from loradeck.lora.layout import read_folder
+from loradeck.lora.manifest import read_folder
 
 LINES = [{"prompt": "Hi", "completion": "Ahoy!"}, {"prompt": "2+2?", "completion": "Four, matey"}]
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loradeck.dataset.check import Lengths, Twin, check_dataset
+from loradeck.dataset.check import Duplicate, Lengths, check_dataset
 from loradeck.dataset.read import read_dataset
 from loradeck.errors import DataError
 
@@ -60,10 +60,10 @@ def test_without_a_tokenizer_characters_are_counted(folder: Path) -> None:
 def test_what_is_there_twice(folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, with_tokenizer: bool) -> None:
     report = check_dataset(folder, tiny_tokenizer if with_tokenizer else None, 64)
     train, valid = report.splits["train"], report.splits["valid"]
-    assert train.duplicates == [Twin("train.jsonl:3", "train.jsonl:1")]
+    assert train.duplicates == [Duplicate("train.jsonl:3", "train.jsonl:1")]
     assert (train.leaked, train.prompts, valid.duplicates) == ([], [], [])
-    assert valid.leaked == [Twin("valid.jsonl:2", "train.jsonl:2")]
-    assert valid.prompts == [Twin("valid.jsonl:3", "train.jsonl:2")]
+    assert valid.leaked == [Duplicate("valid.jsonl:2", "train.jsonl:2")]
+    assert valid.prompts == [Duplicate("valid.jsonl:3", "train.jsonl:2")]
 
 
 def test_the_same_in_another_form_is_the_same(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from loradeck.base import text
 from loradeck.base.load import Base
 from loradeck.dataset.example import Example, Preference, ends, examples
+from loradeck.dataset.message import Message
 from loradeck.dataset.record import UNSUPERVISED, Completion, Conversation, Pair, Record, Text, Tokens
-from loradeck.dataset.turn import Message
 from loradeck.errors import DataError
 
 TALK = Conversation(

@@ -73,7 +73,7 @@ def test_every_bad_line_is_in_one_error(tmp_path: Path, tiny_tokenizer: PreTrain
         "valid.jsonl:1: $.messages[0].role: is 'robot', not one of system, user, assistant, tool",
         "test: is empty",
     )
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_a_file_that_breaks_off_does_not_hide_the_other_problems(
@@ -177,5 +177,5 @@ def test_any_file_is_examples_or_a_data_error(
     try:
         supervised = [example.supervised for example in read_dataset(path, tiny_tokenizer, 64).train]
     except DataError as error:
-        refused = error.mend
+        refused = error.hint
     assert refused or all(supervised)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loradeck.dataset.message import Message
 from loradeck.dataset.record import FORMS, Completion, Conversation, Pair, Text, Tokens, parse
-from loradeck.dataset.turn import Message
 from loradeck.errors import DataError
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}

@@ -159,7 +159,7 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match="needs the package datasets") as caught:
         read(name)
-    assert "pip install 'loradeck[datasets]'" in caught.value.mend
+    assert "pip install 'loradeck[datasets]'" in caught.value.hint
 
 
 @pytest.mark.parametrize(

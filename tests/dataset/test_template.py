@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loradeck.dataset.record import Conversation, Segment
+from loradeck.dataset.message import Message
+from loradeck.dataset.record import Conversation, Span
 from loradeck.dataset.template import ANSWER, end_of_turn, sequences
-from loradeck.dataset.turn import Message
 from loradeck.errors import DataError
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -70,13 +70,13 @@ TALK = [HI, AHOY, BYE, FAIR]
 
 def made(
     tokenizer: PreTrainedTokenizerFast, template: str, messages: list[Message], tools: Any = None
-) -> list[list[Segment]]:
+) -> list[list[Span]]:
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     return list(sequences(other, Conversation(messages, tools)))
 
 
-def learned(made: list[list[Segment]]) -> list[list[str]]:
+def learned(made: list[list[Span]]) -> list[list[str]]:
     return [[text for text, is_learned in segments if is_learned] for segments in made]
 
 

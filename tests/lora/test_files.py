@@ -18,8 +18,8 @@ from torch import nn
 
 from loradeck import Adapter, Bank, LoraConfig
 from loradeck.errors import AdapterError, LoradeckError, UnsupportedError
-from loradeck.lora import peft, tensorfile
-from loradeck.lora.layout import read_folder
+from loradeck.lora import peft, safetensors_io
+from loradeck.lora.manifest import read_folder
 
 CONFIG, TENSORS, INDEX = "adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json"
 A, B = "base_model.model.linear.lora_A.weight", "base_model.model.linear.lora_B.weight"
@@ -430,7 +430,7 @@ class TestFolders:
         (folder / TENSORS).unlink()
         with refused(bank, "pickle", UnsupportedError) as caught:
             bank.load(folder)
-        assert "weights_only=True" in caught.value.mend
+        assert "weights_only=True" in caught.value.hint
         (folder / TENSORS).write_bytes(pickle.dumps(Bomb()))
         with refused(bank):
             bank.load(folder)
@@ -581,7 +581,7 @@ class TestFormat:
 
     def encode(self, tensors, metadata):
         names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-        return tensorfile.encode(
+        return safetensors_io.encode(
             [
                 (key, names[t.dtype], tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes())
                 for key, t in tensors.items()
@@ -601,21 +601,21 @@ class TestFormat:
             loaded = safetensors.torch.load_file(path)
             assert loaded.keys() == self.TENSORS.keys()
             assert all(torch.equal(loaded[key], tensor) for key, tensor in self.TENSORS.items())
-            header = tensorfile.read_header(path)
+            header = safetensors_io.read_header(path)
             assert header.metadata == metadata
             assert {key: entry.shape for key, entry in header.entries.items()} == {
                 key: tuple(tensor.shape) for key, tensor in self.TENSORS.items()
             }
             body = bytearray(header.size)
-            tensorfile.read_body(header, memoryview(body))
+            safetensors_io.read_body(header, memoryview(body))
             entry = header.entries["z"]
             assert bytes(body[entry.begin : entry.end]) == self.TENSORS["z"].numpy().tobytes()
 
     def test_every_tensor_lies_aligned(self, tmp_path):
         (tmp_path / "ours").write_bytes(self.encode(self.TENSORS, {"a": "b" * 5}))
-        header = tensorfile.read_header(tmp_path / "ours")
+        header = safetensors_io.read_header(tmp_path / "ours")
         assert header.body % 8 == 0
-        assert all(entry.begin % tensorfile.ITEM_BYTES[entry.dtype] == 0 for entry in header.entries.values())
+        assert all(entry.begin % safetensors_io.ITEM_BYTES[entry.dtype] == 0 for entry in header.entries.values())
 
 
 class TestSaving:
@@ -688,7 +688,7 @@ QUIET = settings(
 
 def _valid_file() -> bytes:
     tensors = [(key, "F32", (2, 3), bytes(range(24))) for key in (A, B)]
-    return tensorfile.encode(tensors, {"format": "pt"})
+    return safetensors_io.encode(tensors, {"format": "pt"})
 
 
 class TestFuzz:
@@ -697,7 +697,7 @@ class TestFuzz:
     def header(self, path, content):
         path.write_bytes(content)
         try:
-            header = tensorfile.read_header(path)
+            header = safetensors_io.read_header(path)
         except LoradeckError:
             return
         spans = sorted((entry.begin, entry.end) for entry in header.entries.values())

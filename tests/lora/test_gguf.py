@@ -10,7 +10,7 @@ from torch import Tensor
 from loradeck import Adapter, LoraConfig
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.gguf import Architecture, export
-from loradeck.lora.layout import Site
+from loradeck.lora.manifest import TargetModule
 
 gguf = pytest.importorskip("gguf", reason="needs pip install gguf")
 
@@ -158,5 +158,5 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def embedding(a: Tensor, b: Tensor) -> Adapter:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens"])
-    site = Site("embedding", 4, 2.0, tuple(a.shape), tuple(b.shape))
+    site = TargetModule("embedding", 4, 2.0, tuple(a.shape), tuple(b.shape))
     return Adapter.with_sites(config, {"model.embed_tokens": site}, {"model.embed_tokens": (a, b)})

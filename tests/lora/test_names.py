@@ -26,7 +26,7 @@ def test_names_that_can_be(name):
 def test_names_that_cannot_be(name):
     with pytest.raises(AdapterNameError) as caught:
         check_name(name)
-    assert caught.value.mend
+    assert caught.value.hint
     assert str(caught.value).isprintable() or "\n" in str(caught.value)
 
 

@@ -491,7 +491,7 @@ class TestRefused:
         with pytest.raises(UnsupportedError, match=match) as caught:
             bank.load(folder)
         assert "not supported" in str(caught.value) or "only LORA" in str(caught.value)
-        assert caught.value.mend
+        assert caught.value.hint
         assert bank.names() == []
         assert torch.equal(outputs(bank.model), before)
         assert not any("forward" in vars(module) for module in bank.model.modules())

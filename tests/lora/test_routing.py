@@ -83,7 +83,7 @@ class TestEntries:
     def test_what_is_no_entry(self, bank, ids, rows):
         with pytest.raises(RouteError) as caught:
             bank.route(rows)
-        assert caught.value.mend
+        assert caught.value.hint
         assert torch.equal(bank.model(ids).logits, logits(bank, ids, None))
 
     def test_unknown_names_list_close_ones(self, bank):

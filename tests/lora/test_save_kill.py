@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from loradeck import Adapter, LoraConfig
-from loradeck.lora.layout import read_folder
+from loradeck.lora.manifest import read_folder
 
 ROUNDS = 10
 

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
-from loradeck.lora.residents import KEPT_SETS
+from loradeck.lora.container import KEPT_SETS
 from loradeck.lora.routing import KEPT_SLOTS, placed
-from loradeck.ops import native, plan
+from loradeck.ops import cpu, plan
 from loradeck.ops.stack import Stack
 
 PATHS = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qo"]
@@ -43,7 +43,7 @@ def run(bank: Bank, rows: list) -> torch.Tensor:
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The ranks of each pair that is copied into a pack."""
-    monkeypatch.setattr(native, "takes", lambda x, y: False)  # so that stacks are used
+    monkeypatch.setattr(cpu, "takes", lambda x, y: False)  # so that stacks are used
     monkeypatch.setattr(plan, "SEGMENT", 1e9)
     seen: list[int] = []
     put = Stack._put

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loradeck.ops.forms import form_of
-from loradeck.ops.mix import Entry, Mix
+from loradeck.ops.layer_kinds import form_of
+from loradeck.ops.mapping import Entry, Mix
 from loradeck.ops.operands import Operands
-from loradeck.ops.pair import Pair
+from loradeck.ops.weights import Pair
 
 ROWS = 8
 RANKS = (1, 2, 4, 8, 16, 64)

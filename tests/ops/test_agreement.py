@@ -4,23 +4,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from loradeck.ops import choose, fused, native, packed, reference, segmented, stacked
+from loradeck.ops import autograd, cpu, dispatch, packed, portable, reference, stacked
 from loradeck.ops import plan as planning
-from loradeck.ops.forms import LinearForm
-from loradeck.ops.mix import Mix
+from loradeck.ops.layer_kinds import LinearForm
+from loradeck.ops.mapping import Mix
 from loradeck.ops.operands import Operands
-from loradeck.ops.pair import Pair
+from loradeck.ops.weights import Pair
 
 WAYS = {
     "reference": reference.lora,
-    "segmented": segmented.lora,
-    "choose": lambda *args: choose.lora(*args, training=False),
+    "segmented": portable.lora,
+    "choose": lambda *args: dispatch.lora(*args, training=False),
 }
 
 
 def ways(operands):
     """Stacks, packs and C are for linear layers."""
-    linear = [every_row_stacked, packed.lora, *([] if native.problem() else [native.lora])]
+    linear = [every_row_stacked, packed.lora, *([] if cpu.problem() else [cpu.lora])]
     return [*WAYS.values(), *(linear if isinstance(operands.form, LinearForm) else [])]
 
 
@@ -68,7 +68,7 @@ def test_under_autograd_the_base_output_is_left_alone(make, kind, entries):
     mix = Mix(entries, (1,) * len(entries))
     with torch.no_grad():
         wanted = reference.lora(case.x, y, case.operands, mix)
-    for lora in (segmented.lora, *([fused.lora] if isinstance(case.operands.form, LinearForm) else [])):
+    for lora in (portable.lora, *([autograd.lora] if isinstance(case.operands.form, LinearForm) else [])):
         close(lora(case.x, y, case.operands, mix), wanted, 1e-5)
         assert torch.equal(y, case.y)
 
@@ -143,7 +143,7 @@ def test_scaled_embeddings_scale_the_update():
     """Gemma multiplies its embeddings by a constant; PEFT scales the update by it too."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-    from loradeck.ops.forms import form_of
+    from loradeck.ops.layer_kinds import form_of
 
     layer = Gemma3TextScaledWordEmbedding(11, 6, 0, embed_scale=3.0)
     a, b = torch.randn(2, 11), torch.randn(6, 2)

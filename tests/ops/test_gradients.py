@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose, fused, reference, segmented
+from loradeck.ops import autograd, dispatch, portable, reference
 from loradeck.ops.dropout import Dropout
-from loradeck.ops.forms import LinearForm, form_of
-from loradeck.ops.mix import Mix
+from loradeck.ops.layer_kinds import LinearForm, form_of
+from loradeck.ops.mapping import Mix
 from loradeck.ops.operands import Operands
-from loradeck.ops.pair import Pair
+from loradeck.ops.weights import Pair
 
 MIXES = {
     "runs": (((0, 1.0),), ((0, 1.0),), (), ((1, 0.5),)),
@@ -32,7 +32,11 @@ def test_the_fast_gradients_are_the_reference_gradients(make, kind, mix):
     y = case.y[:4].clone().requires_grad_()
     leaves.append(y)
     grads = []
-    for lora in (reference.lora, segmented.lora, *([fused.lora] if isinstance(case.operands.form, LinearForm) else [])):
+    for lora in (
+        reference.lora,
+        portable.lora,
+        *([autograd.lora] if isinstance(case.operands.form, LinearForm) else []),
+    ):
         out = lora(x, y, case.operands, mix)
         grads.append(
             torch.autograd.grad((out * torch.arange(out.numel()).view(out.shape)).sum(), leaves, allow_unused=True)
@@ -52,7 +56,7 @@ def test_gradients_go_through_to_the_input(make):
         case = make(kind, dtype=torch.float64)
         mix = Mix(MIXES["blended"], (1,) * 4)
         grads = []
-        for lora in (reference.lora, partial(choose.lora, training=False)):
+        for lora in (reference.lora, partial(dispatch.lora, training=False)):
             x = case.x[:4].clone().requires_grad_()
             lora(x, case.y[:4], case.operands, mix).square().sum().backward()
             grads.append(x.grad)
@@ -73,7 +77,7 @@ def test_numerical_gradients(layer):
 
     def run(x, a0, b0, a1, b1):
         operands = Operands(form, (Pair(a0, b0, 0.5), Pair(a1, b1, 3.0)))
-        return choose.lora(x, y, operands, mix, training=False)
+        return dispatch.lora(x, y, operands, mix, training=False)
 
     assert torch.autograd.gradcheck(run, (x, *leaves))
 
@@ -83,7 +87,7 @@ def test_a_row_of_the_base_gives_no_gradient():
     a, b = torch.randn(2, 3, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     x, y = torch.randn(3, 3), torch.zeros(3, 4)
     mix = Mix((((0, 1.0),), (), ((0, 1.0),)), (1,) * 3)
-    choose.lora(x, y, Operands(form, (Pair(a, b, 1.0),)), mix, training=True).sum().backward()
+    dispatch.lora(x, y, Operands(form, (Pair(a, b, 1.0),)), mix, training=True).sum().backward()
     own = x[[0, 2]]
     assert torch.allclose(b.grad, (own @ a.detach().T).sum(0).expand(4, 2), atol=1e-6)
 
@@ -102,19 +106,19 @@ class TestDropout:
 
     def test_the_mask_of_one_does_not_depend_on_its_neighbours(self):
         x, y = torch.randn(4, 64), torch.zeros(4, 4)
-        alone = choose.lora(x[:2], y[:2].clone(), self.operands(0.5), Mix((((0, 1.0),),) * 2, (1, 1)), training=True)
+        alone = dispatch.lora(x[:2], y[:2].clone(), self.operands(0.5), Mix((((0, 1.0),),) * 2, (1, 1)), training=True)
         mix = Mix((((0, 1.0),), ((0, 1.0),), ((1, 1.0),), ()), (1,) * 4)
-        together = choose.lora(x, y.clone(), self.operands(0.5), mix, training=True)
+        together = dispatch.lora(x, y.clone(), self.operands(0.5), mix, training=True)
         assert torch.allclose(together[:2], alone, atol=1e-5)
-        again = choose.lora(x, y.clone(), self.operands(0.5, seed=7), mix, training=True)
+        again = dispatch.lora(x, y.clone(), self.operands(0.5, seed=7), mix, training=True)
         assert not torch.allclose(again[:2], alone, atol=1e-2)
 
     def test_it_keeps_the_mean_and_acts_only_in_training(self):
         x, y = torch.randn(1, 64), torch.zeros(1, 4)
         operands, mix = self.operands(0.25), Mix((((0, 1.0),),), (1,))
-        quiet = choose.lora(x, y.clone(), operands, mix, training=False)
+        quiet = dispatch.lora(x, y.clone(), operands, mix, training=False)
         assert torch.equal(quiet, reference.lora(x, y, operands, mix))
-        noisy = torch.stack([choose.lora(x, y.clone(), operands, mix, training=True) for _ in range(400)])
+        noisy = torch.stack([dispatch.lora(x, y.clone(), operands, mix, training=True) for _ in range(400)])
         assert noisy.std(0).min() > 0.1
         assert torch.allclose(noisy.mean(0), quiet, atol=5 * float(noisy.std(0).max()) / 20)
 
@@ -124,5 +128,5 @@ class TestDropout:
         ids, operands = torch.arange(4), Operands(form_of(layer), (pair,))
         mix = Mix((((0, 1.0),),) * 4, (1,) * 4)
         with torch.no_grad():
-            got = choose.lora(ids, layer(ids), operands, mix, training=True)
-            assert torch.equal(got, choose.lora(ids, layer(ids), operands, mix, training=False))
+            got = dispatch.lora(ids, layer(ids), operands, mix, training=True)
+            assert torch.equal(got, dispatch.lora(ids, layer(ids), operands, mix, training=False))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from loradeck.ops import choose, fused, native, plan, reference, segmented, stacked
+from loradeck.ops import autograd, cpu, dispatch, plan, portable, reference, stacked
 from loradeck.ops import operands as operands_module
-from loradeck.ops.forms import LinearForm, form_of
-from loradeck.ops.mix import Mix
+from loradeck.ops.layer_kinds import LinearForm, form_of
+from loradeck.ops.mapping import Mix
 from loradeck.ops.operands import Operands
-from loradeck.ops.pair import Pair
+from loradeck.ops.weights import Pair
 
 # Two sound rows of adapters 0 and 2, a base row, and the broken adapter 1 between them; then two more of 0 and 1.
 ENTRIES = (((0, 1.0),), ((1, 1.0),), (), ((2, 0.5), (0, 1.0)), ((0, 1.0),), ((1, 1.0), (2, 1.0)))
@@ -23,7 +23,7 @@ SOUND = [0, 2, 3, 4]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `choose` takes on a CPU."""
     if request.param == "without a compiler":
-        monkeypatch.setattr(native, "takes", lambda x, y: False)
+        monkeypatch.setattr(cpu, "takes", lambda x, y: False)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -34,7 +34,7 @@ def test_a_broken_adapter_changes_no_other_row(make, kind, bad, half):
         wanted = torch.stack([case.defined(row, ENTRIES[row]) for row in SOUND])
         getattr(case.operands.pairs[1], half).fill_(bad)
         mix = Mix(ENTRIES, (1,) * 6)
-        got = choose.lora(case.x[:6], case.y[:6].clone(), case.operands, mix, training=False)
+        got = dispatch.lora(case.x[:6], case.y[:6].clone(), case.operands, mix, training=False)
     assert torch.allclose(got[SOUND].double(), wanted, atol=1e-5)
     assert torch.equal(got[2], case.y[2])
     assert not bool(torch.isfinite(got[1]).any())  # and it did run through the broken one
@@ -46,7 +46,7 @@ def test_a_broken_input_row_changes_no_other_row(make, bad):
         case = make(kind, count=3)
         wanted = torch.stack([case.defined(row, ENTRIES[row]) for row in SOUND])
         case.x[[1, 5]] = bad
-        for lora in (partial(choose.lora, training=False), segmented.lora):
+        for lora in (partial(dispatch.lora, training=False), portable.lora):
             with torch.no_grad():
                 got = lora(case.x[:6], case.y[:6].clone(), case.operands, Mix(ENTRIES, (1,) * 6))
             assert torch.allclose(got[SOUND].double(), wanted, atol=1e-5)
@@ -63,7 +63,7 @@ def test_an_overflow_next_door_changes_no_other_row(weights):
     x, y = torch.rand(4, 4) + 1, torch.randn(4, 3)
     mix = Mix((((0, weights[0]),), ((1, weights[0]),), (), ((0, weights[1]),)), (1,) * 4)
     wanted = reference.lora(x, y, operands, mix)
-    got = choose.lora(x, y.clone(), operands, mix, training=False)
+    got = dispatch.lora(x, y.clone(), operands, mix, training=False)
     assert torch.allclose(got[[0, 2, 3]], wanted[[0, 2, 3]], atol=1e-5)
     assert not bool(torch.isfinite(got[1]).any())
 
@@ -85,9 +85,9 @@ def test_long_groups_side_by_side_change_no_other_row(broken, monkeypatch):
     if broken == "nan in x":
         x[:, 100:200] = math.nan
     operands, mix = Operands(form, tuple(pairs)), Mix(entries, (100, 100, 100))
-    assert choose.packs(x, y, operands, mix.groups) == (broken != "nan in b")
+    assert dispatch.packs(x, y, operands, mix.groups) == (broken != "nan in b")
     with torch.no_grad():
-        got = choose.lora(x, y.clone(), operands, mix, training=False)
+        got = dispatch.lora(x, y.clone(), operands, mix, training=False)
         wanted = reference.lora(x, y, operands, mix)
     sound = [*range(100), *range(200, 300)]
     torch.testing.assert_close(got[:, sound], wanted[:, sound], atol=5e-2, rtol=2e-2)
@@ -100,7 +100,7 @@ def test_a_weight_beyond_the_dtype_changes_no_other_row(weight, monkeypatch):
     form = LinearForm(4, 3)
     operands = Operands(form, (Pair(torch.randn(2, 4), torch.randn(3, 2), 16.0),))
     x, y = torch.randn(3, 4), torch.randn(3, 3)
-    for lora in (stacked.lora, segmented.lora):
+    for lora in (stacked.lora, portable.lora):
         got = lora(x, y.clone(), operands, Mix((((0, weight),), (), ()), (1,) * 3))
         assert torch.equal(got[1:], y[1:])
         assert got[0].abs().max() > 1e30 or not bool(torch.isfinite(got[0]).all())
@@ -112,13 +112,13 @@ def test_a_cast_that_overflows_changes_no_other_row():
     sound = Pair(torch.randn(2, 4), torch.randn(3, 2), 1.0)
     operands = Operands(form_of(layer), (sound, Pair(torch.full((2, 4), 7e4), torch.randn(3, 2), 1.0)))
     x, y = torch.randn(3, 4).half(), torch.randn(3, 3).half()
-    got = choose.lora(x, y.clone(), operands, Mix((((0, 1.0),), ((1, 1.0),), ()), (1,) * 3), training=False)
-    alone = choose.lora(x[:1], y[:1].clone(), operands, Mix((((0, 1.0),),), (1,)), training=False)
+    got = dispatch.lora(x, y.clone(), operands, Mix((((0, 1.0),), ((1, 1.0),), ()), (1,) * 3), training=False)
+    alone = dispatch.lora(x[:1], y[:1].clone(), operands, Mix((((0, 1.0),),), (1,)), training=False)
     assert torch.allclose(got[:1], alone, atol=1e-2)
     assert torch.equal(got[2], y[2])
 
 
-@pytest.mark.parametrize("lora", [segmented.lora, fused.lora], ids=["segmented", "fused"])
+@pytest.mark.parametrize("lora", [portable.lora, autograd.lora], ids=["segmented", "fused"])
 @pytest.mark.parametrize("half", ["a", "b"])
 def test_gradients_stay_at_home_when_a_neighbour_is_nan(make, lora, half):
     case = make("linear", count=3, trains=True)

@@ -22,13 +22,14 @@ from loradeck.errors import (
     RequestError,
     UnknownAdapterError,
 )
+from loradeck.ops import dispatch
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import Sampling
+from loradeck.serve.request import SamplingParams
 
 from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, ids, prompts, until
 
-LONG = Sampling(max_tokens=16)
+LONG = SamplingParams(max_tokens=16)
 ENTRIES = [None, "a0", "a1", {"a2": 0.7, "a0": 0.3}, "a3", {"a1": -0.5}]
 Serve = Callable[..., Engine]
 
@@ -74,7 +75,7 @@ def test_rows_give_way_and_come_back(serve: Serve, base: Base, store: AdapterSto
     entries = ["a0", None, "a1", "a2", "a0", None]
     engine.close()
     small = serve(kv_cache_bytes=engine._runner.form.token_bytes * 384)
-    got = small.generate(asked, entries, Sampling(max_tokens=60, ignore_eos=True))
+    got = small.generate(asked, entries, SamplingParams(max_tokens=60, ignore_eos=True))
     assert all(len(tokens) == 60 for tokens in got)
     for prompt, entry, tokens in zip(asked, entries, got, strict=True):
         stop = next((i + 1 for i, token in enumerate(tokens) if token.id == 2), 60)
@@ -103,7 +104,7 @@ def test_a_version_published_meanwhile_is_for_those_that_come_after(
 ) -> None:
     engine = serve()
     old, prompt = greedy(base, store, [7, 8, 9], "a0", 100), [7, 8, 9]
-    running = engine.submit(prompt, "a0", Sampling(max_tokens=100))
+    running = engine.submit(prompt, "a0", SamplingParams(max_tokens=100))
     first = next(running)
     store.publish("a0", adapter(base.model, 50, 3))
     new = greedy(base, store, prompt, "a0", 16)
@@ -115,27 +116,27 @@ def test_a_version_published_meanwhile_is_for_those_that_come_after(
 
 
 def test_a_stop_token_is_told_and_ends(serve: Serve, base: Base) -> None:
-    plain = ids(serve().generate([[5, 6, 7]], None, Sampling(max_tokens=20, ignore_eos=True))[0])
+    plain = ids(serve().generate([[5, 6, 7]], None, SamplingParams(max_tokens=20, ignore_eos=True))[0])
     stop = plain[4]
-    stream = serve().submit([5, 6, 7], None, Sampling(max_tokens=20, stop_tokens=frozenset({stop})))
+    stream = serve().submit([5, 6, 7], None, SamplingParams(max_tokens=20, stop_tokens=frozenset({stop})))
     tokens = [*stream]
     at = plain.index(stop)
     assert ids(tokens) == plain[: at + 1]
     assert [token.ends for token in tokens] == [False] * at + [True]
     assert stream.finish == "stop"
-    late = Sampling(max_tokens=20, min_tokens=10, stop_tokens=frozenset({stop}))
+    late = SamplingParams(max_tokens=20, min_tokens=10, stop_tokens=frozenset({stop}))
     assert stop not in ids(serve().generate([[5, 6, 7]], None, late)[0])[:10]
 
 
 def test_a_row_ends_at_the_context(serve: Serve, base: Base) -> None:
-    stream = serve().submit([5] * 250, None, Sampling(max_tokens=100, ignore_eos=True))
+    stream = serve().submit([5] * 250, None, SamplingParams(max_tokens=100, ignore_eos=True))
     assert len([*stream]) == 6
     assert stream.finish == "length"
 
 
 def test_a_cancelled_request_frees_its_row_and_ends(serve: Serve) -> None:
     engine = serve(max_rows=1)
-    forever = Sampling(max_tokens=200, ignore_eos=True)
+    forever = SamplingParams(max_tokens=200, ignore_eos=True)
     running = engine.submit([5], "a0", forever)
     next(running)
     waiting = engine.submit([6], "a1", forever)
@@ -162,7 +163,7 @@ def test_a_cancelled_request_is_in_no_step_but_the_one_that_runs(serve: Serve, m
 
     gone: list = []
     monkeypatch.setattr(engine._runner, "run", watched)
-    forever = Sampling(max_tokens=200, ignore_eos=True)
+    forever = SamplingParams(max_tokens=200, ignore_eos=True)
     stream, other = engine.submit([5], "a0", forever), engine.submit([6], None, forever)
     gone.append(stream.request)
     assert len([*stream]) == 6
@@ -176,8 +177,10 @@ def test_a_cancelled_request_is_in_no_step_but_the_one_that_runs(serve: Serve, m
 def test_a_seed_says_the_same_whoever_is_beside_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [5, 6, 7]
 
-    def hot(seed: int) -> Sampling:
-        return Sampling(max_tokens=12, temperature=1.2, top_p=0.95, seed=seed, ignore_eos=True, frequency_penalty=0.1)
+    def hot(seed: int) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=12, temperature=1.2, top_p=0.95, seed=seed, ignore_eos=True, frequency_penalty=0.1
+        )
 
     answers = [*map(ids, serve().generate([prompt] * 3, "a1", [hot(seed) for seed in range(3)]))]  # n=3
     assert len({*map(tuple, answers)}) == 3
@@ -189,7 +192,7 @@ def test_a_seed_says_the_same_whoever_is_beside_it(serve: Serve, monkeypatch: py
 
 
 def test_chance_goes_on_where_it_was_after_giving_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    hot = Sampling(max_tokens=12, temperature=1.2, seed=1, ignore_eos=True)
+    hot = SamplingParams(max_tokens=12, temperature=1.2, seed=1, ignore_eos=True)
     expected = ids(serve().generate([[5, 6]], "a1", hot)[0])
     engine = serve()
     reserve, refused = engine._loop._cache.reserve, []
@@ -206,13 +209,15 @@ def test_chance_goes_on_where_it_was_after_giving_way(serve: Serve, monkeypatch:
 
 
 def test_bias_and_penalties_reach_the_choice(serve: Serve, base: Base) -> None:
-    plain = ids(serve().generate([[5, 6, 7]], None, Sampling(max_tokens=20, ignore_eos=True))[0])
+    plain = ids(serve().generate([[5, 6, 7]], None, SamplingParams(max_tokens=20, ignore_eos=True))[0])
     assert len({*plain}) < 20
-    banned = Sampling(max_tokens=20, ignore_eos=True, logit_bias={plain[0]: float("-inf")})
+    banned = SamplingParams(max_tokens=20, ignore_eos=True, logit_bias={plain[0]: float("-inf")})
     assert plain[0] not in ids(serve().generate([[5, 6, 7]], None, banned)[0])
-    varied = Sampling(max_tokens=20, ignore_eos=True, presence_penalty=1000.0)
+    varied = SamplingParams(max_tokens=20, ignore_eos=True, presence_penalty=1000.0)
     assert len({*ids(serve().generate([[5, 6, 7]], None, varied)[0])}) == 20
-    new = ids(serve().generate([[5, 6, 7]], None, Sampling(max_tokens=20, ignore_eos=True, repetition_penalty=1e9))[0])
+    new = ids(
+        serve().generate([[5, 6, 7]], None, SamplingParams(max_tokens=20, ignore_eos=True, repetition_penalty=1e9))[0]
+    )
     assert not {*new} & {5, 6, 7}
 
 
@@ -266,7 +271,7 @@ def test_a_step_that_fails_fails_the_request_that_made_it(
 
 
 def test_time_runs_out(serve: Serve) -> None:
-    stream = serve(timeout=0.05).submit([5], None, Sampling(max_tokens=250, ignore_eos=True))
+    stream = serve(timeout=0.05).submit([5], None, SamplingParams(max_tokens=250, ignore_eos=True))
     time.sleep(0.2)
     with pytest.raises(RequestError, match=r"0\.05 s"):
         list(stream)
@@ -277,7 +282,7 @@ def test_time_runs_out_for_those_that_wait_too(serve: Serve, monkeypatch: pytest
     run = engine._runner.run
     # A step as long as this: all time is over at its end, however slowly the requests came one after the other.
     monkeypatch.setattr(engine._runner, "run", lambda *work: time.sleep(0.2) or run(*work))
-    streams = [engine.submit([5], None, Sampling(max_tokens=250, ignore_eos=True)) for _ in range(3)]
+    streams = [engine.submit([5], None, SamplingParams(max_tokens=250, ignore_eos=True)) for _ in range(3)]
     for stream in streams:
         with pytest.raises(RequestError, match=r"0\.3 s"):
             list(stream)
@@ -313,7 +318,7 @@ def test_an_adapter_beyond_the_budget_is_refused(serve: Serve) -> None:
 
 def test_a_full_queue_is_refused(serve: Serve) -> None:
     engine = serve(max_rows=1, max_waiting=2)
-    forever = Sampling(max_tokens=200, ignore_eos=True)
+    forever = SamplingParams(max_tokens=200, ignore_eos=True)
     running = engine.submit([5], None, forever)
     next(running)
     waiting = [engine.submit([5], None, forever) for _ in range(2)]
@@ -326,7 +331,10 @@ def test_a_full_queue_is_refused(serve: Serve) -> None:
 
 def test_draining(serve: Serve) -> None:
     engine = serve()
-    short, long = engine.submit([5], None, LONG), engine.submit([5], None, Sampling(max_tokens=250, ignore_eos=True))
+    short, long = (
+        engine.submit([5], None, LONG),
+        engine.submit([5], None, SamplingParams(max_tokens=250, ignore_eos=True)),
+    )
     engine.drain(30)
     assert short.finish in ("stop", "length")
     assert long.finish == "length"
@@ -338,7 +346,7 @@ def test_draining_cancels_what_takes_too_long(serve: Serve, monkeypatch: pytest.
     engine = serve()
     run = engine._runner.run
     monkeypatch.setattr(engine._runner, "run", lambda *work: time.sleep(0.05) or run(*work))
-    stream = engine.submit([5], None, Sampling(max_tokens=250, ignore_eos=True))
+    stream = engine.submit([5], None, SamplingParams(max_tokens=250, ignore_eos=True))
     next(stream)
     engine.drain(0.01)
     assert stream.finish == "cancelled"
@@ -346,7 +354,7 @@ def test_draining_cancels_what_takes_too_long(serve: Serve, monkeypatch: pytest.
 
 def test_closing_ends_everything(serve: Serve, base: Base) -> None:
     engine = serve()
-    stream = engine.submit([5], "a0", Sampling(max_tokens=250, ignore_eos=True))
+    stream = engine.submit([5], "a0", SamplingParams(max_tokens=250, ignore_eos=True))
     next(stream)
     engine.close()
     assert len([*stream]) < 250
@@ -404,17 +412,16 @@ def test_adapters_give_way_and_their_memory_comes_back(serve: Serve, base: Base,
 
 
 def test_base_only_traffic_has_no_working_set(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loradeck.ops import choose
 
     engine = serve()
     engine.generate([[5]], "a0", LONG)  # the adapter stays resident
-    monkeypatch.setattr(choose, "lora", lambda *_, **__: pytest.fail("an update was computed for base rows"))
+    monkeypatch.setattr(dispatch, "lora", lambda *_, **__: pytest.fail("an update was computed for base rows"))
     assert engine.generate([[5]], None, LONG)[0]
 
 
 def test_nothing_is_kept_of_requests_that_ended(serve: Serve) -> None:
     engine = serve()
-    hot = Sampling(max_tokens=4, temperature=1.0, seed=1)
+    hot = SamplingParams(max_tokens=4, temperature=1.0, seed=1)
     engine.generate(prompts(12), [ENTRIES[i % 6] for i in range(12)], hot)
     assert until(lambda: not engine._loop.live)
     scheduler, sampler = engine._loop._scheduler, engine._loop._sampler

@@ -10,12 +10,12 @@ from loradeck import AdapterStore, Base
 from loradeck.errors import RequestError
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import Sampling, Token
+from loradeck.serve.request import SamplingParams, Token
 
 from .conftest import CONTEXT, MODELS, adapter, alone, fill, greedy, ids, logprobs, prompts
 
 ENTRIES = [None, "a0", {"a1": 0.7, "a2": 0.3}, "a3", {"a0": -0.5}]
-SCORED = Sampling(max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=3)
+SCORED = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=3)
 ROUNDING = 2e-5  # of log-probabilities in float32
 Serve = Callable[..., Engine]
 
@@ -91,7 +91,7 @@ def test_a_prompt_can_be_read_for_its_log_probabilities_only(
     serve: Serve, base: Base, store: AdapterStore, length: int
 ) -> None:
     prompt = [5 + i % 7 for i in range(length)]
-    stream = serve().submit(prompt, "a0", Sampling(max_tokens=0, prompt_logprobs=1))
+    stream = serve().submit(prompt, "a0", SamplingParams(max_tokens=0, prompt_logprobs=1))
     assert [*stream] == []
     assert stream.finish == "length"
     assert ids(stream.prompt) == prompt
@@ -104,7 +104,7 @@ def test_a_prompt_can_be_read_for_its_log_probabilities_only(
 
 
 def test_neighbours_change_nothing(serve: Serve) -> None:
-    prompt, how = [5, 6, 7, 8], Sampling(max_tokens=12, ignore_eos=True, logprobs=0)
+    prompt, how = [5, 6, 7, 8], SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0)
     alone_ = {str(entry): serve().generate([prompt], entry, how)[0] for entry in ENTRIES}
     engine = serve(max_rows=8)
     others = [engine.submit(own, {"a1": 1e38} if i % 3 == 0 else f"a{i % 4}", how) for i, own in enumerate(prompts(9))]
@@ -133,18 +133,18 @@ def test_a_folder_that_is_written_anew_at_the_same_path_is_another_adapter(
     folder = store.folder / "mine"
     for seed in (1, 2):
         adapter(base.model, seed, 2).save(folder)
-        assert ids(engine.generate([prompt], "mine", Sampling(max_tokens=8))[0]) == greedy(
+        assert ids(engine.generate([prompt], "mine", SamplingParams(max_tokens=8))[0]) == greedy(
             base, store, prompt, "mine", 8
         )
         assert engine.stats.prefix_hits == 0
-    assert engine.generate([prompt], "mine", Sampling(max_tokens=8))
+    assert engine.generate([prompt], "mine", SamplingParams(max_tokens=8))
     assert engine.stats.prefix_hits == 64
 
 
 def test_one_content_by_two_names_shares_its_prefixes(serve: Serve, store: AdapterStore) -> None:
     store.publish("same", store.find("a0").path)
     engine = serve()
-    first, second = (engine.generate([[7] * 65], name, Sampling(max_tokens=8))[0] for name in ("a0", "same"))
+    first, second = (engine.generate([[7] * 65], name, SamplingParams(max_tokens=8))[0] for name in ("a0", "same"))
     assert ids(first) == ids(second)
     assert engine.stats.prefix_hits == 64
 
@@ -155,7 +155,7 @@ def test_a_prefix_of_many_requests_is_computed_once(serve: Serve, base: Base, st
     asked = [[*system, *own] for own in prompts(4, seed=10, longest=20)]
     cached = []
     for prompt in asked:
-        stream = engine.submit(prompt, "a1", Sampling(max_tokens=8))
+        stream = engine.submit(prompt, "a1", SamplingParams(max_tokens=8))
         assert ids(stream) == greedy(base, store, prompt, "a1", 8)
         cached.append(stream.request.cached)
     assert cached == [0, 96, 96, 96]
@@ -165,5 +165,5 @@ def test_what_is_kept_of_numbers_that_are_none_stays_its_own(serve: Serve, base:
     engine, prompt = serve(), [7] * 65
     for _ in range(2):
         with pytest.raises(RequestError):
-            engine.generate([prompt], {"a1": 1e38}, Sampling(max_tokens=8))
-    assert ids(engine.generate([prompt], "a1", Sampling(max_tokens=8))[0]) == greedy(base, store, prompt, "a1", 8)
+            engine.generate([prompt], {"a1": 1e38}, SamplingParams(max_tokens=8))
+    assert ids(engine.generate([prompt], "a1", SamplingParams(max_tokens=8))[0]) == greedy(base, store, prompt, "a1", 8)

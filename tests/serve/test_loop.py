@@ -10,16 +10,16 @@ import pytest
 
 from loradeck import AdapterStore, Base
 from loradeck.errors import AdapterError, BusyError, ConfigError, RequestError
-from loradeck.lora import tensorfile
+from loradeck.lora import safetensors_io
 from loradeck.serve.engine import Engine
 from loradeck.serve.observer import Finish
-from loradeck.serve.request import Request, Sampling
+from loradeck.serve.request import Request, SamplingParams
 from loradeck.serve.stream import Stream
 
 from .conftest import greedy, ids, prompts, until
 
-SHORT = Sampling(max_tokens=6)
-LONG = Sampling(max_tokens=200, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=6)
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 Serve = Callable[..., Engine]
 
 
@@ -107,8 +107,8 @@ def test_unloading_by_hand_at_any_moment_does_no_harm(serve: Serve, base: Base, 
 
 def test_a_request_that_is_given_up_while_its_adapter_loads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go = serve(), threading.Event()
-    read = tensorfile.read_body
-    monkeypatch.setattr(tensorfile, "read_body", lambda *own: (go.wait(10), read(*own)))
+    read = safetensors_io.read_body
+    monkeypatch.setattr(safetensors_io, "read_body", lambda *own: (go.wait(10), read(*own)))
     stream = engine.submit([5], "a0", LONG)
     assert until(lambda: engine.stats.waiting == 1)
     assert ids(engine.generate([[5]], None, SHORT)[0])  # others go on
@@ -143,8 +143,8 @@ def test_two_versions_of_the_same_content_are_one_adapter(serve: Serve, store: A
 
 def test_closing_while_an_adapter_loads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go = serve(), threading.Event()
-    read = tensorfile.read_body
-    monkeypatch.setattr(tensorfile, "read_body", lambda *own: (go.wait(10), read(*own)))
+    read = safetensors_io.read_body
+    monkeypatch.setattr(safetensors_io, "read_body", lambda *own: (go.wait(10), read(*own)))
     stream = engine.submit([5], "a0", LONG)
     assert until(lambda: engine.stats.waiting == 1)
     closing = threading.Thread(target=engine.close)
@@ -238,14 +238,14 @@ def test_a_request_that_comes_as_the_engine_breaks_ends(serve: Serve, monkeypatc
 
 def test_stop_tokens_that_the_base_does_not_know(serve: Serve, base: Base) -> None:
     with pytest.raises(ConfigError, match="9999 is no token"):
-        serve().submit([5], None, Sampling(stop_tokens=frozenset({9999})))
+        serve().submit([5], None, SamplingParams(stop_tokens=frozenset({9999})))
     base.tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
     base.model.generation_config.eos_token_id = [2, 999]  # the tokenizer has more tokens than the model
-    assert len(serve().generate([[5, 6]], None, Sampling(max_tokens=5, min_tokens=5))[0]) == 5
+    assert len(serve().generate([[5, 6]], None, SamplingParams(max_tokens=5, min_tokens=5))[0]) == 5
 
 
 def test_more_tokens_at_least_than_at_most(serve: Serve) -> None:
-    stream = serve().submit([5], None, Sampling(max_tokens=4, min_tokens=9))
+    stream = serve().submit([5], None, SamplingParams(max_tokens=4, min_tokens=9))
     assert len([*stream]) == 4
     assert stream.finish == "length"
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from loradeck.errors import ConfigError, RequestError
-from loradeck.serve.request import Request, Sampling, Token, Work
+from loradeck.serve.request import Request, SamplingParams, Scheduled, Token
 from loradeck.serve.sampler import Sampler
 
 V = 3000
@@ -23,13 +23,13 @@ V = 3000
 
 def request(prompt: list[int] | None = None, **sampling: Any) -> Request:
     own = prompt or [5, 6, 7]
-    return Request("r", [*own], len(own), (), Sampling(**sampling))
+    return Request("r", [*own], len(own), (), SamplingParams(**sampling))
 
 
 def choose(sampler: Sampler, scores: torch.Tensor, *requests: Request) -> list[Token | None]:
     return [
         choice.token
-        for choice in sampler.choose([scores[None]] * len(requests), [Work(r, r.pending) for r in requests])
+        for choice in sampler.choose([scores[None]] * len(requests), [Scheduled(r, r.pending) for r in requests])
     ]
 
 
@@ -116,7 +116,7 @@ def test_a_prompts_log_probabilities_come_in_chunks() -> None:
     rows = torch.randn(4, V)
     sampler, told = Sampler(frozenset()), []
     for start, stop in ((0, 3), (3, 4)):
-        work = Work(own, stop - start)
+        work = Scheduled(own, stop - start)
         told += sampler.choose([rows[start:stop][-work.scored or stop :]], [work])[0].prompt
         own.computed = stop
     assert [token.id for token in told] == [5, 6, 7, 8]
@@ -127,7 +127,7 @@ def test_a_prompts_log_probabilities_come_in_chunks() -> None:
 
 def test_a_request_whose_scores_are_no_numbers_fails_alone(scores: torch.Tensor) -> None:
     broken = torch.full((1, V), float("nan"))
-    works = [Work(own, 3) for own in (request(), request(), request(temperature=1.0), request())]
+    works = [Scheduled(own, 3) for own in (request(), request(), request(temperature=1.0), request())]
     choices = Sampler(frozenset()).choose([scores[None], broken, broken, scores[None]], works)
     assert [isinstance(choice.error, RequestError) for choice in choices] == [False, True, True, False]
     assert choices[0].token == choices[3].token == Token(int(scores.argmax()))
@@ -145,14 +145,14 @@ def test_a_temperature_close_to_0_takes_the_likeliest(scores: torch.Tensor, temp
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"logprobs": 1}])
 def test_one_score_that_is_no_number_is_enough(scores: torch.Tensor, value: float, sampling: dict) -> None:
     scores[7] = value
-    work = Work(request(**sampling), 3)
+    work = Scheduled(request(**sampling), 3)
     assert isinstance(Sampler(frozenset()).choose([scores[None]], [work])[0].error, RequestError)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_where_every_token_is_ruled_out_none_is_chosen(temperature: float) -> None:
     own = request(logit_bias=dict.fromkeys(range(4), float("-inf")), temperature=temperature)
-    choice = Sampler(frozenset()).choose([torch.zeros(1, 4)], [Work(own, 3)])[0]
+    choice = Sampler(frozenset()).choose([torch.zeros(1, 4)], [Scheduled(own, 3)])[0]
     assert "every token is ruled out" in str(choice.error)
 
 
@@ -164,7 +164,7 @@ def test_a_request_that_breaks_the_choice_fails_alone_and_chance_goes_on(scores:
     expected = [choose(alone, scores, hot)[0] for _ in range(4)]
     found = []
     for _ in range(4):
-        choices = beside.choose([scores[None]] * 2, [Work(again, 3), Work(broken, 3)])
+        choices = beside.choose([scores[None]] * 2, [Scheduled(again, 3), Scheduled(broken, 3)])
         found.append(choices[0].token)
         assert isinstance(choices[1].error, RequestError)
     assert found == expected
@@ -180,4 +180,4 @@ def test_a_request_that_breaks_the_choice_fails_alone_and_chance_goes_on(scores:
 )  # fmt: skip
 def test_numbers_out_of_their_bounds_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Sampling(**wrong)
+        SamplingParams(**wrong)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request import Key, Request, Sampling
+from loradeck.serve.request import Key, Request, SamplingParams
 from loradeck.serve.scheduler import Scheduler
 
 
@@ -90,7 +90,7 @@ class World:
         self, name: str, adapter: str = "", *, prompt: int = 3, answer: int = 4, tenant: str = "", weight: float = 1.0
     ) -> Request:
         key: Key = ((adapter, weight),) if adapter else ()
-        sampling = Sampling(max_tokens=answer)
+        sampling = SamplingParams(max_tokens=answer)
         request = Request(name, [0] * prompt, prompt, key, sampling, adapter, tenant, arrived=self.now)
         self.scheduler.add(request, {adapter: SimpleNamespace()} if adapter else {})  # type: ignore[dict-item]
         return request
@@ -341,7 +341,9 @@ class Anything(RuleBasedStateMachine):
     def ask(self, adapters: set[str], prompt: int, answer: int, tenant: str) -> None:
         name = str(self.ended + len(self.live))
         key: Key = tuple((own, 1.0) for own in sorted(adapters))
-        own = Request(name, [0] * prompt, prompt, key, Sampling(max_tokens=answer), "", tenant, arrived=self.world.now)
+        own = Request(
+            name, [0] * prompt, prompt, key, SamplingParams(max_tokens=answer), "", tenant, arrived=self.world.now
+        )
         self.world.scheduler.add(own, dict.fromkeys(adapters))  # type: ignore[arg-type]
         self.live[name] = own
 

@@ -11,7 +11,7 @@ from benchmarks.soak.engine import Bounds, soak
 
 from loradeck import Base
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.prefix import Prefixes
+from loradeck.serve.prefix_cache import PrefixCache
 
 TOKEN_BYTES = 2 * 2 * 16 * 2 * 4  # of the tiny base: layers, heads, width, keys and values, float32
 
@@ -53,9 +53,9 @@ def test_every_answer_is_its_own_and_nothing_is_left(base: Base, tmp_path: Path)
 def test_it_finds_a_cache_that_does_not_tell_adapters_apart(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find, keep = Prefixes.find, Prefixes.keep
-    monkeypatch.setattr(Prefixes, "find", lambda self, _, tokens: find(self, (), tokens))
-    monkeypatch.setattr(Prefixes, "keep", lambda self, _, *rest: keep(self, (), *rest))
+    find, keep = PrefixCache.find, PrefixCache.keep
+    monkeypatch.setattr(PrefixCache, "find", lambda self, _, tokens: find(self, (), tokens))
+    monkeypatch.setattr(PrefixCache, "keep", lambda self, _, *rest: keep(self, (), *rest))
     _, _, judgement = soaked(base, tmp_path, seconds=2)
     assert judgement.verdict.wrong > 0
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from loradeck.errors import RequestError
-from loradeck.serve.request import Request, Sampling, Token
+from loradeck.serve.request import Request, SamplingParams, Token
 from loradeck.serve.stream import Stream
 
 
@@ -18,7 +18,7 @@ def woken() -> list[int]:
 
 @pytest.fixture
 def stream(woken: list[int]) -> Stream:
-    return Stream(Request("r", [5], 1, (), Sampling()), lambda: woken.append(1))
+    return Stream(Request("r", [5], 1, (), SamplingParams()), lambda: woken.append(1))
 
 
 def feed(stream: Stream, count: int, error: RequestError | None = None) -> threading.Thread:
@@ -46,7 +46,7 @@ def test_a_thread_reads_what_another_pushes(stream: Stream) -> None:
 
 
 def test_tasks_of_several_loops_read_streams_of_one_engine() -> None:
-    streams = [Stream(Request(str(i), [5], 1, (), Sampling()), lambda: None) for i in range(8)]
+    streams = [Stream(Request(str(i), [5], 1, (), SamplingParams()), lambda: None) for i in range(8)]
     found: dict[int, list[list[int]]] = {}
 
     async def all_of(own: list[Stream]) -> list[list[int]]:

@@ -48,7 +48,7 @@ def chance() -> Callable[[int, int], list[Example]]:
 
 @pytest.fixture(scope="session")
 def pairs(chance: Callable[[int, int], list[Example]]) -> Callable[[int, int], list[Preference]]:
-    """Preferences between random answers to the same prompt, by their number and a seed."""
+    """DPO between random answers to the same prompt, by their number and a seed."""
 
     def some(count: int, seed: int) -> list[Preference]:
         chosen, rejected = chance(count, seed), chance(count, seed + 1000)

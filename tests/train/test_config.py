@@ -31,7 +31,7 @@ def test_a_value_that_cannot_be_is_named(field: str, value: object) -> None:
         TrainConfig(**{field: value})
     (problem,) = caught.value.problems
     assert problem.startswith(f"{field} is {value!r:.40}, not ")
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_every_bad_value_is_in_one_error() -> None:

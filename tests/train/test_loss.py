@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loradeck.base.widened import WidenedLinear
+from loradeck.base.upcast import UpcastLinear
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
@@ -99,7 +99,7 @@ def test_a_frozen_head_is_never_given_all_positions(tiny: LlamaForCausalLM) -> N
     assert not tiny.lm_head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, WidenedLinear])
+@pytest.mark.parametrize("kind", [nn.Linear, UpcastLinear])
 @pytest.mark.parametrize("rows", [1, 3, 128])
 def test_the_loss_of_the_head_passes_gradcheck(
     rows: int, kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch

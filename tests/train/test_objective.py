@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from loradeck.dataset.example import Example, Preference
-from loradeck.train.objective import Answers, Preferences
+from loradeck.train.objective import DPO, SFT
 
 ONE, OTHER = Example([1, 2, 3], [-100, 2, 3]), Example([1, 4], [-100, 4])
 
 
 def test_answers_weigh_their_supervised_tokens() -> None:
-    objective = Answers()
+    objective = SFT()
     units = [objective.unit(ONE), objective.unit(OTHER)]
     assert objective.weight(units) == 3
     losses, right = objective.losses(torch.tensor([2.0, 5.0]), None)
@@ -21,7 +21,7 @@ def test_answers_weigh_their_supervised_tokens() -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_preferences_are_dpo(beta: float) -> None:
-    objective = Preferences(beta)
+    objective = DPO(beta)
     units = [objective.unit(Preference(ONE, OTHER)), objective.unit(Preference(OTHER, ONE))]
     assert units == [(ONE, OTHER), (OTHER, ONE)]
     assert objective.weight(units) == 2
@@ -38,5 +38,5 @@ def test_preferences_are_dpo(beta: float) -> None:
 
 def test_at_the_base_itself_a_preference_costs_log_two() -> None:
     same = torch.tensor([3.0, 4.0])
-    losses, _ = Preferences(0.1).losses(same, same)
+    losses, _ = DPO(0.1).losses(same, same)
     assert losses.tolist() == pytest.approx([math.log(2)])

@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number_stops_before_its_step(base: Base, bank: Bank, 
     torch.nn.init.constant_(base.model.model.norm.weight, math.inf)
     with pytest.raises(TrainingError, match="training 'one' diverged at step 1: the loss is nan") as caught:
         train(base, bank, "one", examples, FAST)
-    assert "Lower learning_rate" in caught.value.mend
+    assert "Lower learning_rate" in caught.value.hint
     assert same(weights(bank["one"]), before)
     assert not base.model.training
 

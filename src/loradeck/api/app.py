@@ -11,19 +11,19 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from loradeck.api import answer as a
-from loradeck.api import schema as s
+from loradeck.api import requests as s
+from loradeck.api import responses as a
 from loradeck.api.chat import Chat
 from loradeck.api.completions import Completions
 from loradeck.api.control import Control
-from loradeck.api.door import Door
 from loradeck.api.errors import responder
-from loradeck.api.guard import Guard
 from loradeck.api.keys import Keys
+from loradeck.api.middleware import Guard
 from loradeck.api.models import Models
 from loradeck.api.openapi import Operation, document
 from loradeck.api.service import Service
 from loradeck.api.settings import Settings
+from loradeck.api.state import ServerState
 from loradeck.errors import LoradeckError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def app(
 
     Without keys anyone may do anything, so it answers only to the hosts of `settings`: the loopback's.
     """
-    door = Door(engine, metrics, keys or Keys(), settings or Settings())
+    door = ServerState(engine, metrics, keys or Keys(), settings or Settings())
     chat, completions, models, control = Chat(door), Completions(door), Models(door), Control(door)
     service = Service(door, msgspec.json.encode(document(OPERATIONS)))
     respond = responder(door.folder)

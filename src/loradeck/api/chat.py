@@ -9,8 +9,14 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loradeck.api import body, prompt
-from loradeck.api.answer import (
+from loradeck.api import parse, prompt
+from loradeck.api.choice import Choice, Piece
+from loradeck.api.errors import HttpError
+from loradeck.api.keys import Key
+from loradeck.api.logprobs import Logprobs
+from loradeck.api.requests import CHAT_REFUSES, ChatRequest
+from loradeck.api.respond import answer
+from loradeck.api.responses import (
     AnswerMessage,
     ChatAnswer,
     ChatChoice,
@@ -20,26 +26,20 @@ from loradeck.api.answer import (
     Delta,
     Usage,
 )
-from loradeck.api.choice import Choice, Piece
-from loradeck.api.door import Door
-from loradeck.api.errors import HttpError
-from loradeck.api.flow import answer
-from loradeck.api.keys import Key
-from loradeck.api.logprobs import Logprobs
 from loradeck.api.sampling import sampling_of
-from loradeck.api.schema import CHAT_REFUSES, ChatRequest
-from loradeck.api.sse import Events
+from loradeck.api.state import ServerState
+from loradeck.api.streaming import Events
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
     """The route."""
 
-    door: Door
+    door: ServerState
 
     async def answer(self, request: Request) -> Response | Events:
         """Answer one request."""
-        asked = await body.read(request, ChatRequest, self.door.settings.max_body_bytes, CHAT_REFUSES)
+        asked = await parse.read(request, ChatRequest, self.door.settings.max_body_bytes, CHAT_REFUSES)
         choices = await run_sync(self._begin, request.state.key, asked)
         logprobs = self.door.logprobs if asked.logprobs else None
         shape = ChatShape(asked.model or self.door.names.base, self.door.fingerprint, logprobs)

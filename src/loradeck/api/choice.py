@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from loradeck.api.errors import ending
 
 if TYPE_CHECKING:
-    from loradeck.api.answer import Ended
+    from loradeck.api.responses import Ended
     from loradeck.serve.request import Token
+    from loradeck.serve.stop_strings import StopFilter
     from loradeck.serve.stream import Stream
-    from loradeck.serve.text import TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Choice:
     """Among the answers to the same prompt."""
     prompt: Sequence[int]
     stream: "Stream"
-    text: "TextStream"
+    text: "StopFilter"
     echo: str = field(init=False, default="")
     """The prompt's text, where it is said before the answer."""
     count: int = field(init=False, default=0)

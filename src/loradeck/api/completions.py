@@ -10,16 +10,16 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loradeck.api import body, prompt
-from loradeck.api.answer import CompletionAnswer, CompletionChoice, CompletionLogprobs, Usage
+from loradeck.api import parse, prompt
 from loradeck.api.choice import Choice, Piece
-from loradeck.api.door import Door
-from loradeck.api.flow import answer
 from loradeck.api.keys import Key
 from loradeck.api.logprobs import Logprobs
+from loradeck.api.requests import COMPLETION_REFUSES, CompletionRequest
+from loradeck.api.respond import answer
+from loradeck.api.responses import CompletionAnswer, CompletionChoice, CompletionLogprobs, Usage
 from loradeck.api.sampling import sampling_of
-from loradeck.api.schema import COMPLETION_REFUSES, CompletionRequest
-from loradeck.api.sse import Events
+from loradeck.api.state import ServerState
+from loradeck.api.streaming import Events
 
 LENGTH = 16  # OpenAI's default
 
@@ -28,11 +28,11 @@ LENGTH = 16  # OpenAI's default
 class Completions:
     """The route."""
 
-    door: Door
+    door: ServerState
 
     async def answer(self, request: Request) -> Response | Events:
         """Answer one request."""
-        asked = await body.read(request, CompletionRequest, self.door.settings.max_body_bytes, COMPLETION_REFUSES)
+        asked = await parse.read(request, CompletionRequest, self.door.settings.max_body_bytes, COMPLETION_REFUSES)
         choices = await run_sync(self._begin, request.state.key, asked)
         model = asked.model or self.door.names.base
         shape = CompletionShape(asked, model, self.door.fingerprint, self.door.logprobs)

@@ -7,13 +7,13 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from loradeck.api import body
-from loradeck.api.answer import AdapterScale, Success
-from loradeck.api.door import Door
+from loradeck.api import parse
 from loradeck.api.errors import HttpError
 from loradeck.api.keys import Key
-from loradeck.api.schema import LOAD_REFUSES, LoadRequest, Scale, UnloadRequest
+from loradeck.api.requests import LOAD_REFUSES, LoadRequest, Scale, UnloadRequest
+from loradeck.api.responses import AdapterScale, Success
 from loradeck.api.service import reply
+from loradeck.api.state import ServerState
 from loradeck.errors import UnknownAdapterError
 from loradeck.store import AdapterStore
 
@@ -24,19 +24,19 @@ INVALID = "InvalidUserInput"  # vLLM's word
 class Control:
     """The routes; what changes anything needs a key with control."""
 
-    door: Door
+    door: ServerState
 
     async def load(self, request: Request) -> Response:
         """Make an adapter resident; one from outside the store is published there first."""
         request.state.key.check_control()
-        asked = await body.read(request, LoadRequest, self.door.settings.max_body_bytes, LOAD_REFUSES)
+        asked = await parse.read(request, LoadRequest, self.door.settings.max_body_bytes, LOAD_REFUSES)
         await run_sync(self._load, asked)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
         """Give an adapter's memory back once nobody uses it; it stays in the store, and comes back when asked for."""
         request.state.key.check_control()
-        asked = await body.read(request, UnloadRequest, self.door.settings.max_body_bytes)
+        asked = await parse.read(request, UnloadRequest, self.door.settings.max_body_bytes)
         await run_sync(self._unload, asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
@@ -47,7 +47,7 @@ class Control:
     async def rescale(self, request: Request) -> Response:
         """Set the scales of the requests that name no model."""
         request.state.key.check_control()
-        asked = await body.read(request, list[Scale], self.door.settings.max_body_bytes)
+        asked = await parse.read(request, list[Scale], self.door.settings.max_body_bytes)
         await run_sync(self._rescale, asked)
         return reply(Success(True))
 
@@ -60,8 +60,8 @@ class Control:
         else:
             source = self._source(store, path)
             if not asked.load_inplace and name in store.names():
-                mend = "load_inplace=true makes this its next version."
-                raise HttpError(400, f"The name {name!r} is taken.", param="lora_name", kind=INVALID, mend=mend)
+                hint = "load_inplace=true makes this its next version."
+                raise HttpError(400, f"The name {name!r} is taken.", param="lora_name", kind=INVALID, hint=hint)
             store.publish(name, source)
         self.door.engine.residency.load(name)
 

@@ -38,7 +38,7 @@ STATUSES: dict[type[LoradeckError], int] = {
     RouteError: 400,
     AdapterNameError: 400,
     UnknownAdapterError: 404,
-    AdapterError: 422,  # it is there, and asking again will not mend it
+    AdapterError: 422,  # it is there, and asking again will not fix it
     BusyError: 429,
 }
 
@@ -53,10 +53,10 @@ class HttpError(LoradeckError):
         *,
         param: str | None = None,
         kind: str = "",
-        mend: str = "",
+        hint: str = "",
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message, mend=mend)
+        super().__init__(message, hint=hint)
         self.status = status
         self.param = param
         self.kind = kind

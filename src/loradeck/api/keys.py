@@ -52,7 +52,7 @@ class Key:
             HttpError: 403.
         """
         if not self.control:
-            raise HttpError(403, "This API key may not control the server.", mend="Ask with one that has control.")
+            raise HttpError(403, "This API key may not control the server.", hint="Ask with one that has control.")
 
 
 ANYONE = Key("", "", control=True)  # where there are no keys, only this machine can ask
@@ -80,15 +80,15 @@ class Keys:
         Raises:
             ConfigError: it cannot be read, holds no key, or a key is not as it should be.
         """
-        mend = 'A key is a table [name] with sha256 = "..."; adapters = ["..."] and control = true are for choice.'
+        hint = 'A key is a table [name] with sha256 = "..."; adapters = ["..."] and control = true are for choice.'
         try:
             entries = msgspec.toml.decode(Path(path).read_bytes(), type=dict[str, _Entry])
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is no keys file: {error}", mend=mend) from error
+            raise ConfigError(f"{path} is no keys file: {error}", hint=hint) from error
         if not entries:
-            raise ConfigError(f"{path} holds no key", mend=mend)
+            raise ConfigError(f"{path} holds no key", hint=hint)
         return cls([Key(name, own.sha256, own.adapters, own.control) for name, own in entries.items()])
 
     def who(self, authorization: str | None) -> Key:
@@ -107,6 +107,6 @@ class Keys:
         raise HttpError(
             401,
             "This server wants an API key." if not authorization else "This is none of the server's API keys.",
-            mend="Send the header Authorization: Bearer KEY.",
+            hint="Send the header Authorization: Bearer KEY.",
             headers={"www-authenticate": "Bearer"},
         )

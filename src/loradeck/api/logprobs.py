@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loradeck.api.answer import CompletionLogprobs, TokenLogprob, TopLogprob
+from loradeck.api.responses import CompletionLogprobs, TokenLogprob, TopLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

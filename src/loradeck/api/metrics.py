@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loradeck.api.labels import Labels, name_of
+from loradeck.api.metric_labels import MetricLabels, name_of
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
@@ -33,7 +33,7 @@ class Metrics(Collector):
     def __init__(self, base: str, top_adapters: int = 100) -> None:
         """`base` is the value of vLLM's label model_name; so many adapters have series of their own at most."""
         self.registry = CollectorRegistry()
-        self.labels = Labels(top_adapters, self._forget)
+        self.labels = MetricLabels(top_adapters, self._forget)
         self._base = base
         self._engine: Engine | None = None
         self._live: Callable[[], Collection[Request]] = tuple

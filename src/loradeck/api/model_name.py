@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeck.api.errors import HttpError
-from loradeck.api.numbering import Numbering
-from loradeck.api.schema import Generation, Scale
+from loradeck.api.llamacpp_ids import LlamacppIds
+from loradeck.api.requests import Generation, Scale
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
@@ -47,7 +47,7 @@ BASE = Chosen(())
 class ModelNames:
     """Reads the three ways in which a request may name adapters."""
 
-    def __init__(self, base: "Base", numbering: Numbering) -> None:
+    def __init__(self, base: "Base", numbering: LlamacppIds) -> None:
         self.base = base.name
         self._own = {base.name, base.source}
         self._numbering = numbering
@@ -113,5 +113,5 @@ def _part(text: str, part: str, param: str) -> tuple[str, float]:
             return name, float(weight)
     except ValueError:
         pass
-    mend = "Write it as in poet*0.7+pirate*0.3."
-    raise HttpError(400, f"{text[:128]!r} is no model: {part[:128]!r} is not NAME*WEIGHT.", param=param, mend=mend)
+    hint = "Write it as in poet*0.7+pirate*0.3."
+    raise HttpError(400, f"{text[:128]!r} is no model: {part[:128]!r} is not NAME*WEIGHT.", param=param, hint=hint)

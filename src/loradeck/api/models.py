@@ -9,15 +9,15 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loradeck.api.answer import AdapterCard, Model, ModelList, Permission
-from loradeck.api.door import Door
 from loradeck.api.errors import HttpError
 from loradeck.api.keys import Key
 from loradeck.api.model_name import BASE
+from loradeck.api.responses import AdapterCard, Model, ModelList, Permission
 from loradeck.api.service import reply
+from loradeck.api.state import ServerState
 
 if TYPE_CHECKING:
-    from loradeck.serve.residency import Resident
+    from loradeck.serve.adapter_cache import Resident
     from loradeck.stored import Stored
 
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Models:
     """The routes."""
 
-    door: Door
+    door: ServerState
 
     async def all(self, request: Request) -> Response:
         """List the base and the latest version of each adapter that a key may use."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from loradeck.api.errors import HttpError
-from loradeck.api.schema import ChatRequest, Message, TokenizeRequest
+from loradeck.api.requests import ChatRequest, Message, TokenizeRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,8 +55,8 @@ def chat(tokenizer: "PreTrainedTokenizerBase", request: ChatRequest | TokenizeRe
         HttpError: 400, the base has no chat template, or it refuses the messages, or ignores the tools.
     """
     if tokenizer.chat_template is None:
-        mend = "Use /v1/completions, or a base tuned for chat."
-        raise HttpError(400, "The base's tokenizer has no chat template.", param="messages", mend=mend)
+        hint = "Use /v1/completions, or a base tuned for chat."
+        raise HttpError(400, "The base's tokenizer has no chat template.", param="messages", hint=hint)
     given = request.chat_template_kwargs or {}
     taken = given.keys() & inspect.signature(tokenizer.apply_chat_template).parameters
     if taken:  # a template of the client's own, say
@@ -64,10 +64,10 @@ def chat(tokenizer: "PreTrainedTokenizerBase", request: ChatRequest | TokenizeRe
     extend = bool(request.continue_final_message)
     begin = not extend if request.add_generation_prompt is None else request.add_generation_prompt
     if extend and begin:
-        mend = "Set one of them to false."
+        hint = "Set one of them to false."
         param = "continue_final_message"
         raise HttpError(
-            400, "continue_final_message and add_generation_prompt contradict each other.", param=param, mend=mend
+            400, "continue_final_message and add_generation_prompt contradict each other.", param=param, hint=hint
         )
     settings = {**given, "add_generation_prompt": begin, "continue_final_message": extend}
     messages = [_plain(message) for message in request.messages or ()]

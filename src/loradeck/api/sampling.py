@@ -2,21 +2,21 @@
 
 from dataclasses import replace
 
-from loradeck.api.schema import Generation
-from loradeck.serve.request import Sampling
+from loradeck.api.requests import Generation
+from loradeck.serve.request import SamplingParams
 
 SEEDS = 2**64
 
 
 def sampling_of(
     asked: Generation, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
-) -> Sampling:
+) -> SamplingParams:
     """Return what an engine takes; what was not asked for is OpenAI's default."""
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
-    return Sampling(
+    return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=asked.min_tokens or 0,
         temperature=given(asked.temperature, 1.0),
@@ -35,6 +35,6 @@ def sampling_of(
     )
 
 
-def seeded(sampling: Sampling, number: int) -> Sampling:
+def seeded(sampling: SamplingParams, number: int) -> SamplingParams:
     """Return the same for another answer to the same prompt: the next seed, where there is one."""
     return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + number) % SEEDS)

@@ -13,7 +13,7 @@ from loradeck.errors import ConfigError
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from loradeck.api.door import Door
+    from loradeck.api.state import ServerState
 
 GRACE = 5  # seconds beyond the drain, for the last bytes to leave
 
@@ -22,7 +22,7 @@ class Server(uvicorn.Server):
     """Serves an app on one address; SIGTERM and SIGINT let running requests end, a second one does not."""
 
     def __init__(self, app: "Starlette", address: socket.socket) -> None:
-        self._door: Door = app.state.door
+        self._door: ServerState = app.state.door
         self._address = address
         super().__init__(
             uvicorn.Config(
@@ -61,16 +61,16 @@ def listen(host: str, port: int, *, guarded: bool) -> socket.socket:
         ConfigError: the address cannot be had; or others could reach it, though no keys guard it.
     """
     if not guarded and not is_loopback(host):
-        mend = "Give API keys, or listen on 127.0.0.1."
-        raise ConfigError(f"without API keys anyone who reaches {host} could do anything", mend=mend)
+        hint = "Give API keys, or listen on 127.0.0.1."
+        raise ConfigError(f"without API keys anyone who reaches {host} could do anything", hint=hint)
     try:
         if not 0 <= port < 1 << 16:
             raise OverflowError("a port is a number below 65536")
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        mend = "Take another port; 0 finds a free one."
-        raise ConfigError(f"{host}:{port} cannot be listened on: {error}", mend=mend) from error
+        hint = "Take another port; 0 finds a free one."
+        raise ConfigError(f"{host}:{port} cannot be listened on: {error}", hint=hint) from error
 
 
 def is_loopback(host: str) -> bool:

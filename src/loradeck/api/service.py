@@ -10,18 +10,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loradeck import __version__
-from loradeck.api import body, prompt
-from loradeck.api.answer import Health, Prompt, Tokenizer, Tokens, Version
-from loradeck.api.door import Door
+from loradeck.api import parse, prompt
 from loradeck.api.errors import JSON, HttpError, ending
-from loradeck.api.schema import DetokenizeRequest, TokenizeRequest
+from loradeck.api.requests import DetokenizeRequest, TokenizeRequest
+from loradeck.api.responses import Health, Prompt, Tokenizer, Tokens, Version
+from loradeck.api.state import ServerState
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
     """The routes."""
 
-    door: Door
+    door: ServerState
     document: bytes
     """The OpenAPI document."""
 
@@ -46,12 +46,12 @@ class Service:
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a text, or of messages."""
-        asked = await body.read(request, TokenizeRequest, self.door.settings.max_body_bytes)
+        asked = await parse.read(request, TokenizeRequest, self.door.settings.max_body_bytes)
         return reply(await run_sync(self._tokens, asked))
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
-        asked = await body.read(request, DetokenizeRequest, self.door.settings.max_body_bytes)
+        asked = await parse.read(request, DetokenizeRequest, self.door.settings.max_body_bytes)
         return reply(await run_sync(self._text, asked))
 
     async def tokenizer(self, _: Request) -> Response:

@@ -35,4 +35,4 @@ class Settings:
             if not isinstance(value := getattr(self, own.name), tuple) and not value > 0
         ]
         if wrong:
-            raise ConfigError("a setting of the server is not above 0", wrong, mend="Give more than 0.")
+            raise ConfigError("a setting of the server is not above 0", wrong, hint="Give more than 0.")

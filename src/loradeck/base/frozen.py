@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loradeck.base.products import back
+from loradeck.base.matmul import back
 from loradeck.errors import UnsupportedError
 
 
@@ -30,7 +30,7 @@ class FrozenLinear(nn.Linear):
             if self.weight.requires_grad:
                 raise UnsupportedError(
                     "the weights of this base are packed or quantised, and cannot be trained",
-                    mend="Train adapters, or load the base with weights='plain'.",
+                    hint="Train adapters, or load the base with weights='plain'.",
                 )
             return _Through.apply(input, self)
         return self.product(input)

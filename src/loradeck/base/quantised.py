@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import FrozenLinear
-from loradeck.base.products import blocks, linear
-from loradeck.base.trial import Product, trial
+from loradeck.base.matmul import blocks, linear
+from loradeck.base.self_check import Product, self_check
 from loradeck.errors import UnsupportedError
 
 FEW = 8  # rows up to which the op is faster than making the weight plain first: `python -m benchmarks.kernels`
@@ -26,7 +26,7 @@ class Unsaved(nn.Module):
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         raise UnsupportedError(
             "this base was quantised to int8 at load; its weights are neither saved nor replaced",
-            mend="Load it with weights='plain' for that.",
+            hint="Load it with weights='plain' for that.",
         )
 
     _load_from_state_dict = _save_to_state_dict
@@ -75,7 +75,7 @@ def quantised(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
 @cache
 def int8_product() -> str:
     """Return why torch's product of bfloat16 rows with int8 weights is not used; "" where it is. Tried once."""
-    return trial(_pair, torch.bfloat16, TOLERANCE)
+    return self_check(_pair, torch.bfloat16, TOLERANCE)
 
 
 def _few(items: Tensor, q: Tensor, scales: Tensor) -> Tensor:

@@ -38,24 +38,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         except Exception as error:  # a template is a stranger's program and can fail in any way
             raise ConfigError(
                 f"the base's chat template refuses the messages: {error}",
-                mend="Give the roles and the order of messages that this base was trained with.",
+                hint="Give the roles and the order of messages that this base was trained with.",
             ) from error
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
         raise ConfigError(
             "the base's tokenizer has no chat template, so it takes no messages",
-            mend="Give the prompt as one string, or take a base tuned for chat.",
+            hint="Give the prompt as one string, or take a base tuned for chat.",
         )
     if not ids:
-        raise ConfigError("the prompt is empty", mend="Give at least one token to go on from.")
+        raise ConfigError("the prompt is empty", hint="Give at least one token to go on from.")
     return cast("list[int]", ids)  # a list of strings, or of lists, is for a batch
 
 
 def _known(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     unknown = [token for token in ids if not 0 <= token < len(tokenizer)]
     if unknown:
-        raise ConfigError(f"{unknown[0]} is no token of the base, which has {len(tokenizer)}", mend="Give token ids.")
+        raise ConfigError(f"{unknown[0]} is no token of the base, which has {len(tokenizer)}", hint="Give token ids.")
     return [*ids]
 
 
@@ -126,5 +126,5 @@ def _check(messages: Sequence[Message]) -> None:
         raise ConfigError(
             "a prompt is a string or a list of messages" if problems else "the list of messages is empty",
             problems,
-            mend='A message is {"role": "user", "content": "some text"}.',
+            hint='A message is {"role": "user", "content": "some text"}.',
         )

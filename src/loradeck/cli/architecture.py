@@ -24,14 +24,14 @@ def architecture(source: str) -> Architecture:
     path = _smollm2() if source in (SMOLLM2, SMOLLM2_HUB_ID) else Path(source).expanduser()
     name, is_gguf = path.as_posix(), path.suffix.lower() == ".gguf"
     if not path.exists() and (is_gguf or "/" not in name):  # a misspelt name should not send its reader to the hub
-        raise BaseModelError(f"no base at {source!r}", mend=GIVE)
+        raise BaseModelError(f"no base at {source!r}", hint=GIVE)
     try:
         return _of_file(path) if is_gguf else _of_model(name)
     except BaseModelError:
         raise
     except Exception as error:  # what strangers' files make gguf and transformers raise has no common class
         line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BaseModelError(f"{source} cannot be read: {line}", mend=GIVE) from error
+        raise BaseModelError(f"{source} cannot be read: {line}", hint=GIVE) from error
 
 
 def _smollm2() -> Path:
@@ -80,5 +80,5 @@ def _known(name: str | None, source: object) -> str:
         return str(name)
     raise BaseModelError(
         f"{source} is of architecture {name}, whose weights' order in llama.cpp is not known here",
-        mend=f"Known are {', '.join(sorted(REORDERED | PLAIN))}; merge the adapter with `loradeck merge` instead.",
+        hint=f"Known are {', '.join(sorted(REORDERED | PLAIN))}; merge the adapter with `loradeck merge` instead.",
     )

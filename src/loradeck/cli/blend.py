@@ -39,7 +39,7 @@ def _part(text: str, part: str) -> tuple[str, float]:
             return folder, float(weight)
     raise ConfigError(
         f"{text!r} is no blend: {part!r} is not FOLDER*WEIGHT",
-        mend="Write it as in adapters/poet*0.7+adapters/pirate*0.3.",
+        hint="Write it as in adapters/poet*0.7+adapters/pirate*0.3.",
     )
 
 
@@ -50,7 +50,7 @@ def check(texts: Iterable[str]) -> None:
         ConfigError: a text is no blend.
         AdapterError: a folder is no adapter, or not a whole one.
     """
-    from loradeck.lora.layout import read_folder
+    from loradeck.lora.manifest import read_folder
 
     for text in texts:
         for folder, _ in parse(text):

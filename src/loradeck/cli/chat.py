@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.cli import blend
+from loradeck.cli.chat_backends import ChatBackend, Far, Local
 from loradeck.cli.options import Adapters, Dtype, Sampling, Weights
-from loradeck.cli.partner import Far, Near, Partner
 from loradeck.cli.screen import shown
 from loradeck.errors import ConfigError, LoradeckError
 
@@ -26,7 +26,7 @@ HELP = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lively(Sampling):
+class ChatSampling(Sampling):
     """Sampling, with defaults for a conversation."""
 
     max_new_tokens: int = 512
@@ -34,7 +34,7 @@ class Lively(Sampling):
     top_p: float = 0.9
 
 
-LIVELY = Lively()
+LIVELY = ChatSampling()
 
 
 def chat(
@@ -44,7 +44,7 @@ def chat(
     server: str | None = None,
     key: Annotated[str, Parameter(env_var="LORADECK_KEY", show_default=False)] = "",
     adapters: Adapters = (),
-    sampling: Lively = LIVELY,
+    sampling: ChatSampling = LIVELY,
     dtype: Dtype = "auto",
     weights: Weights = "packed",
 ) -> None:
@@ -60,16 +60,16 @@ def chat(
         key: The server's API key.
     """
     if (base is None) == (server is None):
-        raise ConfigError("a conversation is with a base or with a server", mend="Give BASE, or --server URL.")
+        raise ConfigError("a conversation is with a base or with a server", hint="Give BASE, or --server URL.")
     if server is not None:
         from loradeck.cli.remote import Remote
 
         blends = [dict(blend.parse(text)) for text in adapters]
         remote = Remote(server, key)
-        partner: Partner = Far(remote, remote.models())
+        partner: ChatBackend = Far(remote, remote.models())
     else:
         assert base is not None
-        partner, blends = Near.load(base, dtype, weights, adapters)
+        partner, blends = Local.load(base, dtype, weights, adapters)
     print(shown(f"{partner.name} with {', '.join(partner.names()) or 'no adapter'}; /help lists the commands"))
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` its line editing
@@ -80,7 +80,7 @@ def chat(
 class Chat:
     """A conversation so far, and who answers next."""
 
-    partner: Partner
+    partner: ChatBackend
     sampling: Sampling
     entry: "RouteEntry" = None
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -130,7 +130,7 @@ class Chat:
                 print(HELP)
                 print(shown(f"adapters: {', '.join(self.partner.names()) or 'none'}"))
             case _:
-                raise ConfigError(f"{line!r} is no command", mend="/help lists them.")
+                raise ConfigError(f"{line!r} is no command", hint="/help lists them.")
 
     def switch(self, entry: "RouteEntry") -> None:
         """Let another adapter answer from the next turn on."""
@@ -158,4 +158,4 @@ def _blend(parts: list[str]) -> dict[str, float]:
     try:
         return {name: float(weight) for name, _, weight in (part.rpartition("=") for part in parts)}
     except ValueError:
-        raise ConfigError("that is no blend", mend="Write it as in /blend poet=0.7 pirate=0.3") from None
+        raise ConfigError("that is no blend", hint="Write it as in /blend poet=0.7 pirate=0.3") from None

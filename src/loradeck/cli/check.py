@@ -10,8 +10,8 @@ from loradeck.train.config import TrainConfig
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from loradeck.dataset.check import Report, Twin
-    from loradeck.dataset.record import Segment
+    from loradeck.dataset.check import Duplicate, Report
+    from loradeck.dataset.record import Span
 
 FEW = 3  # twins that are named; --json has them all
 SHOWN = 1000  # characters of each part of the first example
@@ -97,14 +97,14 @@ def _table(report: "Report") -> str:
     return columns([head, *rows], right=range(1, len(head)))
 
 
-def _name(twins: "list[Twin]", said: str) -> None:
+def _name(twins: "list[Duplicate]", said: str) -> None:
     for twin in twins[:FEW]:
         print(shown(f"{said}: {twin.place}, as {twin.of}"))
     if len(twins) > FEW:
         print(f"{said}: and {len(twins) - FEW:,} more")
 
 
-def mask(example: "list[Segment]") -> "Text":
+def mask(example: "list[Span]") -> "Text":
     """Lay out an example line by line: learned lines are marked and green, read ones dim, line feeds visible."""
     from rich.text import Text
 

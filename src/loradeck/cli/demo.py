@@ -59,7 +59,7 @@ def check_own(folder: Path) -> None:
         AdapterError: it is not.
     """
     from loradeck.cli.summary import is_adapter
-    from loradeck.lora.layout import read_folder
+    from loradeck.lora.manifest import read_folder
 
     if not folder.is_dir() or not is_adapter(folder):
         return
@@ -70,7 +70,7 @@ def check_own(folder: Path) -> None:
     if maker != MARK:
         raise AdapterError(
             f"{folder} holds an adapter that is not the demo's",
-            mend="Name another place: loradeck demo --adapters FOLDER",
+            hint="Name another place: loradeck demo --adapters FOLDER",
         )
 
 
@@ -148,9 +148,9 @@ def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "Tr
 
     import torch
 
+    from loradeck.cli.live_view import progress
     from loradeck.dataset.read import read_dataset
     from loradeck.lora.config import LoraConfig
-    from loradeck.train.progress import progress
     from loradeck.train.trainer import train
 
     with as_file(files("loradeck.demo") / f"{name}.jsonl") as path:

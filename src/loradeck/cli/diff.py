@@ -27,7 +27,7 @@ def diff(
         modules: List every module, not one line for each kind of module.
     """
     from loradeck.cli.summary import config, pattern
-    from loradeck.lora.layout import read_folder
+    from loradeck.lora.manifest import read_folder
 
     one, two = read_folder(first), read_folder(second)
     settings = _differences(

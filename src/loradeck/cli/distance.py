@@ -11,13 +11,13 @@ from torch import Tensor
 
 from loradeck.errors import AdapterError
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.layout import Listing
+from loradeck.lora.manifest import AdapterFiles
 
 NOISE = 1e-12  # what QR in float64 leaves of a difference of equals
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A (r, in), scaling · B (out, r)
 
 
-def distances(first: Listing, second: Listing) -> tuple[dict[str, float], float]:
+def distances(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, float], float]:
     """Return |D1 - D2| / |D1| of every module that both adapt, and of all modules as one; what one lacks is zero.
 
     Raises:
@@ -31,7 +31,7 @@ def distances(first: Listing, second: Listing) -> tuple[dict[str, float], float]
     ]
     if problems:
         raise AdapterError(
-            "these adapters are for other bases", problems, mend="`loradeck diff --headers` compares the rest."
+            "these adapters are for other bases", problems, hint="`loradeck diff --headers` compares the rest."
         )
     one, two = (Adapter.from_listing(listing, check_copy=lambda *_: None) for listing in (first, second))
     each: dict[str, float] = {}

@@ -86,15 +86,15 @@ def _kernels() -> str:
     """Name the ways of computing that this machine has a kernel for, and why it has none for the others."""
     import torch
 
-    from loradeck.base.packed import TOLERANCE, packing
+    from loradeck.base.prepacked import TOLERANCE, packing
     from loradeck.base.quantised import int8_product
-    from loradeck.ops import native
-    from loradeck.ops.choose import triton_problem
+    from loradeck.ops import cpu
+    from loradeck.ops.dispatch import triton_problem
 
     problems = {f"packed {str(dtype).removeprefix('torch.')}": packing(dtype) for dtype in TOLERANCE}
     problems["int8"] = int8_product()
     place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    problems["native"] = native.problem()
+    problems["native"] = cpu.problem()
     problems["triton"] = triton_problem(place)
     return "; ".join(f"{way} {problem}".rstrip() for way, problem in problems.items())
 

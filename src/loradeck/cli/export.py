@@ -33,9 +33,9 @@ def export(
         dtype: The adapter's numbers in the file.
     """
     if find_spec("gguf") is None:
-        raise ConfigError(f"export to {to} needs the package gguf", mend="Run pip install 'loradeck[gguf]'.")
+        raise ConfigError(f"export to {to} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
     if output.exists():
-        raise ConfigError(f"{output} exists", mend="Name a new file; nothing was written.")
+        raise ConfigError(f"{output} exists", hint="Name a new file; nothing was written.")
 
     from loradeck.cli import architecture
     from loradeck.lora import gguf
@@ -44,7 +44,7 @@ def export(
     loaded = Adapter.load(adapter)
     source = base or loaded.origin.base_model
     if source is None:
-        raise ConfigError(f"{adapter} does not say which base it is for", mend="Give it with --base.")
+        raise ConfigError(f"{adapter} does not say which base it is for", hint="Give it with --base.")
     alpha = gguf.export(loaded, architecture.architecture(source), output, dtype=dtype)
     written = size(output.stat().st_size)
     print(shown(f"{output}: {written}, {len(loaded.sites)} modules, alpha {alpha:g}, {dtype}"))

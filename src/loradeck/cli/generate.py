@@ -37,7 +37,7 @@ def generate(
     if len(texts) != len(prompts):
         raise ConfigError(
             f"{len(adapters)} adapters for {len(prompts)} prompts",
-            mend="Give --adapter once for all prompts, or once for each; `none` is the base alone.",
+            hint="Give --adapter once for all prompts, or once for each; `none` is the base alone.",
         )
     blend.check(texts)
 

@@ -16,7 +16,7 @@ def ls(folder: Path = Path("adapters"), /, *, as_json: AsJson = False) -> None:
         folder: A folder of adapters, or one adapter.
     """
     from loradeck.cli.summary import Summary, is_adapter, summary
-    from loradeck.lora.layout import read_folder
+    from loradeck.lora.manifest import read_folder
 
     found: list[Summary] = []
     broken: list[dict[str, str]] = []
@@ -57,10 +57,10 @@ def _candidates(folder: Path) -> list[Path]:
     try:
         inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except NotADirectoryError:
-        raise AdapterError(f"{folder} is a file", mend="Name the folder in which your adapters lie.") from None
+        raise AdapterError(f"{folder} is a file", hint="Name the folder in which your adapters lie.") from None
     except FileNotFoundError:
         raise AdapterError(
-            f"there is no folder {folder}", mend="Name one, or make one with `loradeck demo` or `loradeck train`."
+            f"there is no folder {folder}", hint="Name one, or make one with `loradeck demo` or `loradeck train`."
         ) from None
     except OSError as error:
         raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error

@@ -31,9 +31,9 @@ def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias
     from loradeck.lora.bank import Bank
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not empty", mend="Name a new folder; nothing was written.")
+        raise ConfigError(f"{output} exists and is not empty", hint="Name a new folder; nothing was written.")
     if adapter == blend.NONE:
-        raise ConfigError("none is no adapter to merge", mend="Name an adapter's folder.")
+        raise ConfigError("none is no adapter to merge", hint="Name an adapter's folder.")
     blend.check([adapter])
     loaded = Base.load(base, dtype=dtype)
     bank = Bank(loaded.model)

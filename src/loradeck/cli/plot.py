@@ -34,12 +34,12 @@ def plot(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = No
     from loradeck.train.history import read_history
 
     if not runs:
-        raise ConfigError("there is no run to plot", mend="Name the folder of one, or of several.")
+        raise ConfigError("there is no run to plot", hint="Name the folder of one, or of several.")
     found = curves(dict(zip(_names(runs), map(read_history, runs), strict=True)), metric)
     if not found:
         raise LoradeckError(
             f"{', '.join(map(str, runs))}: nothing is told of the {NAMES[metric].partition(' (')[0]}",
-            mend="The first step or evaluation is still to come, or a job has no validation examples.",
+            hint="The first step or evaluation is still to come, or a job has no validation examples.",
         )
     if output:
         _picture(found, metric, output)
@@ -70,7 +70,7 @@ def _picture(curves: Sequence[Curve], metric: Metric, file: Path) -> None:
     except ModuleNotFoundError as error:
         raise LoradeckError(
             "a picture needs a package that is not installed",
-            mend="Run pip install 'loradeck[plot]', or leave --output out to plot in the terminal.",
+            hint="Run pip install 'loradeck[plot]', or leave --output out to plot in the terminal.",
         ) from error
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel=NAMES[metric])
@@ -93,5 +93,5 @@ def _picture(curves: Sequence[Curve], metric: Metric, file: Path) -> None:
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:  # ValueError: no format has this ending
-        raise LoradeckError(f"{file} cannot be written: {error}", mend="Name a .png or .svg file.") from error
+        raise LoradeckError(f"{file} cannot be written: {error}", hint="Name a .png or .svg file.") from error
     print(shown(f"{file}: {', '.join(each.label for each in curves[:5])}{' …' if len(curves) > 5 else ''}"))

@@ -29,7 +29,7 @@ class Remote:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"{self.url!r} is no server", mend="Write it as in http://127.0.0.1:8000.")
+            raise ConfigError(f"{self.url!r} is no server", hint="Write it as in http://127.0.0.1:8000.")
 
     def models(self) -> list[str]:
         """Return the names of its models; here and in vLLM the base comes first.
@@ -60,7 +60,7 @@ class Remote:
                     if event.error is not None:
                         raise RequestError(event.error.message if isinstance(event.error, _Error) else event.error)
                     yield from (choice.delta.content or "" for choice in event.choices)
-        raise RequestError("the answer broke off", mend="Ask again; the server may have been stopped.")
+        raise RequestError("the answer broke off", hint="Ask again; the server may have been stopped.")
 
     def _asked(self, path: str, body: Any = None) -> http.client.HTTPResponse:
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
@@ -73,7 +73,7 @@ class Remote:
                 raise RequestError(_refusal(error.read()) or f"{url} answers {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = getattr(error, "reason", error)
-            raise RequestError(f"{self.url} cannot be reached: {why}", mend="Is the server there?") from error
+            raise RequestError(f"{self.url} cannot be reached: {why}", hint="Is the server there?") from error
 
     def _read(self, text: bytes, kind: type[T]) -> T:
         try:
@@ -117,7 +117,7 @@ def _lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
     try:
         yield from answer
     except (OSError, http.client.HTTPException) as error:
-        raise RequestError(f"the answer broke off: {error}", mend="Ask again.") from error
+        raise RequestError(f"the answer broke off: {error}", hint="Ask again.") from error
 
 
 def _refusal(body: bytes) -> str:

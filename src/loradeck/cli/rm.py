@@ -35,18 +35,18 @@ def rm(adapters: list[Path], /, *, yes: Annotated[bool, Parameter(alias="-y")] =
 
 def _own_files(folder: Path) -> list[Path]:
     if folder.is_symlink():
-        raise AdapterError(f"{folder} is a link", mend=f"Name what it leads to: {folder.resolve()}")
+        raise AdapterError(f"{folder} is a link", hint=f"Name what it leads to: {folder.resolve()}")
     files = [file for name in OWN for file in sorted(folder.glob(name)) if file.is_file()]
     if not any(file.name.startswith("adapter_") for file in files):
         raise AdapterError(
-            f"{folder} is no adapter's folder", mend="`loradeck ls` shows which are; nothing was removed."
+            f"{folder} is no adapter's folder", hint="`loradeck ls` shows which are; nothing was removed."
         )
     return files
 
 
 def _confirmed(count: int) -> bool:
     if not sys.stdin.isatty():
-        raise ConfigError("there is no terminal to ask for consent on", mend="Pass --yes; nothing was removed.")
+        raise ConfigError("there is no terminal to ask for consent on", hint="Pass --yes; nothing was removed.")
     what = "this adapter" if count == 1 else f"these {count} adapters"
     return input(f"remove {what}? [y/N] ").strip().lower() in ("y", "yes")
 

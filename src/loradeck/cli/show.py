@@ -13,7 +13,7 @@ def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
         adapter: An adapter's folder.
     """
     from loradeck.cli.summary import config, kinds, summary
-    from loradeck.lora.layout import read_folder
+    from loradeck.lora.manifest import read_folder
 
     listing = read_folder(adapter)
     head, groups, settings = summary(listing), kinds(listing.sites.items()), config(listing)

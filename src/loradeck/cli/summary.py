@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loradeck.errors import AdapterError
-from loradeck.lora.layout import Listing, Site
+from loradeck.lora.manifest import AdapterFiles, TargetModule
 from loradeck.lora.peft import CONFIG
 
 
@@ -40,7 +40,7 @@ class Kind:
     b_shape: tuple[int, ...]
 
 
-def summary(listing: Listing) -> Summary:
+def summary(listing: AdapterFiles) -> Summary:
     """Return what `ls` says of an adapter."""
     return Summary(
         name=listing.folder.resolve().name,
@@ -55,7 +55,7 @@ def summary(listing: Listing) -> Summary:
     )
 
 
-def kinds(sites: Iterable[tuple[str, Site]]) -> list[Kind]:
+def kinds(sites: Iterable[tuple[str, TargetModule]]) -> list[Kind]:
     """Return the kinds of modules, in the order of the file."""
     counts = Counter((pattern(path), site) for path, site in sites)
     return [Kind(modules=modules, count=count, **asdict(site)) for (modules, site), count in counts.items()]
@@ -66,7 +66,7 @@ def pattern(path: str) -> str:
     return re.sub(r"\b\d+\b", "*", path)
 
 
-def config(listing: Listing) -> dict[str, Any]:
+def config(listing: AdapterFiles) -> dict[str, Any]:
     """Return an adapter's settings, without the empty ones."""
     return {key: value for key, value in asdict(listing.config).items() if value not in (None, (), {}, "")}
 

@@ -66,10 +66,10 @@ def sweep(
     if resume:
         given = (base, dataset, lr, r, lora, recipe, shared, valid, dtype)
         if given != (None, None, None, None, LORA, RECIPE, SHARED, None, "auto"):
-            raise ConfigError("settings are given beside --resume", mend="Resume it by --output and --resume alone.")
+            raise ConfigError("settings are given beside --resume", hint="Resume it by --output and --resume alone.")
         wanted = read_run(output, sweep=True)
     elif base is None or dataset is None:
-        raise ConfigError("no base and dataset", mend="loradeck sweep BASE DATASET -o FOLDER --lr 1e-4,3e-4.")
+        raise ConfigError("no base and dataset", hint="loradeck sweep BASE DATASET -o FOLDER --lr 1e-4,3e-4.")
     else:
         check_output(output, overwrite=overwrite)
         recipe = replace(recipe, valid_ratio=recipe.valid_ratio or HELD_OUT)
@@ -100,7 +100,7 @@ def conclude(run: "Run", base: str) -> int:
         return 130
     winner = best(run.trainer)
     if winner is None:
-        raise TrainingError("no trial came to a validation loss", mend="Try lower learning rates.")
+        raise TrainingError("no trial came to a validation loss", hint="Try lower learning rates.")
     run.publish(winner, run.folder)
     rows = [("trial", "loss", "at step", "ended")]
     for name, job in sorted(run.trainer.jobs.items(), key=lambda item: item[1].progress.best_loss or float("inf")):
@@ -123,4 +123,4 @@ def numbers(flag: str, text: str | None, kind: Callable[[str], T]) -> list[T]:
     try:
         return [kind(part) for part in (text or "").split(",") if part.strip()]
     except ValueError as error:
-        raise ConfigError(f"{flag} {text}: {error}", mend="Give numbers with commas between them.") from error
+        raise ConfigError(f"{flag} {text}: {error}", hint="Give numbers with commas between them.") from error

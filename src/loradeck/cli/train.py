@@ -12,11 +12,11 @@ from cyclopts import Parameter
 from loradeck.cli.imports import heavy
 from loradeck.cli.options import Dtype
 from loradeck.cli.screen import shown, size
+from loradeck.cli.writers import Kind
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, base_place, place, read_recipe
-from loradeck.train.writers import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ def train(
     """
     if base is not None and base.endswith(".toml") and dataset is None:
         if (lora, recipe, shared, valid, last_layers, dtype) != (LORA, RECIPE, SHARED, None, None, "auto"):
-            raise ConfigError("settings are given beside a run file", mend="Write them into the file.")
+            raise ConfigError("settings are given beside a run file", hint="Write them into the file.")
         wanted = read_recipe(base)
     elif base is not None and dataset is not None:
         job = JobRecipe(
@@ -86,7 +86,7 @@ def train(
     elif resume and base is None:
         wanted = None
     else:
-        raise ConfigError("no base and dataset", mend="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER.")
+        raise ConfigError("no base and dataset", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER.")
     if resume:
         stored = read_run(output, sweep=False)
         if wanted is not None:
@@ -114,11 +114,11 @@ def carry_out(
 
     with heavy():
         from loradeck.base.load import Base
-        from loradeck.base.primitives import MANY, keep
-        from loradeck.train.plan import plan
-        from loradeck.train.progress import progress, table
+        from loradeck.base.onednn import MANY, keep
+        from loradeck.cli.live_view import progress, table
+        from loradeck.cli.plan import plan
+        from loradeck.cli.writers import metric_writer
         from loradeck.train.run import Run
-        from loradeck.train.writers import metric_writer
 
     console = Console()
     keep(MANY)
@@ -198,19 +198,19 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     from loradeck.cli.summary import is_adapter
 
     if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"{folder} is a file", mend="Name a folder.")
+        raise AdapterError(f"{folder} is a file", hint="Name a folder.")
     if not overwrite:
         if (folder / RUN_FILE).exists():
             raise TrainingError(
-                f"{folder} holds a run", mend="Go on with it: --resume. Begin anew in its place: --overwrite."
+                f"{folder} holds a run", hint="Go on with it: --resume. Begin anew in its place: --overwrite."
             )
         if folder.is_dir() and is_adapter(folder):
-            raise AdapterError(f"{folder} holds an adapter", mend="Name another folder, or pass --overwrite.")
+            raise AdapterError(f"{folder} holds an adapter", hint="Name another folder, or pass --overwrite.")
     place = next(parent for parent in folder.resolve().parents if parent.exists())
     try:
         tempfile.TemporaryDirectory(dir=place, prefix=".loradeck-").cleanup()
     except OSError as error:
-        raise AdapterError(f"{folder} cannot be written: {place}: {error.strerror}", mend="Name another.") from error
+        raise AdapterError(f"{folder} cannot be written: {place}: {error.strerror}", hint="Name another.") from error
 
 
 def read_run(folder: Path, *, sweep: bool) -> RunRecipe:
@@ -221,12 +221,12 @@ def read_run(folder: Path, *, sweep: bool) -> RunRecipe:
         ConfigError: as read_recipe.
     """
     if not (folder / RUN_FILE).exists():
-        raise TrainingError(f"{folder} holds no run", mend="Begin one: loradeck train BASE DATASET -o FOLDER.")
+        raise TrainingError(f"{folder} holds no run", hint="Begin one: loradeck train BASE DATASET -o FOLDER.")
     stored = read_recipe(folder / RUN_FILE)
     if stored.sweep != sweep:
         verb, kind = ("sweep", "a sweep") if stored.sweep else ("train", "no sweep")
         go_on = shlex.join(["loradeck", verb, "--output", str(folder), "--resume"])
-        raise TrainingError(f"the run in {folder} is {kind}", mend=f"Go on with it by {go_on}.")
+        raise TrainingError(f"the run in {folder} is {kind}", hint=f"Go on with it by {go_on}.")
     return stored
 
 
@@ -250,7 +250,7 @@ def check_same(wanted: RunRecipe, stored: RunRecipe) -> None:
             ]
     if problems:
         raise ConfigError(
-            "this is not the run in the folder", problems, mend="Resume it by --output and --resume alone."
+            "this is not the run in the folder", problems, hint="Resume it by --output and --resume alone."
         )
 
 

@@ -15,13 +15,13 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.example import Example, Preference
-from loradeck.dataset.read import Entry, Reading
-from loradeck.dataset.record import Pair, Record, Segment, Tokens
+from loradeck.dataset.read import DatasetReader, Entry
+from loradeck.dataset.record import Pair, Record, Span, Tokens
 from loradeck.dataset.source import find
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
+class Duplicate:
     """A record, and an earlier one that it equals; both as `file:line`."""
 
     place: str
@@ -58,11 +58,11 @@ class Part:
     """Of the total."""
     truncated: int = 0
     """Examples cut to max_length."""
-    duplicates: list[Twin] = field(default_factory=list)
+    duplicates: list[Duplicate] = field(default_factory=list)
     """Records that are twice in this split."""
-    leaked: list[Twin] = field(default_factory=list)
+    leaked: list[Duplicate] = field(default_factory=list)
     """Records that are also in the training split."""
-    prompts: list[Twin] = field(default_factory=list)
+    prompts: list[Duplicate] = field(default_factory=list)
     """Records whose prompt is also in the training split, with another answer."""
 
 
@@ -76,7 +76,7 @@ class Report:
     unit: str = "tokens"
     """Of lengths: tokens, or characters without a tokenizer."""
     splits: dict[str, Part] = field(default_factory=dict)
-    first: list[list[Segment]] = field(default_factory=list)
+    first: list[list[Span]] = field(default_factory=list)
     """The first example in runs that are learned, or not; for a pair the chosen one and the rejected one."""
     problems: list[str] = field(default_factory=list)
     """All that a training would refuse, each `file:line: path: what`."""
@@ -90,7 +90,7 @@ def check_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase | None,
         ConfigError: max_length is below 2.
     """
     found = find(source)
-    reading = Reading(found, tokenizer, max_length)
+    reading = DatasetReader(found, tokenizer, max_length)
     report = Report(str(source))
     report.splits = {split: Part() for split in found.rows}
     seen: dict[str, dict[bytes, str]] = {split: {} for split in found.rows}
@@ -108,14 +108,14 @@ def check_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase | None,
         segments = entry.record.segments()
         whole, prompt = _digest(segments), _digest(list(takewhile(lambda segment: not segment[1], segments)))
         if of := seen[entry.split].get(whole):
-            part.duplicates.append(Twin(entry.place, of))
+            part.duplicates.append(Duplicate(entry.place, of))
         seen[entry.split].setdefault(whole, entry.place)
         if entry.split == "train":
             asked.setdefault(prompt, entry.place)
         elif of := seen["train"].get(whole):
-            part.leaked.append(Twin(entry.place, of))
+            part.leaked.append(Duplicate(entry.place, of))
         elif (of := asked.get(prompt)) and not segments[0][1]:
-            part.prompts.append(Twin(entry.place, of))
+            part.prompts.append(Duplicate(entry.place, of))
     for split, sizes in lengths.items():
         report.splits[split].lengths = Lengths.of(sizes) if sizes else None
     report.unit = "tokens" if tokenizer or [*reading.stops] == ["tokens"] else "characters"
@@ -136,7 +136,7 @@ def _sizes(entry: Entry) -> list[tuple[int, int]]:
     ]
 
 
-def _first(entry: Entry, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Segment]]:
+def _first(entry: Entry, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Span]]:
     if tokenizer is None:
         return _sides(entry.record)
     return [example.segments(tokenizer) for example in _sequences(entry.examples[:1])]
@@ -147,9 +147,9 @@ def _sequences(examples: Sequence[Example | Preference]) -> list[Example]:
     return [example for pair in pairs for example in pair]
 
 
-def _sides(record: Record) -> list[list[Segment]]:
+def _sides(record: Record) -> list[list[Span]]:
     return [side.segments() for side in ((record.chosen, record.rejected) if isinstance(record, Pair) else (record,))]
 
 
-def _digest(segments: Sequence[Segment]) -> bytes:
+def _digest(segments: Sequence[Span]) -> bytes:
     return hashlib.blake2b(msgspec.json.encode(segments), digest_size=16).digest()

@@ -10,9 +10,9 @@ from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
-from loradeck.dataset.record import UNSUPERVISED, Completion, Conversation, Pair, Record, Segment, Text, Tokens
+from loradeck.dataset.message import Message
+from loradeck.dataset.record import UNSUPERVISED, Completion, Conversation, Pair, Record, Span, Text, Tokens
 from loradeck.dataset.template import end_of_turn, sequences
-from loradeck.dataset.turn import Message
 from loradeck.errors import DataError
 
 # One object for all occurrences of a token: 17 bytes a token, measured, in place of 29. No larger than a vocabulary.
@@ -51,7 +51,7 @@ class Example:
         """Tokens that are learned; the first is read, never predicted."""
         return sum(label != UNSUPERVISED for label in self.labels[1:])
 
-    def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
         """Return the text in runs that are learned, or not."""
         pairs = zip(self.tokens, self.labels, strict=True)
         return [
@@ -143,7 +143,7 @@ def _pieces(tokens: list[int], labels: list[int], max_length: int) -> list[tuple
     return [(tokens[:max_length], labels[:max_length]), *rest]
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, segments: list[Segment]) -> tuple[list[int], list[int]]:
+def _plain(tokenizer: PreTrainedTokenizerBase, segments: list[Span]) -> tuple[list[int], list[int]]:
     """Tokenize a text as it stands, begun and ended as the tokenizer begins and ends texts."""
     end = tokenizer.eos_token_id
     if end is None:
@@ -154,7 +154,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase, segments: list[Segment]) -> tuple
 
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
-    segments: Iterable[Segment],
+    segments: Iterable[Span],
     max_length: int | None = None,
     *,
     special: bool = False,

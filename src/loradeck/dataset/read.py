@@ -52,7 +52,7 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Reading:
+class DatasetReader:
     """A dataset as it is read: good records come out, problems stay here."""
 
     source: Source
@@ -66,7 +66,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; the first token is only read", mend="Give 2 or more.")
+            raise ConfigError(f"max_length is {self.max_length}; the first token is only read", hint="Give 2 or more.")
         if self.tokenizer is not None:
             self.marks = ends(self.tokenizer)
 
@@ -117,14 +117,14 @@ def read_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase, max_len
         ConfigError: max_length is below 2.
     """
     found = find(source)
-    reading = Reading(found, tokenizer, max_length)
+    reading = DatasetReader(found, tokenizer, max_length)
     splits: dict[str, list[Any]] = {split: [] for split in SPLITS}
     for entry in reading.entries():
         splits[entry.split] += entry.examples
     if reading.problems:
         count = len(reading.problems)
         raise DataError(
-            f"{source} has {count} problem{'s' * (count > 1)} and cannot be trained on", reading.problems, mend=MEND
+            f"{source} has {count} problem{'s' * (count > 1)} and cannot be trained on", reading.problems, hint=MEND
         )
     return Dataset(str(source), ", ".join(reading.stops), **splits, sha256=found.sha256)
 
@@ -139,12 +139,12 @@ def held_out(examples: AsGiven, ratio: float, seed: int) -> tuple[AsGiven, AsGiv
         DataError: there are no two examples that differ.
     """
     if not 0 < ratio < 1:
-        raise ConfigError(f"a ratio of {ratio!r:.40} cannot be held out", mend="Give a number between 0 and 1.")
+        raise ConfigError(f"a ratio of {ratio!r:.40} cannot be held out", hint="Give a number between 0 and 1.")
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for at, example in enumerate(examples):
         groups.setdefault(_identity(example), []).append(at)
     if len(groups) < 2:
-        raise DataError("there are no two different examples, so none can be held out", mend="Give more examples.")
+        raise DataError("there are no two different examples, so none can be held out", hint="Give more examples.")
     most = min(max(1, round(ratio * len(examples))), len(examples) - 1)
     alike = sorted(groups.values())
     random.Random(f"held out {seed}").shuffle(alike)  # a string seeds alike in every process

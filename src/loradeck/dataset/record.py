@@ -11,14 +11,14 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from loradeck.dataset.turn import Json, Message, Turn, messages, tools
+from loradeck.dataset.message import Json, Message, Turn, messages, tools
 from loradeck.errors import DataError
 
 UNSUPERVISED = -100  # torch.nn.functional.cross_entropy's ignore_index
 PAIRS = "preference pairs"
 EXPECTED = "messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen and rejected"
 
-Segment: TypeAlias = tuple[str, bool]  # a text, and whether it is learned
+Span: TypeAlias = tuple[str, bool]  # a text, and whether it is learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Conversation:
     tools: list[Json] | None = None
     form: str = field(default="messages", compare=False)
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[Span]:
         """Return the record as it reads without a tokenizer."""
         declared = [(msgspec.json.encode(self.tools).decode(), False)] if self.tools else []
         return declared + [(str(message), message.learned) for message in self.messages]
@@ -43,7 +43,7 @@ class Completion:
     completion: str
     form: str = field(default="prompt and completion", compare=False)
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[Span]:
         """Return the record as it reads without a tokenizer."""
         return [(self.prompt, False), (self.completion, True)]
 
@@ -55,7 +55,7 @@ class Text:
     text: str
     form: str = field(default="text", compare=False)
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[Span]:
         """Return the record as it reads without a tokenizer."""
         return [(self.text, True)]
 
@@ -68,7 +68,7 @@ class Tokens:
     labels: list[int]
     form: str = field(default="tokens", compare=False)
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[Span]:
         """Return the ids with blanks between them."""
         pairs = zip(self.tokens, self.labels, strict=True)
         runs = groupby(pairs, key=lambda pair: pair[1] != UNSUPERVISED)
@@ -83,7 +83,7 @@ class Pair:
     rejected: Conversation | Completion
     form: str = field(default=PAIRS, compare=False)
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[Span]:
         """Return the prompt, the chosen answer and the rejected one."""
         chosen, rejected = self.chosen.segments(), self.rejected.segments()
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))

@@ -92,10 +92,10 @@ def find(name: str | Path) -> Source:
         if path.exists():
             return _of_files({"train": [path]})
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", mend=GIVE) from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint=GIVE) from error
     hub_id, _, config = path.as_posix().partition(":")
     if path.suffix.lower() in KINDS or "/" not in hub_id or not _is_hub_id(hub_id):
-        raise DataError(f"{path} cannot be read: no such file or folder", mend=GIVE)
+        raise DataError(f"{path} cannot be read: no such file or folder", hint=GIVE)
     return _of_tables(hub_id, table.downloaded(hub_id, config or None))
 
 
@@ -103,11 +103,11 @@ def _of_files(splits: Mapping[Split, list[Path]]) -> Source:
     files = [path for split in SPLITS for path in splits.get(split, ())]
     for path in files:
         if path.suffix.lower() not in KINDS:
-            raise DataError(f"{path} is none of {', '.join(KINDS)}", mend=GIVE)
+            raise DataError(f"{path} is none of {', '.join(KINDS)}", hint=GIVE)
     size = sum(path.stat().st_size for path in files)
     if size > DATASET_BYTES:
         where = files[0] if len(files) == 1 else files[0].parent
-        raise DataError(f"{where} has {size:,} bytes, more than {DATASET_BYTES:,}", mend="Train on a part of it.")
+        raise DataError(f"{where} has {size:,} bytes, more than {DATASET_BYTES:,}", hint="Train on a part of it.")
     rows = {split: _Rows(partial(_all_of, splits[split])) for split in SPLITS if split in splits}
     return Source(rows, tuple(files))
 
@@ -144,7 +144,7 @@ def _splits(folder: Path) -> dict[Split, list[Path]]:
         shards = FILE.fullmatch(files[0].stem)
         if shards and len(files) != int(shards[2] or 1):
             raise DataError(
-                f"{folder} has {len(files)} of {shards[2] or 1} files like {files[0].name}", mend="Copy all."
+                f"{folder} has {len(files)} of {shards[2] or 1} files like {files[0].name}", hint="Copy all."
             )
     return splits
 
@@ -153,10 +153,10 @@ def _one_each(name: str, found: Mapping[Split, Iterable[str]], there: Iterable[s
     """Refuse a dataset without a train split, or with two that could be it."""
     for split, keys in found.items():
         if len(several := list(keys)) > 1:
-            raise DataError(f"{name}: {' and '.join(several)} could both be the {split} split", mend="Keep one.")
+            raise DataError(f"{name}: {' and '.join(several)} could both be the {split} split", hint="Keep one.")
     if "train" not in found:
         shown = ", ".join(list(there)[:5]) or "nothing that could be one"
-        raise DataError(f"{name} has no train split; it has {shown}", mend=GIVE)
+        raise DataError(f"{name} has no train split; it has {shown}", hint=GIVE)
 
 
 def _all_of(paths: Iterable[Path]) -> Iterator[Row]:
@@ -178,7 +178,7 @@ def _rows(path: Path) -> Iterator[Row]:
             case _:
                 yield from _numbered(path.name, partial(table.read, path))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}", mend=GIVE) from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=GIVE) from error
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -207,7 +207,7 @@ def _document(path: Path) -> Iterator[Row]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         if array:
             raise DataError(
-                f"{path} is no JSON: {error}", mend="Correct it, or write one object a line, as .jsonl."
+                f"{path} is no JSON: {error}", hint="Correct it, or write one object a line, as .jsonl."
             ) from error
         yield from _lines(path)
         return
@@ -233,7 +233,7 @@ def _numbered(name: str, read: Callable[[], table.Numbered]) -> Iterator[Row]:
         content = msgspec.json.encode(record)
         size += len(content)
         if size > DATASET_BYTES:  # a small file can unfold into a large one
-            raise DataError(f"{name} has more than {DATASET_BYTES:,} bytes as JSON", mend="Train on a part of it.")
+            raise DataError(f"{name} has more than {DATASET_BYTES:,} bytes as JSON", hint="Train on a part of it.")
         yield Row(place, content) if len(content) <= LINE_BYTES else _too_long(place)
 
 

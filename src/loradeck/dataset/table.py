@@ -73,7 +73,7 @@ def _opened(name: str | Path, load: Callable[[], Any]) -> dict[str, Batches]:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{name} cannot be loaded: {reason}",
-            mend="A dataset of several configurations is given as owner/name:configuration.",
+            hint="A dataset of several configurations is given as owner/name:configuration.",
         ) from error
     splits = found if isinstance(found, Mapping) else {"train": found}
     return {str(key): _arrow(each) for key, each in splits.items()}
@@ -93,7 +93,7 @@ def _parquet(path: Path) -> Batches:
                 for batch in file.iter_batches(ROWS):
                     yield batch.to_pylist()
         except ValueError as error:  # pyarrow's own errors are of this class
-            raise DataError(f"{path} is no Parquet file: {error}", mend="Copy it again.") from error
+            raise DataError(f"{path} is no Parquet file: {error}", hint="Copy it again.") from error
 
     return batches
 
@@ -117,7 +117,7 @@ def _csv(path: Path) -> Numbered:
             if not columns:
                 columns = row
                 if len(set(columns)) != len(columns):
-                    raise DataError(f"{path} has two columns of one name", mend="Rename or remove one.")
+                    raise DataError(f"{path} has two columns of one name", hint="Rename or remove one.")
             elif row:
                 yield number, _cells(columns, row)
 
@@ -146,4 +146,4 @@ def _library(name: str, source: object) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise DataError(f"{source} needs the package datasets", mend=EXTRA) from error
+        raise DataError(f"{source} needs the package datasets", hint=EXTRA) from error

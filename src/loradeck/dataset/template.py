@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from loradeck.dataset.record import Conversation, Segment
-from loradeck.dataset.turn import Json, Message
+from loradeck.dataset.message import Json, Message
+from loradeck.dataset.record import Conversation, Span
 from loradeck.errors import DataError
 
 ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands in for an answer, to see what the template writes around it
@@ -20,7 +20,7 @@ NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
-def sequences(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Iterator[list[Segment]]:
+def sequences(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Iterator[list[Span]]:
     """Yield sequences of segments: what is read before each learned turn, then the turn up to its end.
 
     One sequence, unless the template renders an earlier turn otherwise once a later one follows, as those do that take
@@ -30,7 +30,7 @@ def sequences(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
     Raises:
         DataError: the template does not fit the conversation.
     """
-    segments: list[Segment] = []
+    segments: list[Span] = []
     done = ""
     for at, message in enumerate(conversation.messages):
         if not message.learned:

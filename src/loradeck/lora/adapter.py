@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from loradeck.disk import new_folder
 from loradeck.errors import AdapterError
-from loradeck.lora import card, tensorfile
+from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
-from loradeck.lora.layout import PREFIX, Listing, Site, read_folder
+from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule, read_folder
+from loradeck.lora.memo import Memo
 from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
-from loradeck.lora.recent import Recent
 from loradeck.ops.dropout import Dropout
-from loradeck.ops.pair import finite
+from loradeck.ops.weights import finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -39,11 +39,11 @@ class Adapter(nn.Module):
         dropout: how it drops its inputs while it is trained; None where lora_dropout is 0.
     """
 
-    def __init__(self, config: LoraConfig, sites: Mapping[str, Site], origin: Origin | None = None) -> None:
+    def __init__(self, config: LoraConfig, sites: Mapping[str, TargetModule], origin: Origin | None = None) -> None:
         """Begin an adapter without tensors; `of` and `load` are the ways in."""
         super().__init__()
         self.config = config
-        self.sites: Mapping[str, Site] = sites
+        self.sites: Mapping[str, TargetModule] = sites
         self.origin = origin or Origin()
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None  # while it is trainable
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
     def with_sites(
         cls,
         config: LoraConfig,
-        sites: Mapping[str, Site],
+        sites: Mapping[str, TargetModule],
         pairs: Mapping[str, tuple[Tensor, Tensor]],
         *,
         origin: Origin | None = None,
@@ -102,7 +102,11 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_listing(
-        cls, listing: Listing, *, trainable: bool = False, check_copy: Callable[[str, Tensor], str | None] | None = None
+        cls,
+        listing: AdapterFiles,
+        *,
+        trainable: bool = False,
+        check_copy: Callable[[str, Tensor], str | None] | None = None,
     ) -> Self:
         """Read the tensors of a folder that was listed.
 
@@ -122,7 +126,7 @@ class Adapter(nn.Module):
                 raise _unusable(listing, problems)
             for header in listing.headers:
                 body = torch.empty(header.size, dtype=torch.uint8)
-                tensorfile.read_body(header, body.numpy().data)
+                safetensors_io.read_body(header, body.numpy().data)
                 if (
                     len(listing.headers) == 1
                     and not listing.copies
@@ -151,10 +155,10 @@ class Adapter(nn.Module):
             )  # fmt: skip
         return adapter
 
-    def _adopt(self, body: Tensor, header: tensorfile.Header) -> None:
+    def _adopt(self, body: Tensor, header: safetensors_io.Header) -> None:
         """Take a body of one dtype as it is."""
         dtype = next(iter(header.entries.values())).dtype
-        width = tensorfile.ITEM_BYTES[dtype]
+        width = safetensors_io.ITEM_BYTES[dtype]
         self.register_parameter(f"flat_{dtype}", nn.Parameter(body.view(DTYPES[dtype]), requires_grad=False))
         self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
@@ -225,13 +229,13 @@ class Adapter(nn.Module):
         folder = Path(folder)
         broken = [f"{key} holds NaN or Inf" for key, tensor in self.tensors() if not finite(tensor)]
         if broken:
-            raise AdapterError("This adapter is not saved", broken, mend="Train it again with a lower learning rate.")
+            raise AdapterError("This adapter is not saved", broken, hint="Train it again with a lower learning rate.")
         if folder.exists() and not folder.is_dir():
-            raise AdapterError(f"{folder} is a file", mend="Name a folder.")
+            raise AdapterError(f"{folder} is a file", hint="Name a folder.")
         try:
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
-                (fresh / TENSORS).write_bytes(tensorfile.encode(self._raw(), self.origin.metadata))
+                (fresh / TENSORS).write_bytes(safetensors_io.encode(self._raw(), self.origin.metadata))
                 if notes or not (folder / CARD).exists():
                     (fresh / CARD).write_text(card.text(self, notes), encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
@@ -259,24 +263,24 @@ class Adapter(nn.Module):
         pass
 
 
-_SPANS: Recent[dict[str, tensorfile.Entry], dict[str, tuple[str, int, int]]] = Recent()
+_SPANS: Memo[dict[str, safetensors_io.Entry], dict[str, tuple[str, int, int]]] = Memo()
 
 
-def _spans(entries: Mapping[str, tensorfile.Entry], flat: str, width: int) -> dict[str, tuple[str, int, int]]:
+def _spans(entries: Mapping[str, safetensors_io.Entry], flat: str, width: int) -> dict[str, tuple[str, int, int]]:
     return {key: (flat, entry.begin // width, entry.end // width) for key, entry in entries.items()}
 
 
-def _unusable(listing: Listing, problems: list[str]) -> AdapterError:
-    mend = "Train or save the adapter again; nothing was loaded."
-    return AdapterError(f"{listing.folder} cannot be used", problems, mend=mend)
+def _unusable(listing: AdapterFiles, problems: list[str]) -> AdapterError:
+    hint = "Train or save the adapter again; nothing was loaded."
+    return AdapterError(f"{listing.folder} cannot be used", problems, hint=hint)
 
 
-def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> Site:
+def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> TargetModule:
     r = a.shape[0]
-    return Site(kind, r, config.scaling(path, r), tuple(a.shape), tuple(b.shape))
+    return TargetModule(kind, r, config.scaling(path, r), tuple(a.shape), tuple(b.shape))
 
 
-def _keys(path: str, site: Site) -> tuple[str, str]:
+def _keys(path: str, site: TargetModule) -> tuple[str, str]:
     a, b = site.keys
     return PREFIX + path + a, PREFIX + path + b
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, RouteError, UnknownAdapterError
-from loradeck.lora import fit, fresh, merge, targets
+from loradeck.lora import compatibility, init, merge, targets
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.combine import Combination, Method, combine
 from loradeck.lora.config import LoraConfig
+from loradeck.lora.container import AdapterContainer, WorkingSets, host
 from loradeck.lora.layer import LoraLayer
-from loradeck.lora.layout import Site, read_folder
+from loradeck.lora.manifest import TargetModule, read_folder
+from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name
-from loradeck.lora.recent import Recent
-from loradeck.lora.residents import Residents, WorkingSets, host
 from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
-from loradeck.ops.forms import Form
+from loradeck.ops.layer_kinds import Form
 
 RESIDENTS = "loradeck"  # the name of the adapters' place in the model
 
@@ -41,15 +41,15 @@ class Bank:
         """
         self._host = host(model)
         if hasattr(self._host, RESIDENTS):
-            raise LoradeckError("this model already has a bank", mend="Use that bank, or call its detach() first.")
+            raise LoradeckError("this model already has a bank", hint="Use that bank, or call its detach() first.")
         self.model = model
         self._working_sets = WorkingSets()
-        self._residents = Residents(self._moved)
+        self._residents = AdapterContainer(self._moved)
         self._host.add_module(RESIDENTS, self._residents)
         self._layers: dict[str, LoraLayer] = {}
         self._open: set[Route] = set()
         self._unswept = False  # an adapter was unloaded under an open route
-        self._fitting: Recent[Mapping[str, Site], dict[str, Form]] = Recent()
+        self._fitting: Memo[Mapping[str, TargetModule], dict[str, Form]] = Memo()
         self._own_weights: dict[str, nn.Parameter] = {}  # the base's, while adapters are merged into it
         self._lock = RLock()
 
@@ -84,7 +84,7 @@ class Bank:
             close = difflib.get_close_matches(name, self.names(), n=3) or self.names()[:8]
             raise UnknownAdapterError(
                 f"no adapter is named {name!r}",
-                mend=f"Resident: {', '.join(close) or 'none'}. Load one with bank.load.",
+                hint=f"Resident: {', '.join(close) or 'none'}. Load one with bank.load.",
             )
         return adapter
 
@@ -97,7 +97,7 @@ class Bank:
         adapter = self[name]
         if not adapter.trainable:
             raise AdapterError(
-                f"{name!r} is frozen", mend="Load it with bank.load(folder, trainable=True) to train it."
+                f"{name!r} is frozen", hint="Load it with bank.load(folder, trainable=True) to train it."
             )
         return adapter.parameters()
 
@@ -121,7 +121,7 @@ class Bank:
             else:
                 self._check_unmerged()
                 forms = targets.resolve(self.model, adapter)
-                adapter = fresh.adapter(self.model, adapter, forms, generator)
+                adapter = init.adapter(self.model, adapter, forms, generator)
             self._take(name, adapter, forms)
             return adapter
 
@@ -145,13 +145,15 @@ class Bank:
             raise AdapterError(f"{str(folder)!r} is no folder: {error}") from None
         self._check_new(name)
         listing = read_folder(folder)
-        fit.check_base(self.model, listing, any_base=any_base)
+        compatibility.check_base(self.model, listing, any_base=any_base)
         with self._lock:
             self._fit(listing.sites, str(folder))
         # Read without the lock: the disk may be slow, and others unload in the meantime.
-        adapter = Adapter.from_listing(listing, trainable=trainable, check_copy=partial(fit.copy_problem, self.model))
+        adapter = Adapter.from_listing(
+            listing, trainable=trainable, check_copy=partial(compatibility.copy_problem, self.model)
+        )
         if trainable:
-            fresh.prepare(adapter, generator=None)
+            init.prepare(adapter, generator=None)
         with self._lock:
             self._check_new(name)
             self._take(name, adapter, self._fit(listing.sites, str(folder)))
@@ -259,7 +261,7 @@ class Bank:
         with self._lock:
             self._check_unmerged()
             if any(route.members for route in [*self._open]):
-                raise RouteError("a route is open", mend="Merge outside of any route.")
+                raise RouteError("a route is open", hint="Merge outside of any route.")
             weighted = [(self[name], weight) for name, weight in weights_of(entry)]
             forms = {path: layer.form for path, layer in self._layers.items()}
             self._own_weights = merge.fold(self.model, forms, weighted)
@@ -288,22 +290,22 @@ class Bank:
             adapter = result.adapter
             shortest = targets.suffixes(self.model, [*adapter.sites])
             adapter.config = replace(adapter.config, target_modules=shortest)
-            fresh.stamp(self.model, adapter)
+            init.stamp(self.model, adapter)
             self.add(name, adapter)
             return result
 
     def _check_new(self, name: str) -> None:
         check_name(name)
         if name in self:
-            raise AdapterNameError(f"{name!r} is resident already", mend="Take another name, or unload that one first.")
+            raise AdapterNameError(f"{name!r} is resident already", hint="Take another name, or unload that one first.")
 
     def _check_unmerged(self) -> None:
         if self._own_weights:
-            raise RouteError("adapters are merged into the base", mend="Call bank.unmerge() first.")
+            raise RouteError("adapters are merged into the base", hint="Call bank.unmerge() first.")
 
-    def _fit(self, sites: Mapping[str, Site], what: str) -> dict[str, Form]:
+    def _fit(self, sites: Mapping[str, TargetModule], what: str) -> dict[str, Form]:
         own = {path: layer.form for path, layer in self._layers.items()}
-        return self._fitting.get(sites, lambda: fit.forms(self.model, own, sites, what))
+        return self._fitting.get(sites, lambda: compatibility.forms(self.model, own, sites, what))
 
     def _take(self, name: str, adapter: Adapter, forms: Mapping[str, Form]) -> None:
         for path, form in forms.items():

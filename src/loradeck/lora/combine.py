@@ -23,9 +23,9 @@ from torch import Tensor
 from loradeck.errors import AdapterError, ConfigError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.config import MAX_RANK, LoraConfig, literal_pattern
-from loradeck.lora.layout import Site
+from loradeck.lora.manifest import TargetModule
 from loradeck.lora.peft import Origin
-from loradeck.ops.pair import finite
+from loradeck.ops.weights import finite
 
 Method = Literal["concat", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = ("concat", "svd", "ties", "dare")
@@ -63,7 +63,7 @@ def combine(
     _check(weighted, method, r, density)
     generator = torch.Generator().manual_seed(seed)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    sites: dict[str, Site] = {}
+    sites: dict[str, TargetModule] = {}
     lost = whole = 0.0
     with torch.inference_mode(False), torch.no_grad():
         for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.sites):
@@ -84,9 +84,9 @@ def combine(
             a = a.reshape(-1, *site.a_shape[1:]).to(dtype)
             b = b.reshape(*site.b_shape[:1], -1, *site.b_shape[2:]).to(dtype)
             if not (finite(a) and finite(b)):
-                raise AdapterError(f"{path} overflows {dtype}", mend="Combine at smaller weights, or in float32.")
+                raise AdapterError(f"{path} overflows {dtype}", hint="Combine at smaller weights, or in float32.")
             pairs[path] = a.contiguous(), b.contiguous()  # as a file has them: another order in memory rounds otherwise
-            sites[path] = Site(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
+            sites[path] = TargetModule(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
     config = _config(sites)
     origin = Origin(weighted[0][0].origin.base_model, task_type=weighted[0][0].origin.task_type)
     adapter = Adapter.with_sites(config, sites, pairs, origin=origin)
@@ -96,25 +96,25 @@ def combine(
 
 def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None, density: float) -> None:
     if not weighted:
-        raise ConfigError("there is nothing to combine", mend='Give adapters and weights: {"a": 0.7, "b": 0.3}.')
+        raise ConfigError("there is nothing to combine", hint='Give adapters and weights: {"a": 0.7, "b": 0.3}.')
     if method not in METHODS:
-        raise ConfigError(f"method {method!r} is unknown", mend=f"Take one of {', '.join(METHODS)}.")
+        raise ConfigError(f"method {method!r} is unknown", hint=f"Take one of {', '.join(METHODS)}.")
     if method == "concat" and r is not None:
-        raise ConfigError("concat keeps every rank, so it takes no r", mend='Take method="svd" to lower the rank.')
+        raise ConfigError("concat keeps every rank, so it takes no r", hint='Take method="svd" to lower the rank.')
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK):
         raise ConfigError(f"r is {r}, not a whole number from 1 to {MAX_RANK}")
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}, not above 0 and up to 1")
     for adapter, weight in weighted:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= float_info.max:
-            raise ConfigError(f"a weight is {repr(weight)[:40]}", mend="A weight is a finite number.")
+            raise ConfigError(f"a weight is {repr(weight)[:40]}", hint="A weight is a finite number.")
         broken = [f"{key} holds NaN or Inf" for key, tensor in adapter.tensors() if not finite(tensor)]
         if broken:
-            raise AdapterError("This adapter cannot be combined", broken, mend="Train it again, or leave it out.")
+            raise AdapterError("This adapter cannot be combined", broken, hint="Train it again, or leave it out.")
         for path, site in adapter.sites.items():
             if site.kind == "conv" and site.b_shape[1] != site.r:
                 raise ConfigError(
-                    f"{path} is a grouped convolution, which cannot be combined", mend="Route a blend instead."
+                    f"{path} is a grouped convolution, which cannot be combined", hint="Route a blend instead."
                 )
             for other, _ in weighted:
                 twin = other.sites.get(path)
@@ -124,7 +124,7 @@ def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None
                     site.b_shape[0],
                 ):
                     raise ConfigError(
-                        f"{path} has other shapes in another adapter", mend="Combine adapters of one base."
+                        f"{path} has other shapes in another adapter", hint="Combine adapters of one base."
                     )
 
 
@@ -185,7 +185,7 @@ def _dare(updates: list[Tensor], density: float, generator: torch.Generator) -> 
     return total
 
 
-def _config(sites: dict[str, Site]) -> LoraConfig:
+def _config(sites: dict[str, TargetModule]) -> LoraConfig:
     """Return a config of scaling 1 everywhere: alpha = r, per module where ranks differ."""
     ranks = [site.r for site in sites.values()]
     r = max(set(ranks), key=ranks.count)

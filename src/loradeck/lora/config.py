@@ -56,7 +56,7 @@ class LoraConfig:
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         problems = self._problems()
         if problems:
-            raise ConfigError("This LoraConfig cannot be", problems, mend="See `help(LoraConfig)` for each field.")
+            raise ConfigError("This LoraConfig cannot be", problems, hint="See `help(LoraConfig)` for each field.")
 
     def _problems(self) -> list[str]:
         problems = self._wrong_types()

@@ -18,7 +18,7 @@ from torch import Tensor
 from loradeck.disk import write_file
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.layout import Site
+from loradeck.lora.manifest import TargetModule
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap
@@ -95,7 +95,7 @@ def export(
             for name, tensor in _tensors(adapter, weights, base, alpha):
                 values = tensor.to(getattr(torch, dtype)).contiguous()
                 if not values.isfinite().all():
-                    raise AdapterError(f"{name} has values beyond {dtype}'s range", mend="Export it in float32.")
+                    raise AdapterError(f"{name} has values beyond {dtype}'s range", hint="Export it in float32.")
                 writer.add_tensor(name, values.numpy())
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -107,7 +107,7 @@ def export(
     return alpha
 
 
-def _common_alpha(sites: Iterable[Site]) -> float:
+def _common_alpha(sites: Iterable[TargetModule]) -> float:
     """Return the alpha that is right for most modules; what the others lack goes into their B."""
     ((alpha, _),) = Counter(site.scaling * site.r for site in sites).most_common(1)
     return alpha if torch.tensor(alpha, dtype=torch.float32) else 1.0  # llama.cpp takes an alpha of 0 for no scaling
@@ -125,7 +125,7 @@ def _tensors(
         yield f"{name}.lora_b", b
 
 
-def _weights(sites: Mapping[str, Site], base: Architecture) -> dict[str, str]:
+def _weights(sites: Mapping[str, TargetModule], base: Architecture) -> dict[str, str]:
     """Return llama.cpp's name of the weight of each module."""
     known = names(base.name, base.blocks)
     found: dict[str, str] = {}
@@ -141,12 +141,12 @@ def _weights(sites: Mapping[str, Site], base: Architecture) -> dict[str, str]:
         raise UnsupportedError(
             "llama.cpp cannot take this adapter on this base",
             problems,
-            mend="Give its own base with --base, train it without these modules, or merge it: `loradeck merge`.",
+            hint="Give its own base with --base, train it without these modules, or merge it: `loradeck merge`.",
         )
     return found
 
 
-def _problem(name: str | None, site: Site, base: Architecture) -> str | None:
+def _problem(name: str | None, site: TargetModule, base: Architecture) -> str | None:
     if site.kind == "conv":
         return "is a convolution"
     if name is None or (name not in base.shapes and name != HEAD):

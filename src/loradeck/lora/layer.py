@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from loradeck.errors import RouteError
 from loradeck.lora.routing import Route, current
-from loradeck.ops import choose
-from loradeck.ops.forms import Form
+from loradeck.ops import dispatch
+from loradeck.ops.layer_kinds import Form
 from loradeck.ops.operands import Operands
 
 
@@ -40,7 +40,7 @@ class LoraLayer:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
         self._check(x, route, operands)
-        return choose.lora(x, y, operands, route.mix, training=self.module.training)
+        return dispatch.lora(x, y, operands, route.mix, training=self.module.training)
 
     def _recomputed(self) -> Route | None:
         """Return the route under which the backward pass computes this layer again (gradient checkpointing).
@@ -54,7 +54,7 @@ class LoraLayer:
         if len(routes) != 1:
             raise RouteError(
                 f"{self.path} is computed again in the backward pass (gradient checkpointing), outside of any route",
-                mend="Call backward() inside the route; inside bank.route(None) for the base alone.",
+                hint="Call backward() inside the route; inside bank.route(None) for the base alone.",
             )
         return routes[0]
 
@@ -65,13 +65,13 @@ class LoraLayer:
             unit = "tokens" if route.packed else "rows"
             raise RouteError(
                 f"{self.path} got {rows} {unit}; the route is for {total}",
-                mend="Give the route one entry per row of the batch, or one entry for the whole batch.",
+                hint="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
         if self.module.training and torch._C._current_graph_task_id() != -1 and not operands.repeats(route.mix):
             raise RouteError(
                 f"{self.path} is computed again in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",
-                mend="Set adapter.dropout.seed at each forward, or lora_dropout=0, or turn gradient checkpointing off.",
+                hint="Set adapter.dropout.seed at each forward, or lora_dropout=0, or turn gradient checkpointing off.",
             )
 
     def detach(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.adapter import Adapter
-from loradeck.ops.forms import Form
+from loradeck.ops.layer_kinds import Form
 
 
 def merged_weight(weight: Tensor, form: Form, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
@@ -43,7 +43,7 @@ def fold(
             if type(weight) is not nn.Parameter or not weight.is_floating_point():
                 raise UnsupportedError(
                     f"{path} has a {type(weight).__name__} of {weight.dtype}, which cannot be merged into",
-                    mend="Merge into a base loaded in float32, bfloat16 or float16.",
+                    hint="Merge into a base loaded in float32, bfloat16 or float16.",
                 )
             pairs = [
                 (*adapter.pair(path), weight_ * adapter.sites[path].scaling)
@@ -53,10 +53,10 @@ def fold(
             try:
                 fresh = merged_weight(weight, forms[path], pairs)
             except ValueError as error:
-                raise UnsupportedError(f"{path}: {error}", mend="Use it by a route instead of merging.") from error
+                raise UnsupportedError(f"{path}: {error}", hint="Use it by a route instead of merging.") from error
             if not bool(torch.isfinite(fresh).all()):
                 raise AdapterError(
-                    f"{path} would hold NaN or Inf after merging", mend="Check the adapter and its weight."
+                    f"{path} would hold NaN or Inf after merging", hint="Check the adapter and its weight."
                 )
             merged[path] = nn.Parameter(fresh, requires_grad=weight.requires_grad)
     own: dict[str, nn.Parameter] = {}

@@ -24,5 +24,5 @@ def check_name(name: str) -> None:
     if problem:
         raise AdapterNameError(
             f"the name {str(name)[:MAX_NAME]!r} {problem}",
-            mend="Take letters, digits, '.', '_' and '-': bank.load(folder, name=…).",
+            hint="Take letters, digits, '.', '_' and '-': bank.load(folder, name=…).",
         )

@@ -85,25 +85,25 @@ def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
     table = _read(path)
     if table.get("peft_type") != "LORA":
         raise UnsupportedError(
-            f"{path} has peft_type {table.get('peft_type')!r}; only LORA adapters are supported", mend=RETRAIN
+            f"{path} has peft_type {table.get('peft_type')!r}; only LORA adapters are supported", hint=RETRAIN
         )
-    for key, (is_set, what, mend) in REFUSED.items():
+    for key, (is_set, what, hint) in REFUSED.items():
         if is_set(table.get(key)):
-            raise UnsupportedError(f"{path}: {key}={_short(table[key])} {what}; this is not supported", mend=mend)
+            raise UnsupportedError(f"{path}: {key}={_short(table[key])} {what}; this is not supported", hint=hint)
     strange = sorted(key for key in table.keys() - READ - KEPT - WITHOUT_EFFECT - REFUSED.keys() if table[key])
     if strange:
         raise UnsupportedError(
             f"{path} sets {', '.join(strange)[:200]}, which this version does not know",
-            mend="If it does not change what the adapter computes, remove it from the file.",
+            hint="If it does not change what the adapter computes, remove it from the file.",
         )
     given = {key: table[key] for key in READ if table.get(key) is not None}
     try:
         config = LoraConfig(**msgspec.convert(given, _Fields).given())
     except msgspec.ValidationError as error:
-        raise AdapterError(f"{path}: {error}", mend="Mend that value in the file, or save the adapter again.") from None
+        raise AdapterError(f"{path}: {error}", hint="Mend that value in the file, or save the adapter again.") from None
     except ConfigError as error:
         raise AdapterError(
-            f"{path} says what cannot be", error.problems, mend="Mend the values, or save the adapter again."
+            f"{path} says what cannot be", error.problems, hint="Mend the values, or save the adapter again."
         ) from None
     kept = {key: value if isinstance(value := table.get(key), str) else None for key in KEPT}
     return config, Origin(kept["base_model_name_or_path"], kept["revision"], kept["task_type"], written=table)
@@ -136,13 +136,13 @@ def _read(path: Path) -> dict[str, Any]:
             raise AdapterError(f"{path} has {size} bytes, more than an adapter's configuration can need ({MAX_CONFIG})")
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
-        mend = f"An adapter's folder holds {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
+        hint = f"An adapter's folder holds {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
         what = "is no folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
-        raise AdapterError(f"{path.parent} {what}", mend=mend) from None
+        raise AdapterError(f"{path.parent} {what}", hint=hint) from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
-        raise AdapterError(f"{path} is no JSON table: {error}", mend="Download or save the adapter again.") from None
+        raise AdapterError(f"{path} is no JSON table: {error}", hint="Download or save the adapter again.") from None
 
 
 def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) -> bytes:

@@ -14,10 +14,10 @@ from weakref import WeakSet
 
 from loradeck.errors import RouteError
 from loradeck.lora.adapter import Adapter
-from loradeck.ops.mix import Entry, Mix, Slot
+from loradeck.ops.mapping import Entry, Mix, Slot
 from loradeck.ops.operands import Operands, slots_of
-from loradeck.ops.pair import Pair
 from loradeck.ops.stack import width_of
+from loradeck.ops.weights import Pair
 
 if TYPE_CHECKING:
     from loradeck.lora.layer import LoraLayer
@@ -200,11 +200,11 @@ def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:
         return ((entry, 1.0),)
     if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
         raise RouteError(
-            f"{entry!r} is no entry of a route", mend="An entry is an adapter's name, None, or {name: weight}."
+            f"{entry!r} is no entry of a route", hint="An entry is an adapter's name, None, or {name: weight}."
         )
     for name, weight in entry.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= float_info.max:
-            raise RouteError(f"the weight of {name!r} is {repr(weight)[:40]}", mend="A weight is a finite number.")
+            raise RouteError(f"the weight of {name!r} is {repr(weight)[:40]}", hint="A weight is a finite number.")
     return tuple((name, float(weight)) for name, weight in entry.items() if weight != 0)
 
 
@@ -219,7 +219,7 @@ def entries_of(
     many = isinstance(rows, Sequence) and not isinstance(rows, str)
     entries: list[RouteEntry] = [*rows] if many else [rows]  # type: ignore[list-item, misc]
     if not entries:
-        raise RouteError("this route has no entry", mend="Give one entry per row, or one for the whole batch.")
+        raise RouteError("this route has no entry", hint="Give one entry per row, or one for the whole batch.")
     if lengths is None:
         return entries, (1,) * len(entries)
     try:
@@ -229,7 +229,7 @@ def entries_of(
     if len(sizes) != len(entries) or min(sizes) < 1:
         raise RouteError(
             f"lengths {repr(lengths)[:60]} do not go with {len(entries)} entries",
-            mend="Give each packed segment's number of tokens, one per entry.",
+            hint="Give each packed segment's number of tokens, one per entry.",
         )
     return entries, sizes
 

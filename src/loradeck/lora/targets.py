@@ -8,7 +8,7 @@ from torch import nn
 
 from loradeck.errors import TargetError
 from loradeck.lora.config import LoraConfig
-from loradeck.ops.forms import SUPPORTED, Form, form_of
+from loradeck.ops.layer_kinds import SUPPORTED, Form, form_of
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # names of output heads, as transformers' models use them
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)  # part of a path, in every common architecture
@@ -53,7 +53,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, Form]:
             forms[path] = form
     if problems:
         raise TargetError(
-            "These targets take no adapter", problems, mend="Leave them out with exclude_modules, or name others."
+            "These targets take no adapter", problems, hint="Leave them out with exclude_modules, or name others."
         )
     return forms
 
@@ -139,7 +139,7 @@ def _nothing(modules: Mapping[str, nn.Module], config: LoraConfig, *, matched: b
     if matched:
         return TargetError(
             f"exclude_modules and layers_to_transform leave nothing of target_modules {config.target_modules!r}",
-            mend="Widen one of them.",
+            hint="Widen one of them.",
         )
     able = [path for path, module in modules.items() if not isinstance(form_of(module), str)]
     leaves = sorted({path.rpartition(".")[2] for path in able})
@@ -148,5 +148,5 @@ def _nothing(modules: Mapping[str, nn.Module], config: LoraConfig, *, matched: b
     shown = ", ".join(dict.fromkeys(close or leaves[:12])) or f"none: it has no {SUPPORTED}"
     return TargetError(
         f"target_modules {config.target_modules!r} match no module of this model",
-        mend=f"Close names: {shown}" if close else f"It has: {shown}",
+        hint=f"Close names: {shown}" if close else f"It has: {shown}",
     )

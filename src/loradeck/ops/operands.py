@@ -8,11 +8,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loradeck.arithmetic import computes_in
-from loradeck.ops.forms import Form
-from loradeck.ops.mix import Mix, Slot
-from loradeck.ops.pair import Pair, finite
+from loradeck.dtypes import computes_in
+from loradeck.ops.layer_kinds import Form
+from loradeck.ops.mapping import Mix, Slot
 from loradeck.ops.stack import Stack, width_of
+from loradeck.ops.weights import Pair, finite
 
 FEW_ROWS = 32
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loradeck.ops.mix import Group, Mix
+from loradeck.ops.mapping import Group, Mix
 from loradeck.ops.operands import Operands, compute_dtype
 
 Use = tuple[int, int, float]  # (operand, its rank, its scaling)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loradeck.ops.mix import Group, Mix, Slot
+from loradeck.ops.mapping import Group, Mix, Slot
 
 # Microseconds on two CPU cores, of layers with 576 and 1536 features: `python -m benchmarks.ops`, results/ops.json.
 SEGMENT, SEGMENT_ROW = 20.0, 0.9  # one adapter on one group by itself, and each of its rows

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from loradeck.ops.forms import Form
-from loradeck.ops.mix import Mix
+from loradeck.ops.layer_kinds import Form
+from loradeck.ops.mapping import Mix
 from loradeck.ops.operands import Operands, compute_dtype
 
 

@@ -9,7 +9,7 @@ from threading import Lock
 
 import torch
 
-from loradeck.ops.pair import Pair
+from loradeck.ops.weights import Pair
 
 NARROWEST = 4  # ranks; below, a slot of its own width would save no time
 

@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from loradeck.ops.mix import Mix
+from loradeck.ops.mapping import Mix
 from loradeck.ops.operands import Operands
 from loradeck.ops.plan import Plan, Stripe, plan_of
 

@@ -33,9 +33,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         wrong = [f"{own.name}={getattr(self, own.name)!r}" for own in fields(self) if not getattr(self, own.name) > 0]
         if wrong:
-            raise ConfigError("a setting of the engine is not above 0", wrong, mend="Give more than 0.")
+            raise ConfigError("a setting of the engine is not above 0", wrong, hint="Give more than 0.")
         if self.max_step_tokens < self.max_rows:
             raise ConfigError(
                 f"max_step_tokens={self.max_step_tokens} is below max_rows={self.max_rows}",
-                mend="A step computes a token of every row at least.",
+                hint="A step computes a token of every row at least.",
             )

@@ -11,25 +11,25 @@ from types import TracebackType
 from typing import Self
 
 from loradeck.base.load import Base
+from loradeck.base.shared_copy import shared_copy
 from loradeck.base.text import stop_ids
-from loradeck.base.twin import twin
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
-from loradeck.serve import openmp
-from loradeck.serve.cache import Cache
+from loradeck.serve import threads
+from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
+from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.loop import Loop
+from loradeck.serve.model_runner import ModelRunner
 from loradeck.serve.observer import Observer
-from loradeck.serve.request import Request, Sampling, Token
-from loradeck.serve.residency import Residency
-from loradeck.serve.runner import Runner
+from loradeck.serve.request import Request, SamplingParams, Token
 from loradeck.serve.sampler import Sampler
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.stats import Stats
 from loradeck.serve.stream import Stream
 from loradeck.store import AdapterStore
 
-DEFAULT = Sampling()
+DEFAULT = SamplingParams()
 
 
 class Engine:
@@ -55,15 +55,15 @@ class Engine:
         self.base = base
         self.store = store
         self.config = config or EngineConfig()
-        self._runner = Runner(twin(base.model))
-        cache = Cache(self._runner.form, self.config.kv_cache_bytes)
+        self._runner = ModelRunner(shared_copy(base.model))
+        cache = KVCache(self._runner.form, self.config.kv_cache_bytes)
         if not cache.longest:
             raise ConfigError(
                 f"kv_cache_bytes={self.config.kv_cache_bytes} holds no row of this base",
-                mend=f"A token takes {self._runner.form.token_bytes} bytes.",
+                hint=f"A token takes {self._runner.form.token_bytes} bytes.",
             )
         self._longest = min(cache.longest, base.context or cache.longest)
-        self.residency = Residency(self._runner.bank, store, self.config, lambda: self._loop.wake())
+        self.residency = AdapterCache(self._runner.bank, store, self.config, lambda: self._loop.wake())
         self._loop = Loop(
             self._runner,
             cache,
@@ -75,7 +75,7 @@ class Engine:
         )
         self._lock = Lock()
         self._draining = False
-        openmp.release()  # this thread's: the engine's is the one that computes from now on
+        threads.release()  # this thread's: the engine's is the one that computes from now on
         self._loop.start()
 
     @property
@@ -94,7 +94,7 @@ class Engine:
         self,
         tokens: Sequence[int],
         entry: RouteEntry = None,
-        sampling: Sampling = DEFAULT,
+        sampling: SamplingParams = DEFAULT,
         *,
         tenant: str = "",
         adapter: str = "",
@@ -125,7 +125,7 @@ class Engine:
             self._loop.add(stream, found)
         return stream
 
-    def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: Sampling = DEFAULT) -> Stream:
+    def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Stream:
         """Return the tokens that continue a prompt, as they come: `async for token in engine.stream(...)`, or `for`.
 
         Raises:
@@ -137,7 +137,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         entries: RouteEntry | Sequence[RouteEntry] = None,
-        sampling: Sampling | Sequence[Sampling] = DEFAULT,
+        sampling: SamplingParams | Sequence[SamplingParams] = DEFAULT,
     ) -> list[list[Token]]:
         """Return what continues each prompt, whole; `entries` and `sampling` are one for all prompts or one for each.
 
@@ -152,7 +152,7 @@ class Engine:
         if not len(prompts) == len(each) == len(how):
             raise ConfigError(
                 f"{len(prompts)} prompts, {len(each)} entries, {len(how)} samplings",
-                mend="Give as many of each, or one.",
+                hint="Give as many of each, or one.",
             )
         streams: list[Stream] = []
         try:
@@ -192,16 +192,16 @@ class Engine:
         """Return those of these tokens that the base has scores for; some tokenizers have more."""
         return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
 
-    def _check(self, tokens: Sequence[int], sampling: Sampling) -> None:
+    def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
         asked = [*tokens, *sampling.logit_bias, *sampling.stop_tokens]
         strange = {*asked} - self._known(asked)
         if strange:
             known = self._runner.vocabulary
-            raise ConfigError(f"{min(strange)} is no token of the base, which has {known}", mend="Give token ids.")
+            raise ConfigError(f"{min(strange)} is no token of the base, which has {known}", hint="Give token ids.")
         if not tokens:
-            raise ConfigError("the prompt is empty", mend="Give at least one token to go on from.")
+            raise ConfigError("the prompt is empty", hint="Give at least one token to go on from.")
         if len(tokens) + min(sampling.max_tokens, 1) > self._longest:
             raise ConfigError(
                 f"a prompt of {len(tokens)} tokens leaves no room; a row has {self._longest} at most",
-                mend="Shorten the prompt, or raise kv_cache_bytes if the base reads more.",
+                hint="Shorten the prompt, or raise kv_cache_bytes if the base reads more.",
             )

@@ -9,11 +9,11 @@ from collections import deque
 from threading import Event, Thread
 
 from loradeck.errors import LoradeckError, RequestError
-from loradeck.serve.cache import Cache
+from loradeck.serve.adapter_cache import AdapterCache
+from loradeck.serve.kv_cache import KVCache
+from loradeck.serve.model_runner import ModelRunner
 from loradeck.serve.observer import Finish, Observer
-from loradeck.serve.request import Request, Work
-from loradeck.serve.residency import Residency
-from loradeck.serve.runner import Runner
+from loradeck.serve.request import Request, Scheduled
 from loradeck.serve.sampler import Choice, Sampler
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.stats import Stats
@@ -30,11 +30,11 @@ class Loop:
 
     def __init__(
         self,
-        runner: Runner,
-        cache: Cache,
+        runner: ModelRunner,
+        cache: KVCache,
         sampler: Sampler,
         scheduler: Scheduler,
-        residency: Residency,
+        residency: AdapterCache,
         *,
         longest: int,
         observer: Observer | None,
@@ -132,14 +132,14 @@ class Loop:
             self._accept(work, choice)
         return True
 
-    def _alone(self, work: Work) -> Choice:
+    def _alone(self, work: Scheduled) -> Choice:
         """Compute one request's part of a step that failed, so that only the request that made it fail does."""
         try:
             return self._sampler.choose(self._runner.run([work], self._cache), [work])[0]
         except Exception as error:
             return Choice.failed(error)
 
-    def _accept(self, work: Work, choice: Choice) -> None:
+    def _accept(self, work: Scheduled, choice: Choice) -> None:
         """Add what was computed to a request, and end it where it ends."""
         request, stream = work.request, self._streams[work.request]
         if choice.error is not None:

@@ -15,7 +15,7 @@ Key: TypeAlias = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParams:
     """How a request's tokens are chosen, and when they end.
 
     Raises:
@@ -63,7 +63,7 @@ class Sampling:
         }
         wrong = [f"{name}={getattr(self, name)!r}" for name, holds in bounds.items() if not holds]
         if wrong:
-            raise ConfigError("tokens cannot be chosen so", wrong, mend="Give numbers within their bounds.")
+            raise ConfigError("tokens cannot be chosen so", wrong, hint="Give numbers within their bounds.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Request:
     """The prompt, then what was generated."""
     prompt_length: int
     key: Key
-    sampling: Sampling
+    sampling: SamplingParams
     adapter: str = ""
     """What the client called its adapters, for people and metrics; "" is the base."""
     tenant: str = ""
@@ -116,7 +116,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Scheduled:
     """What a step computes of one request: its next `count` tokens."""
 
     request: Request

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loradeck.errors import LoradeckError, RequestError
-from loradeck.serve.request import Request, Sampling, Token, Work
+from loradeck.serve.request import Request, SamplingParams, Scheduled, Token
 
 CANDIDATES = 1024  # of the likeliest tokens top_p looks at, before it looks at all
 COLD = 1e-5  # a temperature below is 0: scores divided by it may overflow, and only ties would come out otherwise
@@ -47,7 +47,7 @@ class Sampler:
     stops: frozenset[int]
     _chances: dict[Request, random.Random] = field(default_factory=dict)
 
-    def choose(self, scores: Sequence[Tensor], batch: Sequence[Work]) -> list[Choice]:
+    def choose(self, scores: Sequence[Tensor], batch: Sequence[Scheduled]) -> list[Choice]:
         """Return a choice for each work; `scores` (S, V) are those of its scored tokens, in order."""
         ending = [index for index, work in enumerate(batch) if work.ends]
         greedy = {index: place for place, index in enumerate(i for i in ending if _is_plain(batch[i].request))}
@@ -82,7 +82,7 @@ class Sampler:
         own = self._adjusted(scores, request)
         best, likeliest = own.max(-1)
         if float(best) == -math.inf:
-            raise RequestError("every token is ruled out", mend="Ask with a smaller logit_bias.")
+            raise RequestError("every token is ruled out", hint="Ask with a smaller logit_bias.")
         token = int(likeliest) if sampling.temperature < COLD else self._drawn(own, request)
         ends = self._ends(request, token)
         if sampling.logprobs is None:
@@ -136,7 +136,7 @@ class Sampler:
         return token in sampling.stop_tokens or (token in self.stops and not sampling.ignore_eos)
 
     @staticmethod
-    def _prompt(scores: Tensor, work: Work) -> tuple[Token, ...]:
+    def _prompt(scores: Tensor, work: Scheduled) -> tuple[Token, ...]:
         """Return the prompt's tokens that a work's scores are about: each position tells of the next one."""
         request, asked = work.request, work.request.sampling.prompt_logprobs
         if asked is None or request.computed >= request.prompt_length:
@@ -174,14 +174,14 @@ def _likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
-def _outside(best: Tensor, total: Tensor, sampling: Sampling) -> bool:
+def _outside(best: Tensor, total: Tensor, sampling: SamplingParams) -> bool:
     """Say whether what is asked for reaches beyond the candidates."""
     if sampling.top_p < 1:
         return float((best - total).exp().sum()) < sampling.top_p
     return float(best[-1] - best[0]) >= math.log(sampling.min_p)
 
 
-def _cut(best: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
+def _cut(best: Tensor, total: Tensor, sampling: SamplingParams) -> Tensor:
     """Return the scores, best first, with -inf where top_p or min_p leaves a token out; the best one always stays."""
     out = torch.zeros(len(best), dtype=torch.bool, device=best.device)
     if sampling.top_p < 1:
@@ -196,5 +196,5 @@ def _cut(best: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
 def _check(best: float) -> None:
     """Refuse scores the highest of which is no number: NaN, or beyond what the dtype can say."""
     if not math.isfinite(best):
-        mend = "Ask without the adapter, or with a lower scale."
-        raise RequestError("the model's scores are not numbers", mend=mend)
+        hint = "Ask without the adapter, or with a lower scale."
+        raise RequestError("the model's scores are not numbers", hint=hint)

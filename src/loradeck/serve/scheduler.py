@@ -9,15 +9,15 @@ from itertools import islice
 from typing import Protocol
 
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request import Key, Request, Work
-from loradeck.serve.turns import Turns
+from loradeck.serve.fair_queue import FairQueue
+from loradeck.serve.request import Key, Request, Scheduled
 from loradeck.stored import Stored
 
 TRIES = 4  # adapters that are looked for in one step, so that thousands of requests that wait cost no time
 
 
 class Rows(Protocol):
-    """Memory for keys and values: `serve.cache.Cache`."""
+    """Memory for keys and values: `serve.cache.KVCache`."""
 
     def reserve(self, request: Request, tokens: int) -> bool:
         """Give a request room for so many tokens, if there is any."""
@@ -29,7 +29,7 @@ class Rows(Protocol):
 
 
 class Adapters(Protocol):
-    """Memory for adapters: `serve.residency.Residency`."""
+    """Memory for adapters: `serve.residency.AdapterCache`."""
 
     def ready(self, key: Key) -> bool:
         """Say whether all of a key's adapters can be used."""
@@ -55,7 +55,7 @@ class Scheduler:
         self.config = config
         self.rows = rows
         self.adapters = adapters
-        self.waiting = Turns(config.quantum)
+        self.waiting = FairQueue(config.quantum)
         self.running: list[Request] = []
         """In the order of their admission."""
         self._found: dict[Request, Mapping[str, Stored]] = {}
@@ -66,15 +66,15 @@ class Scheduler:
         self._found[request] = found
         self.waiting.push(request)
 
-    def next(self, now: float) -> list[Work]:
+    def next(self, now: float) -> list[Scheduled]:
         """Return what the next step computes; `now` is time.monotonic()."""
         before = [*self.running]
-        batch = [Work(request, 1) for request in before if request.pending == 1 and self._reserve(request, 1)]
+        batch = [Scheduled(request, 1) for request in before if request.pending == 1 and self._reserve(request, 1)]
         left = self.config.max_step_tokens - len(batch)
         for request in [request for request in before if request.pending > 1]:
             count = min(left, request.pending)
             if count and self._reserve(request, count):
-                batch.append(Work(request, count))
+                batch.append(Scheduled(request, count))
                 left -= count
         if self.running != before:  # some gave way to others: no room for newcomers
             return [work for work in batch if work.request in self.running]
@@ -84,11 +84,11 @@ class Scheduler:
             if request is None:
                 break
             count = min(left, request.pending)
-            batch.append(Work(request, count))
+            batch.append(Scheduled(request, count))
             left -= count
         return batch
 
-    def done(self, work: Work) -> None:
+    def done(self, work: Scheduled) -> None:
         """Count a step's work on a request."""
         work.request.computed += work.count
         self.waiting.charge(work.request, work.count)

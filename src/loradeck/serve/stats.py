@@ -4,7 +4,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from loradeck.serve.cache import Cache
+from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.request import Request
 from loradeck.serve.scheduler import Scheduler
 
@@ -16,7 +16,7 @@ class Stats:
     """An engine's numbers now."""
 
     scheduler: Scheduler
-    cache: Cache
+    cache: KVCache
     _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     @property

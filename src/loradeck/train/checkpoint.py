@@ -77,7 +77,7 @@ def read(path: Path) -> State:
         return msgspec.json.decode((path / STATE).read_bytes(), type=State)
     except (OSError, msgspec.DecodeError) as error:
         raise TrainingError(
-            f"{path} cannot be resumed from: {error}", mend="Remove it; the one before it counts then."
+            f"{path} cannot be resumed from: {error}", hint="Remove it; the one before it counts then."
         ) from error
 
 
@@ -91,12 +91,12 @@ def restore(trainer: Trainer, path: Path, state: State, *, data: Mapping[str, st
     problems = [] if state.fingerprint == trainer.base.fingerprint else ["the base is another one"]
     problems += [f"{name}: its dataset has changed" for name in data if data[name] != state.data.get(name)]
     if problems:
-        raise TrainingError(f"{path} cannot be resumed from", problems, mend="Put back what was, or begin a new run.")
+        raise TrainingError(f"{path} cannot be resumed from", problems, hint="Put back what was, or begin a new run.")
     for name, job in trainer.jobs.items():
         try:
             _put(job, load_file(path / f"{name}.safetensors"))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise TrainingError(f"{path} cannot be resumed from: {name}: {error}", mend=MEND) from error
+            raise TrainingError(f"{path} cannot be resumed from: {name}: {error}", hint=MEND) from error
         job.progress = state.jobs[name]
     trainer.passes, trainer.seconds_before = state.passes, state.seconds
 

@@ -68,7 +68,7 @@ class TrainConfig:
         }
         problems = [f"{k} is {getattr(self, k)!r:.40}, not {what}" for k, (holds, what) in wanted.items() if not holds]
         if problems:
-            raise ConfigError("This TrainConfig cannot be", problems, mend="See `help(TrainConfig)` for each field.")
+            raise ConfigError("This TrainConfig cannot be", problems, hint="See `help(TrainConfig)` for each field.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class PassConfig:
         if type(self.gradient_checkpointing) is not bool:
             problems.append(f"gradient_checkpointing is {self.gradient_checkpointing!r:.40}, not true or false")
         if problems:
-            raise ConfigError("This PassConfig cannot be", problems, mend="See `help(PassConfig)` for each field.")
+            raise ConfigError("This PassConfig cannot be", problems, hint="See `help(PassConfig)` for each field.")
 
 
 def _whole(value: object, least: int = 1) -> bool:

@@ -67,7 +67,7 @@ def read_history(path: Path) -> dict[str, Track]:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
         raise LoradeckError(
-            f"{file} cannot be read: {error.strerror}", mend=f"Name a run's folder, or its {METRICS}."
+            f"{file} cannot be read: {error.strerror}", hint=f"Name a run's folder, or its {METRICS}."
         ) from error
     tracks: dict[str, Track] = {}
     problems: list[str] = []
@@ -82,8 +82,8 @@ def read_history(path: Path) -> dict[str, Track]:
             tracks.setdefault(event.job, Track()).add(event)
     if problems:
         raise LoradeckError(
-            f"{file} has lines that are no events of a run", problems, mend="Take them out, or name another run."
+            f"{file} has lines that are no events of a run", problems, hint="Take them out, or name another run."
         )
     if not tracks:
-        raise LoradeckError(f"{file} holds no event", mend="The run has made no step yet, or is no run.")
+        raise LoradeckError(f"{file} holds no event", hint="The run has made no step yet, or is no run.")
     return tracks

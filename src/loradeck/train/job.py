@@ -21,7 +21,7 @@ from loradeck.train.batching import Batches
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import End, Evaluation, Step
 from loradeck.train.memory import resident_bytes
-from loradeck.train.objective import Answers, Objective, Preferences, Unit
+from loradeck.train.objective import DPO, SFT, Objective, Unit
 from loradeck.train.schedule import Schedule
 
 BETAS = (0.9, 0.95)  # Tinker's AdamW: the second moment forgets in 20 steps, and many a run of LoRA has but 50
@@ -63,7 +63,7 @@ class Job:
         self.name, self.adapter, self.config = name, adapter, config
         self.train, self.valid = train, valid
         preferences = isinstance(train[0], Preference)
-        self.objective: Objective = Preferences(config.dpo_beta) if preferences else Answers()
+        self.objective: Objective = DPO(config.dpo_beta) if preferences else SFT()
         self.schedule = Schedule.of(config, len(train), model, preferences=preferences)
         self.eval_every = config.eval_every or math.ceil(self.schedule.steps / EVALUATIONS)
         self.optimizer = _optimizer(adapter, config)
@@ -114,7 +114,7 @@ class Job:
             raise TrainingError(
                 f"training {self.name!r} diverged at step {progress.step + 1}: the loss is {loss}, its gradient's norm "
                 f"{norm}",
-                mend=f"Lower learning_rate, which was {rate:.2g}. The adapter is the one before this step.",
+                hint=f"Lower learning_rate, which was {rate:.2g}. The adapter is the one before this step.",
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
@@ -155,7 +155,7 @@ class Job:
         if not math.isfinite(mean):
             raise TrainingError(
                 f"training {self.name!r} diverged at step {progress.step}: the validation loss is {mean}",
-                mend="Lower learning_rate.",
+                hint="Lower learning_rate.",
             )
         best = progress.best_loss is None or mean < progress.best_loss
         progress.waiting = 0 if best else progress.waiting + 1

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from loradeck.base.frozen import FrozenLinear
-from loradeck.base.products import back
+from loradeck.base.matmul import back
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batch, collate
 from loradeck.train.packing import documents, packable

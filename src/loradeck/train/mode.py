@@ -25,7 +25,7 @@ def training(model: PreTrainedModel, *, gradient_checkpointing: bool = False) ->
     """
     if gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigError(
-            f"{type(model).__name__} cannot checkpoint gradients", mend="Turn gradient_checkpointing off."
+            f"{type(model).__name__} cannot checkpoint gradients", hint="Turn gradient_checkpointing off."
         )
     shares = [
         (module, name, vars(module)[name])

@@ -33,7 +33,7 @@ class Objective(Protocol):
         ...
 
 
-class Answers:
+class SFT:
     """Supervised fine-tuning: -log p of the answers, per supervised token."""
 
     compares = False
@@ -50,7 +50,7 @@ class Answers:
         return documents, None
 
 
-class Preferences:
+class DPO:
     """Direct preference optimization (arXiv:2305.18290, equation 7), per pair; the reference is the base itself.
 
     -log σ(β · ((log p(chosen) - log p_base(chosen)) - (log p(rejected) - log p_base(rejected))))

@@ -41,16 +41,16 @@ class JobRecipe:
         check_name(self.name)
         if self.last_layers is not None:
             if type(self.last_layers) is not int or self.last_layers < 1:
-                raise ConfigError(f"last_layers is {self.last_layers!r:.40}, not a whole number from 1", mend=MEND)
+                raise ConfigError(f"last_layers is {self.last_layers!r:.40}, not a whole number from 1", hint=MEND)
             if self.lora.layers_to_transform is not None:
-                raise ConfigError("last_layers and layers_to_transform are both given", mend="Give one of them.")
+                raise ConfigError("last_layers and layers_to_transform are both given", hint="Give one of them.")
 
     def adapter_config(self, layers: int) -> LoraConfig:
         """Return the adapter's config on a base of so many layers."""
         if self.last_layers is None:
             return self.lora
         if self.last_layers > layers:
-            raise ConfigError(f"last_layers is {self.last_layers}; the base has {layers}", mend="Give fewer.")
+            raise ConfigError(f"last_layers is {self.last_layers}; the base has {layers}", hint="Give fewer.")
         return replace(self.lora, layers_to_transform=tuple(range(layers - self.last_layers, layers)))
 
 
@@ -72,7 +72,7 @@ class RunRecipe:
         if not names or twice:
             raise ConfigError(
                 f"two [[adapter]] are named {twice[0]!r}" if twice else "there is no [[adapter]]",
-                mend="Give each job an [[adapter]] with a name of its own.",
+                hint="Give each job an [[adapter]] with a name of its own.",
             )
 
     def toml(self) -> str:
@@ -100,14 +100,14 @@ def read_recipe(path: Path | str) -> RunRecipe:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", mend="Give a run file, in TOML.") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint="Give a run file, in TOML.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no TOML: {error}", mend=MEND) from error
+        raise ConfigError(f"{path} is no TOML: {error}", hint=MEND) from error
     defaults, jobs = content.pop("defaults", {}), content.pop("adapter", [])
     if not isinstance(defaults, dict) or not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
-        raise ConfigError(f"{path}: defaults is one table, adapter a list: [defaults], [[adapter]]", mend=MEND)
+        raise ConfigError(f"{path}: defaults is one table, adapter a list: [defaults], [[adapter]]", hint=MEND)
     if len(jobs) > JOBS:
-        raise ConfigError(f"{path} has {len(jobs)} jobs, more than {JOBS}", mend="Split it.")
+        raise ConfigError(f"{path} has {len(jobs)} jobs, more than {JOBS}", hint="Split it.")
     problems = [f"defaults.{key}: {_unknown(key, KEYS)}" for key in defaults if key not in KEYS]
     known = {key: value for key, value in defaults.items() if key in KEYS}
     read = [_job({**known, **job}, f"adapter[{at}]", path.parent, problems) for at, job in enumerate(jobs)]
@@ -129,7 +129,7 @@ def read_recipe(path: Path | str) -> RunRecipe:
     except ConfigError as error:
         problems.append(error.message)
     if recipe is None:
-        raise ConfigError(f"{path} cannot be run", problems, mend=MEND)
+        raise ConfigError(f"{path} cannot be run", problems, hint=MEND)
     return recipe
 
 

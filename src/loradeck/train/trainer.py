@@ -108,16 +108,16 @@ class Trainer:
             AdapterError: the adapter is frozen.
         """
         if not train:
-            raise DataError("there are no examples to train on", mend="Give at least one.")
+            raise DataError("there are no examples to train on", hint="Give at least one.")
         if name in self.jobs:
-            raise ConfigError(f"{name!r} has a job already", mend="One job trains one adapter.")
+            raise ConfigError(f"{name!r} has a job already", hint="One job trains one adapter.")
         self.bank.parameters(name)
         job = Job(name, self.bank[name], train, config, self.base.model.config, valid=valid)
         longest = max(len(document.tokens) for example in (*train, *valid) for document in job.objective.unit(example))
         if self.base.context is not None and longest > self.base.context:
             raise ConfigError(
                 f"the longest example has {longest} tokens; {self.base.name} reads {self.base.context}",
-                mend=f"Set max_length to {self.base.context} or less.",
+                hint=f"Set max_length to {self.base.context} or less.",
             )
         self.jobs[name] = job
         return job
@@ -308,6 +308,6 @@ def train(
     end = job.progress.end
     assert end is not None
     if end.reason == "diverged":
-        message, _, mend = end.detail.partition("\n")
-        raise TrainingError(message, mend=mend)
+        message, _, hint = end.detail.partition("\n")
+        raise TrainingError(message, hint=hint)
     return TrainResult(job.progress.losses, job.progress.tokens, trainer.seconds, end)

@@ -1,0 +1,201 @@
+"""Which tensors an adapter's files hold, for which module, at which rank. Reads names and shapes; needs no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from loradeck.errors import AdapterError, UnsupportedError
+from loradeck.lora.config import PATH_LENGTH, LoraConfig
+from loradeck.lora.memo import Memo
+from loradeck.lora.peft import RETRAIN, TENSORS, Origin, read_config
+from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
+
+PREFIX = "base_model.model."
+LINEAR = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+INDEX = TENSORS + ".index.json"
+
+UNSUPPORTED = {
+    "lora_magnitude_vector": "DoRA magnitudes",
+    "lora_B.bias": "a bias of B",
+    "token_adapter.trainable_tokens_delta": "replaced token rows",
+    "base_layer.out_proj.lora_": "pairs of a whole attention module (nn.MultiheadAttention)",
+    "base_layer.lora_": "nested parameters (MoE experts)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModule:
+    """One module's pair: its kind, rank, scaling and shapes, all read from the tensors."""
+
+    kind: str  # "linear" | "embedding" | "conv"
+    r: int
+    scaling: float
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The ends of the two tensors' names in a PEFT file."""
+        return EMBEDDING if self.kind == "embedding" else LINEAR
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter's folder, read but for its tensors' values."""
+
+    folder: Path
+    config: LoraConfig
+    origin: Origin
+    headers: tuple[Header, ...]
+    sites: dict[str, TargetModule]  # by module path
+    copies: tuple[str, ...]  # keys that repeat a weight of the base (PEFT saves targeted embeddings whole)
+
+    @property
+    def entries(self) -> dict[str, tuple[Header, Entry]]:
+        """Every tensor with the file it lies in."""
+        return {key: (header, entry) for header in self.headers for key, entry in header.entries.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(header.size for header in self.headers)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(
+            (entry.end - entry.begin) // ITEM_BYTES[entry.dtype]
+            for key, (_, entry) in self.entries.items()
+            if key not in self.copies
+        )
+
+
+def read_folder(folder: str | Path) -> AdapterFiles:
+    """Read a PEFT folder's configuration and tensor headers, and check them against each other.
+
+    Raises:
+        UnsupportedError: the adapter uses something this library does not implement.
+        AdapterError: with every problem found in the folder.
+    """
+    folder = Path(folder)
+    config, origin = read_config(folder)
+    headers = tuple(read_header(path) for path in _tensor_files(folder))
+    origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
+    entries = headers[0].entries if len(headers) == 1 else _joined(headers)
+    order = [*config.rank_pattern, *config.alpha_pattern]  # the first match counts, and equal dicts may differ in it
+    sites, copies = _CHECKED.get((config, order, entries), lambda: _sites(folder, config, entries))
+    return AdapterFiles(folder, config, origin, headers, sites, copies)
+
+
+_CHECKED: Memo[tuple[LoraConfig, list[str], dict[str, Entry]], tuple[dict[str, TargetModule], tuple[str, ...]]] = Memo()
+
+
+def _joined(headers: Sequence[Header]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for header in headers:
+        for key in header.entries.keys() & entries.keys():
+            raise AdapterError(f"{header.path} repeats the tensor {key} of another shard")
+        entries.update(header.entries)
+    return entries
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    if (folder / TENSORS).is_file():
+        return [folder / TENSORS]
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    if (folder / "adapter_model.bin").exists():
+        raise UnsupportedError(
+            f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is opened",
+            hint='Convert it where you trust it: python -c "import torch, safetensors.torch as s; '
+            "s.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"",
+        )
+    raise AdapterError(f"{folder} holds no {TENSORS}", hint="Download or save the adapter again.")
+
+
+def _shards(folder: Path) -> list[Path]:
+    try:
+        table = msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, object])
+        names = sorted(set(msgspec.convert(table.get("weight_map"), dict[str, str]).values()))
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{folder / INDEX} cannot be read: {error}") from None
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
+            raise AdapterError(f"{folder / INDEX} names the shard {name!r}, which is no file of this folder")
+    if not names:
+        raise AdapterError(f"{folder / INDEX} names no shard")
+    return [folder / name for name in names]
+
+
+def _sites(
+    folder: Path, config: LoraConfig, entries: Mapping[str, Entry]
+) -> tuple[dict[str, TargetModule], tuple[str, ...]]:
+    problems: list[str] = []
+    copies: list[str] = []
+    halves: dict[str, dict[str, Entry]] = {}
+    for key, entry in entries.items():
+        if len(key) > len(PREFIX) + PATH_LENGTH:
+            problems.append(f"the key {_short(key)} has {len(key)} characters, more than a module's path can need")
+        elif not key.startswith(PREFIX):
+            problems.append(f"the key {_short(key)} does not begin with {PREFIX}")
+        elif (found := _split(key)) is not None:
+            path, half = found
+            halves.setdefault(path, {})[half] = entry
+        elif unsupported := next((what for part, what in UNSUPPORTED.items() if part in key), None):
+            raise UnsupportedError(f"{folder} holds {unsupported} ({key}); this is not supported", hint=RETRAIN)
+        elif key.endswith(".weight"):
+            copies.append(key)
+        else:
+            problems.append(f"the key {_short(key)} belongs to no A or B")
+    sites: dict[str, TargetModule] = {}
+    for path, own in halves.items():
+        site = _site(path, own, config, problems)
+        if site:
+            sites[path] = site
+    if not halves and not problems:
+        problems.append("it holds no A and no B")
+    if problems:
+        raise AdapterError(
+            f"{folder} is not whole",
+            problems,
+            hint="Save the adapter again with PEFT or `bank.save`; nothing was loaded.",
+        )
+    return sites, tuple(copies)
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    for half, end in (("A", LINEAR[0]), ("B", LINEAR[1]), ("eA", EMBEDDING[0]), ("eB", EMBEDDING[1])):
+        if key.endswith(end) and ".base_layer." not in key:
+            return key[len(PREFIX) : -len(end)], half
+    return None
+
+
+def _site(path: str, own: Mapping[str, Entry], config: LoraConfig, problems: list[str]) -> TargetModule | None:
+    names = sorted(own)
+    if names not in (["A", "B"], ["eA", "eB"]):
+        problems.append(f"{path} has {' and '.join(names)} only, not one A and one B")
+        return None
+    a, b = (own[name].shape for name in names)
+    kind = "embedding" if names[0] == "eA" else "linear" if len(a) == 2 else "conv"
+    r = a[0] if a else 0
+    if len(a) < 2 or len(a) != len(b) or 0 in a or 0 in b:
+        problems.append(f"{path} has A {a} and B {b}: no matrices, as when a sharded training saved only its own part")
+        return None
+    if kind != "conv" and b[1] != r:
+        problems.append(f"{path} has A {a} of rank {r}, but B {b} of rank {b[1]}")
+        return None
+    targets = config.target_modules
+    if not isinstance(targets, str) and not any(path == target or path.endswith("." + target) for target in targets):
+        problems.append(f"{path} has tensors and is no target of adapter_config.json")  # PEFT would drop them
+        return None
+    if config.rank(path) != r:
+        problems.append(f"{path} has rank {r} in its tensors and {config.rank(path)} in adapter_config.json")
+        return None
+    return TargetModule(kind, r, config.scaling(path, r), a, b)
+
+
+def _short(key: str) -> str:
+    return repr(key if len(key) <= 120 else key[:117] + "…")

@@ -1,0 +1,182 @@
+"""A packed layer is the plain one in everything but speed."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from loradeck.base import prepacked
+from loradeck.base.prepacked import SMALLEST, TOLERANCE, PackedLinear, pack, packing
+from loradeck.base.weights import prepare
+from loradeck.errors import UnsupportedError
+
+
+def here(dtype: torch.dtype) -> pytest.MarkDecorator:
+    """Only where this machine packs weights of a dtype: bfloat16 takes AVX-512, or AVX2 with its conversions."""
+    return pytest.mark.skipif(bool(packing(dtype)), reason=f"packed {dtype} {packing(dtype)}")
+
+
+DTYPES = [pytest.param(dtype, marks=here(dtype)) for dtype in TOLERANCE]
+
+
+def linear(inside: int, outside: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Linear(inside, outside, bias=bias).to(dtype).requires_grad_(False)
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
+    """The same layer twice: plain, and packed."""
+    plain, layer = linear(*shape, dtype, bias=bias), linear(*shape, dtype, bias=bias)
+    pack(layer)
+    assert isinstance(layer, PackedLinear)
+    assert layer.weight.is_mkldnn
+    return plain, layer
+
+
+def near(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    assert result.shape == expected.shape
+    assert result.dtype == expected.dtype
+    bound = TOLERANCE[expected.dtype] * float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(result, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(256, 256), (257, 300), (1030, 67)], ids=str)
+def test_the_weight_comes_back_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    plain, layer = pair(*shape, dtype=dtype)
+    assert torch.equal(layer.dense(), plain.weight)
+    assert layer.weight.nbytes == plain.weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(257,), (1, 257), (3, 257), (2, 20, 257), (2, 3, 4, 257), (0, 257), (65, 257)], ids=str
+)
+def test_it_computes_what_the_plain_layer_does(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    plain, layer = pair(257, 300, dtype=dtype, bias=bias)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert near(layer(x), plain(x))
+    if len(shape) == 2:
+        strided = x.t().contiguous().t()
+        assert near(layer(strided), plain(strided))
+
+
+def test_a_row_of_nan_stays_alone() -> None:
+    plain, layer = pair(256, 256)
+    x = torch.randn(5, 256)
+    x[2] = float("nan")
+    kept = [0, 1, 3, 4]
+    assert near(layer(x)[kept], plain(x)[kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_go_through_it(dtype: torch.dtype) -> None:
+    plain, layer = pair(256, 300, dtype=dtype)
+    x = torch.randn(3, 5, 256).to(dtype)
+    upstream = torch.randn(3, 5, 300).to(dtype)
+    found = []
+    for each in (plain, layer):
+        own = x.clone().requires_grad_()
+        each(own).backward(upstream)
+        found.append(own.grad)
+    assert near(found[1], found[0])
+
+
+def test_gradients_of_gradients_go_through_it() -> None:
+    plain, layer = pair(256, 300)
+    found = []
+    for each in (plain, layer):
+        own = torch.randn(3, 256, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        (gradient,) = torch.autograd.grad(each(own).square().sum(), own, create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), own)[0])
+    assert near(found[1], found[0])
+
+
+def test_its_weight_is_not_trained() -> None:
+    _, layer = pair(256, 256)
+    layer.requires_grad_(True)
+    with pytest.raises(UnsupportedError, match="cannot be trained"):
+        layer(torch.randn(1, 256))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_under_autocast_it_is_the_plain_layer(grad: bool) -> None:
+    plain, layer = pair(256, 256)
+    x = torch.randn(3, 256, requires_grad=grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, expected = layer(x), plain(x)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, expected)
+
+
+def test_another_dtype_is_refused_as_by_the_plain_layer() -> None:
+    plain, layer = pair(256, 256)
+    for each in (plain, layer):
+        with pytest.raises(RuntimeError, match="dtype"):
+            each(torch.randn(3, 256, dtype=torch.bfloat16))
+
+
+def test_small_layers_and_other_dtypes_stay_plain() -> None:
+    for layer in (linear(255, 257), linear(256, 256, torch.float64), linear(256, 256, torch.float16)):
+        weight = layer.weight
+        pack(layer)
+        assert type(layer) is nn.Linear
+        assert layer.weight is weight
+    assert 255 * 257 < SMALLEST == 256 * 256
+
+
+@here(torch.bfloat16)
+def test_moving_it_to_another_dtype_and_back() -> None:
+    plain, layer = pair(256, 300, dtype=torch.bfloat16)
+    layer.float()
+    assert layer.weight.is_mkldnn
+    assert torch.equal(layer.dense(), plain.weight.float())
+    layer.double()
+    assert not layer.weight.is_mkldnn
+    x = torch.randn(3, 256, dtype=torch.float64)
+    assert torch.equal(layer(x), F.linear(x, plain.weight.double(), plain.bias.double()))
+    layer.bfloat16()
+    assert layer.weight.is_mkldnn
+    assert torch.equal(layer.dense(), plain.weight)
+
+
+def test_a_copy_shares_its_weight_and_a_pickle_keeps_it() -> None:
+    plain, layer = pair(256, 300)
+    assert copy.deepcopy(layer).weight is layer.weight
+    again = pickle.loads(pickle.dumps(layer))
+    assert again.weight.is_mkldnn
+    assert torch.equal(again.dense(), plain.weight)
+
+
+def test_state_dict_is_the_plain_ones(small: Callable[..., LlamaForCausalLM]) -> None:
+    plain, model, other = small(), small(), small(seed=1)
+    prepare(model, "packed")
+    prepare(other, "packed")
+    expected, state = plain.state_dict(), model.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    other.load_state_dict(expected)
+    assert other.lm_head.weight.is_mkldnn
+    assert torch.equal(other.lm_head.dense(), plain.lm_head.weight)
+
+
+@pytest.mark.parametrize("gone", ["_reorder_linear_weight", "_linear_pointwise"])
+def test_without_its_op_nothing_is_packed(
+    small: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, untried: None, gone: str
+) -> None:
+    ops = {"_reorder_linear_weight", "_linear_pointwise"} - {gone}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**{op: getattr(torch.ops.mkldnn, op) for op in ops}))
+    model, plain = small(), small()
+    prepare(model, "packed")
+    assert gone in prepacked.packing(torch.float32)
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, plain(ids).logits)

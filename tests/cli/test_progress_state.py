@@ -1,0 +1,120 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loradeck.cli.progress_state import POINTS, RECENT, Board, Curve
+from loradeck.train.events import End, Evaluation, Sample, Step
+
+
+def step(
+    number: int, job: str = "poet", seconds: float | None = None, loss: float = 1.0, memory: int = 5, took: float = 1.0
+) -> Step:
+    return Step(
+        job=job,
+        step=number,
+        seconds=float(number) if seconds is None else seconds,
+        took=took,
+        steps=100,
+        loss=loss,
+        learning_rate=1e-4,
+        grad_norm=1.0,
+        tokens=100 * number,
+        supervised=10,
+        memory=memory,
+    )
+
+
+def end(number: int, job: str = "poet") -> End:
+    return End(job=job, step=number, seconds=float(number), reason="early stop", kept=1)
+
+
+@given(st.integers(0, 5000))
+def test_a_curve_stays_small_and_true(count: int) -> None:
+    curve = Curve()
+    for value in range(count):
+        curve.add(value)
+    assert len(curve.points) < POINTS
+    assert len(curve.points) * curve.each + len(curve.pending) == count
+    assert curve.points == [(at + 0.5) * curve.each - 0.5 for at in range(len(curve.points))]
+
+
+def test_a_curve_is_drawn_from_its_lowest_to_its_highest() -> None:
+    curve = Curve()
+    assert curve.bars(10) == ""
+    for value in (8.0, 1.0, 4.0):
+        curve.add(value)
+    assert curve.bars(10) == "█▁▄"
+    assert curve.bars(1) == "▁"
+    assert curve.bars(0) == ""
+    for _ in range(5000):
+        curve.add(1.0)
+    assert len(curve.bars(10)) == 10
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_leaves_the_curve(value: float) -> None:
+    board = Board()
+    for number, loss in enumerate([3.0, value, 1.0], 1):
+        job = board.hear(step(number, loss=loss))
+    assert job.curve.bars(9) == "█▁"
+    assert job.step == step(3, loss=1.0)
+
+
+def test_the_pace_is_the_recent_one() -> None:
+    board = Board()
+    for number in range(1, 31):  # 10 s a step, as long as it warms up
+        board.hear(step(number, seconds=10.0 * number, took=10))
+    for number in range(31, 31 + RECENT):
+        job = board.hear(step(number, seconds=300 + 0.5 * (number - 30), took=0.5))
+    assert job.pace == pytest.approx(200)
+    assert job.left == pytest.approx(0.5 * (100 - 30 - RECENT))
+
+
+def test_a_pace_counts_no_evaluations_and_what_is_left_does() -> None:
+    board = Board()
+    board.hear(step(1, seconds=1, took=1))
+    board.hear(Evaluation(job="poet", step=1, seconds=9.0, loss=2.0, tokens=7, best=True))
+    job = board.hear(step(2, seconds=10, took=1))
+    assert (job.pace, job.left) == (100.0, 9.0 * 98)
+
+
+def test_a_pace_is_unknown_before_the_second_step() -> None:
+    job = Board().hear(step(1))
+    assert (job.pace, job.left, job.running) == (None, None, True)
+
+
+def test_a_resumed_job_is_paced_by_what_it_does_now() -> None:
+    board = Board({"poet": 100})
+    board.hear(step(51, seconds=1000))
+    job = board.hear(step(52, seconds=1002, took=2))
+    assert (job.pace, job.left) == (50.0, 96.0)
+
+
+def test_the_sums_are_of_what_runs() -> None:
+    board = Board()
+    for job in ("poet", "judge"):
+        for number in (1, 2):
+            board.hear(step(number, job, memory=9 - number))
+    assert board.pace == 200
+    board.hear(end(3, "judge"))
+    assert board.pace == 100
+    assert (board.memory, board.peak, board.seconds) == (7, 8, 3.0)
+
+
+def test_those_that_run_come_first() -> None:
+    board = Board({"waits": 9, "ended": 9, "runs": 9})
+    board.hear(step(1, "ended"))
+    board.hear(end(1, "ended"))
+    board.hear(step(1, "runs"))
+    assert [job.name for job in board.first()] == ["runs", "waits", "ended"]
+    assert [job.name for job in board.first(1)] == ["runs"]
+
+
+def test_an_evaluation_and_a_sample_are_of_their_job() -> None:
+    board = Board()
+    told = Evaluation(job="poet", step=3, seconds=4.0, loss=2.0, tokens=7, best=True)
+    board.hear(told)
+    job = board.hear(Sample(job="poet", step=3, seconds=5.0, prompt="a", expected="b", answer="c"))
+    assert (job.validation, job.running, board.seconds) == (told, False, 5.0)

@@ -1,0 +1,73 @@
+"""Text up to a stop string, however the tokens cut both."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from loradeck.serve.stop_strings import StopFilter
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def told(stream: StopFilter, ids: list[int]) -> list[str]:
+    pieces = []
+    for token in ids:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    return [*pieces, stream.flush()]
+
+
+def test_what_may_begin_a_stop_string_is_held(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = StopFilter(tiny_tokenizer, ["END", "\n\n"])
+    ids = ids_of(tiny_tokenizer, "aE\nb\n\nc")
+    assert told(stream, ids) == ["a", "", "E", "\nb", "", "", ""]
+    assert stream.stopped
+
+
+def test_what_was_held_comes_at_the_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = StopFilter(tiny_tokenizer, ["END"])
+    assert told(stream, ids_of(tiny_tokenizer, "aEN")) == ["a", "", "", "EN"]
+    assert not stream.stopped
+    assert stream.flush() == ""
+
+
+def test_a_stop_string_of_wide_characters(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = ids_of(tiny_tokenizer, "日本語だ")
+    assert "".join(told(StopFilter(tiny_tokenizer, ["語"]), ids)) == "日本"
+    assert "".join(told(StopFilter(tiny_tokenizer), ids[:-1])) == "日本語"
+
+
+def test_special_tokens_are_no_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    end = tiny_tokenizer.eos_token_id
+    assert "".join(told(StopFilter(tiny_tokenizer, ["<|im_end|>"]), [*ids_of(tiny_tokenizer, "a"), end])) == "a"
+
+
+def test_a_text_that_goes_on_keeps_its_space(spaced_tokenizer: PreTrainedTokenizerFast) -> None:
+    before, word = ids_of(spaced_tokenizer, "a"), ids_of(spaced_tokenizer, "b")
+    assert StopFilter(spaced_tokenizer).push(word[0]) == "b"
+    assert StopFilter(spaced_tokenizer, before=before).push(word[0]) == " b"
+    assert StopFilter(spaced_tokenizer, [" b"], before).push(word[0]) == ""
+
+
+@given(text=st.text("ab\n語"), stops=st.lists(st.text("ab\n語", min_size=1, max_size=3), max_size=4))
+def test_the_text_is_what_comes_before_the_first_stop_string(
+    tiny_tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str]
+) -> None:
+    stream = StopFilter(tiny_tokenizer, stops)
+    pieces = told(stream, ids_of(tiny_tokenizer, text))
+    first = min((end for stop in stops if (end := _end(text, stop)) is not None), default=None)
+    assert stream.stopped == (first is not None)
+    kept = "".join(pieces)
+    if first is None:
+        assert kept == text
+    else:
+        assert any(kept + stop == text[: len(kept) + len(stop)] for stop in stops)
+        assert not any(stop in kept for stop in stops)
+
+
+def _end(text: str, stop: str) -> int | None:
+    place = text.find(stop)
+    return None if place < 0 else place + len(stop)
