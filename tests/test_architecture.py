@@ -30,7 +30,7 @@ MAY = {
     "sampling": GROUND,
     "generation": {"lora", "base", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
-    "train": {"dataset", "lora", "base", *GROUND},
+    "train": {"dataset", "lora", "ops", "base", *GROUND},
     "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},
     "api": {"serve", "sampling", "store", "stored", "lora", "base", *GROUND},
     "cli": {"api", "serve", "store", "generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},
