@@ -92,7 +92,7 @@ class Serve:
             transport = httpx.ASGITransport(made, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url=URL, headers=headers, timeout=30) as client:
                 result = await test(client)
-            assert not made.state.door.live
+            assert not made.state.server.live
             return result
 
         return asyncio.run(main())
@@ -101,17 +101,17 @@ class Serve:
     def on_a_socket(self) -> Iterator[tuple[str, ServerState]]:
         """Serve on a socket of this machine; its URL, and the application's state."""
         made = app(self.engine, self.metrics, **self.options)
-        address = listen("127.0.0.1", 0, guarded=False)
+        address = listen("127.0.0.1", 0, has_keys=False)
         server = Server(made, address)
-        thread = threading.Thread(target=server.serve_here)
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield url_of(address), made.state.door
+            yield url_of(address), made.state.server
         finally:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
-            assert not made.state.door.live
+            assert not made.state.server.live
 
     def ask(self, path: str, body: Any = None, *, key: str = "", method: str = "") -> httpx.Response:
         """Send one request."""

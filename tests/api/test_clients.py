@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from loradeck.api.app import OPERATIONS, app
-from loradeck.api.keys import Key, Keys
+from loradeck.api.auth import ApiKey, ApiKeys
 from loradeck.api.server import is_loopback, listen, url_of
 from loradeck.errors import ConfigError
 
@@ -82,7 +82,7 @@ def test_openai_without_a_key(serve: Serve) -> None:
         with pytest.raises(openai.AuthenticationError):
             await stranger.models.list()
 
-    serve(keys=Keys([Key("a", "0" * 64)])).run(test)
+    serve(keys=ApiKeys([ApiKey("a", "0" * 64)])).run(test)
 
 
 def test_litellm(url: str) -> None:
@@ -116,7 +116,9 @@ def test_schemathesis_finds_nothing(serve: Serve, mode: GenerationMode) -> None:
     host = {"host": "localhost"}
     schema = schemathesis.openapi.from_asgi("/openapi.json", app(serve.engine, serve.metrics), headers=host)
     operations = [operation.ok() for operation in schema.get_all_operations()]
-    assert {own.path for own in OPERATIONS} - {own.path for own in operations} == {"/openapi.json"}
+    assert {operation.route.path_format for operation in OPERATIONS} - {own.path for own in operations} == {
+        "/openapi.json"
+    }
     for operation in operations:
 
         @settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -186,16 +188,16 @@ def test_many_clients_at_once(url: str) -> None:
 
 def test_only_this_machine_can_reach_a_server_without_keys() -> None:
     with pytest.raises(ConfigError, match="without API keys"):
-        listen("0.0.0.0", 0, guarded=False)
-    with listen("0.0.0.0", 0, guarded=True) as address:
+        listen("0.0.0.0", 0, has_keys=False)
+    with listen("0.0.0.0", 0, has_keys=True) as address:
         assert url_of(address).startswith("http://localhost:")
     assert [is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")] == [True] * 4
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.com")] == [False] * 4
 
 
 def test_an_address_in_use_is_refused() -> None:
-    with listen("127.0.0.1", 0, guarded=False) as address, pytest.raises(ConfigError, match="cannot be listened on"):
-        listen("127.0.0.1", address.getsockname()[1], guarded=False)
+    with listen("127.0.0.1", 0, has_keys=False) as address, pytest.raises(ConfigError, match="cannot listen on"):
+        listen("127.0.0.1", address.getsockname()[1], has_keys=False)
     for host, port in (("127.0.0.1", 99999), ("no.such.host.invalid", 0)):
-        with pytest.raises(ConfigError, match="cannot be listened on"):
-            listen(host, port, guarded=True)
+        with pytest.raises(ConfigError, match="cannot listen on"):
+            listen(host, port, has_keys=True)

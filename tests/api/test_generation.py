@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from loradeck import AdapterStore, Bank, Base, generate
+from loradeck.api.config import ServerConfig
 from loradeck.api.metrics import Metrics
-from loradeck.api.settings import Settings
 from loradeck.serve.engine import Engine
 
 from .conftest import Serve
@@ -186,7 +186,7 @@ def test_a_conversation_may_end_anywhere(serve: Serve) -> None:
     assert rest["usage"]["total_tokens"] == 256  # the base's context
     assert rest["choices"][0]["finish_reason"] == "length"
     assert (
-        serve(settings=Settings(max_output=5))
+        serve(config=ServerConfig(max_output=5))
         .ask(CHAT, {**SAY, "ignore_eos": True})
         .json()["usage"]["completion_tokens"]
         == 5

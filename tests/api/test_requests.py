@@ -9,21 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from loradeck.api import parse
 from loradeck.api.errors import HttpError
-from loradeck.api.requests import CHAT_REFUSES, COMPLETION_REFUSES, ChatRequest, CompletionRequest
+from loradeck.api.requests import ChatCompletionRequest, CompletionRequest, read_body
 
 SAY = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def read(raw: bytes, kind: Any = ChatRequest, refuses: Any = CHAT_REFUSES, content: str = "application/json") -> Any:
+def read(raw: bytes, kind: Any = ChatCompletionRequest, content: str = "application/json") -> Any:
     parts = [{"type": "http.request", "body": raw[:7], "more_body": True}, {"type": "http.request", "body": raw[7:]}]
 
     async def receive() -> Any:
         return parts.pop(0)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content.encode())]}
-    return asyncio.run(parse.read(Request(scope, receive), kind, 1000, refuses))
+    return asyncio.run(read_body(Request(scope, receive), kind, 1000))
 
 
 def refused(fields: dict[str, Any], **rest: Any) -> HttpError:
@@ -74,7 +73,7 @@ def test_a_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
 def test_what_changes_nothing_is_no_reason_to_refuse() -> None:
     read(msgspec.json.encode({**SAY, "response_format": {"type": "text"}, "modalities": ["text"], "functions": None}))
     asked = {"prompt": "a", "best_of": 1, "suffix": ""}
-    assert read(msgspec.json.encode(asked), CompletionRequest, COMPLETION_REFUSES).prompt == "a"
+    assert read(msgspec.json.encode(asked), CompletionRequest).prompt == "a"
 
 
 def test_a_body_must_be_called_json() -> None:

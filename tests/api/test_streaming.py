@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from loradeck.api.streaming import Events, Tell
+from loradeck.api.streaming import EventStream, SendEvent
 
 
 class Wire:
@@ -27,12 +27,14 @@ class Wire:
         self.closed += 1
 
     async def run(self, *writers: Any, ping: float = 60, last: bytes = b"") -> bytes:
-        events = Events(writers, lambda: last, lambda error: str(error).encode(), self.close, ping)
+        events = EventStream(
+            writers, last=lambda: last, on_error=lambda error: str(error).encode(), close=self.close, ping=ping
+        )
         await events({}, self.receive, self.send)
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
-async def hello(tell: Tell) -> None:
+async def hello(tell: SendEvent) -> None:
     await tell(b"hello")
 
 
@@ -48,7 +50,7 @@ def test_events_end_with_done() -> None:
 
 
 def test_silence_is_broken_by_pings() -> None:
-    async def late(tell: Tell) -> None:
+    async def late(tell: SendEvent) -> None:
         await asyncio.sleep(0.2)
         await tell(b"late")
 
@@ -60,7 +62,7 @@ def test_silence_is_broken_by_pings() -> None:
     asyncio.run(main())
 
 
-async def fail(_: Tell) -> None:
+async def fail(_: SendEvent) -> None:
     raise ValueError("broken")
 
 
@@ -75,11 +77,11 @@ def test_an_error_before_the_first_byte_is_an_ordinary_one() -> None:
 
 
 def test_an_error_after_it_is_told_and_ends_the_others() -> None:
-    async def hello_then_fail(tell: Tell) -> None:
+    async def hello_then_fail(tell: SendEvent) -> None:
         await tell(b"hello")
         raise ValueError("broken")
 
-    async def forever(_: Tell) -> None:
+    async def forever(_: SendEvent) -> None:
         await asyncio.Event().wait()
 
     async def main() -> None:
@@ -94,7 +96,7 @@ def test_nothing_is_written_for_a_client_that_has_gone() -> None:
     async def main() -> None:
         wire = Wire()
 
-        async def hello_then_wait(tell: Tell) -> None:
+        async def hello_then_wait(tell: SendEvent) -> None:
             await tell(b"hello")
             wire.gone.set()
             await asyncio.Event().wait()

@@ -205,7 +205,7 @@ def test_an_adapter_that_nobody_asked_for_is_seen_where_it_is_loaded(serve: Serv
 
 
 def test_adapters_beyond_the_busiest_share_a_label(serve: Serve, metrics: Metrics) -> None:
-    metrics.labels._most = 1
+    metrics.labels._maximum = 1
     for model in ("poet", "pirate", "team-a"):
         said(serve, model=model)
     told = samples(serve)

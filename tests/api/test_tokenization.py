@@ -5,16 +5,18 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loradeck.api import prompt
+from loradeck.api import tokenization
 from loradeck.api.errors import HttpError
-from loradeck.api.requests import ChatRequest, Message, TextPart
+from loradeck.api.requests import ChatCompletionRequest, ChatMessage, TextPart
 
-USER = Message("user", "hi")
+USER = ChatMessage("user", "hi")
 WITH_TOOLS = "{% if tools %}{{ tools | length }} tools{% endif %}{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.arguments.x if m.tool_calls }}{% endfor %}{{ mood }}"
 
 
-def text(tokenizer: PreTrainedTokenizerFast, *messages: Message, **fields: Any) -> str:
-    return str(tokenizer.decode(prompt.chat(tokenizer, ChatRequest(messages=list(messages), **fields))))
+def text(tokenizer: PreTrainedTokenizerFast, *messages: ChatMessage, **fields: Any) -> str:
+    return str(
+        tokenizer.decode(tokenization.encode_chat(tokenizer, ChatCompletionRequest(messages=list(messages), **fields)))
+    )
 
 
 @pytest.fixture
@@ -29,11 +31,11 @@ def test_a_conversation(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert text(tiny_tokenizer, USER) == begun + "<|im_start|>assistant\n"
     assert text(tiny_tokenizer, USER, add_generation_prompt=False) == begun
     parts = [TextPart("text", "h"), TextPart("text", "i")]
-    assert text(tiny_tokenizer, Message("user", parts), add_generation_prompt=False) == begun.replace("hi", "h\ni")
+    assert text(tiny_tokenizer, ChatMessage("user", parts), add_generation_prompt=False) == begun.replace("hi", "h\ni")
 
 
 def test_the_last_message_can_be_continued(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    said = text(tiny_tokenizer, USER, Message("assistant", "Well"), continue_final_message=True)
+    said = text(tiny_tokenizer, USER, ChatMessage("assistant", "Well"), continue_final_message=True)
     assert said.endswith("<|im_start|>assistant\nWell")
     with pytest.raises(HttpError, match="contradict"):
         text(tiny_tokenizer, USER, continue_final_message=True, add_generation_prompt=True)
@@ -43,16 +45,16 @@ def test_tools_are_for_templates_that_know_them(
     tiny_tokenizer: PreTrainedTokenizerFast, tools_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with pytest.raises(HttpError, match="no place for tools") as caught:
+    with pytest.raises(HttpError, match="ignores tools") as caught:
         text(tiny_tokenizer, USER, tools=tools)
     assert caught.value.param == "tools"
     assert text(tools_tokenizer, USER, tools=tools) == "1 toolshi"
     assert text(tools_tokenizer, USER, tools=tools, tool_choice="none") == "hi"
     calls: list[Any] = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}]
-    assert text(tools_tokenizer, Message("assistant", None, tool_calls=calls)) == "7"
+    assert text(tools_tokenizer, ChatMessage("assistant", None, tool_calls=calls)) == "7"
     calls[0]["function"]["arguments"] = "{"
-    with pytest.raises(HttpError, match="no JSON"):
-        text(tools_tokenizer, Message("assistant", None, tool_calls=calls))
+    with pytest.raises(HttpError, match="Invalid JSON"):
+        text(tools_tokenizer, ChatMessage("assistant", None, tool_calls=calls))
 
 
 def test_the_template_gets_settings_but_is_not_replaced(tools_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -71,11 +73,11 @@ def test_a_base_without_a_template_takes_no_conversation(tools_tokenizer: PreTra
 
 
 def test_texts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    one = prompt.texts(tiny_tokenizer, "ab")
-    assert prompt.texts(tiny_tokenizer, ["ab", "ab"]) == one * 2
-    assert prompt.texts(tiny_tokenizer, one[0]) == one
-    assert prompt.texts(tiny_tokenizer, one) == one
+    one = tokenization.encode_prompts(tiny_tokenizer, "ab")
+    assert tokenization.encode_prompts(tiny_tokenizer, ["ab", "ab"]) == one * 2
+    assert tokenization.encode_prompts(tiny_tokenizer, one[0]) == one
+    assert tokenization.encode_prompts(tiny_tokenizer, one) == one
     for wrong in ([1, "a"], [[1], "a"], [[1], [260]]):
         with pytest.raises(HttpError) as caught:
-            prompt.texts(tiny_tokenizer, wrong)
+            tokenization.encode_prompts(tiny_tokenizer, wrong)
         assert caught.value.param == "prompt"

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from loradeck import AdapterStore
-from loradeck.api.keys import Key, Keys
-from loradeck.api.settings import Settings
+from loradeck.api.auth import ApiKey, ApiKeys
+from loradeck.api.config import ServerConfig
 
 from .conftest import Serve
 
@@ -19,7 +19,7 @@ def sha(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-KEYS = Keys([Key("alice", sha("ka"), ("poet", "team-*")), Key("root", sha("kr"), control=True)])
+KEYS = ApiKeys([ApiKey("alice", sha("ka"), ("poet", "team-*")), ApiKey("root", sha("kr"), control=True)])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_an_adapter_that_cannot_be_used_says_why(serve: Serve, store: AdapterSto
 
 
 def test_limits(serve: Serve) -> None:
-    small = serve(settings=Settings(max_body_bytes=200, max_prompt=3, max_choices=2))
+    small = serve(config=ServerConfig(max_body_bytes=200, max_prompt=3, max_choices=2))
     assert small.ask(TEXT, {"prompt": "x" * 200}).status_code == 413
     assert small.ask(TEXT, {"prompt": "abcd"}).json()["error"]["param"] == "prompt"
     assert small.ask(TEXT, {"prompt": ["a", "b"], "n": 2}).json()["error"]["param"] == "n"
@@ -163,7 +163,7 @@ def test_pages_get_in_only_where_they_are_let_in(serve: Serve) -> None:
         )
 
     assert "access-control-allow-origin" not in serve.run(preflight).headers
-    allowed = serve(keys=KEYS, settings=Settings(origins=("https://page.example",)))
+    allowed = serve(keys=KEYS, config=ServerConfig(origins=("https://page.example",)))
     assert allowed.run(preflight).headers["access-control-allow-origin"] == "https://page.example"
     assert serve.run(renamed).status_code == 400
     assert serve(keys=KEYS).run(renamed, "kr").status_code == 200

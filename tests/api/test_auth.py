@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from loradeck.api.auth import ANONYMOUS, ApiKey, ApiKeys
 from loradeck.api.errors import HttpError
-from loradeck.api.keys import ANYONE, Key, Keys
 from loradeck.errors import ConfigError
 
 
@@ -15,48 +15,48 @@ def sha(key: str) -> str:
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Keys:
+def keys(tmp_path: Path) -> ApiKeys:
     file = tmp_path / "keys.toml"
     file.write_text(
         f"[alice]\nsha256 = '{sha('ka')}'\nadapters = ['poet', 'team-*']\n[bob]\nsha256 = '{sha('kb-é')}'\ncontrol = true\n"
     )
-    return Keys.load(file)
+    return ApiKeys.load(file)
 
 
-def test_a_key_is_known_by_its_hash(keys: Keys) -> None:
-    assert keys.who("Bearer ka").name == "alice"
-    assert keys.who("bearer  " + "kb-é".encode().decode("latin-1")).name == "bob"  # as headers arrive
+def test_a_key_is_known_by_its_hash(keys: ApiKeys) -> None:
+    assert keys.authenticate("Bearer ka").name == "alice"
+    assert keys.authenticate("bearer  " + "kb-é".encode().decode("latin-1")).name == "bob"  # as headers arrive
 
 
 @pytest.mark.parametrize("header", [None, "", "ka", "Basic ka", "Bearer", "Bearer kA", f"Bearer {sha('ka')}"])
-def test_others_are_strangers(keys: Keys, header: str | None) -> None:
+def test_others_are_strangers(keys: ApiKeys, header: str | None) -> None:
     with pytest.raises(HttpError) as caught:
-        keys.who(header)
+        keys.authenticate(header)
     assert caught.value.status == 401
     assert caught.value.headers == {"www-authenticate": "Bearer"}
 
 
-def test_a_key_may_use_what_its_patterns_say(keys: Keys) -> None:
-    alice = keys.who("Bearer ka")
-    alice.check_use(["poet", "team-a"])
-    alice.check_use([])  # the base
+def test_a_key_may_use_what_its_patterns_say(keys: ApiKeys) -> None:
+    alice = keys.authenticate("Bearer ka")
+    alice.check_adapters(["poet", "team-a"])
+    alice.check_adapters([])  # the base
     with pytest.raises(HttpError, match="pirate") as caught:
-        alice.check_use(["poet", "pirate"])
+        alice.check_adapters(["poet", "pirate"])
     assert caught.value.status == 403
     with pytest.raises(HttpError):
         alice.check_control()
-    keys.who("Bearer " + "kb-é".encode().decode("latin-1")).check_control()
+    keys.authenticate("Bearer " + "kb-é".encode().decode("latin-1")).check_control()
 
 
 def test_patterns_mind_case() -> None:
-    assert not Key("a", "", ("poet",)).may_use("Poet")
+    assert not ApiKey("a", "", ("poet",)).may_use("Poet")
 
 
 def test_without_keys_anyone_may_do_anything() -> None:
-    assert not Keys()
-    assert Keys().who(None) is ANYONE
-    ANYONE.check_control()
-    ANYONE.check_use(["poet"])
+    assert not ApiKeys()
+    assert ApiKeys().authenticate(None) is ANONYMOUS
+    ANONYMOUS.check_control()
+    ANONYMOUS.check_adapters(["poet"])
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"keys\.toml"):
-        Keys.load(file)
+        ApiKeys.load(file)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        Keys.load(tmp_path / "keys.toml")
+        ApiKeys.load(tmp_path / "keys.toml")
