@@ -1,4 +1,4 @@
-"""API keys: files of them, whose a request is, and what it may do."""
+"""API keys: reading a file of them, authenticating a request, and what a key may do."""
 
 import hashlib
 from pathlib import Path
@@ -23,20 +23,20 @@ def keys(tmp_path: Path) -> ApiKeys:
     return ApiKeys.load(file)
 
 
-def test_a_key_is_known_by_its_hash(keys: ApiKeys) -> None:
+def test_a_key_authenticates_by_its_hash(keys: ApiKeys) -> None:
     assert keys.authenticate("Bearer ka").name == "alice"
     assert keys.authenticate("bearer  " + "kb-é".encode().decode("latin-1")).name == "bob"  # as headers arrive
 
 
 @pytest.mark.parametrize("header", [None, "", "ka", "Basic ka", "Bearer", "Bearer kA", f"Bearer {sha('ka')}"])
-def test_others_are_strangers(keys: ApiKeys, header: str | None) -> None:
+def test_a_wrong_or_missing_key_is_refused(keys: ApiKeys, header: str | None) -> None:
     with pytest.raises(HttpError) as caught:
         keys.authenticate(header)
     assert caught.value.status == 401
     assert caught.value.headers == {"www-authenticate": "Bearer"}
 
 
-def test_a_key_may_use_what_its_patterns_say(keys: ApiKeys) -> None:
+def test_a_key_may_use_the_adapters_of_its_patterns(keys: ApiKeys) -> None:
     alice = keys.authenticate("Bearer ka")
     alice.check_adapters(["poet", "team-a"])
     alice.check_adapters([])  # the base
@@ -48,11 +48,11 @@ def test_a_key_may_use_what_its_patterns_say(keys: ApiKeys) -> None:
     keys.authenticate("Bearer " + "kb-é".encode().decode("latin-1")).check_control()
 
 
-def test_patterns_mind_case() -> None:
+def test_patterns_are_case_sensitive() -> None:
     assert not ApiKey("a", "", ("poet",)).may_use("Poet")
 
 
-def test_without_keys_anyone_may_do_anything() -> None:
+def test_without_keys_every_request_may_do_everything() -> None:
     assert not ApiKeys()
     assert ApiKeys().authenticate(None) is ANONYMOUS
     ANONYMOUS.check_control()
@@ -63,13 +63,13 @@ def test_without_keys_anyone_may_do_anything() -> None:
     "text",
     ["", "[a]", "[a]\nsha256='short'", f"[a]\nsha256='{sha('k')}'\nadapter=['x']", "sha256='x'", "[", "\x00", "a=1"],
 )
-def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"keys\.toml"):
         ApiKeys.load(file)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         ApiKeys.load(tmp_path / "keys.toml")

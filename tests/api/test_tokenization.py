@@ -1,4 +1,4 @@
-"""Token ids of texts and conversations; what a chat template makes of tools, continuations and a stranger's settings."""
+"""Token ids of texts and conversations; tools, continuations and the variables of a chat template."""
 
 from typing import Any
 
@@ -21,27 +21,29 @@ def text(tokenizer: PreTrainedTokenizerFast, *messages: ChatMessage, **fields: A
 
 @pytest.fixture
 def tools_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    own = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|im_end|>")
-    own.chat_template = WITH_TOOLS
-    return own
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    tokenizer.chat_template = WITH_TOOLS
+    return tokenizer
 
 
 def test_a_conversation(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    begun = "<|im_start|>user\nhi<|im_end|>\n"
-    assert text(tiny_tokenizer, USER) == begun + "<|im_start|>assistant\n"
-    assert text(tiny_tokenizer, USER, add_generation_prompt=False) == begun
+    beginning = "<|im_start|>user\nhi<|im_end|>\n"
+    assert text(tiny_tokenizer, USER) == beginning + "<|im_start|>assistant\n"
+    assert text(tiny_tokenizer, USER, add_generation_prompt=False) == beginning
     parts = [TextPart("text", "h"), TextPart("text", "i")]
-    assert text(tiny_tokenizer, ChatMessage("user", parts), add_generation_prompt=False) == begun.replace("hi", "h\ni")
+    assert text(tiny_tokenizer, ChatMessage("user", parts), add_generation_prompt=False) == beginning.replace(
+        "hi", "h\ni"
+    )
 
 
 def test_the_last_message_can_be_continued(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    said = text(tiny_tokenizer, USER, ChatMessage("assistant", "Well"), continue_final_message=True)
-    assert said.endswith("<|im_start|>assistant\nWell")
+    rendered = text(tiny_tokenizer, USER, ChatMessage("assistant", "Well"), continue_final_message=True)
+    assert rendered.endswith("<|im_start|>assistant\nWell")
     with pytest.raises(HttpError, match="contradict"):
         text(tiny_tokenizer, USER, continue_final_message=True, add_generation_prompt=True)
 
 
-def test_tools_are_for_templates_that_know_them(
+def test_tools_require_a_template_that_reads_them(
     tiny_tokenizer: PreTrainedTokenizerFast, tools_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -57,8 +59,8 @@ def test_tools_are_for_templates_that_know_them(
         text(tools_tokenizer, ChatMessage("assistant", None, tool_calls=calls))
 
 
-def test_the_template_gets_settings_but_is_not_replaced(tools_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert text(tools_tokenizer, USER, chat_template_kwargs={"mood": "gay"}) == "higay"
+def test_template_variables_cannot_replace_arguments(tools_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert text(tools_tokenizer, USER, chat_template_kwargs={"mood": "glad"}) == "higlad"
     for name in ("chat_template", "tokenize", "tools", "tokenizer_kwargs"):
         with pytest.raises(HttpError, match=name):
             text(tools_tokenizer, USER, chat_template_kwargs={name: "{{ 7 * 7 }}"})
@@ -66,18 +68,18 @@ def test_the_template_gets_settings_but_is_not_replaced(tools_tokenizer: PreTrai
         text(tools_tokenizer, USER, chat_template_kwargs={"messages": []})
 
 
-def test_a_base_without_a_template_takes_no_conversation(tools_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_base_without_a_template_refuses_messages(tools_tokenizer: PreTrainedTokenizerFast) -> None:
     tools_tokenizer.chat_template = None
     with pytest.raises(HttpError, match="no chat template"):
         text(tools_tokenizer, USER)
 
 
-def test_texts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    one = tokenization.encode_prompts(tiny_tokenizer, "ab")
-    assert tokenization.encode_prompts(tiny_tokenizer, ["ab", "ab"]) == one * 2
-    assert tokenization.encode_prompts(tiny_tokenizer, one[0]) == one
-    assert tokenization.encode_prompts(tiny_tokenizer, one) == one
-    for wrong in ([1, "a"], [[1], "a"], [[1], [260]]):
+def test_prompts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenization.encode_prompts(tiny_tokenizer, "ab")
+    assert tokenization.encode_prompts(tiny_tokenizer, ["ab", "ab"]) == ids * 2
+    assert tokenization.encode_prompts(tiny_tokenizer, ids[0]) == ids
+    assert tokenization.encode_prompts(tiny_tokenizer, ids) == ids
+    for invalid in ([1, "a"], [[1], "a"], [[1], [260]]):
         with pytest.raises(HttpError) as caught:
-            tokenization.encode_prompts(tiny_tokenizer, wrong)
+            tokenization.encode_prompts(tiny_tokenizer, invalid)
         assert caught.value.param == "prompt"

@@ -10,17 +10,9 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loradeck.api import generate
 from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError
-from loradeck.api.generate import (
-    finish_reason,
-    max_tokens,
-    respond,
-    sampling_params,
-    select_adapters,
-    submit,
-    text_of,
-)
 from loradeck.api.logprobs import LogprobFormatter
 from loradeck.api.requests import ChatCompletionRequest, read_body
 from loradeck.api.responses import (
@@ -48,19 +40,19 @@ async def create_chat_completion(request: Request) -> Response | EventStream:
     body = await read_body(request, ChatCompletionRequest, state.config.max_body_bytes)
     generations = await run_sync(_submit, state, request.state.key, body)
     form = ChatFormat(body.model or state.names.base, state.fingerprint, state.logprobs if body.logprobs else None)
-    return await respond(request, body, generations, form)
+    return await generate.respond(request, body, generations, form)
 
 
 def _submit(state: ServerState, key: ApiKey, body: ChatCompletionRequest) -> "list[Generation]":
-    selection = select_adapters(state, key, body)
+    selection = generate.select_adapters(state, key, body)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
     prompt = encode_chat(state.engine.base.tokenizer, body)
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = sampling_params(body, max_tokens(state, prompt, requested), logprobs)
+    params = generate.sampling_params(body, generate.max_tokens(state, prompt, requested), logprobs)
     continues = bool(body.continue_final_message)
-    return submit(state, key, selection, [prompt], [params], body.n or 1, continues=continues)
+    return generate.submit(state, key, selection, [prompt], [params], body.n or 1, continues=continues)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +68,12 @@ class ChatFormat:
     def response(self, answers: "Sequence[Answer]", usage: Usage) -> ChatCompletion:
         """Return the completion."""
         choices = [
-            ChatChoice(index, AssistantMessage(text_of(chunks)), self._logprobs(chunks), finish_reason(generation))
+            ChatChoice(
+                index,
+                AssistantMessage(generate.text_of(chunks)),
+                self._logprobs(chunks),
+                generate.finish_reason(generation),
+            )
             for index, (generation, chunks) in enumerate(answers)
         ]
         return ChatCompletion(self.id, self.created, self.model, choices, usage, self.fingerprint)
@@ -93,7 +90,7 @@ class ChatFormat:
 
     def last_event(self, index: int, generation: "Generation") -> ChatCompletionChunk:
         """Return the event with the finish reason."""
-        return self._event(ChatChunkChoice(index, MessageDelta(), finish_reason=finish_reason(generation)))
+        return self._event(ChatChunkChoice(index, MessageDelta(), finish_reason=generate.finish_reason(generation)))
 
     def usage_event(self, usage: Usage) -> ChatCompletionChunk:
         """Return the event with the usage."""

@@ -11,16 +11,8 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loradeck.api import generate
 from loradeck.api.auth import ApiKey
-from loradeck.api.generate import (
-    finish_reason,
-    max_tokens,
-    respond,
-    sampling_params,
-    select_adapters,
-    submit,
-    text_of,
-)
 from loradeck.api.logprobs import LogprobFormatter
 from loradeck.api.requests import CompletionRequest, read_body
 from loradeck.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
@@ -41,22 +33,22 @@ async def create_completion(request: Request) -> Response | EventStream:
     body = await read_body(request, CompletionRequest, state.config.max_body_bytes)
     generations, echoes = await run_sync(_submit, state, request.state.key, body)
     form = CompletionFormat(body, body.model or state.names.base, state.fingerprint, state.logprobs, echoes)
-    return await respond(request, body, generations, form)
+    return await generate.respond(request, body, generations, form)
 
 
 def _submit(state: ServerState, key: ApiKey, body: CompletionRequest) -> "tuple[list[Generation], list[str]]":
     """Return the generations, and for each the text of its prompt if the answer repeats it."""
-    selection = select_adapters(state, key, body)
+    selection = generate.select_adapters(state, key, body)
     prompts = encode_prompts(state.engine.base.tokenizer, body.prompt, special=body.add_special_tokens is not False)
     requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prompt_logprobs = body.logprobs if body.echo else None
     params = [
-        sampling_params(body, max_tokens(state, prompt, requested), body.logprobs, prompt_logprobs)
+        generate.sampling_params(body, generate.max_tokens(state, prompt, requested), body.logprobs, prompt_logprobs)
         for prompt in prompts
     ]
     n = body.n or 1
     echoes = _texts(state, body, prompts) if body.echo else [""] * len(prompts)
-    generations = submit(state, key, selection, prompts, params, n, continues=True)
+    generations = generate.submit(state, key, selection, prompts, params, n, continues=True)
     return generations, [echo for echo in echoes for _ in range(n)]
 
 
@@ -87,9 +79,9 @@ class CompletionFormat:
         choices = [
             CompletionChoice(
                 index,
-                self.echoes[index] + text_of(chunks),
+                self.echoes[index] + generate.text_of(chunks),
                 self._logprobs(index, chunks, generation if self.request.echo else None),
-                finish_reason(generation),
+                generate.finish_reason(generation),
             )
             for index, (generation, chunks) in enumerate(answers)
         ]
@@ -110,7 +102,7 @@ class CompletionFormat:
 
     def last_event(self, index: int, generation: "Generation") -> Completion:
         """Return the event with the finish reason."""
-        return self._completion(CompletionChoice(index, "", finish_reason=finish_reason(generation)))
+        return self._completion(CompletionChoice(index, "", finish_reason=generate.finish_reason(generation)))
 
     def usage_event(self, usage: Usage) -> Completion:
         """Return the event with the usage."""
