@@ -89,12 +89,13 @@ def app(
     """
     state = ServerState(engine, metrics, keys or ApiKeys(), config or ServerConfig())
     handle_error = error_handler(state.store_path)
-    middleware = [Middleware(AuthMiddleware, state.keys, handle_error)]
+    middleware = []
+    if not state.keys:
+        middleware.append(Middleware(TrustedHostMiddleware, [*state.config.hosts], www_redirect=False))
     if state.config.origins:
         origins = [*state.config.origins]
-        middleware.insert(0, Middleware(CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]))
-    if not state.keys:
-        middleware.insert(0, Middleware(TrustedHostMiddleware, [*state.config.hosts], www_redirect=False))
+        middleware.append(Middleware(CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]))
+    middleware.append(Middleware(AuthMiddleware, state.keys, handle_error))
     application = Starlette(
         routes=[operation.route for operation in OPERATIONS],
         middleware=middleware,

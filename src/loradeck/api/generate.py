@@ -1,4 +1,4 @@
-"""From a request to the engine's generations, and from these to a response, whole or as a stream of events."""
+"""What both kinds of generation share: submitting a request to the engine, and responding, whole or as a stream."""
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
@@ -41,7 +41,7 @@ SAMPLING_FIELDS = (  # those that GenerationRequest and SamplingParams share
 
 
 class Format(Protocol):
-    """The JSON of one route's responses. A choice is one of the answers; its index is its place among them."""
+    """The JSON of one route's responses. A choice is one answer, `index` its position among them."""
 
     def response(self, answers: "Sequence[Answer]", usage: Usage) -> Any:
         """Return the body of a response that is not streamed."""
@@ -158,7 +158,7 @@ def submit(
 
 
 def _with_seed(params: SamplingParams, number: int) -> SamplingParams:
-    """Return the parameters of the answer with this number among those to one prompt: each has its own seed."""
+    """Return the parameters of one of the answers to a prompt: each has its own seed."""
     return params if params.seed is None else replace(params, seed=(params.seed + number) % SEEDS)
 
 

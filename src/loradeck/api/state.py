@@ -31,7 +31,7 @@ class ServerState:
     names: ModelNames = field(init=False)
     logprobs: LogprobFormatter = field(init=False)
     live: "set[Generation]" = field(init=False, default_factory=set)
-    """Those that a client waits for."""
+    """Generations that a client waits for."""
     draining: bool = field(init=False, default=False)
     started: int = field(init=False, default_factory=lambda: int(time.time()))
     """Seconds since 1970."""

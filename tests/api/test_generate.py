@@ -10,8 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from loradeck import AdapterStore, Bank, Base, generate
 from loradeck.api.config import ServerConfig
+from loradeck.api.generate import sampling_params
 from loradeck.api.metrics import Metrics
+from loradeck.api.requests import GenerationRequest
 from loradeck.serve.engine import Engine
+from loradeck.serve.request import SamplingParams
 
 from .conftest import LocalServer
 
@@ -23,6 +26,28 @@ TEXT_REQUEST: dict[str, Any] = {"prompt": "Once", "temperature": 0, "max_tokens"
 def text_of(completion: Any) -> str:
     (choice, *_) = completion["choices"]
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
+
+
+def test_sampling_params_of_a_request() -> None:
+    defaults = sampling_params(GenerationRequest(), 5, None)
+    assert defaults == SamplingParams(max_tokens=5, temperature=1.0)
+    fields: dict[str, Any] = {
+        "min_tokens": 2,
+        "temperature": 0.0,
+        "top_p": 0.5,
+        "min_p": 0.25,
+        "presence_penalty": 1.5,
+        "frequency_penalty": -1.5,
+        "repetition_penalty": 1.25,
+        "logit_bias": {3: -1.0},
+        "seed": 0,
+        "stop": ["a", "b"],
+        "ignore_eos": True,
+    }
+    request = GenerationRequest(**fields, top_k=-1, stop_token_ids=[7])
+    expected = SamplingParams(max_tokens=5, stop_tokens=frozenset({7}), logprobs=1, prompt_logprobs=2, **fields)
+    assert sampling_params(request, 5, 1, 2) == expected
+    assert sampling_params(GenerationRequest(top_k=3, stop="a"), 5, None).top_k == 3
 
 
 def test_a_chat_completion(server: LocalServer) -> None:
