@@ -22,7 +22,7 @@ from loradeck.serve.request import SamplingParams
 if TYPE_CHECKING:
     from loradeck.serve.generation import Generation, TextChunk
 
-    Answer: TypeAlias = tuple[Generation, Sequence[TextChunk]]
+    FinishedGeneration: TypeAlias = tuple[Generation, Sequence[TextChunk]]
 
 SEEDS = 2**64
 SAMPLING_FIELDS = (  # those that GenerationRequest and SamplingParams share
@@ -43,7 +43,7 @@ SAMPLING_FIELDS = (  # those that GenerationRequest and SamplingParams share
 class Format(Protocol):
     """The JSON of one route's responses. A choice is one answer, `index` its position among them."""
 
-    def response(self, answers: "Sequence[Answer]", usage: Usage) -> Any:
+    def response(self, answers: "Sequence[FinishedGeneration]", usage: Usage) -> Any:
         """Return the body of a response that is not streamed."""
         ...
 
@@ -219,7 +219,7 @@ async def _read(generation: "Generation") -> "AsyncIterator[TextChunk]":
         raise shutting_down()
 
 
-async def _read_all(generation: "Generation") -> "Answer":
+async def _read_all(generation: "Generation") -> "FinishedGeneration":
     return generation, [chunk async for chunk in _read(generation)]
 
 
