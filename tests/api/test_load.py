@@ -135,7 +135,7 @@ def test_an_engine_that_failed_is_not_healthy(gated: Callable[..., Any], monkeyp
         raise ZeroDivisionError
 
     async def test(scene: Scene) -> Any:
-        monkeypatch.setattr(server.engine._loop._scheduler, "next", fail)
+        monkeypatch.setattr(server.engine._loop._scheduler, "schedule", fail)
         return await scene.rest(), await scene.client.post(CHAT, json=LONG), await scene.client.get("/health")
 
     lines, late, health = during_a_stream(server, gate, test)

@@ -17,7 +17,7 @@ from loradeck.api.responses import ErrorResponse, FinishReason, PromptTokensDeta
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import EventStream, SendEvent, run_until_disconnect
 from loradeck.errors import BusyError
-from loradeck.serve.request import SamplingParams
+from loradeck.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from loradeck.serve.generation import Generation, TextChunk
@@ -103,7 +103,7 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         top_k=max(request.top_k or 0, 0),
-        stop_tokens=frozenset(request.stop_token_ids or ()),
+        stop_token_ids=frozenset(request.stop_token_ids or ()),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         **fields,
@@ -242,7 +242,7 @@ async def _write_events(form: Format, index: int, generation: "Generation", send
 def _usage(generations: "Sequence[Generation]", n: int) -> Usage:
     """Return the tokens of a request; a prompt with `n` answers counts once."""
     requests = [generation.request for generation in generations]
-    prompt_tokens = sum(request.prompt_length for request in requests[::n])
+    prompt_tokens = sum(len(request.prompt) for request in requests[::n])
     completion_tokens = sum(request.generated for request in requests)
     cached_tokens = sum(request.cached for request in requests[::n])
     total_tokens = prompt_tokens + completion_tokens

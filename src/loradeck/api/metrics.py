@@ -15,8 +15,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
-    from loradeck.serve.observer import Finish
-    from loradeck.serve.request import Request
+    from loradeck.serve.request import Finish, Request
 
 # vLLM's buckets, in seconds, so that quantiles are comparable.
 # fmt: off
@@ -32,11 +31,7 @@ REQUEST_BUCKETS = (
 # fmt: on
 FINISHED_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "failed": "error"}  # ours -> vLLM's
 MAX_LISTED = 100  # adapters in the value of a label
-BASE_LABEL, BLEND_LABEL, OTHER_LABEL = (
-    "<base>",
-    "<blend>",
-    "<other>",
-)  # labels; no adapter's name can have these characters
+BASE_LABEL, BLEND_LABEL, OTHER_LABEL = "<base>", "<blend>", "<other>"  # no adapter's name has these characters
 
 
 class Metrics(Collector):
@@ -104,10 +99,10 @@ class Metrics(Collector):
         """Count a request and its prompt."""
         self.labels.count(request.adapter)
         label = self.labels.label(request.adapter)
-        self._prompt_tokens.labels(self._base).inc(request.prompt_length)
+        self._prompt_tokens.labels(self._base).inc(len(request.prompt))
         self._queue_time.labels(self._base).observe(request.admitted - request.arrived)
         self._adapter_requests.labels(label).inc()
-        self._adapter_prompt_tokens.labels(label).inc(request.prompt_length)
+        self._adapter_prompt_tokens.labels(label).inc(len(request.prompt))
 
     def token(self, request: "Request", since: float) -> None:
         """Count a token that came `since` seconds after the one before it, or after the request's arrival."""
