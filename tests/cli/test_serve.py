@@ -88,8 +88,8 @@ def test_a_second_signal_waits_for_nobody(tiny_folder: Path) -> None:
     ("flags", "said"),
     [
         (["--host", "0.0.0.0"], "without API keys"),
-        (["--port", "99999"], "cannot be listened on"),
-        (["--keys", "nowhere.toml"], "nowhere.toml cannot be read"),
+        (["--port", "99999"], "cannot listen on"),
+        (["--keys", "nowhere.toml"], "cannot read nowhere.toml"),
         (["--adapters", "nowhere"], "cannot be read"),
         (["--max-rows", "0"], "max_rows"),
         (["--drain", "0"], "drain=0"),

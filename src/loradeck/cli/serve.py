@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from loradeck.api.settings import Settings
+from loradeck.api.config import ServerConfig
 from loradeck.cli import allocator
 from loradeck.cli.imports import heavy
 from loradeck.cli.options import Dtype, Weights
@@ -18,7 +18,7 @@ from loradeck.serve.config import EngineConfig
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
 
-ENGINE, SETTINGS = EngineConfig(), Settings()
+ENGINE, SETTINGS = EngineConfig(), ServerConfig()
 TRIED = 8  # adapters that are tried until one can be used in the example
 
 
@@ -33,7 +33,7 @@ def serve(
     dtype: Dtype = "auto",
     weights: Weights = "packed",
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
-    settings: Annotated[Settings, Parameter(name="*")] = SETTINGS,
+    settings: Annotated[ServerConfig, Parameter(name="*")] = SETTINGS,
 ) -> None:
     """Serve a base and a folder of adapters over HTTP, as OpenAI's clients ask.
 
@@ -50,14 +50,14 @@ def serve(
         keys: A file of API keys, and what each may do.
     """
     begun = time.perf_counter()
-    from loradeck.api.keys import Keys
+    from loradeck.api.auth import ApiKeys
     from loradeck.api.server import Server, listen, url_of
     from loradeck.store import AdapterStore
 
-    known = Keys.load(keys) if keys else Keys()
+    known = ApiKeys.load(keys) if keys else ApiKeys()
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # what is wrong with the folder, before the base takes its seconds
-    with listen(host, port, guarded=bool(known)) as address:
+    with listen(host, port, has_keys=bool(known)) as address:
         allocator.thrifty()
         with heavy():
             from loradeck.api.app import app
@@ -69,14 +69,14 @@ def serve(
         metrics = Metrics(loaded.name, settings.top_adapters)
         with Engine(loaded, store, engine, observer=metrics) as running:
             own = replace(settings, hosts=(*settings.hosts, f"[{host}]" if ":" in host else host))
-            server = Server(app(running, metrics, keys=known, settings=own), address)
+            server = Server(app(running, metrics, keys=known, config=own), address)
             url = url_of(address)
             example = curl(url, running, guarded=bool(known))
             took = time.perf_counter() - begun
             print(
                 shown(f"{loaded.name} with {count} adapters on {url}, after {took:.1f} s; try:\n{example}"), flush=True
             )
-            server.serve_here()
+            server.serve_forever()
 
 
 def curl(url: str, engine: "Engine", *, guarded: bool) -> str:
