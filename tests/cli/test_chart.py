@@ -2,8 +2,8 @@ from itertools import pairwise
 
 import pytest
 
-from loradeck.cli.chart import chart
-from loradeck.cli.curves import Curve, Point
+from loradeck.cli.display.chart import chart
+from loradeck.cli.display.curves import Curve, Point
 
 
 def curve(label: str, points: list[Point], marks: list[Point] | None = None, best: Point | None = None) -> Curve:

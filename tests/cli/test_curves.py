@@ -3,7 +3,7 @@ import math
 import msgspec
 import pytest
 
-from loradeck.cli.curves import curve, curves, smoothed
+from loradeck.cli.display.curves import curve, curves, smoothed
 from loradeck.train.events import Evaluation, Step
 from loradeck.train.history import Track
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from loradeck.cli import live_view as module
-from loradeck.cli.live_view import progress, table, view
-from loradeck.cli.plan import Plan
-from loradeck.cli.progress_state import Board
+from loradeck.cli.display.live_view import progress, table, view
+from loradeck.cli.display.plan import Plan
+from loradeck.cli.display.progress_state import Board
 from loradeck.train.events import AnyEvent, End, Evaluation, Sample, Step
 from loradeck.train.schedule import Schedule
 

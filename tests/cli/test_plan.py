@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from loradeck.base.load import Base
-from loradeck.cli.live_view import table
-from loradeck.cli.plan import REASONS, Plan, plan
+from loradeck.cli.display.live_view import table
+from loradeck.cli.display.plan import REASONS, Plan, plan
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
 from loradeck.train.recipe import JobRecipe, RunRecipe

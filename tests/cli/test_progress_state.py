@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loradeck.cli.progress_state import POINTS, RECENT, Board, Curve
+from loradeck.cli.display.progress_state import POINTS, RECENT, Board, Curve
 from loradeck.train.events import End, Evaluation, Sample, Step
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from loradeck import __version__
-from loradeck.cli.screen import shown
+from loradeck.cli.display.text import shown
 from loradeck.errors import LoradeckError
 
 VERBS = (

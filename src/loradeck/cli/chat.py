@@ -9,8 +9,8 @@ from cyclopts import Parameter
 
 from loradeck.cli import blend
 from loradeck.cli.chat_backends import ChatBackend, Far, Local
+from loradeck.cli.display.text import shown
 from loradeck.cli.options import Adapters, Dtype, Sampling, Weights
-from loradeck.cli.screen import shown
 from loradeck.errors import ConfigError, LoradeckError
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ def chat(
     if (base is None) == (server is None):
         raise ConfigError("a conversation is with a base or with a server", hint="Give BASE, or --server URL.")
     if server is not None:
-        from loradeck.cli.remote import Remote
+        from loradeck.cli.openai_client import OpenAIClient
 
         blends = [dict(blend.parse(text)) for text in adapters]
-        remote = Remote(server, key)
+        remote = OpenAIClient(server, key)
         partner: ChatBackend = Far(remote, remote.models())
     else:
         assert base is not None

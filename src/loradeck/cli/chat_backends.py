@@ -11,7 +11,7 @@ from loradeck.errors import ConfigError
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
-    from loradeck.cli.remote import Remote
+    from loradeck.cli.openai_client import OpenAIClient
     from loradeck.lora.bank import Bank
     from loradeck.lora.routing import RouteEntry
 
@@ -86,7 +86,7 @@ class Local:
 class Far:
     """A server and its models, the base first; which others there are is asked with each answer."""
 
-    remote: "Remote"
+    remote: "OpenAIClient"
     models: list[str]
 
     @property

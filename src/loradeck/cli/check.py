@@ -3,8 +3,8 @@
 import re
 from typing import TYPE_CHECKING
 
+from loradeck.cli.display.text import columns, print_json, shown
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, print_json, shown
 from loradeck.train.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING
 
-from loradeck.cli.screen import shown, size
+from loradeck.cli.display.text import shown, size
 from loradeck.errors import AdapterError, BaseModelError, LoradeckError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "Tr
 
     import torch
 
-    from loradeck.cli.live_view import progress
+    from loradeck.cli.display.live_view import progress
     from loradeck.dataset.read import read_dataset
     from loradeck.lora.config import LoraConfig
     from loradeck.train.trainer import train

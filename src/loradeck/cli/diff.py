@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from loradeck.cli.display.text import columns, print_json, shown, spelled
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, print_json, shown, spelled
 
 
 def diff(

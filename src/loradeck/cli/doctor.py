@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from loradeck.cli.display.text import columns, print_json, size
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, print_json, size
 from loradeck.disk import cache_folder
 
 NEEDED = ("torch", "transformers", "safetensors")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from loradeck.cli.screen import shown, size
+from loradeck.cli.display.text import shown, size
 from loradeck.errors import ConfigError
 
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 from loradeck.cli import blend
+from loradeck.cli.display.text import print_json, shown
 from loradeck.cli.options import Adapters, AsJson, Dtype, Sampling, Weights
-from loradeck.cli.screen import print_json, shown
 from loradeck.errors import ConfigError
 
 GREEDY = Sampling()

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from loradeck.cli.display.text import columns, few, print_json, shown, size
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, few, print_json, shown, size
 from loradeck.errors import AdapterError
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.cli import blend
+from loradeck.cli.display.text import shown, size
 from loradeck.cli.options import Dtype
-from loradeck.cli.screen import shown, size
 from loradeck.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:

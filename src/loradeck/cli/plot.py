@@ -6,8 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from loradeck.cli.curves import Curve, Metric
-from loradeck.cli.screen import shown
+from loradeck.cli.display.curves import Curve, Metric
+from loradeck.cli.display.text import shown
 from loradeck.errors import ConfigError, LoradeckError
 
 NAMES: dict[Metric, str] = {
@@ -30,7 +30,7 @@ def plot(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = No
         output: A picture to write, as plot.png or plot.svg, in place of the terminal.
         metric: What is plotted.
     """
-    from loradeck.cli.curves import curves
+    from loradeck.cli.display.curves import curves
     from loradeck.train.history import read_history
 
     if not runs:
@@ -46,7 +46,7 @@ def plot(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = No
         return
     from rich.console import Console
 
-    from loradeck.cli.chart import chart
+    from loradeck.cli.display.chart import chart
 
     console = Console(highlight=False)
     height = max(8, min(24, console.height - len(found) - ABOUT))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from loradeck.cli.screen import shown, size
+from loradeck.cli.display.text import shown, size
 from loradeck.errors import AdapterError, ConfigError
 
 OWN = ("adapter_config.json", "adapter_model*.safetensors*", "README.md")

@@ -9,9 +9,9 @@ from cyclopts import Parameter
 
 from loradeck.api.settings import Settings
 from loradeck.cli import allocator
+from loradeck.cli.display.text import shown
 from loradeck.cli.imports import heavy
 from loradeck.cli.options import Dtype, Weights
-from loradeck.cli.screen import shown
 from loradeck.errors import LoradeckError
 from loradeck.serve.config import EngineConfig
 

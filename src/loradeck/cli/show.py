@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from loradeck.cli.display.text import columns, print_json, shown, size, spelled
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, print_json, shown, size, spelled
 
 
 def show(adapter: Path, /, *, as_json: AsJson = False) -> None:

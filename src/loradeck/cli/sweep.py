@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import Parameter
 
+from loradeck.cli.display.text import columns, shown
 from loradeck.cli.options import Dtype
-from loradeck.cli.screen import columns, shown
 from loradeck.cli.train import LORA, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
 from loradeck.errors import ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from loradeck.cli.display.text import shown, size
 from loradeck.cli.imports import heavy
 from loradeck.cli.options import Dtype
-from loradeck.cli.screen import shown, size
 from loradeck.cli.writers import Kind
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
@@ -115,8 +115,8 @@ def carry_out(
     with heavy():
         from loradeck.base.load import Base
         from loradeck.base.onednn import MANY, keep
-        from loradeck.cli.live_view import progress, table
-        from loradeck.cli.plan import plan
+        from loradeck.cli.display.live_view import progress, table
+        from loradeck.cli.display.plan import plan
         from loradeck.cli.writers import metric_writer
         from loradeck.train.run import Run
 

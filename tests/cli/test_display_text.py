@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loradeck.cli.screen import columns, few, shown, size, spelled
+from loradeck.cli.display.text import columns, few, shown, size, spelled
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from string import ascii_letters
 
 from rich.text import Text
 
-from loradeck.cli.curves import Curve, Point
+from loradeck.cli.display.curves import Curve, Point
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # row, column -> bit
 COLOURS = ("cyan", "magenta", "yellow", "green", "red", "blue")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from loradeck.cli.screen import shown
+from loradeck.cli.display.text import shown
 from loradeck.train.events import Evaluation
 from loradeck.train.history import Track, pace
 

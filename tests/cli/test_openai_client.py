@@ -17,7 +17,7 @@ from loradeck.api.app import app
 from loradeck.api.keys import Key, Keys
 from loradeck.api.metrics import Metrics
 from loradeck.api.server import Server, listen, url_of
-from loradeck.cli.remote import Remote
+from loradeck.cli.openai_client import OpenAIClient
 from loradeck.errors import ConfigError, RequestError
 from loradeck.serve.engine import Engine
 
@@ -118,7 +118,7 @@ def test_what_cannot_begin(run: Callable, command: list[str], said: str) -> None
 
 def test_what_is_asked_and_what_comes() -> None:
     with stranger(b'{"data": [{"id": "gpt", "owned_by": "x"}]}', told(None, "a\u2028", "b")) as (url, asked):
-        remote = Remote(url, "k")
+        remote = OpenAIClient(url, "k")
         assert remote.models() == ["gpt"]
         assert "".join(remote.stream("gpt", SAY, temperature=0.5, seed=None)) == "a\u2028b"
     body = {"model": "gpt", "messages": SAY, "stream": True, "temperature": 0.5}
@@ -137,7 +137,7 @@ def test_what_is_asked_and_what_comes() -> None:
 )
 def test_an_answer_that_does_not_end_well(body: bytes, said: str) -> None:
     with stranger(body) as (url, _), pytest.raises(RequestError, match=said):
-        list(Remote(url).stream("", SAY))
+        list(OpenAIClient(url).stream("", SAY))
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_an_answer_that_does_not_end_well(body: bytes, said: str) -> None:
 )
 def test_a_server_that_is_none(body: bytes, status: int, said: str) -> None:
     with stranger(body, status=status) as (url, _), pytest.raises(RequestError, match=said):
-        Remote(url).models()
+        OpenAIClient(url).models()
 
 
 def test_a_reader_that_leaves_gives_the_answer_up(url: str) -> None:
-    pieces = Remote(url, "secret").stream("poet", SAY, max_tokens=200)
+    pieces = OpenAIClient(url, "secret").stream("poet", SAY, max_tokens=200)
     next(pieces)
     pieces.close()
     until = time.monotonic() + 20
@@ -167,4 +167,4 @@ def test_a_reader_that_leaves_gives_the_answer_up(url: str) -> None:
 
 def test_a_url_is_checked() -> None:
     with pytest.raises(ConfigError, match="http://"):
-        Remote("localhost:8000")
+        OpenAIClient("localhost:8000")

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Remote:
+class OpenAIClient:
     """A server, by its URL with or without /v1."""
 
     url: str

@@ -13,8 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from loradeck.cli.plan import Plan
-from loradeck.cli.progress_state import Board, Job
+from loradeck.cli.display.plan import Plan
+from loradeck.cli.display.progress_state import Board, Job
 from loradeck.train.events import AnyEvent, End, Evaluation, Listener, Sample, Step
 
 LINES = 10  # of a job that is written to a file
