@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "loradeck"
 FILES = sorted(SOURCE.rglob("*.py"))
 # What each room may import of ours, besides itself: DESIGN's floors, from the ground up.
-GROUND = {"errors", "disk", "dtypes"}
+GROUND = {"errors", "disk", "dtypes", "blend"}
 MAY = {
     "errors": set(),
     "disk": set(),
     "dtypes": set(),
+    "blend": {"errors"},
     "toy": set(),
     "demo": set(),
     "ops": {"disk", "dtypes"},
