@@ -19,13 +19,13 @@ from loradeck.lora.bank import Bank
         ("poet*-1 + pirate", [("poet", -1.0), ("pirate", 1.0)]),
     ],
 )
-def test_what_can_be_written(text: str, weights: list[tuple[str, float]]) -> None:
+def test_parse(text: str, weights: list[tuple[str, float]]) -> None:
     assert parse(text) == weights
 
 
 @pytest.mark.parametrize("text", ["", "+", "poet*", "*0.5", "poet*half", "poet+", "poet*0.5*"])
-def test_what_cannot(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no blend"):
+def test_an_invalid_blend_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="invalid blend"):
         parse(text)
 
 

@@ -1,6 +1,6 @@
-"""A server that answers as OpenAI's does: which models it has, and its answers as they come. Knows HTTP, no engine.
+"""A small client of OpenAI-compatible servers: the list of models, and streamed chat completions.
 
-urllib is enough: one request at a time, and lines as they come.
+urllib is enough for one request at a time, read line by line.
 """
 
 import http.client
@@ -15,7 +15,7 @@ import msgspec
 from loradeck.errors import ConfigError, RequestError
 
 DATA, DONE = b"data:", b"[DONE]"
-LONGEST = 600  # seconds without a byte
+TIMEOUT = 600  # seconds without a byte
 
 T = TypeVar("T")
 
@@ -29,57 +29,58 @@ class OpenAIClient:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"{self.url!r} is no server", hint="Write it as in http://127.0.0.1:8000.")
+            raise ConfigError(f"invalid server URL {self.url!r}", hint="Write it as in http://127.0.0.1:8000.")
 
     def models(self) -> list[str]:
-        """Return the names of its models; here and in vLLM the base comes first.
+        """Return the names of the server's models; here and in vLLM the base comes first.
 
         Raises:
-            RequestError: it cannot be reached, refuses, or lists none.
+            RequestError: the server cannot be reached, refuses, or lists no models.
         """
-        with self._asked("models") as answer:
-            names = [model.id for model in self._read(answer.read(), _Models).data]
+        with self._open("models") as response:
+            names = [model.id for model in self._decode(response.read(), _Models).data]
         if not names:
-            raise RequestError(f"{self.url} has no models")
+            raise RequestError(f"{self.url} lists no models")
         return names
 
     def stream(self, model: str, messages: Sequence[dict[str, str]], **sampling: Any) -> Iterator[str]:
-        """Yield an answer in pieces as they come. Left early, it is given up, and the server knows.
+        """Yield an answer in pieces as they arrive. Closing the iterator closes the connection, which ends the answer.
 
         Raises:
-            RequestError: the server cannot be reached, or refuses, or fails on the way.
+            RequestError: the server cannot be reached, refuses, or fails before the end.
         """
-        asked = {name: value for name, value in sampling.items() if value is not None}
-        with self._asked("chat/completions", {"model": model, "messages": messages, "stream": True, **asked}) as answer:
-            for line in _lines(answer):
+        options = {name: value for name, value in sampling.items() if value is not None}
+        body = {"model": model, "messages": messages, "stream": True, **options}
+        with self._open("chat/completions", body) as response:
+            for line in _lines(response):
                 data = line.removeprefix(DATA).strip()
                 if data == DONE:
                     return
                 if data and line.startswith(DATA):
-                    event = self._read(data, _Event)
+                    event = self._decode(data, _Event)
                     if event.error is not None:
                         raise RequestError(event.error.message if isinstance(event.error, _Error) else event.error)
                     yield from (choice.delta.content or "" for choice in event.choices)
-        raise RequestError("the answer broke off", hint="Ask again; the server may have been stopped.")
+        raise RequestError("the answer broke off", hint="Try again; the server may have stopped.")
 
-    def _asked(self, path: str, body: Any = None) -> http.client.HTTPResponse:
+    def _open(self, path: str, body: Any = None) -> http.client.HTTPResponse:
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
         url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
-        sent = None if body is None else msgspec.json.encode(body)
+        data = None if body is None else msgspec.json.encode(body)
         try:
-            return urllib.request.urlopen(urllib.request.Request(url, sent, headers), timeout=LONGEST)
+            return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             with error:
-                raise RequestError(_refusal(error.read()) or f"{url} answers {error.code} {error.reason}") from error
+                raise RequestError(_error_message(error.read()) or f"{url}: {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            why = getattr(error, "reason", error)
-            raise RequestError(f"{self.url} cannot be reached: {why}", hint="Is the server there?") from error
+            reason = getattr(error, "reason", error)
+            raise RequestError(f"cannot reach {self.url}: {reason}", hint="Check that the server runs.") from error
 
-    def _read(self, text: bytes, kind: type[T]) -> T:
+    def _decode(self, text: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(text, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise RequestError(f"{self.url} does not answer as OpenAI does: {error}") from error
+            raise RequestError(f"{self.url} is not OpenAI-compatible: {error}") from error
 
 
 class _Model(msgspec.Struct):
@@ -109,19 +110,20 @@ class _Event(msgspec.Struct):
     error: _Error | str | None = None
 
 
-class _Refusal(msgspec.Struct):
+class _ErrorBody(msgspec.Struct):
     error: _Error
 
 
-def _lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
     try:
-        yield from answer
+        yield from response
     except (OSError, http.client.HTTPException) as error:
-        raise RequestError(f"the answer broke off: {error}", hint="Ask again.") from error
+        raise RequestError(f"the answer broke off: {error}", hint="Try again.") from error
 
 
-def _refusal(body: bytes) -> str:
+def _error_message(body: bytes) -> str:
+    """Return the message of an error body, or an empty string if the body has another shape."""
     try:
-        return msgspec.json.decode(body, type=_Refusal).error.message
+        return msgspec.json.decode(body, type=_ErrorBody).error.message
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""

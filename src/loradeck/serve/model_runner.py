@@ -23,7 +23,7 @@ class ModelRunner:
     """A model that computes batches of requests over a cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take over a model's attention. It is the runner's own from now on: see `loradeck.base.shared_copy`.
+        """Take over a model's attention. It is the runner's own from now on: see `loradeck.base.weights.shared_copy`.
 
         Raises:
             BaseModelError: the model does not compute the same then.
