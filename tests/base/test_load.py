@@ -142,7 +142,7 @@ def _own_code(folder: Path) -> None:
         model_type="nobody_knows",
         auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
     )
-    (folder / "own.py").write_text("raise SystemExit('ran the code of a stranger')")
+    (folder / "own.py").write_text("raise SystemExit('ran untrusted code')")
 
 
 def _no_tokenizer(folder: Path) -> None:
@@ -246,16 +246,16 @@ def test_hub_id_that_is_not_in_the_offline_cache() -> None:
 
 def test_smollm2_without_its_package_is_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "find_spec", lambda name: None)
-    asked = []
+    sources = []
 
     def from_pretrained(where: str, **_: object) -> None:
-        asked.append(where)
+        sources.append(where)
         raise OSError("offline")
 
     monkeypatch.setattr(load.AutoConfig, "from_pretrained", from_pretrained)
     with pytest.raises(BaseModelError, match="cannot load smollm2-135m: offline"):
         Base.load(SMOLLM2)
-    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert sources == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
 # ---- silence

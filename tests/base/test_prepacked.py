@@ -74,8 +74,8 @@ def test_a_row_of_nan_stays_alone() -> None:
     plain, layer = pair(256, 256)
     x = torch.randn(5, 256)
     x[2] = float("nan")
-    kept = [0, 1, 3, 4]
-    assert near(layer(x)[kept], plain(x)[kept])
+    others = [0, 1, 3, 4]
+    assert near(layer(x)[others], plain(x)[others])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -83,22 +83,22 @@ def test_gradients_go_through_it(dtype: torch.dtype) -> None:
     plain, layer = pair(256, 300, dtype=dtype)
     x = torch.randn(3, 5, 256).to(dtype)
     upstream = torch.randn(3, 5, 300).to(dtype)
-    found = []
+    gradients = []
     for each in (plain, layer):
-        own = x.clone().requires_grad_()
-        each(own).backward(upstream)
-        found.append(own.grad)
-    assert near(found[1], found[0])
+        leaf = x.clone().requires_grad_()
+        each(leaf).backward(upstream)
+        gradients.append(leaf.grad)
+    assert near(gradients[1], gradients[0])
 
 
 def test_gradients_of_gradients_go_through_it() -> None:
     plain, layer = pair(256, 300)
-    found = []
+    gradients = []
     for each in (plain, layer):
-        own = torch.randn(3, 256, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        (gradient,) = torch.autograd.grad(each(own).square().sum(), own, create_graph=True)
-        found.append(torch.autograd.grad(gradient.square().sum(), own)[0])
-    assert near(found[1], found[0])
+        leaf = torch.randn(3, 256, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        (gradient,) = torch.autograd.grad(each(leaf).square().sum(), leaf, create_graph=True)
+        gradients.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    assert near(gradients[1], gradients[0])
 
 
 def test_its_weight_is_not_trained() -> None:

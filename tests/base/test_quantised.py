@@ -75,43 +75,43 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("inside", [64, 65, 40])  # the op takes the first, and would crash on the others
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (2, 3), (FEW,), (FEW + 1,), (3, 4, 5)], ids=str)
 def test_it_computes_with_its_weights(rows: tuple[int, ...], inside: int, bias: bool, dtype: torch.dtype) -> None:
-    own = layer(inside, 100, dtype, bias=bias)
+    linear = layer(inside, 100, dtype, bias=bias)
     x = torch.randn(*rows, inside, generator=RNG).to(dtype)
-    y = own(x)
+    y = linear(x)
     assert y.shape == (*rows, 100)
     assert y.dtype == dtype
     if y.numel():
-        assert error(y, exact(own, x)) < TOLERANCE
+        assert error(y, exact(linear, x)) < TOLERANCE
 
 
 @pytest.mark.parametrize("rows", [4, 40])
 def test_a_row_of_nan_stays_alone(rows: int) -> None:
-    own = layer(64, 100)
+    linear = layer(64, 100)
     x = torch.randn(rows, 64, generator=RNG)
     x[2] = float("nan")
-    kept = [row for row in range(rows) if row != 2]
-    assert error(own(x)[kept], exact(own, x)[kept]) < TOLERANCE
+    others = [row for row in range(rows) if row != 2]
+    assert error(linear(x)[others], exact(linear, x)[others]) < TOLERANCE
 
 
 @pytest.mark.parametrize("rows", [3, 30])
 def test_gradients_go_through_it(rows: int) -> None:
-    own = layer(64, 100)
+    linear = layer(64, 100)
     x = torch.randn(rows, 64, generator=RNG, requires_grad=True)
     upstream = torch.randn(rows, 100, generator=RNG)
-    own(x).backward(upstream)
-    torch.testing.assert_close(x.grad, upstream @ own.dense())
+    linear(x).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ linear.dense())
 
 
 def test_a_lookup_is_the_weights_row_scaled_as_gemma_does() -> None:
     weight = torch.randn(20, 8, generator=RNG).bfloat16()
-    own = nn.Embedding.from_pretrained(weight)
-    own.__class__ = QuantisedEmbedding
-    own.weight, own.scales = quantise(weight)
+    embedding = nn.Embedding.from_pretrained(weight)
+    embedding.__class__ = QuantisedEmbedding
+    embedding.weight, embedding.scales = quantise(weight)
     ids = torch.tensor([[3, 3, 19], [0, 7, 1]])
-    wanted = (own.weight.bfloat16() * own.scales[:, None])[ids]
-    assert torch.equal(own(ids), wanted)
-    own.register_buffer("embed_scale", torch.tensor(3.0))
-    assert torch.equal(own(ids), wanted * 3)
+    wanted = (embedding.weight.bfloat16() * embedding.scales[:, None])[ids]
+    assert torch.equal(embedding(ids), wanted)
+    embedding.register_buffer("embed_scale", torch.tensor(3.0))
+    assert torch.equal(embedding(ids), wanted * 3)
 
 
 def test_it_is_neither_saved_nor_loaded_into(small: Callable[..., LlamaForCausalLM]) -> None:
@@ -134,11 +134,11 @@ def test_a_copy_and_another_dtype(small: Callable[..., LlamaForCausalLM]) -> Non
 
 
 def test_without_the_op_it_computes_the_same(monkeypatch: pytest.MonkeyPatch, fresh_checks: None) -> None:
-    own = layer(64, 100)
+    linear = layer(64, 100)
     x = torch.randn(3, 64, generator=RNG)
-    with_op = own(x)
+    with_op = linear(x)
     quantised.why_not_int8_product.cache_clear()
     monkeypatch.setattr(torch.ops, "aten", SimpleNamespace())
     assert "_weight_int8pack_mm" in quantised.why_not_int8_product()
-    assert torch.equal(own(x), F.linear(x, own.weight.float()) * own.scales)
-    assert error(own(x), with_op.double()) < TOLERANCE
+    assert torch.equal(linear(x), F.linear(x, linear.weight.float()) * linear.scales)
+    assert error(linear(x), with_op.double()) < TOLERANCE

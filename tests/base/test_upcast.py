@@ -81,12 +81,12 @@ def test_gradients_go_through_it() -> None:
     layer = copy.deepcopy(plain)
     layer.__class__ = UpcastLinear
     x, upstream = torch.randn(3, 5, 64).bfloat16(), torch.randn(3, 5, 50).bfloat16()
-    found = []
+    gradients = []
     for each in (plain, layer):
-        own = x.clone().requires_grad_()
-        each(own).backward(upstream)
-        found.append(own.grad)
-    torch.testing.assert_close(found[1], found[0], rtol=2**-6, atol=2**-5)
+        leaf = x.clone().requires_grad_()
+        each(leaf).backward(upstream)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2**-6, atol=2**-5)
 
 
 def test_layers_that_are_not_packed_are_upcast(

@@ -43,9 +43,9 @@ def pair(small: Small, weights: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM
     """A prepared model, and the plain one with the very weights that the prepared one stands for."""
     model, plain = small(), small()
     prepare(model, weights)
-    for own, other in zip(model.modules(), plain.modules(), strict=True):
-        if isinstance(own, QuantisedLinear | QuantisedEmbedding):
-            other.weight = nn.Parameter(own.weight * own.scales[:, None], requires_grad=False)
+    for prepared, other in zip(model.modules(), plain.modules(), strict=True):
+        if isinstance(prepared, QuantisedLinear | QuantisedEmbedding):
+            other.weight = nn.Parameter(prepared.weight * prepared.scales[:, None], requires_grad=False)
     return model, plain
 
 
@@ -190,16 +190,16 @@ def test_a_mixed_batch_is_each_row_alone(small: Small, weights: str) -> None:
 def test_an_adapter_of_peft_s_does_what_it_does_there(small: Small, tmp_path: Path, weights: str) -> None:
     model, plain = pair(small, weights)
     config = PeftConfig(r=4, target_modules=["q_proj", "up_proj", "lm_head"], task_type="CAUSAL_LM")
-    made = get_peft_model(plain, config)
+    peft_model = get_peft_model(plain, config)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
-    made.save_pretrained(tmp_path, save_embedding_layers=False)
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
     bank = Bank(model)
     name = bank.load(tmp_path, "theirs")
     with torch.no_grad():
-        expected = made(IDS).logits
+        expected = peft_model(IDS).logits
         with bank.route(name):
             assert near(model(IDS).logits, expected, 1e-5)
         bank.detach()
@@ -210,15 +210,15 @@ def test_an_adapter_of_peft_s_does_what_it_does_there(small: Small, tmp_path: Pa
 @pytest.mark.parametrize("weights", PREPARED)
 def test_adapters_train_on_it_as_on_the_plain_one(small: Small, weights: str) -> None:
     model, plain = pair(small, weights)
-    found = []
+    gradients = []
     for each in (plain, model):
         bank = Bank(each)
         filled(bank, "a", LoraConfig(r=4, lora_dropout=0.0), seed=1)
         with bank.route("a"):
             each(input_ids=IDS, labels=IDS).loss.backward()
-        found.append([parameter.grad for parameter in bank.parameters("a")])
-    assert all(float(gradient.abs().max()) > 0 for gradient in found[0])
-    for gradient, expected in zip(found[1], found[0], strict=True):
+        gradients.append([parameter.grad for parameter in bank.parameters("a")])
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients[0])
+    for gradient, expected in zip(gradients[1], gradients[0], strict=True):
         assert near(gradient, expected, 1e-4)
 
 
@@ -251,8 +251,8 @@ def test_merging_into_int8_is_refused(small: Small) -> None:
 
 @pytest.mark.parametrize("weights", PREPARED)
 def test_an_adapter_s_copy_of_a_weight_is_compared_or_refused(small: Small, tmp_path: Path, weights: str) -> None:
-    made = get_peft_model(small(), PeftConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
-    made.save_pretrained(tmp_path, save_embedding_layers=True)
+    peft_model = get_peft_model(small(), PeftConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=True)
     model = small()
     prepare(model, weights)
     bank = Bank(model)

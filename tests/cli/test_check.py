@@ -60,14 +60,14 @@ def test_problems_end_with_code_1(run: Callable, tmp_path: Path) -> None:
 def test_json(run: Callable, folder: Path) -> None:
     (folder / "test.jsonl").write_text("{}")
     ran = run("check", folder, "--json")
-    found = json.loads(ran.out)
+    report = json.loads(ran.out)
     assert ran.code == 1
-    assert found["form"] == "prompt and completion"
-    assert found["splits"]["train"]["lengths"] == {"min": 6, "median": 6, "p95": 13, "max": 13}
-    assert found["splits"]["train"]["duplicates"] == [{"place": "train.jsonl:2", "of": "train.jsonl:1"}]
-    assert found["splits"]["test"]["lengths"] is None
-    assert found["first"] == [[["Hi", False], ["Ahoy", True]]]
-    assert [problem[:13] for problem in found["problems"]] == ["test.jsonl:1:"]
+    assert report["form"] == "prompt and completion"
+    assert report["splits"]["train"]["lengths"] == {"min": 6, "median": 6, "p95": 13, "max": 13}
+    assert report["splits"]["train"]["duplicates"] == [{"place": "train.jsonl:2", "of": "train.jsonl:1"}]
+    assert report["splits"]["test"]["lengths"] is None
+    assert report["first"] == [[["Hi", False], ["Ahoy", True]]]
+    assert [problem[:13] for problem in report["problems"]] == ["test.jsonl:1:"]
 
 
 def test_a_missing_dataset_is_an_error(run: Callable) -> None:

@@ -32,10 +32,10 @@ TRACK = Track([step(1, 4.0), step(2, 2.0)], [evaluation(1, 3.0, best=True), eval
 
 
 def test_a_loss_has_its_validation_marked() -> None:
-    found = curve("poet", TRACK, "loss")
-    assert found.raw == [(1, 4.0), (2, 2.0)]
-    assert found.marks == [(1, 3.0), (2, 3.5)]
-    assert found.best == (1, 3.0)
+    loss = curve("poet", TRACK, "loss")
+    assert loss.raw == [(1, 4.0), (2, 2.0)]
+    assert loss.marks == [(1, 3.0), (2, 3.5)]
+    assert loss.best == (1, 3.0)
 
 
 def test_each_metric_has_its_own_values() -> None:

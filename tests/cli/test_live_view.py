@@ -16,7 +16,7 @@ from loradeck.train.schedule import Schedule
 
 
 def step(number: int, job: str = "poet", **changes: Any) -> Step:
-    made = Step(
+    event = Step(
         job=job,
         step=number,
         seconds=2.0 * number,
@@ -29,7 +29,7 @@ def step(number: int, job: str = "poet", **changes: Any) -> Step:
         supervised=10,
         memory=2_500_000_000,
     )
-    return msgspec.structs.replace(made, **changes)
+    return msgspec.structs.replace(event, **changes)
 
 
 def evaluation(number: int, loss: float, *, best: bool) -> Evaluation:

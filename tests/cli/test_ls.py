@@ -23,11 +23,11 @@ def test_one_adapter_is_a_list_of_one(run: Callable, adapters: Path) -> None:
 
 
 def test_json(run: Callable, adapters: Path) -> None:
-    found = json.loads(run("ls", adapters, "--json").out)
-    assert [each["name"] for each in found["adapters"]] == ["pirate", "poet"]
-    assert found["adapters"][1]["r"] == [4]
-    assert found["adapters"][1]["parameters"] * 4 == found["adapters"][1]["bytes"]
-    assert [each["name"] for each in found["broken"]] == ["cut"]
+    report = json.loads(run("ls", adapters, "--json").out)
+    assert [each["name"] for each in report["adapters"]] == ["pirate", "poet"]
+    assert report["adapters"][1]["r"] == [4]
+    assert report["adapters"][1]["parameters"] * 4 == report["adapters"][1]["bytes"]
+    assert [each["name"] for each in report["broken"]] == ["cut"]
 
 
 def test_an_empty_folder_has_no_adapters(run: Callable, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ if {shared}: assert process.cap_allocator()
 together = threading.Barrier(8)
 def use():
     libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; libc.free.argtypes = [ctypes.c_void_p]
-    own = [libc.malloc(5000) for _ in range(100)]
+    blocks = [libc.malloc(5000) for _ in range(100)]
     together.wait()
-    for each in own: libc.free(each)
+    for each in blocks: libc.free(each)
 threads = [threading.Thread(target=use) for _ in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
 libc = ctypes.CDLL(None)

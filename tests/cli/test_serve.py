@@ -62,11 +62,11 @@ def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -
         body = {"model": "poet", "prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as stream:
             lines = stream.iter_lines()
-            told = [next(lines)]
+            events = [next(lines)]
             process.send_signal(signal.SIGTERM)
-            told += [line for line in lines if line]
-        assert told[-1] == "data: [DONE]"
-        assert '"finish_reason":"length"' in told[-2]
+            events += [line for line in lines if line]
+        assert events[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in events[-2]
         assert process.wait(300) == 0
         assert process.stderr.read() == ""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loradeck.dtypes import computes_in
 
-FEW = 4  # up to so many rows, reading the weight once in half precision is faster than converting it
+FEW = 4  # rows up to which reading the weight in half precision is faster than converting it
 BLOCK = 1 << 20  # weights converted at a time: they fit the cache, and the head is never converted as a whole
 
 
