@@ -38,6 +38,7 @@ def allocated(mode: str) -> int:
     return int(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_not_packed(torch.float32) is not None, reason=f"packed: {why_not_packed(torch.float32)}")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_a_cap_halves_the_memory_of_compiled_kernels() -> None:

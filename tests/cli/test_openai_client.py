@@ -85,6 +85,12 @@ def test_a_conversation_with_our_server(run: Callable, url: str) -> None:
     assert ran.out.endswith("base > \n")
 
 
+def test_a_server_gets_the_weights_of_a_blend_in_full(run: Callable) -> None:
+    with fake_server(b'{"data": [{"id": "base"}]}', stream_of("a")) as (url, requests):
+        run("chat", "--server", url, "-a", "poet*0.123456789+poet*0.25+pirate", typed="Hi\n")
+    assert requests[1][1]["model"] == "poet*0.373456789+pirate"
+
+
 def test_the_server_says_what_generate_does(run: Callable, url: str, tiny_folder: Path, adapters: Path) -> None:
     greedy = ["--max-new-tokens", 6, "--temperature", 0]
     far = run("chat", "--server", url, "--key", "secret", *greedy, typed="/adapter poet\nHi\n").out

@@ -52,6 +52,7 @@ def listens(url: str) -> bool:
         return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
 
 
+@pytest.mark.slow
 def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -> None:
     with serving(tiny_folder, "--adapters", adapters, "--drain", 600) as (process, (ready, curl)):
         assert re.fullmatch(r"tiny with 3 adapters on http://127\.0\.0\.1:\d+, after [\d.]+ s; try:", ready), process
@@ -71,6 +72,7 @@ def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -
         assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tiny_folder: Path) -> None:
     with serving(tiny_folder, "--drain", 600) as (process, (_, curl)):
         url = re.search(r"http://\S+:\d+", curl)[0]

@@ -17,17 +17,20 @@ NONE = "none"
 Blend: TypeAlias = dict[str, float]
 
 
-def parse(text: str) -> list[tuple[str, float]]:
-    """Return the (folder, weight) pairs of a blend; `none` has none.
+def parse(text: str) -> Blend:
+    """Return the weight of each folder of a blend, or of each name on a server; `none` has none.
 
     Raises:
         ConfigError: invalid blend.
     """
     if text == NONE:
-        return []
+        return {}
     if os.path.exists(text):  # noqa: PTH110 - Path.exists raises for an invalid path
-        return [(text, 1.0)]
-    return parse_blend(text)
+        return {text: 1.0}
+    blend: Blend = {}
+    for folder, weight in parse_blend(text):
+        blend[folder] = blend.get(folder, 0.0) + weight
+    return blend
 
 
 def check(texts: Iterable[str]) -> None:
@@ -40,7 +43,7 @@ def check(texts: Iterable[str]) -> None:
     from loradeck.lora.manifest import read_folder
 
     for text in texts:
-        for folder, _ in parse(text):
+        for folder in parse(text):
             read_folder(folder)
 
 
@@ -57,7 +60,7 @@ def load(bank: "Bank", texts: Iterable[str]) -> list[Blend | None]:
     blends: list[Blend | None] = []
     for text in texts:
         blend: Blend = {}
-        for folder, weight in parse(text):
+        for folder, weight in parse(text).items():
             path = Path(folder).resolve()
             if path not in names:
                 names[path] = bank.load(folder, _free_name(bank, path.name))

@@ -1,7 +1,7 @@
 """`loradeck chat`: a conversation in which adapters can change between turns."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +65,7 @@ def chat(
     if server is not None:
         from loradeck.cli.openai_client import OpenAIClient
 
-        blends = [dict(blend.parse(text)) for text in adapters]
+        blends: Sequence[blend.Blend | None] = [blend.parse(text) for text in adapters]
         client = OpenAIClient(server, key)
         backend: ChatBackend = Remote(client, client.models())
     else:
