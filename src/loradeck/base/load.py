@@ -79,13 +79,13 @@ class Base:
             BaseModelError: nothing is there, or it cannot be loaded completely without running its code.
             ConfigError: invalid dtype, device or weights.
         """
-        target = _device(device)
-        number = _dtype(dtype, target)
+        torch_device = _device(device)
+        torch_dtype = _dtype(dtype, torch_device)
         name, folder = _locate(source)
         with _base_errors(source), quiet():
             _check(folder)
-            model = _model(source, folder, number).requires_grad_(False).eval()
-            model.to(target)  # type: ignore[arg-type]
+            model = _model(source, folder, torch_dtype).requires_grad_(False).eval()
+            model.to(torch_device)  # type: ignore[arg-type]
             tokenizer = _tokenizer(source, folder)
         base = cls(model, tokenizer, name, str(source), fingerprint(model))
         origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # the name other tools know it by
@@ -253,10 +253,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if computes_in(torch.bfloat16, device) else torch.float32
-    number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if number is None or number not in DTYPES.values():
+    torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype is None or torch_dtype not in DTYPES.values():
         raise ConfigError(f"invalid dtype {dtype!r}", hint=f"Use auto, {', '.join(DTYPES)}.")
-    return number
+    return torch_dtype
 
 
 @contextmanager
