@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Read when triton is imported: without a GPU its kernels are interpreted on the CPU.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
-from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE, Base
 
-settings.register_profile("loradeck", deadline=None)  # a busy machine may take any time over an example
+# No test compares times: another program may be using the machine.
+settings.register_profile("loradeck", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("loradeck")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
