@@ -14,7 +14,7 @@ import pytest
 
 from loradeck import AdapterStore, Base
 from loradeck.api.app import app
-from loradeck.api.keys import Key, Keys
+from loradeck.api.auth import ApiKey, ApiKeys
 from loradeck.api.metrics import Metrics
 from loradeck.api.server import Server, listen, url_of
 from loradeck.cli.openai_client import OpenAIClient
@@ -30,9 +30,9 @@ def url(tiny_folder: Path, adapters: Path) -> Iterator[str]:
     """A server with poet and pirate, and the key `secret`."""
     metrics = Metrics("tiny")
     with Engine(Base.load(tiny_folder), AdapterStore(adapters), observer=metrics) as engine:
-        address = listen("127.0.0.1", 0, guarded=True)
-        server = Server(app(engine, metrics, keys=Keys([Key("a", SECRET, control=True)])), address)
-        thread = threading.Thread(target=server.serve_here)
+        address = listen("127.0.0.1", 0, has_keys=True)
+        server = Server(app(engine, metrics, keys=ApiKeys([ApiKey("a", SECRET, control=True)])), address)
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield url_of(address)
         server.should_exit = True
@@ -81,7 +81,7 @@ def test_a_conversation_with_our_server(run: Callable, url: str) -> None:
     for speaker in ("pirate", "poet=0.7 pirate=0.3", "base"):
         assert f"{speaker}, from the next turn on\n{speaker} > " in ran.out
     assert "is named 'nobody'\nGET /v1/models" in ran.out
-    assert "GET /v1/models lists what there is." in ran.out
+    assert "GET /v1/models lists the models." in ran.out
     assert ran.out.endswith("base > \n")
 
 
@@ -101,7 +101,7 @@ def test_the_server_says_what_generate_does(run: Callable, url: str, tiny_folder
 def test_the_key_may_come_from_the_environment(run: Callable, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = run("chat", "--server", url)
     assert ran.code == 2
-    assert "This server wants an API key." in ran.err
+    assert "This server requires an API key." in ran.err
     monkeypatch.setenv("LORADECK_KEY", "secret")
     assert run("chat", "--server", url).code == 0
 

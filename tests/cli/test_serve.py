@@ -90,8 +90,8 @@ def test_a_second_signal_ends_it_at_once(tiny_folder: Path) -> None:
     ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "without API keys"),
-        (["--port", "99999"], "cannot be listened on"),
-        (["--keys", "nowhere.toml"], "nowhere.toml cannot be read"),
+        (["--port", "99999"], "cannot listen on"),
+        (["--keys", "nowhere.toml"], "cannot read nowhere.toml"),
         (["--adapters", "nowhere"], "cannot be read"),
         (["--max-rows", "0"], "max_rows"),
         (["--drain", "0"], "drain=0"),
@@ -119,12 +119,12 @@ def test_the_example_fits_the_server(
     base = Base.load(tiny_folder)
     with Engine(base, AdapterStore(adapters)) as engine:
         assert usable(engine) == "pirate"
-        message = curl("http://localhost:1", engine, guarded=True)
+        message = curl("http://localhost:1", engine, has_keys=True)
         assert '-H "authorization: Bearer $KEY"' in message
         assert "/v1/chat/completions" in message
     base.tokenizer.chat_template = None
     with Engine(base) as engine:
-        message = curl("http://localhost:1", engine, guarded=False)
+        message = curl("http://localhost:1", engine, has_keys=False)
         assert "/v1/completions" in message
         assert '"model":"tiny"' in message
         assert "authorization" not in message

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from loradeck.api.settings import Settings
+from loradeck.api.config import ServerConfig
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli.display.text import printable
 from loradeck.cli.options import Dtype, Weights
@@ -18,7 +18,7 @@ from loradeck.serve.config import EngineConfig
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
 
-ENGINE, SETTINGS = EngineConfig(), Settings()
+ENGINE, SERVER = EngineConfig(), ServerConfig()
 ATTEMPTS = 8  # adapters to try for the example
 
 
@@ -33,7 +33,7 @@ def serve(
     dtype: Dtype = "auto",
     weights: Weights = "packed",
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
-    settings: Annotated[Settings, Parameter(name="*")] = SETTINGS,
+    config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
 ) -> None:
     """Serve a base and a folder of adapters over an OpenAI-compatible HTTP API.
 
@@ -50,14 +50,14 @@ def serve(
         keys: A file of API keys with the permissions of each.
     """
     start = time.perf_counter()
-    from loradeck.api.keys import Keys
+    from loradeck.api.auth import ApiKeys
     from loradeck.api.server import Server, listen, url_of
     from loradeck.store import AdapterStore
 
-    api_keys = Keys.load(keys) if keys else Keys()
+    api_keys = ApiKeys.load(keys) if keys else ApiKeys()
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
-    with listen(host, port, guarded=bool(api_keys)) as address:
+    with listen(host, port, has_keys=bool(api_keys)) as address:
         cap_allocator()
         cap_kernel_cache()
         with quick_imports():
@@ -67,19 +67,19 @@ def serve(
             from loradeck.serve.engine import Engine
 
         loaded = Base.load(base, dtype=dtype, weights=weights)
-        metrics = Metrics(loaded.name, settings.top_adapters)
+        metrics = Metrics(loaded.name, config.top_adapters)
         with Engine(loaded, store, engine, observer=metrics) as running:
-            hosts = (*settings.hosts, f"[{host}]" if ":" in host else host)
-            server = Server(app(running, metrics, keys=api_keys, settings=replace(settings, hosts=hosts)), address)
+            hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
+            server = Server(app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts)), address)
             url = url_of(address)
-            example = curl(url, running, guarded=bool(api_keys))
+            example = curl(url, running, has_keys=bool(api_keys))
             seconds = time.perf_counter() - start
             ready = f"{loaded.name} with {count} adapters on {url}, after {seconds:.1f} s; try:\n{example}"
             print(printable(ready), flush=True)
-            server.serve_here()
+            server.serve_forever()
 
 
-def curl(url: str, engine: "Engine", *, guarded: bool) -> str:
+def curl(url: str, engine: "Engine", *, has_keys: bool) -> str:
     """Return a curl command for a completion, with an adapter if one of the store fits the base."""
     import shlex
 
@@ -91,7 +91,7 @@ def curl(url: str, engine: "Engine", *, guarded: bool) -> str:
     else:
         path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
     data = shlex.quote(msgspec.json.encode(body).decode())
-    key = ' -H "authorization: Bearer $KEY"' if guarded else ""
+    key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
     return f"curl {url}/v1/{path} -H 'content-type: application/json'{key} -d {data}"
 
 
