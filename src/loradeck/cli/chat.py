@@ -49,7 +49,7 @@ def chat(
     dtype: Dtype = "auto",
     weights: Weights = "packed",
 ) -> None:
-    """Chat with a base or a server, and switch adapters between turns.
+    """Chat with a base or a server; switch adapters between turns.
 
     ADAPTER is a folder, or a blend such as adapters/poet*0.7+adapters/pirate*0.3;
     with --server it is a name or a blend of names. The first one answers first.

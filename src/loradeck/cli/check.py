@@ -26,7 +26,7 @@ def check(
     max_length: int = TrainConfig.max_length,
     as_json: AsJson = False,
 ) -> int:
-    """Check a dataset: its form, its size, the part that is trained on, and every problem.
+    """Check a dataset: its form, size, mask and problems.
 
     The exit code is 1 if there are problems. Duplicate records, and records
     that are also in the training split, are listed but are not problems.

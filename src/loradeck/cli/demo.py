@@ -24,7 +24,7 @@ BASE = "smollm2-135m"
 
 
 def demo(*, adapters: Path = Path("adapters"), quick: bool = False, seed: int = 0) -> None:
-    """Show the whole idea: train two adapters, switch and blend them, in minutes.
+    """Show the idea in minutes: train two adapters, switch and blend them.
 
     Without smollm2-135m it shows only the part with the toy.
 

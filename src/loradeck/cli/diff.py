@@ -14,7 +14,7 @@ from loradeck.cli.options import AsJson
 def diff(
     first: Path, second: Path, /, *, headers: bool = False, modules: bool = False, as_json: AsJson = False
 ) -> None:
-    """Compare two adapters: settings, modules, and the distance of their updates.
+    """Compare two adapters: their settings, modules and updates.
 
     The distance is |D1 - D2| / |D1| in the Frobenius norm, where D = scaling B A
     is the update that an adapter adds to a weight: 0 for equal updates, about

@@ -18,7 +18,7 @@ CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx", "neon", "sve", "bf16")
 
 
 def doctor(*, as_json: AsJson = False) -> int:
-    """Report the installation, the machine, and where smollm2-135m would come from.
+    """Report the installation, the machine, and where bases come from.
 
     The exit code is 1 if a package that every verb needs is missing or broken.
     """

@@ -19,7 +19,7 @@ def export(
     base: str | None = None,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-    """Write an adapter for another program: gguf is llama.cpp's format.
+    """Write an adapter in another program's format.
 
     The file works with any GGUF file of the adapter's base, however quantised:
     `llama-server -m BASE.gguf --lora FILE`.
@@ -27,7 +27,7 @@ def export(
     Args:
         adapter: An adapter's folder.
         output: A new file.
-        to: The format.
+        to: The format; gguf is llama.cpp's.
         base: A folder, a hub id, a .gguf file, or smollm2-135m; by default the one
             that the adapter names. Its weights are not read.
         dtype: The dtype of the file's tensors.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias="-o")], dtype: Dtype = "auto") -> None:
-    """Merge an adapter, or a blend, into its base and write the model.
+    """Merge an adapter or a blend into its base, as a new model.
 
     The result is a complete transformers model with its tokenizer. Its weights
     are rounded once, to the base's dtype; `--dtype float32` loses nothing.

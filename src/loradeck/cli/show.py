@@ -7,7 +7,7 @@ from loradeck.cli.options import AsJson
 
 
 def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
-    """Show one adapter: its settings, its modules, and its provenance.
+    """Show an adapter: its settings, modules and provenance.
 
     Args:
         adapter: An adapter's folder.

@@ -49,7 +49,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Train an adapter on a dataset, or all adapters of a run file in one pass.
+    """Train an adapter, or all adapters of a run file in one pass.
 
     `loradeck train BASE DATASET -o FOLDER` trains one adapter. `loradeck train
     RUN.toml -o FOLDER` trains one for each [[adapter]] of the file, all at
