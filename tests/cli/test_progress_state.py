@@ -62,34 +62,34 @@ def test_a_loss_that_is_not_finite_is_dropped(value: float) -> None:
     assert job.step == step(3, loss=1.0)
 
 
-def test_the_pace_is_the_recent_one() -> None:
+def test_tokens_per_second_are_the_recent_ones() -> None:
     state = ProgressState()
     for number in range(1, 31):  # 10 s a step, as long as it warms up
         state.update(step(number, seconds=10.0 * number, took=10))
     for number in range(31, 31 + RECENT):
         job = state.update(step(number, seconds=300 + 0.5 * (number - 30), took=0.5))
-    assert job.pace == pytest.approx(200)
+    assert job.tokens_per_second == pytest.approx(200)
     assert job.left == pytest.approx(0.5 * (100 - 30 - RECENT))
 
 
-def test_evaluations_count_for_the_time_left_but_not_for_the_pace() -> None:
+def test_evaluations_count_for_the_time_left_but_not_for_tokens_per_second() -> None:
     state = ProgressState()
     state.update(step(1, seconds=1, took=1))
     state.update(Evaluation(job="poet", step=1, seconds=9.0, loss=2.0, tokens=7, best=True))
     job = state.update(step(2, seconds=10, took=1))
-    assert (job.pace, job.left) == (100.0, 9.0 * 98)
+    assert (job.tokens_per_second, job.left) == (100.0, 9.0 * 98)
 
 
-def test_a_pace_is_unknown_before_the_second_step() -> None:
+def test_tokens_per_second_are_unknown_before_the_second_step() -> None:
     job = ProgressState().update(step(1))
-    assert (job.pace, job.left, job.running) == (None, None, True)
+    assert (job.tokens_per_second, job.left, job.running) == (None, None, True)
 
 
-def test_the_pace_of_a_resumed_job_is_its_present_one() -> None:
+def test_tokens_per_second_of_a_resumed_job_are_its_present_ones() -> None:
     state = ProgressState({"poet": 100})
     state.update(step(51, seconds=1000))
     job = state.update(step(52, seconds=1002, took=2))
-    assert (job.pace, job.left) == (50.0, 96.0)
+    assert (job.tokens_per_second, job.left) == (50.0, 96.0)
 
 
 def test_totals_are_of_running_jobs() -> None:
@@ -97,9 +97,9 @@ def test_totals_are_of_running_jobs() -> None:
     for job in ("poet", "judge"):
         for number in (1, 2):
             state.update(step(number, job, memory=9 - number))
-    assert state.pace == 200
+    assert state.tokens_per_second == 200
     state.update(end(3, "judge"))
-    assert state.pace == 100
+    assert state.tokens_per_second == 100
     assert (state.memory, state.peak, state.seconds) == (7, 8, 3.0)
 
 

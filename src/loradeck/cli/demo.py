@@ -24,7 +24,7 @@ BASE = "smollm2-135m"
 
 
 def demo(*, adapters: Path = Path("adapters"), quick: bool = False, seed: int = 0) -> None:
-    """Show the idea in minutes: train two adapters, switch and blend them.
+    """Train two adapters, then switch and blend them: in minutes.
 
     Without smollm2-135m it shows only the part with the toy.
 

@@ -18,7 +18,7 @@ CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx", "neon", "sve", "bf16")
 
 
 def doctor(*, as_json: AsJson = False) -> int:
-    """Report the installation, the machine, and where bases come from.
+    """Report the installation, the machine, and the bases at hand.
 
     The exit code is 1 if a package that every verb needs is missing or broken.
     """

@@ -35,7 +35,7 @@ def serve(
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
 ) -> None:
-    """Serve a base and a folder of adapters as an OpenAI-compatible API.
+    """Serve a base and its adapters as an OpenAI-compatible API.
 
     A request's `model` selects the adapter: its name, name@version, or a blend
     such as poet*0.7+pirate*0.3. An adapter is loaded on its first request, also

@@ -43,7 +43,7 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Try several learning rates and ranks in one pass, and keep the best.
+    """Try learning rates and ranks in one pass, and keep the best.
 
     Every rate is tried at every rank. At regular steps the worse half of the
     trials, by validation loss, is stopped; the rest run to the end. The folder

@@ -86,12 +86,14 @@ def view(state: ProgressState, most: int | None = None) -> RenderableType:
             _loss(job.step),
             _validation(job.validation),
             f"{job.step.learning_rate:.2g}" if job.step else "",
-            f"{job.pace:,.0f}" if job.running and job.pace is not None else "",
+            f"{job.tokens_per_second:,.0f}" if job.running and job.tokens_per_second is not None else "",
             _state(job),
         )
     rest = len(state.jobs) - len(jobs)
     more = [Text(f"and {rest} more", style="dim")] if rest else []
-    totals = f"{state.pace:,.0f} tokens/s · memory {_gigabytes(state.memory)}, peak {_gigabytes(state.peak)}"
+    totals = (
+        f"{state.tokens_per_second:,.0f} tokens/s · memory {_gigabytes(state.memory)}, peak {_gigabytes(state.peak)}"
+    )
     last = Text(f"{totals} · {_time(state.seconds)}", style="dim", no_wrap=True, overflow="ellipsis")
     return Group(table, *more, last)
 
@@ -121,7 +123,7 @@ def _line(job: Job, event: AnyEvent) -> str:
         if event.step not in (1, event.steps) and event.step % math.ceil(event.steps / LINES):
             return ""
         parts = [f"step {_steps(job)}", f"loss {_loss(event)}"]
-        parts += [f"{job.pace:,.0f} tokens/s"] if job.pace is not None else []
+        parts += [f"{job.tokens_per_second:,.0f} tokens/s"] if job.tokens_per_second is not None else []
         parts += [f"{_time(job.left)} left"] if job.left is not None else []
         return " · ".join(parts)
     if isinstance(event, Evaluation):

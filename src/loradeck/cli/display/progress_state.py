@@ -64,7 +64,7 @@ class Job:
         return self.recent[-1] if self.recent else None
 
     @property
-    def pace(self) -> float | None:
+    def tokens_per_second(self) -> float | None:
         """Tokens per second over the recent steps; None before the second step."""
         return pace([*self.recent])
 
@@ -111,9 +111,9 @@ class ProgressState:
         return job
 
     @property
-    def pace(self) -> float:
+    def tokens_per_second(self) -> float:
         """Tokens per second of all running jobs."""
-        return math.fsum(job.pace or 0.0 for job in self.jobs.values() if job.running)
+        return math.fsum(job.tokens_per_second or 0.0 for job in self.jobs.values() if job.running)
 
     def first(self, most: int | None = None) -> list[Job]:
         """Return at most `most` jobs: first those that run, then those that wait, then those that ended."""
