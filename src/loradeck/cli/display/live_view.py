@@ -91,11 +91,9 @@ def view(state: ProgressState, most: int | None = None) -> RenderableType:
         )
     rest = len(state.jobs) - len(jobs)
     more = [Text(f"and {rest} more", style="dim")] if rest else []
-    totals = (
-        f"{state.tokens_per_second:,.0f} tokens/s · memory {_gigabytes(state.memory)}, peak {_gigabytes(state.peak)}"
-    )
-    last = Text(f"{totals} · {_time(state.seconds)}", style="dim", no_wrap=True, overflow="ellipsis")
-    return Group(table, *more, last)
+    memory = f"memory {_gigabytes(state.memory)}, peak {_gigabytes(state.peak)}"
+    totals = f"{state.tokens_per_second:,.0f} tokens/s · {memory} · {_time(state.seconds)}"
+    return Group(table, *more, Text(totals, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 class _Bars:
