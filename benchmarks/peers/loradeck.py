@@ -8,9 +8,9 @@ from benchmarks.peers.workload import ROWS, Questions
 from loradeck import AdapterStore, Base
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.base.weights import CHOICES
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from loradeck.api.config import ServerConfig
 from loradeck.api.generate import sampling_params
 from loradeck.api.metrics import Metrics
 from loradeck.api.requests import GenerationRequest
+from loradeck.sampling import SamplingParams
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams
 
 from .conftest import LocalServer
 
@@ -45,7 +45,7 @@ def test_sampling_params_of_a_request() -> None:
         "ignore_eos": True,
     }
     request = GenerationRequest(**fields, top_k=-1, stop_token_ids=[7])
-    expected = SamplingParams(max_tokens=5, stop_tokens=frozenset({7}), logprobs=1, prompt_logprobs=2, **fields)
+    expected = SamplingParams(max_tokens=5, stop_token_ids=frozenset({7}), logprobs=1, prompt_logprobs=2, **fields)
     assert sampling_params(request, 5, 1, 2) == expected
     assert sampling_params(GenerationRequest(top_k=3, stop="a"), 5, None).top_k == 3
 

@@ -58,7 +58,7 @@ OPERATIONS = [
     Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
     Operation("POST", "/v1/chat/completions", create_chat_completion, req.ChatCompletionRequest, res.ChatCompletion),
-    Operation("POST", "/v1/completions", create_completion, req.CompletionRequest, res.Completion),
+    Operation("POST", "/v1/completions", create_completion, req.CompletionRequest, res.TextCompletion),
     Operation("POST", "/v1/load_lora_adapter", adapters.load_adapter, req.LoadAdapterRequest, errors=(404, 422)),
     Operation("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, req.UnloadAdapterRequest, errors=(404, 422)),
     Operation("GET", "/lora-adapters", adapters.list_lora_adapters, None, list[res.LoraAdapter]),

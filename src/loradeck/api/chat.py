@@ -30,7 +30,7 @@ from loradeck.api.streaming import EventStream
 from loradeck.api.tokenization import encode_chat
 
 if TYPE_CHECKING:
-    from loradeck.api.generate import Answer
+    from loradeck.api.generate import FinishedGeneration
     from loradeck.serve.generation import Generation, TextChunk
 
 
@@ -65,7 +65,7 @@ class ChatFormat:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def response(self, answers: "Sequence[Answer]", usage: Usage) -> ChatCompletion:
+    def response(self, answers: "Sequence[FinishedGeneration]", usage: Usage) -> ChatCompletion:
         """Return the completion."""
         choices = [
             ChatChoice(

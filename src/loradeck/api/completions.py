@@ -15,13 +15,13 @@ from loradeck.api import generate
 from loradeck.api.auth import ApiKey
 from loradeck.api.logprobs import LogprobFormatter
 from loradeck.api.requests import CompletionRequest, read_body
-from loradeck.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
+from loradeck.api.responses import CompletionChoice, CompletionLogprobs, TextCompletion, Usage
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import EventStream
 from loradeck.api.tokenization import encode_prompts
 
 if TYPE_CHECKING:
-    from loradeck.api.generate import Answer
+    from loradeck.api.generate import FinishedGeneration
     from loradeck.serve.generation import Generation, TextChunk
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -74,7 +74,7 @@ class CompletionFormat:
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def response(self, answers: "Sequence[Answer]", usage: Usage) -> Completion:
+    def response(self, answers: "Sequence[FinishedGeneration]", usage: Usage) -> TextCompletion:
         """Return the completion."""
         choices = [
             CompletionChoice(
@@ -87,29 +87,29 @@ class CompletionFormat:
         ]
         return self._completion(*choices, usage=usage)
 
-    def first_event(self, index: int, generation: "Generation") -> Completion | None:
+    def first_event(self, index: int, generation: "Generation") -> TextCompletion | None:
         """Return the event with the prompt, if it is echoed."""
         if not self.request.echo:
             return None
         logprobs = self._logprobs(index, [], generation)
         return self._completion(CompletionChoice(index, self.echoes[index], logprobs))
 
-    def chunk_event(self, index: int, chunk: "TextChunk") -> Completion | None:
+    def chunk_event(self, index: int, chunk: "TextChunk") -> TextCompletion | None:
         """Return the event with a chunk's text."""
         if not chunk.text and self.request.logprobs is None:
             return None
         return self._completion(CompletionChoice(index, chunk.text, self._logprobs(index, [chunk])))
 
-    def last_event(self, index: int, generation: "Generation") -> Completion:
+    def last_event(self, index: int, generation: "Generation") -> TextCompletion:
         """Return the event with the finish reason."""
         return self._completion(CompletionChoice(index, "", finish_reason=generate.finish_reason(generation)))
 
-    def usage_event(self, usage: Usage) -> Completion:
+    def usage_event(self, usage: Usage) -> TextCompletion:
         """Return the event with the usage."""
         return self._completion(usage=usage)
 
-    def _completion(self, *choices: CompletionChoice, usage: Usage | UnsetType = UNSET) -> Completion:
-        return Completion(self.id, self.created, self.model, list(choices), self.fingerprint, usage)
+    def _completion(self, *choices: CompletionChoice, usage: Usage | UnsetType = UNSET) -> TextCompletion:
+        return TextCompletion(self.id, self.created, self.model, list(choices), self.fingerprint, usage)
 
     def _logprobs(
         self, index: int, chunks: "Sequence[TextChunk]", echoed: "Generation | None" = None

@@ -17,12 +17,12 @@ from loradeck.api.responses import ErrorResponse, FinishReason, PromptTokensDeta
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import EventStream, SendEvent, run_until_disconnect
 from loradeck.errors import BusyError
-from loradeck.serve.request import SamplingParams
+from loradeck.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from loradeck.serve.generation import Generation, TextChunk
 
-    Answer: TypeAlias = tuple[Generation, Sequence[TextChunk]]
+    FinishedGeneration: TypeAlias = tuple[Generation, Sequence[TextChunk]]
 
 SEEDS = 2**64
 SAMPLING_FIELDS = (  # those that GenerationRequest and SamplingParams share
@@ -43,7 +43,7 @@ SAMPLING_FIELDS = (  # those that GenerationRequest and SamplingParams share
 class Format(Protocol):
     """The JSON of one route's responses. A choice is one answer, `index` its position among them."""
 
-    def response(self, answers: "Sequence[Answer]", usage: Usage) -> Any:
+    def response(self, answers: "Sequence[FinishedGeneration]", usage: Usage) -> Any:
         """Return the body of a response that is not streamed."""
         ...
 
@@ -103,7 +103,7 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         top_k=max(request.top_k or 0, 0),
-        stop_tokens=frozenset(request.stop_token_ids or ()),
+        stop_token_ids=frozenset(request.stop_token_ids or ()),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         **fields,
@@ -219,7 +219,7 @@ async def _read(generation: "Generation") -> "AsyncIterator[TextChunk]":
         raise shutting_down()
 
 
-async def _read_all(generation: "Generation") -> "Answer":
+async def _read_all(generation: "Generation") -> "FinishedGeneration":
     return generation, [chunk async for chunk in _read(generation)]
 
 
@@ -242,7 +242,7 @@ async def _write_events(form: Format, index: int, generation: "Generation", send
 def _usage(generations: "Sequence[Generation]", n: int) -> Usage:
     """Return the tokens of a request; a prompt with `n` answers counts once."""
     requests = [generation.request for generation in generations]
-    prompt_tokens = sum(request.prompt_length for request in requests[::n])
+    prompt_tokens = sum(len(request.prompt) for request in requests[::n])
     completion_tokens = sum(request.generated for request in requests)
     cached_tokens = sum(request.cached for request in requests[::n])
     total_tokens = prompt_tokens + completion_tokens

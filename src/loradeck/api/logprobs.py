@@ -10,7 +10,7 @@ from loradeck.api.responses import CompletionLogprobs, TokenLogprob, TopLogprob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from loradeck.serve.request import Token
+    from loradeck.sampling import Token
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for "never": JSON has no infinity
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's token for one byte

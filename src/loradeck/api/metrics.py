@@ -15,42 +15,23 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
-    from loradeck.serve.observer import Finish
-    from loradeck.serve.request import Request
+    from loradeck.serve.request import Finish, Request
 
 # vLLM's buckets, in seconds, so that quantiles are comparable.
-FIRST_TOKEN = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5),
-    *(0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+# fmt: off
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )
-INTER_TOKEN = (
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
+INTER_TOKEN_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )
-REQUEST = (
-    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0),
-    *(30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0),
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
 )
+# fmt: on
 FINISHED_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "failed": "error"}  # ours -> vLLM's
 MAX_LISTED = 100  # adapters in the value of a label
-BASE, BLEND, OTHER = "<base>", "<blend>", "<other>"  # labels; no adapter's name can have these characters
+BASE_LABEL, BLEND_LABEL, OTHER_LABEL = "<base>", "<blend>", "<other>"  # no adapter's name has these characters
 
 
 class Metrics(Collector):
@@ -79,16 +60,16 @@ class Metrics(Collector):
             registry=self.registry,
         )
         self._first_token = Histogram(
-            "vllm:time_to_first_token_seconds", "From arrival.", buckets=FIRST_TOKEN, **of_base
+            "vllm:time_to_first_token_seconds", "From arrival.", buckets=FIRST_TOKEN_BUCKETS, **of_base
         )
         self._inter_token = Histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens.", buckets=INTER_TOKEN, **of_base
+            "vllm:inter_token_latency_seconds", "Between two tokens.", buckets=INTER_TOKEN_BUCKETS, **of_base
         )
         self._latency = Histogram(
-            "vllm:e2e_request_latency_seconds", "From arrival to the end.", buckets=REQUEST, **of_base
+            "vllm:e2e_request_latency_seconds", "From arrival to the end.", buckets=REQUEST_BUCKETS, **of_base
         )
         self._queue_time = Histogram(
-            "vllm:request_queue_time_seconds", "From arrival to admission.", buckets=REQUEST, **of_base
+            "vllm:request_queue_time_seconds", "From arrival to admission.", buckets=REQUEST_BUCKETS, **of_base
         )
         self._adapter_requests = Counter("loradeck_adapter_requests", "Admitted requests.", **of_adapter)
         self._adapter_prompt_tokens = Counter("loradeck_adapter_prompt_tokens", "Prompt tokens.", **of_adapter)
@@ -98,7 +79,7 @@ class Metrics(Collector):
         self._adapter_first_token = Histogram(
             "loradeck_adapter_time_to_first_token_seconds",
             "From arrival, loading included.",
-            buckets=FIRST_TOKEN,
+            buckets=FIRST_TOKEN_BUCKETS,
             **of_adapter,
         )
         self.registry.register(self)
@@ -118,10 +99,10 @@ class Metrics(Collector):
         """Count a request and its prompt."""
         self.labels.count(request.adapter)
         label = self.labels.label(request.adapter)
-        self._prompt_tokens.labels(self._base).inc(request.prompt_length)
+        self._prompt_tokens.labels(self._base).inc(len(request.prompt))
         self._queue_time.labels(self._base).observe(request.admitted - request.arrived)
         self._adapter_requests.labels(label).inc()
-        self._adapter_prompt_tokens.labels(label).inc(request.prompt_length)
+        self._adapter_prompt_tokens.labels(label).inc(len(request.prompt))
 
     def token(self, request: "Request", since: float) -> None:
         """Count a token that came `since` seconds after the one before it, or after the request's arrival."""
@@ -227,7 +208,7 @@ class AdapterLabels:
     def count(self, adapter: str, requests: int = 1) -> None:
         """Count requests for an adapter, named as in `Request.adapter`; with 0, it gets a label if one is free."""
         name = name_of(adapter)
-        if name in (BASE, BLEND):
+        if name in (BASE_LABEL, BLEND_LABEL):
             return
         with self._lock:
             self._requests[name] += requests
@@ -244,12 +225,12 @@ class AdapterLabels:
     def label(self, adapter: str) -> str:
         """Return the current label of an adapter."""
         name = name_of(adapter)
-        return name if name in self._labelled or name in (BASE, BLEND) else OTHER
+        return name if name in self._labelled or name in (BASE_LABEL, BLEND_LABEL) else OTHER_LABEL
 
 
 def name_of(adapter: str) -> str:
     """Return the name in `poet@2*0.7`, or the label of a blend or of the base."""
-    return BLEND if "+" in adapter else adapter.partition("*")[0].partition("@")[0] or BASE
+    return BLEND_LABEL if "+" in adapter else adapter.partition("*")[0].partition("@")[0] or BASE_LABEL
 
 
 def _names(adapters: Collection[str]) -> str:

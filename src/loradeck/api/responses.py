@@ -149,7 +149,7 @@ class CompletionChoice(msgspec.Struct):
     finish_reason: FinishReason | None = None
 
 
-class Completion(msgspec.Struct):
+class TextCompletion(msgspec.Struct):
     """`POST /v1/completions`, and each event of its stream."""
 
     id: str
