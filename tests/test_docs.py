@@ -6,6 +6,7 @@ import io
 import json
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,15 +178,16 @@ def run(code: list[dict[str, Any]]) -> list[str]:
 
 
 @pytest.fixture
-def one_thread() -> Any:
-    """The notebook's steps are small: beside other programs, one thread is the quickest."""
+def one_thread() -> Iterator[None]:
+    """Steps this small are slower on two threads, and very slow on two busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_the_notebook_prints_what_it_shows(one_thread: None) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_the_notebook_prints_what_it_shows() -> None:
     code = cells(real=False)
     assert run(code) == [printed(cell) for cell in code]
 
