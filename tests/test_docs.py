@@ -79,6 +79,12 @@ def test_every_page_is_linked() -> None:
     assert set(PAGES) - reached == set()
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_files_named_in_a_page_exist(page: Path) -> None:
+    names = re.findall(r"`([\w/]+/[\w/]+\.(?:py|c|json|ipynb))`", FENCE.sub("", page.read_text(encoding="utf-8")))
+    assert [name for name in names if not any((ROOT / folder / name).exists() for folder in ("", "src/loradeck"))] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_are_python(page: Path) -> None:
     for code in blocks(page, "python"):
