@@ -91,11 +91,12 @@ def test_python_blocks_are_python(page: Path) -> None:
         ast.parse(code)
 
 
-def test_the_seven_lines_run(
+def test_the_readmes_python_runs(
     tiny: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bank = Bank(tiny)
     bank.add("pirate", LoraConfig(r=2))
@@ -106,9 +107,12 @@ def test_the_seven_lines_run(
     monkeypatch.chdir(tmp_path)
     prompts = {"input_ids": torch.arange(3, 15).reshape(3, 4), "attention_mask": torch.ones(3, 4, dtype=torch.int64)}
     names: dict[str, Any] = {"three_prompts": prompts}
-    exec(compile(blocks(README, "python")[0], README, "exec"), names)
+    seven_lines, answers = blocks(README, "python")
+    exec(compile(seven_lines, README, "exec"), names)
     assert names["y"].logits.shape == (3, 4, 260)
     assert (tmp_path / "adapters" / "poet" / "adapter_model.safetensors").exists()
+    exec(compile(answers, README, "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
 def test_the_example_makes_the_calls_of_the_seven_lines() -> None:
