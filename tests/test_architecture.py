@@ -29,7 +29,7 @@ MAY = {
     "base": GROUND,
     "generation": {"lora", "base", *GROUND},
     "dataset": {"base", *GROUND},
-    "train": {"dataset", "lora", "base", *GROUND},
+    "train": {"dataset", "lora", "ops", "base", *GROUND},
     "serve": {"store", "stored", "lora", "ops", "base", *GROUND},
     "api": {"serve", "store", "stored", "lora", "base", *GROUND},
     "cli": {"api", "serve", "store", "generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},

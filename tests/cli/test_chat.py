@@ -26,7 +26,7 @@ def test_a_conversation_changes_adapters(run: Callable, tiny_folder: Path, adapt
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("/adapter nobody", "no adapter is named 'nobody'"),
+        ("/adapter nobody", "unknown adapter 'nobody'"),
         ("/adapter", "is no command"),
         ("/jump", "is no command"),
         ("/blend", "is no command"),

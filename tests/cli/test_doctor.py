@@ -28,8 +28,8 @@ def test_it_says_what_is_here(run: Callable, monkeypatch: pytest.MonkeyPatch, tm
 def test_it_says_which_kernels_there_are(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "packing", lambda dtype: "is slower here" if dtype == torch.float32 else "")
     monkeypatch.setattr(quantised, "int8_product", lambda: "")
-    monkeypatch.setattr(cpu, "problem", lambda: "needs a compiler")
-    monkeypatch.setattr(dispatch, "triton_problem", lambda device: "is for GPUs")
+    monkeypatch.setattr(cpu, "why_not_available", lambda: "needs a compiler")
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device: "is for GPUs")
     facts = json.loads(run("doctor", "--json").out)
     assert (
         facts["kernels"]

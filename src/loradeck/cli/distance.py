@@ -33,7 +33,7 @@ def distances(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, floa
         raise AdapterError(
             "these adapters are for other bases", problems, hint="`loradeck diff --headers` compares the rest."
         )
-    one, two = (Adapter.from_listing(listing, check_copy=lambda *_: None) for listing in (first, second))
+    one, two = (Adapter.from_files(listing, check_copy=lambda *_: None) for listing in (first, second))
     each: dict[str, float] = {}
     apart = whole = 0.0
     for path in dict.fromkeys([*one.sites, *two.sites]):

@@ -89,13 +89,13 @@ def _kernels() -> str:
     from loradeck.base.prepacked import TOLERANCE, packing
     from loradeck.base.quantised import int8_product
     from loradeck.ops import cpu
-    from loradeck.ops.dispatch import triton_problem
+    from loradeck.ops.dispatch import why_not_triton
 
     problems = {f"packed {str(dtype).removeprefix('torch.')}": packing(dtype) for dtype in TOLERANCE}
     problems["int8"] = int8_product()
     place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    problems["native"] = cpu.problem()
-    problems["triton"] = triton_problem(place)
+    problems["native"] = cpu.why_not_available() or ""
+    problems["triton"] = why_not_triton(place) or ""
     return "; ".join(f"{way} {problem}".rstrip() for way, problem in problems.items())
 
 
