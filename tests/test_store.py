@@ -278,7 +278,7 @@ def nan(folder: Path) -> None:
         (cut, AdapterError, "adapter_model.safetensors is damaged"),
         (dora, UnsupportedError, "use_dora"),
         (nan, AdapterError, "NaN"),
-        (shutil.rmtree, AdapterError, "no folder"),
+        (shutil.rmtree, AdapterError, "not a folder"),
     ],
 )
 def test_what_cannot_be_loaded_is_not_published(
