@@ -31,7 +31,7 @@ from benchmarks.gpu_shapes import SHAPES
 from benchmarks.record import in_turns, write
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.ops.dispatch import why_not_triton
 from loradeck.train.config import TrainConfig

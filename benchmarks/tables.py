@@ -211,9 +211,10 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     measured = [summary(suite, record) for suite, record in records.items() if suite not in (SOAK, EMULATED)]
     readme = between(readme, BEGIN, END, "\n\n".join([*measured, *no_gpu(records)]))
-    readme = between(readme, *DEMO, f"```text\n{demo.strip()}\n```")
+    transcript = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
     pages = {
         ROOT / "README.md": readme,
+        ROOT / "docs" / "demo.md": between(transcript, *DEMO, f"```text\n{demo.strip()}\n```"),
         ROOT / "docs" / "benchmarks.md": page(records),
         ROOT / "docs" / "quality.md": quality_page.page(result("quality")),
     }

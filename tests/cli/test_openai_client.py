@@ -1,4 +1,4 @@
-"""A conversation with a server: ours, and strangers that answer oddly."""
+"""The client: chats with our server, and with servers that answer in odd ways."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ from loradeck.api.app import app
 from loradeck.api.auth import ApiKey, ApiKeys
 from loradeck.api.metrics import Metrics
 from loradeck.api.server import Server, listen, url_of
-from loradeck.cli.remote import Remote
+from loradeck.cli.openai_client import OpenAIClient
 from loradeck.errors import ConfigError, RequestError
 from loradeck.serve.engine import Engine
 
@@ -36,37 +36,37 @@ def url(tiny_folder: Path, adapters: Path) -> Iterator[str]:
         thread.start()
         yield url_of(address)
         server.should_exit = True
-        thread.join(20)
+        thread.join()
 
 
 @contextmanager
-def stranger(*bodies: bytes, status: int = 200) -> Iterator[tuple[str, list[Any]]]:
-    """A server that answers with these bodies in turn, and what it was asked."""
-    asked: list[Any] = []
-    left = [*bodies]
+def fake_server(*bodies: bytes, status: int = 200) -> Iterator[tuple[str, list[Any]]]:
+    """A server that answers with these bodies in order; yields its URL and its requests."""
+    requests: list[Any] = []
+    remaining = [*bodies]
 
-    class Stranger(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             length = int(self.headers.get("content-length", 0))
-            asked.append((self.path, json.loads(self.rfile.read(length) or b"null"), self.headers["authorization"]))
+            requests.append((self.path, json.loads(self.rfile.read(length) or b"null"), self.headers["authorization"]))
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(left.pop(0))
+            self.wfile.write(remaining.pop(0))
 
         do_POST = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requests
         server.shutdown()
         thread.join()
 
 
-def told(*pieces: str | None, end: bytes = b"data: [DONE]\n\n") -> bytes:
+def stream_of(*pieces: str | None, end: bytes = b"data: [DONE]\n\n") -> bytes:
     events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
     return b"".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode() for event in events) + end
 
@@ -85,6 +85,12 @@ def test_a_conversation_with_our_server(run: Callable, url: str) -> None:
     assert ran.out.endswith("base > \n")
 
 
+def test_a_server_gets_the_weights_of_a_blend_in_full(run: Callable) -> None:
+    with fake_server(b'{"data": [{"id": "base"}]}', stream_of("a")) as (url, requests):
+        run("chat", "--server", url, "-a", "poet*0.123456789+poet*0.25+pirate", typed="Hi\n")
+    assert requests[1][1]["model"] == "poet*0.373456789+pirate"
+
+
 def test_the_server_says_what_generate_does(run: Callable, url: str, tiny_folder: Path, adapters: Path) -> None:
     greedy = ["--max-new-tokens", 6, "--temperature", 0]
     far = run("chat", "--server", url, "--key", "secret", *greedy, typed="/adapter poet\nHi\n").out
@@ -101,65 +107,65 @@ def test_the_key_may_come_from_the_environment(run: Callable, url: str, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
-        (["chat"], "with a base or with a server"),
-        (["chat", "base", "--server", "http://127.0.0.1:1"], "with a base or with a server"),
-        (["chat", "--server", "http://127.0.0.1:1"], "cannot be reached"),
-        (["chat", "--server", "file:///etc/passwd"], "is no server"),
-        (["chat", "--server", "http://127.0.0.1:1", "-a", "poet*much"], "is no blend"),
+        (["chat"], "either a base or a server"),
+        (["chat", "base", "--server", "http://127.0.0.1:1"], "either a base or a server"),
+        (["chat", "--server", "http://127.0.0.1:1"], "cannot reach"),
+        (["chat", "--server", "file:///etc/passwd"], "invalid server URL"),
+        (["chat", "--server", "http://127.0.0.1:1", "-a", "poet*much"], "invalid blend"),
     ],
 )
-def test_what_cannot_begin(run: Callable, command: list[str], said: str) -> None:
+def test_invalid_arguments_are_refused(run: Callable, command: list[str], message: str) -> None:
     ran = run(*command)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
 
 
-def test_what_is_asked_and_what_comes() -> None:
-    with stranger(b'{"data": [{"id": "gpt", "owned_by": "x"}]}', told(None, "a\u2028", "b")) as (url, asked):
-        remote = Remote(url, "k")
-        assert remote.models() == ["gpt"]
-        assert "".join(remote.stream("gpt", SAY, temperature=0.5, seed=None)) == "a\u2028b"
+def test_requests_and_responses() -> None:
+    with fake_server(b'{"data": [{"id": "gpt", "owned_by": "x"}]}', stream_of(None, "a\u2028", "b")) as (url, requests):
+        client = OpenAIClient(url, "k")
+        assert client.models() == ["gpt"]
+        assert "".join(client.stream("gpt", SAY, temperature=0.5, seed=None)) == "a\u2028b"
     body = {"model": "gpt", "messages": SAY, "stream": True, "temperature": 0.5}
-    assert asked == [("/v1/models", None, "Bearer k"), ("/v1/chat/completions", body, "Bearer k")]
+    assert requests == [("/v1/models", None, "Bearer k"), ("/v1/chat/completions", body, "Bearer k")]
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
-        (told("a", end=b""), "broke off"),
-        (told("a", end=b'data: {"error": {"message": "no room"}}\n\n'), "no room"),
-        (told("a", end=b'data: {"error": "no room"}\n\n'), "no room"),
-        (b"data: what\n\n", "does not answer as OpenAI does"),
-        (b'data: {"choices": [{"delta": 3}]}\n\n', "does not answer as OpenAI does"),
+        (stream_of("a", end=b""), "broke off"),
+        (stream_of("a", end=b'data: {"error": {"message": "no room"}}\n\n'), "no room"),
+        (stream_of("a", end=b'data: {"error": "no room"}\n\n'), "no room"),
+        (b"data: what\n\n", "is not OpenAI-compatible"),
+        (b'data: {"choices": [{"delta": 3}]}\n\n', "is not OpenAI-compatible"),
     ],
 )
-def test_an_answer_that_does_not_end_well(body: bytes, said: str) -> None:
-    with stranger(body) as (url, _), pytest.raises(RequestError, match=said):
-        list(Remote(url).stream("", SAY))
+def test_a_broken_stream_is_an_error(body: bytes, message: str) -> None:
+    with fake_server(body) as (url, _), pytest.raises(RequestError, match=message):
+        list(OpenAIClient(url).stream("", SAY))
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "message"),
     [
         (b'{"error": {"message": "no such page"}}', 404, "no such page"),
         (b'{"detail": "Not Found"}', 404, "404"),
         (b"<html>", 502, "502"),
-        (b"<html>", 200, "does not answer as OpenAI does"),
-        (b'{"data": []}', 200, "has no models"),
+        (b"<html>", 200, "is not OpenAI-compatible"),
+        (b'{"data": []}', 200, "lists no models"),
     ],
 )
-def test_a_server_that_is_none(body: bytes, status: int, said: str) -> None:
-    with stranger(body, status=status) as (url, _), pytest.raises(RequestError, match=said):
-        Remote(url).models()
+def test_a_server_that_is_not_compatible_is_an_error(body: bytes, status: int, message: str) -> None:
+    with fake_server(body, status=status) as (url, _), pytest.raises(RequestError, match=message):
+        OpenAIClient(url).models()
 
 
-def test_a_reader_that_leaves_gives_the_answer_up(url: str) -> None:
-    pieces = Remote(url, "secret").stream("poet", SAY, max_tokens=200)
+def test_closing_the_stream_aborts_the_request(url: str) -> None:
+    pieces = OpenAIClient(url, "secret").stream("poet", SAY, max_tokens=200, n=64, ignore_eos=True)
     next(pieces)
     pieces.close()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 300
     while 'finished_reason="abort"' not in httpx.get(f"{url}/metrics", headers={"authorization": "Bearer secret"}).text:
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -167,4 +173,4 @@ def test_a_reader_that_leaves_gives_the_answer_up(url: str) -> None:
 
 def test_a_url_is_checked() -> None:
     with pytest.raises(ConfigError, match="http://"):
-        Remote("localhost:8000")
+        OpenAIClient("localhost:8000")

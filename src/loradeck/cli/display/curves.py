@@ -1,4 +1,4 @@
-"""What a plot shows of runs: a curve a job, its values raw and smoothed, and its marks. Knows events; draws nothing."""
+"""The curves of a plot: a job's values, raw and smoothed, and its evaluations."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,24 +6,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from loradeck.cli.screen import shown
+from loradeck.cli.display.text import printable
 from loradeck.train.events import Evaluation
 from loradeck.train.history import Track, pace
 
 Metric: TypeAlias = Literal["loss", "validation", "learning_rate", "tokens_per_second"]
 Point: TypeAlias = tuple[int, float]
-"""A step and what it measured."""
-SPAN = 25  # a smoothed value looks back about this fraction of a run
+"""A step and its value."""
+SPAN = 25  # a smoothed value averages about 1/25 of the run
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One job's line, and the evaluations marked along it."""
+    """One job's line, and the evaluations marked on it."""
 
     label: str
     raw: list[Point]
     smooth: list[Point]
-    """The line itself: the raw values, or their exponential mean where they are noisy."""
+    """The line: the raw values, or their exponential mean if they are noisy."""
     marks: list[Point]
     """Validation losses."""
     best: Point | None
@@ -36,7 +36,7 @@ class Curve:
 
 
 def curve(label: str, track: Track, metric: Metric) -> Curve:
-    """Return what a job's track says of a metric; nothing is smoothed but the loss and tokens per second."""
+    """Return a job's curve of a metric; only the loss and tokens per second are smoothed."""
     marks = [(each.step, each.loss) for each in track.evaluations] if metric in ("loss", "validation") else []
     best = track.best if marks else None
     raw: Sequence[tuple[int, float | None]]
@@ -56,21 +56,21 @@ def _point(evaluation: Evaluation) -> Point:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Return the exponential mean of values, begun without a bias as Adam's are (arXiv:1412.6980, section 3)."""
+    """Return the exponential mean of the values, with Adam's bias correction (arXiv:1412.6980, section 3)."""
     keep = 1 - 2 / (max(1, len(points) / SPAN) + 1)
     mean = 0.0
-    found: list[Point] = []
+    means: list[Point] = []
     for count, (step, value) in enumerate(points, 1):
         mean = keep * mean + (1 - keep) * value
-        found.append((step, mean / (1 - keep**count)))
-    return found
+        means.append((step, mean / (1 - keep**count)))
+    return means
 
 
 def curves(runs: Mapping[str, Mapping[str, Track]], metric: Metric) -> list[Curve]:
-    """Return the curves of several runs (name -> job -> track) that say anything of a metric, named run/job."""
-    found = [
-        curve(shown(job if job == run.rpartition("/")[2] else f"{run}/{job}"), track, metric)
+    """Return the curves of several runs (name -> job -> track) that have values of a metric, labelled run/job."""
+    candidates = [
+        curve(printable(job if job == run.rpartition("/")[2] else f"{run}/{job}"), track, metric)
         for run, tracks in runs.items()
         for job, track in tracks.items()
     ]
-    return [each for each in found if each.points]
+    return [each for each in candidates if each.points]

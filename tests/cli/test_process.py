@@ -4,19 +4,19 @@ import sys
 
 import pytest
 
-from loradeck.cli import allocator
+from loradeck.cli import process
 
-# Threads that each allocate and free; how many arenas glibc made for them, by its own report.
+# Print glibc's report of its arenas after eight threads have allocated and freed memory.
 COUNT = """
 import ctypes, re, threading
-from loradeck.cli import allocator
-if {shared}: assert allocator.thrifty()
+from loradeck.cli import process
+if {shared}: assert process.cap_allocator()
 together = threading.Barrier(8)
 def use():
     libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; libc.free.argtypes = [ctypes.c_void_p]
-    own = [libc.malloc(5000) for _ in range(100)]
+    blocks = [libc.malloc(5000) for _ in range(100)]
     together.wait()
-    for each in own: libc.free(each)
+    for each in blocks: libc.free(each)
 threads = [threading.Thread(target=use) for _ in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
 libc = ctypes.CDLL(None)
@@ -26,18 +26,18 @@ file = libc.fopen(b"/dev/stdout", b"w"); libc.malloc_info(0, file); libc.fclose(
 """
 
 
-@pytest.mark.skipif(not hasattr(allocator.ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
+@pytest.mark.skipif(not hasattr(process.ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
 @pytest.mark.parametrize(("shared", "most"), [(True, 2), (False, 99)])
 def test_threads_share_arenas(shared: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
     report = subprocess.run([sys.executable, "-c", COUNT.format(shared=shared)], capture_output=True, text=True)
     assert report.returncode == 0, report.stderr
-    found = report.stdout.count("<heap nr=")
-    assert found <= most
-    assert shared or found > 2  # without it there are more
+    arenas = report.stdout.count("<heap nr=")
+    assert arenas <= most
+    assert shared or arenas > 2
 
 
-def test_the_users_own_setting_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_variables_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
-    assert not allocator.thrifty()
+    assert not process.cap_allocator()

@@ -1,4 +1,4 @@
-"""How a run stands, from its events: a job's curve, pace and state. Knows numbers; knows no screen and no clock."""
+"""The state of a run, built from its events: each job's curve, speed and state."""
 
 import math
 from collections import deque
@@ -9,22 +9,22 @@ from itertools import pairwise
 from loradeck.train.events import AnyEvent, End, Evaluation, Step
 from loradeck.train.history import pace
 
-POINTS = 64  # that a curve keeps, however long the run
-RECENT = 20  # steps over which a pace is measured
+POINTS = 64  # limit of a curve, however long the run
+RECENT = 20  # steps over which speed is measured
 BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(slots=True)
 class Curve:
-    """A series of any length in fewer than POINTS points, each the mean of equally many values."""
+    """A series of any length as fewer than POINTS points, each the mean of the same number of values."""
 
     points: list[float] = field(default_factory=list)
     each: int = 1
-    """Values that a point is the mean of."""
+    """Values per point."""
     pending: list[float] = field(default_factory=list)
 
     def add(self, value: float) -> None:
-        """Append a value; one that is not finite would leave nothing to see of the others, and is passed over."""
+        """Append a value. Values that are not finite are dropped, as they would flatten all others."""
         if not math.isfinite(value):
             return
         self.pending.append(value)
@@ -46,31 +46,31 @@ class Curve:
 
 @dataclass(slots=True)
 class Job:
-    """How one job stands."""
+    """The state of one job."""
 
     name: str
     steps: int = 0
-    """That it will make; 0 until known."""
+    """Total number; 0 until known."""
     curve: Curve = field(default_factory=Curve)
-    """The loss of its steps."""
+    """The losses."""
     recent: deque[Step] = field(default_factory=lambda: deque(maxlen=RECENT + 1))
     validation: Evaluation | None = None
-    """The last one."""
+    """The last evaluation."""
     end: End | None = None
 
     @property
     def step(self) -> Step | None:
-        """The last one."""
+        """The last step."""
         return self.recent[-1] if self.recent else None
 
     @property
-    def pace(self) -> float | None:
-        """Tokens per second over the recent steps; None before the second one."""
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second over the recent steps; None before the second step."""
         return pace([*self.recent])
 
     @property
     def left(self) -> float | None:
-        """Seconds to the last step, at the recent pace; None before the second step."""
+        """Seconds to the last step at the recent speed; None before the second step."""
         if len(self.recent) < 2:
             return None
         first, last = self.recent[0], self.recent[-1]
@@ -78,25 +78,25 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether it has made a step and not ended."""
+        """Whether it has made a step and has not ended."""
         return self.step is not None and self.end is None
 
 
-class Board:
-    """How all jobs of a run stand."""
+class ProgressState:
+    """The state of all jobs of a run."""
 
     def __init__(self, jobs: Mapping[str, int] | None = None) -> None:
-        """Begin with jobs that are known, as name -> steps; others are added when they are first heard of."""
+        """`jobs` maps names to steps; other jobs are added with their first event."""
         self.jobs = {name: Job(name, steps) for name, steps in (jobs or {}).items()}
         self.seconds = 0.0
-        """Since the run began, at its last event."""
+        """From the start of the run to its last event."""
         self.memory = 0
-        """Bytes the process holds."""
+        """Bytes used by the process."""
         self.peak = 0
-        """The most it held."""
+        """Maximum of memory."""
 
-    def hear(self, event: AnyEvent) -> Job:
-        """Take in an event and return its job."""
+    def update(self, event: AnyEvent) -> Job:
+        """Apply an event and return its job."""
         job = self.jobs.setdefault(event.job, Job(event.job))
         self.seconds = max(self.seconds, event.seconds)
         if isinstance(event, Step):
@@ -111,10 +111,10 @@ class Board:
         return job
 
     @property
-    def pace(self) -> float:
-        """Tokens per second of all that runs."""
-        return math.fsum(job.pace or 0.0 for job in self.jobs.values() if job.running)
+    def tokens_per_second(self) -> float:
+        """Tokens per second of all running jobs."""
+        return math.fsum(job.tokens_per_second or 0.0 for job in self.jobs.values() if job.running)
 
     def first(self, most: int | None = None) -> list[Job]:
-        """Return at most so many jobs: those that run, then those that wait, then those that ended."""
+        """Return at most `most` jobs: first those that run, then those that wait, then those that ended."""
         return sorted(self.jobs.values(), key=lambda job: (not job.running, job.end is not None))[:most]

@@ -1,4 +1,4 @@
-"""What a job would be, before any of it is done: what `--dry-run` shows. Computes nothing on the model."""
+"""The plan of a job, which `--dry-run` prints: its sizes, settings and first example."""
 
 from dataclasses import MISSING, dataclass, fields
 
@@ -8,21 +8,21 @@ from loradeck.train.config import TrainConfig
 from loradeck.train.run import Run
 from loradeck.train.schedule import Schedule
 
-# Why a setting that was left out is what it is. Sources: LoRA Without Regret (Thinking Machines, 2025), PEFT, Tinker.
+# Reasons for the defaults. Sources: LoRA Without Regret (Thinking Machines, 2025), PEFT, Tinker.
 REASONS = {
-    "target_modules": "adapters on attention alone fall behind, at any rank",
-    "r": "room for more than a small dataset holds",
-    "lora_alpha": "fixed, so that the best learning rate hardly depends on r",
-    "lora_dropout": "a few passes over the data seldom need it",
-    "batch_size": "LoRA loses quality in large batches",
-    "epochs": "more seldom helps; keep the best by a validation split",
-    "schedule": "a steady way down to zero",
+    "target_modules": "adapters on attention alone are worse at any rank",
+    "r": "more capacity than a small dataset needs",
+    "lora_alpha": "fixed, so that the best learning rate barely depends on r",
+    "lora_dropout": "rarely needed for a few epochs",
+    "batch_size": "LoRA loses quality with large batches",
+    "epochs": "more rarely help; use a validation split to keep the best",
+    "schedule": "steady decay to zero",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The size of a job, and its first example with what of it is learned."""
+    """The size of a job, and its first example with the part that is trained on."""
 
     name: str
     trainable: int
@@ -30,24 +30,24 @@ class Plan:
     adapter_bytes: int
     base_bytes: int
     form: str
-    """How the dataset was recognised."""
+    """The form of the dataset's records."""
     examples: int
     valid: int
-    """Examples to validate on."""
+    """Validation examples."""
     truncated: int
-    """Examples that were cut to max_length."""
+    """Examples cut to max_length."""
     tokens: int
-    """In one pass over the examples."""
+    """Tokens of one epoch."""
     supervised: int
-    """Of these tokens, the ones that are learned."""
+    """Those of them that are trained on."""
     longest: int
     """Tokens of the longest example."""
     batch_size: int
     schedule: Schedule
     settings: dict[str, tuple[str, str]]
-    """Settings with their values and the reasons for them."""
+    """Settings, each with its value and the reason for it."""
     first: list[Span]
-    """The first example's text in runs that are learned, or not."""
+    """The first example's text in spans that are trained on, or not."""
 
     @property
     def ratio(self) -> float:
@@ -56,15 +56,15 @@ class Plan:
 
 
 def plan(run: Run, name: str) -> Plan:
-    """Say what a run will do for one of its jobs."""
+    """Return the plan of one of a run's jobs."""
     job, split, bank = run.trainer.jobs[name], run.splits[name], run.bank
-    residents = sum(bank[resident].nbytes for resident in bank.names())  # they count among the model's parameters
+    adapter_bytes = sum(bank[adapter].nbytes for adapter in bank.names())  # part of the model's parameters
     documents = [document for example in split.train for document in job.objective.unit(example)]
     return Plan(
         name=name,
         trainable=sum(parameter.numel() for parameter in bank.parameters(name)),
         adapter_bytes=bank[name].nbytes,
-        base_bytes=sum(parameter.nbytes for parameter in run.base.model.parameters()) - residents,
+        base_bytes=sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes,
         form=split.dataset.form,
         examples=len(split.train),
         valid=len(split.valid),
@@ -74,14 +74,14 @@ def plan(run: Run, name: str) -> Plan:
         longest=max(len(document.tokens) for document in documents),
         batch_size=job.config.batch_size,
         schedule=job.schedule,
-        settings=_settings(next(own.lora for own in run.recipe.jobs if own.name == name), job.config),
+        settings=_settings(next(each.lora for each in run.recipe.jobs if each.name == name), job.config),
         first=documents[0].segments(run.base.tokenizer),
     )
 
 
 def _settings(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[str, str]]:
-    """Return what was set, and what was left to its default for a reason."""
-    values = {f.name: (getattr(own, f.name), f.default) for own in (lora, config) for f in fields(own)}
+    """Return the settings that were changed, and the defaults that have a reason."""
+    values = {f.name: (getattr(each, f.name), f.default) for each in (lora, config) for f in fields(each)}
     return {
         name: (str(value), "as given" if value != default else REASONS[name])
         for name, (value, default) in values.items()
