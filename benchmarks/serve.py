@@ -37,10 +37,10 @@ from benchmarks.record import RESULTS, in_turns, write
 from benchmarks.workloads import Arrival, popularity, trace
 from loradeck import AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.generation import Generation
-from loradeck.serve.request import SamplingParams
 
 ROWS, PROMPT, ANSWER = 16, 64, 32
 KINDS = ("base", "identical", "uniform", "zipf:1.5", "distinct")

@@ -17,13 +17,12 @@ SOURCE = ROOT / "src" / "loradeck"
 FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
 # What each room may import of ours, besides itself, from the ground up.
-GROUND = {"errors", "disk", "dtypes", "blend", "sampling"}
+GROUND = {"errors", "disk", "dtypes", "blend"}
 MAY = {
     "errors": set(),
     "disk": set(),
     "dtypes": set(),
     "blend": {"errors"},
-    "sampling": {"errors"},
     "toy": set(),
     "demo": set(),
     "ops": {"disk", "dtypes"},
@@ -31,11 +30,12 @@ MAY = {
     "stored": {"lora", *GROUND},
     "store": {"stored", "lora", *GROUND},
     "base": GROUND,
-    "generation": {"lora", "base", *GROUND},
+    "sampling": {"errors"},
+    "generation": {"lora", "base", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
     "train": {"dataset", "lora", "base", *GROUND},
-    "serve": {"store", "stored", "lora", "ops", "base", *GROUND},
-    "api": {"serve", "store", "stored", "lora", "base", *GROUND},
+    "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},
+    "api": {"serve", "sampling", "store", "stored", "lora", "base", *GROUND},
     "cli": {"api", "serve", "store", "generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},
 }
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from benchmarks.peers.workload import ROWS, Questions
 from loradeck import AdapterStore, Base
 from loradeck.base.weights import CHOICES
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams
 
 
 def main() -> None:

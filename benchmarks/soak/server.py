@@ -27,7 +27,7 @@ from benchmarks.soak.engine import Bounds
 from benchmarks.soak.memory import Memory
 from loradeck import Base
 from loradeck.api.logprobs import Logprobs
-from loradeck.serve.request import Token
+from loradeck.sampling import Token
 
 LAST = 16  # answers that are on their way when the server is told to end
 BEGUN = 4  # of them have begun then

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from loradeck.api.logprobs import LEAST, Logprobs
-from loradeck.serve.request import Token
+from loradeck.sampling import Token
 
 LANGUAGE = "語"
 

@@ -10,7 +10,7 @@ from loradeck.api.responses import CompletionLogprobs, TokenLogprob, TopLogprob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from loradeck.serve.request import Token
+    from loradeck.sampling import Token
 
 LEAST = -9999.0  # as OpenAI says "never": JSON has no infinity
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte, in vocabularies that spell unknown characters so

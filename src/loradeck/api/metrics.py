@@ -16,8 +16,7 @@ from loradeck.api.metric_labels import MetricLabels, name_of
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
-    from loradeck.serve.observer import Finish
-    from loradeck.serve.request import Request
+    from loradeck.serve.request import Finish, Request
 
 # vLLM's bounds, in seconds, so that its dashboards' quantiles are comparable.
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -74,10 +73,10 @@ class Metrics(Collector):
         """Count a request and its prompt."""
         self.labels.count(request.adapter)
         label = self.labels.of(request.adapter)
-        self._prompt.labels(self._base).inc(request.prompt_length)
+        self._prompt.labels(self._base).inc(len(request.prompt))
         self._queued.labels(self._base).observe(request.admitted - request.arrived)
         self._adapter_requests.labels(label).inc()
-        self._adapter_prompt.labels(label).inc(request.prompt_length)
+        self._adapter_prompt.labels(label).inc(len(request.prompt))
 
     def token(self, request: "Request", since: float) -> None:
         """Count a token."""

@@ -114,6 +114,6 @@ def finish_of(generation: "Generation") -> Ended:
 def usage_of(generations: "Sequence[Generation]", n: int) -> Usage:
     """Return the tokens of a request. A prompt with `n` answers counts once."""
     firsts = [generation.request for generation in generations[::n]]
-    read = sum(request.prompt_length for request in firsts)
+    read = sum(len(request.prompt) for request in firsts)
     written = sum(generation.request.generated for generation in generations)
     return Usage(read, written, read + written, CachedTokens(sum(request.cached for request in firsts)))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from loradeck.api.requests import Generation
-from loradeck.serve.request import SamplingParams
+from loradeck.sampling import SamplingParams
 
 SEEDS = 2**64
 
@@ -28,7 +28,7 @@ def sampling_of(
         repetition_penalty=given(asked.repetition_penalty, 1.0),
         logit_bias=asked.logit_bias or {},
         seed=asked.seed,
-        stop_tokens=frozenset(asked.stop_token_ids or ()),
+        stop_token_ids=frozenset(asked.stop_token_ids or ()),
         stop=asked.stop or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,

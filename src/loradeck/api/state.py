@@ -17,9 +17,10 @@ from loradeck.errors import BusyError
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
+    from loradeck.sampling import SamplingParams
     from loradeck.serve.engine import Engine
     from loradeck.serve.generation import Generation
-    from loradeck.serve.request import Request, SamplingParams
+from loradeck.serve.request import Request
 
 
 @dataclass(eq=False)
