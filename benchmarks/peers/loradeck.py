@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.peers.workload import ROWS, Questions
 from loradeck import AdapterStore, Base
+from loradeck.base.onednn import cap_kernel_cache
 from loradeck.base.weights import CHOICES
 from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
@@ -15,6 +16,7 @@ from loradeck.serve.engine import Engine
 def main() -> None:
     questions = Questions()
     weights = next(each for each in CHOICES if each == sys.argv[1])
+    cap_kernel_cache()  # as `loradeck serve` does
     base = Base.load(questions.folder.base, dtype="bfloat16", weights=weights)
     with tempfile.TemporaryDirectory() as path:
         store = AdapterStore(path)

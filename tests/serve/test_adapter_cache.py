@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loradeck import AdapterStore, Bank, Base
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora import safetensors_io
 from loradeck.serve.adapter_cache import AdapterCache

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from loradeck import Adapter, Bank, Base
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 from loradeck.errors import BaseModelError, LoradeckError
 from loradeck.sampling import SamplingParams
 from loradeck.serve.kv_cache import KVCache

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from loradeck.base.load import Base
-from loradeck.base.shared_copy import shared_copy
 from loradeck.base.text import stop_ids
+from loradeck.base.weights import shared_copy
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.sampling import Sampler, SamplingParams, Token

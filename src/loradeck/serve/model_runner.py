@@ -22,7 +22,7 @@ class ModelRunner:
     """A model that computes batches of requests over a KV cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Replace a model's attention. The model is the runner's own from now on: see `base.shared_copy`.
+        """Replace a model's attention. The model is the runner's own from now on: see `base.weights.shared_copy`.
 
         Raises:
             BaseModelError: the model does not compute the same then.
