@@ -27,8 +27,8 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gpu_ops
-from benchmarks.gpu_shapes import SHAPES
-from benchmarks.record import in_turns, write
+from benchmarks.harness import in_turns, write
+from benchmarks.models import SHAPES
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.shared_copy import shared_copy

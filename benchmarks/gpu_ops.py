@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ops import all_stacked
-from benchmarks.record import in_turns
+from benchmarks.harness import in_turns
+from benchmarks.suites.ops import all_stacked
 from loradeck.ops import autograd, dispatch, packed, portable, reference, stacked
 from loradeck.ops.layer_kinds import Form, LinearForm, form_of
 from loradeck.ops.mapping import Entry, Mix

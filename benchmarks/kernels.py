@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import in_quiet_turns, write
+from benchmarks.harness import in_quiet_turns, write
 from loradeck.base.load import DTYPES
 from loradeck.base.prepacked import _packed
 from loradeck.base.quantised import _few, _many, quantised

@@ -1,47 +1,38 @@
-"""Resident memory that 100 loaded adapters add, over their tensors' bytes; in a process of its own, run by `adapters`.
+"""Resident memory of a process over time: is it flat? Knows a process's id."""
 
-    python -m benchmarks.memory FOLDER
-
-The model has SmolLM2-135M's shapes and no weights: memory freed earlier would hide what a load takes.
-"""
-
-import gc
-import json
-import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import psutil
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from loradeck import Bank
-
-COUNT = 100
+MOMENTS = {"after warm-up": 0.25, "half way": 0.5, "three quarters": 0.75, "at the end": 1.0}
 
 
-def main(folder: str) -> None:
-    shapes = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49_152,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(shapes)
-    model.to_empty(device="cpu")
-    bank = Bank(model)
-    for i in range(5):
-        bank.load(folder, f"warm {i}")
-    gc.collect()
-    before = psutil.Process().memory_info().rss
-    for i in range(COUNT):
-        bank.load(folder, f"a{i}")
-    gc.collect()
-    added = (psutil.Process().memory_info().rss - before) / COUNT
-    nbytes = bank["a0"].nbytes
-    print(json.dumps({"tensor_bytes": nbytes, "added per adapter / its bytes": added / nbytes}))
+@dataclass
+class Memory:
+    """The memory of a process, this one by default."""
 
+    pid: int | None = None
+    seen: list[tuple[float, int]] = field(default_factory=list)
+    """(share of the time, bytes)"""
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+    def watch(self, seconds: float, also: Callable[[], object] = lambda: None, *, every: float = 1.0) -> None:
+        """Look every so many seconds, and do something `also` then."""
+        begun = time.monotonic()
+        while (passed := time.monotonic() - begun) < seconds:
+            self.look(passed / seconds)
+            also()
+            time.sleep(min(every, seconds / 40))
+        self.look(1.0)
+
+    def look(self, share: float) -> None:
+        self.seen.append((share, psutil.Process(self.pid).memory_info().rss))
+
+    def figures(self) -> dict[str, float]:
+        """Return the mean around each moment; single looks jump by what a step has in its hands."""
+        around = {name: [own for share, own in self.seen if abs(share - at) <= 0.05] for name, at in MOMENTS.items()}
+        means = {name: sum(own) / len(own) for name, own in around.items()}
+        first = means["after warm-up"]
+        figures = {f"memory {name} (MB)": own / 1e6 for name, own in means.items()}
+        return {**figures, "memory at the end / after warm-up": means["at the end"] / first}

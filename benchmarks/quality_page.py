@@ -19,9 +19,9 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# Does LoRA reach full fine-tuning?",
         "",
-        "Written by `python -m benchmarks.quality --page` from `benchmarks/results/quality.json`, which",
-        "`python -m benchmarks.quality` makes. The question is that of *LoRA Without Regret* (Thinking Machines,",
-        "2025), asked small: SmolLM2-135M in float32, three tasks, each system at its own best learning rate.",
+        "Written by `python -m benchmarks.suites.quality --page` from `benchmarks/results/quality.json`, which",
+        "`python -m benchmarks.suites.quality` makes. The question is that of *LoRA Without Regret* (Thinking",
+        "Machines, 2025), asked small: SmolLM2-135M in float32, three tasks, each system at its own best learning rate.",
         "",
         f"Machine: {record['machine']}. Versions: {versions}. Commit: {record['commit']}.",
         "",

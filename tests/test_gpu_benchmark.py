@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.gpu_shapes import SHAPES
+from benchmarks.models import SHAPES
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent

@@ -6,9 +6,9 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.peers.system import Case
+from benchmarks.harness import RESULTS
+from benchmarks.peers.process import Case
 from benchmarks.peers.workload import ROWS
-from benchmarks.record import RESULTS
 
 ADAPTERS = (0, 1, 2, 4, 8, 16)
 

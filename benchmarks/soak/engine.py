@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.soak.asked import Asked, Ledger, Meaning, Questions, Route, Told
-from benchmarks.soak.crowd import Crowd
-from benchmarks.soak.memory import Memory
+from benchmarks.memory import Memory
+from benchmarks.soak.requests import Asked, Ledger, Meaning, Questions, Route, Told
+from benchmarks.soak.store import Crowd
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
 from loradeck.serve.config import EngineConfig

@@ -21,10 +21,10 @@ import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.soak.asked import Asked, Ledger, Meaning, Questions, Told
-from benchmarks.soak.crowd import Crowd
+from benchmarks.memory import Memory
 from benchmarks.soak.engine import Bounds
-from benchmarks.soak.memory import Memory
+from benchmarks.soak.requests import Asked, Ledger, Meaning, Questions, Told
+from benchmarks.soak.store import Crowd
 from loradeck import Base
 from loradeck.api.logprobs import Logprobs
 from loradeck.serve.request import Token

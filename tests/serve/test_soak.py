@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.soak.alone import BOUND, Alone, Judgement, judged
-from benchmarks.soak.asked import Asked, Ledger, Told
-from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.engine import Bounds, soak
+from benchmarks.soak.judge import BOUND, Alone, Judgement, judged
+from benchmarks.soak.requests import Asked, Ledger, Told
+from benchmarks.soak.store import Crowd
 
 from loradeck import Base
 from loradeck.serve.config import EngineConfig

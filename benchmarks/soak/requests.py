@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from benchmarks.soak.crowd import Crowd
+from benchmarks.soak.store import Crowd
 
 Weights = tuple[tuple[str, float], ...]
 Route = tuple[tuple[Path, float], ...]

@@ -19,12 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.record import RESULTS, write
+from benchmarks.harness import RESULTS, write
 from benchmarks.soak import engine, server
-from benchmarks.soak.alone import Judgement, judged
-from benchmarks.soak.asked import Ledger
-from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.engine import Bounds
+from benchmarks.soak.judge import Judgement, judged
+from benchmarks.soak.requests import Ledger
+from benchmarks.soak.store import Crowd
 from loradeck import Base
 from loradeck.serve.config import EngineConfig
 

@@ -1,6 +1,6 @@
 """What a base's packed and int8 weights change: plain transformers' forward passes, memory, and perplexity.
 
-    python -m benchmarks.base [--rounds 15] [--tokens 8192]
+    python -m benchmarks.suites.base [--rounds 15] [--tokens 8192]
 
 The ways take turns in one run; speeds are medians. The perplexity is that of docstrings of Python's standard library,
 in windows of 512 tokens.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.record import in_quiet_turns, write
+from benchmarks.harness import in_quiet_turns, write
 from loradeck.base.load import SMOLLM2, Base
 from loradeck.base.weights import CHOICES
 

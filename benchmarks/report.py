@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, and the table in the README, from the result files; no figure is typed by hand.
 
-python -m benchmarks.tables [--check]
+python -m benchmarks.report [--check]
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks import grids, quality_page
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.tables` -->", "<!-- /benchmarks -->"
+BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.report` -->", "<!-- /benchmarks -->"
 
-DEMO = ("<!-- demo: written by `python -m benchmarks.tables` -->", "<!-- /demo -->")
+DEMO = ("<!-- demo: written by `python -m benchmarks.report` -->", "<!-- /demo -->")
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def main() -> None:
     }
     stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
-        sys.exit(f"stale: {', '.join(stale)}; run python -m benchmarks.tables" if stale else 0)
+        sys.exit(f"stale: {', '.join(stale)}; run python -m benchmarks.report" if stale else 0)
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
 
@@ -255,7 +255,7 @@ def page(records: dict[Suite, dict[str, Any]]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks.tables` from `benchmarks/results/`, which `make bench` makes. Medians; the",
+        "Written by `python -m benchmarks.report` from `benchmarks/results/`, which `make bench` makes. Medians; the",
         "systems take turns in one run, so compare figures within a table only. The machine is shared and noisy.",
     ]
     for suite, record in records.items():

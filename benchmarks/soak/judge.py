@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from benchmarks.soak.asked import Route, Told
+from benchmarks.soak.requests import Route, Told
 from loradeck import Bank, Base
 from loradeck.base.text import stop_ids
 

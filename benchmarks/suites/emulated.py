@@ -1,8 +1,8 @@
 """What packed weights change for a base in bfloat16 where the CPU only emulates it: training, prompts, decoding.
 
-    python -m benchmarks.emulated [--rounds 5] [--sequences 2]
+    python -m benchmarks.suites.emulated [--rounds 5] [--sequences 2]
 
-The base in float32 stands beside it. Training is that of `benchmarks.train`, with so many sequences a step.
+The base in float32 stands beside it. Training is that of `benchmarks.suites.train`, with so many sequences a step.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adapters import show
-from benchmarks.base import PASSES, forward_pass
-from benchmarks.record import in_turns, write
-from benchmarks.train import docstrings, make_adapter, ours
+from benchmarks.harness import in_turns, write
+from benchmarks.suites.adapters import show
+from benchmarks.suites.base import PASSES, forward_pass
+from benchmarks.suites.train import docstrings, make_adapter, ours
 from loradeck.base.load import SMOLLM2, Base
 from loradeck.dtypes import computes_in
 

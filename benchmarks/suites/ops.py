@@ -1,6 +1,6 @@
 """Where the ways of computing cross: what the constants in ops/plan.py and ops/meetings.py are read from.
 
-    python -m benchmarks.ops [--rounds 30]
+    python -m benchmarks.suites.ops [--rounds 30]
 
 Sixteen rows of several tokens over several different adapters of r=8, then one adapter of several ranks on long rows,
 on layers of SmolLM2-135M's shapes. Each call meets another layer's weights, as in a model: what a cache holds from the
@@ -13,7 +13,7 @@ from itertools import cycle
 
 import torch
 
-from benchmarks.record import in_turns, write
+from benchmarks.harness import in_turns, write
 from loradeck.ops import cpu, plan, portable, segments, stacked
 from loradeck.ops.layer_kinds import LinearForm
 from loradeck.ops.mapping import Mix

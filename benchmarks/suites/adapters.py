@@ -1,6 +1,6 @@
 """Load, switch, memory and the mixed decode step, against PEFT in the same run on SmolLM2-135M.
 
-    python -m benchmarks.adapters [--rounds 15] [--dtypes float32 bfloat16]
+    python -m benchmarks.suites.adapters [--rounds 15] [--dtypes float32 bfloat16]
 
 Adapters: r=8 on all linear layers (210 modules). Step: 16 rows, 64 tokens of context, one new token each.
 """
@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.record import in_turns, write
+from benchmarks.harness import in_turns, write
 from loradeck import Bank, Base, LoraConfig
 
 ROWS, CONTEXT, RESIDENT = 16, 64, 200
@@ -150,7 +150,7 @@ def memory(model: nn.Module, folder: Path, dtype: str) -> dict[str, float]:
         bank["a"].to(getattr(torch, dtype))
         bank.save("a", Path(own) / "a")
         bank.detach()
-        command = [sys.executable, "-m", "benchmarks.memory", str(Path(own) / "a")]
+        command = [sys.executable, "-m", "benchmarks.suites._adapter_memory", str(Path(own) / "a")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return show(f"memory {dtype}", json.loads(done.stdout))
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import write
 from benchmarks.peers import plot
-from benchmarks.peers.system import Case, System
+from benchmarks.peers.process import Case, System
 from benchmarks.peers.workload import PROMPT, ROWS, Folder
-from benchmarks.record import write
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
 from loradeck.cli.architecture import architecture

@@ -2,7 +2,7 @@
 
 The engine's base has packed weights, as `loradeck serve` has by default; PEFT's has them as they came.
 
-    python -m benchmarks.serve [--rounds 3] [--dtypes bfloat16 float32]
+    python -m benchmarks.suites.serve [--rounds 3] [--dtypes bfloat16 float32]
         [--only streams prefill registered crowded cold]
 
 streams     16 requests at once, 64 tokens of prompt, 32 of answer, adapters r=8 on all linear layers
@@ -33,7 +33,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig
 
-from benchmarks.record import RESULTS, in_turns, write
+from benchmarks.harness import RESULTS, in_turns, write
 from benchmarks.workloads import Arrival, popularity, trace
 from loradeck import AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2

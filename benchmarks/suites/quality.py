@@ -1,7 +1,7 @@
 """Does LoRA reach full fine-tuning, at what rank, with what share of the bytes? Three tasks on SmolLM2-135M, float32.
 
-    python -m benchmarks.quality [--seeds 0 1]    adds what results/quality.json lacks
-    python -m benchmarks.quality --page           writes docs/quality.md and docs/quality.png from it
+    python -m benchmarks.suites.quality [--seeds 0 1]    adds what results/quality.json lacks
+    python -m benchmarks.suites.quality --page           writes docs/quality.md and docs/quality.png from it
 
 Every system sees the same batches in the same order, with the same loss, schedule and optimizer. Each has its own
 learning rate for each task: the one of the lowest validation loss, with the rates on both sides tried and worse.
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from benchmarks.harness import RESULTS, write
 from benchmarks.quality_page import DOCS, best_rate, page, plot, table
-from benchmarks.record import RESULTS, write
 from benchmarks.tasks import TASKS, Pair, Task
 from loradeck import Bank, Base, LoraConfig, generate
 from loradeck.dataset.example import UNSUPERVISED, Example

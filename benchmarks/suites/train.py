@@ -1,7 +1,7 @@
 """Training speed, memory, many jobs at once and time to the first step, against PEFT in the same run on SmolLM2-135M.
 
-    python -m benchmarks.train [--only speed memory jobs start] [--steps 12] [--rounds 3] [--sequences 8]
-    python -m benchmarks.train --quick
+    python -m benchmarks.suites.train [--only speed memory jobs start] [--steps 12] [--rounds 3] [--sequences 8]
+    python -m benchmarks.suites.train --quick
 
 Adapters: r=16 on all linear layers (210 modules). Examples: docstrings of Python's library, as answers to what a
 function does, 48 to 512 tokens each with the prompt, which is masked; 8 of them a step.
@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.adapters import show
-from benchmarks.peft_train import Hosted, Plain
-from benchmarks.record import in_turns, write
+from benchmarks.harness import in_turns, write
+from benchmarks.peers.peft_training import Hosted, Plain
+from benchmarks.suites.adapters import show
 from loradeck import Bank, Base, LoraConfig
 from loradeck.dataset.example import Example
 from loradeck.dataset.record import Completion
