@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import in_turns
+from benchmarks.harness import alternate
 from benchmarks.suites.ops import all_stacked
 from loradeck.ops import autograd, dispatch, packed, portable, reference, stacked
 from loradeck.ops.layer_kinds import Form, LinearForm, form_of
@@ -133,9 +133,7 @@ def note(found: dict[str, float], name: str, kind: str, got: Tensor, wanted: Ten
     found[key] = max(found.get(key, 0.0), error)
 
 
-def ways(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, rounds: int, settle: Callable[[], object]
-) -> dict[str, float]:
+def ways(sizes: Sizes, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
     """Return the microseconds of each way on ROWS rows of as many adapters of r=16: which of them `choose` should take.
 
     Sixteen calls each time, on the pairs of sixteen layers: what a cache holds from the call before would flatter.
@@ -160,7 +158,7 @@ def ways(
 
             return run
 
-        seconds = in_turns({name: calls(way) for name, way in chosen.items()}, rounds, settle)
+        seconds = alternate({name: calls(way) for name, way in chosen.items()}, rounds)
         found |= {f"{inside} to {outside}, {name} (us)": 1e6 * each / count for name, each in seconds.items()}
     return found
 

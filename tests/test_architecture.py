@@ -111,7 +111,7 @@ def test_the_readmes_tree_is_the_tree() -> None:
 
 def test_the_tables_are_the_results() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.report", "--check"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "benchmarks", "report", "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
 

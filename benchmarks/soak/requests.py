@@ -1,4 +1,4 @@
-"""What is asked at random, what came back, and what was counted. Knows names and tokens; knows no engine."""
+"""Random requests, their answers, and a count of all that happened."""
 
 import random
 import threading
@@ -8,126 +8,121 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from benchmarks.soak.store import Crowd
+from benchmarks.soak.catalogue import Catalogue
 
 Weights = tuple[tuple[str, float], ...]
 Route = tuple[tuple[Path, float], ...]
 SCALES = (0.5, -0.7, 1.3)
-BLEND = 3  # adapters of a blend at most
+BLEND = 3  # adapters of a blend, at most
 TEMPERATURES = (0.7, 1.0)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request."""
+class Request:
+    """What a client sends, and when it goes away."""
 
     prompt: tuple[int, ...]
     weights: Weights
     """Of each adapter, by name or name@version; () is the base."""
-    answer: int
-    """Tokens at most."""
+    max_tokens: int
     temperature: float
     seed: int
-    scored: bool
-    """Whether log-probabilities are asked for."""
-    endless: bool
-    """Whether it goes on after a stop token."""
-    leaves: int | None
-    """After so many tokens nobody waits for it any more."""
+    logprobs: bool
+    ignore_eos: bool
+    cancel_after: int | None
+    """Tokens after which the client goes away."""
 
 
-class Questions:
-    """Requests of one client, at random."""
+class RandomRequests:
+    """One client's requests."""
 
-    def __init__(self, crowd: Crowd, vocabulary: int, seed: int, *, longest: int, answer: int) -> None:
-        """Prompts have up to `longest` tokens, and answers up to `answer`."""
-        self.crowd = crowd
-        self.chance = random.Random(seed)
-        self._vocabulary, self._longest, self._answer = vocabulary, longest, answer
+    def __init__(self, catalogue: Catalogue, vocab_size: int, seed: int, *, max_prompt: int, max_tokens: int) -> None:
+        self.catalogue = catalogue
+        self.rng = random.Random(seed)
+        self._vocab_size, self._max_prompt, self._max_tokens = vocab_size, max_prompt, max_tokens
         shared = random.Random(0)  # the same for all clients
-        self._beginnings = [self._text(shared, longest * part // 6) for part in (2, 3, 5)]
+        self._prefixes = [self._text(shared, max_prompt * part // 6) for part in (2, 3, 5)]
 
-    def next(self) -> Asked:
-        chance = self.chance
-        begins = chance.choice(self._beginnings) if chance.random() < 0.4 else ()
-        room = self._longest - len(begins)
-        answer = chance.randint(1, self._answer)
-        return Asked(
-            prompt=begins + self._text(chance, 1 + int(room * chance.random() ** 3)),  # most are short
+    def next(self) -> Request:
+        rng = self.rng
+        prefix = rng.choice(self._prefixes) if rng.random() < 0.4 else ()
+        room = self._max_prompt - len(prefix)
+        max_tokens = rng.randint(1, self._max_tokens)
+        return Request(
+            prompt=prefix + self._text(rng, 1 + int(room * rng.random() ** 3)),  # most are short
             weights=self._weights(),
-            answer=answer,
-            temperature=chance.choice(TEMPERATURES) if chance.random() < 0.3 else 0.0,
-            seed=chance.randrange(2**32),
-            scored=chance.random() < 0.3,
-            endless=chance.random() < 0.5,
-            leaves=chance.randrange(answer) if chance.random() < 0.15 else None,
+            max_tokens=max_tokens,
+            temperature=rng.choice(TEMPERATURES) if rng.random() < 0.3 else 0.0,
+            seed=rng.randrange(2**32),
+            logprobs=rng.random() < 0.3,
+            ignore_eos=rng.random() < 0.5,
+            cancel_after=rng.randrange(max_tokens) if rng.random() < 0.15 else None,
         )
 
     def _weights(self) -> Weights:
-        kind = self.chance.random()
+        kind = self.rng.random()
         if kind < 0.1:
             return ()
         if kind < 0.25:
-            names = {self.crowd.draw(self.chance) for _ in range(BLEND)}
-            return tuple((name, round(self.chance.uniform(-0.5, 1), 2) or 0.5) for name in sorted(names))
-        name = self.crowd.draw(self.chance)
+            names = {self.catalogue.draw(self.rng) for _ in range(BLEND)}
+            return tuple((name, round(self.rng.uniform(-0.5, 1), 2) or 0.5) for name in sorted(names))
+        name = self.catalogue.draw(self.rng)
         if kind < 0.4:
-            return ((name, self.chance.choice(SCALES)),)
+            return ((name, self.rng.choice(SCALES)),)
         if kind < 0.5:
-            return ((f"{name}@{self.chance.randint(1, self.crowd.latest(name))}", 1.0),)
+            return ((f"{name}@{self.rng.randint(1, self.catalogue.latest(name))}", 1.0),)
         return ((name, 1.0),)
 
-    def _text(self, chance: random.Random, length: int) -> tuple[int, ...]:
-        return tuple(chance.randrange(3, self._vocabulary) for _ in range(length))
+    def _text(self, rng: random.Random, length: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, self._vocab_size) for _ in range(length))
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """What a request's names may have meant: for each, the first and the last version that can have been meant."""
+class Resolution:
+    """The versions that a request's names can resolve to: for each name, the first and the last."""
 
-    crowd: Crowd
+    catalogue: Catalogue
     weights: Weights
     first: tuple[int, ...]
     last: tuple[int, ...]
 
     @classmethod
-    def before(cls, crowd: Crowd, weights: Weights) -> "Meaning":
-        """Begin it before the request is handed in; `after` ends it."""
-        first = tuple(int(spec.partition("@")[2] or crowd.latest(spec)) for spec, _ in weights)
-        return cls(crowd, weights, first, first)
+    def before(cls, catalogue: Catalogue, weights: Weights) -> "Resolution":
+        """Call it before the request is submitted, and `after` when it has been accepted."""
+        first = tuple(int(spec.partition("@")[2] or catalogue.latest(spec)) for spec, _ in weights)
+        return cls(catalogue, weights, first, first)
 
-    def after(self) -> "Meaning":
-        """Return it as of now, when the request has been taken in."""
-        last = tuple(int(spec.partition("@")[2] or self.crowd.newest(spec)) for spec, _ in self.weights)
-        return Meaning(self.crowd, self.weights, self.first, last)
+    def after(self) -> "Resolution":
+        last = tuple(int(spec.partition("@")[2] or self.catalogue.newest(spec)) for spec, _ in self.weights)
+        return Resolution(self.catalogue, self.weights, self.first, last)
 
     def routes(self) -> Iterator[Route]:
         ranges = [range(first, last + 1) for first, last in zip(self.first, self.last, strict=True)]
         for versions in product(*ranges):
             folders = [
-                self.crowd.folder(spec.partition("@")[0], version)
+                self.catalogue.folder(spec.partition("@")[0], version)
                 for (spec, _), version in zip(self.weights, versions, strict=True)
             ]
             yield tuple(zip(folders, (weight for _, weight in self.weights), strict=True))
 
-    def overtaken(self) -> bool:
-        """Say whether by now a newer version of an adapter is the latest than can have been meant."""
+    def is_outdated(self) -> bool:
+        """Say whether an adapter has a newer version by now than the name can have resolved to."""
         return any(
-            "@" not in spec and self.crowd.latest(spec) > last
+            "@" not in spec and self.catalogue.latest(spec) > last
             for (spec, _), last in zip(self.weights, self.last, strict=True)
         )
 
 
 @dataclass(frozen=True)
-class Told:
-    """An answer, whole or as far as somebody waited for it."""
+class Answer:
+    """An answer, whole or as far as the client stayed."""
 
-    asked: Asked
+    request: Request
     routes: Sequence[Route]
-    """One of these was meant."""
+    """Those that the names can have resolved to."""
     tokens: Sequence[int]
     logprobs: Sequence[float]
-    """Of the tokens; empty where they were not asked for."""
+    """Of the tokens; empty if the request has none."""
     finish: str
 
 
@@ -136,32 +131,32 @@ class Ledger:
     """What happened; any thread writes to it."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    told: list[Told] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
-    """Names of adapters that were asked for."""
+    """Names of adapters that were requested."""
     errors: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, what: str, number: int = 1) -> None:
+    def count(self, event: str, number: int = 1) -> None:
         with self._lock:
-            self.counts[what] += number
+            self.counts[event] += number
 
-    def keep(self, told: Told) -> None:
+    def add(self, answer: Answer) -> None:
         """Count an answer, and keep it to be judged."""
         with self._lock:
-            self.told.append(told)
-            self.counts[told.finish] += 1
-            self.counts["tokens"] += len(told.tokens)
-            self.used.update(spec.partition("@")[0] for spec, _ in told.asked.weights)
+            self.answers.append(answer)
+            self.counts[answer.finish] += 1
+            self.counts["tokens"] += len(answer.tokens)
+            self.used.update(spec.partition("@")[0] for spec, _ in answer.request.weights)
 
     @property
     def lost(self) -> int:
-        """Requests that came to no end that a client could know of."""
+        """Requests without an end that the client could see."""
         ends = ("stop", "length", "cancelled", "refused")
         return self.counts["requests"] - sum(self.counts[end] for end in ends)
 
-    def fail(self, what: object) -> None:
-        """Count what should not have happened."""
+    def fail(self, error: object) -> None:
+        """Count something that must not happen."""
         with self._lock:
             self.counts["faults"] += 1
-            self.errors.append(f"{type(what).__name__}: {what}"[:300])
+            self.errors.append(f"{type(error).__name__}: {error}"[:300])

@@ -1,124 +1,119 @@
-"""What a base's packed and int8 weights change: plain transformers' forward passes, memory, and perplexity.
+"""What a base's packed and int8 weights change: forward passes, memory, perplexity, and the products one by one.
 
-    python -m benchmarks.suites.base [--rounds 15] [--tokens 8192]
+    python -m benchmarks base [--rounds 15] [--only passes products] [--dtypes bfloat16 float32] [--tokens 8192]
 
-The ways take turns in one run; speeds are medians. The perplexity is that of docstrings of Python's standard library,
-in windows of 512 tokens.
+passes    plain transformers' forward passes, without adapters; the perplexity is that of docstrings of Python's
+          standard library, in windows of 512 tokens
+products  one frozen layer at a time, by rows. Each run goes through enough different weights that no cache holds one
+          when it comes again, as in a model
 """
 
-import argparse
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.harness import in_quiet_turns, write
+from benchmarks.figures import Figure, Suite, Table
+from benchmarks.harness import Run, alternate, parser
+from benchmarks.workloads import PASSES, forward_pass
 from loradeck.base.load import SMOLLM2, Base
+from loradeck.base.prepacked import _packed
+from loradeck.base.quantised import _few, _many, quantised
 from loradeck.base.weights import CHOICES
 
 DTYPES = ("bfloat16", "float32")
-PASSES = {
-    "decode, 1 row": (1, 1),
-    "decode, 16 rows": (16, 1),
-    "prefill, 1 x 512": (1, 512),
-    "prefill, 16 x 64": (16, 64),
-}
-PROMPT, WINDOW = 64, 512
+PARTS = ("passes", "products")
+PATIENCE = 15.0  # seconds to wait for quiet rounds
+WINDOW = 512
+SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))  # (out, in): q o, k v, gate up, down, head
+ROWS = (1, 4, 8, 16, 64, 256)
+FEW = 16  # rows up to which torch's int8 product is measured: beyond, it would take most of the run
+MEMORY = 40_000_000  # bytes of weights that a run goes through: more than a cache holds
 MODULES = (
-    "argparse",
-    "asyncio",
-    "collections",
-    "contextlib",
-    "csv",
-    "decimal",
-    "difflib",
-    "fractions",
-    "functools",
-    "heapq",
-    "inspect",
-    "json",
-    "logging",
-    "pathlib",
-    "pickle",
-    "random",
-    "re",
-    "shelve",
-    "socket",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "unittest",
-    "uuid",
-    "zipfile",
+    "argparse asyncio collections contextlib csv decimal difflib fractions functools heapq inspect json logging "
+    "pathlib pickle random re shelve socket statistics string subprocess tarfile tempfile textwrap threading unittest "
+    "uuid zipfile"
+)
+
+SUITE = Suite(
+    "base",
+    "A base's weights",
+    "SmolLM2-135M without adapters, by `weights=`",
+    (
+        *(
+            Table(
+                f"Products of one layer, {dtype}",
+                (f"products {dtype}", "{row}", "{column}"),
+                unit="µs",
+            )
+            for dtype in DTYPES
+        ),
+        *(
+            Table(
+                f"Forward passes, {dtype}",
+                (dtype, "{row}", "{column}"),
+                (
+                    Figure("MB", "memory of the weights", "MB"),
+                    *(Figure(f"{name}, ms", name, "ms") for name in PASSES),
+                ),
+            )
+            for dtype in DTYPES
+        ),
+    ),
+    """
+- *forward passes*: transformers' own. `plain` is transformers as it is.
+- *perplexity*: of docstrings of Python's standard library.
+- *products*: `packed` in oneDNN's layout; `int8 product` is torch's op on int8 weights, `int8 made plain` the product
+  with weights made plain a block at a time.
+""",
 )
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=8192)
-    arguments = parser.parse_args()
-    figures: dict[str, object] = {}
-    for dtype in DTYPES:
-        bases = {weights: Base.load(SMOLLM2, dtype=dtype, device="cpu", weights=weights) for weights in CHOICES}
-        models = {weights: base.model for weights, base in bases.items()}
-        own: dict[str, object] = {"MB": {weights: round(_bytes(model) / 1e6, 1) for weights, model in models.items()}}
-        for name, (rows, tokens) in PASSES.items():
-            times = in_quiet_turns(
-                {weights: forward_pass(model, rows, tokens) for weights, model in models.items()}, arguments.rounds
-            )
-            own[f"{name}, ms"] = {weights: round(seconds * 1e3, 1) for weights, seconds in times.items()}
-            print(dtype, name, own[f"{name}, ms"], flush=True)
-        ids = bases["plain"].tokenizer(_text())["input_ids"][: arguments.tokens]
-        own["perplexity"] = {weights: round(_perplexity(model, ids), 4) for weights, model in models.items()}
-        print(dtype, own["perplexity"], own["MB"], flush=True)
-        figures[dtype] = own
-    print(f"written: {write('base', figures)}")
+def main(arguments: Sequence[str]) -> None:
+    options = parser(SUITE, __doc__, rounds=15, parts=PARTS, dtypes=DTYPES)
+    options.add_argument("--tokens", type=int, default=8192)
+    run = Run(SUITE, options, arguments)
+    for dtype in run.options.dtypes:
+        if "passes" in run.options.only:
+            run.add(dtype, passes(dtype, run.options.rounds, run.options.tokens))
+        if "products" in run.options.only:
+            run.add(f"products {dtype}", products(getattr(torch, dtype), run.options.rounds))
+    run.end()
 
 
-def forward_pass(model: PreTrainedModel, rows: int, tokens: int) -> Callable[[], object]:
-    """One forward pass: a step after a prompt of 64 tokens where `tokens` is 1, else a prefill for its last logits."""
-    ids = torch.randint(0, 1000, (rows, max(tokens, PROMPT)), generator=torch.Generator().manual_seed(0))
-    if tokens > 1:
-        return partial(model, input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-
-    word = "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
-
-    def step() -> None:
-        model(input_ids=ids[:, :1], use_cache=True, **{word: cache})
-        cache.crop(-1)
-
-    return step
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+def passes(dtype: str, rounds: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Return the megabytes, the milliseconds of forward passes and the perplexity of each way to keep the weights."""
+    bases = {weights: Base.load(SMOLLM2, dtype=dtype, device="cpu", weights=weights) for weights in CHOICES}
+    models: dict[str, PreTrainedModel] = {weights: base.model for weights, base in bases.items()}
+    sizes = {weights: sum(each.nbytes for each in model.parameters()) for weights, model in models.items()}
+    figures = {"MB": {weights: nbytes / 1e6 for weights, nbytes in sizes.items()}}
+    for name, (rows, length) in PASSES.items():
+        runs = {weights: forward_pass(model, rows, length) for weights, model in models.items()}
+        seconds = alternate(runs, rounds, patience=PATIENCE)
+        figures[f"{name}, ms"] = {weights: each * 1e3 for weights, each in seconds.items()}
+    ids = bases["plain"].tokenizer(docstrings())["input_ids"][:tokens]
+    figures["perplexity"] = {weights: perplexity(model, ids) for weights, model in models.items()}
+    return figures
 
 
-def _perplexity(model: PreTrainedModel, ids: list[int]) -> float:
-    windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+def perplexity(model: PreTrainedModel, ids: list[int]) -> float:
     losses: list[Tensor] = []
-    for window in windows:
+    for window in torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW):
         logits = model(input_ids=window[None]).logits[0, :-1].float()
         losses.append(F.cross_entropy(logits, window[1:], reduction="none"))
     return math.exp(float(torch.cat(losses).double().mean()))
 
 
-def _text() -> str:
-    modules: Mapping[str, object] = {name: importlib.import_module(name) for name in MODULES}
+def docstrings() -> str:
+    modules: Mapping[str, object] = {name: importlib.import_module(name) for name in MODULES.split()}
     return "\n\n".join(
         inspect.cleandoc(each.__doc__)
         for name, module in modules.items()
@@ -127,5 +122,45 @@ def _text() -> str:
     )
 
 
-if __name__ == "__main__":
-    main()
+def products(dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
+    """Return the microseconds of one product, by the layer's shape and rows."""
+    figures: dict[str, dict[str, float]] = {}
+    for out_features, in_features in SHAPES:
+        count = max(1, MEMORY // (out_features * in_features * dtype.itemsize))
+        weights = [torch.randn(out_features, in_features).to(dtype) for _ in range(count)]
+        layers = {name: [make(weight) for weight in weights] for name, make in LAYERS.items()}
+        for rows in ROWS:
+            x = torch.randn(rows, in_features).to(dtype)
+            runs = {
+                name: partial(call_each, calls, x)
+                for name, calls in layers.items()
+                if rows <= FEW or name != "int8 product"
+            }
+            seconds = alternate(runs, rounds, patience=PATIENCE)
+            figures[f"{in_features} to {out_features}, {rows} rows"] = {
+                name: each / count * 1e6 for name, each in seconds.items()
+            }
+    return figures
+
+
+def call_each(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> None:
+    for call in calls:
+        call(x)
+
+
+def packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    layout = _packed(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, layout, None, "none", [], "")
+
+
+def int8(product: Callable[..., Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
+    q, scales = quantised(weight)
+    return partial(product, q=q, scales=scales)
+
+
+LAYERS: Mapping[str, Callable[[Tensor], Any]] = {
+    "plain": lambda weight: partial(F.linear, weight=weight),
+    "packed": packed,
+    "int8 product": partial(int8, _few),
+    "int8 made plain": partial(int8, _many),
+}

@@ -7,13 +7,13 @@ on layers of SmolLM2-135M's shapes. Each call meets another layer's weights, as 
 call before would flatter all.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 
 import torch
 
-from benchmarks.harness import in_turns, write
+from benchmarks.figures import Suite, Table
+from benchmarks.harness import Run, alternate, parser
 from loradeck.ops import cpu, plan, portable, segments, stacked
 from loradeck.ops.layer_kinds import LinearForm
 from loradeck.ops.mapping import Mix
@@ -23,32 +23,28 @@ from loradeck.ops.weights import Pair
 ROWS, LAYERS = 16, 16
 
 
+SUITE = Suite("ops", "The operation", "One layer", (Table("By implementation", ("{row}", "{column}"), unit="µs"),))
+
+
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
-    figures: dict[str, object] = {}
+def main(arguments: Sequence[str]) -> None:
+    run = Run(SUITE, parser(SUITE, __doc__, rounds=30), arguments)
+    rounds = run.options.rounds
     for dtype in (torch.float32, torch.bfloat16):
         for inside, outside in ((576, 576), (576, 1536), (1536, 576)):
             for count in (2, 4, 16):
                 for tokens in (1, 4, 16, 64):
                     name = f"{short(dtype)}, {inside} to {outside}, {count} adapters of r=8, {tokens} tokens a row"
-                    figures[name] = shown(name, compared(dtype, inside, outside, [8] * count, tokens, rounds))
+                    run.add(name, compared(dtype, inside, outside, [8] * count, tokens, rounds))
         for r in (8, 16, 32, 64, 128):
             for tokens in (1, 4, 16, 64):
                 name = f"{short(dtype)}, 576 to 1536, 1 adapter of r={r}, {tokens} tokens a row"
-                figures[name] = shown(name, compared(dtype, 576, 1536, [r], tokens, rounds))
-    print(f"written: {write('ops', figures)}")
+                run.add(name, compared(dtype, 576, 1536, [r], tokens, rounds))
+    run.end()
 
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def shown(name: str, times: dict[str, float]) -> dict[str, float]:
-    print(name, *(f"{way} {time}" for way, time in times.items()), sep="  ", flush=True)
-    return times
 
 
 def compared(
@@ -70,7 +66,7 @@ def compared(
         ways["stacked"] = way(stacked.lora, x, y, layers, mix, all_stacked(mix, layers[0], tokens))
     if cpu.takes(x, y):
         ways["native"] = way(cpu.lora, x, y, layers, mix, all_native(mix, layers[0], tokens))
-    return {name: round(seconds * 1e6, 1) for name, seconds in in_turns(ways, rounds).items()}
+    return {name: round(seconds * 1e6, 1) for name, seconds in alternate(ways, rounds).items()}
 
 
 def way(
@@ -99,7 +95,3 @@ def all_native(mix: Mix, operands: Operands, unit: int) -> segments.Meetings:
         return cpu.plan(Mix(mix.entries, mix.lengths), operands.slots, unit)
     finally:
         segments.MEETING = kept
-
-
-if __name__ == "__main__":
-    main()
