@@ -37,8 +37,8 @@ from loradeck import AdapterStore, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
+from loradeck.serve.generation import Generation
 from loradeck.serve.request import SamplingParams
-from loradeck.serve.stream import Stream
 
 ROWS, PROMPT, ANSWER = 16, 64, 32
 REGISTERED = 2000
@@ -253,19 +253,19 @@ def replay(engine: Engine, arrivals: Sequence[Arrival]) -> Outcome:
     rng = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 49000, (arrival.prompt,), generator=rng).tolist() for arrival in arrivals]
     outcome = Outcome()
-    readers: list[tuple[Stream, threading.Thread]] = []
+    readers: list[tuple[Generation, threading.Thread]] = []
     begin = time.monotonic()
     for arrival, prompt in zip(arrivals, prompts, strict=True):
         time.sleep(max(0.0, begin + arrival.at - time.monotonic()))
         params = SamplingParams(max_tokens=arrival.answer, ignore_eos=True)
-        stream = engine.submit(prompt, f"a{arrival.adapter}", params)
-        reader = threading.Thread(target=list, args=(stream,))
+        generation = engine.submit(prompt, f"a{arrival.adapter}", params)
+        reader = threading.Thread(target=list, args=(generation,))
         reader.start()
-        readers.append((stream, reader))
-    for stream, reader in readers:
+        readers.append((generation, reader))
+    for generation, reader in readers:
         reader.join()
-        outcome.tokens += stream.request.generated
-        outcome.first.append(stream.request.first_token - stream.request.arrived)
+        outcome.tokens += generation.request.generated
+        outcome.first.append(generation.request.first_token - generation.request.arrived)
     outcome.seconds = time.monotonic() - begin
     return outcome
 
