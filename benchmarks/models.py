@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loradeck import Adapter, LoraConfig
+from loradeck.base.frozen import FrozenLinear
 
 
 def llama(factor: float | None = None, **sizes: Any) -> LlamaConfig:
@@ -67,7 +68,7 @@ class RandomAdapters:
     def __init__(self, model: nn.Module) -> None:
         layers = linear_layers(model)
         self.shapes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
-        self._norms = {path: float(layer.weight.detach().float().norm()) for path, layer in layers.items()}
+        self._norms = {path: _norm(layer) for path, layer in layers.items()}
 
     def make(
         self,
@@ -91,3 +92,8 @@ class RandomAdapters:
             scale = strength * self._norms[path] / (rows * config.r) ** 0.5 / config.scaling(path, config.r)
             pairs[path] = a.to(dtype), (b * scale).to(dtype)
         return Adapter.of(config, pairs)
+
+
+def _norm(layer: nn.Linear) -> float:
+    weight = layer.dense() if isinstance(layer, FrozenLinear) else layer.weight  # packed and int8 weights
+    return float(weight.detach().float().norm())

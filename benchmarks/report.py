@@ -71,7 +71,7 @@ class Record:
         return lines
 
 
-def records(suite: Suite) -> list[Record]:
+def read_records(suite: Suite) -> list[Record]:
     """Return a suite's result files: those that name a capability first, the widest of them first."""
     paths = [*sorted(RESULTS.glob(f"{suite.name}.*.json"), reverse=True), RESULTS / f"{suite.name}.json"]
     return [Record.read(suite, path) for path in paths if path.exists()]
@@ -79,19 +79,19 @@ def records(suite: Suite) -> list[Record]:
 
 def main(arguments: Sequence[str]) -> None:
     check = "--check" in arguments
-    found = {suite: records(suite) for suite in SUITES}
-    pages = {ROOT / "README.md": with_blocks((ROOT / "README.md").read_text(encoding="utf-8"), found)}
+    results = {suite: read_records(suite) for suite in SUITES}
+    pages = {ROOT / "README.md": with_blocks((ROOT / "README.md").read_text(encoding="utf-8"), results)}
     pages |= {
-        path: with_blocks(path.read_text(encoding="utf-8"), found)
+        path: with_blocks(path.read_text(encoding="utf-8"), results)
         for path in DOCS.glob("*.md")
         if path.name not in {suite.page for suite in SUITES}
     }
-    pages[DOCS / "benchmarks.md"] = page(INTRODUCTION, {s: r for s, r in found.items() if s.page == "benchmarks.md"})
-    for suite, own in found.items():
+    pages[DOCS / "benchmarks.md"] = page(INTRODUCTION, {s: r for s, r in results.items() if s.page == "benchmarks.md"})
+    for suite, records in results.items():
         if suite.page != "benchmarks.md":
-            pages[DOCS / suite.page] = page("", {suite: own})
+            pages[DOCS / suite.page] = page("", {suite: records})
     stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    pictures = {picture(suite): own[0] for suite, own in found.items() if suite.picture and own}
+    pictures = {picture(suite): records[0] for suite, records in results.items() if suite.picture and records}
     stale += [path.name for path, record in pictures.items() if not is_drawn(path, record)]
     if check:
         sys.exit(f"stale: {', '.join(stale)}; run python -m benchmarks report" if stale else 0)
@@ -105,25 +105,25 @@ def main(arguments: Sequence[str]) -> None:
 # ---- pages
 
 
-def page(introduction: str, found: Mapping[Suite, Sequence[Record]]) -> str:
+def page(introduction: str, results: Mapping[Suite, Sequence[Record]]) -> str:
     """Return a page of suites; one suite's page is headed by its title."""
     level = "##" if introduction else "#"
     lines = [introduction.strip(), ""] if introduction else []
-    missed = [line for own in found.values() for record in own for line in record.missed()]
+    missed = [line for records in results.values() for record in records for line in record.missed()]
     if introduction and missed:
         lines += ["## Missed targets", "", "| | | measured | target | machine |", "|---" * 5 + "|", *missed, ""]
-    for suite, own in found.items():
-        if own:
-            lines += [f"{level} {suite.title}", "", *section(suite, own, level), ""]
+    for suite, records in results.items():
+        if records:
+            lines += [f"{level} {suite.title}", "", *section(suite, records, level), ""]
     return "\n".join(lines)
 
 
-def section(suite: Suite, own: Sequence[Record], level: str) -> list[str]:
+def section(suite: Suite, records: Sequence[Record], level: str) -> list[str]:
     lines = [f"{suite.setting}. `python -m benchmarks {suite.name}`.", "", suite.notes.strip()]
     if suite.picture:
         path, _, text = suite.picture.partition(": ")
         lines += ["", f"![{text}]({path})"]
-    for record in own:
+    for record in records:
         lines += ["", f"{level}# {record.machine}", "", record.provenance]
         findings = suite.findings(record.figures)
         lines += ["", *findings] if findings else []
@@ -153,9 +153,9 @@ def anchor(title: str) -> str:
 # ---- blocks in pages that people write
 
 
-def with_blocks(text: str, found: Mapping[Suite, Sequence[Record]]) -> str:
+def with_blocks(text: str, results: Mapping[Suite, Sequence[Record]]) -> str:
     """Fill what stands between <!-- benchmarks: … --> or <!-- demo: … --> and its end."""
-    for name, content in {"benchmarks": lambda: headlines(found), "demo": demo}.items():
+    for name, content in {"benchmarks": lambda: headlines(results), "demo": demo}.items():
         pattern = rf"<!-- {name}: .*? -->\n.*?<!-- /{name} -->"
         if re.search(pattern, text, re.DOTALL):
             block = f"<!-- {name}: {WRITTEN} -->\n{content()}\n<!-- /{name} -->"
@@ -163,21 +163,21 @@ def with_blocks(text: str, found: Mapping[Suite, Sequence[Record]]) -> str:
     return text
 
 
-def headlines(found: Mapping[Suite, Sequence[Record]]) -> str:
+def headlines(results: Mapping[Suite, Sequence[Record]]) -> str:
     """Return the figures that are declared as headlines, each with its machine."""
     lines = ["| | measured | target | machine |", "|---|---|---|---|"]
-    for suite in found:
+    for suite in results:
         for table in suite.tables:
             for figure in table.figures:
                 if figure.headline:
-                    lines += headline(table, table.figure(figure.key), found[suite])
-    missed = sum(len(record.missed()) for own in found.values() for record in own)
+                    lines += headline(table, table.figure(figure.key), results[suite])
+    missed = sum(len(record.missed()) for records in results.values() for record in records)
     return "\n".join([*lines, "", f"[All figures](docs/benchmarks.md); {missed} of their targets are missed."])
 
 
-def headline(table: Table, figure: Figure, own: Sequence[Record]) -> list[str]:
+def headline(table: Table, figure: Figure, records: Sequence[Record]) -> list[str]:
     """Return a figure's row, from the first record that has it."""
-    for record in own:
+    for record in records:
         if cells := record.suite.cells(record.figures).get(table, {}).get(figure.key):
             return [f"| {figure.headline} | {values(figure, cells)} | {figure.target_text} | {record.machine} |"]
     return []

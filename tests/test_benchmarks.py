@@ -43,7 +43,7 @@ def run(results: Path, figures: Mapping[str, Any], *arguments: str) -> dict[str,
 
 @pytest.mark.parametrize("suite", report.SUITES, ids=lambda suite: suite.name)
 def test_every_figure_is_declared_and_every_declared_figure_is_measured(suite: Suite) -> None:
-    for record in report.records(suite):
+    for record in report.read_records(suite):
         for table, rows in suite.cells(record.figures).items():  # fails for a figure that is in no table
             declared = {figure.key for figure in table.figures}
             columns = {column for cells in rows.values() for column in cells}
@@ -95,7 +95,7 @@ def test_a_faster_peer_is_named() -> None:
 
 
 def test_the_readme_has_five_headlines_each_with_its_machine() -> None:
-    lines = report.headlines({suite: report.records(suite) for suite in report.SUITES}).splitlines()[2:-2]
+    lines = report.headlines({suite: report.read_records(suite) for suite in report.SUITES}).splitlines()[2:-2]
     assert len(lines) == 5
     assert all("cores" in line.split("|")[-2] for line in lines)
 

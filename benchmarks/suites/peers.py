@@ -57,8 +57,8 @@ def draw(figures: Figures, machine: str) -> Any:
 
     drawing = Drawing(figsize=(8, 4), layout="constrained")
     axes = drawing.subplots()
-    for system, own in figures.items():
-        rates = [own[f"{Case(ROWS, adapters)}{RATE}"] for adapters in ADAPTERS]
+    for system, values in figures.items():
+        rates = [values[f"{Case(ROWS, adapters)}{RATE}"] for adapters in ADAPTERS]
         axes.plot(range(len(ADAPTERS)), rates, marker="o", label=system)
     axes.set_xticks(range(len(ADAPTERS)), ["base", *map(str, ADAPTERS[1:])])
     axes.set_xlabel("different adapters in the batch")
