@@ -167,7 +167,9 @@ def test_a_suite_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "--no-record" in out
 
 
-@pytest.mark.parametrize(("name", "parts"), [("adapters", ("load", "decode")), ("train", ("train",))])
+@pytest.mark.parametrize(
+    ("name", "parts"), [("adapters", ("load", "decode")), ("train", ("train",)), ("ops", ("errors", "times"))]
+)
 def test_a_suite_runs_on_random_weights(name: str, parts: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "benchmarks", name, "--shape", "tiny", "--rounds", "1", "--no-record"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -49,10 +49,12 @@ def peft(server: Server) -> None:
 def loradeck(server: Server, weights: Literal["packed", "int8"]) -> None:
     """This library's engine; `weights` says how the base's are kept."""
     from loradeck import AdapterStore, Base
+    from loradeck.base.onednn import cap_kernel_cache
+    from loradeck.sampling import SamplingParams
     from loradeck.serve.config import EngineConfig
     from loradeck.serve.engine import Engine
-    from loradeck.serve.request import SamplingParams
 
+    cap_kernel_cache()  # as `loradeck serve` does
     base = Base.load(server.folder.base, dtype="bfloat16", weights=weights)
     with tempfile.TemporaryDirectory() as path:
         store = AdapterStore(path)

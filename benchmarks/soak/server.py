@@ -26,8 +26,8 @@ from benchmarks.soak.catalogue import Catalogue
 from benchmarks.soak.engine import Limits
 from benchmarks.soak.requests import Answer, Ledger, RandomRequests, Request, Resolution
 from loradeck import Base
-from loradeck.api.logprobs import Logprobs
-from loradeck.serve.request import Token
+from loradeck.api.logprobs import LogprobFormatter
+from loradeck.sampling import Token
 
 LAST = 16  # requests that are running when the server is told to stop
 STARTED = 4  # of them have their first token then
@@ -82,7 +82,7 @@ def soak(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[L
 def token_names(base: Base) -> dict[str, int]:
     """Return each token's number by its name in log-probabilities."""
     tokens = [Token(number, 0.0) for number in range(base.model.config.vocab_size)]
-    names = Logprobs(base.tokenizer).completion(tokens, [0] * len(tokens)).tokens
+    names = LogprobFormatter(base.tokenizer).completion(tokens, [0] * len(tokens)).tokens
     numbers = {name: token.id for name, token in zip(names, tokens, strict=True)}
     assert len(numbers) == len(tokens), "two tokens have one name"
     return numbers

@@ -27,7 +27,7 @@ from benchmarks.models import RandomAdapters, random_model
 from benchmarks.workloads import cache_name
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 
 DTYPES = ("float32", "bfloat16")
 PARTS = ("load", "memory", "step")

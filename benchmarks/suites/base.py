@@ -24,8 +24,8 @@ from benchmarks.figures import Figure, Suite, Table
 from benchmarks.harness import Run, alternate, parser
 from benchmarks.workloads import PASSES, forward_pass
 from loradeck.base.load import SMOLLM2, Base
-from loradeck.base.prepacked import _packed
-from loradeck.base.quantised import _few, _many, quantised
+from loradeck.base.prepacked import _pack_weight
+from loradeck.base.quantised import _few, _many, quantise
 from loradeck.base.weights import CHOICES
 
 DTYPES = ("bfloat16", "float32")
@@ -149,12 +149,12 @@ def call_each(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> None:
 
 
 def packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    layout = _packed(weight)
+    layout = _pack_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, layout, None, "none", [], "")
 
 
 def int8(product: Callable[..., Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
-    q, scales = quantised(weight)
+    q, scales = quantise(weight)
     return partial(product, q=q, scales=scales)
 
 

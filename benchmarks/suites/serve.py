@@ -35,10 +35,11 @@ from benchmarks.models import RandomAdapters
 from benchmarks.workloads import Arrival, popularity, trace
 from loradeck import AdapterStore, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
+from loradeck.base.onednn import cap_kernel_cache
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.generation import Generation
-from loradeck.serve.request import SamplingParams
 
 ROWS, PROMPT, ANSWER = 16, 64, 32
 REGISTERED = 2000
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--seconds", type=float, default=40.0, help="of each trace")
     options.add_argument("--rate", type=float, default=1.2, help="requests per second of each trace")
     run = Run(SUITE, options, arguments)
+    cap_kernel_cache()  # as `loradeck serve` does
     only, rounds = run.options.only, run.options.rounds
     timing = rounds, run.options.seconds, run.options.rate
     with tempfile.TemporaryDirectory() as path:

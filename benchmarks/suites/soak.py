@@ -23,6 +23,7 @@ from benchmarks.soak.judge import Judgement, judge_all
 from benchmarks.soak.requests import Ledger
 from loradeck import Base
 from loradeck.base.load import SMOLLM2
+from loradeck.base.onednn import cap_kernel_cache
 from loradeck.serve.config import EngineConfig
 
 ROOM = 16  # adapters of average size that fit
@@ -104,6 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--clients", type=int, default=28)
     options.add_argument("--seed", type=int, default=0)
     run = Run(SUITE, options, arguments)
+    cap_kernel_cache()  # as `loradeck serve` does
     seconds, count, clients = run.options.seconds, run.options.adapters, run.options.clients
     base = Base.load(SMOLLM2, dtype="float32")
     clean = True

@@ -31,7 +31,7 @@ from benchmarks.workloads import RATE, docstring_examples, training_steps
 from loradeck import Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import SMOLLM2
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batches
 

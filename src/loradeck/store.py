@@ -163,7 +163,7 @@ class AdapterStore:
         listing = read_folder(source)
         files = files_of(listing)
         digest = digest_of(source, files)
-        Adapter.from_listing(listing, check_copy=lambda *_: None)  # only a bank has the base to hold copies against
+        Adapter.from_files(listing, check_copy=lambda *_: None)  # only a bank has the base to hold copies against
         card = [CARD] if (source / CARD).is_file() else []
         number, record = self._claim(name)
         try:

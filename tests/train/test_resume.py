@@ -149,7 +149,7 @@ def test_ctrl_c_ends_it_after_a_step_and_says_how_to_go_on(folder: Path, command
     assert command("train", "run.toml", "-o", "whole") == 0
     assert command("train", "run.toml", "-o", "stopped", at=9, send=signal.SIGINT) == 130
     log = (folder / "log.txt").read_text()
-    assert "go on: loradeck train --output stopped --resume" in log
+    assert "resume: loradeck train --output stopped --resume" in log
     (newest,) = checkpoint.checkpoints(folder / "stopped" / "checkpoints")[-1:]
     done = json.loads((newest / "state.json").read_text())["jobs"]["one"]["step"]
     stopped = [json.loads(line) for line in (folder / "stopped" / "metrics.jsonl").read_text().splitlines()]

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loradeck.ops.autograd import in_backward
+
 NAME = "loradeck_packed"
 # Per layer kind, transformers tells a mask from a rule; these two are the rules that `_attend` knows.
 KINDS = {"full_attention", "sliding_attention"}
@@ -78,7 +80,7 @@ def packable(model: PreTrainedModel) -> bool:
 
 def _documents() -> tuple[int, ...] | None:
     own = _lengths.get()
-    if own is None and torch._C._current_graph_task_id() != -1 and len(_open) == 1:
+    if own is None and in_backward() and len(_open) == 1:
         return _open[0]
     return own
 
