@@ -128,7 +128,7 @@ def test_the_architecture_page_lists_every_file() -> None:
 
 def test_the_tables_are_the_results() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tables", "--check"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "benchmarks", "report", "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
 
