@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from loradeck.base import SMOLLM2
+from loradeck.base import SMOLLM2, is_hub_id
 from loradeck.base.digest import Digests, sha256
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.onednn import FEW, keep
@@ -123,7 +123,7 @@ def _find(source: str | Path) -> tuple[str, str]:
     is_gguf = path.suffix.lower() == ".gguf"
     if is_gguf and path.is_file():
         return path.stem, str(_dequantised(path))
-    if isinstance(source, str) and not is_gguf and not path.exists() and _is_hub_id(source):
+    if isinstance(source, str) and not is_gguf and not path.exists() and is_hub_id(source):
         return source, source
     raise BaseModelError(f"no base at {str(source)!r}", hint=GIVE)
 
@@ -143,15 +143,6 @@ def _check(where: str) -> None:
             f"{where} has no *.safetensors; pickled weights can run code when read, and are not",
             hint="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
         )
-
-
-def _is_hub_id(source: str) -> bool:
-    """A name with no owner is no hub id here: a misspelt folder should not send its reader to the network."""
-    try:
-        hub.validate_repo_id(source)
-    except hub.HFValidationError:
-        return False
-    return "/" in source
 
 
 def _tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrainedTokenizerBase:

@@ -74,10 +74,10 @@ def _print(report: "Report") -> None:
     if not report.problems:
         print("no problems")
         return
-    from loradeck.dataset.read import MEND
+    from loradeck.dataset.read import HINT
 
     count = len(report.problems)
-    print(f"{count} problem{'s' * (count > 1)}: mend or remove these records. {MEND}")
+    print(f"{count} problem{'s' * (count > 1)}: mend or remove these records. {HINT}")
 
 
 def _table(report: "Report") -> str:
@@ -89,7 +89,7 @@ def _table(report: "Report") -> str:
             *(f"{number:,}" for number in (part.records, part.examples)),
             *((f"{n:,}" for n in (own.min, own.median, own.p95, own.max)) if (own := part.lengths) else "----"),
             f"{part.total:,}",
-            f"{part.learned / max(1, part.total):.1%}",
+            f"{part.supervised / max(1, part.total):.1%}",
             *(f"{n:,}" for n in (part.truncated, len(part.duplicates), len(part.leaked), len(part.prompts))),
         ]
         for split, part in report.splits.items()
@@ -99,7 +99,7 @@ def _table(report: "Report") -> str:
 
 def _name(twins: "list[Duplicate]", said: str) -> None:
     for twin in twins[:FEW]:
-        print(shown(f"{said}: {twin.place}, as {twin.of}"))
+        print(shown(f"{said}: {twin.location}, as {twin.of}"))
     if len(twins) > FEW:
         print(f"{said}: and {len(twins) - FEW:,} more")
 

@@ -75,7 +75,7 @@ def plan(run: Run, name: str) -> Plan:
         batch_size=job.config.batch_size,
         schedule=job.schedule,
         settings=_settings(next(own.lora for own in run.recipe.jobs if own.name == name), job.config),
-        first=documents[0].segments(run.base.tokenizer),
+        first=documents[0].spans(run.base.tokenizer),
     )
 
 
