@@ -68,7 +68,7 @@ class Models:
             alpha=stored.facts.lora_alpha,
             targets=[*stored.facts.targets],
             bytes=stored.facts.nbytes,
-            sha256=sha256 or stored.recorded or (own.sha256 if own else None),
+            sha256=sha256 or stored.recorded_sha256 or (own.sha256 if own else None),
             base_sha256=stored.facts.base_fingerprint,
             version=stored.version,
             loaded=own is not None,

@@ -15,8 +15,8 @@ def ls(folder: Path = Path("adapters"), /, *, as_json: AsJson = False) -> None:
     Args:
         folder: A folder of adapters, or one adapter.
     """
-    from loradeck.cli.summary import Summary, is_adapter, summary
-    from loradeck.lora.manifest import read_folder
+    from loradeck.cli.summary import Summary, summary
+    from loradeck.lora.manifest import is_adapter, read_folder
 
     found: list[Summary] = []
     broken: list[dict[str, str]] = []

@@ -195,7 +195,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     """
     import tempfile
 
-    from loradeck.cli.summary import is_adapter
+    from loradeck.lora.manifest import is_adapter
 
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file", hint="Name a folder.")

@@ -9,7 +9,7 @@ import msgspec
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.config import PATH_LENGTH, LoraConfig
 from loradeck.lora.memo import Memo
-from loradeck.lora.peft import RETRAIN, TENSORS, Origin, read_config
+from loradeck.lora.peft import CONFIG, RETRAIN, TENSORS, Origin, read_config
 from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
 
 PREFIX = "base_model.model."
@@ -71,6 +71,17 @@ class AdapterFiles:
             for key, (_, entry) in self.entries.items()
             if key not in self.copies
         )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter's configuration or tensors, valid or not, or cannot be looked into.
+
+    `read_folder` says what is wrong with it.
+    """
+    try:
+        return (folder / CONFIG).exists() or any(folder.glob("adapter_model*"))
+    except OSError:
+        return True
 
 
 def read_folder(folder: str | Path) -> AdapterFiles:
