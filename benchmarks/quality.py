@@ -24,7 +24,7 @@ from benchmarks.record import RESULTS, write
 from benchmarks.tasks import TASKS, Pair, Task
 from loradeck import Bank, Base, LoraConfig, generate
 from loradeck.dataset.example import UNSUPERVISED, Example
-from loradeck.train.batching import Batches, pieces
+from loradeck.train.batching import BatchSampler, split_units
 from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.job import BETAS
 from loradeck.train.loss import Losses
@@ -127,7 +127,7 @@ class Full:
         weights = [each for each in model.parameters() if each.requires_grad]
         self.parameters = sum(each.numel() for each in weights)
         schedule = Schedule.of(config, len(task.train), model.config)
-        batches = Batches(task.train, config.batch_size, seed=config.seed)
+        batches = BatchSampler(task.train, config.batch_size, seed=config.seed)
         optimizer = AdamW(weights, betas=BETAS, weight_decay=config.weight_decay, fused=True)
         with training(model):
             for step in range(schedule.steps):
@@ -188,7 +188,7 @@ class Bench:
         """Return the mean -log p of a supervised token."""
         total = 0.0
         with evaluation(self.base.model), self.bank.route(route):
-            for piece in pieces([(example,) for example in examples], PassConfig.max_tokens):
+            for piece in split_units([(example,) for example in examples], PassConfig.max_tokens):
                 with self.losses.of([example for (example,) in piece]) as losses:
                     total += float(losses.sum())
         return total / sum(example.supervised for example in examples)

@@ -31,7 +31,7 @@ from benchmarks.record import in_turns, write
 from loradeck import Bank, Base, LoraConfig
 from loradeck.dataset.example import Example
 from loradeck.dataset.record import Completion
-from loradeck.train.batching import Batches
+from loradeck.train.batching import BatchSampler
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, Step
 from loradeck.train.trainer import Trainer
@@ -128,7 +128,7 @@ def speed(dtype: str, adapter: Path, count: int, sequences: int) -> dict[str, fl
     """Tokens per second, padding not counted: the systems take turns after each step, all on the same examples."""
     bases = [Base.load("smollm2-135m", dtype=dtype) for _ in range(3)]
     examples = docstrings(bases[0])
-    order = Batches(examples, sequences, seed=0)
+    order = BatchSampler(examples, sequences, seed=0)
     steps = [order[n] for n in range(count + 1)]  # the first is to warm up
     own, plain = ours(bases[0], adapter, [examples], sequences, len(steps)), Plain(bases[1].model, adapter, RATE)
     seconds: dict[str, list[float]] = {OURS: [], PLAIN: [], HOSTED: []}
@@ -189,7 +189,7 @@ def peak(name: str, dtype: str, adapter: Path, count: int, sequences: int) -> fl
     """Train and return what it took, in MiB, by the kernel's own high-water mark (Linux)."""
     base = Base.load("smollm2-135m", dtype=dtype)
     examples = docstrings(base)
-    order = Batches(examples, sequences, seed=0)
+    order = BatchSampler(examples, sequences, seed=0)
     steps = [order[n] for n in range(count)]
     if name == HOSTED:
         train = Hosted(base.model, adapter, RATE, steps, lambda _: None).run
@@ -226,7 +226,7 @@ def jobs(each: int, adapter: Path, rounds: int) -> dict[str, float]:
     PEFT's eight runs, one after the other, are eight steps of one plain loop: the same work but for the loading.
     """
     bases = [Base.load("smollm2-135m", dtype="float32") for _ in range(3)]
-    slices = [Batches(docstrings(bases[0]), each, seed=0)[n] for n in range(JOBS)]
+    slices = [BatchSampler(docstrings(bases[0]), each, seed=0)[n] for n in range(JOBS)]
     together = [example for own in slices for example in own]
     one = ours(bases[0], adapter, [together], len(together), rounds + 1)
     many = ours(bases[1], adapter, slices, each, rounds + 1)

@@ -57,7 +57,7 @@ class Plan:
 
 def plan(run: Run, name: str) -> Plan:
     """Say what a run will do for one of its jobs."""
-    job, split, bank = run.trainer.jobs[name], run.splits[name], run.bank
+    job, split, bank = run.trainer.jobs[name], run.data[name], run.bank
     residents = sum(bank[resident].nbytes for resident in bank.names())  # they count among the model's parameters
     documents = [document for example in split.train for document in job.objective.unit(example)]
     return Plan(

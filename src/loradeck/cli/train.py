@@ -16,7 +16,7 @@ from loradeck.cli.writers import Kind
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
-from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, base_place, place, read_recipe
+from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, read_recipe, resolve, resolve_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,13 +76,13 @@ def train(
     elif base is not None and dataset is not None:
         job = JobRecipe(
             name=output.resolve().name,
-            data=place(dataset),
-            valid=valid and place(valid),
+            data=resolve(dataset),
+            valid=valid and resolve(valid),
             last_layers=last_layers,
             lora=suffixes(lora),
             train=recipe,
         )
-        wanted = RunRecipe(base=base_place(base), dtype=dtype, shared=shared, jobs=(job,))
+        wanted = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=(job,))
     elif resume and base is None:
         wanted = None
     else:
@@ -125,7 +125,7 @@ def carry_out(
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
     run = Run(recipe, output, base)
     run.answer = answerer(base, run)
-    for name in run.splits:
+    for name in run.data:
         console.print(table(plan(run, name)))
     if dry_run:
         return run
@@ -162,7 +162,7 @@ def conclude(run: "Run", base: str) -> int:
     for name, done in ends.items():
         end = done.end
         assert end is not None
-        place, losses = run.place(name), done.losses
+        place, losses = run.adapter_folder(name), done.losses
         if end.kept and place.joinpath("adapter_config.json").exists():
             best = f", best validation loss {done.best_loss:.4f} at step {end.kept}" if done.best_loss else ""
             print(
@@ -181,7 +181,7 @@ def conclude(run: "Run", base: str) -> int:
         return 130
     if any(done.end is not None and done.end.reason == "diverged" for done in ends.values()):
         return 1
-    adapter = str(run.place(next(iter(ends))))
+    adapter = str(run.adapter_folder(next(iter(ends))))
     print(shown("try: " + shlex.join(["loradeck", "generate", base, "Hello!", "--adapter", adapter])))
     return 0
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from loradeck.errors import LoradeckError
 from loradeck.train.events import AnyEvent, Evaluation, Listener, Sample, Step
-from loradeck.train.history import pace
+from loradeck.train.history import tokens_per_second
 
 Kind: TypeAlias = Literal["tensorboard", "trackio"]
 PROJECT = "loradeck"  # under which trackio lists the runs
@@ -49,7 +49,7 @@ def _numbers(event: AnyEvent, before: Step | None) -> dict[str, float]:
     found: dict[str, float | None] = {}
     if isinstance(event, Step):
         found = {name: getattr(event, name) for name in ("loss", "accuracy", "learning_rate", "grad_norm")}
-        found["tokens_per_second"] = pace((before, event)) if before else None
+        found["tokens_per_second"] = tokens_per_second((before, event)) if before else None
     elif isinstance(event, Evaluation):
         found = {"validation_loss": event.loss, "validation_accuracy": event.accuracy}
     return {name: value for name, value in found.items() if value is not None}

@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import End, Evaluation, Step
-from loradeck.train.report import training_section
+from loradeck.train.model_card import training_section
 
 STEPS = [
     Step(
@@ -64,12 +64,12 @@ def rows(text: str) -> dict[str, str]:
     return {row[0]: row[1] for row in cells if row[0]}
 
 
-def test_how_it_went() -> None:
+def test_the_outcome() -> None:
     found = rows(section())
     assert found["ended"] == "early stop after step 3: no better for 1 evaluation"
     assert found["kept"] == "the adapter of step 2"
     assert found["steps"] == "3 of 8"
-    assert (found["tokens read"], found["tokens learned"]) == ("3,000", "1,200")
+    assert (found["tokens read"], found["tokens trained on"]) == ("3,000", "1,200")
     assert found["time"] == "3,600 s"
     assert found["training loss"] == "4.0000 at step 1, 2.0000 at step 3, lowest 1.5000 at step 2"
     assert found["validation loss"] == "1.7500 at the kept step, over 1,234 tokens"
@@ -96,7 +96,7 @@ def test_versions() -> None:
     assert (found["torch"], found["transformers"]) == (torch.__version__, transformers.__version__)
 
 
-def test_what_was_not_measured_is_not_said_to_be() -> None:
+def test_a_loss_that_was_not_measured_is_not_claimed() -> None:
     text = section(evaluations=[], end=ended(kept=3))
     assert rows(text)["validation loss"] == "not measured at the kept step"
     assert "on no held-out example" in text
@@ -115,10 +115,10 @@ def test_preferences_have_an_accuracy() -> None:
     steps = [msgspec.structs.replace(step, accuracy=0.5) for step in STEPS]
     found = rows(section(steps=steps, evaluations=[rated]))
     assert found["validation loss"] == "0.5000 at the kept step, over 9 pairs, accuracy 75.0%"
-    assert found["pairs learned"] == "1,200"
+    assert found["pairs trained on"] == "1,200"
 
 
-def test_each_tool_finds_the_base_by_its_own_word() -> None:
+def test_each_snippet_loads_the_base_by_its_own_name() -> None:
     ours, theirs = [token.content for token in MarkdownIt().parse(section()) if token.type == "fence"]
     assert "Base.load('short-base')" in ours
     assert "from_pretrained('hub/base')" in theirs
@@ -149,12 +149,12 @@ def test_the_snippets_are_python() -> None:
         "**b**",
     ],
 )
-def test_no_text_of_a_stranger_leaves_its_cell(hostile: str) -> None:
+def test_a_strangers_text_stays_in_its_cell(hostile: str) -> None:
     text = section(data={hostile: "here", "name": hostile}, end=ended(detail=hostile))
-    said = " ".join(hostile.split()).replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    shown = " ".join(hostile.split()).replace("\x1b", "\N{REPLACEMENT CHARACTER}")
     found = rows(text)
-    assert found[said] == "here"
-    assert found["name"] == said
+    assert found[shown] == "here"
+    assert found["name"] == shown
     assert "\x1b" not in text
     rendered = MarkdownIt("gfm-like", {"linkify": False}).render(text)
     assert not re.search("<(img|a|em|strong)[ >]", rendered)
