@@ -124,7 +124,7 @@ def test_what_cannot_be_plotted_is_refused(run: Callable) -> None:
     for arguments, said in {
         (): "there is no run to plot",
         ("nowhere",): "nowhere cannot be read",
-        ("empty",): "empty/metrics.jsonl holds no event",
+        ("empty",): "empty/metrics.jsonl has no events",
         ("run", "--metric", "validation"): "run: nothing is told of the validation loss",
     }.items():
         ran = run("plot", *arguments)
