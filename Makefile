@@ -1,14 +1,22 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each sets up what it needs in .venv first.
+# `make check` is the quick one, for every commit.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test check lint types bench clean
 
 demo: .venv/.demo  ## show the whole idea: the tutorial's toy, then a real language model
 	$(BIN)/loradeck demo
 
-test: .venv/.dev lint types  ## lint, types, tests
-	$(BIN)/python -m pytest
+# One process for each core, four at most: each holds a model or two. make test PYTEST='-k stop -n 0' passes options on.
+PYTEST ?=
+RUN := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test: .venv/.dev lint types  ## lint, types, all tests
+	$(RUN) $(PYTEST)
+
+check: .venv/.dev lint types  ## lint, types, the quick tests: under a minute
+	$(RUN) -m 'not slow and not real' $(PYTEST)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

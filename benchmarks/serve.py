@@ -39,8 +39,8 @@ from loradeck import AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
+from loradeck.serve.generation import Generation
 from loradeck.serve.request import SamplingParams
-from loradeck.serve.stream import Stream
 
 ROWS, PROMPT, ANSWER = 16, 64, 32
 KINDS = ("base", "identical", "uniform", "zipf:1.5", "distinct")
@@ -197,7 +197,7 @@ def replay(engine: Engine, arrivals: Sequence[Arrival]) -> Outcome:
     chance = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 49000, (own.prompt,), generator=chance).tolist() for own in arrivals]
     outcome = Outcome()
-    waiting: list[tuple[Stream, threading.Thread]] = []
+    waiting: list[tuple[Generation, threading.Thread]] = []
     begun = time.monotonic()
 
     for own, prompt in zip(arrivals, prompts, strict=True):

@@ -6,6 +6,8 @@ And a tokenizer of the other kind, for what treats text.
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no test may reach for the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported: each core has a worker of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,9 +1,10 @@
 """What is there, and what is resident: models, loading and unloading by hand, llama.cpp's scales, metrics, the small routes."""
 
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loradeck import AdapterStore, __version__
@@ -154,14 +155,48 @@ def test_metrics(serve: Serve) -> None:
     assert told["vllm:prompt_tokens_total",] == 4 * prompt
 
 
-def test_a_stop_string_is_no_abort(serve: Serve) -> None:
-    text = said(serve, ignore_eos=True)
-    assert said(serve, ignore_eos=True, stop=text[1]) == text.partition(text[1])[0]
-    deadline = time.monotonic() + 20  # the answer is out before the engine, between two of its steps, ends the request
-    while ("vllm:request_success_total", "stop") not in (told := samples(serve)):
-        assert time.monotonic() < deadline
-    assert told["vllm:request_success_total", "stop"] == 1
-    assert ("vllm:request_success_total", "abort") not in told
+@pytest.fixture
+def slow_reader(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """An application that reads an answer only once its request has ended."""
+    submit, finished, ended = serve.engine.submit, serve.metrics.finished, threading.Event()
+    monkeypatch.setattr(serve.metrics, "finished", lambda *event: (finished(*event), ended.set()))
+
+    def submit_and_wait(*args: Any, **settings: Any) -> Any:
+        ended.clear()
+        answer = submit(*args, **settings)
+        assert ended.wait(120)
+        return answer
+
+    monkeypatch.setattr(serve.engine, "submit", submit_and_wait)
+    return serve
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("begin", "end"), [(1, 2), (2, 4), (3, 6)])
+def test_a_stop_string_ends_its_request_however_slow_the_reader_is(
+    slow_reader: Serve, stream: bool, begin: int, end: int
+) -> None:
+    letters = slow_reader.engine.base.tokenizer("abcdefghijklmnopqrstuvwxyz")["input_ids"]  # each is a token
+    body = {**SAY, "max_tokens": 40, "logit_bias": {str(token): 100 for token in letters}}
+    text = said(slow_reader, **body)
+    stop = text[begin:end]
+    body |= {"stop": ["\0no", stop]}
+    if stream:
+        *events, last, spent = slow_reader.events(CHAT, {**body, "stream_options": {"include_usage": True}})
+        answer = "".join(event["choices"][0]["delta"]["content"] for event in events)
+        finish, usage = last["choices"][0]["finish_reason"], spent["usage"]
+    else:
+        whole = slow_reader.ask(CHAT, body).json()
+        (choice,) = whole["choices"]
+        answer, finish, usage = choice["message"]["content"], choice["finish_reason"], whole["usage"]
+    before = text.partition(stop)[0]
+    assert (answer, finish) == (before, "stop")
+    assert usage["completion_tokens"] == len(before + stop)
+    counts = samples(slow_reader)
+    assert counts["vllm:request_success_total", "stop"] == 1
+    assert counts["vllm:request_success_total", "length"] == 1  # the one without a stop string
+    assert ("vllm:request_success_total", "abort") not in counts
+    assert counts["vllm:generation_tokens_total",] == 40 + usage["completion_tokens"]
 
 
 def test_an_adapter_that_nobody_asked_for_is_seen_where_it_is_loaded(serve: Serve) -> None:

@@ -6,7 +6,9 @@ import random
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,8 @@ from loradeck.errors import (
 from loradeck.ops import dispatch
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams
+from loradeck.serve.request import SamplingParams, Token
+from loradeck.serve.stop_strings import StopFilter
 
 from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, ids, prompts, until
 
@@ -126,6 +129,79 @@ def test_a_stop_token_is_told_and_ends(serve: Serve, base: Base) -> None:
     assert stream.finish == "stop"
     late = SamplingParams(max_tokens=20, min_tokens=10, stop_tokens=frozenset({stop}))
     assert stop not in ids(serve().generate([[5, 6, 7]], None, late)[0])[:10]
+
+
+def letters(base: Base) -> dict[int, float]:
+    """A bias by which an answer has nothing but letters, each of them a token."""
+    return dict.fromkeys(base.tokenizer("abcdefghijklmnopqrstuvwxyz")["input_ids"], 100.0)
+
+
+def test_a_stop_string_ends_a_request_that_nobody_reads(
+    serve: Serve, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = serve()
+    how = SamplingParams(max_tokens=30, logit_bias=letters(base))
+    text = engine.submit([5, 6], None, how).text()
+    run, steps = engine._runner.run, []
+    monkeypatch.setattr(engine._runner, "run", lambda batch, cache: (steps.append(len(batch)), run(batch, cache))[1])
+    for stop in (text[4], text[5:8], ["\0", text[9:11], text[20:25]]):
+        before = min((text.partition(own)[0] for own in ([stop] if isinstance(stop, str) else stop)), key=len)
+        end = min(text.index(own) + len(own) for own in ([stop] if isinstance(stop, str) else stop) if own in text)
+        steps.clear()
+        generation = engine.submit([5, 6], None, replace(how, stop=stop))
+        assert until(lambda: generation.finish is not None)  # noqa: B023
+        assert (generation.finish, generation.request.generated) == ("stop", end)
+        assert steps == [1] * end  # one reads the prompt, each makes a token: none after the one that completes it
+        assert generation.text() == before
+    assert until(lambda: not engine.stats.running)
+
+
+def test_stop_strings_of_characters_that_are_several_tokens(serve: Serve, base: Base) -> None:
+    engine = serve()
+    script = base.tokenizer("é語xyz", add_special_tokens=False)["input_ids"]
+    sampler, choose = engine._loop._sampler, engine._loop._sampler.choose
+
+    def scripted(scores, batch):  # each answer is the script, whatever the model says
+        return [
+            replace(choice, token=Token(script[work.request.generated])) if choice.token else choice
+            for work, choice in zip(batch, choose(scores, batch), strict=True)
+        ]
+
+    sampler.choose = scripted
+    for stop, answer, count in (("語", "é", 5), ("語x", "é", 6), ("é", "", 2), ("\xe8", "é語xyz", len(script))):
+        how = SamplingParams(max_tokens=len(script), stop=stop, ignore_eos=True)
+        generation = engine.submit([5, 6], None, how)
+        assert generation.text() == answer
+        assert (generation.finish, generation.request.generated) == ("stop" if count < len(script) else "length", count)
+
+
+def test_no_stop_string_ends_an_answer_before_its_least_tokens(serve: Serve, base: Base) -> None:
+    engine = serve()
+    how = SamplingParams(max_tokens=30, logit_bias=letters(base))
+    text = engine.submit([5, 6], None, how).text()
+    last = text[-1]
+    for least in (0, text.index(last), text.rindex(last)):
+        generation = engine.submit([5, 6], None, replace(how, stop=[last], min_tokens=least))
+        end = text.index(last, least)
+        assert generation.text() == text[:end]
+        assert (generation.finish, generation.request.generated) == ("stop", end + 1)
+
+
+def test_a_tokenizer_that_fails_fails_its_request_alone(
+    serve: Serve, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = serve()
+    monkeypatch.setattr(StopFilter, "push", lambda *_: 1 / 0)
+    failing = engine.submit([5, 6], None, SamplingParams(stop="x"))
+    with pytest.raises(RequestError, match="division"):
+        next(failing)
+    assert ids(engine.generate([[5, 6]], None, LONG)[0]) == greedy(base, None, [5, 6])
+
+
+@pytest.mark.parametrize("stop", [[""], "", [b"x"]])
+def test_stop_strings_that_are_none_are_refused(stop: Any) -> None:
+    with pytest.raises(ConfigError, match="stop="):
+        SamplingParams(stop=stop)
 
 
 def test_a_row_ends_at_the_context(serve: Serve, base: Base) -> None:

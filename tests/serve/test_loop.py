@@ -1,9 +1,11 @@
 """The engine's thread among others: what comes at the wrong moment, and what goes wrong within it."""
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from loradeck import AdapterStore, Base
 from loradeck.errors import AdapterError, BusyError, ConfigError, RequestError
 from loradeck.lora import safetensors_io
 from loradeck.serve.engine import Engine
+from loradeck.serve.generation import Generation
 from loradeck.serve.observer import Finish
 from loradeck.serve.request import Request, SamplingParams
-from loradeck.serve.stream import Stream
+from loradeck.serve.stop_strings import StopFilter
 
 from .conftest import greedy, ids, prompts, until
 
@@ -220,7 +223,9 @@ def test_an_engine_that_breaks_ends_all_and_takes_nothing_more(
     engine.drain(1)
 
 
-def test_a_request_that_comes_as_the_engine_breaks_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_comes_as_the_engine_breaks_ends(
+    serve: Serve, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It was taken a moment before, and nobody would ever have told its reader."""
     engine = serve()
     monkeypatch.setattr(engine._loop._scheduler, "next", lambda _: 1 / 0)
@@ -228,7 +233,7 @@ def test_a_request_that_comes_as_the_engine_breaks_ends(serve: Serve, monkeypatc
     with pytest.raises(RequestError):
         next(first)
     engine._loop._thread.join(10)
-    late = Stream(Request("late", [5], 1, (), SHORT), lambda: None)
+    late = Generation(Request("late", [5], 1, (), SHORT), StopFilter(base.tokenizer), lambda: None)
     engine._loop.add(late, {})
     assert until(lambda: late.finish is not None)
     with pytest.raises(RequestError, match="the engine has failed"):
@@ -239,9 +244,11 @@ def test_a_request_that_comes_as_the_engine_breaks_ends(serve: Serve, monkeypatc
 def test_stop_tokens_that_the_base_does_not_know(serve: Serve, base: Base) -> None:
     with pytest.raises(ConfigError, match="9999 is no token"):
         serve().submit([5], None, SamplingParams(stop_tokens=frozenset({9999})))
-    base.tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
+    tokenizer = copy.deepcopy(base.tokenizer)  # other tests share it
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
     base.model.generation_config.eos_token_id = [2, 999]  # the tokenizer has more tokens than the model
-    assert len(serve().generate([[5, 6]], None, SamplingParams(max_tokens=5, min_tokens=5))[0]) == 5
+    with Engine(replace(base, tokenizer=tokenizer)) as engine:
+        assert len(engine.generate([[5, 6]], None, SamplingParams(max_tokens=5, min_tokens=5))[0]) == 5
 
 
 def test_more_tokens_at_least_than_at_most(serve: Serve) -> None:

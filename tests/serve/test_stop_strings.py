@@ -11,7 +11,7 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def told(stream: StopFilter, ids: list[int]) -> list[str]:
+def pieces_of(stream: StopFilter, ids: list[int]) -> list[str]:
     pieces = []
     for token in ids:
         pieces.append(stream.push(token))
@@ -23,33 +23,45 @@ def told(stream: StopFilter, ids: list[int]) -> list[str]:
 def test_what_may_begin_a_stop_string_is_held(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     stream = StopFilter(tiny_tokenizer, ["END", "\n\n"])
     ids = ids_of(tiny_tokenizer, "aE\nb\n\nc")
-    assert told(stream, ids) == ["a", "", "E", "\nb", "", "", ""]
+    assert pieces_of(stream, ids) == ["a", "", "E", "\nb", "", "", ""]
     assert stream.stopped
 
 
 def test_what_was_held_comes_at_the_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     stream = StopFilter(tiny_tokenizer, ["END"])
-    assert told(stream, ids_of(tiny_tokenizer, "aEN")) == ["a", "", "", "EN"]
+    assert pieces_of(stream, ids_of(tiny_tokenizer, "aEN")) == ["a", "", "", "EN"]
     assert not stream.stopped
     assert stream.flush() == ""
 
 
 def test_a_stop_string_of_wide_characters(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     ids = ids_of(tiny_tokenizer, "日本語だ")
-    assert "".join(told(StopFilter(tiny_tokenizer, ["語"]), ids)) == "日本"
-    assert "".join(told(StopFilter(tiny_tokenizer), ids[:-1])) == "日本語"
+    assert "".join(pieces_of(StopFilter(tiny_tokenizer, ["語"]), ids)) == "日本"
+    assert "".join(pieces_of(StopFilter(tiny_tokenizer), ids[:-1])) == "日本語"
 
 
 def test_special_tokens_are_no_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     end = tiny_tokenizer.eos_token_id
-    assert "".join(told(StopFilter(tiny_tokenizer, ["<|im_end|>"]), [*ids_of(tiny_tokenizer, "a"), end])) == "a"
+    assert "".join(pieces_of(StopFilter(tiny_tokenizer, ["<|im_end|>"]), [*ids_of(tiny_tokenizer, "a"), end])) == "a"
 
 
 def test_a_text_that_goes_on_keeps_its_space(spaced_tokenizer: PreTrainedTokenizerFast) -> None:
     before, word = ids_of(spaced_tokenizer, "a"), ids_of(spaced_tokenizer, "b")
     assert StopFilter(spaced_tokenizer).push(word[0]) == "b"
-    assert StopFilter(spaced_tokenizer, before=before).push(word[0]) == " b"
+    assert StopFilter(spaced_tokenizer, context=before).push(word[0]) == " b"
     assert StopFilter(spaced_tokenizer, [" b"], before).push(word[0]) == ""
+
+
+def test_no_stop_string_ends_within_the_first_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = StopFilter(tiny_tokenizer, ["ab", "b"], min_tokens=4)
+    assert pieces_of(stream, ids_of(tiny_tokenizer, "abaabc")) == ["", "ab", "", "a", "", ""]
+    assert stream.stopped
+
+
+def test_a_very_long_stop_string_costs_no_time(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "a" * 2000
+    stream = StopFilter(tiny_tokenizer, ["a" * 1_000_000, "aab" * 300_000])
+    assert pieces_of(stream, ids_of(tiny_tokenizer, text)) == [""] * 2000 + [text]
 
 
 @given(text=st.text("ab\n語"), stops=st.lists(st.text("ab\n語", min_size=1, max_size=3), max_size=4))
@@ -57,7 +69,7 @@ def test_the_text_is_what_comes_before_the_first_stop_string(
     tiny_tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str]
 ) -> None:
     stream = StopFilter(tiny_tokenizer, stops)
-    pieces = told(stream, ids_of(tiny_tokenizer, text))
+    pieces = pieces_of(stream, ids_of(tiny_tokenizer, text))
     first = min((end for stop in stops if (end := _end(text, stop)) is not None), default=None)
     assert stream.stopped == (first is not None)
     kept = "".join(pieces)

@@ -12,7 +12,7 @@ from loradeck.serve import threads
 pytestmark = pytest.mark.skipif(threads._runtime() is None, reason="this torch has no OpenMP runtime of its own")
 
 
-def threads() -> set[str]:
+def live_threads() -> set[str]:
     """Threads of this process now; others may end meanwhile."""
     return set(os.listdir("/proc/self/task"))  # noqa: PTH208
 
@@ -38,15 +38,15 @@ def two_threads():
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 def test_a_team_ends_when_it_is_released(two_threads) -> None:
     def work() -> None:
-        before = threads()
+        before = live_threads()
         compute()
-        team = threads() - before
+        team = live_threads() - before
         seen.append(len(team))
         assert threads.release()
-        seen.append(len(team & threads()))
-        before = threads()
+        seen.append(len(team & live_threads()))
+        before = live_threads()
         compute()
-        seen.append(len(threads() - before))
+        seen.append(len(live_threads() - before))
 
     seen: list[int] = []
     in_a_thread(work)
@@ -56,10 +56,10 @@ def test_a_team_ends_when_it_is_released(two_threads) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 def test_a_thread_alone_gets_no_team_and_others_keep_theirs(two_threads) -> None:
     def work() -> None:
-        before = threads()
+        before = live_threads()
         assert threads.alone()
         compute()
-        seen.append(len(threads() - before))
+        seen.append(len(live_threads() - before))
 
     seen: list[int] = []
     in_a_thread(work)

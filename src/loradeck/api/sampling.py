@@ -29,6 +29,7 @@ def sampling_of(
         logit_bias=asked.logit_bias or {},
         seed=asked.seed,
         stop_tokens=frozenset(asked.stop_token_ids or ()),
+        stop=asked.stop or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -5,23 +5,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loradeck.api.choice import Choice
 from loradeck.api.errors import HttpError, ending
 from loradeck.api.keys import Key, Keys
 from loradeck.api.llamacpp_ids import LlamacppIds
 from loradeck.api.logprobs import Logprobs
 from loradeck.api.model_name import Chosen, ModelNames
-from loradeck.api.requests import Generation
+from loradeck.api.requests import Generation as GenerationRequest
 from loradeck.api.sampling import seeded
 from loradeck.api.settings import Settings
 from loradeck.errors import BusyError
-from loradeck.serve.stop_strings import StopFilter
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
     from loradeck.serve.engine import Engine
+    from loradeck.serve.generation import Generation
     from loradeck.serve.request import Request, SamplingParams
-    from loradeck.serve.stream import Stream
 
 
 @dataclass(eq=False)
@@ -35,8 +33,8 @@ class ServerState:
     numbering: LlamacppIds = field(init=False)
     names: ModelNames = field(init=False)
     logprobs: Logprobs = field(init=False)
-    live: "set[Stream]" = field(init=False, default_factory=set)
-    """Streams that somebody waits for."""
+    live: "set[Generation]" = field(init=False, default_factory=set)
+    """Answers that a client waits for."""
     draining: bool = field(init=False, default=False)
     started: int = field(init=False, default_factory=lambda: int(time.time()))
 
@@ -61,29 +59,29 @@ class ServerState:
         """OpenAI's system_fingerprint: the base's weights."""
         return f"fp_{self.engine.base.fingerprint[:10]}"
 
-    def choose(self, key: Key, asked: Generation) -> Chosen:
+    def choose(self, key: Key, asked: GenerationRequest) -> Chosen:
         """Return which adapters a request is for, if its key may use them. Asks the disk."""
         chosen = self.names.choose(asked)
         key.check_use(chosen.names)
         return chosen
 
-    def begin(
+    def submit(
         self,
         key: Key,
         chosen: Chosen,
-        asked: Generation,
+        asked: GenerationRequest,
         prompts: Sequence[list[int]],
         samplings: "Sequence[SamplingParams]",
         *,
-        extends: bool,
-    ) -> list[Choice]:
-        """Hand `n` requests for each prompt to the engine: all or none. Asks the disk.
+        continues: bool,
+    ) -> "list[Generation]":
+        """Submit `n` requests for each prompt to the engine: all or none. Reads the disk.
 
-        `extends` says whether the answers go on with the prompts' texts, or are texts of their own.
+        `continues` says whether the answers continue the prompts' texts, or begin texts of their own.
 
         Raises:
-            HttpError: 400, they are too many or too long.
-            LoradeckError: the engine takes them not.
+            HttpError: 400, too many answers or too long a prompt.
+            LoradeckError: the engine rejects a request.
         """
         n = asked.n or 1
         if len(prompts) * n > self.settings.max_choices:
@@ -94,28 +92,32 @@ class ServerState:
             raise HttpError(
                 400, f"A prompt has {longest} tokens; {self.settings.max_prompt} are allowed.", param="prompt"
             )
-        choices: list[Choice] = []
+        generations: list[Generation] = []
         try:
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 for number in range(n):
-                    text = StopFilter(self.engine.base.tokenizer, stops_of(asked), prompt if extends else ())
-                    stream = self.engine.submit(
-                        prompt, chosen.entry, seeded(sampling, number), tenant=key.name, adapter=chosen.label
+                    generation = self.engine.submit(
+                        prompt,
+                        chosen.entry,
+                        seeded(sampling, number),
+                        tenant=key.name,
+                        adapter=chosen.label,
+                        continues=continues,
                     )
-                    self.live.add(stream)
-                    choices.append(Choice(len(choices), number, prompt, stream, text))
+                    self.live.add(generation)
+                    generations.append(generation)
         except BaseException as error:
-            self.release(choice.stream for choice in choices)
+            self.release(generations)
             if self.ending and isinstance(error, BusyError):
                 raise ending() from error
             raise
-        return choices
+        return generations
 
-    def release(self, streams: "Iterable[Stream]") -> None:
-        """Free what these still hold, ended or not."""
-        for stream in streams:
-            stream.cancel()
-            self.live.discard(stream)
+    def release(self, generations: "Iterable[Generation]") -> None:
+        """Cancel those that have not ended, and forget them all."""
+        for generation in generations:
+            generation.cancel()
+            self.live.discard(generation)
 
     def length(self, prompt: Sequence[int], asked: int | None) -> int:
         """Return how many tokens an answer to this prompt may have: what was asked for, up to what there is room for.
@@ -137,9 +139,4 @@ class ServerState:
         self.engine.drain(seconds)
 
     def _requests(self) -> "list[Request]":
-        return [stream.request for stream in tuple(self.live) if stream.finish is None]
-
-
-def stops_of(asked: Generation) -> list[str]:
-    """Return the texts that end an answer."""
-    return [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        return [generation.request for generation in tuple(self.live) if generation.finish is None]

@@ -1,6 +1,6 @@
-"""Many generations at once on one base, each through its own adapters. Knows token ids; knows no text and no HTTP.
+"""Many generations at once on one base, each through its own adapters. Prompts are token ids.
 
-Any thread hands requests in and reads their streams; one thread computes (`serve.loop`).
+Any thread hands requests in and reads their answers; one thread computes (`serve.loop`).
 """
 
 import time
@@ -18,6 +18,7 @@ from loradeck.lora.routing import RouteEntry
 from loradeck.serve import threads
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
+from loradeck.serve.generation import Generation
 from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.loop import Loop
 from loradeck.serve.model_runner import ModelRunner
@@ -26,7 +27,7 @@ from loradeck.serve.request import Request, SamplingParams, Token
 from loradeck.serve.sampler import Sampler
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.stats import Stats
-from loradeck.serve.stream import Stream
+from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
 
 DEFAULT = SamplingParams()
@@ -98,11 +99,16 @@ class Engine:
         *,
         tenant: str = "",
         adapter: str = "",
-    ) -> Stream:
-        """Hand in a prompt, as token ids, to be continued through adapters of the store; any thread may. Asks the disk.
+        continues: bool = True,
+    ) -> Generation:
+        """Submit a prompt, as token ids, to be continued through adapters of the store. Any thread may; reads the disk.
+
+        Iterate over the answer for its tokens, or ask for its `text()`. It ends at `sampling.stop` and the other
+        limits even if nobody reads it.
 
         `entry` is None for the base, a name or name@version, or {name: weight}; `adapter` is what to call it in
-        metrics, and an adapter's tokens are shared fairly between its `tenant`s.
+        metrics, and an adapter's tokens are shared fairly between its `tenant`s. `continues` says whether the answer
+        continues the prompt's text, or begins one of its own, without a leading space, as in a chat.
 
         Raises:
             UnknownAdapterError: there is no such adapter.
@@ -115,17 +121,20 @@ class Engine:
         request = Request(
             uuid.uuid4().hex, [*tokens], len(tokens), key, sampling, adapter, tenant, arrived=time.monotonic()
         )
-        stream = Stream(request, self._loop.wake)
+        text = StopFilter(
+            self.base.tokenizer, sampling.stop, tokens if continues else (), min_tokens=sampling.min_tokens
+        )
+        generation = Generation(request, text, self._loop.wake)
         with self._lock:
             if self._draining or self._loop.failed:
                 raise BusyError("the engine is about to end", retry_after=1)
             waiting = self._loop.waiting
             if waiting >= self.config.max_waiting:
                 raise BusyError(f"{waiting} requests wait already", retry_after=self.stats.wait(waiting))
-            self._loop.add(stream, found)
-        return stream
+            self._loop.add(generation, found)
+        return generation
 
-    def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Stream:
+    def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Generation:
         """Return the tokens that continue a prompt, as they come: `async for token in engine.stream(...)`, or `for`.
 
         Raises:
@@ -154,14 +163,14 @@ class Engine:
                 f"{len(prompts)} prompts, {len(each)} entries, {len(how)} samplings",
                 hint="Give as many of each, or one.",
             )
-        streams: list[Stream] = []
+        generations: list[Generation] = []
         try:
             for prompt, entry, own in zip(prompts, each, how, strict=True):
-                streams.append(self.submit(prompt, entry, own))
-            return [[*stream] for stream in streams]
+                generations.append(self.submit(prompt, entry, own))
+            return [[*generation] for generation in generations]
         finally:
-            for stream in streams:
-                stream.cancel()
+            for generation in generations:
+                generation.cancel()
 
     def drain(self, seconds: float) -> None:
         """Take nothing new, let what is here end within so many seconds, and cancel the rest."""
@@ -170,8 +179,8 @@ class Engine:
         until = time.monotonic() + seconds
         while live := self._loop.live:
             if time.monotonic() >= until:
-                for stream in live:
-                    stream.cancel()
+                for generation in live:
+                    generation.cancel()
             time.sleep(0.01)
 
     def close(self) -> None:

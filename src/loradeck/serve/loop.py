@@ -10,6 +10,7 @@ from threading import Event, Thread
 
 from loradeck.errors import LoradeckError, RequestError
 from loradeck.serve.adapter_cache import AdapterCache
+from loradeck.serve.generation import Generation
 from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.model_runner import ModelRunner
 from loradeck.serve.observer import Finish, Observer
@@ -17,7 +18,6 @@ from loradeck.serve.request import Request, Scheduled
 from loradeck.serve.sampler import Choice, Sampler
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.stats import Stats
-from loradeck.serve.stream import Stream
 from loradeck.stored import Stored
 
 TICK = 0.1  # seconds after which requests that wait are looked at again, for patience and time-outs
@@ -46,8 +46,8 @@ class Loop:
         self._observer = observer
         self.stats = Stats(scheduler, cache)
         self.failed = False
-        self._streams: dict[Request, Stream] = {}
-        self._arriving: deque[tuple[Stream, dict[str, Stored]]] = deque()
+        self._generations: dict[Request, Generation] = {}
+        self._arriving: deque[tuple[Generation, dict[str, Stored]]] = deque()
         self._stopped = False
         self._changed = Event()
         self._thread = Thread(target=self._run, name="loradeck-engine", daemon=True)
@@ -66,9 +66,9 @@ class Loop:
         """Say that there may be something to do."""
         self._changed.set()
 
-    def add(self, stream: Stream, found: dict[str, Stored]) -> None:
+    def add(self, generation: Generation, found: dict[str, Stored]) -> None:
         """Take a request in; `found` are its adapters on disk."""
-        self._arriving.append((stream, found))
+        self._arriving.append((generation, found))
         if self.failed:  # perhaps just now, too late for the thread to see this one
             self._give_up()
         self.wake()
@@ -79,9 +79,9 @@ class Loop:
         return len(self._scheduler.waiting) + len(self._arriving)
 
     @property
-    def live(self) -> list[Stream]:
-        """The streams of all requests that have not ended."""
-        return [*self._streams.copy().values(), *(stream for stream, _ in self._arriving.copy())]
+    def live(self) -> list[Generation]:
+        """The answers to all requests that have not ended."""
+        return [*self._generations.copy().values(), *(generation for generation, _ in self._arriving.copy())]
 
     # ---- in the thread
 
@@ -91,7 +91,7 @@ class Loop:
                 self._changed.clear()  # before looking: what comes afterwards wakes it
                 self._receive()
                 if not self._step():
-                    self._changed.wait(TICK if self._streams else None)
+                    self._changed.wait(TICK if self._generations else None)
         except Exception:
             log.exception("the engine has failed")
             self.failed = True
@@ -101,9 +101,9 @@ class Loop:
 
     def _give_up(self) -> None:
         finish: Finish = "failed" if self.failed else "cancelled"
-        for stream in self.live:
-            stream.end(finish, RequestError("the engine has failed") if self.failed else None)
-        self._streams.clear()
+        for generation in self.live:
+            generation.end(finish, RequestError("the engine has failed") if self.failed else None)
+        self._generations.clear()
         self._arriving.clear()
 
     def _step(self) -> bool:
@@ -141,19 +141,19 @@ class Loop:
 
     def _accept(self, work: Scheduled, choice: Choice) -> None:
         """Add what was computed to a request, and end it where it ends."""
-        request, stream = work.request, self._streams[work.request]
+        request, generation = work.request, self._generations[work.request]
         if choice.error is not None:
-            return self._end(stream, "failed", choice.error)
+            return self._end(generation, "failed", choice.error)
         if choice.prompt:
             before = request.computed - work.count
             at = before + 1 if before else 0
-            stream.prompt[at : at + len(choice.prompt)] = choice.prompt
+            generation.prompt[at : at + len(choice.prompt)] = choice.prompt
         if request.pending:
             return None  # the prompt goes on
         if not request.generated:
             self._cache.keep(request)
         if choice.token is None:
-            return self._end(stream, "length")
+            return self._end(generation, "length")
         request.tokens.append(choice.token.id)
         now = time.monotonic()
         since = now - (request.last_token or request.arrived)
@@ -161,37 +161,40 @@ class Loop:
         request.last_token = now
         if self._observer:
             self._observer.token(request, since)
-        stream.push(choice.token)
-        if choice.token.ends:
-            return self._end(stream, "stop")
+        try:
+            generation.push(choice.token)
+        except Exception as error:  # the tokenizer's
+            return self._end(generation, "failed", Choice.failed(error).error)
+        if choice.token.ends or generation.stopped:
+            return self._end(generation, "stop")
         if request.generated >= request.sampling.max_tokens or len(request.tokens) >= self._longest:
-            return self._end(stream, "length")
+            return self._end(generation, "length")
         return None
 
     def _receive(self) -> None:
         """Take in what has come, and let go what nobody waits for, waited too long, or has no adapter."""
         while self._arriving:
-            stream, found = self._arriving[0]
-            self._streams[stream.request] = stream  # before it leaves the other: it is always in one of them
+            generation, found = self._arriving[0]
+            self._generations[generation.request] = generation  # before it leaves the queue: `live` must not miss it
             self._arriving.popleft()
-            self._scheduler.add(stream.request, found)
+            self._scheduler.add(generation.request, found)
         failures = self._residency.failures()
         now = time.monotonic()
-        for stream in [*self._streams.values()]:
-            request = stream.request
+        for generation in [*self._generations.values()]:
+            request = generation.request
             if request.cancelled:
-                self._end(stream, stream.given_up)
+                self._end(generation, "cancelled")
             elif now - request.arrived > self._scheduler.config.timeout:
-                self._end(stream, "failed", RequestError(f"not done within {self._scheduler.config.timeout:g} s"))
+                self._end(generation, "failed", RequestError(f"not done within {self._scheduler.config.timeout:g} s"))
             elif failed := [failures[own] for own, _ in request.key if own in failures]:
-                self._end(stream, "failed", failed[0])
+                self._end(generation, "failed", failed[0])
 
-    def _end(self, stream: Stream, finish: Finish, error: LoradeckError | None = None) -> None:
-        request = stream.request
+    def _end(self, generation: Generation, finish: Finish, error: LoradeckError | None = None) -> None:
+        request = generation.request
         self._scheduler.end(request)
         self._sampler.forget(request)
-        del self._streams[request]
+        del self._generations[request]
         self.stats.ended(request)
         if self._observer:
             self._observer.finished(request, finish)
-        stream.end(finish, error if finish == "failed" else None)
+        generation.end(finish, error if finish == "failed" else None)

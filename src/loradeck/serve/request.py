@@ -4,7 +4,7 @@ T prompt tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -39,6 +39,8 @@ class SamplingParams:
     seed: int | None = None
     stop_tokens: frozenset[int] = frozenset()
     """Besides the base's own."""
+    stop: Sequence[str] = ()
+    """Strings that end the answer's text and are no part of it. Not before `min_tokens`, as with stop tokens."""
     ignore_eos: bool = False
     """Go on after the base's own stop tokens."""
     logprobs: int | None = None
@@ -47,6 +49,8 @@ class SamplingParams:
     """The same for the prompt's tokens, but for the first."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         bounds = {
             "max_tokens": self.max_tokens >= 0,
             "min_tokens": self.min_tokens >= 0,
@@ -58,6 +62,7 @@ class SamplingParams:
             "frequency_penalty": math.isfinite(self.frequency_penalty),
             "repetition_penalty": 0 < self.repetition_penalty < math.inf,
             "logit_bias": all(bias < math.inf for bias in self.logit_bias.values()),
+            "stop": all(isinstance(stop, str) and stop for stop in self.stop),
             "logprobs": self.logprobs is None or self.logprobs >= 0,
             "prompt_logprobs": self.prompt_logprobs is None or self.prompt_logprobs >= 0,
         }
@@ -104,6 +109,10 @@ class Request:
     """Of the prompt, the tokens that were found in the prefix cache."""
     cancelled: bool = False
     """Nobody waits for it any more; it is dropped at the next step."""
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: self.prompt_length]
 
     @property
     def generated(self) -> int:
