@@ -69,10 +69,10 @@ def test_the_mean_is_the_models_model_loss(tiny: LlamaForCausalLM, kind: str, fr
         model.get_output_embeddings().requires_grad_(False)
     ours, theirs = mean(model), model_loss(model)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found, expected = (torch.autograd.grad(each, wanted, retain_graph=True) for each in (ours, theirs))
-    assert max(part.abs().max() for part in expected) > 1e-3
-    for one, other in zip(found, expected, strict=True):
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients, expected = (torch.autograd.grad(each, trainable, retain_graph=True) for each in (ours, theirs))
+    assert max(gradient.abs().max() for gradient in expected) > 1e-3
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 

@@ -104,7 +104,7 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
     """
     with pytest.raises(ConfigError) as caught:
         read_recipe(write(tmp_path, text))
-    found = "\n".join(caught.value.problems)
+    problems = "\n".join(caught.value.problems)
     for expected in (
         "adapter[0].alpha: unknown key; did you mean lora_alpha?",
         "adapter[0].r: Expected `int`, got `str`",
@@ -116,7 +116,7 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
         "basis: unknown key",
         ".max_tokens: Expected `int`, got `str`",
     ):
-        assert expected in found
+        assert expected in problems
     assert str(tmp_path / "run.toml") in str(caught.value)
     assert [line for line in caught.value.problems if "lr" in line] == ["defaults.lr: unknown key"]
 
