@@ -167,7 +167,7 @@ def outcome(run: Path) -> dict[str, Any]:
     return left
 
 
-def test_killed_at_random_moments_it_resumes_to_the_same_bits(folder: Path, command: Command, whole: Whole) -> None:
+def test_killed_at_random_steps_it_resumes_to_the_same_bits(folder: Path, command: Command, whole: Whole) -> None:
     ends = {event["job"]: event for event in whole.outcome["metrics.jsonl"] if event["event"] == "end"}
     assert ends["one"]["kept"] < ends["one"]["step"] == 24, "the best is not the last, so resuming must know it"
     assert len(whole.outcome["samples.jsonl"]) == 8
