@@ -477,10 +477,12 @@ def test_a_damaged_adapter_is_reported_and_hides_no_other(store: AdapterStore, s
     assert store.find("poet").version == 1
 
 
-def test_tensors_without_a_configuration_are_a_damaged_adapter(store: AdapterStore, source: Path) -> None:
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_tensors_without_a_configuration_are_a_damaged_adapter(store: AdapterStore, source: Path, name: str) -> None:
     """As a removal leaves them that was killed between the files of a folder with others in it."""
     shutil.copytree(source, store.folder / "poet")
     (store.folder / "poet" / "adapter_config.json").unlink()
+    (store.folder / "poet" / "adapter_model.safetensors").rename(store.folder / "poet" / name)
     assert store.names() == ["poet"]
     assert store.problems().keys() == {"poet"}
     with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):

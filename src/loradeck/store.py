@@ -20,7 +20,7 @@ import msgspec
 
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
-from loradeck.lora.manifest import is_adapter, read_folder
+from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder
 from loradeck.lora.names import check_name
 from loradeck.lora.peft import CARD, CONFIG
 from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
@@ -167,10 +167,10 @@ class AdapterStore:
         card = [CARD] if (source / CARD).is_file() else []
         number, record = self._claim(name)
         try:
-            with new_folder(self._path(name, number)) as fresh:
+            with new_folder(self._path(name, number)) as new:
                 for file in files + card:
-                    shutil.copyfile(source / file, fresh / file)
-                if digest_of(fresh, files) != digest:
+                    shutil.copyfile(source / file, new / file)
+                if digest_of(new, files) != digest:
                     raise AdapterError(f"{source} was changed while it was read", hint="Publish it again.")
         except BaseException:
             record.unlink(missing_ok=True)
@@ -196,7 +196,8 @@ class AdapterStore:
         with self._changing():
             for number in numbers:  # oldest first, so that `latest` never goes back
                 _remove_adapter(self._path(name, number))
-            for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:  # the last claims it
+            # The highest record stays, because the next number follows it.
+            for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:
                 self._record(name, number).unlink(missing_ok=True)
 
     @contextmanager
@@ -280,7 +281,7 @@ def _remove_adapter(folder: Path) -> None:
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
         suppress(FileNotFoundError),
     ):
-        files = [folder / CONFIG, *sorted(folder.glob("adapter_model*.safetensors*")), folder / CARD]
+        files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
         if folder.is_symlink() or set(folder.iterdir()) <= set(files):
             folder.rename(Path(aside) / folder.name)
         else:

@@ -16,6 +16,7 @@ PREFIX = "base_model.model."
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 INDEX = TENSORS + ".index.json"
+TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
 
 UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA magnitudes",
@@ -79,7 +80,7 @@ def is_adapter(folder: Path) -> bool:
     `read_folder` says what is wrong with it.
     """
     try:
-        return (folder / CONFIG).exists() or any(folder.glob("adapter_model*"))
+        return (folder / CONFIG).exists() or any(folder.glob(TENSOR_FILES))
     except OSError:
         return True
 

@@ -79,10 +79,11 @@ def _outcome(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End)
             "training loss": f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}, "
             f"lowest {lowest.loss:.4f} at step {lowest.step}",
         }
-    kept = next((each for each in reversed(evaluations) if each.step == end.kept), None)
-    if kept:
-        accuracy = f", accuracy {kept.accuracy:.1%}" if kept.accuracy is not None else ""
-        rows["validation loss"] = f"{kept.loss:.4f} at the kept step, over {kept.tokens:,} {_counted(kept)}{accuracy}"
+    evaluation = next((each for each in reversed(evaluations) if each.step == end.kept), None)
+    if evaluation:
+        accuracy = f", accuracy {evaluation.accuracy:.1%}" if evaluation.accuracy is not None else ""
+        count = f"{evaluation.tokens:,} {_counted(evaluation)}"
+        rows["validation loss"] = f"{evaluation.loss:.4f} at the kept step, over {count}{accuracy}"
     else:
         rows["validation loss"] = "not measured at the kept step"
     return rows
@@ -115,11 +116,11 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({name}), 
 
 
 def _limits(evaluations: Sequence[Evaluation]) -> str:
-    measured = "the loss on its validation examples" if evaluations else "its training loss, on no held-out example"
+    measure = "the loss on its validation examples" if evaluations else "its training loss, on no held-out example"
     return (
-        f"This adapter was measured by {measured}, and by nothing else: not for truth, safety or fairness. It knows "
-        "what its base and its data know, keeps the faults of both, and works on its own base only. Their licences "
-        "and terms hold for it."
+        f"This adapter was measured by {measure}, and by nothing else: not for truth, safety or fairness. It has the "
+        "knowledge and the faults of its base and its data, and works on its own base only. Their licences and terms "
+        "apply to it."
     )
 
 
