@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, UnknownAdapterError, UnsupportedError
+from loradeck.lora.manifest import is_adapter
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored, read_stored
 
@@ -667,6 +668,39 @@ def test_a_version_removed_between_listing_and_reading(
         assert store.find("poet").version == 1
     else:
         assert store.problems() == {}
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (lambda store: store.find("poet").version, 2),
+        (lambda store: store.versions("poet"), [2]),
+        (AdapterStore.names, ["poet"]),
+        (lambda store: [adapter.version for adapter in store.latest()], [2]),
+        (AdapterStore.problems, {}),
+    ],
+    ids=["find", "versions", "names", "latest", "problems"],
+)
+def test_a_version_replaced_during_a_query(
+    store: AdapterStore,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    query: Callable[[AdapterStore], object],
+    expected: object,
+) -> None:
+    """Between listing the folder and looking into what was listed, another process publishes and prunes."""
+    store.publish("poet", source)
+    replaced = threading.Event()
+
+    def late(folder: Path) -> bool:
+        if not replaced.is_set():
+            replaced.set()
+            store.publish("poet", source)
+            store.prune("poet", keep=1)
+        return is_adapter(folder)
+
+    monkeypatch.setattr("loradeck.store.is_adapter", late)
+    assert query(store) == expected
 
 
 # For each line "step action" it reads, forks a process that does the action, and is killed before the step-th time

@@ -74,12 +74,7 @@ class AdapterStore:
             AdapterError: it is unusable; with every problem found in its headers.
         """
         name, number = self._resolve(spec)
-        try:
-            return self._stored(name, number)
-        except AdapterError:
-            if is_adapter(self._path(name, number)):
-                raise
-        return self.find(spec)  # another process removed it in between
+        return self._stored_now(spec, name, number)
 
     def latest(self) -> list[Stored]:
         """Return the latest version of every usable adapter, sorted by name.
@@ -90,8 +85,8 @@ class AdapterStore:
         adapters = []
         for name, numbers in sorted(self._catalogue().items()):
             if _is_valid(name):
-                with suppress(AdapterError):
-                    adapters.append(self._stored(name, max(numbers)))
+                with suppress(AdapterError, UnknownAdapterError):
+                    adapters.append(self._stored_now(name, name, max(numbers)))
         return adapters
 
     def problems(self) -> dict[str, LoradeckError]:
@@ -218,6 +213,15 @@ class AdapterStore:
     def _stored(self, name: str, number: int) -> Stored:
         return read_stored(name, number, self._path(name, number), self._record(name, number) if number else None)
 
+    def _stored_now(self, spec: str, name: str, number: int) -> Stored:
+        """Read a version that `spec` was resolved to, or resolve it again if the version was removed since."""
+        try:
+            return self._stored(name, number)
+        except AdapterError:
+            if is_adapter(self._path(name, number)):
+                raise
+        return self.find(spec)
+
     def _resolve(self, spec: str) -> tuple[str, int]:
         name, at, which = spec.partition("@")
         numbers = self.versions(name)
@@ -231,9 +235,13 @@ class AdapterStore:
     def _versions(self, name: str) -> list[int]:
         if not _is_valid(name):
             return []
-        folders = (folder for folder in self._folders() if folder.partition("@")[0] == name)
-        numbers = (number for other, number in map(_split, folders) if other == name)
-        return sorted(number for number in numbers if is_adapter(self._path(name, number)))
+        while True:
+            folders = (folder for folder in self._folders() if folder.partition("@")[0] == name)
+            listed = {number: self._path(name, number) for other, number in map(_split, folders) if other == name}
+            numbers = sorted(number for number, path in listed.items() if is_adapter(path))
+            if all(os.path.lexists(path) for number, path in listed.items() if number not in numbers):
+                return numbers
+            # A version was removed since the folder was listed, and a newer one may have been published before that.
 
     def _recorded(self, name: str) -> list[int]:
         """Return the numbers claimed for this name; low ones whose versions were removed may be missing."""
@@ -247,11 +255,16 @@ class AdapterStore:
     def _catalogue(self) -> dict[str, list[int]]:
         """Return the version numbers of every adapter by name, including invalid names."""
         catalogue: dict[str, list[int]] = {}
+        changed: set[str] = set()
         for folder in self._folders():
-            if not folder.startswith(".") and is_adapter(self.folder / folder):
-                name, number = _split(folder)
+            path, (name, number) = self.folder / folder, _split(folder)
+            if not folder.startswith(".") and is_adapter(path):
                 catalogue.setdefault(name, []).append(number)
-        return catalogue
+            elif not os.path.lexists(path):  # removed since the folder was listed; a newer version may be there
+                changed.add(name)
+        for name in changed:
+            catalogue[name] = self._versions(name)
+        return {name: numbers for name, numbers in catalogue.items() if numbers}
 
     def _folders(self) -> list[str]:
         try:

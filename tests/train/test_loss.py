@@ -62,7 +62,7 @@ def model_loss(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_mean_is_the_models_model_loss(tiny: LlamaForCausalLM, kind: str, frozen: bool) -> None:
+def test_the_mean_is_the_models_own_loss(tiny: LlamaForCausalLM, kind: str, frozen: bool) -> None:
     model = (tiny if kind == "llama" else models()[kind]).eval().requires_grad_(True)
     if frozen:  # HeadLoss then computes the head, if its output is the logits
         model.get_input_embeddings().requires_grad_(False)
@@ -76,7 +76,7 @@ def test_the_mean_is_the_models_model_loss(tiny: LlamaForCausalLM, kind: str, fr
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_each_example_has_its_model_loss(tiny: LlamaForCausalLM) -> None:
+def test_each_example_has_its_own_loss(tiny: LlamaForCausalLM) -> None:
     with Losses(tiny).of(EXAMPLES) as losses:
         together = losses
     assert together.shape == (3,)
@@ -89,6 +89,7 @@ def test_each_example_has_its_model_loss(tiny: LlamaForCausalLM) -> None:
 def test_the_head_runs_on_the_supervised_positions_alone(
     tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And, if it is frozen, on a few of them at a time."""
     losses, forward = Losses(tiny), nn.Linear.forward
     rows: list[int] = []
 
@@ -98,11 +99,12 @@ def test_the_head_runs_on_the_supervised_positions_alone(
         return forward(module, hidden)
 
     monkeypatch.setattr(nn.Linear, "forward", count)
+    monkeypatch.setattr(loss, "ROWS", 2)
     for trainable in (False, True):
         tiny.lm_head.requires_grad_(trainable)
         with losses.of(EXAMPLES):
             pass
-    assert rows == [SUPERVISED, SUPERVISED]
+    assert rows == [2, 2, 1, SUPERVISED]
     assert not tiny.lm_head._forward_pre_hooks
 
 

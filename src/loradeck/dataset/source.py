@@ -55,7 +55,7 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes of the files, split after split; of the rows if the dataset is not files of ours."""
+        """Of the bytes of the files, split after split; of the rows if there are no files."""
         digest = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:

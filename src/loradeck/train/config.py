@@ -21,7 +21,7 @@ class TrainConfig:
     learning_rate: float | None = None
     """Peak learning rate of A and B; left out, it follows from the base's width (see train.schedule)."""
     epochs: int = 3
-    """Passes over the dataset."""
+    """How often the dataset is trained on."""
     max_steps: int | None = None
     """Optimizer steps, instead of epochs; the dataset is cut short or repeated to fit."""
     batch_size: int = 8
