@@ -31,9 +31,9 @@ from benchmarks.gpu_shapes import SHAPES
 from benchmarks.record import in_turns, write
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 from loradeck.dataset.example import UNSUPERVISED, Example
-from loradeck.ops.dispatch import triton_problem
+from loradeck.ops.dispatch import why_not_triton
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, Step
 from loradeck.train.trainer import Trainer
@@ -58,7 +58,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    problem = triton_problem(device)
+    problem = why_not_triton(device)
     print(
         f"{card or 'CPU'}; {dtype}; Triton kernels: {problem or 'in use'}; PEFT: {'here' if has_peft() else 'not here'}"
     )

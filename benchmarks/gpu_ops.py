@@ -1,4 +1,4 @@
-"""Every way of the operation on a device: how far from float64, and how long. Knows layers' sizes; knows no model."""
+"""Every implementation of the update on a device: its error against float64, and its time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,26 +6,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ops import all_stacked
 from benchmarks.record import in_turns
-from loradeck.ops import autograd, dispatch, packed, portable, reference, stacked
-from loradeck.ops.layer_kinds import Form, LinearForm, form_of
-from loradeck.ops.mapping import Entry, Mix
-from loradeck.ops.operands import Operands
-from loradeck.ops.weights import Pair
+from loradeck.ops import autograd, dispatch, portable, reference
+from loradeck.ops.layer_kinds import LayerKind, LinearKind, kind_of
+from loradeck.ops.mapping import AdapterWeights, LoraMapping
+from loradeck.ops.weights import LayerAdapters, LoraWeights
 
 ROWS = 32
 RANKS = (1, 4, 8, 16, 16, 64)
 # Of the output's largest value. A number of bfloat16 has three digits, and is rounded between the two products.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-MIXES: dict[str, tuple[Entry, ...]] = {
+BATCHES: dict[str, tuple[AdapterWeights, ...]] = {
     "distinct": tuple(((i, 1.0),) for i in range(ROWS)),
     "identical": (((3, 1.0),),) * ROWS,
-    "in turns": tuple(((i % 3, 1.0),) if i % 4 else () for i in range(ROWS)),
+    "alternating": tuple(((i % 3, 1.0),) if i % 4 else () for i in range(ROWS)),
     "blended": tuple(((i, 0.7), ((i + 5) % ROWS, -0.3)) if i % 5 else () for i in range(ROWS)),
 }
 
-Way = Callable[[Tensor, Tensor, Operands, Mix], Tensor]
+Lora = Callable[[Tensor, Tensor, LayerAdapters, LoraMapping], Tensor]
 Sizes = Sequence[tuple[int, int]]
 
 
@@ -36,26 +34,27 @@ def layers(model: nn.Module) -> Sizes:
     return sorted({(module.in_features, module.out_features) for module in own})
 
 
-def every_way(device: torch.device) -> dict[str, Way]:
-    """All ways for linear layers outside autograd, those of few rows with every row in stacks."""
+def of_mapping(kernel: Callable[..., Tensor]) -> Lora:
+    """Return a kernel that takes the mapping in place of its segments."""
 
-    def in_stacks(lora: Callable[..., Tensor]) -> Way:
-        return lambda x, y, own, mix: lora(
-            x, y, own, mix, all_stacked(mix, own, own.form.count(x) // mix.total, str(device))
-        )
+    def lora(x: Tensor, y: Tensor, adapters: LayerAdapters, mapping: LoraMapping) -> Tensor:
+        return kernel(x, y, adapters, mapping.segments(adapters.kind.count(x) // mapping.total, x.device))
 
-    ways: dict[str, Way] = {
+    return lora
+
+
+def implementations(device: torch.device) -> dict[str, Lora]:
+    """All implementations for linear layers outside autograd."""
+    kernels: dict[str, Lora] = {
         "reference": reference.lora,
-        "segmented": portable.lora,
-        "stacked": in_stacks(stacked.lora),
-        "packed": packed.lora,
-        "choose": lambda x, y, own, mix: dispatch.lora(x, y, own, mix, training=False),
+        "portable": of_mapping(portable.lora),
+        "dispatch": lambda x, y, adapters, mapping: dispatch.lora(x, y, adapters, mapping, training=False),
     }
-    if not dispatch.triton_problem(device):
+    if dispatch.why_not_triton(device) is None:
         from loradeck.ops import gpu
 
-        ways["triton"] = in_stacks(gpu.lora)
-    return ways
+        kernels["triton"] = of_mapping(gpu.lora)
+    return kernels
 
 
 def errors(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -67,18 +66,18 @@ def errors(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, 
     found: dict[str, float] = {}
     for number in dict.fromkeys((torch.float32, dtype)):
         for inside, outside in sizes:
-            form = LinearForm(inside, outside)
-            pairs = pairs_of(form, number)
+            layer_kind = LinearKind(inside, outside)
+            pairs = pairs_of(layer_kind, number)
             x, y = (torch.randn(ROWS, size).to(number) for size in (inside, outside))
-            for kind, entries in MIXES.items():
-                mix = Mix(entries, (1,) * ROWS)
-                wanted = defined(form, pairs, x, y, mix)
-                own = Operands(form, moved(pairs, device))
-                for name, way in every_way(device).items():
+            for kind, entries in BATCHES.items():
+                mapping = LoraMapping(entries, (1,) * ROWS)
+                wanted = defined(layer_kind, pairs, x, y, mapping)
+                own = LayerAdapters(layer_kind, moved(pairs, device))
+                for name, lora in implementations(device).items():
                     with torch.no_grad():
-                        got = way(x.to(device), y.to(device, copy=True), own, mix)
+                        got = lora(x.to(device), y.to(device, copy=True), own, mapping)
                     note(found, name, kind, got, wanted, number)
-                training(found, form, pairs, x, y, mix, device, kind)
+                training(found, layer_kind, pairs, x, y, mapping, device, kind)
     return found
 
 
@@ -87,43 +86,45 @@ def others(device: torch.device) -> dict[str, float]:
     found: dict[str, float] = {}
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # for convolutions it is on
     for layer in (nn.Embedding(100, 48), nn.Conv1d(12, 24, 3), nn.Conv2d(12, 24, 3, groups=2)):
-        form = form_of(layer)
-        assert not isinstance(form, str)
-        pairs = pairs_of(form, torch.float32, least=2)
+        layer_kind = kind_of(layer)
+        assert not isinstance(layer_kind, str)
+        pairs = pairs_of(layer_kind, torch.float32, least=2)
         shape = {"Embedding": (7,), "Conv1d": (12, 9), "Conv2d": (12, 6, 7)}[type(layer).__name__]
-        x = torch.randint(100, (ROWS, *shape)) if form.kind == "embedding" else torch.randn(ROWS, *shape)
+        x = torch.randint(100, (ROWS, *shape)) if layer_kind.name == "embedding" else torch.randn(ROWS, *shape)
         y = layer(x).detach()
-        own, mix = Operands(form, moved(pairs, device)), Mix(MIXES["blended"], (1,) * ROWS)
-        wanted = defined(form, pairs, x, y, mix)
-        for name in ("reference", "segmented", "choose"):
+        own, mapping = LayerAdapters(layer_kind, moved(pairs, device)), LoraMapping(BATCHES["blended"], (1,) * ROWS)
+        wanted = defined(layer_kind, pairs, x, y, mapping)
+        for name in ("reference", "portable", "dispatch"):
             with torch.no_grad():
-                got = every_way(device)[name](x.to(device), y.to(device, copy=True), own, mix)
+                got = implementations(device)[name](x.to(device), y.to(device, copy=True), own, mapping)
             note(found, name, type(layer).__name__, got, wanted, torch.float32)
     torch.backends.cudnn.allow_tf32 = before
     return found
 
 
 def training(
-    found: dict[str, float], form: Form, pairs: Sequence[Pair], x: Tensor, y: Tensor, mix: Mix,
-    device: torch.device, kind: str,
+    found: dict[str, float], layer_kind: LayerKind, pairs: Sequence[LoraWeights], x: Tensor, y: Tensor,
+    mapping: LoraMapping, device: torch.device, kind: str,
 ) -> None:  # fmt: skip
     """Note the errors of the way of training: its output and every gradient."""
     toward = torch.randn(y.shape).to(y.dtype)
 
-    def graded(lora: Callable[..., Tensor], own: Sequence[Pair], x: Tensor, y: Tensor, to: Tensor) -> list[Tensor]:
-        leaves = [pair.a for pair in own] + [pair.b for pair in own] + [x]
+    def graded(
+        lora: Callable[..., Tensor], own: Sequence[LoraWeights], x: Tensor, y: Tensor, to: Tensor
+    ) -> list[Tensor]:
+        leaves = [each.a for each in own] + [each.b for each in own] + [x]
         for leaf in leaves:
             leaf.requires_grad_()
-        z = lora(x, y, Operands(form, tuple(own)), mix)
+        z = lora(x, y, LayerAdapters(layer_kind, tuple(own)), mapping)
         gradients = torch.autograd.grad(z, leaves, to, allow_unused=True)
         return [z.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True))]
 
     with torch.enable_grad():
         wanted = graded(reference.lora, doubled(pairs), x.double(), y.double(), toward.double())
         own = [replace(pair, a=pair.a.detach().clone(), b=pair.b.detach().clone()) for pair in moved(pairs, device)]
-        got = graded(autograd.lora, own, x.to(device, copy=True), y.to(device), toward.to(device))
+        got = graded(of_mapping(autograd.lora), own, x.to(device, copy=True), y.to(device), toward.to(device))
     for one, other in zip(got, wanted, strict=True):
-        note(found, "fused and its gradients", kind, one, other, y.dtype)
+        note(found, "autograd and its gradients", kind, one, other, y.dtype)
 
 
 def note(found: dict[str, float], name: str, kind: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -136,60 +137,58 @@ def note(found: dict[str, float], name: str, kind: str, got: Tensor, wanted: Ten
 def ways(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, rounds: int, settle: Callable[[], object]
 ) -> dict[str, float]:
-    """Return the microseconds of each way on ROWS rows of as many adapters of r=16: which of them `choose` should take.
+    """Return the microseconds of each implementation on ROWS rows of as many adapters of r=16.
 
-    Sixteen calls each time, on the pairs of sixteen layers: what a cache holds from the call before would flatter.
+    Sixteen calls each time, on the weights of sixteen layers: what the cache holds from the call before would flatter.
     """
     found: dict[str, float] = {}
-    mix, count = Mix(MIXES["distinct"], (1,) * ROWS), 16
+    mapping, count = LoraMapping(BATCHES["distinct"], (1,) * ROWS), 16
     for inside, outside in sizes:
-        form = LinearForm(inside, outside)
-        own = [Operands(form, moved(pairs_of(form, dtype, ranks=(16,)), device)) for _ in range(count)]
+        layer_kind = LinearKind(inside, outside)
+        weights = [moved(pairs_of(layer_kind, dtype, ranks=(16,)), device) for _ in range(count)]
+        adapters = [LayerAdapters(layer_kind, each) for each in weights]
         x, y = (torch.randn(ROWS, size).to(device, dtype) for size in (inside, outside))
-        chosen = {name: way for name, way in every_way(device).items() if name != "reference"}
-        plan = all_stacked(mix, own[0], 1, str(device))
-        for name, lora in (("stacked", stacked.lora), ("triton", _triton)):
-            if name in chosen:
-                chosen[name] = lambda x, y, own, mix, lora=lora, plan=plan: lora(x, y, own, mix, plan)
 
-        def calls(way: Way, own: list[Operands] = own, x: Tensor = x, y: Tensor = y) -> Callable[[], None]:
+        def calls(
+            lora: Lora, adapters: list[LayerAdapters] = adapters, x: Tensor = x, y: Tensor = y
+        ) -> Callable[[], None]:
             def run() -> None:
                 with torch.no_grad():
-                    for each in own:
-                        way(x, y, each, mix)
+                    for each in adapters:
+                        lora(x, y, each, mapping)
 
             return run
 
-        seconds = in_turns({name: calls(way) for name, way in chosen.items()}, rounds, settle)
+        kernels = {name: calls(lora) for name, lora in implementations(device).items() if name != "reference"}
+        seconds = in_turns(kernels, rounds, settle)
         found |= {f"{inside} to {outside}, {name} (us)": 1e6 * each / count for name, each in seconds.items()}
     return found
 
 
-def _triton(*arguments: object) -> Tensor:
-    from loradeck.ops import gpu
-
-    return gpu.lora(*arguments)  # type: ignore[arg-type]
-
-
-def pairs_of(form: Form, dtype: torch.dtype, *, ranks: Sequence[int] = RANKS, least: int = 1) -> tuple[Pair, ...]:
+def pairs_of(
+    layer_kind: LayerKind, dtype: torch.dtype, *, ranks: Sequence[int] = RANKS, least: int = 1
+) -> tuple[LoraWeights, ...]:
     pairs = []
     for i in range(ROWS):
         r = max(ranks[i % len(ranks)], least)
-        a, b = form.shapes(r)
-        pairs.append(Pair((torch.randn(a) / a[1] ** 0.5).to(dtype), (torch.randn(b) / r**0.5).to(dtype), 0.5 + i % 3))
+        a, b = layer_kind.shapes(r)
+        pairs.append(
+            LoraWeights((torch.randn(a) / a[1] ** 0.5).to(dtype), (torch.randn(b) / r**0.5).to(dtype), 0.5 + i % 3)
+        )
     return tuple(pairs)
 
 
-def moved(pairs: Sequence[Pair], device: torch.device) -> tuple[Pair, ...]:
-    return tuple(replace(pair, a=pair.a.to(device), b=pair.b.to(device)) for pair in pairs)
+def moved(pairs: Sequence[LoraWeights], device: torch.device) -> tuple[LoraWeights, ...]:
+    """Return the weights on a device, as views: a loaded adapter's are."""
+    return tuple(replace(pair, a=pair.a.to(device)[:], b=pair.b.to(device)[:]) for pair in pairs)
 
 
-def doubled(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+def doubled(pairs: Sequence[LoraWeights]) -> tuple[LoraWeights, ...]:
     return tuple(replace(pair, a=pair.a.double(), b=pair.b.double()) for pair in pairs)
 
 
-def defined(form: Form, pairs: Sequence[Pair], x: Tensor, y: Tensor, mix: Mix) -> Tensor:
+def defined(layer_kind: LayerKind, pairs: Sequence[LoraWeights], x: Tensor, y: Tensor, mapping: LoraMapping) -> Tensor:
     """The definition in float64, on the CPU."""
     x = x.double() if x.is_floating_point() else x
     with torch.no_grad():
-        return reference.lora(x, y.double(), Operands(form, doubled(pairs)), mix)
+        return reference.lora(x, y.double(), LayerAdapters(layer_kind, doubled(pairs)), mapping)

@@ -1,4 +1,4 @@
-"""What a frozen linear layer costs, by the way its weight is kept: what base/packed.py and quantised.py are read from.
+"""What a frozen linear layer costs in each weight format; base/prepacked.py and quantised.py quote it.
 
     python -m benchmarks.kernels [--rounds 9] [--dtype bfloat16]
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.record import in_quiet_turns, write
 from loradeck.base.load import DTYPES
-from loradeck.base.prepacked import _packed
-from loradeck.base.quantised import _few, _many, quantised
+from loradeck.base.prepacked import _pack_weight
+from loradeck.base.quantised import _few, _many, quantise
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 HEAD = (49152, 576)
@@ -107,17 +107,17 @@ def _plain_product(weight: Tensor) -> Product:
 
 
 def _packed_product(weight: Tensor) -> Product:
-    own = _packed(weight)
+    own = _pack_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, own, None, "none", [], "")
 
 
 def _quantised_product(weight: Tensor, way: Callable[..., Tensor]) -> Product:
-    q, scales = quantised(weight)
+    q, scales = quantise(weight)
     return partial(way, q=q, scales=scales)
 
 
 def _bytes_product(weight: Tensor) -> Product:
-    q, scales = quantised(weight)
+    q, scales = quantise(weight)
     own = torch.ops.onednn.qlinear_prepack.default(q.detach(), None)
     scales, zeros = scales.detach().float(), torch.zeros(len(scales), dtype=torch.int64)
     middle, dtype = torch.tensor(128.5), weight.dtype  # bytes without a sign: with one, the op takes a slow reference

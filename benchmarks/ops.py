@@ -1,10 +1,10 @@
-"""Where the ways of computing cross: what the constants in ops/plan.py and ops/meetings.py are read from.
+"""Where the implementations of the update cross: the source of the constants in ops/cpu.py.
 
     python -m benchmarks.ops [--rounds 30]
 
 Sixteen rows of several tokens over several different adapters of r=8, then one adapter of several ranks on long rows,
-on layers of SmolLM2-135M's shapes. Each call meets another layer's weights, as in a model: what a cache holds from the
-call before would flatter all.
+on layers of SmolLM2-135M's shapes. Each call uses another layer's weights, as in a model: what the cache holds from
+the call before would flatter all.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from itertools import cycle
 import torch
 
 from benchmarks.record import in_turns, write
-from loradeck.ops import cpu, plan, portable, segments, stacked
-from loradeck.ops.layer_kinds import LinearForm
-from loradeck.ops.mapping import Mix
-from loradeck.ops.operands import Operands
-from loradeck.ops.weights import Pair
+from loradeck.ops import cpu, portable
+from loradeck.ops.layer_kinds import LinearKind
+from loradeck.ops.mapping import LoraMapping
+from loradeck.ops.segments import Segments
+from loradeck.ops.weights import LayerAdapters, LoraWeights
 
 ROWS, LAYERS = 16, 16
 
@@ -46,59 +46,43 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def shown(name: str, times: dict[str, float]) -> dict[str, float]:
-    print(name, *(f"{way} {time}" for way, time in times.items()), sep="  ", flush=True)
+def shown(title: str, times: dict[str, float]) -> dict[str, float]:
+    print(title, *(f"{name} {time}" for name, time in times.items()), sep="  ", flush=True)
     return times
 
 
 def compared(
     dtype: torch.dtype, inside: int, outside: int, ranks: list[int], tokens: int, rounds: int
 ) -> dict[str, float]:
-    """Microseconds of each way, sixteen rows of so many tokens evenly over adapters of these ranks."""
-    mix = Mix(tuple(((i * len(ranks) // ROWS, 1.0),) for i in range(ROWS)), (1,) * ROWS)
+    """Microseconds of each implementation: sixteen rows of this many tokens, evenly over adapters of these ranks."""
+    mapping = LoraMapping(tuple(((i * len(ranks) // ROWS, 1.0),) for i in range(ROWS)), (1,) * ROWS)
     layers = [
-        Operands(
-            LinearForm(inside, outside),
+        LayerAdapters(
+            LinearKind(inside, outside),
             # views, as a loaded adapter has them
-            tuple(Pair(torch.randn(r, inside).to(dtype)[:], torch.randn(outside, r).to(dtype)[:], 2.0) for r in ranks),
+            tuple(
+                LoraWeights(torch.randn(r, inside).to(dtype)[:], torch.randn(outside, r).to(dtype)[:], 2.0)
+                for r in ranks
+            ),
         )
         for _ in range(LAYERS)
     ]
     x, y = torch.randn(ROWS, tokens, inside).to(dtype), torch.randn(ROWS, tokens, outside).to(dtype)
-    ways = {"segmented": way(portable.lora, x, y, layers, mix)}
-    if len(ranks) > 1:
-        ways["stacked"] = way(stacked.lora, x, y, layers, mix, all_stacked(mix, layers[0], tokens))
+    segments = mapping.segments(tokens, x.device)
+    calls = {"portable": call(portable.lora, x, y, layers, segments)}
     if cpu.takes(x, y):
-        ways["native"] = way(cpu.lora, x, y, layers, mix, all_native(mix, layers[0], tokens))
-    return {name: round(seconds * 1e6, 1) for name, seconds in in_turns(ways, rounds).items()}
+        calls["cpu"] = call(cpu.lora, x, y, layers, segments)
+    return {name: round(seconds * 1e6, 1) for name, seconds in in_turns(calls, rounds).items()}
 
 
-def way(
-    lora: Callable[..., object], x: torch.Tensor, y: torch.Tensor, layers: list[Operands], *rest: object
+def call(
+    lora: Callable[..., object], x: torch.Tensor, y: torch.Tensor, layers: list[LayerAdapters], segments: Segments
 ) -> Callable[[], object]:
-    """One call, on the next layer each time; all have been met once."""
-    for own in layers:
-        lora(x, y, own, *rest)
-    turns = cycle(layers)
-    return lambda: lora(x, y, next(turns), *rest)
-
-
-def all_stacked(mix: Mix, operands: Operands, unit: int, device: str = "cpu") -> plan.Plan:
-    """The plan that has every group in stacks, whatever it costs."""
-    kept, plan.SEGMENT = plan.SEGMENT, 1e9
-    try:
-        return plan.plan_of(Mix(mix.entries, mix.lengths), operands.slots, unit, torch.device(device))
-    finally:
-        plan.SEGMENT = kept
-
-
-def all_native(mix: Mix, operands: Operands, unit: int) -> segments.Meetings:
-    """The plan that leaves no group to others."""
-    kept, segments.MEETING = segments.MEETING, 0.0
-    try:
-        return cpu.plan(Mix(mix.entries, mix.lengths), operands.slots, unit)
-    finally:
-        segments.MEETING = kept
+    """One call, on the next layer each time; all have been called once."""
+    for layer in layers:
+        lora(x, y, layer, segments)
+    layers_in_turn = cycle(layers)
+    return lambda: lora(x, y, next(layers_in_turn), segments)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ from benchmarks.record import RESULTS, in_turns, write
 from benchmarks.workloads import Arrival, popularity, trace
 from loradeck import AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
+from loradeck.base.onednn import cap_kernel_cache
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.generation import Generation
-from loradeck.serve.request import SamplingParams
 
 ROWS, PROMPT, ANSWER = 16, 64, 32
 KINDS = ("base", "identical", "uniform", "zipf:1.5", "distinct")
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     arguments = parser.parse_args()
+    cap_kernel_cache()  # as `loradeck serve` does
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in arguments.dtypes if {"streams", "prefill"} & {*arguments.only} else ():

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the command line's own help: `python docs/make_cli.py`. A test finds it out of date."""
+"""Write docs/cli.md from the help of the command line: `python docs/make_cli.py`. A test checks that it is current."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ PAGE = Path(__file__).with_name("cli.md")
 
 
 def page() -> str:
-    """Return the page as it should be."""
+    """Return the current text of the page."""
     return "<!-- Written by docs/make_cli.py; do not edit. -->\n\n" + app.generate_docs("markdown").strip() + "\n"
 
 

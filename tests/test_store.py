@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tests.digest import digest
 from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
@@ -223,7 +224,7 @@ def test_shards_are_published(store: AdapterStore, source: Path) -> None:
     table = {key: name for name, part in zip(names, (tensors[:2], tensors[2:]), strict=True) for key, _ in part}
     (source / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
     made = store.publish("poet", source)
-    assert Adapter.load(made.path).content_hash() == adapter(2).content_hash()
+    assert digest(Adapter.load(made.path)) == digest(adapter(2))
     first = made.sha256()
     save_file({key: tensor + 1 for key, tensor in tensors[2:]}, source / names[1])
     assert store.publish("poet", source).sha256() != first
@@ -275,10 +276,10 @@ def nan(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "what"),
     [
-        (cut, AdapterError, "adapter_model.safetensors cannot be trusted"),
+        (cut, AdapterError, "adapter_model.safetensors is damaged"),
         (dora, UnsupportedError, "use_dora"),
         (nan, AdapterError, "NaN"),
-        (shutil.rmtree, AdapterError, "no folder"),
+        (shutil.rmtree, AdapterError, "not a folder"),
     ],
 )
 def test_an_adapter_that_cannot_be_loaded_is_not_published(
@@ -471,7 +472,7 @@ def test_a_damaged_adapter_is_reported_and_hides_no_other(store: AdapterStore, s
     problems = store.problems()
     assert problems.keys() == {"poet@2", "dora"}
     assert isinstance(problems["dora"], UnsupportedError)
-    with pytest.raises(AdapterError, match="cannot be trusted"):
+    with pytest.raises(AdapterError, match="is damaged"):
         store.find("poet")  # never an older version instead
     assert store.find("poet@1").facts.r == 2
     store.remove("poet@2")

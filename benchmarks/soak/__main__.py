@@ -26,6 +26,7 @@ from benchmarks.soak.asked import Ledger
 from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.engine import Bounds
 from loradeck import Base
+from loradeck.base.onednn import cap_kernel_cache
 from loradeck.serve.config import EngineConfig
 
 FIT = 16  # adapters of a middling size that there is room for
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chosen = [*WAYS] if arguments.over == "both" else [arguments.over]
+    cap_kernel_cache()
     base = Base.load("smollm2-135m", dtype="float32")
     clean = True
     with tempfile.TemporaryDirectory() as folder:

@@ -12,10 +12,10 @@ from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.memory import Memory
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.kv_cache import KVCache
-from loradeck.serve.request import SamplingParams
 
 PATIENCE = 120.0  # seconds after the end for what was begun to end
 

@@ -26,8 +26,8 @@ from benchmarks.soak.crowd import Crowd
 from benchmarks.soak.engine import Bounds
 from benchmarks.soak.memory import Memory
 from loradeck import Base
-from loradeck.api.logprobs import Logprobs
-from loradeck.serve.request import Token
+from loradeck.api.logprobs import LogprobFormatter
+from loradeck.sampling import Token
 
 LAST = 16  # answers that are on their way when the server is told to end
 BEGUN = 4  # of them have begun then
@@ -78,7 +78,7 @@ def soak(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, d
 def names(base: Base) -> dict[str, int]:
     """Return each token's number by its name in log-probabilities."""
     ids = [Token(number, 0.0) for number in range(base.model.config.vocab_size)]
-    told = Logprobs(base.tokenizer).completion(ids, [0] * len(ids)).tokens
+    told = LogprobFormatter(base.tokenizer).completion(ids, [0] * len(ids)).tokens
     found = {name: own.id for name, own in zip(told, ids, strict=True)}
     assert len(found) == len(ids), "two tokens have one name"
     return found

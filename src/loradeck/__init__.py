@@ -1,4 +1,4 @@
-"""loradeck: one base, a thousand adapters. Importing it is instant: torch is imported on first use of a name."""
+"""loradeck: one base, a thousand adapters. Importing it is instant; torch is imported on first use of a name."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Adapter", "AdapterStore", "Bank", "Base", "LoraConfig", "LoradeckError", "generate"]
 
-_HOMES = {
+_MODULES = {
     "Adapter": "loradeck.lora.adapter",
     "AdapterStore": "loradeck.store",
     "Bank": "loradeck.lora.bank",
@@ -27,9 +27,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'loradeck' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

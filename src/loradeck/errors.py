@@ -1,29 +1,34 @@
-"""The errors this library raises on purpose. Knows nothing of ours.
+"""The errors that this library raises.
 
-LoradeckError            says what is wrong, every problem found, and how to fix it
-├── ConfigError          a setting that cannot be (a rank of 0, a learning rate of -1)
-├── TargetError          a target that matches no module, or a module that takes no adapter
-├── AdapterNameError     a name that is taken, or that no file or route could carry
-├── UnknownAdapterError  no resident or stored adapter has this name
-├── RouteError           a route that does not fit its batch
-├── AdapterError         an adapter's folder that cannot be read, written, or does not fit the base
-│   └── UnsupportedError a feature of the file that this library refuses rather than half-loads
-├── BaseModelError       a base model that cannot be found or loaded
-├── DataError            a dataset that cannot be trained on; names the file and the line
-├── TrainingError        a run that cannot go on: it diverged, or what it left is not what it would resume
-├── BusyError            no request is taken now: too many wait, or the engine is about to end
-└── RequestError         a request that failed while others went on
+LoradeckError            all of them; has a message, the problems found and a hint
+├── ConfigError          an invalid setting or argument (a rank of 0, an unknown flag)
+├── TargetError          a target matches no module, or a module that cannot have an adapter
+├── AdapterNameError     an adapter name that is invalid or already used
+├── UnknownAdapterError  no loaded or stored adapter has this name
+├── RouteError           a route does not fit its batch
+├── AdapterError         an adapter's folder cannot be read or written, or does not fit the base
+│   └── UnsupportedError a feature that is not supported; refused rather than half loaded
+├── BaseModelError       a base cannot be found or loaded
+├── DataError            an invalid dataset; names the file and the line
+├── TrainingError        a run cannot start, resume or go on
+├── BusyError            the engine takes no request now: its queue is full, or it is shutting down
+└── RequestError         one request failed; others went on
 """
 
 from collections.abc import Sequence
 
-SHOWN = 12  # problems spelled out in a message; all of them stay in `.problems`
+SHOWN = 12  # problems in the text of an error; `.problems` has them all
 
 
 class LoradeckError(Exception):
-    """What is wrong, each problem found, and how to fix it.
+    """Base class: what is wrong, every problem found, and how to fix it.
 
-    `str(error)` is one line, then one line with the hint where there is one.
+    `str(error)` is the message with its problems on one line, and the hint, if there is one, on the next.
+
+    Attributes:
+        message: What is wrong, in one line.
+        problems: Each problem found; empty if there is only one, which is then the message.
+        hint: How to fix it, in one sentence; empty if there is nothing to add.
     """
 
     def __init__(self, message: str, problems: Sequence[str] = (), *, hint: str = "") -> None:
@@ -35,8 +40,8 @@ class LoradeckError(Exception):
     def __str__(self) -> str:
         return self._text(": ", "; ")
 
-    def told(self) -> str:
-        """Return what `str` does, for a terminal: where there are several problems, each on a line of its own."""
+    def report(self) -> str:
+        """Return the text for a terminal: as `str`, but several problems each on their own line."""
         return self._text(":\n  ", "\n  ") if len(self.problems) > 1 else str(self)
 
     def _text(self, first: str, between: str) -> str:
@@ -47,52 +52,52 @@ class LoradeckError(Exception):
 
 
 class ConfigError(LoradeckError):
-    """A setting that cannot be."""
+    """An invalid setting or argument."""
 
 
 class TargetError(LoradeckError):
-    """A target that matches no module, or a module that takes no adapter."""
+    """A target matches no module, or a module that cannot have an adapter."""
 
 
 class AdapterNameError(LoradeckError):
-    """A name that is taken, or that no file or route could carry."""
+    """An adapter name that is invalid or already used."""
 
 
 class UnknownAdapterError(LoradeckError):
-    """No resident or stored adapter has this name."""
+    """No loaded or stored adapter has this name."""
 
 
 class RouteError(LoradeckError):
-    """A route that does not fit its batch."""
+    """A route does not fit its batch."""
 
 
 class AdapterError(LoradeckError):
-    """An adapter's folder that cannot be read, written, or does not fit the base."""
+    """An adapter's folder cannot be read or written, or does not fit the base."""
 
 
 class UnsupportedError(AdapterError):
-    """A feature of the file that this library refuses rather than half-loads."""
+    """A feature that is not supported; refused rather than half loaded."""
 
 
 class BaseModelError(LoradeckError):
-    """A base model that cannot be found or loaded."""
+    """A base model cannot be found or loaded."""
 
 
 class DataError(LoradeckError):
-    """A dataset that cannot be trained on; names the file and the line."""
+    """An invalid dataset; names the file and the line."""
 
 
 class TrainingError(LoradeckError):
-    """A run that cannot go on."""
+    """A run cannot start, resume or go on."""
 
 
 class BusyError(LoradeckError):
-    """No request is taken now. `retry_after` is the number of seconds after which to ask again."""
+    """The engine takes no request now. `retry_after` is the number of seconds to wait before the next attempt."""
 
     def __init__(self, message: str, *, retry_after: float, hint: str = "") -> None:
-        super().__init__(message, hint=hint or f"Ask again after {retry_after:.0f} s.")
+        super().__init__(message, hint=hint or f"Try again in {retry_after:.0f} s.")
         self.retry_after = retry_after
 
 
 class RequestError(LoradeckError):
-    """A request that failed while others went on."""
+    """One request failed; others went on."""

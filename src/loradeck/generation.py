@@ -1,19 +1,18 @@
-"""Text from prompts, each through its own adapter: one batch to its end, or one answer piece by piece.
-
-Knows a base, a bank and transformers' generation. Knows no queue, no cache kept between calls, no training.
-"""
+"""Text from prompts, each through its own adapter: a whole batch at once, or one answer as a stream."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from torch import Tensor
 
+from loradeck.base.compat import cache_argument
 from loradeck.base.load import Base
 from loradeck.base.text import Detokenizer, Prompt, decode, encode, pad_left, stop_ids
 from loradeck.errors import ConfigError, RouteError
+from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
 
 if TYPE_CHECKING:
     from loradeck.lora.bank import Bank
@@ -35,13 +34,14 @@ def generate(
 
     A prompt is a string or a list of messages. `adapters` is one entry for the whole batch (a name, `{name: weight}`,
     or None for the base alone) or a list with one entry per prompt. A temperature of 0 takes the likeliest token;
-    above it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the
-    choices repeatable and leaves torch's own generator as it was. An answer ends early at the base's context.
+    above it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
+    repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context.
 
     Raises:
-        ConfigError: no prompt, one that is empty or longer than the context, a number out of its range.
+        ConfigError: no prompt, an empty one, one longer than the context, or a number out of its bounds.
         RouteError: adapters that do not fit the prompts, or no bank that holds them.
         UnknownAdapterError: a name that is not resident.
+        RequestError: the logits are NaN or Inf.
     """
     if isinstance(prompts, str) or not prompts:
         raise ConfigError("prompts is not a list with at least one prompt", hint="Give a list: [prompt].")
@@ -49,32 +49,10 @@ def generate(
         raise RouteError(
             f"{len(adapters)} adapters for {len(prompts)} prompts", hint="Give one entry per prompt, or one for all."
         )
-    rows = [encode(base.tokenizer, prompt) for prompt in prompts]
-    length = _length(base, rows, max_new_tokens)
-    _check_sampling(temperature, top_p)
-    stops = stop_ids(base.tokenizer, base.model.generation_config)
-    pad = base.tokenizer.pad_token_id or 0  # masked, so any token will do
-    settings = GenerationConfig(
-        max_new_tokens=length,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=pad,
-        # what is left None would come from the base's own settings, and a greedy run may only repeat the defaults
-        do_sample=temperature > 0,
-        temperature=float(temperature) or 1.0,
-        top_p=top_p if temperature > 0 else 1.0,
-        top_k=0 if temperature > 0 else 50,
-        repetition_penalty=1.0,
-    )
-    device = base.model.device
-    ids, mask = (each.to(device) for each in pad_left(rows, pad))
-    cards = [device] if device.type == "cuda" else []
-    with _route(bank, adapters), torch.random.fork_rng(cards, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        output = base.model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=settings
-        )
-    return [decode(base.tokenizer, _turn(row, stops)) for row in output[:, ids.shape[1] :].tolist()]
+    sequences = _sequences(base, prompts, max_new_tokens, temperature, top_p, seed)
+    for _ in _steps(base, bank, sequences, adapters):
+        pass
+    return [decode(base.tokenizer, sequence.tokens[len(sequence.prompt) :]) for sequence in sequences]
 
 
 def stream(
@@ -90,43 +68,110 @@ def stream(
 ) -> Iterator[str]:
     """Yield one completion in pieces as they come; joined, they are what `generate` returns for the prompt alone.
 
-    The model runs in the thread that iterates, one token at a time, and not at all once that stops. The arguments are
-    checked before this returns; they and the errors are those of `generate`.
+    The model runs in the thread that iterates, one token at a time, and stops when the iteration does. The arguments
+    are checked before this returns; they and the errors are those of `generate`.
     """
-    ids = encode(base.tokenizer, prompt)
-    length = _length(base, [ids], max_new_tokens)
-    _check_sampling(temperature, top_p)
-    _route(bank, adapter)  # an adapter that is not there is heard of now, not at the first piece
-    stops = stop_ids(base.tokenizer, base.model.generation_config)
-    chance = torch.Generator(base.model.device)
-    chance.manual_seed(seed) if seed is not None else chance.seed()
-    sharpen = LogitsProcessorList()
-    if temperature > 0:
-        sharpen += [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p)]
+    sequences = _sequences(base, [prompt], max_new_tokens, temperature, top_p, seed)
+    _route(bank, adapter)  # raises now if the adapter is unknown, not at the first piece
+    text = Detokenizer(base.tokenizer)
+    steps = _steps(base, bank, sequences, adapter)
+    return (piece for (token,) in steps if token and (piece := text.push(token.id)))
 
-    # transformers changed the word during version 5.
-    word = "cache" if "cache" in signature(type(base.model).forward).parameters else "past_key_values"
 
-    @torch.no_grad()
-    def pieces() -> Iterator[str]:
-        text, cache = Detokenizer(base.tokenizer), None
-        unread = prompt_ids = torch.tensor([ids], device=base.model.device)
-        for _ in range(length):
-            with _route(bank, adapter):  # not across a yield: there it would be the reader's route too
-                output = base.model(input_ids=unread, use_cache=True, logits_to_keep=1, **{word: cache})
-            cache = output[word]
-            scores = sharpen(prompt_ids, output.logits[:, -1].float())  # type: ignore[arg-type]
-            if temperature > 0:
-                unread = torch.multinomial(scores.softmax(-1), 1, generator=chance)
+def _sequences(
+    base: Base, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, top_p: float, seed: int | None
+) -> list[TokenSequence]:
+    """Encode the prompts; the longest one bounds the tokens of all answers."""
+    rows = [encode(base.tokenizer, prompt) for prompt in prompts]
+    length = _length(base, rows, max_new_tokens)
+    return [
+        TokenSequence(
+            row,
+            SamplingParams(
+                max_tokens=length, temperature=temperature, top_p=top_p, seed=None if seed is None else seed + i
+            ),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+@torch.no_grad()
+def _steps(
+    base: Base,
+    bank: "Bank | None",
+    sequences: Sequence[TokenSequence],
+    adapters: "RouteEntry | Sequence[RouteEntry]",
+) -> Iterator[list[Token | None]]:
+    """Continue all sequences by a token and yield it, step after step; None for those that have ended.
+
+    The token that ends a turn is neither appended nor yielded.
+    """
+    sampler = Sampler(stop_ids(base.tokenizer, base.model.generation_config))
+    batch = _Batch(base, [sequence.prompt for sequence in sequences])
+    running = [True] * len(sequences)
+    for _ in range(sequences[0].sampling.max_tokens):
+        with _route(bank, adapters):  # not across a yield: it would be the reader's route too
+            logits = batch.forward()
+        rows = [i for i, runs in enumerate(running) if runs]
+        tokens: list[Token | None] = [None] * len(sequences)
+        results = sampler.sample(logits if all(running) else logits[rows], [sequences[i] for i in rows])
+        for i, token in zip(rows, results, strict=True):
+            if isinstance(token, Exception):
+                raise token
+            if token.ends:
+                running[i] = False
             else:
-                unread = scores.argmax(-1, keepdim=True)
-            token = int(unread)
-            if token in stops:
-                return
-            if piece := text.push(token):
-                yield piece
+                sequences[i].tokens.append(token.id)
+                tokens[i] = token
+        if not any(running):
+            return
+        yield tokens
+        batch.append([batch.pad if token is None else token.id for token in tokens])
 
-    return pieces()
+
+class _Batch:
+    """Rows of a model's input, padded on the left, and the cache of what it has read.
+
+    N rows   T tokens, padding included   V vocabulary
+    """
+
+    def __init__(self, base: Base, rows: Sequence[Sequence[int]]) -> None:
+        self.model = base.model
+        self.pad: int = base.tokenizer.pad_token_id or 0  # masked, so any token will do
+        self._cache_name = cache_argument(type(self.model))
+        self._accepted = signature(type(self.model).forward).parameters
+        self._cache: Any = None
+        self._unread, mask = (tensor.to(self.model.device) for tensor in pad_left(rows, self.pad))
+        padded = not mask.all()
+        self._mask = mask if padded else None  # without padding, attention is plainly causal
+        self._positions = (mask.cumsum(-1) - 1).clamp(min=0) if padded else None
+
+    def forward(self) -> Tensor:
+        """Read the new tokens and return the logits (N, V) of what follows."""
+        inputs = {
+            "attention_mask": self._mask,
+            "position_ids": self._positions,
+            self._cache_name: self._cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        accepted = {name: value for name, value in inputs.items() if value is not None and name in self._accepted}
+        output = self.model(input_ids=self._unread, **accepted)
+        self._cache = output.get(self._cache_name)
+        return output.logits[:, -1]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add a token to each row."""
+        new = torch.tensor(tokens, device=self._unread.device)[:, None]
+        positions = None if self._positions is None else self._positions[:, -1:] + 1
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, torch.ones_like(new)], -1)
+        if self._cache is not None:
+            self._unread, self._positions = new, positions
+            return
+        self._unread = torch.cat([self._unread, new], -1)  # a model without a cache reads everything again
+        if self._positions is not None and positions is not None:
+            self._positions = torch.cat([self._positions, positions], -1)
 
 
 def _route(bank: "Bank | None", adapters: "RouteEntry | Sequence[RouteEntry]") -> AbstractContextManager[object]:
@@ -138,7 +183,7 @@ def _route(bank: "Bank | None", adapters: "RouteEntry | Sequence[RouteEntry]") -
 
 
 def _length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """The tokens to generate: as many as asked for, fewer where the longest prompt leaves less of the context."""
+    """Return the number of tokens to generate: `max_new_tokens`, or fewer if the context has room for fewer."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}", hint="Give 1 or more.")
     if base.context is None:
@@ -150,15 +195,3 @@ def _length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> i
             hint="Shorten the prompt, or take a base with a longer context.",
         )
     return min(max_new_tokens, base.context - longest)
-
-
-def _check_sampling(temperature: float, top_p: float) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature}", hint="Give 0 for the likeliest token, or more.")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}", hint="Give a probability above 0, at most 1.")
-
-
-def _turn(ids: list[int], stops: frozenset[int]) -> list[int]:
-    """The ids before the first that ends the turn."""
-    return next((ids[:at] for at, token in enumerate(ids) if token in stops), ids)

@@ -158,7 +158,7 @@ class AdapterStore:
         listing = read_folder(source)
         files = files_of(listing)
         digest = digest_of(source, files)
-        Adapter.from_listing(listing, check_copy=lambda *_: None)  # only a bank can compare copies with its base
+        Adapter.from_files(listing, check_copy=lambda *_: None)  # only a bank can compare copies with its base
         card = [CARD] if (source / CARD).is_file() else []
         number, record = self._claim(name)
         try:

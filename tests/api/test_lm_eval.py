@@ -1,6 +1,6 @@
-"""lm-eval through an adapter: it scores and generates as the model does. A program of its own, with packages of its own.
+"""lm-eval through an adapter: its scores and answers are those of the model.
 
-It is taken from the Python that LM_EVAL_PYTHON names, or else from this one.
+lm-eval runs as a program, with this Python or the one that LM_EVAL_PYTHON names.
 """
 
 import json
@@ -15,12 +15,12 @@ import torch
 
 from loradeck import AdapterStore, Bank, Base, generate
 
-from .conftest import Serve
+from .conftest import LocalServer
 
 PYTHON = os.environ.get("LM_EVAL_PYTHON", sys.executable)
 pytestmark = pytest.mark.skipif(
     "LM_EVAL_PYTHON" not in os.environ and find_spec("lm_eval") is None,
-    reason="needs pip install 'lm-eval[api]' transformers, or LM_EVAL_PYTHON, a Python that has them",
+    reason="needs pip install 'lm-eval[api]' transformers, or LM_EVAL_PYTHON: a Python that has them",
 )
 
 QUESTIONS = [
@@ -52,19 +52,19 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def evaluated(folder: Path, url: str, **arguments: object) -> dict[str, list[dict]]:
+def evaluate(folder: Path, url: str, **arguments: object) -> dict[str, list[dict]]:
     """Run both tasks on `poet`; return each one's samples, in the order of the questions."""
     file = folder / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, QUESTIONS)))
     for name, text in (("choose", CHOOSE), ("go_on", GO_ON)):
         (folder / f"{name}.yaml").write_text(text.format(file=file))
-    given = {"model": "poet", "base_url": f"{url}/v1/completions", "max_length": 256, **arguments}
+    settings = {"model": "poet", "base_url": f"{url}/v1/completions", "max_length": 256, **arguments}
     command = [PYTHON, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "choose,go_on"]
-    command += ["--model_args", ",".join(f"{name}={value}" for name, value in given.items())]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
     command += ["--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples"]
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
     samples = {}
     for name in ("choose", "go_on"):
         (log,) = (folder / "out").rglob(f"samples_{name}_*.jsonl")
@@ -72,27 +72,27 @@ def evaluated(folder: Path, url: str, **arguments: object) -> dict[str, list[dic
     return samples
 
 
-def scored(base: Base, question: str, answer: str) -> float:
-    """The log-probability of an answer, by the model as it is."""
+def logprob(base: Base, question: str, answer: str) -> float:
+    """The log-probability of an answer, by the model itself."""
     before, ids = (base.tokenizer(text)["input_ids"] for text in (question, f"{question} {answer}"))
-    scores = base.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return sum(scores[at - 1, ids[at]].item() for at in range(len(before), len(ids)))
+    logprobs = base.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logprobs[at - 1, ids[at]].item() for at in range(len(before), len(ids)))
 
 
 @pytest.mark.parametrize("backend", ["remote", "huggingface"])
-def test_lm_eval_finds_what_the_model_says(
-    serve: Serve, base: Base, store: AdapterStore, tiny_folder: Path, tmp_path: Path, backend: str
+def test_lm_eval_agrees_with_the_model(
+    server: LocalServer, base: Base, store: AdapterStore, tiny_folder: Path, tmp_path: Path, backend: str
 ) -> None:
-    own = {"tokenizer_backend": backend} | ({"tokenizer": tiny_folder} if backend == "huggingface" else {})
-    with serve.on_a_socket() as (url, _):
-        samples = evaluated(tmp_path, url, num_concurrent=2, **own)
+    settings = {"tokenizer_backend": backend} | ({"tokenizer": tiny_folder} if backend == "huggingface" else {})
+    with server.listening() as (url, _):
+        samples = evaluate(tmp_path, url, num_concurrent=2, **settings)
     bank = Bank(base.model)
     bank.load(store.find("poet").path, "poet")
     with torch.inference_mode(), bank.route("poet"):
         for sample, question in zip(samples["choose"], QUESTIONS, strict=True):
-            expected = [scored(base, question["question"], choice) for choice in question["choices"]]
+            expected = [logprob(base, question["question"], choice) for choice in question["choices"]]
             assert [float(resp[0][0]) for resp in sample["resps"]] == pytest.approx(expected, abs=1e-3)
             assert sample["acc"] == float(expected.index(max(expected)) == question["answer"])
     prompts = [base.tokenizer(question["question"])["input_ids"] for question in QUESTIONS]
-    said = generate(base, bank, prompts, "poet", max_new_tokens=6)
-    assert [sample["resps"][0][0] for sample in samples["go_on"]] == said
+    answers = generate(base, bank, prompts, "poet", max_new_tokens=6)
+    assert [sample["resps"][0][0] for sample in samples["go_on"]] == answers

@@ -1,9 +1,9 @@
-"""A server that has too much to do, is about to end, or cannot go on: what its clients are told."""
+"""A server that is full, shuts down, or whose engine fails: what its clients are told."""
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -14,121 +14,141 @@ from loradeck.api.state import ServerState
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
-from .conftest import Serve
+from .conftest import TIMEOUT, LocalServer, StepGate, until
 
 CHAT = "/v1/chat/completions"
-LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 200, "ignore_eos": True}
+LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "ignore_eos": True}
+T = TypeVar("T")
+
+
+@dataclass
+class Scene:
+    """A stream that has begun, on an engine whose further steps wait for the gate."""
+
+    client: httpx.AsyncClient
+    lines: AsyncIterator[str]
+    state: ServerState
+    gate: StepGate
+
+    async def rest(self) -> list[str]:
+        """The remaining lines of the stream, with all steps allowed."""
+        self.gate.open()
+        return [line async for line in self.lines if line]
 
 
 @pytest.fixture
-def slow(base: Base, store: AdapterStore, metrics: Metrics) -> Iterator[Callable[..., Serve]]:
-    """Call it with an engine's settings for an application whose steps take 5 ms at least."""
+def gated(base: Base, store: AdapterStore, metrics: Metrics) -> Iterator[Callable[..., tuple[LocalServer, StepGate]]]:
+    """Call it with an engine's settings for an application, and the gate of its steps."""
     engines: list[Engine] = []
 
-    def make(**config: Any) -> Serve:
-        engine = Engine(base, store, EngineConfig(**config), observer=metrics)
-        engine._runner.model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
-        engines.append(engine)
-        return Serve(engine, metrics)
+    def make(**settings: Any) -> tuple[LocalServer, StepGate]:
+        engines.append(Engine(base, store, EngineConfig(**settings), observer=metrics))
+        return LocalServer(engines[-1], metrics), StepGate(engines[-1])
 
     yield make
     for engine in engines:
         engine.close()
 
 
-def asked(serve: Serve, test: Callable[..., Any], **fields: Any) -> Any:
-    """Await `test` with a client on a socket, the lines of a stream that has begun, and the application's state."""
+def during_a_stream(server: LocalServer, gate: StepGate, test: Callable[[Scene], Awaitable[T]], **fields: Any) -> T:
+    """Await `test` while a stream is in progress."""
 
-    async def main(url: str, door: ServerState) -> Any:
-        async with (
-            httpx.AsyncClient(base_url=url, timeout=30) as client,
-            client.stream("POST", CHAT, json={**LONG, "stream": True, **fields}) as answer,
-        ):
-            lines = answer.aiter_lines()
-            assert "assistant" in await anext(lines)
-            return await test(client, lines, door)
+    async def main(url: str, state: ServerState) -> T:
+        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:
+            gate.allow(1)
+            async with client.stream("POST", CHAT, json={**LONG, "stream": True, **fields}) as response:
+                lines = response.aiter_lines()
+                assert "assistant" in await anext(lines)
+                try:
+                    return await test(Scene(client, lines, state, gate))
+                finally:
+                    gate.open()
 
-    with serve.on_a_socket() as (url, door):
-        return asyncio.run(main(url, door))
+    with server.listening() as (url, state):
+        return asyncio.run(main(url, state))
 
 
-def test_who_comes_when_too_many_wait_is_told_when_to_ask_again(slow: Callable[..., Serve]) -> None:
-    serve = slow(max_rows=1, max_waiting=2)
-
-    async def test(client: httpx.AsyncClient, *_: Any) -> Any:
-        waiting = [asyncio.create_task(client.post(CHAT, json=LONG)) for _ in range(2)]
-        while serve.engine.stats.waiting < 2:
-            await asyncio.sleep(0.01)
-        refused = [await client.post(CHAT, json={**LONG, "n": n}) for n in (1, 2)]
+def test_a_full_queue_is_a_429_with_retry_after(gated: Callable[..., Any]) -> None:
+    async def test(scene: Scene) -> Any:
+        waiting = [asyncio.create_task(scene.client.post(CHAT, json=LONG)) for _ in range(2)]
+        await until(lambda: len(scene.state.live) == 3)
+        refused = [await scene.client.post(CHAT, json={**LONG, "n": n}) for n in (1, 2)]
         for task in waiting:
             task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
         return refused
 
-    for answer in asked(serve, test):
-        assert answer.status_code == 429
-        assert answer.json()["error"]["type"] == "RateLimitError"
-        assert int(answer.headers["retry-after"]) >= 1
+    for response in during_a_stream(*gated(max_rows=1, max_waiting=2), test):
+        assert response.status_code == 429
+        assert response.json()["error"]["type"] == "RateLimitError"
+        assert int(response.headers["retry-after"]) >= 1
 
 
-def test_a_request_that_fails_on_the_way_says_so_in_its_stream(slow: Callable[..., Serve]) -> None:
-    serve = slow(timeout=0.4)
-    events = serve.events(CHAT, LONG)
-    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert "not done within 0.4 s" in events[-1]["error"]["message"]
-    assert events[-1]["error"]["code"] == 500
-    assert serve.ask(CHAT, LONG).status_code == 500
+def test_a_failure_during_a_stream_is_its_last_event(gated: Callable[..., Any]) -> None:
+    async def test(scene: Scene) -> Any:
+        scheduler = scene.state.engine._loop._scheduler
+        scheduler.config = replace(scheduler.config, timeout=1e-9)
+        return await scene.rest(), await scene.client.post(CHAT, json=LONG)
+
+    lines, late = during_a_stream(*gated(), test)
+    assert "not done within" in lines[-2]
+    assert '"code":500' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+    assert late.status_code == 500
 
 
-def test_a_server_that_ends_lets_streams_end(slow: Callable[..., Serve]) -> None:
-    async def test(client: httpx.AsyncClient, lines: Any, door: ServerState) -> Any:
-        drained = asyncio.create_task(asyncio.to_thread(door.drain, 20))
-        while not door.draining:
-            await asyncio.sleep(0.01)
-        late, health = await client.post(CHAT, json=LONG), await client.get("/health")
-        told = [line async for line in lines if line]
-        await drained
-        return late, health, told
+def test_a_server_that_shuts_down_finishes_its_streams(gated: Callable[..., Any]) -> None:
+    async def test(scene: Scene) -> Any:
+        drain = asyncio.create_task(asyncio.to_thread(scene.state.drain, TIMEOUT))
+        await until(lambda: scene.state.draining)
+        late, health = await scene.client.post(CHAT, json=LONG), await scene.client.get("/health")
+        lines = await scene.rest()
+        await drain
+        return late, health, lines
 
-    late, health, told = asked(slow(), test)
+    late, health, lines = during_a_stream(*gated(), test)
     assert (late.status_code, health.status_code) == (503, 503)
     assert late.json()["error"]["type"] == health.json()["error"]["type"] == "unavailable_error"
+    assert late.json()["error"]["message"] == "The server is shutting down."
     assert late.headers["retry-after"] == "1"
-    assert '"finish_reason":"length"' in told[-2]
-    assert told[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
 
 
-def test_what_does_not_end_in_time_is_ended(slow: Callable[..., Serve]) -> None:
-    async def test(_: Any, lines: Any, door: ServerState) -> Any:
-        await asyncio.to_thread(door.drain, 0.1)
-        return [line async for line in lines if line]
+def test_a_stream_that_outlasts_the_drain_is_ended(gated: Callable[..., Any]) -> None:
+    async def test(scene: Scene) -> Any:
+        drain = asyncio.create_task(asyncio.to_thread(scene.state.drain, 0))
+        await until(lambda: all(generation.request.cancelled for generation in scene.state.live))
+        lines = await scene.rest()
+        await drain
+        return lines
 
-    told = asked(slow(), test)
-    assert '"code":503' in told[-2]
-    assert told[-1] == "data: [DONE]"
+    lines = during_a_stream(*gated(), test)
+    assert '"code":503' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
 
 
-def test_an_engine_that_failed_is_not_healthy(slow: Callable[..., Serve], monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = slow()
+def test_an_engine_that_failed_is_not_healthy(gated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, gate = gated()
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    async def test(client: httpx.AsyncClient, lines: Any, _: Any) -> Any:
-        monkeypatch.setattr(serve.engine._loop._scheduler, "next", fail)
-        told = [line async for line in lines if line]
-        return told, await client.post(CHAT, json=LONG), await client.get("/health")
+    async def test(scene: Scene) -> Any:
+        monkeypatch.setattr(server.engine._loop._scheduler, "schedule", fail)
+        return await scene.rest(), await scene.client.post(CHAT, json=LONG), await scene.client.get("/health")
 
-    told, late, health = asked(serve, test)
-    assert "the engine has failed" in told[-2]
+    lines, late, health = during_a_stream(server, gate, test)
+    assert "the engine failed" in lines[-2]
     assert (late.status_code, health.status_code) == (503, 503)
-    serve.engine.drain(0)  # comes back
+    server.engine.drain(0)  # returns
 
 
-def test_metrics_name_what_runs(slow: Callable[..., Serve]) -> None:
-    async def test(client: httpx.AsyncClient, *_: Any) -> str:
-        return (await client.get("/metrics")).text
+def test_metrics_name_the_running_adapters(gated: Callable[..., Any]) -> None:
+    async def test(scene: Scene) -> str:
+        return (await scene.client.get("/metrics")).text
 
-    text = asked(slow(), test, model="poet@1*0.5+pirate")
+    text = during_a_stream(*gated(), test, model="poet@1*0.5+pirate")
     assert 'running_lora_adapters="pirate,poet",waiting_lora_adapters=""' in text
     assert 'loradeck_adapter_requests_running{adapter="<blend>"} 1.0' in text
     assert 'loradeck_adapter_loaded{adapter="pirate",pinned="true",tier="device"} 1.0' in text

@@ -1,23 +1,27 @@
-"""A stream on the wire: its order, its pings, its errors before and after the first byte, and a client that goes."""
+"""A stream on the wire: its order, its pings, its errors before and after the first event, and a client that leaves."""
 
 import asyncio
 from typing import Any
 
 import pytest
 
-from loradeck.api.streaming import Events, Tell
+from loradeck.api.streaming import PING, EventStream, SendEvent
 
 
-class Wire:
-    """An ASGI connection: what was sent, and when the client goes."""
+class Connection:
+    """An ASGI connection: what was sent, and whether the client has left."""
 
     def __init__(self) -> None:
         self.sent: list[dict[str, Any]] = []
-        self.gone = asyncio.Event()
+        self.disconnected = asyncio.Event()
         self.closed = 0
 
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
     async def receive(self) -> dict[str, Any]:
-        await self.gone.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
@@ -26,80 +30,88 @@ class Wire:
     def close(self) -> None:
         self.closed += 1
 
-    async def run(self, *writers: Any, ping: float = 60, last: bytes = b"") -> bytes:
-        events = Events(writers, lambda: last, lambda error: str(error).encode(), self.close, ping)
-        await events({}, self.receive, self.send)
-        return b"".join(message.get("body", b"") for message in self.sent)
+    async def run(self, *writers: Any, ping: float = 3600, last: bytes = b"") -> bytes:
+        stream = EventStream(
+            writers, last=lambda: last, on_error=lambda error: str(error).encode(), close=self.close, ping=ping
+        )
+        await stream({}, self.receive, self.send)
+        return self.body
 
 
-async def hello(tell: Tell) -> None:
-    await tell(b"hello")
+async def hello(send_event: SendEvent) -> None:
+    await send_event(b"hello")
+
+
+async def fail(_: SendEvent) -> None:
+    raise ValueError("broken")
 
 
 def test_events_end_with_done() -> None:
     async def main() -> None:
-        wire = Wire()
-        assert await wire.run(hello, last=b"usage") == b"data: hello\n\ndata: usage\n\ndata: [DONE]\n\n"
-        assert [message["type"] for message in wire.sent] == ["http.response.start"] + ["http.response.body"] * 3
-        assert [message.get("more_body") for message in wire.sent] == [None, True, True, False]
-        assert wire.closed == 1
+        connection = Connection()
+        assert await connection.run(hello, last=b"usage") == b"data: hello\n\ndata: usage\n\ndata: [DONE]\n\n"
+        types = [message["type"] for message in connection.sent]
+        assert types == ["http.response.start"] + ["http.response.body"] * 3
+        assert [message.get("more_body") for message in connection.sent] == [None, True, True, False]
+        assert connection.closed == 1
 
     asyncio.run(main())
 
 
-def test_silence_is_broken_by_pings() -> None:
-    async def late(tell: Tell) -> None:
-        await asyncio.sleep(0.2)
-        await tell(b"late")
-
+def test_pings_break_a_silence() -> None:
     async def main() -> None:
-        said = await Wire().run(late, ping=0.02)
-        assert said.startswith(b": ping\n\n: ping\n\n")
-        assert said.endswith(b"data: late\n\ndata: [DONE]\n\n")
+        connection = Connection()
+
+        async def after_two_pings(send_event: SendEvent) -> None:
+            while connection.body.count(PING) < 2:
+                await asyncio.sleep(0.001)
+            await send_event(b"late")
+
+        body = await connection.run(after_two_pings, ping=0.002)
+        assert body.startswith(b": ping\n\n: ping\n\n")
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert body.replace(PING, b"") == b"data: late\n\ndata: [DONE]\n\n"
 
     asyncio.run(main())
 
 
-async def fail(_: Tell) -> None:
-    raise ValueError("broken")
-
-
-def test_an_error_before_the_first_byte_is_an_ordinary_one() -> None:
+def test_an_error_before_the_first_event_is_raised() -> None:
     async def main() -> None:
-        wire = Wire()
+        connection = Connection()
         with pytest.raises(ValueError, match="broken"):
-            await wire.run(fail)
-        assert (wire.sent, wire.closed) == ([], 1)
+            await connection.run(fail)
+        assert (connection.sent, connection.closed) == ([], 1)
 
     asyncio.run(main())
 
 
-def test_an_error_after_it_is_told_and_ends_the_others() -> None:
-    async def hello_then_fail(tell: Tell) -> None:
-        await tell(b"hello")
+def test_a_later_error_is_an_event_and_ends_the_other_writers() -> None:
+    async def hello_then_fail(send_event: SendEvent) -> None:
+        await send_event(b"hello")
         raise ValueError("broken")
 
-    async def forever(_: Tell) -> None:
+    async def forever(_: SendEvent) -> None:
         await asyncio.Event().wait()
 
     async def main() -> None:
-        wire = Wire()
-        assert await wire.run(hello_then_fail, forever) == b"data: hello\n\ndata: broken\n\ndata: [DONE]\n\n"
-        assert wire.closed == 1
+        connection = Connection()
+        body = await connection.run(hello_then_fail, forever)
+        assert body == b"data: hello\n\ndata: broken\n\ndata: [DONE]\n\n"
+        assert connection.closed == 1
 
     asyncio.run(main())
 
 
-def test_nothing_is_written_for_a_client_that_has_gone() -> None:
+def test_a_client_that_leaves_ends_the_stream() -> None:
     async def main() -> None:
-        wire = Wire()
+        connection = Connection()
 
-        async def hello_then_wait(tell: Tell) -> None:
-            await tell(b"hello")
-            wire.gone.set()
+        async def hello_then_wait(send_event: SendEvent) -> None:
+            await send_event(b"hello")
+            connection.disconnected.set()
             await asyncio.Event().wait()
 
-        assert await wire.run(hello_then_wait) == b"data: hello\n\n"
-        assert wire.closed == 1
+        assert await connection.run(hello_then_wait) == b"data: hello\n\n"
+        assert connection.closed == 1
 
     asyncio.run(main())

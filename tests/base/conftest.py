@@ -1,4 +1,4 @@
-"""What the tests of prepared weights share: a small model whose larger layers are worth packing."""
+"""Fixtures for weight formats: a small model whose larger layers are worth packing."""
 
 from collections.abc import Callable, Iterator
 
@@ -27,10 +27,11 @@ def small() -> Callable[..., LlamaForCausalLM]:
 
 
 @pytest.fixture
-def untried() -> Iterator[None]:
-    """Kernels are tried anew in this test, and what it finds is forgotten after it."""
-    for tried in (prepacked.packing, quantised.int8_product):
-        tried.cache_clear()
+def fresh_checks() -> Iterator[None]:
+    """Kernels are checked again in this test, and the results are dropped after it."""
+    checks = (prepacked.why_not_packed, quantised.why_not_int8_product)
+    for check in checks:
+        check.cache_clear()
     yield
-    for tried in (prepacked.packing, quantised.int8_product):
-        tried.cache_clear()
+    for check in checks:
+        check.cache_clear()

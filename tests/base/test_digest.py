@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from loradeck.base import digest
-from loradeck.base.digest import Digests
+from loradeck.base.digest import DigestCache
 
 
 @pytest.fixture
@@ -36,44 +36,44 @@ def sha256(content: bytes) -> str:
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_file_that_stays_is_read_once(file: Path, tmp_path: Path, reads: list[Path]) -> None:
+def test_an_unchanged_file_is_read_once(file: Path, tmp_path: Path, reads: list[Path]) -> None:
     for _ in range(2):
-        assert Digests(tmp_path / "memory").of(file) == sha256(b"one")
+        assert DigestCache(tmp_path / "digests.json").of(file) == sha256(b"one")
     assert reads == [file]
 
 
 @pytest.mark.usefixtures("settled")
-def test_another_content_is_noticed_even_with_the_old_size_and_date(file: Path, tmp_path: Path) -> None:
+def test_new_content_is_noticed_even_with_the_old_size_and_mtime(file: Path, tmp_path: Path) -> None:
     before = file.stat()
-    assert Digests(tmp_path / "memory").of(file) == sha256(b"one")
+    assert DigestCache(tmp_path / "digests.json").of(file) == sha256(b"one")
     time.sleep(0.05)  # the file system's clock ticks every few milliseconds
     file.write_bytes(b"two")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert Digests(tmp_path / "memory").of(file) == sha256(b"two")
+    assert DigestCache(tmp_path / "digests.json").of(file) == sha256(b"two")
     time.sleep(0.05)
     (tmp_path / "other").write_bytes(b"abc")
     (tmp_path / "other").rename(file)
-    assert Digests(tmp_path / "memory").of(file) == sha256(b"abc")
+    assert DigestCache(tmp_path / "digests.json").of(file) == sha256(b"abc")
 
 
-def test_a_file_just_written_is_not_yet_trusted_to_stay(file: Path, tmp_path: Path, reads: list[Path]) -> None:
+def test_the_digest_of_a_file_just_written_is_not_cached(file: Path, tmp_path: Path, reads: list[Path]) -> None:
     for _ in range(2):
-        Digests(tmp_path / "memory").of(file)
+        DigestCache(tmp_path / "digests.json").of(file)
     assert reads == [file, file]
 
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("content", [b"", b"no json", b'{"a": 1}', b"\xff"])
-def test_a_damaged_memory_is_made_again(file: Path, tmp_path: Path, content: bytes, reads: list[Path]) -> None:
-    memory = tmp_path / "memory"
-    memory.write_bytes(content)
+def test_a_damaged_cache_is_replaced(file: Path, tmp_path: Path, content: bytes, reads: list[Path]) -> None:
+    path = tmp_path / "digests.json"
+    path.write_bytes(content)
     for _ in range(2):
-        assert Digests(memory).of(file) == sha256(b"one")
+        assert DigestCache(path).of(file) == sha256(b"one")
     assert reads == [file]
 
 
 @pytest.mark.usefixtures("settled")
-def test_without_a_place_for_a_memory_it_is_read_each_time(file: Path, tmp_path: Path, reads: list[Path]) -> None:
+def test_without_a_writable_cache_the_file_is_read_each_time(file: Path, tmp_path: Path, reads: list[Path]) -> None:
     for _ in range(2):
-        assert Digests(tmp_path / "nowhere" / "memory").of(file) == sha256(b"one")
+        assert DigestCache(tmp_path / "nowhere" / "digests.json").of(file) == sha256(b"one")
     assert reads == [file, file]

@@ -1,6 +1,5 @@
 """A fingerprint is the base's, whatever its dtype; anything that makes another base changes it."""
 
-import time
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -81,11 +80,6 @@ def test_any_size(count: int) -> None:
 
 
 @pytest.mark.real
-def test_real_base_is_fast_and_the_same_in_bf16(smollm2: Base) -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert fingerprint(smollm2.model) == smollm2.fingerprint
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
+def test_real_base_is_the_same_in_bf16(smollm2: Base) -> None:
+    assert fingerprint(smollm2.model) == smollm2.fingerprint
     assert Base.load(SMOLLM2, dtype="bfloat16", device="cpu").fingerprint == smollm2.fingerprint

@@ -1,10 +1,9 @@
-"""Base.load: what it takes, what it refuses, and the cache of de-quantised GGUF files."""
+"""Base.load: sources, refusals, and the cache of dequantised GGUF files."""
 
 import json
 import os
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +82,7 @@ def test_refuses_device(tiny_folder: Path, device: str) -> None:
         Base.load(tiny_folder, device=device)
 
 
-# ---- what is refused
+# ---- refusals
 
 
 def _no_config(folder: Path) -> None:
@@ -143,7 +142,7 @@ def _own_code(folder: Path) -> None:
         model_type="nobody_knows",
         auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
     )
-    (folder / "own.py").write_text("raise SystemExit('ran the code of a stranger')")
+    (folder / "own.py").write_text("raise SystemExit('ran untrusted code')")
 
 
 def _no_tokenizer(folder: Path) -> None:
@@ -165,18 +164,18 @@ def _masked(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_no_config, "has no config.json"),
+        (_no_config, "not a transformers model: it has no config.json"),
         (_no_weights, r"no \*.safetensors"),
         (_only_pickle, r"pickled weights[\s\S]*save_pretrained\(new\)"),
         (_pickle_beside_an_adapter, "model.safetensors"),
         (_adapter, r"an adapter, not a base[\s\S]*bank.load"),
         (_adapter_inside, "an adapter, not a base"),
         (_missing_key, "lacks weights.*model.layers.1.mlp.up_proj.weight"),
-        (_other_shape, "cannot be loaded"),
-        (_cut_short, "cannot be loaded"),
-        (_broken_config, "cannot be loaded"),
+        (_other_shape, "cannot load"),
+        (_cut_short, "cannot load"),
+        (_broken_config, "cannot load"),
         (_unknown_architecture, "nobody_knows"),
-        (_own_code, "code of its own, which is never run"),
+        (_own_code, "its own code, which loradeck never runs"),
         (_no_tokenizer, r"the tokenizer of [\s\S]*tokenizer\.json"),
         (_encoder_decoder, "t5, not a decoder-only"),
         (_masked, "bert, not a decoder-only"),
@@ -193,16 +192,16 @@ def test_refuses_folder(tiny_folder: Path, spoil: Callable[[Path], None], words:
 @pytest.mark.parametrize(
     "source", ["nothing", "./owner/name", "a/b/c", "no such thing", "owner/name.gguf", Path("owner/name")]
 )
-def test_refuses_what_is_nowhere_without_asking_the_hub(
+def test_an_unknown_source_is_refused_without_asking_the_hub(
     source: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "_check", lambda where: pytest.fail("asked the hub"))
+    monkeypatch.setattr(load, "_check", lambda source: pytest.fail("asked the hub"))
     with pytest.raises(BaseModelError, match=r"Give a folder[\s\S]*hub id[\s\S]*\.gguf[\s\S]*smollm2-135m"):
         Base.load(source)
 
 
-def test_a_single_file_is_no_hub_id(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_not_a_hub_id(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_folder.parent)
     with pytest.raises(BaseModelError, match=r"no base at 'tiny/model\.safetensors'"):
         Base.load("tiny/model.safetensors")
@@ -229,34 +228,34 @@ def test_hub_id_offline(hub_folder: Path, tiny: LlamaForCausalLM) -> None:
 
 def test_hub_id_with_only_pickled_weights(hub_folder: Path) -> None:
     _only_pickle(hub_folder)
-    with pytest.raises(BaseModelError, match=r"owner/name cannot be loaded.*model\.safetensors"):
+    with pytest.raises(BaseModelError, match=r"cannot load owner/name.*model\.safetensors"):
         Base.load("owner/name", device="cpu")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
 def test_hub_id_of_an_adapter(hub_folder: Path, tiny: LlamaForCausalLM) -> None:
     peft.get_peft_model(tiny, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(hub_folder)
-    with pytest.raises(BaseModelError, match="owner/name holds an adapter, not a base"):
+    with pytest.raises(BaseModelError, match="owner/name is an adapter, not a base"):
         Base.load("owner/name", device="cpu")
 
 
 def test_hub_id_that_is_not_in_the_offline_cache() -> None:
-    with pytest.raises(BaseModelError, match=r"nobody-here/no-model cannot be loaded"):
+    with pytest.raises(BaseModelError, match=r"cannot load nobody-here/no-model"):
         Base.load("nobody-here/no-model")
 
 
 def test_smollm2_without_its_package_is_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "find_spec", lambda name: None)
-    asked = []
+    sources = []
 
     def from_pretrained(where: str, **_: object) -> None:
-        asked.append(where)
+        sources.append(where)
         raise OSError("offline")
 
     monkeypatch.setattr(load.AutoConfig, "from_pretrained", from_pretrained)
-    with pytest.raises(BaseModelError, match="smollm2-135m cannot be loaded: offline"):
+    with pytest.raises(BaseModelError, match="cannot load smollm2-135m: offline"):
         Base.load(SMOLLM2)
-    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert sources == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
 # ---- silence
@@ -365,7 +364,7 @@ def entry(tiny_gguf: Path, cache: Path) -> Path:
 
 
 def never(*_: object, **__: object) -> None:
-    pytest.fail("de-quantised again")
+    pytest.fail("dequantised again")
 
 
 def test_gguf(tiny_gguf: Path, cache: Path, tiny: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]) -> None:
@@ -381,7 +380,7 @@ def test_gguf(tiny_gguf: Path, cache: Path, tiny: LlamaForCausalLM, capfd: pytes
     assert base.tokenizer.decode(base.tokenizer("<|im_start|>né")["input_ids"]) == "<|im_start|>né"
 
 
-def test_gguf_alone_counts_not_what_lies_beside_it(
+def test_other_files_next_to_the_gguf_are_ignored(
     entry: Path, tiny_gguf: Path, cache: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     whole = {file.name: file.read_bytes() for file in entry.iterdir()}
@@ -458,7 +457,7 @@ def _empty(folder: Path) -> None:
         _empty,
     ],
 )
-def test_a_spoilt_cache_entry_is_made_again(entry: Path, tiny_gguf: Path, spoil: Callable[[Path], None]) -> None:
+def test_a_damaged_cache_entry_is_replaced(entry: Path, tiny_gguf: Path, spoil: Callable[[Path], None]) -> None:
     whole = {file.name: file.read_bytes() for file in entry.iterdir()}
     spoil(entry)
     (entry / "stray.txt").write_text("left by something else")
@@ -480,14 +479,14 @@ def test_a_failed_conversion_leaves_nothing(tiny_gguf: Path, cache: Path, monkey
 def test_refuses_gguf(tmp_path: Path, cache: Path, content: bytes) -> None:
     file = tmp_path / "bad.gguf"
     file.write_bytes(content)
-    with pytest.raises(BaseModelError, match=r"bad.gguf cannot be loaded"):
+    with pytest.raises(BaseModelError, match=r"cannot load .*bad.gguf"):
         Base.load(file)
     assert list(cache.iterdir()) == []
 
 
 def test_refuses_a_gguf_cut_short(tiny_gguf: Path, cache: Path) -> None:
     os.truncate(tiny_gguf, tiny_gguf.stat().st_size // 2)
-    with pytest.raises(BaseModelError, match=r"tiny-q8.gguf cannot be loaded"):
+    with pytest.raises(BaseModelError, match=r"cannot load .*tiny-q8.gguf"):
         Base.load(tiny_gguf)
 
 
@@ -518,9 +517,7 @@ def test_smollm2(smollm2: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     assert smollm2.model.num_parameters() == 134_515_008
     assert smollm2.tokenizer("12 é")["input_ids"] == [33, 34, 26411]  # digits one by one
     monkeypatch.setattr(load, "new_folder", never)
-    start = time.perf_counter()
     assert Base.load(SMOLLM2, device="cpu").fingerprint == smollm2.fingerprint
-    assert time.perf_counter() - start < 20  # seconds; about two when nothing else runs
 
 
 @pytest.mark.real

@@ -12,14 +12,15 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from loradeck.base import prepacked
-from loradeck.base.prepacked import SMALLEST, TOLERANCE, PackedLinear, pack, packing
+from loradeck.base.prepacked import MIN_WEIGHTS, TOLERANCE, PackedLinear, pack, why_not_packed
 from loradeck.base.weights import prepare
 from loradeck.errors import UnsupportedError
 
 
 def here(dtype: torch.dtype) -> pytest.MarkDecorator:
-    """Only where this machine packs weights of a dtype: bfloat16 takes AVX-512, or AVX2 with its conversions."""
-    return pytest.mark.skipif(bool(packing(dtype)), reason=f"packed {dtype} {packing(dtype)}")
+    """Run only if this machine packs weights of a dtype: bfloat16 needs AVX-512, or AVX2 with conversions."""
+    why = why_not_packed(dtype)
+    return pytest.mark.skipif(why is not None, reason=f"packed {dtype}: {why}")
 
 
 DTYPES = [pytest.param(dtype, marks=here(dtype)) for dtype in TOLERANCE]
@@ -73,8 +74,8 @@ def test_a_row_of_nan_stays_alone() -> None:
     plain, layer = pair(256, 256)
     x = torch.randn(5, 256)
     x[2] = float("nan")
-    kept = [0, 1, 3, 4]
-    assert near(layer(x)[kept], plain(x)[kept])
+    others = [0, 1, 3, 4]
+    assert near(layer(x)[others], plain(x)[others])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,22 +83,22 @@ def test_gradients_go_through_it(dtype: torch.dtype) -> None:
     plain, layer = pair(256, 300, dtype=dtype)
     x = torch.randn(3, 5, 256).to(dtype)
     upstream = torch.randn(3, 5, 300).to(dtype)
-    found = []
+    gradients = []
     for each in (plain, layer):
-        own = x.clone().requires_grad_()
-        each(own).backward(upstream)
-        found.append(own.grad)
-    assert near(found[1], found[0])
+        leaf = x.clone().requires_grad_()
+        each(leaf).backward(upstream)
+        gradients.append(leaf.grad)
+    assert near(gradients[1], gradients[0])
 
 
 def test_gradients_of_gradients_go_through_it() -> None:
     plain, layer = pair(256, 300)
-    found = []
+    gradients = []
     for each in (plain, layer):
-        own = torch.randn(3, 256, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        (gradient,) = torch.autograd.grad(each(own).square().sum(), own, create_graph=True)
-        found.append(torch.autograd.grad(gradient.square().sum(), own)[0])
-    assert near(found[1], found[0])
+        leaf = torch.randn(3, 256, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        (gradient,) = torch.autograd.grad(each(leaf).square().sum(), leaf, create_graph=True)
+        gradients.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    assert near(gradients[1], gradients[0])
 
 
 def test_its_weight_is_not_trained() -> None:
@@ -130,7 +131,7 @@ def test_small_layers_and_other_dtypes_stay_plain() -> None:
         pack(layer)
         assert type(layer) is nn.Linear
         assert layer.weight is weight
-    assert 255 * 257 < SMALLEST == 256 * 256
+    assert 255 * 257 < MIN_WEIGHTS == 256 * 256
 
 
 @here(torch.bfloat16)
@@ -170,13 +171,13 @@ def test_state_dict_is_the_plain_ones(small: Callable[..., LlamaForCausalLM]) ->
 
 @pytest.mark.parametrize("gone", ["_reorder_linear_weight", "_linear_pointwise"])
 def test_without_its_op_nothing_is_packed(
-    small: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, untried: None, gone: str
+    small: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, fresh_checks: None, gone: str
 ) -> None:
     ops = {"_reorder_linear_weight", "_linear_pointwise"} - {gone}
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**{op: getattr(torch.ops.mkldnn, op) for op in ops}))
     model, plain = small(), small()
     prepare(model, "packed")
-    assert gone in prepacked.packing(torch.float32)
+    assert gone in prepacked.why_not_packed(torch.float32)
     assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids).logits, plain(ids).logits)

@@ -1,12 +1,12 @@
-"""A twin shares every weight, and nothing else."""
+"""A shared copy shares every weight, and nothing else."""
 
 import torch
 from transformers import LlamaForCausalLM
 
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 
 
-def test_a_twin_shares_weights_and_nothing_else(tiny: LlamaForCausalLM) -> None:
+def test_weights_are_shared_and_nothing_else(tiny: LlamaForCausalLM) -> None:
     other = shared_copy(tiny)
     assert {name: p.data_ptr() for name, p in other.named_parameters()} == {
         name: p.data_ptr() for name, p in tiny.named_parameters()

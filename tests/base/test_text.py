@@ -50,7 +50,7 @@ def test_without_a_template_a_string_is_plain_text(plain: PreTrainedTokenizerFas
 
 
 def test_without_a_template_messages_are_refused(plain: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match=r"no chat template[\s\S]*as one string"):
+    with pytest.raises(ConfigError, match=r"no chat template[\s\S]*as a string"):
         encode(plain, [{"role": "user", "content": "hi"}])
 
 
@@ -60,11 +60,11 @@ def test_without_a_template_messages_are_refused(plain: PreTrainedTokenizerFast)
         ([], "empty"),
         ([{"role": "user"}], "message 0"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": None}], "message 1"),
-        (["hi"], "message 0 is 'hi'"),
-        ({"role": "user", "content": "hi"}, "message 0 is 'role'"),
+        (["hi"], "message 0: 'hi'"),
+        ({"role": "user", "content": "hi"}, "message 0: 'role'"),
     ],
 )
-def test_refuses_what_is_no_message(tiny_tokenizer: PreTrainedTokenizerFast, messages: list, word: str) -> None:
+def test_invalid_messages_are_refused(tiny_tokenizer: PreTrainedTokenizerFast, messages: list, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         encode(tiny_tokenizer, messages)
 
@@ -72,7 +72,7 @@ def test_refuses_what_is_no_message(tiny_tokenizer: PreTrainedTokenizerFast, mes
 @pytest.mark.parametrize("template", ["{{ raise_exception('users only') }}", "{{ 1 + 'a' }}", "{% if %}", {"a": "b"}])
 def test_a_template_that_fails_is_reported(plain: PreTrainedTokenizerFast, template: str) -> None:
     plain.chat_template = template
-    with pytest.raises(ConfigError, match="chat template refuses"):
+    with pytest.raises(ConfigError, match="chat template rejects"):
         encode(plain, "hi")
 
 
@@ -103,7 +103,7 @@ def test_decode_drops_special_tokens_and_half_a_character(tiny_tokenizer: PreTra
 
 
 @given(ids=st.lists(st.integers(3, 260), max_size=12))
-def test_no_tokens_are_too_strange_to_be_text(spaced_tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> None:
+def test_any_tokens_decode_as_the_tokenizer_does(spaced_tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> None:
     whole = spaced_tokenizer.decode(ids)
     assert decode(spaced_tokenizer, ids) == whole or "\ufffd" in whole
 

@@ -1,4 +1,4 @@
-"""Where half precision is only emulated, products are float32's with the same weights, rounded once."""
+"""On a CPU that emulates half precision, products are computed in float32 with the same weights, rounded once."""
 
 import copy
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from loradeck.base import matmul, prepacked, upcast
-from loradeck.base.matmul import FEW, back, linear
+from loradeck.base import frozen, matmul, prepacked
+from loradeck.base.frozen import UpcastLinear, upcast
+from loradeck.base.matmul import FEW, input_grad, linear
 from loradeck.base.prepacked import PackedLinear
-from loradeck.base.upcast import UpcastLinear, widen
 from loradeck.base.weights import prepare
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -22,7 +22,7 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative, of one nu
 @pytest.fixture(autouse=True, params=[False, True], ids=["emulated", "computed"])
 def able(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the CPU has arithmetic for half precision, whatever this one can do."""
-    for module in (matmul, upcast):
+    for module in (matmul, frozen):
         monkeypatch.setattr(module, "computes_in", lambda dtype, _: request.param or dtype.itemsize > 2)
     return request.param
 
@@ -43,7 +43,7 @@ def test_products_are_exact_but_for_one_rounding(
     monkeypatch.setattr(matmul, "BLOCK", block)
     x, weight = torch.randn(*shape).to(dtype), torch.randn(50, 64).to(dtype)
     grad = torch.randn(*shape[:-1], 50).to(dtype)
-    y, dx = linear(x, weight), back(grad, weight)
+    y, dx = linear(x, weight), input_grad(grad, weight)
     assert (y.shape, dx.shape, y.dtype, dx.dtype) == (grad.shape, x.shape, dtype, dtype)
     if able:
         assert torch.equal(y, F.linear(x, weight))
@@ -57,7 +57,7 @@ def test_products_are_exact_but_for_one_rounding(
 def test_a_bias_and_few_rows(rows: int) -> None:
     x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((rows, 64), (50, 64), (50,)))
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=2**-6, atol=2**-5)
-    assert back(torch.randn(rows, 50).bfloat16(), weight).shape == x.shape
+    assert input_grad(torch.randn(rows, 50).bfloat16(), weight).shape == x.shape
 
 
 def test_float32_and_autocast_are_torchs_own() -> None:
@@ -67,11 +67,11 @@ def test_float32_and_autocast_are_torchs_own() -> None:
         assert linear(x, weight).dtype == linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
 
 
-def test_only_what_is_emulated_is_widened(able: bool) -> None:
+def test_only_emulated_dtypes_are_upcast(able: bool) -> None:
     for dtype in (*HALVES, torch.float32, torch.float64):
         layer = nn.Linear(8, 8, dtype=dtype).requires_grad_(False)
         weight = layer.weight
-        widen(layer)
+        upcast(layer)
         assert type(layer) is (UpcastLinear if dtype in HALVES and not able else nn.Linear)
         assert layer.weight is weight
 
@@ -81,18 +81,18 @@ def test_gradients_go_through_it() -> None:
     layer = copy.deepcopy(plain)
     layer.__class__ = UpcastLinear
     x, upstream = torch.randn(3, 5, 64).bfloat16(), torch.randn(3, 5, 50).bfloat16()
-    found = []
+    gradients = []
     for each in (plain, layer):
-        own = x.clone().requires_grad_()
-        each(own).backward(upstream)
-        found.append(own.grad)
-    torch.testing.assert_close(found[1], found[0], rtol=2**-6, atol=2**-5)
+        leaf = x.clone().requires_grad_()
+        each(leaf).backward(upstream)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2**-6, atol=2**-5)
 
 
-def test_a_prepared_model_widens_what_is_not_packed(
+def test_layers_that_are_not_packed_are_upcast(
     able: bool, small: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepacked, "packing", lambda dtype: "cannot be had")
+    monkeypatch.setattr(prepacked, "why_not_packed", lambda dtype: "not available")
     plain, model = small(torch.bfloat16, tied=True), small(torch.bfloat16, tied=True)
     prepare(model, "packed")
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}

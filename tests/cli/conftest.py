@@ -7,15 +7,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loradeck.base.fingerprint import fingerprint
+from loradeck.base.load import Base
+from loradeck.base.onednn import VARIABLES
 from loradeck.cli import main
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 
 
 class Ran(NamedTuple):
-    """What a command did."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -24,9 +27,11 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Ran]:
-    """Run a command in this process, in a folder of its own, 100 columns wide; `typed` comes from a pipe."""
+    """Run a command in this process, in a temporary folder, 100 columns wide; `typed` is its standard input."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1024")  # the default; otherwise a verb would cap the cache of all later tests
 
     def command(*arguments: object, typed: str = "") -> Ran:
         monkeypatch.setattr(sys, "stdin", StringIO(typed))
@@ -43,6 +48,11 @@ def fill(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2, generator=generator)
+
+
+@pytest.fixture
+def base(tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Base:
+    return Base(tiny, tiny_tokenizer, name="tiny", source="tiny", fingerprint=fingerprint(tiny))
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@ from itertools import pairwise
 
 import pytest
 
-from loradeck.cli.chart import chart
-from loradeck.cli.curves import Curve, Point
+from loradeck.cli.display.chart import chart
+from loradeck.cli.display.curves import Curve, Point
 
 
 def curve(label: str, points: list[Point], marks: list[Point] | None = None, best: Point | None = None) -> Curve:
@@ -36,7 +36,7 @@ def test_the_axes_have_numbers() -> None:
 
 
 @pytest.mark.parametrize("width", [30, 77, 200])
-def test_it_is_as_wide_as_it_is_told(width: int) -> None:
+def test_its_width_is_as_requested(width: int) -> None:
     lines = chart([FALL], width, 16, colour=True).plain.splitlines()
     assert max(map(len, lines)) == width
     assert len(plane("\n".join(lines))) == 16
@@ -64,6 +64,6 @@ def test_without_colour_letters_tell_curves_apart() -> None:
 
 
 @pytest.mark.parametrize("points", [[(7, 2.0)], [(1, 0.0), (2, 0.0)], [(1, -5.0), (9, -5.0)]])
-def test_a_curve_without_a_range_is_drawn_all_the_same(points: list[Point]) -> None:
+def test_a_curve_without_a_range_is_drawn(points: list[Point]) -> None:
     rows = plane(chart([curve("poet", points)], 30, 6, colour=True).plain)
     assert sum(bool(row.strip()) for row in rows) == 1

@@ -19,29 +19,29 @@ def test_a_conversation_changes_adapters(run: Callable, tiny_folder: Path, adapt
     for speaker in ("poet", "poet=0.7 pirate=0.3", "base"):
         assert f"{speaker}, switched in " in ran.out
     assert verb.HELP in ran.out
-    assert "forgotten" in ran.out
+    assert "conversation reset" in ran.out
     assert ran.out.endswith("base > ")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ("/adapter nobody", "no adapter is named 'nobody'"),
-        ("/adapter", "is no command"),
-        ("/jump", "is no command"),
-        ("/blend", "is no command"),
-        ("/blend poet", "that is no blend"),
-        ("/blend poet=much", "that is no blend"),
+        ("/adapter nobody", "unknown adapter 'nobody'"),
+        ("/adapter", "unknown command"),
+        ("/jump", "unknown command"),
+        ("/blend", "unknown command"),
+        ("/blend poet", "invalid blend"),
+        ("/blend poet=much", "invalid blend"),
         ("/blend poet=nan", "nan"),
         ("x" * 400, "context"),
     ],
 )
 def test_an_error_ends_a_turn_and_not_the_conversation(
-    run: Callable, tiny_folder: Path, adapters: Path, line: str, said: str
+    run: Callable, tiny_folder: Path, adapters: Path, line: str, message: str
 ) -> None:
     ran = run("chat", tiny_folder, "-a", adapters / "poet", "--max-new-tokens", 2, typed=f"{line}\n/base\n")
     assert ran.code == 0
-    assert said in ran.out
+    assert message in ran.out
     assert "base, switched in" in ran.out
 
 
@@ -58,7 +58,7 @@ def test_history_is_kept_and_ctrl_c_ends_an_answer(
         yield "matey"
 
     monkeypatch.setattr("loradeck.generation.stream", stream)
-    talk = Chat(Local(None, None), verb.LIVELY)
+    talk = Chat(Local(None, None), verb.SAMPLING)
     talk.answer("Hi")
     talk.answer("More")
     assert [message["content"] for message in turns[1]] == ["Hi", "Aye\x1b, ", "More"]

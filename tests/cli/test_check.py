@@ -25,8 +25,8 @@ def test_a_good_dataset(run: Callable, folder: Path) -> None:
     assert ran.out.startswith(f"{folder}: prompt and completion\n")
     assert ["train", "3", "3", "6", "6", "13", "13", "25", "72.0%", "0", "1", "0", "0"] in lines
     assert ["valid", "2", "2", "6", "6", "6", "6", "12", "58.3%", "0", "0", "1", "1"] in lines
-    assert "train: there twice: train.jsonl:2, as train.jsonl:1\n" in ran.out
-    assert "valid: in train too: valid.jsonl:1, as train.jsonl:1\n" in ran.out
+    assert "train: duplicate: train.jsonl:2, as train.jsonl:1\n" in ran.out
+    assert "valid: also in train: valid.jsonl:1, as train.jsonl:1\n" in ran.out
     assert "valid: prompt in train, with another answer: valid.jsonl:2, as train.jsonl:3\n" in ran.out
     assert "read     Hi\nlearned  Ahoy\n" in ran.out
     assert ran.out.endswith("no problems\n")
@@ -52,7 +52,7 @@ def test_problems_end_with_code_1(run: Callable, tmp_path: Path) -> None:
         "bad.jsonl:2: $.text: Expected `str`, got `int`",
         "bad.jsonl:3: $.messages[0].role: unknown role 'robot'; expected one of system, user, assistant, tool",
     ]
-    assert count.startswith("2 problems: mend or remove these records. Each record has messages, ")
+    assert count.startswith("2 problems: fix or remove these records. Each record has messages, ")
     (tmp_path / "bad.jsonl").write_text(GOOD + '{"text": 1}\n')
     assert run("check", "bad.jsonl").out.splitlines()[-1].startswith("1 problem: ")
 
@@ -60,30 +60,30 @@ def test_problems_end_with_code_1(run: Callable, tmp_path: Path) -> None:
 def test_json(run: Callable, folder: Path) -> None:
     (folder / "test.jsonl").write_text("{}")
     ran = run("check", folder, "--json")
-    found = json.loads(ran.out)
+    report = json.loads(ran.out)
     assert ran.code == 1
-    assert found["form"] == "prompt and completion"
-    assert found["splits"]["train"]["lengths"] == {"min": 6, "median": 6, "p95": 13, "max": 13}
-    assert found["splits"]["train"]["duplicates"] == [{"place": "train.jsonl:2", "of": "train.jsonl:1"}]
-    assert found["splits"]["test"]["lengths"] is None
-    assert found["first"] == [[["Hi", False], ["Ahoy", True]]]
-    assert [problem[:13] for problem in found["problems"]] == ["test.jsonl:1:"]
+    assert report["form"] == "prompt and completion"
+    assert report["splits"]["train"]["lengths"] == {"min": 6, "median": 6, "p95": 13, "max": 13}
+    assert report["splits"]["train"]["duplicates"] == [{"place": "train.jsonl:2", "of": "train.jsonl:1"}]
+    assert report["splits"]["test"]["lengths"] is None
+    assert report["first"] == [[["Hi", False], ["Ahoy", True]]]
+    assert [problem[:13] for problem in report["problems"]] == ["test.jsonl:1:"]
 
 
-def test_what_is_not_there_is_refused(run: Callable) -> None:
+def test_a_missing_dataset_is_an_error(run: Callable) -> None:
     ran = run("check", "missing.jsonl")
     assert (ran.code, ran.out) == (2, "")
     assert "cannot be read" in ran.err
 
 
-def test_many_twins_are_counted_and_few_named(run: Callable, tmp_path: Path) -> None:
+def test_only_a_few_duplicates_are_listed(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD * 10)
     out = run("check", "a.jsonl").out
-    assert out.count("there twice: a.jsonl:") == 3
-    assert "train: there twice: and 6 more\n" in out
+    assert out.count("duplicate: a.jsonl:") == 3
+    assert "train: duplicate: and 6 more\n" in out
 
 
-def test_a_strangers_text_moves_no_cursor(run: Callable, tmp_path: Path) -> None:
+def test_untrusted_text_has_no_control_characters(run: Callable, tmp_path: Path) -> None:
     text = json.dumps({"text": "[bold]\x1b[2J\r" + "a" * 2000})
     (tmp_path / "a.jsonl").write_text(text + "\n" + json.dumps({"\x1b[31m": 1}))
     out = run("check", "a.jsonl").out

@@ -3,7 +3,7 @@ import math
 import msgspec
 import pytest
 
-from loradeck.cli.curves import curve, curves, smoothed
+from loradeck.cli.display.curves import curve, curves, smoothed
 from loradeck.train.events import Evaluation, Step
 from loradeck.train.history import JobHistory
 
@@ -32,20 +32,20 @@ TRACK = JobHistory([step(1, 4.0), step(2, 2.0)], [evaluation(1, 3.0, best=True),
 
 
 def test_a_loss_has_its_validation_marked() -> None:
-    found = curve("poet", TRACK, "loss")
-    assert found.raw == [(1, 4.0), (2, 2.0)]
-    assert found.marks == [(1, 3.0), (2, 3.5)]
-    assert found.best == (1, 3.0)
+    loss = curve("poet", TRACK, "loss")
+    assert loss.raw == [(1, 4.0), (2, 2.0)]
+    assert loss.marks == [(1, 3.0), (2, 3.5)]
+    assert loss.best == (1, 3.0)
 
 
-def test_each_metric_is_its_own() -> None:
+def test_each_metric_has_its_own_values() -> None:
     assert curve("poet", TRACK, "validation").smooth == [(1, 3.0), (2, 3.5)]
     rate = curve("poet", TRACK, "learning_rate")
     assert (rate.smooth, rate.marks, rate.best) == ([(1, 0.1), (2, 0.2)], [], None)
     assert curve("poet", TRACK, "tokens_per_second").raw == [(2, 50.0)]
 
 
-def test_what_is_no_number_is_left_out() -> None:
+def test_values_that_are_not_finite_are_left_out() -> None:
     broken = JobHistory([step(1, 4.0), step(2, math.nan), msgspec.structs.replace(step(3, 2.0), took=0.0)])
     assert curve("poet", broken, "loss").raw == [(1, 4.0), (3, 2.0)]
     assert curve("poet", broken, "tokens_per_second").raw == [(2, 50.0)]

@@ -15,15 +15,15 @@ def test_without_the_real_base_it_stays_with_the_toy(run: Callable, monkeypatch:
     monkeypatch.setattr(Base, "load", missing)
     ran = run("demo")
     assert ran.code == 0
-    for said in ("says magenta", "0.00390625", "0.4333", "(1, 8, 1024)", "says indigo", "Install it."):
-        assert said in " ".join(ran.out.split())
+    for message in ("says magenta", "0.00390625", "0.4333", "(1, 8, 1024)", "says indigo", "Install it."):
+        assert message in " ".join(ran.out.split())
     assert not Path("adapters").exists()
 
 
 def test_the_whole_story(run: Callable, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     load = Base.load
     monkeypatch.setattr(Base, "load", lambda _: load(tiny_folder))
-    for _ in range(2):  # its own adapters it replaces
+    for _ in range(2):  # the second run replaces its own adapters
         ran = run("demo", "--quick", "--adapters", "here")
         assert ran.code == 0, ran.err
         for name in ("pirate", "json"):
@@ -39,7 +39,7 @@ def test_the_adapters_of_others_are_left_alone(run: Callable, adapters: Path) ->
     before = (adapters / "pirate" / "adapter_model.safetensors").read_bytes()
     ran = run("demo", "--adapters", adapters)
     assert ran.code == 2
-    assert "is not the demo's" in ran.err
+    assert "that the demo has not made" in ran.err
     assert (adapters / "pirate" / "adapter_model.safetensors").read_bytes() == before
 
 

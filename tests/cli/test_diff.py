@@ -34,7 +34,7 @@ def test_the_distance_is_that_of_the_dense_updates(adapters: Path, tiny: LlamaFo
     assert overall == pytest.approx(math.sqrt(apart / whole))
 
 
-def test_an_adapter_is_at_no_distance_from_itself(run: Callable, adapters: Path) -> None:
+def test_the_distance_to_itself_is_zero(run: Callable, adapters: Path) -> None:
     ran = run("diff", adapters / "poet", adapters / "poet")
     assert ran.code == 0
     assert ran.out.startswith("the settings are equal\n")
@@ -54,18 +54,16 @@ def test_it_says_what_differs(run: Callable, adapters: Path) -> None:
 
 
 def test_json(run: Callable, adapters: Path) -> None:
-    said = json.loads(run("diff", adapters / "poet", adapters / "pirate", "--json").out)
-    assert said["settings"]["r"] == [4, 8]
-    assert said["only"]["second"] == ["model.embed_tokens"]
-    assert len(said["distances"]) == 2
-    assert said["distance"] > 0
+    report = json.loads(run("diff", adapters / "poet", adapters / "pirate", "--json").out)
+    assert report["settings"]["r"] == [4, 8]
+    assert report["only"]["second"] == ["model.embed_tokens"]
+    assert len(report["distances"]) == 2
+    assert report["distance"] > 0
     headers = json.loads(run("diff", adapters / "poet", adapters / "pirate", "--headers", "--json").out)
-    assert headers == {key: said[key] for key in ("settings", "only")}
+    assert headers == {key: report[key] for key in ("settings", "only")}
 
 
-def test_from_an_adapter_that_does_nothing_the_distance_is_infinite(
-    run: Callable, adapters: Path, tiny: LlamaForCausalLM
-) -> None:
+def test_the_distance_from_a_zero_update_is_infinite(run: Callable, adapters: Path, tiny: LlamaForCausalLM) -> None:
     bank = Bank(tiny)
     bank.add("fresh", LoraConfig(r=4))
     bank.save("fresh", adapters / "fresh")
@@ -81,7 +79,7 @@ def test_adapters_of_other_bases_are_refused(run: Callable, adapters: Path) -> N
     Adapter.of(config, {"model.layers.0.self_attn.q_proj": pair}).save(adapters / "wide")
     ran = run("diff", adapters / "poet", adapters / "wide")
     assert ran.code == 2
-    assert "model.layers.0.self_attn.q_proj has A (4, 64)" in ran.err
+    assert "model.layers.0.self_attn.q_proj: A (4, 64)" in ran.err
 
 
 def test_grouped_convolutions_have_a_distance(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -12,29 +13,35 @@ from loradeck.cli import doctor
 from loradeck.ops import cpu, dispatch
 
 
-def test_it_says_what_is_here(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_reports_the_installation(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "x").write_bytes(b"0" * 1500)
     monkeypatch.setenv("LORADECK_CACHE", str(tmp_path / "cache"))
     ran = run("doctor")
     assert ran.code == 0
-    facts = dict(line.split(None, 1) for line in ran.out.splitlines())
+    facts = dict(re.split("  +", line, maxsplit=1) for line in ran.out.splitlines())
     assert facts["torch"] == version("torch")
     assert facts["cpu"].startswith(f"{torch.get_num_threads()} threads")
     assert facts["cache"].endswith("cache, 1.5 kB")
     assert json.loads(run("doctor", "--json").out) == {"sound": True, **facts}
 
 
-def test_it_says_which_kernels_there_are(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepacked, "packing", lambda dtype: "is slower here" if dtype == torch.float32 else "")
-    monkeypatch.setattr(quantised, "int8_product", lambda: "")
-    monkeypatch.setattr(cpu, "problem", lambda: "needs a compiler")
-    monkeypatch.setattr(dispatch, "triton_problem", lambda device: "is for GPUs")
+def test_it_reports_the_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "why_not_packed", lambda dtype: "slow" if dtype == torch.float32 else None)
+    monkeypatch.setattr(quantised, "why_not_int8_product", lambda: None)
+    monkeypatch.setattr(cpu, "why_not_available", lambda: "no compiler")
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device: "no Triton")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     facts = json.loads(run("doctor", "--json").out)
-    assert (
-        facts["kernels"]
-        == "packed float32 is slower here; packed bfloat16; int8; native needs a compiler; triton is for GPUs"
-    )
+    assert facts["packed weights"] == "not in float32 (slow); in bfloat16"
+    assert facts["int8 weights"] == "with torch's int8 kernel"
+    assert facts["adapters on a CPU"] == "portable (no compiler)"
+    assert facts["adapters on a GPU"] == "portable (no Triton)"
+
+
+def test_without_a_gpu_adapters_have_no_gpu(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    assert json.loads(run("doctor", "--json").out)["adapters on a GPU"] == "no GPU"
 
 
 def test_a_broken_torch_is_one_line_of_it(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +68,11 @@ def test_what_is_missing_is_named_with_its_remedy(run: Callable, monkeypatch: py
     assert "gguf lacks gguf: pip install 'loradeck[gguf]'" in facts["extras"]
 
 
-@pytest.mark.parametrize(("offline", "said"), [(True, "the hub is switched off"), (False, "on the hub")])
-def test_without_the_package_smollm2_is_the_hub_s(monkeypatch: pytest.MonkeyPatch, offline: bool, said: str) -> None:
+@pytest.mark.parametrize(("offline", "message"), [(True, "the hub is off"), (False, "on the hub")])
+def test_without_the_package_smollm2_is_the_hub_s(monkeypatch: pytest.MonkeyPatch, offline: bool, message: str) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    assert said in doctor._smollm2()
+    assert message in doctor._smollm2()
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/somewhere")
-    assert "kept on this machine" in doctor._smollm2()
+    assert "downloaded from the hub" in doctor._smollm2()

@@ -40,30 +40,30 @@ def test_one_answer_is_printed_bare(run: Callable, tiny_folder: Path) -> None:
     assert run("generate", tiny_folder, "Hello", "--max-new-tokens", 4, "--temperature", 1, "--seed", 3).out == ran.out
 
 
-def test_weights_are_kept_as_asked(run: Callable, tiny_folder: Path) -> None:
-    said = {}
+def test_the_flag_selects_the_weights(run: Callable, tiny_folder: Path) -> None:
+    answers = {}
     for weights in CHOICES:
         base = Base.load(tiny_folder, dtype="float32", device="cpu", weights=weights)
-        (said[weights],) = generate(base, None, ["Hello"], max_new_tokens=20)
+        (answers[weights],) = generate(base, None, ["Hello"], max_new_tokens=20)
         flags = ["--weights", weights, "--dtype", "float32", "--max-new-tokens", 20, "--json"]
-        assert json.loads(run("generate", tiny_folder, "Hello", *flags).out)[0]["answer"] == said[weights]
-    assert said["int8"] != said["plain"]  # else the flag would not show
+        assert json.loads(run("generate", tiny_folder, "Hello", *flags).out)[0]["answer"] == answers[weights]
+    assert answers["int8"] != answers["plain"]  # otherwise the test would not notice a flag that is ignored
     assert get_args(get_args(Weights)[0]) == CHOICES
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["-a", "none", "-a", "none"], "2 adapters for 1 prompts"),
-        (["-a", "nowhere"], "nowhere is no folder"),
-        (["-a", "x*y"], "is no blend"),
+        (["-a", "nowhere"], "nowhere is not a folder"),
+        (["-a", "x*y"], "invalid blend"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--dtype", "int8"], "Choose from"),
         (["--weights", "int4"], "Choose from"),
     ],
 )
-def test_what_cannot_be_is_refused(run: Callable, tiny_folder: Path, flags: list[str], said: str) -> None:
+def test_invalid_arguments_are_refused(run: Callable, tiny_folder: Path, flags: list[str], message: str) -> None:
     ran = run("generate", tiny_folder, "Hello", *flags)
     assert ran.code == 2
     assert ran.out == ""
-    assert said in ran.err
+    assert message in ran.err

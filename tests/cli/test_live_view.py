@@ -7,16 +7,16 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from loradeck.cli import live_view as module
-from loradeck.cli.live_view import progress, table, view
-from loradeck.cli.plan import Plan
-from loradeck.cli.progress_state import Board
+from loradeck.cli.display import live_view as module
+from loradeck.cli.display.live_view import plan_table, progress, view
+from loradeck.cli.display.plan import Plan
+from loradeck.cli.display.progress_state import ProgressState
 from loradeck.train.events import AnyEvent, End, Evaluation, Sample, Step
 from loradeck.train.schedule import Schedule
 
 
 def step(number: int, job: str = "poet", **changes: Any) -> Step:
-    made = Step(
+    event = Step(
         job=job,
         step=number,
         seconds=2.0 * number,
@@ -29,7 +29,7 @@ def step(number: int, job: str = "poet", **changes: Any) -> Step:
         supervised=10,
         memory=2_500_000_000,
     )
-    return msgspec.structs.replace(made, **changes)
+    return msgspec.structs.replace(event, **changes)
 
 
 def evaluation(number: int, loss: float, *, best: bool) -> Evaluation:
@@ -42,76 +42,76 @@ SAMPLE = Sample(
 )
 
 
-def seen(board: Board, width: int = 110, most: int | None = None) -> list[str]:
+def rendered(state: ProgressState, width: int = 110, most: int | None = None) -> list[str]:
     console = Console(file=StringIO(), width=width, record=True)
-    console.print(view(board, most))
+    console.print(view(state, most))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
-def told(events: Sequence[AnyEvent], jobs: Mapping[str, int] | None = None, **options: Any) -> str:
-    """Return what a console is written when these events come."""
+def output(events: Sequence[AnyEvent], jobs: Mapping[str, int] | None = None, **options: Any) -> str:
+    """Return the output of a console for these events."""
     file = StringIO()
     console = Console(file=file, width=100, height=12, color_system=None, _environ={}, **options)
-    with progress(console, jobs) as hear:
+    with progress(console, jobs) as listen:
         for event in events:
-            hear(event)
+            listen(event)
     return file.getvalue()
 
 
 def test_a_job_is_a_line() -> None:
-    board = Board({"poet": 100, "judge": 30})
+    state = ProgressState({"poet": 100, "judge": 30})
     for number, took in ((1, 2.0), (2, 2.0), (4, 4.0)):
-        board.hear(step(number, took=took))
-    board.hear(evaluation(4, 1.25, best=True))
-    head, poet, judge, sums = seen(board)
+        state.update(step(number, took=took))
+    state.update(evaluation(4, 1.25, best=True))
+    head, poet, judge, totals = rendered(state)
     assert head.split() == ["job", "step", "loss", "validation", "rate", "tokens/s", "left"]
     assert poet.split() == ["poet", "4/100", "█▃▁", "1.000", "1.250", "★", "0.0003", "500", "0:03:12"]
     assert judge.split() == ["judge", "0/30", "waiting"]
-    assert sums == "500 tokens/s · memory 2.50 GB, at most 2.50 GB · 0:00:08"
+    assert totals == "500 tokens/s · memory 2.50 GB, peak 2.50 GB · 0:00:08"
 
 
-def test_a_star_is_for_the_best_evaluation_alone() -> None:
-    board = Board()
-    board.hear(evaluation(4, 1.25, best=True))
-    board.hear(evaluation(5, 1.5, best=False))
-    assert "1.500" in seen(board)[1]
-    assert "★" not in seen(board)[1]
+def test_only_the_best_evaluation_has_a_star() -> None:
+    state = ProgressState()
+    state.update(evaluation(4, 1.25, best=True))
+    state.update(evaluation(5, 1.5, best=False))
+    assert "1.500" in rendered(state)[1]
+    assert "★" not in rendered(state)[1]
 
 
-def test_a_job_that_ended_says_how() -> None:
-    board = Board()
-    board.hear(step(60))
-    board.hear(END)
-    assert seen(board)[1].endswith("early stop, kept 40")
+def test_a_job_that_ended_shows_the_reason() -> None:
+    state = ProgressState()
+    state.update(step(60))
+    state.update(END)
+    assert rendered(state)[1].endswith("early stop, kept 40")
 
 
 def test_preferences_show_their_accuracy() -> None:
-    board = Board()
-    board.hear(step(4, accuracy=0.75))
-    assert "1.000 75%" in seen(board)[1]
+    state = ProgressState()
+    state.update(step(4, accuracy=0.75))
+    assert "1.000 75%" in rendered(state)[1]
 
 
-def test_of_many_jobs_those_that_run_are_shown() -> None:
-    board = Board({f"job-{number}": 9 for number in range(50)})
-    board.hear(step(1, "job-40"))
-    lines = seen(board, most=3)
+def test_running_jobs_are_shown_first() -> None:
+    state = ProgressState({f"job-{number}": 9 for number in range(50)})
+    state.update(step(1, "job-40"))
+    lines = rendered(state, most=3)
     assert [line.split()[0] for line in lines[1:4]] == ["job-40", "job-0", "job-1"]
     assert lines[4] == "and 47 more"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_the_bars_take_the_room_there_is(width: int) -> None:
-    board = Board()
+def test_the_bars_fit_the_width(width: int) -> None:
+    state = ProgressState()
     for number in range(1, 51):
-        board.hear(step(number))
-    lines = seen(board, width)
+        state.update(step(number))
+    lines = rendered(state, width)
     assert len(lines) == 3
     assert max(map(len, lines[:2])) <= width
 
 
-def test_a_terminal_is_drawn_over_and_ends_with_every_job() -> None:
+def test_the_last_drawing_shows_every_job() -> None:
     jobs = {f"job-{number}": 9 for number in range(30)}
-    out = told([step(1), step(2), END], jobs, force_terminal=True)
+    out = output([step(1), step(2), END], jobs, force_terminal=True)
     live, last = out[: out.rindex("\x1b[1A")], out[out.rindex("\x1b[1A") :]
     assert "and 21 more" in live
     assert all(job in last for job in jobs)
@@ -122,9 +122,9 @@ def test_a_terminal_is_drawn_over_and_ends_with_every_job() -> None:
 def test_drawing_leaves_time_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     first, at_the_end = (0.0, 0.001), (9.0, 9.1)
     heard = {
-        (0.2,): False,  # a quarter of a second after the first drawing is over, not before
+        (0.2,): False,  # less than a quarter of a second after the first drawing
         (0.25,): False,
-        (0.27, 0.30, 0.34): True,  # a drawing of 40 ms, so 4 s of rest
+        (0.27, 0.30, 0.34): True,  # a drawing of 40 ms, so none for 4 s
         (4.33,): False,
         (4.35, 4.40, 4.41): True,
     }
@@ -132,17 +132,17 @@ def test_drawing_leaves_time_for_training(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "perf_counter", lambda: next(clock))
     file = StringIO()
     drawn = []
-    with progress(Console(file=file, force_terminal=True, width=100, _environ={})) as hear:
+    with progress(Console(file=file, force_terminal=True, width=100, _environ={})) as listen:
         for number in range(1, len(heard) + 1):
             before = len(file.getvalue())
-            hear(step(number))
+            listen(step(number))
             drawn.append(len(file.getvalue()) > before)
     assert drawn == list(heard.values())
     assert next(clock, None) is None
 
 
 def test_a_sample_stays_above_and_cannot_steer_the_terminal() -> None:
-    out = told([step(1), SAMPLE], force_terminal=True)
+    out = output([step(1), SAMPLE], force_terminal=True)
     above = out[out.index("poet, step 40") :]
     assert "prompt    Hi [red]you�[2J" in above
     assert "expected  Ahoy�" in above
@@ -151,8 +151,8 @@ def test_a_sample_stays_above_and_cannot_steer_the_terminal() -> None:
     assert "\x07" not in out
 
 
-def test_elsewhere_a_job_has_about_ten_lines() -> None:
-    lines = told([step(number) for number in range(1, 101)]).splitlines()
+def test_without_a_terminal_a_job_prints_about_ten_lines() -> None:
+    lines = output([step(number) for number in range(1, 101)]).splitlines()
     assert len(lines) == 11
     assert lines[0] == "poet: step 1/100 · loss 4.000"
     assert lines[1] == "poet: step 10/100 · loss 0.400 · 500 tokens/s · 0:03:00 left"
@@ -161,28 +161,28 @@ def test_elsewhere_a_job_has_about_ten_lines() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 15, 99, 1001])
 def test_a_run_of_any_length_has_its_first_and_last_line(steps: int) -> None:
-    lines = told([step(number, steps=steps) for number in range(1, steps + 1)]).splitlines()
+    lines = output([step(number, steps=steps) for number in range(1, steps + 1)]).splitlines()
     assert lines[0].startswith(f"poet: step 1/{steps} ")
     assert lines[-1].startswith(f"poet: step {steps}/{steps} ")
     assert min(steps, 8) <= len(lines) <= 12
 
 
-def test_elsewhere_each_evaluation_and_end_is_a_line() -> None:
-    assert told([evaluation(3, 1.5, best=True), evaluation(4, 1.6, best=False), SAMPLE, END]).splitlines() == [
-        "poet: step 3 · validation loss 1.500, the best so far",
+def test_without_a_terminal_each_evaluation_and_end_is_a_line() -> None:
+    assert output([evaluation(3, 1.5, best=True), evaluation(4, 1.6, best=False), SAMPLE, END]).splitlines() == [
+        "poet: step 3 · validation loss 1.500, best so far",
         "poet: step 4 · validation loss 1.600",
-        "poet: early stop after step 60 · kept that of step 40 · no better for 2 evaluations",
+        "poet: early stop after step 60 · kept step 40 · no better for 2 evaluations",
     ]
 
 
-def test_a_dumb_terminal_is_written_lines() -> None:
+def test_a_dumb_terminal_gets_lines() -> None:
     file = StringIO()
-    with progress(Console(file=file, force_terminal=True, _environ={"TERM": "dumb"})) as hear:
-        hear(step(1))
+    with progress(Console(file=file, force_terminal=True, _environ={"TERM": "dumb"})) as listen:
+        listen(step(1))
     assert Text.from_ansi(file.getvalue()).plain.strip() == "poet: step 1/100 · loss 4.000"
 
 
-def test_the_view_is_put_away_after_an_error() -> None:
+def test_the_cursor_is_restored_after_an_error() -> None:
     file = StringIO()
     console = Console(file=file, force_terminal=True, width=100, _environ={})
     with pytest.raises(RuntimeError, match="memory"), progress(console):
@@ -190,7 +190,7 @@ def test_the_view_is_put_away_after_an_error() -> None:
     assert file.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
 
 
-def test_a_plan_states_its_sizes_and_reasons() -> None:
+def test_a_plan_shows_its_sizes_and_reasons() -> None:
     plan = Plan(
         name="poet",
         trainable=1200,
@@ -209,12 +209,12 @@ def test_a_plan_states_its_sizes_and_reasons() -> None:
         first=[("[bold]Hi\x1b[2J", False), ("Ahoy", True)],
     )
     console = Console(file=StringIO(), width=110, record=True)
-    console.print(table(plan))
+    console.print(plan_table(plan))
     text = console.export_text()
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "adapter poet: 1,200 parameters, 5.0 MB: 1.0% of the base's 500 MB" in lines
-    assert "examples 1,234 (messages), the longest of 321 tokens, 7 truncated; 56 to validate on" in lines
-    assert "tokens 9,999, of which 777 are learned" in lines
+    assert "examples 1,234 (messages), at most 321 tokens, 7 truncated; 56 for validation" in lines
+    assert "tokens 9,999 per epoch, of which 777 are learned" in lines
     assert "steps 155 of 8 examples" in lines
     assert "learning rate 0.0003, linear after 16 steps of warm-up (as given)" in lines
     assert "r 16 room enough" in lines

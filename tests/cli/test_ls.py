@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 
-def test_it_lists_the_whole_and_says_why_the_others_cannot_be_used(run: Callable, adapters: Path) -> None:
+def test_it_lists_adapters_and_why_others_are_invalid(run: Callable, adapters: Path) -> None:
     (adapters / ".poet.half-written").mkdir()
     (adapters / "notes").mkdir()
     ran = run("ls")
@@ -17,7 +17,7 @@ def test_it_lists_the_whole_and_says_why_the_others_cannot_be_used(run: Callable
     assert pirate.split()[:5] == ["pirate", "8", "8", "embed_tokens,", "q_proj"]
     assert poet.split()[:3] == ["poet", "4", "32"]
     assert " 14 " in poet
-    assert cut.startswith("cut cannot be used: adapters/cut/adapter_model.safetensors")
+    assert cut.startswith("cut is invalid: adapters/cut/adapter_model.safetensors")
 
 
 def test_one_adapter_is_a_list_of_one(run: Callable, adapters: Path) -> None:
@@ -25,14 +25,14 @@ def test_one_adapter_is_a_list_of_one(run: Callable, adapters: Path) -> None:
 
 
 def test_json(run: Callable, adapters: Path) -> None:
-    found = json.loads(run("ls", adapters, "--json").out)
-    assert [each["name"] for each in found["adapters"]] == ["pirate", "poet"]
-    assert found["adapters"][1]["r"] == [4]
-    assert found["adapters"][1]["parameters"] * 4 == found["adapters"][1]["bytes"]
-    assert [each["name"] for each in found["broken"]] == ["cut"]
+    report = json.loads(run("ls", adapters, "--json").out)
+    assert [each["name"] for each in report["adapters"]] == ["pirate", "poet"]
+    assert report["adapters"][1]["r"] == [4]
+    assert report["adapters"][1]["parameters"] * 4 == report["adapters"][1]["bytes"]
+    assert [each["name"] for each in report["broken"]] == ["cut"]
 
 
-def test_an_empty_folder_holds_none(run: Callable, tmp_path: Path) -> None:
+def test_an_empty_folder_has_no_adapters(run: Callable, tmp_path: Path) -> None:
     ran = run("ls", tmp_path)
     assert (ran.code, ran.out) == (0, f"no adapters in {tmp_path}\n")
     assert json.loads(run("ls", tmp_path, "--json").out) == {"adapters": [], "broken": []}
@@ -44,7 +44,7 @@ def test_a_file_is_refused(run: Callable, adapters: Path) -> None:
     assert "is a file" in ran.err
 
 
-def test_a_folder_that_may_not_be_read_does_not_stop_the_others(
+def test_a_folder_without_permission_does_not_stop_the_others(
     run: Callable, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.stat
@@ -58,9 +58,9 @@ def test_a_folder_that_may_not_be_read_does_not_stop_the_others(
     ran = run("ls")
     assert ran.code == 0
     assert "poet " in ran.out
-    assert "pirate cannot be used: adapters/pirate/adapter_config.json cannot be read: Permission denied" in ran.out
+    assert "pirate is invalid: adapters/pirate/adapter_config.json cannot be read: Permission denied" in ran.out
 
 
-def test_names_from_strangers_cannot_steer_the_terminal(run: Callable, adapters: Path) -> None:
+def test_untrusted_names_have_no_control_characters(run: Callable, adapters: Path) -> None:
     (adapters / "poet").rename(adapters / "po\x1b[31met")
     assert "\x1b" not in run("ls").out

@@ -43,7 +43,7 @@ def test_the_merged_model_computes_what_the_route_did(
     assert AutoTokenizer.from_pretrained("out")("Hi")["input_ids"] == base.tokenizer("Hi")["input_ids"]
 
 
-def test_what_is_in_the_way_is_left_alone(run: Callable, tiny_folder: Path, adapters: Path) -> None:
+def test_existing_files_are_left_alone(run: Callable, tiny_folder: Path, adapters: Path) -> None:
     Path("out").mkdir()
     Path("out/notes.txt").write_text("mine")
     ran = run("merge", tiny_folder, adapters / "poet", "-o", "out")

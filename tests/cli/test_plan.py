@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from loradeck.base.load import Base
-from loradeck.cli.live_view import table
-from loradeck.cli.plan import REASONS, Plan, plan
+from loradeck.cli.display.live_view import plan_table
+from loradeck.cli.display.plan import REASONS, Plan, plan
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
 from loradeck.train.recipe import JobRecipe, RunRecipe
@@ -27,11 +27,11 @@ def planned(base: Base, tmp_path: Path) -> tuple[Plan, Run]:
 
 
 def test_a_plan_is_what_the_run_does(planned: tuple[Plan, Run], base: Base) -> None:
-    made, run = planned
+    expected, run = planned
     alone = sum(parameter.nbytes for name, parameter in base.model.named_parameters() if "loradeck" not in name)
-    assert made.trainable == sum(parameter.numel() for parameter in run.bank.parameters("one"))
-    assert (made.adapter_bytes, made.base_bytes) == (4 * made.trainable, alone)
-    assert (made.form, made.examples, made.valid, made.truncated, made.batch_size) == (
+    assert expected.trainable == sum(parameter.numel() for parameter in run.bank.parameters("one"))
+    assert (expected.adapter_bytes, expected.base_bytes) == (4 * expected.trainable, alone)
+    assert (expected.form, expected.examples, expected.valid, expected.truncated, expected.batch_size) == (
         "prompt and completion",
         3,
         0,
@@ -39,13 +39,13 @@ def test_a_plan_is_what_the_run_does(planned: tuple[Plan, Run], base: Base) -> N
         2,
     )
     train = run.data["one"].train
-    assert made.longest == max(len(example.tokens) for example in train)
-    assert made.tokens == sum(len(example.tokens) for example in train)
-    assert made.supervised == sum(len(line.partition("|")[2]) + 1 for line in LINES)
+    assert expected.longest == max(len(example.tokens) for example in train)
+    assert expected.tokens == sum(len(example.tokens) for example in train)
+    assert expected.supervised == sum(len(line.partition("|")[2]) + 1 for line in LINES)
     run.begin()
     run.train()
     progress = run.trainer.jobs["one"].progress
-    assert (made.schedule.steps, 2 * made.tokens) == (progress.step, progress.tokens)
+    assert (expected.schedule.steps, 2 * expected.tokens) == (progress.step, progress.tokens)
 
 
 def test_settings_have_reasons(planned: tuple[Plan, Run]) -> None:
@@ -58,11 +58,14 @@ def test_settings_have_reasons(planned: tuple[Plan, Run]) -> None:
 
 
 def test_the_first_example_is_shown_with_its_mask(planned: tuple[Plan, Run]) -> None:
-    made = planned[0]
-    assert made.first == [("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False), ("Ahoy!<|im_end|>", True)]
+    expected = planned[0]
+    assert expected.first == [
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False),
+        ("Ahoy!<|im_end|>", True),
+    ]
     file = io.StringIO()
-    Console(file=file, width=120).print(table(made))
+    Console(file=file, width=120).print(plan_table(expected))
     assert "learned  Ahoy!<|im_end|>" in file.getvalue()
     assert "read     <|im_start|>user" in file.getvalue()
-    assert "the longest of" in file.getvalue()
+    assert "at most" in file.getvalue()
     assert REASONS["lora_alpha"] in file.getvalue()

@@ -34,10 +34,10 @@ def events(job: str, count: int = 40, *, evaluate: bool = True) -> list[AnyEvent
     return steps
 
 
-def write(folder: str, *told: AnyEvent) -> Path:
+def write(folder: str, *events: AnyEvent) -> Path:
     path = Path(folder)
     path.mkdir(parents=True)
-    (path / "metrics.jsonl").write_bytes(b"".join(map(encode, told)))
+    (path / "metrics.jsonl").write_bytes(b"".join(map(encode, events)))
     return path
 
 
@@ -69,7 +69,7 @@ def test_other_metrics(run: Callable, metric: str, title: str, value: str) -> No
     assert f"out/poet  {value}" in ran.out
 
 
-def test_runs_are_laid_over_each_other(run: Callable) -> None:
+def test_several_runs_share_a_plot(run: Callable) -> None:
     write("a/out", *events("poet"), *events("judge"))
     write("b/other", *events("poet"))
     assert {
@@ -106,7 +106,7 @@ def test_a_picture_that_cannot_be_written_is_refused(run: Callable, name: str) -
     write("run", *events("poet"))
     ran = run("plot", "run", "-o", name)
     assert ran.code == 2
-    assert f"{name} cannot be written" in ran.err
+    assert f"cannot write {name}" in ran.err
 
 
 def test_without_matplotlib_it_says_what_to_install(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,18 +118,18 @@ def test_without_matplotlib_it_says_what_to_install(run: Callable, monkeypatch: 
     assert run("plot", "run").code == 0
 
 
-def test_what_cannot_be_plotted_is_refused(run: Callable) -> None:
+def test_nothing_to_plot_is_an_error(run: Callable) -> None:
     write("empty")
     write("run", *events("poet", evaluate=False))
-    for arguments, said in {
-        (): "there is no run to plot",
+    for arguments, message in {
+        (): "no run to plot",
         ("nowhere",): "nowhere cannot be read",
         ("empty",): "empty/metrics.jsonl has no events",
-        ("run", "--metric", "validation"): "run: nothing is told of the validation loss",
+        ("run", "--metric", "validation"): "no validation loss in run",
     }.items():
         ran = run("plot", *arguments)
         assert ran.code == 2
-        assert said in ran.err
+        assert message in ran.err
 
 
 def test_a_bad_line_is_named(run: Callable) -> None:
@@ -140,7 +140,7 @@ def test_a_bad_line_is_named(run: Callable) -> None:
     assert "run/metrics.jsonl:1: " in ran.err
 
 
-def test_names_from_strangers_cannot_steer_the_terminal(run: Callable) -> None:
+def test_untrusted_names_have_no_control_characters(run: Callable) -> None:
     write("ru\x1b[2Jn", *events("po\x1b[2Jet"))
     ran = run("plot", "ru\x1b[2Jn")
     assert "ru�[2Jn/po�[2Jet" in ran.out

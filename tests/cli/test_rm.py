@@ -21,12 +21,12 @@ def test_other_files_stay(run: Callable, adapters: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["notes", "nowhere"])
-def test_what_is_no_adapter_is_refused_and_nothing_is_removed(run: Callable, adapters: Path, other: str) -> None:
+def test_other_folders_are_refused_and_nothing_is_removed(run: Callable, adapters: Path, other: str) -> None:
     (adapters / "notes").mkdir()
     (adapters / "notes" / "README.md").write_text("mine")
     ran = run("rm", adapters / "poet", adapters / other, "--yes")
     assert ran.code == 2
-    assert "is no adapter's folder" in ran.err
+    assert "is not an adapter's folder" in ran.err
     assert (adapters / "poet" / "adapter_config.json").exists()
     assert (adapters / "notes" / "README.md").exists()
 
@@ -61,5 +61,5 @@ def test_a_folder_that_cannot_be_changed_is_an_error(
     monkeypatch.setattr(Path, "rename", refuse)
     ran = run("rm", adapters / "poet", "--yes")
     assert ran.code == 2
-    assert "cannot be removed: Permission denied" in ran.err
+    assert "Permission denied" in ran.err
     assert sorted(path.name for path in adapters.iterdir()) == ["cut", "pirate", "poet"]

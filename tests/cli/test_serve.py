@@ -1,4 +1,4 @@
-"""`loradeck serve` as people start and stop it: a process, its line of curl, and SIGTERM."""
+"""`loradeck serve` as a process: its first lines, its curl command, and SIGTERM."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from loradeck.store import AdapterStore
 
 @contextmanager
 def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen, list[str]]]:
-    """The process once it is ready, and what it printed."""
+    """The process once it is ready, and the lines it printed."""
     command = [sys.executable, "-W", "error", "-m", "loradeck", "serve", *map(str, arguments), "--port", "0"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -38,8 +38,8 @@ def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen, list[str]]]:
             process.kill()
 
 
-def asked(curl: str, **fields: Any) -> dict[str, Any]:
-    """What a line of curl asks, for httpx."""
+def request(curl: str, **fields: Any) -> dict[str, Any]:
+    """The arguments of httpx.request for a curl command."""
     _, url, *rest = shlex.split(curl)
     options = dict(zip(rest[::2], rest[1::2], strict=True))
     assert options.keys() == {"-H", "-d"}
@@ -52,54 +52,56 @@ def listens(url: str) -> bool:
         return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
 
 
+@pytest.mark.slow
 def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -> None:
-    with serving(tiny_folder, "--adapters", adapters) as (process, (ready, curl)):
+    with serving(tiny_folder, "--adapters", adapters, "--drain", 600) as (process, (ready, curl)):
         assert re.fullmatch(r"tiny with 3 adapters on http://127\.0\.0\.1:\d+, after [\d.]+ s; try:", ready), process
-        answer = httpx.request(**asked(curl), timeout=30)
+        answer = httpx.request(**request(curl), timeout=300)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == "pirate"  # the first that is whole
         url = re.search(r"http://\S+:\d+", curl)[0]
         body = {"model": "poet", "prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as stream:
             lines = stream.iter_lines()
-            told = [next(lines)]
+            events = [next(lines)]
             process.send_signal(signal.SIGTERM)
-            told += [line for line in lines if line]
-        assert told[-1] == "data: [DONE]"
-        assert '"finish_reason":"length"' in told[-2]
-        assert process.wait(30) == 0
+            events += [line for line in lines if line]
+        assert events[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in events[-2]
+        assert process.wait(300) == 0
         assert process.stderr.read() == ""
 
 
-def test_a_second_signal_waits_for_nobody(tiny_folder: Path) -> None:
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(tiny_folder: Path) -> None:
     with serving(tiny_folder, "--drain", 600) as (process, (_, curl)):
         url = re.search(r"http://\S+:\d+", curl)[0]
         body = {"prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True, "n": 128}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as stream:
             next(stream.iter_lines())
             process.send_signal(signal.SIGTERM)
             while listens(url):
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+            assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "without API keys"),
-        (["--port", "99999"], "cannot be listened on"),
-        (["--keys", "nowhere.toml"], "nowhere.toml cannot be read"),
+        (["--port", "99999"], "cannot listen on"),
+        (["--keys", "nowhere.toml"], "cannot read nowhere.toml"),
         (["--adapters", "nowhere"], "cannot be read"),
         (["--max-rows", "0"], "max_rows"),
         (["--drain", "0"], "drain=0"),
         (["--max-step-tokens", "2"], "max_rows=16"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_base_is_loaded(run: Callable, flags: list[str], said: str) -> None:
+def test_errors_are_reported_before_the_base_is_loaded(run: Callable, flags: list[str], message: str) -> None:
     ran = run("serve", "no-such-base", *flags)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
     assert "no-such-base" not in ran.err
 
 
@@ -117,12 +119,12 @@ def test_the_example_fits_the_server(
     base = Base.load(tiny_folder)
     with Engine(base, AdapterStore(adapters)) as engine:
         assert usable(engine) == "pirate"
-        said = curl("http://localhost:1", engine, guarded=True)
-        assert '-H "authorization: Bearer $KEY"' in said
-        assert "/v1/chat/completions" in said
+        message = curl("http://localhost:1", engine, has_keys=True)
+        assert '-H "authorization: Bearer $KEY"' in message
+        assert "/v1/chat/completions" in message
     base.tokenizer.chat_template = None
     with Engine(base) as engine:
-        said = curl("http://localhost:1", engine, guarded=False)
-        assert "/v1/completions" in said
-        assert '"model":"tiny"' in said
-        assert "authorization" not in said
+        message = curl("http://localhost:1", engine, has_keys=False)
+        assert "/v1/completions" in message
+        assert '"model":"tiny"' in message
+        assert "authorization" not in message

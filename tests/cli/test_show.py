@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def test_it_shows_settings_modules_and_where_it_comes_from(run: Callable, adapters: Path) -> None:
+def test_it_shows_settings_modules_and_provenance(run: Callable, adapters: Path) -> None:
     ran = run("show", adapters / "pirate")
     assert ran.code == 0
     lines = [line.split() for line in ran.out.splitlines()]
@@ -15,17 +15,17 @@ def test_it_shows_settings_modules_and_where_it_comes_from(run: Callable, adapte
 
 
 def test_json(run: Callable, adapters: Path) -> None:
-    shown = json.loads(run("show", adapters / "poet", "--json").out)
-    assert shown["config"]["r"] == 4
-    assert sum(kind["count"] for kind in shown["kinds"]) == 14
-    assert all(kind["scaling"] == 8 for kind in shown["kinds"])
-    assert shown["dtypes"] == ["F32"]
-    assert "loradeck" in shown["provenance"]
+    report = json.loads(run("show", adapters / "poet", "--json").out)
+    assert report["config"]["r"] == 4
+    assert sum(kind["count"] for kind in report["kinds"]) == 14
+    assert all(kind["scaling"] == 8 for kind in report["kinds"])
+    assert report["dtypes"] == ["F32"]
+    assert "loradeck" in report["provenance"]
 
 
-def test_what_is_no_adapter_is_refused(run: Callable, adapters: Path, tmp_path: Path) -> None:
-    for folder, said in ((tmp_path, "holds no adapter_config.json"), (adapters / "cut", "cut")):
+def test_other_folders_are_refused(run: Callable, adapters: Path, tmp_path: Path) -> None:
+    for folder, message in ((tmp_path, "holds no adapter_config.json"), (adapters / "cut", "cut")):
         ran = run("show", folder)
         assert ran.code == 2
         assert ran.out == ""
-        assert said in ran.err
+        assert message in ran.err

@@ -17,7 +17,7 @@ def dataset(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_worse_half_is_stopped_again_and_again(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+def test_successive_halving_stops_the_worse_half(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--lr", "1e-6,1e-2,1e-5", "--r", "2,4", "--max-steps", 16, "--batch-size", 4, "--samples", 0]
     ran = run("sweep", tiny_folder, dataset, "-o", "best", *flags)
     assert ran.code == 0, ran.err
@@ -58,7 +58,7 @@ def test_a_sweep_is_resumed_as_one(run: Callable, tiny_folder: Path, dataset: Pa
     assert "loradeck sweep --output best --resume" in ran.err
     ran = run("sweep", "-o", "best", "--lr", "1e-3,1e-2", "--resume")
     assert ran.code == 2
-    assert "beside --resume" in ran.err
+    assert "--resume takes no other settings" in ran.err
     assert run("sweep", "-o", "best", "--resume").code == 0
     for name in ("", "lr0.001", "lr0.01", "lr0.0001"):
         tensors = [Path(root, name, "adapter_model.safetensors").read_bytes() for root in ("best", "whole/best")]
@@ -73,7 +73,7 @@ def test_what_is_no_sweep_is_not_resumed_as_one(run: Callable, tiny_folder: Path
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ([], "at least two different trials"),
         (["--lr", "1e-3"], "at least two different trials"),
@@ -84,9 +84,9 @@ def test_what_is_no_sweep_is_not_resumed_as_one(run: Callable, tiny_folder: Path
     ],
 )
 def test_what_cannot_be_swept_is_refused(
-    run: Callable, tiny_folder: Path, dataset: Path, flags: list[str], said: str
+    run: Callable, tiny_folder: Path, dataset: Path, flags: list[str], message: str
 ) -> None:
     ran = run("sweep", tiny_folder, dataset, "-o", "best", *flags)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
     assert not Path("best").exists()

@@ -65,7 +65,7 @@ def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folde
     assert run("train", tiny_folder, dataset, "-o", "whole", *flags).code == 0
     ran = interrupted(run, "train", tiny_folder, dataset, "-o", "out", *flags)
     assert ran.code == 130
-    assert "go on: loradeck train --output out --resume" in ran.out
+    assert "resume: loradeck train --output out --resume" in ran.out
     assert Path("out/adapter_config.json").exists()
     assert run("train", "-o", "out", "--resume").code == 0
     files = [Path(name) / "adapter_model.safetensors" for name in ("out", "whole")]
@@ -82,11 +82,11 @@ def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, datas
     assert run("train", tiny_folder, dataset, "-o", "out", "--max-steps", 2, "--resume").code == 0
     ran = run("train", tiny_folder, dataset, "-o", "out", *flags)
     assert ran.code == 2
-    assert "out holds a run" in ran.err
+    assert "out contains a run" in ran.err
     assert run("train", tiny_folder, dataset, "-o", "out", *flags, "--overwrite").code == 0
     ran = run("train", "-o", "nowhere", "--resume")
     assert ran.code == 2
-    assert "nowhere holds no run" in ran.err
+    assert "nowhere contains no run" in ran.err
 
 
 def test_a_run_is_resumed_and_repeated_from_anywhere(
@@ -135,10 +135,10 @@ def test_a_setting_beside_a_run_file_is_refused(
     Path("run.toml").write_text(f'base = "{tiny_folder}"\n[[adapter]]\nname = "a"\ndata = "lines.jsonl"\n')
     ran = run("train", "run.toml", "-o", "out", *flags)
     assert ran.code == 2
-    assert "beside a run file" in ran.err
+    assert "a run file takes no other settings" in ran.err
 
 
-def test_one_that_diverges_is_told_and_not_saved(
+def test_an_adapter_that_diverges_is_reported_and_not_saved(
     run: Callable, tiny: LlamaForCausalLM, tiny_folder: Path, dataset: Path
 ) -> None:
     torch.nn.init.constant_(tiny.model.norm.weight, torch.inf)
@@ -154,7 +154,7 @@ def test_tensorboard_gets_the_metrics_too(run: Callable, tiny_folder: Path, data
     assert [*Path("out").glob("events.out.tfevents.*")]
 
 
-def test_a_writer_that_is_not_there_is_told_before_the_run_begins(
+def test_a_missing_writer_is_reported_before_the_run_begins(
     run: Callable, tiny_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
@@ -182,10 +182,10 @@ def interrupted(run: Callable, *arguments: object) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["-o", "lines.jsonl"], "is a file"),
-        (["-o", "lines.jsonl/x"], "cannot be written"),
+        (["-o", "lines.jsonl/x"], "cannot write"),
         (["-o", "a:b"], "':'"),
         (["-o", "out", "--r", "0"], "r is 0"),
         (["-o", "out", "--epochs", "0"], "epochs must be an integer of at least 1, not 0"),
@@ -193,12 +193,12 @@ def interrupted(run: Callable, *arguments: object) -> Any:
         (["-o", "out", "--lerning-rate", "1"], "--learning-rate"),
     ],
 )
-def test_what_cannot_be_is_refused_before_training(
-    run: Callable, tiny_folder: Path, dataset: Path, flags: list[str], said: str
+def test_invalid_arguments_are_refused_before_training(
+    run: Callable, tiny_folder: Path, dataset: Path, flags: list[str], message: str
 ) -> None:
     ran = run("train", tiny_folder, dataset, *flags)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
     assert not Path("out").exists()
 
 
@@ -222,5 +222,5 @@ def test_bad_lines_are_named(run: Callable, tiny_folder: Path, dataset: Path) ->
         (["q_proj", "v_proj"], ("q_proj", "v_proj")),
     ],
 )
-def test_words_are_names_of_modules(written: str, meant: str | tuple[str, ...]) -> None:
+def test_plain_words_are_names_of_modules(written: str, meant: str | tuple[str, ...]) -> None:
     assert suffixes(LoraConfig(target_modules=written)).target_modules == meant

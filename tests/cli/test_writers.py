@@ -45,18 +45,18 @@ from loradeck.train.events import decode
 from loradeck.cli.writers import metric_writer
 
 folder = Path(sys.argv[1])
-with metric_writer("trackio", folder / "out") as hear:
+with metric_writer("trackio", folder / "out") as listen:
     for line in (folder / "metrics.jsonl").read_bytes().splitlines():
-        hear(decode(line))
+        listen(decode(line))
 """
 
 
-def test_tensorboard_reads_what_was_told(tmp_path: Path) -> None:
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with metric_writer("tensorboard", tmp_path) as hear:
+    with metric_writer("tensorboard", tmp_path) as listen:
         for event in EVENTS:
-            hear(event)
+            listen(event)
     read = EventAccumulator(str(tmp_path)).Reload()
     scalars = {tag: [(e.step, pytest.approx(e.value)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     assert scalars == {
@@ -76,12 +76,12 @@ def test_tensorboard_reads_what_was_told(tmp_path: Path) -> None:
     assert words.decode() == "prompt:\n\n    Hi\n\nexpected:\n\n    Ahoy\n    ![x](y)\n\nanswer:\n\n    Aye"
 
 
-def test_what_was_told_is_there_after_an_error(tmp_path: Path) -> None:
+def test_events_are_written_after_an_error(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def fail() -> None:
-        with metric_writer("tensorboard", tmp_path) as hear:
-            hear(EVENTS[0])
+        with metric_writer("tensorboard", tmp_path) as listen:
+            listen(EVENTS[0])
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -89,7 +89,7 @@ def test_what_was_told_is_there_after_an_error(tmp_path: Path) -> None:
     assert [each.value for each in EventAccumulator(str(tmp_path)).Reload().Scalars("poet/loss")] == [4.0]
 
 
-def test_trackio_reads_what_was_told(tmp_path: Path) -> None:
+def test_trackio_reads_the_events(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     environment = {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": ":".join(sys.path)}  # read at import
 

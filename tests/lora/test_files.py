@@ -184,7 +184,7 @@ class TestDamagedTensors:
         listing = read_folder(folder)
         os.truncate(folder / TENSORS, listing.headers[0].body + 10)
         with pytest.raises(AdapterError, match="shorter"):
-            Adapter.from_listing(listing)
+            Adapter.from_files(listing)
 
 
 class TestWrongTensors:
@@ -248,7 +248,7 @@ class TestWrongTensors:
         problems = "\n".join(caught.value.problems)
         assert len(caught.value.problems) == 3
         assert "linear needs A (4, 5) and B (3, 4) here, the adapter has (4, 7) and (3, 4)" in problems
-        assert "second is no module of this base" in problems
+        assert "second is not a module of this base" in problems
         assert "first is a linear layer here, the adapter's is embedding" in problems
 
     @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ class TestWrongTensors:
     )
     def test_shapes_that_are_no_pair(self, bank, folder, shapes):
         write_tensors(folder, {A: torch.ones(shapes[0]), B: torch.ones(shapes[1])})
-        with refused(bank, "is not whole"):
+        with refused(bank, "is incomplete or inconsistent"):
             bank.load(folder)
 
     def test_nothing_inside(self, bank, folder):
@@ -311,7 +311,7 @@ class TestConfigs:
     )  # fmt: skip
     def test_that_says_what_cannot_be_or_disagrees(self, bank, folder, changes):
         edit_config(folder, **changes)
-        with refused(bank, "adapter_config.json|is not whole"):
+        with refused(bank, "adapter_config.json|is incomplete or inconsistent"):
             bank.load(folder)
 
     @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ class TestFolders:
     """Where the files lie, and what else lies there."""
 
     def test_nothing_there(self, bank, tmp_path):
-        with refused(bank, "is no folder"):
+        with refused(bank, "is not a folder"):
             bank.load(tmp_path / "nowhere")
         (tmp_path / "empty").mkdir()
         with refused(bank, "holds no adapter_config.json"):

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
 from loradeck.cli import main
-from loradeck.cli.architecture import CALLED, architecture
+from loradeck.cli.architecture import LLAMACPP_NAMES, read_architecture
 from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, export, names
 
 PYTHON = os.environ.get("LORADECK_LLAMACPP") or (sys.executable if find_spec("xllamacpp") else "")
@@ -64,16 +64,16 @@ OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def test_every_known_architecture_is_tried() -> None:
-    assert {CALLED.get(kind, kind) for kind in OWN} == REORDERED | PLAIN
+    assert {LLAMACPP_NAMES.get(kind, kind) for kind in OWN} == REORDERED | PLAIN
 
 
 @pytest.mark.parametrize("kind", OWN)
 def test_llama_cpp_computes_what_the_route_does(kind: str, tmp_path: Path) -> None:
     model = small(kind)
     model.save_pretrained(tmp_path / "base")
-    base = architecture(str(tmp_path / "base"))
+    base = read_architecture(str(tmp_path / "base"))
     write_base(model, base, OWN[kind][1], tmp_path / "base.gguf")
-    assert architecture(str(tmp_path / "base.gguf")) == base
+    assert read_architecture(str(tmp_path / "base.gguf")) == base
     bank = Bank(model)
     everything = "all-linear" if model.config.tie_word_embeddings else r".*(_proj|embed_tokens|lm_head)"
     bank.add("mixed", replace(MIXED, target_modules=everything))
@@ -94,7 +94,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, smollm2: Base) -> Iterator[tu
     flags = "--max-steps 12 --batch-size 4 --learning-rate 2e-3 --r 8 --dtype float32 --target-modules"
     modules = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     assert main(["train", SMOLLM2, str(PIRATE), "-o", str(folder / "trained"), *flags.split(), modules]) == 0
-    write_base(smollm2.model, architecture(SMOLLM2), {}, folder / "base.gguf")
+    write_base(smollm2.model, read_architecture(SMOLLM2), {}, folder / "base.gguf")
     bank = Bank(smollm2.model)
     bank.add("random", MIXED)
     fill(bank, "random", 0.03)

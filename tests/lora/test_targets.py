@@ -221,7 +221,7 @@ class TestRefusals:
         model = nn.ModuleDict({"x": closed(8, 2), "after": nn.Linear(8, 8)})
         inner = "x.out_proj" if closed is nn.MultiheadAttention else "x.linear1"
         for name in ([inner], [inner.removeprefix("x.")], inner.replace(".", r"\.")):
-            with pytest.raises(TargetError, match=f"{inner} lies in a {closed.__name__}"):
+            with pytest.raises(TargetError, match=f"{inner} is inside a {closed.__name__}"):
                 targets(model, target_modules=name)
         assert targets(model) == ["after"]
         with pytest.raises(TargetError, match="takes no adapter"):
@@ -232,7 +232,7 @@ class TestRefusals:
         other.model["x"][inner.removeprefix("x.")] = nn.Linear(shape[1], shape[0])
         other.add("a", LoraConfig(r=2, target_modules=[inner]))
         other.save("a", tmp_path / "a")
-        with pytest.raises(AdapterError, match=f"lies in a {closed.__name__}"):
+        with pytest.raises(AdapterError, match=f"is inside a {closed.__name__}"):
             Bank(model).load(tmp_path / "a")
 
     def test_a_decoder_layer_calls_its_linears(self, fill):

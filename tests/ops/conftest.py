@@ -1,4 +1,4 @@
-"""Layers of every kind with random adapters, and the mixes that all forms of the operation must agree on."""
+"""Layers of every kind with random adapters, and the batches on which all implementations must agree."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loradeck.ops.layer_kinds import form_of
-from loradeck.ops.mapping import Entry, Mix
-from loradeck.ops.operands import Operands
-from loradeck.ops.weights import Pair
+from loradeck.ops.layer_kinds import kind_of
+from loradeck.ops.mapping import AdapterWeights, LoraMapping
+from loradeck.ops.segments import Segments
+from loradeck.ops.weights import LayerAdapters, LoraWeights
 
 ROWS = 8
 RANKS = (1, 2, 4, 8, 16, 64)
@@ -52,19 +52,19 @@ class Case:
     layer: nn.Module
     x: Tensor
     y: Tensor
-    operands: Operands
+    adapters: LayerAdapters
     conv: dict
 
-    def defined(self, row: int, entry: Entry) -> Tensor:
-        """One row through its entry by the book, in float64, with nothing of ours in it."""
+    def defined(self, row: int, entry: AdapterWeights) -> Tensor:
+        """One row through its entry in float64, computed without loradeck."""
         x = self.x[row : row + 1]
         x = x.double() if x.is_floating_point() else x
         y = self.y[row : row + 1].double()
-        for operand, weight in entry:
-            pair = self.operands.pairs[operand]
-            if pair is None:
+        for adapter, weight in entry:
+            weights = self.adapters.weights[adapter]
+            if weights is None:
                 continue
-            a, b = pair.a.detach().double(), pair.b.detach().double()
+            a, b = weights.a.detach().double(), weights.b.detach().double()
             if isinstance(self.layer, nn.Embedding):
                 update = F.embedding(x, a.T) @ b.T
             elif isinstance(self.layer, nn.Conv1d | nn.Conv2d):
@@ -72,21 +72,34 @@ class Case:
                 update = conv(conv(x, a, **self.conv), b, groups=self.layer.groups)
             else:
                 update = x @ a.T @ b.T
-            y = y + weight * pair.scaling * update
+            y = y + weight * weights.scaling * update
         return y[0]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, way: ModuleType, size: Callable[[Any], int]) -> list[int]:
-    """Return a list that gets the size of the plan of each call of a way from now on."""
-    seen: list[int] = []
-    lora = way.lora
+Lora = Callable[[Tensor, Tensor, LayerAdapters, LoraMapping], Tensor]
 
-    def counted(x: Tensor, y: Tensor, own: Operands, mix: Mix, plan: Any) -> Tensor:
-        seen.append(size(plan))
-        return lora(x, y, own, mix, plan)
 
-    monkeypatch.setattr(way, "lora", counted)
-    return seen
+def of_mapping(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a kernel that takes the mapping in place of its segments, as the reference does."""
+
+    def lora(x: Tensor, y: Tensor, adapters: LayerAdapters, mapping: LoraMapping, **settings: Any) -> Tensor:
+        segments = mapping.segments(adapters.kind.count(x) // mapping.total, x.device)
+        return kernel(x, y, adapters, segments, **settings)
+
+    return lora
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Segments]:
+    """Return a list that collects the segments of each call of a kernel from now on."""
+    calls: list[Segments] = []
+    lora = module.lora
+
+    def spy(x: Tensor, y: Tensor, adapters: LayerAdapters, segments: Segments, **settings: Any) -> Tensor:
+        calls.append(segments)
+        return lora(x, y, adapters, segments, **settings)
+
+    monkeypatch.setattr(module, "lora", spy)
+    return calls
 
 
 @pytest.fixture(autouse=True)
@@ -106,42 +119,44 @@ def make() -> Callable[..., Case]:
         torch.manual_seed(0)
         factory, shape, divisor = LAYERS[kind]
         layer = factory().to(dtype)
-        form = form_of(layer)
-        assert not isinstance(form, str)
-        pairs = []
+        layer_kind = kind_of(layer)
+        assert not isinstance(layer_kind, str)
+        weights = []
         for i in range(count):
             r = max(RANKS[i % len(RANKS)], divisor)
-            a_shape, b_shape = form.shapes(r)
+            a_shape, b_shape = layer_kind.shapes(r)
             a = torch.randn(a_shape, dtype=torch.float64) / a_shape[1] ** 0.5
             b = torch.randn(b_shape, dtype=torch.float64) / r**0.5
             a, b = (t.to(dtype).requires_grad_(trains) for t in (a, b))
-            pairs.append(Pair(a, b, SCALINGS[i % len(SCALINGS)]))
+            weights.append(LoraWeights(a, b, SCALINGS[i % len(SCALINGS)]))
         ids = isinstance(layer, nn.Embedding)
         x = torch.randint(11, (ROWS, *shape)) if ids else torch.randn(ROWS, *shape, dtype=torch.float64).to(dtype)
         with torch.no_grad():
             y = layer(x)
         names = ("stride", "padding", "dilation") if isinstance(layer, nn.Conv1d | nn.Conv2d) else ()
-        return Case(layer, x, y, Operands(form, tuple(pairs)), {name: getattr(layer, name) for name in names})
+        return Case(
+            layer, x, y, LayerAdapters(layer_kind, tuple(weights)), {name: getattr(layer, name) for name in names}
+        )
 
     return make
 
 
-def zipf_mix() -> tuple[Entry, ...]:
+def zipf_batch() -> tuple[AdapterWeights, ...]:
     generator = torch.Generator().manual_seed(1)
-    chance = torch.arange(1, ROWS + 1).double().pow(-1.5)
-    drawn = torch.multinomial(chance, ROWS, replacement=True, generator=generator)
+    popularity = torch.arange(1, ROWS + 1).double().pow(-1.5)
+    drawn = torch.multinomial(popularity, ROWS, replacement=True, generator=generator)
     return tuple(((int(i), 1.0),) for i in drawn)
 
 
-def uniform_mix() -> tuple[Entry, ...]:
+def uniform_batch() -> tuple[AdapterWeights, ...]:
     generator = torch.Generator().manual_seed(2)
     drawn = torch.randint(-1, 6, (ROWS,), generator=generator)
     return tuple(((int(i), 1.0),) if i >= 0 else () for i in drawn)
 
 
-def blended_mix() -> tuple[Entry, ...]:
+def blended_batch() -> tuple[AdapterWeights, ...]:
     generator = torch.Generator().manual_seed(3)
-    entries: list[Entry] = []
+    entries: list[AdapterWeights] = []
     for row in range(ROWS):
         members = torch.randperm(8, generator=generator)[: row % 4].tolist()
         weights = torch.randn(len(members), generator=generator).tolist()
@@ -149,27 +164,27 @@ def blended_mix() -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-MIXES: dict[str, tuple[Entry, ...]] = {
+BATCHES: dict[str, tuple[AdapterWeights, ...]] = {
     "base only": ((),) * ROWS,
     "identical": (((3, 1.0),),) * ROWS,
     "distinct": tuple(((i, 1.0),) for i in range(ROWS)),
-    "uniform": uniform_mix(),
-    "zipf 1.5": zipf_mix(),
-    "blended": blended_mix(),
-    "in turns": tuple(((i % 2, 1.0),) if i % 3 else () for i in range(ROWS)),
+    "uniform": uniform_batch(),
+    "zipf 1.5": zipf_batch(),
+    "blended": blended_batch(),
+    "alternating": tuple(((i % 2, 1.0),) if i % 3 else () for i in range(ROWS)),
     "one factor": tuple(((0, -0.7),) if i < 5 else () for i in range(ROWS)),
     "weight 0": tuple(((i % 4, 0.0), (4, 1.0)) if i % 2 else ((2, 0.0),) for i in range(ROWS)),
     "one adapter twice in a blend": tuple(((i % 3, 0.5), (i % 3, 0.25)) for i in range(ROWS)),
 }
 
 
-@pytest.fixture(params=MIXES)
-def entries(request: pytest.FixtureRequest) -> tuple[Entry, ...]:
-    """Each mix in turn."""
-    return MIXES[request.param]
+@pytest.fixture(params=BATCHES)
+def entries(request: pytest.FixtureRequest) -> tuple[AdapterWeights, ...]:
+    """Each batch."""
+    return BATCHES[request.param]
 
 
 @pytest.fixture(params=LAYERS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Each kind of layer in turn."""
+    """Each kind of layer."""
     return request.param

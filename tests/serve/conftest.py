@@ -26,9 +26,9 @@ from transformers import (
 
 from loradeck import Adapter, AdapterStore, Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
+from loradeck.sampling import Token
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import Token
 
 VOCABULARY, CONTEXT = 260, 256
 SHAPE = {

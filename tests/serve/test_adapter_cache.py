@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loradeck import AdapterStore, Bank, Base
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora import safetensors_io
 from loradeck.serve.adapter_cache import AdapterCache
@@ -128,9 +128,9 @@ def test_memory_keeps_what_gives_way(residency: AdapterCache, store: AdapterStor
         residency.load(name)
     tiers = {name: residency.tier(sha(store, name)) for name in ("a0", "a1", "a2", "a3")}
     assert tiers == {"a0": "memory", "a1": "memory", "a2": "device", "a3": "device"}
-    key, found = residency.resolve("a0")
+    key, adapters = residency.resolve("a0")
     store.remove("a0")  # from disk
-    assert residency.fetch([*found.items()], spare=lambda _: False)
+    assert residency.fetch(adapters, keep=lambda _: False)
     assert until(lambda: residency.ready(key))
     assert residency.nbytes <= residency.budget
     assert sum(own.nbytes for own in residency.residents() if own.tier == "memory") <= residency.memory_budget
@@ -171,12 +171,12 @@ def test_a_slow_disk_keeps_nothing_else_waiting(residency: AdapterCache, store: 
         residency.load(name)
     residency.budget += store.find("a3").facts.nbytes
     loading = slow(lambda: residency.load("a3"))
-    key, found = residency.resolve("a0")
+    key, adapters = residency.resolve("a0")
     done = threading.Event()
 
     def others() -> None:
         residency.unload("a1")
-        assert residency.fetch([*found.items()], spare=lambda _: False)
+        assert residency.fetch(adapters, keep=lambda _: False)
         assert residency.pin(residency.resolve("a2")[0])
         done.set()
 
@@ -263,7 +263,7 @@ def test_closing_ends_loads_and_keeps_nothing(base: Base, store: AdapterStore, s
     residency.memory_budget = 1 << 30
     for name in ("a0", "a3", "a2"):
         residency.load(name)
-    gone = weakref.ref(next(own.parked for own in residency.residents() if own.parked))
+    gone = weakref.ref(next(own.host_copy for own in residency.residents() if own.host_copy))
     told: list[str] = []
 
     def load(name: str) -> None:

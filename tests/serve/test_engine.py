@@ -25,9 +25,9 @@ from loradeck.errors import (
     UnknownAdapterError,
 )
 from loradeck.ops import dispatch
+from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams, Token
 from loradeck.serve.stop_strings import StopFilter
 
 from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, ids, prompts, until
@@ -73,11 +73,11 @@ def test_a_base_whose_rows_cannot_be_computed_side_by_side_is_refused(base: Base
 def test_rows_give_way_and_come_back(serve: Serve, base: Base, store: AdapterStore) -> None:
     """A budget for two short rows: whoever came last waits again when another outgrows its place."""
     engine = serve(kv_cache_bytes=512 * 1024)
-    assert engine._loop._cache.budget // engine._runner.form.token_bytes == 1024
+    assert engine._loop._cache.budget // engine._runner.layout.token_bytes == 1024
     asked = [prompt[:40] + [9] * 60 for prompt in prompts(6, seed=3)]
     entries = ["a0", None, "a1", "a2", "a0", None]
     engine.close()
-    small = serve(kv_cache_bytes=engine._runner.form.token_bytes * 384)
+    small = serve(kv_cache_bytes=engine._runner.layout.token_bytes * 384)
     got = small.generate(asked, entries, SamplingParams(max_tokens=60, ignore_eos=True))
     assert all(len(tokens) == 60 for tokens in got)
     for prompt, entry, tokens in zip(asked, entries, got, strict=True):
@@ -121,13 +121,13 @@ def test_a_version_published_meanwhile_is_for_those_that_come_after(
 def test_a_stop_token_is_told_and_ends(serve: Serve, base: Base) -> None:
     plain = ids(serve().generate([[5, 6, 7]], None, SamplingParams(max_tokens=20, ignore_eos=True))[0])
     stop = plain[4]
-    stream = serve().submit([5, 6, 7], None, SamplingParams(max_tokens=20, stop_tokens=frozenset({stop})))
+    stream = serve().submit([5, 6, 7], None, SamplingParams(max_tokens=20, stop_token_ids=frozenset({stop})))
     tokens = [*stream]
     at = plain.index(stop)
     assert ids(tokens) == plain[: at + 1]
     assert [token.ends for token in tokens] == [False] * at + [True]
     assert stream.finish == "stop"
-    late = SamplingParams(max_tokens=20, min_tokens=10, stop_tokens=frozenset({stop}))
+    late = SamplingParams(max_tokens=20, min_tokens=10, stop_token_ids=frozenset({stop}))
     assert stop not in ids(serve().generate([[5, 6, 7]], None, late)[0])[:10]
 
 
@@ -156,18 +156,14 @@ def test_a_stop_string_ends_a_request_that_nobody_reads(
     assert until(lambda: not engine.stats.running)
 
 
-def test_stop_strings_of_characters_that_are_several_tokens(serve: Serve, base: Base) -> None:
+def test_stop_strings_of_characters_that_are_several_tokens(
+    serve: Serve, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = serve()
     script = base.tokenizer("é語xyz", add_special_tokens=False)["input_ids"]
-    sampler, choose = engine._loop._sampler, engine._loop._sampler.choose
-
-    def scripted(scores, batch):  # each answer is the script, whatever the model says
-        return [
-            replace(choice, token=Token(script[work.request.generated])) if choice.token else choice
-            for work, choice in zip(batch, choose(scores, batch), strict=True)
-        ]
-
-    sampler.choose = scripted
+    monkeypatch.setattr(  # whatever the model says
+        Sampler, "sample", lambda _, logits, requests: [Token(script[request.generated]) for request in requests]
+    )
     for stop, answer, count in (("語", "é", 5), ("語x", "é", 6), ("é", "", 2), ("\xe8", "é語xyz", len(script))):
         how = SamplingParams(max_tokens=len(script), stop=stop, ignore_eos=True)
         generation = engine.submit([5, 6], None, how)
@@ -260,7 +256,7 @@ def test_a_seed_says_the_same_whoever_is_beside_it(serve: Serve, monkeypatch: py
 
     answers = [*map(ids, serve().generate([prompt] * 3, "a1", [hot(seed) for seed in range(3)]))]  # n=3
     assert len({*map(tuple, answers)}) == 3
-    engine = serve(max_rows=3, max_step_tokens=8, kv_cache_bytes=serve()._runner.form.token_bytes * 384)
+    engine = serve(max_rows=3, max_step_tokens=8, kv_cache_bytes=serve()._runner.layout.token_bytes * 384)
     others = [engine.submit(own, f"a{i % 4}", hot(i)) for i, own in enumerate(prompts(6, seed=6))]
     streams = [engine.submit(prompt, "a1", hot(seed)) for seed in (2, 0, 1)]
     assert [ids(stream) for stream in streams] == [answers[2], answers[0], answers[1]]
@@ -320,7 +316,7 @@ def test_scores_that_are_no_numbers_fail_their_request_alone(serve: Serve, base:
     engine = serve()
     asked = prompts(3, seed=5)
     streams = [engine.submit(p, e, LONG) for p, e in zip(asked, ["a0", {"a1": 1e38}, None], strict=True)]
-    with pytest.raises(RequestError, match="not numbers"):
+    with pytest.raises(RequestError, match="NaN or Inf"):
         [*streams[1]]
     assert ids(streams[0]) == greedy(base, store, asked[0], "a0")
     assert ids(streams[2]) == greedy(base, store, asked[2])
@@ -334,7 +330,7 @@ def test_a_step_that_fails_fails_the_request_that_made_it(
     run = engine._runner.run
 
     def poisoned(batch, cache):
-        if any(77 in work.request.tokens[: work.request.prompt_length] for work in batch):
+        if any(77 in work.request.prompt for work in batch):
             raise MemoryError("no memory for 77")
         return run(batch, cache)
 
@@ -500,10 +496,10 @@ def test_nothing_is_kept_of_requests_that_ended(serve: Serve) -> None:
     hot = SamplingParams(max_tokens=4, temperature=1.0, seed=1)
     engine.generate(prompts(12), [ENTRIES[i % 6] for i in range(12)], hot)
     assert until(lambda: not engine._loop.live)
-    scheduler, sampler = engine._loop._scheduler, engine._loop._sampler
-    assert (scheduler.running, scheduler._found, sampler._chances) == ([], {}, {})
-    assert (scheduler.waiting._members, scheduler.waiting._tenants, scheduler.waiting._credits._left) == ({}, {}, {})
-    assert engine._loop._cache._places == {}
+    scheduler = engine._loop._scheduler
+    assert (scheduler.running, scheduler._stored) == ([], {})
+    assert (scheduler.waiting._members, scheduler.waiting._tenants, scheduler.waiting._deficits._credit) == ({}, {}, {})
+    assert engine._loop._cache._rows == {}
 
 
 # ---- all at once
@@ -515,7 +511,7 @@ def test_whatever_happens_every_answer_is_its_own(serve: Serve, base: Base, stor
     chance = random.Random(seed)
     nbytes = store.find("a3").facts.nbytes
     engine = serve(adapter_bytes=2 * nbytes, patience=0.05)
-    small = engine._runner.form.token_bytes * 600
+    small = engine._runner.layout.token_bytes * 600
     engine._loop._cache.budget = small
     asked = prompts(12, seed=seed, longest=50)
     sent = []

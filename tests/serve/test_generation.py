@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loradeck.errors import RequestError
+from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.generation import Generation, TextChunk
-from loradeck.serve.request import Request, SamplingParams, Token
+from loradeck.serve.request import Request
 from loradeck.serve.stop_strings import StopFilter
 
 Make = Callable[..., Generation]
@@ -26,7 +27,7 @@ def make(tiny_tokenizer: PreTrainedTokenizerFast, woken: list[int]) -> Make:
     """Return a function that makes a generation with these stop strings."""
 
     def make(*stops: str, min_tokens: int = 0) -> Generation:
-        request = Request("r", [5], 1, (), SamplingParams(stop=stops, min_tokens=min_tokens))
+        request = Request([5], SamplingParams(stop=stops, min_tokens=min_tokens))
         return Generation(request, StopFilter(tiny_tokenizer, stops, min_tokens=min_tokens), lambda: woken.append(1))
 
     return make

@@ -5,23 +5,23 @@ import random
 import pytest
 import torch
 
-from loradeck.serve.kv_cache import SMALLEST, KVCache
-from loradeck.serve.pool import Form, LayerShape
+from loradeck.sampling import SamplingParams
+from loradeck.serve.kv_cache import MIN_CAPACITY, KVCache, KVLayout, LayerShape
 from loradeck.serve.prefix_cache import BLOCK
-from loradeck.serve.request import Request, SamplingParams
+from loradeck.serve.request import Request
 
-FORM = Form((LayerShape(1, 2, 2), LayerShape(2, 2, 2)), torch.float32, torch.device("cpu"))
-ROW = FORM.token_bytes * SMALLEST
+LAYOUT = KVLayout((LayerShape(1, 2, 2), LayerShape(2, 2, 2)), torch.float32, torch.device("cpu"))
+ROW = LAYOUT.token_bytes * MIN_CAPACITY
 POET = (("poet", 1.0),)
 
 
 def request(prompt: int, key=POET, first: int = 0, **sampling) -> Request:
-    return Request(str(prompt), [first, *range(1, prompt)], prompt, key, SamplingParams(**sampling))
+    return Request([first, *range(1, prompt)], SamplingParams(**sampling), key)
 
 
 def compute(cache: KVCache, own: Request, count: int | None = None) -> None:
     """Write what tells the tokens: their ids."""
-    pool, row = cache.place(own)
+    pool, row = cache.row(own)
     stop = own.computed + (own.pending if count is None else count)
     ids = torch.tensor(own.tokens[own.computed : stop], dtype=torch.float32)[None, None, :, None]
     pool.write(row, own.computed, [ids.expand_as(part) for part in pool.read(row, own.computed, stop)])
@@ -32,7 +32,7 @@ def check(cache: KVCache, *requests: Request) -> None:
     """Each row holds its own tokens, and nothing beyond them; the budget is kept."""
     assert cache.nbytes <= cache.budget
     for own in requests:
-        pool, row = cache.place(own)
+        pool, row = cache.row(own)
         assert pool.owners[row] is own
         ids = torch.tensor(own.tokens[: own.computed], dtype=torch.float32)[None, None, :, None]
         for part in pool.read(row, 0, pool.capacity):
@@ -41,23 +41,23 @@ def check(cache: KVCache, *requests: Request) -> None:
 
 
 def test_the_longest_row() -> None:
-    assert [KVCache(FORM, budget).longest for budget in (ROW - 1, ROW, 2 * ROW - 1, 2 * ROW, 9 * ROW)] == [
-        0, SMALLEST, SMALLEST, 2 * SMALLEST, 8 * SMALLEST,
+    assert [KVCache(LAYOUT, budget).max_tokens for budget in (ROW - 1, ROW, 2 * ROW - 1, 2 * ROW, 9 * ROW)] == [
+        0, MIN_CAPACITY, MIN_CAPACITY, 2 * MIN_CAPACITY, 8 * MIN_CAPACITY,
     ]  # fmt: skip
 
 
 def test_a_row_moves_when_it_outgrows_its_place() -> None:
-    cache = KVCache(FORM, 100 * ROW)
-    own, other = request(SMALLEST - 1), request(20, first=7)
+    cache = KVCache(LAYOUT, 100 * ROW)
+    own, other = request(MIN_CAPACITY - 1), request(20, first=7)
     for each in (own, other):
         assert cache.reserve(each, each.pending)
         compute(cache, each)
-    assert cache.place(own)[0] is cache.place(other)[0]
-    for token in range(2 * SMALLEST):
+    assert cache.row(own)[0] is cache.row(other)[0]
+    for token in range(2 * MIN_CAPACITY):
         own.tokens.append(token)
         assert cache.reserve(own, own.computed + 1)
         compute(cache, own)
-    assert cache.place(own)[0].capacity == 4 * SMALLEST
+    assert cache.row(own)[0].capacity == 4 * MIN_CAPACITY
     check(cache, own, other)
     cache.release(own)
     cache.release(other)
@@ -65,14 +65,14 @@ def test_a_row_moves_when_it_outgrows_its_place() -> None:
 
 
 def test_without_room_nothing_changes() -> None:
-    cache = KVCache(FORM, 2 * ROW)
-    own, other, third = request(20), request(SMALLEST, first=7), request(30, first=8)
+    cache = KVCache(LAYOUT, 2 * ROW)
+    own, other, third = request(20), request(MIN_CAPACITY, first=7), request(30, first=8)
     for each in (own, other):
         assert cache.reserve(each, each.pending)
         compute(cache, each)
     before = cache.row_bytes
     assert not cache.reserve(third, 30)
-    assert not cache.reserve(other, SMALLEST + 1)
+    assert not cache.reserve(other, MIN_CAPACITY + 1)
     assert cache.row_bytes == before
     check(cache, own, other)
     cache.release(own)
@@ -80,7 +80,7 @@ def test_without_room_nothing_changes() -> None:
 
 
 def test_the_only_row_may_grow_to_the_whole_budget() -> None:
-    cache = KVCache(FORM, 4 * ROW)
+    cache = KVCache(LAYOUT, 4 * ROW)
     first = [request(20, first=i) for i in range(3)]
     for own in first:
         assert cache.reserve(own, 20)
@@ -88,26 +88,26 @@ def test_the_only_row_may_grow_to_the_whole_budget() -> None:
     own = first.pop()
     for other in first:
         cache.release(other)
-    own.tokens += range(4 * SMALLEST - 20)
-    assert cache.reserve(own, 4 * SMALLEST)
+    own.tokens += range(4 * MIN_CAPACITY - 20)
+    assert cache.reserve(own, 4 * MIN_CAPACITY)
     compute(cache, own)
     check(cache, own)
 
 
 def test_all_of_the_budget_can_be_used() -> None:
     """Pools grow by halves, and that may be more than there is room for."""
-    cache = KVCache(FORM, 10 * ROW)
+    cache = KVCache(LAYOUT, 10 * ROW)
     rows = [request(20, first=i) for i in range(11)]
     assert [cache.reserve(own, 20) for own in rows] == [True] * 10 + [False]
 
 
 def test_prefixes_have_what_rows_leave() -> None:
-    cache = KVCache(FORM, 2 * ROW)
+    cache = KVCache(LAYOUT, 2 * ROW)
     own = request(3 * BLOCK)
     assert cache.reserve(own, own.pending)
     compute(cache, own)
     cache.keep(own)
-    assert cache.prefixes.nbytes == 3 * BLOCK * FORM.token_bytes
+    assert cache.prefixes.nbytes == 3 * BLOCK * LAYOUT.token_bytes
     cache.release(own)
     others = [request(20, first=i) for i in (7, 8)]
     for other in others:
@@ -117,7 +117,7 @@ def test_prefixes_have_what_rows_leave() -> None:
 
 
 def test_a_row_begins_with_what_is_known_of_its_prompt() -> None:
-    cache = KVCache(FORM, 100 * ROW)
+    cache = KVCache(LAYOUT, 100 * ROW)
     own = request(4 * BLOCK)
     cache.reserve(own, own.pending)
     compute(cache, own)
@@ -132,7 +132,7 @@ def test_a_row_begins_with_what_is_known_of_its_prompt() -> None:
 
 def test_what_a_request_computed_itself_was_not_cached_for_it() -> None:
     """It gave way in the middle of its prompt and comes again."""
-    cache = KVCache(FORM, 100 * ROW)
+    cache = KVCache(LAYOUT, 100 * ROW)
     own = request(3 * BLOCK)
     cache.reserve(own, own.pending)
     own.admitted = 1.0
@@ -146,12 +146,12 @@ def test_what_a_request_computed_itself_was_not_cached_for_it() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_comes_and_goes_the_budget_is_kept(seed: int) -> None:
     chance = random.Random(seed)
-    cache = KVCache(FORM, 12 * ROW)
+    cache = KVCache(LAYOUT, 12 * ROW)
     live: list[Request] = []
     refused = 0
     for number in range(150):
         if chance.random() < 0.4:
-            own = request(chance.randrange(1, 3 * SMALLEST), first=number % 5)
+            own = request(chance.randrange(1, 3 * MIN_CAPACITY), first=number % 5)
             if cache.reserve(own, own.pending):
                 compute(cache, own)
                 live.append(own)
@@ -169,4 +169,4 @@ def test_whatever_comes_and_goes_the_budget_is_kept(seed: int) -> None:
     assert cache.prefixes.hits
     for own in live:
         cache.release(own)
-    assert (cache.row_bytes, cache._places, cache._pools) == (0, {}, {})
+    assert (cache.row_bytes, cache._rows, cache._pools) == (0, {}, {})

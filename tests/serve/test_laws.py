@@ -8,9 +8,9 @@ import torch
 
 from loradeck import AdapterStore, Base
 from loradeck.errors import RequestError
+from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.request import SamplingParams, Token
 
 from .conftest import CONTEXT, MODELS, adapter, alone, fill, greedy, ids, logprobs, prompts
 
@@ -116,7 +116,7 @@ def test_neighbours_change_nothing(serve: Serve) -> None:
         assert [token.logprob for token in tokens] == pytest.approx(expected, abs=ROUNDING)
     for i, stream in enumerate(others):
         if i % 3 == 0:
-            with pytest.raises(RequestError, match="not numbers"):
+            with pytest.raises(RequestError, match="NaN or Inf"):
                 list(stream)
         else:
             assert len([*stream]) == 12

@@ -13,10 +13,10 @@ import pytest
 from loradeck import AdapterStore, Base
 from loradeck.errors import AdapterError, BusyError, ConfigError, RequestError
 from loradeck.lora import safetensors_io
+from loradeck.sampling import SamplingParams
 from loradeck.serve.engine import Engine
 from loradeck.serve.generation import Generation
-from loradeck.serve.observer import Finish
-from loradeck.serve.request import Request, SamplingParams
+from loradeck.serve.request import Finish, Request
 from loradeck.serve.stop_strings import StopFilter
 
 from .conftest import greedy, ids, prompts, until
@@ -212,9 +212,9 @@ def test_an_engine_that_breaks_ends_all_and_takes_nothing_more(
     def broken(_: float) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(engine._loop._scheduler, "next", broken)
+    monkeypatch.setattr(engine._loop._scheduler, "schedule", broken)
     for stream in (running, waiting):
-        with pytest.raises(RequestError, match="the engine has failed"):
+        with pytest.raises(RequestError, match="the engine failed"):
             list(stream)
     assert until(lambda: engine.failed)
     assert "ZeroDivisionError" in caplog.text
@@ -228,22 +228,22 @@ def test_a_request_that_comes_as_the_engine_breaks_ends(
 ) -> None:
     """It was taken a moment before, and nobody would ever have told its reader."""
     engine = serve()
-    monkeypatch.setattr(engine._loop._scheduler, "next", lambda _: 1 / 0)
+    monkeypatch.setattr(engine._loop._scheduler, "schedule", lambda _: 1 / 0)
     first = engine.submit([5])
     with pytest.raises(RequestError):
         next(first)
     engine._loop._thread.join(10)
-    late = Generation(Request("late", [5], 1, (), SHORT), StopFilter(base.tokenizer), lambda: None)
+    late = Generation(Request([5], SHORT), StopFilter(base.tokenizer), lambda: None)
     engine._loop.add(late, {})
     assert until(lambda: late.finish is not None)
-    with pytest.raises(RequestError, match="the engine has failed"):
+    with pytest.raises(RequestError, match="the engine failed"):
         next(late)
     assert engine._loop.live == []
 
 
 def test_stop_tokens_that_the_base_does_not_know(serve: Serve, base: Base) -> None:
     with pytest.raises(ConfigError, match="9999 is no token"):
-        serve().submit([5], None, SamplingParams(stop_tokens=frozenset({9999})))
+        serve().submit([5], None, SamplingParams(stop_token_ids=frozenset({9999})))
     tokenizer = copy.deepcopy(base.tokenizer)  # other tests share it
     tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
     base.model.generation_config.eos_token_id = [2, 999]  # the tokenizer has more tokens than the model

@@ -1,4 +1,4 @@
-"""A step's scores are those of a plain forward, however its rows lie and whatever else is computed."""
+"""A step's logits are those of a plain forward, however its rows lie and whatever else is computed."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,40 +10,41 @@ from torch import nn
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from loradeck import Adapter, Bank, Base
-from loradeck.base.shared_copy import shared_copy
+from loradeck.base.weights import shared_copy
 from loradeck.errors import BaseModelError, LoradeckError
+from loradeck.sampling import SamplingParams
 from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.model_runner import ModelRunner
-from loradeck.serve.request import Key, Request, SamplingParams, Scheduled
+from loradeck.serve.request import Key, Request, Scheduled
 
 from .conftest import MODELS, TARGETS, VOCABULARY, adapter
 
-ALL = SamplingParams(prompt_logprobs=0)  # scores of every position
+ALL = SamplingParams(prompt_logprobs=0)  # logits of every position
 
 
 def request(tokens: list[int], key=(), sampling: SamplingParams = ALL) -> Request:
-    return Request(str(len(tokens)), tokens, len(tokens), key, sampling)
+    return Request(tokens, sampling, key)
 
 
 def step(runner: ModelRunner, cache: KVCache, *works: tuple[Request, int]) -> list[torch.Tensor]:
     batch = [Scheduled(own, count) for own, count in works]
     for work in batch:
         assert cache.reserve(work.request, work.request.computed + work.count)
-    scores = runner.run(batch, cache)
+    logits = runner.run(batch, cache)
     for work in batch:
         work.request.computed += work.count
-    return scores
+    return logits
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_scores_are_those_of_a_plain_forward(kind: str, make: Callable[[str], Base]) -> None:
+def test_logits_are_those_of_a_plain_forward(kind: str, make: Callable[[str], Base]) -> None:
     """Rows that come, go and outgrow their places, read in chunks of any size, through adapters or none."""
     base = make(kind)
     adapters = {f"a{i}": adapter(base.model, i, 2 + i, TARGETS.get(kind, "all-linear")) for i in range(3)}
     runner = ModelRunner(shared_copy(base.model))
     for name, own in adapters.items():
         runner.bank.add(name, own)
-    cache = KVCache(runner.form, 1 << 24)
+    cache = KVCache(runner.layout, 1 << 24)
     chance = random.Random(0)
     live: list[Request] = []
     found: dict[Request, list[torch.Tensor]] = {}
@@ -60,17 +61,17 @@ def test_scores_are_those_of_a_plain_forward(kind: str, make: Callable[[str], Ba
             for own in chance.sample(live, len(live))
             if (count := min(own.pending, chance.choice([0, 1, 1, 4, 33])))
         ]
-        for (own, _), scores in zip(works, step(runner, cache, *works) if works else (), strict=True):
-            found.setdefault(own, []).append(scores)
+        for (own, _), logits in zip(works, step(runner, cache, *works) if works else (), strict=True):
+            found.setdefault(own, []).append(logits)
         for own in [own for own in live if not own.pending]:
             live.remove(own)
             cache.release(own)
-    done = {own: scores for own, scores in found.items() if not own.pending}
+    done = {own: logits for own, logits in found.items() if not own.pending}
     assert len(done) >= 7
-    for own, scores in done.items():
+    for own, logits in done.items():
         with torch.no_grad(), routed(base, adapters, own.key):
             expected = base.model(torch.tensor([own.tokens])).logits[0]
-        torch.testing.assert_close(torch.cat(scores), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4)
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def test_base_rows_are_the_bases_bit_for_bit(base: Base) -> None:
     for beside in ((), (("a0", 1.0),), (("a0", 1e38),)):
         runner = ModelRunner(shared_copy(base.model))
         runner.bank.add("a0", adapter(base.model, 0, 4))
-        cache = KVCache(runner.form, 1 << 24)
+        cache = KVCache(runner.layout, 1 << 24)
         own, other = request([5, 6, 7, 8]), request([5, 6, 7, 9], beside)
         found.append([*step(runner, cache, (own, 3), (other, 3)), *step(runner, cache, (own, 1), (other, 1))])
     assert torch.equal(found[0][0], found[1][0])
@@ -101,13 +102,13 @@ def test_base_rows_are_the_bases_bit_for_bit(base: Base) -> None:
     assert found[2][3].isnan().all()
 
 
-def test_only_the_scores_that_are_asked_for_are_computed(base: Base) -> None:
+def test_only_the_logits_that_are_asked_for_are_computed(base: Base) -> None:
     runner = ModelRunner(shared_copy(base.model))
-    cache = KVCache(runner.form, 1 << 24)
+    cache = KVCache(runner.layout, 1 << 24)
     own, other = request([5] * 9, sampling=SamplingParams()), request([6] * 4)
-    assert [len(scores) for scores in step(runner, cache, (own, 5), (other, 3))] == [0, 3]
-    assert [len(scores) for scores in step(runner, cache, (own, 4), (other, 1))] == [1, 1]
-    assert [len(scores) for scores in step(runner, cache, (request([7, 8, 9], sampling=SamplingParams()), 2))] == [0]
+    assert [len(logits) for logits in step(runner, cache, (own, 5), (other, 3))] == [0, 3]
+    assert [len(logits) for logits in step(runner, cache, (own, 4), (other, 1))] == [1, 1]
+    assert [len(logits) for logits in step(runner, cache, (request([7, 8, 9], sampling=SamplingParams()), 2))] == [0]
 
 
 # ---- what cannot be served
@@ -141,7 +142,7 @@ def test_models_that_would_come_out_otherwise_are_refused(base: Base) -> None:
     for model, why in (
         (mamba.eval(), "MambaForCausalLM cannot be served"),
         (Refusing(base.model.config).eval(), "a bug of its own"),
-        (peeking(shared_copy(base.model)), "side by side come out otherwise"),
+        (peeking(shared_copy(base.model)), "batched rows differ"),
     ):
         with pytest.raises(BaseModelError, match=why):
             ModelRunner(model)
@@ -158,5 +159,5 @@ def test_attention_with_terms_of_its_own_is_refused(base: Base) -> None:
     layer = model.model.layers[0].self_attn
     forward = layer.forward
     layer.forward = lambda *args, **kwargs: forward(*args, s_aux=torch.zeros(4), **kwargs)
-    with pytest.raises(BaseModelError, match="a term of its own"):
+    with pytest.raises(BaseModelError, match="unsupported argument s_aux"):
         ModelRunner(model)

@@ -5,16 +5,16 @@ import random
 import pytest
 import torch
 
-from loradeck.serve.pool import Form, LayerShape, Pool
+from loradeck.serve.kv_cache import KVLayout, LayerShape, Pool
 
 SMALL, WIDE = LayerShape(heads=1, key_width=4, value_width=4), LayerShape(heads=2, key_width=3, value_width=5)
-FORM = Form((SMALL, WIDE, SMALL), torch.float32, torch.device("cpu"))
+LAYOUT = KVLayout((SMALL, WIDE, SMALL), torch.float32, torch.device("cpu"))
 CAPACITY = 8
 
 
 @pytest.fixture
 def pool() -> Pool[str]:
-    return Pool(FORM, CAPACITY)
+    return Pool(LAYOUT, CAPACITY)
 
 
 def write(pool: Pool[str], row: int, label: float, length: int = CAPACITY) -> None:
@@ -22,7 +22,7 @@ def write(pool: Pool[str], row: int, label: float, length: int = CAPACITY) -> No
 
 
 def add(pool: Pool[str], owner: str) -> int:
-    return pool.add(owner, pool.next_rows(100))
+    return pool.add(owner, pool.rows_with_one_more(100))
 
 
 def labels(pool: Pool[str]) -> list[float]:
@@ -36,11 +36,11 @@ def labels(pool: Pool[str]) -> list[float]:
 
 
 def test_layers_of_several_shapes(pool: Pool[str]) -> None:
-    assert FORM.shapes == (SMALL, WIDE)
-    assert FORM.places == ((0, 0), (1, 0), (0, 1))
-    assert FORM.token_bytes == 4 * (8 + 16 + 8)
+    assert LAYOUT.shapes == (SMALL, WIDE)
+    assert LAYOUT.indices == ((0, 0), (1, 0), (0, 1))
+    assert LAYOUT.token_bytes == 4 * (8 + 16 + 8)
     add(pool, "a")
-    for layer, own in enumerate(FORM.layers):
+    for layer, own in enumerate(LAYOUT.layers):
         keys, values = pool.layer(layer)
         assert keys.shape == (1, own.heads, CAPACITY, own.key_width)
         assert values.shape == (1, own.heads, CAPACITY, own.value_width)
@@ -89,7 +89,7 @@ def test_no_more_rows_than_there_is_room_for(pool: Pool[str]) -> None:
     for i in range(4):
         add(pool, str(i))
     assert pool.rows == 4
-    assert [pool.next_rows(more) for more in (0, 1, 2, 9)] == [4, 5, 6, 6]
+    assert [pool.rows_with_one_more(more) for more in (0, 1, 2, 9)] == [4, 5, 6, 6]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -43,7 +43,7 @@ def test_whole_blocks_are_found_but_for_the_last_token() -> None:
     assert prefixes.hits == 8 * BLOCK
     assert prefixes.queries == 10 * BLOCK + 6
     blocks = prefixes.find(POET, tokens(3 * BLOCK + 5))
-    found = torch.cat([block.parts[0] for block in blocks], dim=2)
+    found = torch.cat([block.tensors[0] for block in blocks], dim=2)
     assert torch.equal(found[0, 0, :, 0], torch.arange(3.0 * BLOCK))
 
 
@@ -53,7 +53,7 @@ def test_nothing_is_found_under_another_key() -> None:
         keep(prefixes, key, tokens(BLOCK), label=100.0 * i)
     for i, key in enumerate((POET, HALF, BASE)):
         block = prefixes.find(key, tokens(BLOCK + 1))[0]
-        assert float(block.parts[0][0, 0, 0, 0]) == 100.0 * i
+        assert float(block.tensors[0][0, 0, 0, 0]) == 100.0 * i
     assert prefixes.find((("pirate", 1.0),), tokens(BLOCK + 1)) == []
     assert prefixes.find((*POET, ("pirate", 1.0)), tokens(BLOCK + 1)) == []
 
@@ -63,7 +63,7 @@ def test_the_same_tokens_after_others_are_others() -> None:
     keep(prefixes, POET, tokens(2 * BLOCK, first=0))
     keep(prefixes, POET, tokens(2 * BLOCK, first=999), label=0.5)
     own = prefixes.find(POET, [*tokens(2 * BLOCK, first=999), 1])
-    assert [float(block.parts[0][0, 0, 0, 0]) % 1 for block in own] == [0.5, 0.5]
+    assert [float(block.tensors[0][0, 0, 0, 0]) % 1 for block in own] == [0.5, 0.5]
     assert prefixes.find(POET, [*tokens(2 * BLOCK, first=5), 1]) == []
 
 
@@ -80,7 +80,7 @@ def test_blocks_are_copies() -> None:
     row.keys = row.keys.clone()
     prefixes.keep(POET, tokens(BLOCK), row.read, 1 << 30)
     row.keys.fill_(float("nan"))
-    assert not prefixes.find(POET, tokens(BLOCK + 1))[0].parts[0].isnan().any()
+    assert not prefixes.find(POET, tokens(BLOCK + 1))[0].tensors[0].isnan().any()
 
 
 def test_the_least_recently_used_give_way_the_last_of_a_prompt_first() -> None:

@@ -1,7 +1,7 @@
 """Who runs next: tokens, rows, memory for adapters and for keys and values. Plain Python, no model."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request import Key, Request, SamplingParams
+from loradeck.serve.request import Key, Request
 from loradeck.serve.scheduler import Scheduler
 
 
@@ -45,11 +46,10 @@ class Adapters:
     def ready(self, key: Key) -> bool:
         return all(own in self.here for own, _ in key)
 
-    def fetch(self, found: list[tuple[str, Any]], *, spare: Callable[[str], bool]) -> bool:
-        wanted = [own for own, _ in found]
-        missing = [own for own in wanted if own not in self.here and own not in self.coming]
+    def fetch(self, adapters: Mapping[str, Any], *, keep: Callable[[str], bool]) -> bool:
+        missing = [name for name in adapters if name not in self.here and name not in self.coming]
         free = self.room - len(self.here) - len(self.coming)
-        idle = [own for own, pins in self.here.items() if not pins and own not in wanted and not spare(own)]
+        idle = [name for name, pins in self.here.items() if not pins and name not in adapters and not keep(name)]
         if free + len(idle) < len(missing):
             return False
         for own in idle[: max(0, len(missing) - free)]:
@@ -91,20 +91,20 @@ class World:
     ) -> Request:
         key: Key = ((adapter, weight),) if adapter else ()
         sampling = SamplingParams(max_tokens=answer)
-        request = Request(name, [0] * prompt, prompt, key, sampling, adapter, tenant, arrived=self.now)
+        request = Request([0] * prompt, sampling, key, name, tenant=tenant, arrived=self.now)
         self.scheduler.add(request, {adapter: SimpleNamespace()} if adapter else {})  # type: ignore[dict-item]
         return request
 
     def step(self, seconds: float = 0.01) -> dict[str, int]:
         """Compute one step, and return how many tokens of each request it had."""
         self.now += seconds
-        batch = self.scheduler.next(self.now)
+        batch = self.scheduler.schedule(self.now)
         told = {work.request.id: work.count for work in batch}
         assert len(told) == len(batch)
         assert all(self.adapters.ready(work.request.key) for work in batch)
         assert sum(told.values()) <= self.scheduler.config.max_step_tokens
         for work in batch:
-            self.scheduler.done(work)
+            self.scheduler.advance(work)
         for work in batch:
             if not work.request.pending:
                 work.request.tokens.append(0)
@@ -196,7 +196,7 @@ def test_debts_are_forgotten_with_their_requests() -> None:
         world.ask(str(i), f"adapter{i % 3}", tenant=str(i % 2))
     world.run(200)
     waiting = world.scheduler.waiting
-    assert (len(waiting), waiting._members, waiting._tenants, waiting._credits._left) == (0, {}, {}, {})
+    assert (len(waiting), waiting._members, waiting._tenants, waiting._deficits._credit) == (0, {}, {}, {})
 
 
 def test_what_is_resident_is_used_before_it_gives_way() -> None:
@@ -341,11 +341,10 @@ class Anything(RuleBasedStateMachine):
     def ask(self, adapters: set[str], prompt: int, answer: int, tenant: str) -> None:
         name = str(self.ended + len(self.live))
         key: Key = tuple((own, 1.0) for own in sorted(adapters))
-        own = Request(
-            name, [0] * prompt, prompt, key, SamplingParams(max_tokens=answer), "", tenant, arrived=self.world.now
-        )
-        self.world.scheduler.add(own, dict.fromkeys(adapters))  # type: ignore[arg-type]
-        self.live[name] = own
+        sampling = SamplingParams(max_tokens=answer)
+        request = Request([0] * prompt, sampling, key, name, tenant=tenant, arrived=self.world.now)
+        self.world.scheduler.add(request, dict.fromkeys(adapters))  # type: ignore[arg-type]
+        self.live[name] = request
 
     @precondition(lambda self: self.live)
     @rule(place=st.integers(0, 100))
@@ -377,7 +376,7 @@ class Anything(RuleBasedStateMachine):
         assert {*scheduler.waiting, *scheduler.running} == {*self.live.values()}
         assert len(scheduler.waiting) + len(scheduler.running) == len(self.live)
         assert len(scheduler.running) <= scheduler.config.max_rows
-        assert {*scheduler._found} == {*self.live.values()}
+        assert {*scheduler._stored} == {*self.live.values()}
 
     @invariant()
     def memory_is_kept_for_those_that_run(self) -> None:
@@ -394,7 +393,7 @@ class Anything(RuleBasedStateMachine):
             self.world.step(0.05)
         assert {*self.world.done} >= {*self.live}
         waiting = self.world.scheduler.waiting
-        assert (len(waiting), waiting._members, waiting._tenants, waiting._credits._left) == (0, {}, {}, {})
+        assert (len(waiting), waiting._members, waiting._tenants, waiting._deficits._credit) == (0, {}, {}, {})
         assert set(self.world.adapters.here.values()) <= {0}
 
 

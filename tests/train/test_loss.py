@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loradeck.base.upcast import UpcastLinear
+from loradeck.base.frozen import UpcastLinear
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig

@@ -189,7 +189,7 @@ def test_ctrl_c_ends_it_after_a_step_and_says_how_to_go_on(folder: Path, command
     at = whole.accesses // 3
     assert command("train", "run.toml", "-o", "stopped-run", at=at, number=signal.SIGINT).code == 130
     log = (folder / "log.txt").read_text()
-    assert "loradeck train --output stopped-run --resume" in log
+    assert "resume: loradeck train --output stopped-run --resume" in log
     (newest,) = checkpoint.checkpoints(folder / "stopped-run" / "checkpoints")[-1:]
     step = json.loads((newest / "state.json").read_text())["jobs"]["one"]["step"]
     events = [json.loads(line) for line in (folder / "stopped-run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,29 +1,29 @@
-"""The HTTP application: every route in one list, and what every request passes. Knows where things are, not how."""
+"""The HTTP application: the list of its routes, and the middleware that every request passes."""
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import msgspec
+from anyio.to_thread import run_sync
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect
-from starlette.routing import Route
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
-from loradeck.api import requests as s
-from loradeck.api import responses as a
-from loradeck.api.chat import Chat
-from loradeck.api.completions import Completions
-from loradeck.api.control import Control
-from loradeck.api.errors import responder
-from loradeck.api.keys import Keys
-from loradeck.api.middleware import Guard
-from loradeck.api.models import Models
-from loradeck.api.openapi import Operation, document
-from loradeck.api.service import Service
-from loradeck.api.settings import Settings
-from loradeck.api.state import ServerState
+from loradeck.api import adapters, tokenization
+from loradeck.api import requests as req
+from loradeck.api import responses as res
+from loradeck.api.auth import ApiKeys, AuthMiddleware
+from loradeck.api.chat import create_chat_completion
+from loradeck.api.completions import create_completion
+from loradeck.api.config import ServerConfig
+from loradeck.api.errors import error_handler, shutting_down
+from loradeck.api.openapi import Operation, openapi_document
+from loradeck.api.state import ServerState, state_of
 from loradeck.errors import LoradeckError
 
 if TYPE_CHECKING:
@@ -31,60 +31,75 @@ if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
 
 
-def app(
-    engine: "Engine", metrics: "Metrics", *, keys: Keys | None = None, settings: Settings | None = None
-) -> Starlette:
-    """Return the OpenAI-compatible application of an engine; `metrics` is the engine's observer.
+async def get_health(request: Request) -> Response:
+    """Return 200 while the server takes requests."""
+    if state_of(request).shutting_down:
+        raise shutting_down()
+    return res.json_response(res.HealthResponse("ok"))
 
-    Without keys anyone may do anything, so it answers only to the hosts of `settings`: the loopback's.
-    """
-    door = ServerState(engine, metrics, keys or Keys(), settings or Settings())
-    chat, completions, models, control = Chat(door), Completions(door), Models(door), Control(door)
-    service = Service(door, msgspec.json.encode(document(OPERATIONS)))
-    respond = responder(door.folder)
-    routes = [
-        Route("/v1/models", models.all, methods=["GET"]),
-        Route("/v1/models/{id:path}", models.one, methods=["GET"]),
-        Route("/v1/chat/completions", chat.answer, methods=["POST"]),
-        Route("/v1/completions", completions.answer, methods=["POST"]),
-        Route("/v1/load_lora_adapter", control.load, methods=["POST"]),
-        Route("/v1/unload_lora_adapter", control.unload, methods=["POST"]),
-        Route("/lora-adapters", control.scales, methods=["GET"]),
-        Route("/lora-adapters", control.rescale, methods=["POST"]),
-        Route("/tokenize", service.tokenize, methods=["POST"]),
-        Route("/detokenize", service.detokenize, methods=["POST"]),
-        Route("/tokenizer_info", service.tokenizer, methods=["GET"]),
-        Route("/health", service.health, methods=["GET"]),
-        Route("/version", service.version, methods=["GET"]),
-        Route("/metrics", service.metrics, methods=["GET"]),
-        Route("/openapi.json", service.openapi, methods=["GET"]),
-    ]
-    hosts = () if door.keys else (Middleware(TrustedHostMiddleware, list(door.settings.hosts), www_redirect=False),)
-    origins = list(door.settings.origins)
-    cors = (Middleware(CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]),) if origins else ()
-    made = Starlette(
-        routes=routes,
-        middleware=[*hosts, *cors, Middleware(Guard, door.keys, respond)],
-        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect, Exception), respond),
-    )
-    made.state.door = door
-    return made
+
+async def get_version(_: Request) -> Response:
+    """Return the library's version."""
+    return res.json_response(res.VersionResponse(version("loradeck")))
+
+
+async def get_metrics(request: Request) -> Response:
+    """Return the metrics; they name every adapter, so the key needs control."""
+    request.state.key.check_control()
+    return Response(await run_sync(state_of(request).metrics.read), media_type=CONTENT_TYPE_LATEST)
+
+
+async def get_openapi(_: Request) -> Response:
+    """Return the OpenAPI document."""
+    return Response(DOCUMENT, media_type=res.JSON)
 
 
 OPERATIONS = [
-    Operation("GET", "/v1/models", "List models", gives=a.ModelList),
-    Operation("GET", "/v1/models/{id}", "Describe a model", gives=a.Model, also=(404, 422)),
-    Operation("POST", "/v1/chat/completions", "Answer a conversation", s.ChatRequest, a.ChatAnswer, generates=True),
-    Operation("POST", "/v1/completions", "Continue a text", s.CompletionRequest, a.CompletionAnswer, generates=True),
-    Operation("POST", "/v1/load_lora_adapter", "Load an adapter", s.LoadRequest, also=(404, 422)),
-    Operation("POST", "/v1/unload_lora_adapter", "Unload an adapter", s.UnloadRequest, also=(404, 422)),
-    Operation("GET", "/lora-adapters", "List adapters with their scales", gives=list[a.AdapterScale]),
-    Operation("POST", "/lora-adapters", "Set the scales", list[s.Scale], a.Success, also=(404,)),
-    Operation("POST", "/tokenize", "Turn a text into tokens", s.TokenizeRequest, a.Tokens),
-    Operation("POST", "/detokenize", "Turn tokens into a text", s.DetokenizeRequest, a.Prompt),
-    Operation("GET", "/tokenizer_info", "Describe the tokenizer", gives=a.Tokenizer),
-    Operation("GET", "/health", "Say whether requests are taken", gives=a.Health, also=(503,)),
-    Operation("GET", "/version", "Say which version this is", gives=a.Version),
-    Operation("GET", "/metrics", "Read the metrics"),
-    Operation("GET", "/openapi.json", "Describe this interface", gives=dict),
+    Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
+    Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
+    Operation("POST", "/v1/chat/completions", create_chat_completion, req.ChatCompletionRequest, res.ChatCompletion),
+    Operation("POST", "/v1/completions", create_completion, req.CompletionRequest, res.TextCompletion),
+    Operation("POST", "/v1/load_lora_adapter", adapters.load_adapter, req.LoadAdapterRequest, errors=(404, 422)),
+    Operation("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, req.UnloadAdapterRequest, errors=(404, 422)),
+    Operation("GET", "/lora-adapters", adapters.list_lora_adapters, None, list[res.LoraAdapter]),
+    Operation("POST", "/lora-adapters", adapters.set_lora_scales, list[req.LoraScale], res.SuccessResponse, (404,)),
+    Operation("POST", "/tokenize", tokenization.tokenize, req.TokenizeRequest, res.TokenizeResponse),
+    Operation("POST", "/detokenize", tokenization.detokenize, req.DetokenizeRequest, res.DetokenizeResponse),
+    Operation("GET", "/tokenizer_info", tokenization.tokenizer_info, None, res.TokenizerInfo),
+    Operation("GET", "/health", get_health, None, res.HealthResponse, errors=(503,)),
+    Operation("GET", "/version", get_version, None, res.VersionResponse),
+    Operation("GET", "/metrics", get_metrics),
+    Operation("GET", "/openapi.json", get_openapi, None, dict),
 ]
+DOCUMENT = msgspec.json.encode(openapi_document(OPERATIONS))
+
+
+def app(
+    engine: "Engine", metrics: "Metrics", *, keys: ApiKeys | None = None, config: ServerConfig | None = None
+) -> Starlette:
+    """Return the OpenAI-compatible application of an engine.
+
+    Without keys every client may do everything, so the application answers only to the Host headers of `config`.
+
+    Args:
+        engine: The engine that answers.
+        metrics: The engine's observer.
+        keys: API keys; without any, every request is let in.
+        config: Limits of the server.
+    """
+    state = ServerState(engine, metrics, keys or ApiKeys(), config or ServerConfig())
+    handle_error = error_handler(state.store_path)
+    middleware = []
+    if not state.keys:
+        middleware.append(Middleware(TrustedHostMiddleware, [*state.config.hosts], www_redirect=False))
+    if state.config.origins:
+        origins = [*state.config.origins]
+        middleware.append(Middleware(CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]))
+    middleware.append(Middleware(AuthMiddleware, state.keys, handle_error))
+    application = Starlette(
+        routes=[operation.route for operation in OPERATIONS],
+        middleware=middleware,
+        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect, Exception), handle_error),
+    )
+    application.state.server = state
+    return application

@@ -10,100 +10,96 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loradeck.api import parse, prompt
+from loradeck.api import generate
+from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError
-from loradeck.api.keys import Key
-from loradeck.api.logprobs import Logprobs
-from loradeck.api.requests import CHAT_REFUSES, ChatRequest
-from loradeck.api.respond import answer, finish_of
+from loradeck.api.logprobs import LogprobFormatter
+from loradeck.api.requests import ChatCompletionRequest, read_body
 from loradeck.api.responses import (
-    AnswerMessage,
-    ChatAnswer,
+    AssistantMessage,
     ChatChoice,
-    ChatChunk,
     ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
     ChatLogprobs,
-    Delta,
+    MessageDelta,
     Usage,
 )
-from loradeck.api.sampling import sampling_of
-from loradeck.api.state import ServerState
-from loradeck.api.streaming import Events
+from loradeck.api.state import ServerState, state_of
+from loradeck.api.streaming import EventStream
+from loradeck.api.tokenization import encode_chat
 
 if TYPE_CHECKING:
+    from loradeck.api.generate import FinishedGeneration
     from loradeck.serve.generation import Generation, TextChunk
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """The route."""
+async def create_chat_completion(request: Request) -> Response | EventStream:
+    """Answer a conversation."""
+    state = state_of(request)
+    body = await read_body(request, ChatCompletionRequest, state.config.max_body_bytes)
+    generations = await run_sync(_submit, state, request.state.key, body)
+    form = ChatFormat(body.model or state.names.base, state.fingerprint, state.logprobs if body.logprobs else None)
+    return await generate.respond(request, body, generations, form)
 
-    door: ServerState
 
-    async def answer(self, request: Request) -> Response | Events:
-        """Answer one request."""
-        asked = await parse.read(request, ChatRequest, self.door.settings.max_body_bytes, CHAT_REFUSES)
-        generations = await run_sync(self._submit, request.state.key, asked)
-        logprobs = self.door.logprobs if asked.logprobs else None
-        shape = ChatShape(asked.model or self.door.names.base, self.door.fingerprint, logprobs)
-        return await answer(self.door, request, asked, generations, shape)
-
-    def _submit(self, key: Key, asked: ChatRequest) -> "list[Generation]":
-        chosen = self.door.choose(key, asked)
-        if asked.top_logprobs and not asked.logprobs:
-            raise HttpError(400, "top_logprobs are told only with logprobs=true.", param="top_logprobs")
-        ids = prompt.chat(self.door.engine.base.tokenizer, asked)
-        most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        length = self.door.length(ids, most)
-        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        continues = bool(asked.continue_final_message)
-        return self.door.submit(key, chosen, asked, [ids], [sampling_of(asked, length, logprobs)], continues=continues)
+def _submit(state: ServerState, key: ApiKey, body: ChatCompletionRequest) -> "list[Generation]":
+    selection = generate.select_adapters(state, key, body)
+    if body.top_logprobs and not body.logprobs:
+        raise HttpError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
+    prompt = encode_chat(state.engine.base.tokenizer, body)
+    requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = generate.sampling_params(body, generate.max_tokens(state, prompt, requested), logprobs)
+    continues = bool(body.continue_final_message)
+    return generate.submit(state, key, selection, [prompt], [params], body.n or 1, continues=continues)
 
 
 @dataclass(frozen=True, slots=True)
-class ChatShape:
-    """The JSON of chat answers."""
+class ChatFormat:
+    """The JSON of chat completions."""
 
     model: str
     fingerprint: str
-    logprobs: Logprobs | None
+    logprobs: LogprobFormatter | None
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(
-        self, generations: "Sequence[Generation]", chunks: "Sequence[Sequence[TextChunk]]", usage: Usage
-    ) -> ChatAnswer:
-        """Return `chat.completion`."""
+    def response(self, answers: "Sequence[FinishedGeneration]", usage: Usage) -> ChatCompletion:
+        """Return the completion."""
         choices = [
             ChatChoice(
-                index, AnswerMessage("".join(chunk.text for chunk in own)), self._logprobs(own), finish_of(generation)
+                index,
+                AssistantMessage(generate.text_of(chunks)),
+                self._logprobs(chunks),
+                generate.finish_reason(generation),
             )
-            for index, (generation, own) in enumerate(zip(generations, chunks, strict=True))
+            for index, (generation, chunks) in enumerate(answers)
         ]
-        return ChatAnswer(self.id, self.created, self.model, choices, usage, self.fingerprint)
+        return ChatCompletion(self.id, self.created, self.model, choices, usage, self.fingerprint)
 
-    def begin(self, index: int, _: "Generation") -> ChatChunk:
-        """Return the chunk with the role."""
-        return self._chunk(ChatChunkChoice(index, Delta("assistant", "")))
+    def first_event(self, index: int, _: "Generation") -> ChatCompletionChunk:
+        """Return the event with the role."""
+        return self._event(ChatChunkChoice(index, MessageDelta("assistant", "")))
 
-    def grow(self, index: int, chunk: "TextChunk") -> ChatChunk | None:
-        """Return the chunk of some text."""
+    def chunk_event(self, index: int, chunk: "TextChunk") -> ChatCompletionChunk | None:
+        """Return the event with a chunk's text."""
         if not chunk.text and self.logprobs is None:
             return None
-        return self._chunk(ChatChunkChoice(index, Delta(content=chunk.text), self._logprobs([chunk])))
+        return self._event(ChatChunkChoice(index, MessageDelta(content=chunk.text), self._logprobs([chunk])))
 
-    def end(self, index: int, generation: "Generation") -> ChatChunk:
-        """Return the chunk with the finish reason."""
-        return self._chunk(ChatChunkChoice(index, Delta(), finish_reason=finish_of(generation)))
+    def last_event(self, index: int, generation: "Generation") -> ChatCompletionChunk:
+        """Return the event with the finish reason."""
+        return self._event(ChatChunkChoice(index, MessageDelta(), finish_reason=generate.finish_reason(generation)))
 
-    def usage(self, usage: Usage) -> ChatChunk:
-        """Return the chunk with the usage."""
-        chunk = self._chunk()
-        chunk.usage = usage
-        return chunk
+    def usage_event(self, usage: Usage) -> ChatCompletionChunk:
+        """Return the event with the usage."""
+        event = self._event()
+        event.usage = usage
+        return event
 
-    def _chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(self.id, self.created, self.model, list(choices), self.fingerprint)
+    def _event(self, *choices: ChatChunkChoice) -> ChatCompletionChunk:
+        return ChatCompletionChunk(self.id, self.created, self.model, list(choices), self.fingerprint)
 
     def _logprobs(self, chunks: "Sequence[TextChunk]") -> ChatLogprobs | None:
         if self.logprobs is None:

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: continues texts or token ids."""
+"""`POST /v1/completions`: continues texts or token ids, and scores prompts for lm-eval."""
 
 import secrets
 import time
@@ -11,109 +11,116 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loradeck.api import parse, prompt
-from loradeck.api.keys import Key
-from loradeck.api.logprobs import Logprobs
-from loradeck.api.requests import COMPLETION_REFUSES, CompletionRequest
-from loradeck.api.respond import answer, finish_of
-from loradeck.api.responses import CompletionAnswer, CompletionChoice, CompletionLogprobs, Usage
-from loradeck.api.sampling import sampling_of
-from loradeck.api.state import ServerState
-from loradeck.api.streaming import Events
+from loradeck.api import generate
+from loradeck.api.auth import ApiKey
+from loradeck.api.logprobs import LogprobFormatter
+from loradeck.api.requests import CompletionRequest, read_body
+from loradeck.api.responses import CompletionChoice, CompletionLogprobs, TextCompletion, Usage
+from loradeck.api.state import ServerState, state_of
+from loradeck.api.streaming import EventStream
+from loradeck.api.tokenization import encode_prompts
 
 if TYPE_CHECKING:
+    from loradeck.api.generate import FinishedGeneration
     from loradeck.serve.generation import Generation, TextChunk
 
-LENGTH = 16  # OpenAI's default
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+async def create_completion(request: Request) -> Response | EventStream:
+    """Continue a prompt, or several."""
+    state = state_of(request)
+    body = await read_body(request, CompletionRequest, state.config.max_body_bytes)
+    generations, echoes = await run_sync(_submit, state, request.state.key, body)
+    form = CompletionFormat(body, body.model or state.names.base, state.fingerprint, state.logprobs, echoes)
+    return await generate.respond(request, body, generations, form)
+
+
+def _submit(state: ServerState, key: ApiKey, body: CompletionRequest) -> "tuple[list[Generation], list[str]]":
+    """Return the generations, and for each the text of its prompt if the answer repeats it."""
+    selection = generate.select_adapters(state, key, body)
+    prompts = encode_prompts(state.engine.base.tokenizer, body.prompt, special=body.add_special_tokens is not False)
+    requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    prompt_logprobs = body.logprobs if body.echo else None
+    params = [
+        generate.sampling_params(body, generate.max_tokens(state, prompt, requested), body.logprobs, prompt_logprobs)
+        for prompt in prompts
+    ]
+    n = body.n or 1
+    echoes = _texts(state, body, prompts) if body.echo else [""] * len(prompts)
+    generations = generate.submit(state, key, selection, prompts, params, n, continues=True)
+    return generations, [echo for echo in echoes for _ in range(n)]
+
+
+def _texts(state: ServerState, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+    """Return the text of each prompt: as the client wrote it, or decoded from its token ids."""
+    sources = [body.prompt] if isinstance(body.prompt, str) else body.prompt[: len(prompts)]
+    return [
+        source if isinstance(source, str) else state.logprobs.text(ids)
+        for source, ids in zip(sources, prompts, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
-class Completions:
-    """The route."""
-
-    door: ServerState
-
-    async def answer(self, request: Request) -> Response | Events:
-        """Answer one request."""
-        asked = await parse.read(request, CompletionRequest, self.door.settings.max_body_bytes, COMPLETION_REFUSES)
-        generations, echoes = await run_sync(self._submit, request.state.key, asked)
-        model = asked.model or self.door.names.base
-        shape = CompletionShape(asked, model, self.door.fingerprint, self.door.logprobs, echoes)
-        return await answer(self.door, request, asked, generations, shape)
-
-    def _submit(self, key: Key, asked: CompletionRequest) -> "tuple[list[Generation], list[str]]":
-        """Return the generations, and for each the prompt's text if the answer repeats it."""
-        door = self.door
-        chosen = door.choose(key, asked)
-        special = asked.add_special_tokens is not False
-        prompts = prompt.texts(door.engine.base.tokenizer, asked.prompt, special=special)
-        most = LENGTH if asked.max_tokens is None else asked.max_tokens
-        before = asked.logprobs if asked.echo else None
-        sampling = [sampling_of(asked, door.length(ids, most), asked.logprobs, before) for ids in prompts]
-        given = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt[: len(prompts)]
-        parts = zip(given, prompts, strict=True)
-        echoes = [part if isinstance(part, str) else door.logprobs.text(ids) for part, ids in parts]
-        generations = door.submit(key, chosen, asked, prompts, sampling, continues=True)
-        return generations, [text if asked.echo else "" for text in echoes for _ in range(asked.n or 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionShape:
+class CompletionFormat:
     """The JSON of completions."""
 
-    asked: CompletionRequest
+    request: CompletionRequest
     model: str
     fingerprint: str
-    logprobs: Logprobs
+    logprobs: LogprobFormatter
     echoes: Sequence[str]
-    """For each choice, the text that comes before the answer."""
+    """For each choice, the text before the answer."""
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(
-        self, generations: "Sequence[Generation]", chunks: "Sequence[Sequence[TextChunk]]", usage: Usage
-    ) -> CompletionAnswer:
-        """Return `text_completion`."""
-        choices = []
-        for index, (generation, own) in enumerate(zip(generations, chunks, strict=True)):
-            text = self.echoes[index] + "".join(chunk.text for chunk in own)
-            logprobs = self._logprobs(index, own, generation if self.asked.echo else None)
-            choices.append(CompletionChoice(index, text, logprobs, finish_of(generation)))
-        return self._answer(*choices, usage=usage)
+    def response(self, answers: "Sequence[FinishedGeneration]", usage: Usage) -> TextCompletion:
+        """Return the completion."""
+        choices = [
+            CompletionChoice(
+                index,
+                self.echoes[index] + generate.text_of(chunks),
+                self._logprobs(index, chunks, generation if self.request.echo else None),
+                generate.finish_reason(generation),
+            )
+            for index, (generation, chunks) in enumerate(answers)
+        ]
+        return self._completion(*choices, usage=usage)
 
-    def begin(self, index: int, generation: "Generation") -> CompletionAnswer | None:
-        """Return the event of an echoed prompt."""
-        if not self.asked.echo:
+    def first_event(self, index: int, generation: "Generation") -> TextCompletion | None:
+        """Return the event with the prompt, if it is echoed."""
+        if not self.request.echo:
             return None
-        return self._answer(CompletionChoice(index, self.echoes[index], self._logprobs(index, [], generation)))
+        logprobs = self._logprobs(index, [], generation)
+        return self._completion(CompletionChoice(index, self.echoes[index], logprobs))
 
-    def grow(self, index: int, chunk: "TextChunk") -> CompletionAnswer | None:
-        """Return the event of some text."""
-        if not chunk.text and self.asked.logprobs is None:
+    def chunk_event(self, index: int, chunk: "TextChunk") -> TextCompletion | None:
+        """Return the event with a chunk's text."""
+        if not chunk.text and self.request.logprobs is None:
             return None
-        return self._answer(CompletionChoice(index, chunk.text, self._logprobs(index, [chunk])))
+        return self._completion(CompletionChoice(index, chunk.text, self._logprobs(index, [chunk])))
 
-    def end(self, index: int, generation: "Generation") -> CompletionAnswer:
+    def last_event(self, index: int, generation: "Generation") -> TextCompletion:
         """Return the event with the finish reason."""
-        return self._answer(CompletionChoice(index, "", finish_reason=finish_of(generation)))
+        return self._completion(CompletionChoice(index, "", finish_reason=generate.finish_reason(generation)))
 
-    def usage(self, usage: Usage) -> CompletionAnswer:
+    def usage_event(self, usage: Usage) -> TextCompletion:
         """Return the event with the usage."""
-        return self._answer(usage=usage)
+        return self._completion(usage=usage)
 
-    def _answer(self, *choices: CompletionChoice, usage: Usage | UnsetType = UNSET) -> CompletionAnswer:
-        return CompletionAnswer(self.id, self.created, self.model, list(choices), self.fingerprint, usage)
+    def _completion(self, *choices: CompletionChoice, usage: Usage | UnsetType = UNSET) -> TextCompletion:
+        return TextCompletion(self.id, self.created, self.model, list(choices), self.fingerprint, usage)
 
     def _logprobs(
-        self, index: int, chunks: "Sequence[TextChunk]", prompt_of: "Generation | None" = None
+        self, index: int, chunks: "Sequence[TextChunk]", echoed: "Generation | None" = None
     ) -> CompletionLogprobs | None:
-        """Return the log-probabilities of some chunks, after those of a generation's prompt if one is given."""
-        if self.asked.logprobs is None:
+        """Return the log-probabilities of some chunks, after those of the prompt of `echoed`."""
+        if self.request.logprobs is None:
             return None
         echo = self.echoes[index]
         tokens = [chunk.token for chunk in chunks if chunk.token]
         offsets = [len(echo) + chunk.offset for chunk in chunks if chunk.token]
-        if prompt_of:
-            tokens = prompt_of.prompt + tokens
-            offsets = self.logprobs.places(prompt_of.request.prompt, echo) + offsets
+        if echoed is not None:
+            tokens = echoed.prompt + tokens
+            offsets = self.logprobs.offsets(echoed.request.prompt, echo) + offsets
         return self.logprobs.completion(tokens, offsets)

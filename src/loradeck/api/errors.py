@@ -1,14 +1,14 @@
-"""Which HTTP answer an error is, written once: its status, and a body in vLLM's shape. Knows no route."""
+"""HTTP errors: the status of every exception, and a body in vLLM's shape."""
 
 import math
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from loradeck.api.responses import ErrorInfo, ErrorResponse, json_response
 from loradeck.errors import (
     AdapterError,
     AdapterNameError,
@@ -19,8 +19,7 @@ from loradeck.errors import (
     UnknownAdapterError,
 )
 
-JSON = "application/json"
-CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody is left to read it
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -38,13 +37,13 @@ STATUSES: dict[type[LoradeckError], int] = {
     RouteError: 400,
     AdapterNameError: 400,
     UnknownAdapterError: 404,
-    AdapterError: 422,  # it is there, and asking again will not fix it
+    AdapterError: 422,  # the adapter exists, and a retry will not fix it
     BusyError: 429,
 }
 
 
 class HttpError(LoradeckError):
-    """A refusal that only the door knows: `param` names the field of the request that is to blame."""
+    """An error with a status of its own; `param` is the field of the request that caused it."""
 
     def __init__(
         self,
@@ -52,80 +51,60 @@ class HttpError(LoradeckError):
         message: str,
         *,
         param: str | None = None,
-        kind: str = "",
+        error_type: str = "",
         hint: str = "",
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
         self.param = param
-        self.kind = kind
+        self.error_type = error_type
         self.headers = dict(headers or {})
 
 
-def ending() -> HttpError:
-    """Return what a server says that takes nothing more; the body is llama.cpp's, as far as that goes."""
-    return HttpError(503, "The server is about to end.", kind="unavailable_error", headers={"retry-after": "1"})
+def shutting_down() -> HttpError:
+    """Return the error of a server that takes no more requests; the type is llama.cpp's."""
+    return HttpError(503, "The server is shutting down.", error_type="unavailable_error", headers={"retry-after": "1"})
 
 
-class Error(msgspec.Struct):
-    """What went wrong."""
+def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]:
+    """Return what a client reads about an error, and the headers of the response.
 
-    message: str
-    type: str
-    param: str | None
-    code: int
-
-
-class ErrorAnswer(msgspec.Struct):
-    """The body of every answer that is not a success."""
-
-    error: Error
-
-
-def answer_of(error: Exception) -> tuple[Error, dict[str, str]]:
-    """Return what a client is told of an error, and the headers that go with it."""
+    `store` is the path of the adapters' folder, which clients must not learn; it is cut out of the message.
+    """
     headers: dict[str, str] = {}
-    param, kind = None, ""
+    param, error_type = None, ""
     match error:
         case HttpError():
-            status, text, headers, param, kind = error.status, str(error), error.headers, error.param, error.kind
+            status, text, headers = error.status, str(error), error.headers
+            param, error_type = error.param, error.error_type
         case LoradeckError():
-            status = next((code for known, code in STATUSES.items() if isinstance(error, known)), 500)
+            status = next((code for base, code in STATUSES.items() if isinstance(error, base)), 500)
             text = str(error)
-            if isinstance(error, UnknownAdapterError):  # its own words list names that this client may not know
-                text, param = f"{error.message}\nGET /v1/models lists what there is.", "model"
+            if isinstance(error, UnknownAdapterError):  # its hint lists names that this client may not know
+                text, param = f"{error.message}\nGET /v1/models lists the models.", "model"
             if isinstance(error, BusyError):
                 headers = {"retry-after": str(math.ceil(error.retry_after))}
         case HTTPException():
             status, text, headers = error.status_code, error.detail, dict(error.headers or {})
         case ClientDisconnect():
-            status, text = CLIENT_GONE, "The client has gone."
+            status, text = CLIENT_CLOSED_REQUEST, "The client closed the connection."
         case _:
-            status, text = 500, "The server failed; its log says why."
-    return Error(text, kind or TYPES.get(status) or _phrase(status), param, status), headers
+            status, text = 500, "Internal server error; the server's log has the details."
+    if store:
+        text = text.replace(f"{store}/", "").replace(store, "the store")
+    return ErrorInfo(text, error_type or TYPES.get(status) or _type_of(status), param, status), headers
 
 
-def _phrase(status: int) -> str:
+def error_handler(store: str) -> Callable[[Request, Exception], Response]:
+    """Return the application's exception handler; `store` as in `error_info`."""
+
+    def handle(_: Request, error: Exception) -> Response:
+        info, headers = error_info(error, store)
+        return json_response(ErrorResponse(info), info.code, headers)
+
+    return handle
+
+
+def _type_of(status: int) -> str:
     return "InternalServerError" if status >= 500 else HTTPStatus(status).phrase.replace(" ", "") + "Error"
-
-
-def body_of(error: Error) -> bytes:
-    """Return the JSON of an error."""
-    return msgspec.json.encode(ErrorAnswer(error))
-
-
-def responder(hide: str) -> Callable[[Request, Exception], Response]:
-    """Return the handler of all errors. `hide` is the store's folder: where it lies is no client's business."""
-
-    def respond(_: Request, failure: Exception) -> Response:
-        error, headers = answer_of(failure)
-        error.message = concealed(error.message, hide)
-        return Response(body_of(error), error.code, headers, JSON)
-
-    return respond
-
-
-def concealed(text: str, folder: str) -> str:
-    """Return a message without the path of the store's folder."""
-    return text.replace(f"{folder}/", "").replace(folder, "the store") if folder else text

@@ -1,4 +1,4 @@
-"""Log-probabilities as clients read them: with the text and bytes of tokens, not their ids. Knows a tokenizer."""
+"""Log-probabilities as clients read them: tokens by their text and bytes instead of ids."""
 
 import codecs
 import re
@@ -10,94 +10,97 @@ from loradeck.api.responses import CompletionLogprobs, TokenLogprob, TopLogprob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from loradeck.serve.request import Token
+    from loradeck.sampling import Token
 
-LEAST = -9999.0  # as OpenAI says "never": JSON has no infinity
-BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte, in vocabularies that spell unknown characters so
-# The characters by which GPT-2's kind of vocabulary writes bytes: those that print stand for themselves (encoder.py).
-PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTED]
-LETTERS = {chr(byte): byte for byte in PRINTED} | {chr(256 + at): byte for at, byte in enumerate(OTHERS)}
+MIN_LOGPROB = -9999.0  # OpenAI's value for "never": JSON has no infinity
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's token for one byte
+# GPT-2's byte-level vocabularies write each byte as a character: printable bytes as themselves, the others from U+0100
+# on (bytes_to_unicode in its encoder.py).
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + at): byte for at, byte in enumerate(UNPRINTABLE)}
 
 
-class Logprobs:
-    """The words of one tokenizer. Any thread may ask."""
+class LogprobFormatter:
+    """Formats the tokens of one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, bytes] = {}
-        self._before: list[int] = tokenizer.encode("a", add_special_tokens=False)
+        self._bytes_of: dict[int, bytes] = {}
+        self._context: list[int] = tokenizer.encode("a", add_special_tokens=False)
 
     def chat(self, token: "Token") -> TokenLogprob:
-        """Return what chat tells of a token; bytes that are no characters are spelled, as in \\xf0\\x9f."""
+        r"""Return a token for a chat completion; incomplete characters are written as bytes, such as \xf0\x9f."""
 
-        def told(number: int, logprob: float) -> TopLogprob:
-            own = self._bytes(number)
-            return TopLogprob(_spelled(own), max(logprob, LEAST), [*own])
+        def top_logprob(number: int, logprob: float) -> TopLogprob:
+            raw = self._bytes(number)
+            return TopLogprob(_escape(raw), max(logprob, MIN_LOGPROB), [*raw])
 
-        own = told(token.id, _number(token))
-        return TokenLogprob(own.token, own.logprob, own.bytes, [told(*top) for top in token.top])
+        chosen = top_logprob(token.id, _logprob(token))
+        return TokenLogprob(chosen.token, chosen.logprob, chosen.bytes, [top_logprob(*top) for top in token.top])
 
-    def completion(self, tokens: "Sequence[Token]", places: Sequence[int]) -> CompletionLogprobs:
-        """Return what completions tell of tokens, of which each begins at its place in the text.
+    def completion(self, tokens: "Sequence[Token]", offsets: Sequence[int]) -> CompletionLogprobs:
+        """Return tokens for a completion, each with the offset in the text at which it begins.
 
-        A token is always among the likeliest of its own place; of two with one name the likelier is.
+        A token is always among the most likely ones at its position. Of two tokens with one name, the more likely
+        one is listed.
         """
         names = [self._name(token.id) for token in tokens]
-        values = [None if token.logprob is None else _number(token) for token in tokens]
+        logprobs = [None if token.logprob is None else _logprob(token) for token in tokens]
         tops: list[dict[str, float] | None] = []
-        for token, name, value in zip(tokens, names, values, strict=True):
+        for token, name, logprob in zip(tokens, names, logprobs, strict=True):
             top: dict[str, float] = {}
-            for number, logprob in token.top:
-                top.setdefault(self._name(number), max(logprob, LEAST))
-            tops.append(None if value is None else {**top, name: top.get(name, value)})
-        return CompletionLogprobs(names, values, tops, [*places])
+            for number, value in token.top:
+                top.setdefault(self._name(number), max(value, MIN_LOGPROB))
+            tops.append(None if logprob is None else {**top, name: top.get(name, logprob)})
+        return CompletionLogprobs(names, logprobs, tops, [*offsets])
 
     def text(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, special ones too."""
+        """Return the text of tokens, special tokens included."""
         decode = self._tokenizer.decode
         return str(decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def places(self, ids: Sequence[int], text: str) -> list[int]:
-        """Return where in a prompt's text each of its tokens begins; one within a character, where that does.
+    def offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """Return the offset in a prompt's text at which each of its tokens begins.
 
-        What the tokens say before the text, a token that begins it or a space that is none, has no place of its own.
+        A token within a character begins where the character does. What the tokens add before the text, such as a
+        token for its beginning or a space, has no offset of its own.
         """
-        half = codecs.getincrementaldecoder("utf-8")("replace")
-        places: list[int] = []
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        offsets: list[int] = []
         end = 0
         for token in ids:
-            places.append(end)
-            end += len(half.decode(self._bytes(token)))
-        more = end + len(half.decode(b"", final=True)) - len(text)
-        return [max(place - max(more, 0), 0) for place in places]
+            offsets.append(end)
+            end += len(decoder.decode(self._bytes(token)))
+        added = max(end + len(decoder.decode(b"", final=True)) - len(text), 0)
+        return [max(offset - added, 0) for offset in offsets]
 
     def _name(self, token: int) -> str:
-        """Return a token's text; one that is no text is written as OpenAI does, and has a name of its own too."""
-        text, own = _spelled(self._bytes(token)), self._bytes(token)
-        return text if text.encode() == own else f"bytes:{text}"
+        """Return a token's text, or a name of its own for a token that is not valid text, as OpenAI does."""
+        raw = self._bytes(token)
+        text = _escape(raw)
+        return text if text.encode() == raw else f"bytes:{text}"
 
     def _bytes(self, token: int) -> bytes:
-        """Return what a token stands for within a text: with its space, and where it is half a character, that half."""
-        known = self._known.get(token)
-        if known is None:
-            text = self.text([*self._before, token])[len(self.text(self._before)) :]
-            known = self._known[token] = self._raw(token, text) if "\ufffd" in text else text.encode()
-        return known
+        """Return a token's bytes within a text: with its leading space, and if incomplete, its part of a character."""
+        if token not in self._bytes_of:
+            text = self.text([*self._context, token])[len(self.text(self._context)) :]
+            self._bytes_of[token] = self._raw_bytes(token, text) if "\ufffd" in text else text.encode()
+        return self._bytes_of[token]
 
-    def _raw(self, token: int, text: str) -> bytes:
+    def _raw_bytes(self, token: int, text: str) -> bytes:
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
-        if byte := BYTE.fullmatch(piece):
-            return bytes.fromhex(byte[1])
-        if all(letter in LETTERS for letter in piece):
-            return bytes(LETTERS[letter] for letter in piece)
+        if match := BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(match[1])
+        if all(character in BYTE_OF for character in piece):
+            return bytes(BYTE_OF[character] for character in piece)
         return text.encode()
 
 
-def _spelled(own: bytes) -> str:
-    return own.decode(errors="backslashreplace")
+def _escape(raw: bytes) -> str:
+    return raw.decode(errors="backslashreplace")
 
 
-def _number(token: "Token") -> float:
+def _logprob(token: "Token") -> float:
     assert token.logprob is not None
-    return max(token.logprob, LEAST)
+    return max(token.logprob, MIN_LOGPROB)

@@ -1,33 +1,36 @@
-"""What a client calls a model: the base, an adapter, a version, a blend. Knows names and weights; asks no disk.
+"""How clients name adapters: names and versions, blends, and llama.cpp's ids.
 
-poet · smollm2-135m:poet · poet@2 · poet*0.7+pirate*0.3 · "" or the base's own name: the base alone
+`poet` · `smollm2-135m:poet` · `poet@2` · `poet*0.7+pirate*0.3` · "" or the base's name: the base alone
 """
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeck.api.errors import HttpError
-from loradeck.api.llamacpp_ids import LlamacppIds
-from loradeck.api.requests import Generation, Scale
+from loradeck.api.requests import GenerationRequest, LoraScale
+from loradeck.blend import format_blend, parse_blend
+from loradeck.errors import ConfigError
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
     from loradeck.lora.routing import RouteEntry
+    from loradeck.store import AdapterStore
 
-MAX_BLEND = 64  # each of its adapters is looked for on disk
+MAX_BLEND = 64  # adapters; each one is looked up on disk
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """Adapters by the names a client gave, name or name@version, with their weights."""
+class AdapterSelection:
+    """The adapters of a request, as (name or name@version, weight); none for the base alone."""
 
-    weights: tuple[tuple[str, float], ...]
+    weights: tuple[tuple[str, float], ...] = ()
 
     @property
     def entry(self) -> "RouteEntry":
-        """What an engine takes."""
+        """The selection as an engine takes it."""
         return dict(self.weights) or None
 
     @property
@@ -37,81 +40,116 @@ class Chosen:
 
     @property
     def label(self) -> str:
-        """What the engine's requests are called by."""
-        return "+".join(spec if weight == 1 else f"{spec}*{weight:g}" for spec, weight in self.weights)
+        """The selection as text, for logs and metrics."""
+        return format_blend(self.weights)
 
 
-BASE = Chosen(())
+BASE = AdapterSelection()
+
+
+class AdapterIds:
+    """llama.cpp's view of a store: every adapter has an id, and a scale for requests that name no model.
+
+    A name keeps its id for the life of the process, whatever is published or removed. Thread-safe; `names` and `name`
+    read the disk.
+    """
+
+    def __init__(self, store: "AdapterStore | None") -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._names: list[str] = []
+        self._scales: dict[str, float] = {}
+
+    def names(self) -> dict[int, str]:
+        """Return the adapters in the store by id."""
+        stored = set(self._store.names() if self._store else ())
+        with self._lock:
+            self._names += sorted(stored.difference(self._names))
+            return {number: name for number, name in enumerate(self._names) if name in stored}
+
+    def name(self, number: int) -> str:
+        """Return the adapter with an id.
+
+        Raises:
+            HttpError: 404, there is none.
+        """
+        names = self.names()
+        if number not in names:
+            raise HttpError(404, f"Unknown adapter id {number}; GET /lora-adapters lists them.", param="lora")
+        return names[number]
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scales that are not 0, by name."""
+        return dict(self._scales)
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        """Replace all scales; an adapter that is not listed gets 0."""
+        self._scales = {name: scale for name, scale in scales.items() if scale}
 
 
 class ModelNames:
-    """Reads the three ways in which a request may name adapters."""
+    """Reads the names that a server's requests may use."""
 
-    def __init__(self, base: "Base", numbering: LlamacppIds) -> None:
+    def __init__(self, base: "Base", ids: AdapterIds) -> None:
         self.base = base.name
-        self._own = {base.name, base.source}
-        self._numbering = numbering
+        self._aliases = sorted({base.name, base.source}, key=len, reverse=True)  # one may begin as another does
+        self._ids = ids
 
-    def choose(self, request: Generation) -> Chosen:
-        """Return which adapters a request is for. It asks the disk only for llama.cpp's numbers.
+    def select(self, request: GenerationRequest) -> AdapterSelection:
+        """Return the adapters that a request selects by `model`, `adapter_id` or `lora`. Reads the disk for `lora`.
 
         Raises:
-            HttpError: 400 for what is no blend, or for two fields that name different adapters; 404 for a number that
-                no adapter has.
+            HttpError: 400, an invalid blend, or fields that select different adapters; 404, an unknown id.
         """
-        said = {"model": self.parse(request.model or "", "model")}
+        fields = {"model": self.parse(request.model or "", "model")}
         if request.adapter_id is not None:
-            said["adapter_id"] = self.parse(request.adapter_id, "adapter_id")
+            fields["adapter_id"] = self.parse(request.adapter_id, "adapter_id")
         if request.lora is not None:
-            said["lora"] = self._numbered(request.lora)
-        named = {field: chosen for field, chosen in said.items() if chosen != BASE}
-        if len(set(named.values())) > 1:
-            fields = " and ".join(named)
-            raise HttpError(400, f"{fields} name different adapters; name them in one.", param=[*named][-1])
-        if len(said) == 1 and not request.model:
-            return blend([*self._numbering.scales.items()], "lora")
-        return next(iter(named.values()), BASE)
+            fields["lora"] = self._by_id(request.lora)
+        selections = {field: selection for field, selection in fields.items() if selection != BASE}
+        if len(set(selections.values())) > 1:
+            *_, last = selections
+            raise HttpError(400, f"{' and '.join(selections)} select different adapters; set only one.", param=last)
+        if len(fields) == 1 and not request.model:
+            return _blend([*self._ids.scales.items()], "lora")
+        return next(iter(selections.values()), BASE)
 
-    def parse(self, text: str, param: str = "model") -> Chosen:
+    def parse(self, text: str, param: str = "model") -> AdapterSelection:
         """Return the adapters that a name stands for.
 
         Raises:
-            HttpError: 400, it is no blend.
+            HttpError: 400, an invalid blend.
         """
-        own = next((name for name in self._own if text.startswith(f"{name}:")), None)
-        rest = text if own is None else text[len(own) + 1 :]
-        if not rest or (own is None and rest in self._own):
+        if text in self._aliases:
             return BASE
-        return blend([_part(text, part.strip(), param) for part in rest.split("+")], param)
+        alias = next((alias for alias in self._aliases if text.startswith(f"{alias}:")), None)
+        adapters = text if alias is None else text.removeprefix(f"{alias}:")
+        if not adapters:
+            return BASE
+        try:
+            parts = parse_blend(adapters)
+        except ConfigError as error:
+            raise HttpError(400, error.message, param=param, hint=error.hint) from error
+        return _blend(parts, param)
 
-    def _numbered(self, scales: Sequence[Scale]) -> Chosen:
-        used = [scale for scale in scales if scale.scale]
-        return blend([(self._numbering.name(scale.id), scale.scale) for scale in used], "lora")
+    def _by_id(self, scales: Sequence[LoraScale]) -> AdapterSelection:
+        return _blend([(self._ids.name(scale.id), scale.scale) for scale in scales if scale.scale], "lora")
 
 
-def blend(parts: Sequence[tuple[str, float]], param: str) -> Chosen:
-    """Return the adapters of a blend; one that is named twice counts twice.
+def _blend(parts: Sequence[tuple[str, float]], param: str) -> AdapterSelection:
+    """Return the selection of a blend; the weights of an adapter that is named twice add up.
 
     Raises:
-        HttpError: 400, it has too many, or a weight that is no weight.
+        HttpError: 400, too many adapters, one without a name, or a weight that is not finite.
     """
     weights: dict[str, float] = {}
-    for name, weight in parts:
-        weights[name] = weights.get(name, 0.0) + weight
-        if not math.isfinite(weights[name]):
-            raise HttpError(400, f"The weight of {name[:128]!r} is not finite.", param=param)
+    for spec, weight in parts:
+        weights[spec] = weights.get(spec, 0.0) + weight
+        if not spec.partition("@")[0]:
+            raise HttpError(400, f"Invalid adapter name {spec[:128]!r}.", param=param)
+        if not math.isfinite(weights[spec]):
+            raise HttpError(400, f"The weight of {spec[:128]!r} is not finite.", param=param)
     if len(weights) > MAX_BLEND:
-        raise HttpError(400, f"A blend of {len(weights)} adapters; {MAX_BLEND} are allowed.", param=param)
-    return Chosen(tuple(sorted(weights.items())))
-
-
-def _part(text: str, part: str, param: str) -> tuple[str, float]:
-    name, star, weight = part.rpartition("*")
-    name, weight = (name, weight) if star else (part, "1")
-    try:
-        if name.partition("@")[0]:
-            return name, float(weight)
-    except ValueError:
-        pass
-    hint = "Write it as in poet*0.7+pirate*0.3."
-    raise HttpError(400, f"{text[:128]!r} is no model: {part[:128]!r} is not NAME*WEIGHT.", param=param, hint=hint)
+        raise HttpError(400, f"A blend of {len(weights)} adapters; the maximum is {MAX_BLEND}.", param=param)
+    return AdapterSelection(tuple(sorted(weights.items())))

@@ -1,76 +1,88 @@
-"""The OpenAPI document of a server, from the Structs that it reads and writes. Knows types and paths; runs nothing."""
+"""The routes as data, and the OpenAPI document that describes them."""
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from loradeck import __version__
-from loradeck.api.errors import JSON, ErrorAnswer
+from loradeck.api.requests import GenerationRequest
+from loradeck.api.responses import JSON, ErrorResponse
 
-REF = "#/components/schemas/{name}"
+SCHEMA_REF = "#/components/schemas/{name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path: what it takes and gives."""
+    """One method of one path. The handler's docstring is its summary."""
 
     method: str
     path: str
-    summary: str
-    takes: Any = None
-    """The type of its body; None where it takes none."""
-    gives: Any = None
-    """The type of its answer as JSON; None where it is text."""
-    generates: bool = False
-    """Whether it takes an engine's time; its answer may be a stream of events."""
-    also: tuple[int, ...] = ()
-    """Statuses besides 200 and those of every operation."""
+    """As starlette writes it."""
+    handler: Callable[[Request], Awaitable[ASGIApp]]
+    body: Any = None
+    """The type of the request's body, if it has one."""
+    response: Any = None
+    """The type of the response's JSON; None if it is plain text."""
+    errors: tuple[int, ...] = ()
+    """Statuses besides 200 and those that every operation has."""
+
+    @property
+    def route(self) -> Route:
+        """The operation as starlette's router takes it."""
+        return Route(self.path, self.handler, methods=[self.method])
 
 
-def document(operations: list[Operation]) -> dict[str, Any]:
+def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of these operations."""
-    kinds = [kind for own in operations for kind in (own.takes, own.gives) if kind is not None]
-    schemas, components = msgspec.json.schema_components([*kinds, ErrorAnswer], ref_template=REF)
-    found = dict(zip(map(id, kinds), schemas, strict=False))
-    error = schemas[-1]
+    types = [kind for operation in operations for kind in (operation.body, operation.response) if kind is not None]
+    (*schemas, error), components = msgspec.json.schema_components([*types, ErrorResponse], ref_template=SCHEMA_REF)
+    schema_of = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for own in operations:
-        paths.setdefault(own.path, {})[own.method.lower()] = _operation(own, found, error)
+    for operation in operations:
+        methods = paths.setdefault(operation.route.path_format, {})
+        methods[operation.method.lower()] = _describe(operation, schema_of, error)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "loradeck", "version": __version__},
+        "info": {"title": "loradeck", "version": version("loradeck")},
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
     }
 
 
-def _operation(own: Operation, found: dict[int, dict[str, Any]], error: dict[str, Any]) -> dict[str, Any]:
-    content = {"text/plain": {"schema": {"type": "string"}}} if own.gives is None else _json(found[id(own.gives)])
-    statuses = {401, 403, 500, *own.also}
-    if own.takes is not None:
+def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error: dict[str, Any]) -> dict[str, Any]:
+    if operation.response is None:
+        content = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        content = _json(schema_of[operation.response])
+    statuses = {401, 403, 500, *operation.errors}
+    if operation.body is not None:
         statuses |= {400, 413, 415}
-    if own.generates:
+    if isinstance(operation.body, type) and issubclass(operation.body, GenerationRequest):
         statuses |= {404, 422, 429, 503}
-        content["text/event-stream"] = dict[str, Any]()  # events, for which 3.1 has no schema
-    said: dict[str, Any] = {
-        "summary": own.summary,
-        "operationId": own.summary.lower().replace(" ", "_"),
+        content["text/event-stream"] = dict[str, Any]()  # OpenAPI 3.1 has no schema for events
+    description: dict[str, Any] = {
+        "summary": operation.handler.__doc__,
+        "operationId": operation.handler.__name__,
         "responses": {
-            "200": {"description": "Done.", "content": content},
-            **{str(status): {"description": "Refused.", "content": _json(error)} for status in sorted(statuses)},
+            "200": {"description": "Success.", "content": content},
+            **{str(status): {"description": "Error.", "content": _json(error)} for status in sorted(statuses)},
         },
     }
-    if own.takes is not None:
-        said["requestBody"] = {"required": True, "content": _json(found[id(own.takes)])}
-    names = [part[1:-1] for part in own.path.split("/") if part.startswith("{")]
-    if names:
-        said["parameters"] = [
+    if operation.body is not None:
+        description["requestBody"] = {"required": True, "content": _json(schema_of[operation.body])}
+    parameters = operation.route.param_convertors
+    if parameters:
+        description["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in names
+            for name in parameters
         ]
-    return said
+    return description
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,72 +1,103 @@
-"""What clients ask, as they write it: OpenAI's fields, and vLLM's beside them. Knows types and bounds, no engine."""
+"""Request bodies: OpenAI's fields, vLLM's and llama.cpp's beside them, and how a body is read and validated."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+import logging
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
+from starlette.requests import Request
 
-MAX_TOP = 20  # log-probabilities per token: OpenAI's bound
-NOT_NEGATIVE = Meta(ge=0, le=2**31)
+from loradeck.api.errors import HttpError
+from loradeck.api.responses import JSON
 
-Natural: TypeAlias = Annotated[int, NOT_NEGATIVE]
-Fraction: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit
+MAX_STOP_STRINGS = 4  # OpenAI's limit
+
+NonNegativeInt: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]
+TokenId: TypeAlias = NonNegativeInt
+Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
-TokenId: TypeAlias = Annotated[int, NOT_NEGATIVE]
-Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+NonEmptyStr: TypeAlias = Annotated[str, Meta(min_length=1)]
+Unsupported: TypeAlias = Mapping[str, tuple[Any, ...]]
+"""Fields that would change what an answer means, each with the values that change nothing and are accepted."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
-class Scale(msgspec.Struct):
-    """llama.cpp's way to name an adapter: the number that `/lora-adapters` lists, and its weight."""
+class LoraScale(msgspec.Struct):
+    """llama.cpp's way to select an adapter: its id in `GET /lora-adapters`, and its weight."""
 
-    id: Natural
+    id: NonNegativeInt
     scale: float
 
 
 class StreamOptions(msgspec.Struct):
-    """What a stream tells besides tokens."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
-class Generation(msgspec.Struct, kw_only=True):
-    """What both kinds of generation have in common; what is null is as if it were not there."""
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """The fields of both kinds of generation; null means the default."""
 
     model: str | None = None
-    """An adapter, `base:adapter`, `name@version`, a blend `a*0.7+b*0.3`; the base's name or nothing: the base."""
+    """An adapter, `base:adapter`, `name@version`, a blend `a*0.7+b*0.3`; the base's name or "" is the base alone."""
     adapter_id: str | None = None
-    """LoRAX's way to name the adapter."""
-    lora: list[Scale] | None = None
-    """llama.cpp's; an adapter that is not listed has no weight."""
-    max_tokens: Natural | None = None
-    min_tokens: Natural | None = None
+    """LoRAX's way to select an adapter; takes what `model` takes."""
+    lora: list[LoraScale] | None = None
+    """llama.cpp's way; an adapter that is not listed has weight 0."""
+    max_tokens: NonNegativeInt | None = None
+    min_tokens: NonNegativeInt | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31)] | None = None
-    """-1 and 0 keep all."""
-    min_p: Fraction | None = None
+    """-1 and 0 keep all tokens."""
+    min_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
-    stop: Text | Annotated[list[Text], Meta(max_length=4)] | None = None
+    stop: NonEmptyStr | Annotated[list[NonEmptyStr], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
+    unsupported: ClassVar[Unsupported] = {
+        "response_format": ({"type": "text"},),
+        "use_beam_search": (False,),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "grammar": ("",),
+        "json_schema": (),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "truncate_prompt_tokens": (),
+        "prompt_embeds": (),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
+        "prompt_logprobs": (),
+    }
+
 
 class TextPart(msgspec.Struct):
-    """A part of a message; of OpenAI's kinds of parts only text."""
+    """A part of a message; OpenAI's other kinds of parts are not supported."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(msgspec.Struct):
-    """One turn of a conversation, as the chat template gets it."""
+class ChatMessage(msgspec.Struct):
+    """One message of a conversation, as the chat template reads it."""
 
     role: str
     content: str | list[TextPart] | None = None
@@ -76,38 +107,52 @@ class Message(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-class ChatRequest(Generation, kw_only=True):
+class ChatCompletionRequest(GenerationRequest, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: Natural | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: NonNegativeInt | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
-    """Input of the chat template, refused where the template has no place for them. Answers stay text."""
+    """Input of the chat template; refused if the template ignores them. Answers stay text."""
     tool_choice: Literal["none", "auto"] | None = None
-    """`none` leaves the tools out of the prompt. Nothing makes a model call one."""
+    """`none` leaves the tools out of the prompt. Nothing forces the model to call one."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    unsupported: ClassVar[Unsupported] = {
+        **GenerationRequest.unsupported,
+        "functions": ([],),
+        "function_call": ("none",),
+        "modalities": (["text"], []),
+        "audio": (),
+        "web_search_options": (),
+        "chat_template": (),
+        "documents": ([],),
+        "echo": (False,),
+    }
 
-class CompletionRequest(Generation, kw_only=True):
+
+class CompletionRequest(GenerationRequest, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
-    """A text, texts, token ids, or lists of token ids; not some of each."""
+    """A text, a list of texts, token ids, or lists of token ids; not a mixture."""
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None
+
+    unsupported: ClassVar[Unsupported] = {**GenerationRequest.unsupported, "suffix": ("",), "best_of": (0, 1)}
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
-    """`POST /tokenize`: of a text, or of messages as the chat template renders them."""
+    """`POST /tokenize`: a text, or messages as the chat template renders them."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: list[ChatMessage] | None = None
     tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -122,56 +167,55 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[TokenId]
 
 
-class LoadRequest(msgspec.Struct, kw_only=True):
+class LoadAdapterRequest(msgspec.Struct, kw_only=True):
     """`POST /v1/load_lora_adapter`."""
 
-    lora_name: Text
+    lora_name: NonEmptyStr
     lora_path: str = ""
-    """A folder of the store, by default the one named as the adapter; another one is published first."""
+    """A folder of the store, by default the adapter's own; a folder from elsewhere is published first."""
     load_inplace: bool = False
-    """Where the name is taken: publish another version of it."""
+    """Publish another version if the name exists."""
+
+    unsupported: ClassVar[Unsupported] = {"is_3d_lora_weight": (False,)}
 
 
-class UnloadRequest(msgspec.Struct, kw_only=True):
+class UnloadAdapterRequest(msgspec.Struct, kw_only=True):
     """`POST /v1/unload_lora_adapter`."""
 
-    lora_name: Text
+    lora_name: NonEmptyStr
 
 
-# Fields that would change what an answer means, with the values that change nothing.
-EITHER_REFUSES: dict[str, tuple[Any, ...]] = {
-    "use_beam_search": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "json_schema": (),
-    "bad_words": ([],),
-    "logits_processors": ([],),
-    "truncate_prompt_tokens": (),
-    "prompt_embeds": (),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "prompt_logprobs": (),
-}
-CHAT_REFUSES: dict[str, tuple[Any, ...]] = {
-    **EITHER_REFUSES,
-    "response_format": ({"type": "text"},),
-    "functions": ([],),
-    "function_call": ("none",),
-    "modalities": (["text"], []),
-    "audio": (),
-    "web_search_options": (),
-    "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
-}
-COMPLETION_REFUSES: dict[str, tuple[Any, ...]] = {
-    **EITHER_REFUSES,
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "best_of": (0, 1),
-}
-LOAD_REFUSES: dict[str, tuple[Any, ...]] = {"is_3d_lora_weight": (False,)}
+async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
+    """Return a request's JSON body as a `kind`; unknown fields are ignored.
+
+    Raises:
+        HttpError: 415, its content type is not JSON; 413, it has more than `max_bytes`; 400 with the name of the field,
+            it is invalid or sets one of the kind's `unsupported` fields.
+    """
+    # Any other content type can be sent to a server on the loopback by a web page, without a CORS preflight.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+        raise HttpError(415, f"The content-type of a request must be {JSON}.")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise HttpError(413, f"The request body is larger than {max_bytes} bytes.")
+    try:
+        fields = msgspec.json.decode(body)
+        value = msgspec.convert(fields, kind, str_keys=True)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        path = str(error).partition(" - at `")[2]
+        raise HttpError(400, str(error), param=re.sub(r"^key in |^\$\.?|`$", "", path) or None) from error
+    if isinstance(fields, dict):
+        _check_fields(fields, kind)
+    return value
+
+
+def _check_fields(fields: Mapping[str, Any], kind: Any) -> None:
+    unsupported: Unsupported = getattr(kind, "unsupported", {})
+    for name, accepted in unsupported.items():
+        if fields.get(name) not in (None, *accepted):
+            raise HttpError(400, f"Unsupported: {name}={fields[name]!r:.80}.", param=name)
+    unknown = fields.keys() - {*kind.__struct_fields__, *unsupported}
+    if unknown:
+        log.debug("ignored fields of a %s: %s", kind.__name__, ", ".join(sorted(unknown)))

@@ -1,30 +1,59 @@
-"""What clients get, in OpenAI's shapes. Knows fields only."""
+"""Response bodies, in the shapes of OpenAI's, vLLM's and llama.cpp's servers."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from starlette.responses import Response
 
-Ended = Literal["stop", "length"]
+JSON = "application/json"
+FinishReason = Literal["stop", "length"]
 
 
-class CachedTokens(msgspec.Struct):
-    """Of the prompt, what needed no computing."""
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response with a body of JSON."""
+    return Response(msgspec.json.encode(body), status, headers, JSON)
+
+
+# ---- errors
+
+
+class ErrorInfo(msgspec.Struct):
+    """What went wrong; `param` is the field that caused it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(msgspec.Struct):
+    """The body of every response that is not a success."""
+
+    error: ErrorInfo
+
+
+# ---- generation
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """Prompt tokens that came from the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(msgspec.Struct):
-    """Tokens that were read and written."""
+    """Tokens of a request: of its distinct prompts, and of all its answers."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(msgspec.Struct):
-    """One of the likeliest tokens at a place."""
+    """One of the most likely tokens at a position."""
 
     token: str
     logprob: float
@@ -32,7 +61,7 @@ class TopLogprob(msgspec.Struct):
 
 
 class TokenLogprob(msgspec.Struct):
-    """A token of an answer, and the likeliest ones in its place."""
+    """A token of an answer, and the most likely tokens at its position."""
 
     token: str
     logprob: float
@@ -41,44 +70,44 @@ class TokenLogprob(msgspec.Struct):
 
 
 class ChatLogprobs(msgspec.Struct):
-    """Of each token of a message."""
+    """Log-probabilities of a message, token by token."""
 
     content: list[TokenLogprob]
 
 
-class AnswerMessage(msgspec.Struct):
-    """The turn that was generated."""
+class AssistantMessage(msgspec.Struct):
+    """The generated message."""
 
     content: str
     role: Literal["assistant"] = "assistant"
 
 
-class Delta(msgspec.Struct, omit_defaults=True):
-    """What a message grew by."""
+class MessageDelta(msgspec.Struct, omit_defaults=True):
+    """The part of a message in one chunk of a stream."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
-    """One whole answer."""
+    """One answer."""
 
     index: int
-    message: AnswerMessage
+    message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Ended
+    finish_reason: FinishReason
 
 
 class ChatChunkChoice(msgspec.Struct):
-    """What one answer grew by."""
+    """The part of one answer in one chunk of a stream."""
 
     index: int
-    delta: Delta
+    delta: MessageDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Ended | None = None
+    finish_reason: FinishReason | None = None
 
 
-class ChatAnswer(msgspec.Struct):
+class ChatCompletion(msgspec.Struct):
     """`POST /v1/chat/completions`."""
 
     id: str
@@ -90,7 +119,7 @@ class ChatAnswer(msgspec.Struct):
     object: Literal["chat.completion"] = "chat.completion"
 
 
-class ChatChunk(msgspec.Struct):
+class ChatCompletionChunk(msgspec.Struct):
     """One event of its stream."""
 
     id: str
@@ -103,7 +132,7 @@ class ChatChunk(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Of each token of a text; the first of a prompt has none."""
+    """Log-probabilities of a text, token by token; the first token of a prompt has none."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -112,15 +141,15 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct):
-    """One whole text, or what it grew by."""
+    """One answer, or the part of it in one event of a stream."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: Ended | None = None
+    finish_reason: FinishReason | None = None
 
 
-class CompletionAnswer(msgspec.Struct):
+class TextCompletion(msgspec.Struct):
     """`POST /v1/completions`, and each event of its stream."""
 
     id: str
@@ -132,25 +161,28 @@ class CompletionAnswer(msgspec.Struct):
     object: Literal["text_completion"] = "text_completion"
 
 
-class AdapterCard(msgspec.Struct):
-    """Ours: what is known of an adapter."""
+# ---- models and adapters
+
+
+class AdapterDetails(msgspec.Struct):
+    """Ours: an adapter's configuration, content and location."""
 
     rank: int
     alpha: float
     targets: list[str]
     bytes: int
     sha256: str | None
-    """None in lists where it would have to be computed; asked for by its id, a model always has it."""
+    """Null in lists where it would have to be computed; `GET /v1/models/{id}` always has it."""
     base_sha256: str | None
     version: int
     loaded: bool
     tier: Literal["device", "memory", "disk"]
     pinned: bool
     last_used: float | None
-    """In seconds since 1970; None where it was not used."""
+    """Seconds since 1970; null if its tier is `disk`."""
 
 
-class Permission(msgspec.Struct):
+class ModelPermission(msgspec.Struct):
     """vLLM's."""
 
     id: str
@@ -161,7 +193,7 @@ class Permission(msgspec.Struct):
     object: Literal["model_permission"] = "model_permission"
 
 
-class Model(msgspec.Struct):
+class ModelCard(msgspec.Struct):
     """`GET /v1/models/{id}`."""
 
     id: str
@@ -169,8 +201,8 @@ class Model(msgspec.Struct):
     root: str
     parent: str | None
     max_model_len: int | None
-    permission: list[Permission]
-    adapter: AdapterCard | UnsetType = UNSET
+    permission: list[ModelPermission]
+    adapter: AdapterDetails | UnsetType = UNSET
     owned_by: str = "loradeck"
     object: Literal["model"] = "model"
 
@@ -178,11 +210,28 @@ class Model(msgspec.Struct):
 class ModelList(msgspec.Struct):
     """`GET /v1/models`."""
 
-    data: list[Model]
+    data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
-class Tokens(msgspec.Struct):
+class LoraAdapter(msgspec.Struct):
+    """An entry of `GET /lora-adapters`."""
+
+    id: int
+    path: str
+    scale: float
+
+
+class SuccessResponse(msgspec.Struct):
+    """`POST /lora-adapters`."""
+
+    success: bool
+
+
+# ---- the tokenizer, and the server itself
+
+
+class TokenizeResponse(msgspec.Struct):
     """`POST /tokenize`."""
 
     count: int
@@ -190,14 +239,14 @@ class Tokens(msgspec.Struct):
     tokens: list[int]
 
 
-class Prompt(msgspec.Struct):
+class DetokenizeResponse(msgspec.Struct):
     """`POST /detokenize`."""
 
     prompt: str
 
 
-class Tokenizer(msgspec.Struct):
-    """`GET /tokenizer_info`: what lm-eval needs to have no tokenizer of its own."""
+class TokenizerInfo(msgspec.Struct):
+    """`GET /tokenizer_info`: with it lm-eval needs no tokenizer of its own."""
 
     eos_token: str | None
     bos_token: str | None
@@ -205,27 +254,13 @@ class Tokenizer(msgspec.Struct):
     chat_template: str | None
 
 
-class AdapterScale(msgspec.Struct):
-    """`GET /lora-adapters`."""
-
-    id: int
-    path: str
-    scale: float
-
-
-class Success(msgspec.Struct):
-    """`POST /lora-adapters`."""
-
-    success: bool
-
-
-class Health(msgspec.Struct):
+class HealthResponse(msgspec.Struct):
     """`GET /health`."""
 
     status: Literal["ok"]
 
 
-class Version(msgspec.Struct):
+class VersionResponse(msgspec.Struct):
     """`GET /version`."""
 
     version: str

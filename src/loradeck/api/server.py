@@ -1,4 +1,4 @@
-"""An app on a socket until it is told to end. Knows uvicorn and addresses, no route."""
+"""An application on a socket, served until a signal ends it."""
 
 import asyncio
 import ipaddress
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
     from loradeck.api.state import ServerState
 
-GRACE = 5  # seconds beyond the drain, for the last bytes to leave
+GRACE = 5  # seconds after the drain, for the last bytes to leave
 
 
 class Server(uvicorn.Server):
-    """Serves an app on one address; SIGTERM and SIGINT let running requests end, a second one does not."""
+    """Serves an application on one socket. The first SIGTERM or SIGINT lets running requests finish."""
 
-    def __init__(self, app: "Starlette", address: socket.socket) -> None:
-        self._door: ServerState = app.state.door
-        self._address = address
+    def __init__(self, app: "Starlette", sock: socket.socket) -> None:
+        self._state: ServerState = app.state.server
+        self._socket = sock
         super().__init__(
             uvicorn.Config(
                 app,
@@ -32,58 +32,59 @@ class Server(uvicorn.Server):
                 ws="none",
                 proxy_headers=False,
                 server_header=False,
-                timeout_graceful_shutdown=round(self._door.settings.drain) + GRACE,
+                timeout_graceful_shutdown=round(self._state.config.drain) + GRACE,
             )
         )
 
-    def serve_here(self) -> None:
-        """Serve until a signal, or `should_exit`, ends it; then running requests have had time to end."""
-        self.run(sockets=[self._address])
+    def serve_forever(self) -> None:
+        """Serve until a signal or `should_exit`, and the running requests have finished."""
+        self.run(sockets=[self._socket])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take nothing new, let what runs end."""
-        drained = asyncio.create_task(asyncio.to_thread(self._door.drain, self._door.settings.drain))
+        """Take no more requests, and let the running ones finish."""
+        drain = asyncio.create_task(asyncio.to_thread(self._state.drain, self._state.config.drain))
         await super().shutdown(sockets)
         if self.force_exit:
-            self._door.release([*self._door.live])
-        await drained
+            self._state.release([*self._state.live])
+        await drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """End gracefully at the first signal, at once at the second; the process goes on to its own end."""
+        """Shut down gracefully at the first signal, at once at the second. The process then exits by itself."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
 
-def listen(host: str, port: int, *, guarded: bool) -> socket.socket:
-    """Take an address, before anything slow is done; who asks at once is answered later. Port 0 takes a free one.
+def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
+    """Return a listening socket; connections wait until the server runs. Port 0 takes a free one.
 
     Raises:
-        ConfigError: the address cannot be had; or others could reach it, though no keys guard it.
+        ConfigError: the address cannot be used, or other machines could reach it although no keys are set.
     """
-    if not guarded and not is_loopback(host):
-        hint = "Give API keys, or listen on 127.0.0.1."
-        raise ConfigError(f"without API keys anyone who reaches {host} could do anything", hint=hint)
+    if not has_keys and not is_loopback(host):
+        hint = "Set API keys, or listen on 127.0.0.1."
+        raise ConfigError(f"without API keys, anyone who reaches {host} could control the server", hint=hint)
     try:
         if not 0 <= port < 1 << 16:
-            raise OverflowError("a port is a number below 65536")
+            raise OverflowError("a port is a number from 0 to 65535")
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        hint = "Take another port; 0 finds a free one."
-        raise ConfigError(f"{host}:{port} cannot be listened on: {error}", hint=hint) from error
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error}", hint="Use another port; 0 takes a free one."
+        ) from error
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach an address."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def url_of(address: socket.socket) -> str:
-    """Return the URL by which this machine reaches an address."""
-    host, port = address.getsockname()[:2]
+def url_of(sock: socket.socket) -> str:
+    """Return the URL of a listening socket, as seen from this machine."""
+    host, port = sock.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = "localhost"
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

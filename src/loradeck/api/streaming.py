@@ -1,18 +1,16 @@
-"""A stream of server-sent events. Knows ASGI's messages and the wire format; knows nothing of what is told.
+"""Server-sent events, and work that ends when its client disconnects.
 
-Sends raw ASGI messages: three times as many a second as starlette's StreamingResponse. The status goes out with the
-first bytes, so what fails before them is an ordinary error.
+Sends raw ASGI messages: three times as many per second as starlette's StreamingResponse. The status goes out with the
+first event, so an error before it is an ordinary error response.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
-
-from loradeck.api.disconnect import attend
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -22,69 +20,103 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
 
-Tell = Callable[[bytes], Awaitable[None]]
+SendEvent: TypeAlias = Callable[[bytes], Awaitable[None]]
+T = TypeVar("T")
 
 
-class Events:
-    """An answer that several writers write, each an event at a time, until all have ended."""
+async def run_until_disconnect(receive: Receive, *work: Coroutine[Any, Any, T]) -> list[T]:
+    """Run coroutines concurrently and return their results; if one fails or the client disconnects, cancel the rest.
+
+    Raises:
+        ClientDisconnect: the client closed the connection.
+        Exception: the first that a coroutine raises.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            disconnect = group.create_task(_wait_for_disconnect(receive))
+            tasks = [group.create_task(coroutine) for coroutine in work]
+            await asyncio.wait(tasks)
+            disconnect.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass  # the rest of the body
+    raise ClientDisconnect
+
+
+class EventStream:
+    """A response of server-sent events from several concurrent writers; it ends when all of them have."""
 
     def __init__(
         self,
-        writers: Sequence[Callable[[Tell], Coroutine[Any, Any, None]]],
+        writers: Sequence[Callable[[SendEvent], Coroutine[Any, Any, None]]],
+        *,
         last: Callable[[], bytes],
-        failed: Callable[[Exception], bytes],
+        on_error: Callable[[Exception], bytes],
         close: Callable[[], None],
         ping: float,
     ) -> None:
-        """`last` are the data of an event after all others, `failed` those of an error; at the end comes `close`."""
+        """Describe the stream.
+
+        Args:
+            writers: Each sends its events through the function it is given.
+            last: Returns the data of a final event; none if empty.
+            on_error: Returns the data of the event that reports an error.
+            close: Called at the end, whatever happened.
+            ping: Seconds of silence after which a comment is sent.
+        """
         self._writers = writers
         self._last = last
-        self._failed = failed
+        self._on_error = on_error
         self._close = close
         self._ping = ping
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
-        wire = _Wire(send)
-        pings = asyncio.create_task(wire.ping(self._ping))
+        sender = _EventSender(send)
+        pings = asyncio.create_task(sender.ping(self._ping))
         try:
-            await attend(receive, *(writer(wire.tell) for writer in self._writers))
-            end = self._last()
+            await run_until_disconnect(receive, *(writer(sender.send_event) for writer in self._writers))
+            last = self._last()
         except ClientDisconnect:
             return
         except Exception as error:
-            if not wire.begun:
+            if not sender.started:
                 raise
-            end = self._failed(error)
+            last = self._on_error(error)
         finally:
             pings.cancel()
             self._close()
-        if end:
-            await wire.tell(end)
-        await wire.send(DONE, more=False)
+        if last:
+            await sender.send_event(last)
+        await sender.send(DONE, more=False)
 
 
-class _Wire:
-    """One answer's bytes in their order, whoever sends them."""
+class _EventSender:
+    """Sends one response's bytes, one message at a time."""
 
     def __init__(self, send: Send) -> None:
+        self.started = False
         self._send = send
-        self._turn = asyncio.Lock()
-        self._sent = time.monotonic()
-        self.begun = False
+        self._lock = asyncio.Lock()
+        self._last_sent = time.monotonic()
 
-    async def tell(self, data: bytes) -> None:
+    async def send_event(self, data: bytes) -> None:
         await self.send(b"data: " + data + b"\n\n")
 
     async def send(self, body: bytes, *, more: bool = True) -> None:
-        async with self._turn:
-            if not self.begun:
+        async with self._lock:
+            if not self.started:
                 await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-                self.begun = True
+                self.started = True
             await self._send({"type": "http.response.body", "body": body, "more_body": more})
-            self._sent = time.monotonic()
+            self._last_sent = time.monotonic()
 
-    async def ping(self, every: float) -> None:
+    async def ping(self, interval: float) -> None:
         while True:
-            await asyncio.sleep(max(0.0, self._sent + every - time.monotonic()))
-            if time.monotonic() - self._sent >= every:
+            await asyncio.sleep(max(0.0, self._last_sent + interval - time.monotonic()))
+            if time.monotonic() - self._last_sent >= interval:
                 await self.send(PING)

@@ -1,4 +1,4 @@
-"""A file's sha256, read again only where the file may have changed. Knows files; knows no models."""
+"""A cache of files' sha256, so that a file is read again only if it may have changed."""
 
 import hashlib
 import time
@@ -9,23 +9,23 @@ import msgspec
 
 from loradeck.disk import write_file
 
-SETTLED = 10**9  # ns: a second write within one tick of the file system's clock leaves the times as they are
+SETTLED = 10**9  # ns; a second write within one tick of the file system's clock would not change the times
 
 Stamp = tuple[int, int, int, int]
 
 
-class Digests:
-    """What is known of files, kept in a file of its own.
+class DigestCache:
+    """The digests of files, stored in a JSON file.
 
-    A digest holds while the file's number, size and times do: every write, and every rename over it, sets the time of
-    change (ctime), which no program can set back. A disk that decays by itself goes unnoticed.
+    A digest is valid while the file's inode, size and times stay the same: every write, and every rename over the file,
+    sets its change time (ctime), which no program can set back. It does not notice a decaying disk.
     """
 
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
-        self._known: dict[str, tuple[Stamp, str]] = {}
-        with suppress(OSError, msgspec.DecodeError):  # there is none yet, or it is damaged: then all is read again
-            self._known = msgspec.json.decode(memory.read_bytes(), type=dict[str, tuple[Stamp, str]])
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, tuple[Stamp, str]] = {}
+        with suppress(OSError, msgspec.DecodeError):  # missing or damaged: every file is read again
+            self._entries = msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[Stamp, str]])
 
     def of(self, path: Path) -> str:
         """Return a file's sha256, in hex.
@@ -34,14 +34,14 @@ class Digests:
             OSError: it cannot be read.
         """
         key, stamp = str(path.resolve()), _stamp(path)
-        known = self._known.get(key)
-        if known and known[0] == stamp:
-            return known[1]
+        entry = self._entries.get(key)
+        if entry and entry[0] == stamp:
+            return entry[1]
         digest = sha256(path)
         if _stamp(path) == stamp and time.time_ns() - max(stamp[2:]) > SETTLED:
-            self._known[key] = stamp, digest
-            with suppress(OSError):  # a cache that cannot be written to is used all the same
-                write_file(self.memory, msgspec.json.encode(self._known))
+            self._entries[key] = stamp, digest
+            with suppress(OSError):  # a read-only cache still works
+                write_file(self.path, msgspec.json.encode(self._entries))
         return digest
 
 

@@ -1,22 +1,22 @@
-"""Tell one base from another in milliseconds. Knows tensors and their names; no files, no language."""
+"""The fingerprint of a base: a hash that tells models apart in milliseconds."""
 
 import hashlib
 
 import torch
 from torch import nn
 
-SAMPLED = 1024  # values read of every tensor: a megabyte or so in all, whatever the size of the base
+SAMPLED = 1024  # values read from each tensor: about a megabyte in all, whatever the size of the base
 
 
 def fingerprint(model: nn.Module) -> str:
     """Return the sha256, in hex, of the model's class, its parameters' names and shapes, and a sample of their values.
 
-    Of every parameter at most 1024 values are read, at an even stride, and rounded to bf16: loads of one base in fp32
-    and in bf16 have the same fingerprint, on any device. Tied weights count once, under their first name.
+    At most 1024 values of each parameter are read, at an even stride, and rounded to bf16, so one base has the same
+    fingerprint in fp32 and bf16 and on any device. Tied weights count once, under their first name.
 
     It does not notice a change that misses the sample or vanishes in bf16, nor one outside the parameters (a buffer, a
-    setting such as the RoPE base). A load in fp16 may differ from both others, fp16 being too narrow for small weights.
-    It tells bases apart; it proves nothing against someone who sets out to deceive it.
+    setting such as the RoPE base). In fp16 the fingerprint may differ, because small weights underflow. It tells bases
+    apart; it is no protection against forgery.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in sorted(model.named_parameters()):

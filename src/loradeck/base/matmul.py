@@ -1,7 +1,7 @@
-"""Products with frozen weights, float32 within where half precision is only emulated. Knows tensors; knows no layers.
+"""Matrix products with frozen weights, computed in float32 on a CPU that only emulates half precision.
 
-On a CPU without arithmetic for bfloat16 or float16 torch's products in them take several times as long as float32's. So
-a block of weights at a time is made float32 there: the values stay, no copy is kept, and sums are more exact.
+On such a CPU torch's bfloat16 and float16 products take several times as long as float32's. So the weight is converted
+to float32 a block at a time: its values stay the same, no copy is kept, and sums are more exact.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from loradeck.dtypes import computes_in
 
-FEW = 4  # rows up to which a weight is read once in half precision sooner than made float32
-BLOCK = 1 << 20  # weights made plain at a time: they fit the cache, and the head's never exist all at once
+FEW = 4  # rows up to which reading the weight in half precision is faster than converting it
+BLOCK = 1 << 20  # weights converted at a time: they fit the cache, and the head is never converted as a whole
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X Wᵀ + bias: x (…, in), weight (out, in), bias (out,) -> (…, out) in x's dtype."""
     items = x.reshape(-1, x.shape[-1])
-    if len(items) <= FEW or not _widened(x, weight) or torch.is_autocast_enabled(x.device.type):
+    if len(items) <= FEW or not _is_emulated(x, weight) or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     y = items.new_empty(len(items), len(weight))
     items = items.float()
@@ -28,10 +28,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], len(weight))
 
 
-def back(grad: Tensor, weight: Tensor) -> Tensor:
-    """G W, the gradient of `linear`'s x: grad (…, out), weight (out, in) -> (…, in) in grad's dtype."""
+def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """G W, the gradient of `linear` with respect to x: grad (…, out), weight (out, in) -> (…, in) in grad's dtype."""
     weight = weight.to(grad.dtype)
-    if not _widened(grad, weight):
+    if not _is_emulated(grad, weight):
         return grad @ weight
     items = grad.reshape(-1, grad.shape[-1])
     dx = torch.zeros(len(items), weight.shape[1])
@@ -41,10 +41,11 @@ def back(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def blocks(weight: Tensor) -> Iterator[slice]:
-    """Cut a weight (out, in) into slices of outputs, of BLOCK weights or less where a single output has no more."""
+    """Yield slices of the outputs of a weight (out, in), each with at most BLOCK weights, or a single output."""
     step = max(1, BLOCK // weight.shape[1])
     return (slice(at, at + step) for at in range(0, len(weight), step))
 
 
-def _widened(x: Tensor, weight: Tensor) -> bool:
+def _is_emulated(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product would be computed on a CPU, in a dtype it only emulates."""
     return x.is_cpu and x.dtype == weight.dtype and not computes_in(x.dtype, x.device)

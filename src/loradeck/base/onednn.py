@@ -1,19 +1,22 @@
-"""How many compiled kernels this process keeps. Knows oneDNN's and torch's settings for that; computes nothing.
-
-oneDNN compiles a kernel for every shape that it meets, so for every number of rows, and keeps 1,024 of them; torch
-keeps as many again for each thread. Here that is half a megabyte each, and a server meets hundreds of numbers of rows.
-To compile one anew takes a millisecond, where a step of a small base takes fifty. In training it is the other way
-round: the adapters' own products can be oneDNN's too, of each job's shapes, and every layer of a step needs all again.
-"""
+"""How many compiled kernels oneDNN and torch cache on a CPU."""
 
 import os
 
-FEW = 128  # a step of SmolLM2 has five shapes: enough for the two dozen numbers of rows that come again and again
-MANY = 1024  # their own number: sixty jobs of fifteen shapes each
-SETTINGS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # both are read when the first one is compiled
+VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # both are read when the first kernel is compiled
 
 
-def keep(count: int) -> None:
-    """Keep so many of them, where nothing was compiled yet; what was set before, by the user too, goes before."""
-    for name in SETTINGS:
+def cap_kernel_cache(count: int = 128) -> None:
+    """Limit the kernels that oneDNN and torch keep compiled in this process; call it before the first computation.
+
+    oneDNN compiles a kernel for every shape, hence for every number of rows, and caches 1,024 of them; torch caches as
+    many again per thread. At half a megabyte each a server that sees hundreds of batch sizes grows by half a gigabyte.
+    The default of 128 holds the two dozen batch sizes that recur, at five shapes each in SmolLM2; compiling one anew
+    takes a millisecond, where a step of a small base takes fifty.
+
+    `loradeck serve`, `generate` and `chat` call this, and a Python program that serves on a CPU should too. Training
+    should not: sixty jobs have hundreds of shapes, and every layer of every step needs them all.
+
+    It sets the environment variables $ONEDNN_PRIMITIVE_CACHE_CAPACITY and $LRU_CACHE_CAPACITY, unless they are set.
+    """
+    for name in VARIABLES:
         os.environ.setdefault(name, str(count))

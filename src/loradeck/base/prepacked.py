@@ -1,7 +1,7 @@
-"""Linear layers whose weight is laid out once as oneDNN's kernels read it. Knows torch's private ops for that.
+"""Linear layers whose weight is packed once in oneDNN's layout (torch's private mkldnn ops).
 
-nn.Linear lays its weight out anew at every call. The packed weight is the only copy: `dense` gives the plain one back,
-bit for bit, and so do the layer's state_dict and a move to another dtype or device.
+nn.Linear packs its weight anew at every call. The packed weight is the only copy: `dense` returns the plain one, bit
+for bit, and the layer's state_dict and a move to another dtype or device use that.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import FrozenLinear
-from loradeck.base.self_check import Product, self_check
+from loradeck.base.self_check import Product, why_not_usable
 
-SMALLEST = 256 * 256  # weights below it are left alone: at 64 x 64 a packed product takes 23 µs, a plain one 7
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # of the largest output: the order of summation
+MIN_WEIGHTS = 256 * 256  # smaller layers stay plain: at 64 x 64 a packed product takes 23 µs, a plain one 7
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # share of the largest output: sums in another order
 
 
 class PackedWeight(nn.Parameter):
-    """A weight in oneDNN's own layout (torch._mkldnn). Nothing can write into it, so copies of a model share it."""
+    """A weight in oneDNN's layout (torch._mkldnn). It is immutable, so copies of a model share it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
         return self
 
     def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
-        return _packed, (self.to_dense(),)
+        return _pack_weight, (self.to_dense(),)
 
 
 class PackedLinear(FrozenLinear):
-    """An nn.Linear with a packed weight, or with a plain one where something has put that in its place (a merge)."""
+    """An nn.Linear with a packed weight, or with a plain one that has replaced it (a merge does that)."""
 
     def dense(self) -> Tensor:
         return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
@@ -58,33 +58,33 @@ class PackedLinear(FrozenLinear):
 
 
 def pack(linear: nn.Linear) -> None:
-    """Give a linear layer a packed weight in place of its own, where that pays; else leave it as it is."""
+    """Pack a linear layer's weight in place if that makes it faster; otherwise leave the layer as it is."""
     weight = linear.weight
-    pays = weight.device.type == "cpu" and weight.numel() >= SMALLEST and weight.dtype in TOLERANCE
-    if pays and not packing(weight.dtype):
+    fits = weight.device.type == "cpu" and weight.numel() >= MIN_WEIGHTS and weight.dtype in TOLERANCE
+    if fits and why_not_packed(weight.dtype) is None:
         linear.__class__ = PackedLinear
-        linear.weight = _packed(weight.detach())
+        linear.weight = _pack_weight(weight.detach())
 
 
 def unpack(linear: PackedLinear) -> None:
-    """Give the layer its plain weight back."""
+    """Restore the layer's plain weight."""
     linear.weight = nn.Parameter(linear.dense().detach(), requires_grad=False)
 
 
 @cache
-def packing(dtype: torch.dtype) -> str:
-    """Return why weights of a dtype are not packed on this machine; "" where they are. Tried once per process."""
-    return self_check(_pair, dtype, TOLERANCE[dtype])
+def why_not_packed(dtype: torch.dtype) -> str | None:
+    """Return why weights of this dtype are not packed on this machine, or None if they are. Checked once a process."""
+    return why_not_usable(_products, dtype, TOLERANCE[dtype])
 
 
-def _packed(weight: Tensor) -> PackedWeight:
+def _pack_weight(weight: Tensor) -> PackedWeight:
     return PackedWeight(torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous()), requires_grad=False)
 
 
-def _pair(weight: Tensor) -> tuple[Product, Product]:
+def _products(weight: Tensor) -> tuple[Product, Product]:
     layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
     layer.__class__ = PackedLinear
-    layer.weight = _packed(weight)
+    layer.weight = _pack_weight(weight)
     if not torch.equal(layer.weight.to_dense(), weight):
-        raise ValueError("a packed weight does not come back as it was")
+        raise ValueError("unpacking a packed weight changes it")
     return layer.forward, partial(F.linear, weight=weight)

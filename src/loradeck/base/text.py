@@ -1,4 +1,4 @@
-"""The door between text and token ids; inside, everything is ids. Knows tokenizers and chat templates, no model."""
+"""Text to token ids and back: prompts, chat templates, and decoding token by token."""
 
 import hashlib
 import json
@@ -13,77 +13,77 @@ from loradeck.errors import ConfigError
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
-CONTEXT = 16  # tokens before a text that can matter to it
+CONTEXT = 16  # tokens before a text that can change how it is decoded
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Turn a prompt into token ids, up to where the model's answer begins.
+    """Return a prompt's token ids, up to where the model's answer begins.
 
-    With a chat template a string is one message of the user; without one it is plain text to be continued. Token ids
-    stay as they are.
+    A string is one user message if the tokenizer has a chat template; otherwise it is plain text to continue. Token ids
+    are returned as they are.
 
     Raises:
-        ConfigError: messages that are none, that the base has no template for or its template refuses; no token at all.
+        ConfigError: invalid messages, messages without a chat template or refused by it, an unknown id, or no token.
     """
     if isinstance(prompt, str):
         messages: Sequence[Message] = [{"role": "user", "content": prompt}]
     elif prompt and all(isinstance(token, int) for token in prompt):
-        return _known(tokenizer, cast("Sequence[int]", prompt))
+        return _checked_ids(tokenizer, cast("Sequence[int]", prompt))
     else:
         messages = cast("Sequence[Message]", prompt)
         _check(messages)
     if tokenizer.chat_template is not None:
         try:
             ids = tokenizer.apply_chat_template([*map(dict, messages)], add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is a stranger's program and can fail in any way
+        except Exception as error:  # a template is an untrusted program and can fail in any way
             raise ConfigError(
-                f"the base's chat template refuses the messages: {error}",
-                hint="Give the roles and the order of messages that this base was trained with.",
+                f"the base's chat template rejects the messages: {error}",
+                hint="Use the roles, and their order, that the base was trained with.",
             ) from error
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
         raise ConfigError(
-            "the base's tokenizer has no chat template, so it takes no messages",
-            hint="Give the prompt as one string, or take a base tuned for chat.",
+            "the base's tokenizer has no chat template for messages",
+            hint="Give the prompt as a string, or use a base tuned for chat.",
         )
     if not ids:
-        raise ConfigError("the prompt is empty", hint="Give at least one token to go on from.")
-    return cast("list[int]", ids)  # a list of strings, or of lists, is for a batch
+        raise ConfigError("the prompt is empty", hint="Give at least one token.")
+    return cast("list[int]", ids)  # other types are for batches
 
 
-def _known(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+def _checked_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     unknown = [token for token in ids if not 0 <= token < len(tokenizer)]
     if unknown:
-        raise ConfigError(f"{unknown[0]} is no token of the base, which has {len(tokenizer)}", hint="Give token ids.")
+        raise ConfigError(f"unknown token id {unknown[0]}", hint=f"The base's ids are 0 to {len(tokenizer) - 1}.")
     return [*ids]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """Turn token ids into text, without special tokens and without an unfinished character at the end."""
+    """Return the text of token ids, without special tokens and without an incomplete character at the end."""
     return "".join(map(Detokenizer(tokenizer).push, ids))
 
 
 class Detokenizer:
-    """Text as its tokens arrive. A character of several tokens comes with its last one; special tokens are left out."""
+    """Decodes token by token. A character of several tokens appears with its last one; special tokens are left out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
-        """`before` are tokens that the text goes on from: without any, some tokenizers take the first word's space."""
+        """`before` are the tokens that the text continues; without them some tokenizers drop the first word's space."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._given = 0  # of them, those whose text was given; they stay, because text depends on what is before it
+        self._returned = 0  # leading ids whose text was returned; kept because the next token's text depends on them
         for token in before[-CONTEXT:]:
             self.push(token)
 
     def push(self, token: int) -> str:
-        """Return the text that `token` completes, which may be none."""
+        """Return the text that `token` completes, possibly empty."""
         self._ids.append(token)
         text = self._text(self._ids)
         if text.endswith("\ufffd"):  # the first bytes of a character
             return ""
-        piece = text[len(self._text(self._ids[: self._given])) :]
+        piece = text[len(self._text(self._ids[: self._returned])) :]
         if piece:
-            self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
+            self._ids, self._returned = self._ids[self._returned :], len(self._ids) - self._returned
         return piece
 
     def _text(self, ids: list[int]) -> str:
@@ -91,7 +91,7 @@ class Detokenizer:
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return `input_ids` and `attention_mask`, both (rows, longest) int64: every row ends at the right edge."""
+    """Return `input_ids` and `attention_mask`, both (rows, longest) int64; rows are padded on the left."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -99,14 +99,14 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> frozenset[int]:
-    """Return the ids that end a turn: the tokenizer's end of text, and those of the model's generation settings."""
+    """Return the ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
     ends = settings.eos_token_id if settings is not None else None
     listed = ends if isinstance(ends, Iterable) else [ends]
     return frozenset(end for end in (tokenizer.eos_token_id, *listed) if end is not None)
 
 
 def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the sha256, in hex, of the chat template; None where there is none."""
+    """Return the sha256, in hex, of the chat template; None if the tokenizer has none."""
     template = tokenizer.chat_template
     if template is None:
         return None
@@ -116,15 +116,15 @@ def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _check(messages: Sequence[Message]) -> None:
     problems = [
-        f"message {at} is {message!r:.80}"
-        for at, message in enumerate(messages)
+        f"message {index}: {message!r:.80}"
+        for index, message in enumerate(messages)
         if not isinstance(message, Mapping)
         or not isinstance(message.get("role"), str)
         or not isinstance(message.get("content"), str)
     ]
     if problems or not messages:
         raise ConfigError(
-            "a prompt is a string or a list of messages" if problems else "the list of messages is empty",
+            "invalid messages" if problems else "the list of messages is empty",
             problems,
             hint='A message is {"role": "user", "content": "some text"}.',
         )

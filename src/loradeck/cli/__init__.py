@@ -1,7 +1,7 @@
-"""The command line: which verbs there are, and what becomes of an error. Knows no verb's own business, and no torch.
+"""The command line: the table of verbs, and the exit code of each error.
 
-A verb is a function `cli/VERB.py:VERB`, imported when it is called or listed: its signature and docstring are its flags
-and help. What takes long to import is imported inside it.
+A verb is a function `cli/VERB.py:VERB`, imported when it is called or listed; its signature and docstring are its flags
+and help. It imports what takes long inside the function.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from loradeck import __version__
-from loradeck.cli.screen import shown
+from loradeck.cli.display.text import printable
 from loradeck.errors import LoradeckError
 
 VERBS = (
@@ -48,20 +48,20 @@ for order, verb in enumerate(VERBS):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if not tokens or tokens[0] in app.help_flags:
-            app.resolved_commands()  # the list of verbs shows the first line of each
+            app.resolved_commands()  # the list of verbs shows the first help line of each
         code = app(tokens)
         sys.stdout.flush()
     except (LoradeckError, CycloptsError) as error:
-        said = error.told() if isinstance(error, LoradeckError) else error
-        print(shown(f"loradeck: {said}"), file=sys.stderr)
+        text = error.report() if isinstance(error, LoradeckError) else error
+        print(printable(f"loradeck: {text}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of a pipe left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it when it ends
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it at exit
         return 141
     return code if isinstance(code, int) else 0

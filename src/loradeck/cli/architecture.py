@@ -1,43 +1,37 @@
-"""What a base is to llama.cpp, from a GGUF file's header or a transformers configuration. Knows no adapter."""
+"""llama.cpp's architecture of a base, from a GGUF file's header or a transformers configuration."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loradeck.base.load import GIVE, SMOLLM2, SMOLLM2_HUB_ID, SMOLLM2_PACKAGE, quiet
+from loradeck.base.load import HINT, SMOLLM2, SMOLLM2_HUB_ID, quiet, smollm2_file
 from loradeck.errors import BaseModelError
 from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names
 
-# transformers' model_type -> llama.cpp's architecture, where they differ (conversion/ in llama.cpp)
-CALLED = {"mistral": "llama", "gemma3_text": "gemma3"}
+# transformers' model_type -> llama.cpp's name, if they differ (conversion/ in llama.cpp)
+LLAMACPP_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
 
 
-def architecture(source: str) -> Architecture:
+def read_architecture(source: str) -> Architecture:
     """Return the architecture of a folder, hub id, .gguf file or smollm2-135m.
 
     Raises:
-        BaseModelError: nothing is there, it cannot be read, or the architecture is not known here.
+        BaseModelError: nothing is there, it cannot be read, or its architecture is not supported.
     """
-    path = _smollm2() if source in (SMOLLM2, SMOLLM2_HUB_ID) else Path(source).expanduser()
+    is_smollm2 = source in (SMOLLM2, SMOLLM2_HUB_ID)
+    path = (smollm2_file() or Path(SMOLLM2_HUB_ID)) if is_smollm2 else Path(source).expanduser()
     name, is_gguf = path.as_posix(), path.suffix.lower() == ".gguf"
-    if not path.exists() and (is_gguf or "/" not in name):  # a misspelt name should not send its reader to the hub
-        raise BaseModelError(f"no base at {source!r}", hint=GIVE)
+    if not path.exists() and (is_gguf or "/" not in name):  # a misspelt name should not lead to a download
+        raise BaseModelError(f"no base at {source!r}", hint=HINT)
     try:
         return _of_file(path) if is_gguf else _of_model(name)
     except BaseModelError:
         raise
-    except Exception as error:  # what strangers' files make gguf and transformers raise has no common class
+    except Exception as error:  # what untrusted files make gguf and transformers raise has no common class
         line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BaseModelError(f"{source} cannot be read: {line}", hint=GIVE) from error
-
-
-def _smollm2() -> Path:
-    package = find_spec(SMOLLM2_PACKAGE)
-    folders = package.submodule_search_locations if package else None
-    return next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), Path(SMOLLM2_HUB_ID))
+        raise BaseModelError(f"cannot read {source}: {line}", hint=HINT) from error
 
 
 def _of_file(file: Path) -> Architecture:
@@ -49,7 +43,7 @@ def _of_file(file: Path) -> Architecture:
         field = reader.get_field(key)
         return field.contents() if field else None
 
-    name = _known(value(Keys.General.ARCHITECTURE), file)
+    name = _supported(value(Keys.General.ARCHITECTURE), file)
     heads = value(Keys.Attention.HEAD_COUNT.format(arch=name))
     shapes = {
         tensor.name: tuple(int(n) for n in reversed(tensor.shape))
@@ -62,23 +56,23 @@ def _of_file(file: Path) -> Architecture:
 def _of_model(source: str) -> Architecture:
     with quiet():
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        name = _known(CALLED.get(config.model_type, config.model_type), source)
+        name = _supported(LLAMACPP_NAMES.get(config.model_type, config.model_type), source)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    known = names(name, config.num_hidden_layers)
+    tensor_names = names(name, config.num_hidden_layers)
     shapes = {
-        called: tuple(weight.shape)
-        for path, weight in model.named_parameters()  # a tied weight comes once, as the embedding
-        if (called := known.get_name(path, try_suffixes=(".weight",)))
+        tensor_name: tuple(weight.shape)
+        for path, weight in model.named_parameters()  # a tied weight appears once, as the embedding
+        if (tensor_name := tensor_names.get_name(path, try_suffixes=(".weight",)))
     }
     heads = config.num_attention_heads
     return Architecture(name, heads, getattr(config, "num_key_value_heads", None) or heads, shapes)
 
 
-def _known(name: str | None, source: object) -> str:
+def _supported(name: str | None, source: object) -> str:
     if name in REORDERED | PLAIN:
         return str(name)
     raise BaseModelError(
-        f"{source} is of architecture {name}, whose weights' order in llama.cpp is not known here",
-        hint=f"Known are {', '.join(sorted(REORDERED | PLAIN))}; merge the adapter with `loradeck merge` instead.",
+        f"cannot export for architecture {name} of {source}",
+        hint=f"Supported: {', '.join(sorted(REORDERED | PLAIN))}. For others, use `loradeck merge`.",
     )

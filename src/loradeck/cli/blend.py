@@ -1,15 +1,14 @@
-"""What a user writes for an adapter: a folder, a blend of folders, or `none`. Knows folders and weights, no tensors.
+"""The adapters of a command line: a folder, a blend of folders, or `none`.
 
 none · adapters/poet · adapters/poet*0.7+adapters/pirate*0.3
 """
 
-import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from loradeck.errors import ConfigError
+from loradeck.blend import parse_blend
 
 if TYPE_CHECKING:
     from loradeck.lora.bank import Bank
@@ -18,70 +17,61 @@ NONE = "none"
 Blend: TypeAlias = dict[str, float]
 
 
-def parse(text: str) -> list[tuple[str, float]]:
-    """Return the folders of a blend, each with its weight; `none` has no folder.
+def parse(text: str) -> Blend:
+    """Return the weight of each folder of a blend, or of each name on a server; `none` has none.
 
     Raises:
-        ConfigError: a part without a folder, or a weight that is no number.
+        ConfigError: invalid blend.
     """
     if text == NONE:
-        return []
-    if os.path.exists(text):  # noqa: PTH110 - Path.exists raises for what can be no name
-        return [(text, 1.0)]
-    return [_part(text, part.strip()) for part in text.split("+")]
-
-
-def _part(text: str, part: str) -> tuple[str, float]:
-    folder, star, weight = part.rpartition("*")
-    folder, weight = (folder, weight) if star else (part, "1")
-    with contextlib.suppress(ValueError):
-        if folder:
-            return folder, float(weight)
-    raise ConfigError(
-        f"{text!r} is no blend: {part!r} is not FOLDER*WEIGHT",
-        hint="Write it as in adapters/poet*0.7+adapters/pirate*0.3.",
-    )
+        return {}
+    if os.path.exists(text):  # noqa: PTH110 - Path.exists raises for an invalid path
+        return {text: 1.0}
+    blend: Blend = {}
+    for folder, weight in parse_blend(text):
+        blend[folder] = blend.get(folder, 0.0) + weight
+    return blend
 
 
 def check(texts: Iterable[str]) -> None:
-    """Refuse what `load` would refuse whatever the base, before the base is loaded: that takes seconds.
+    """Raise the errors of `load` that do not depend on the base, before the seconds that loading a base takes.
 
     Raises:
-        ConfigError: a text is no blend.
-        AdapterError: a folder is no adapter, or not a whole one.
+        ConfigError: invalid blend.
+        AdapterError: a folder is not a complete adapter.
     """
     from loradeck.lora.manifest import read_folder
 
     for text in texts:
-        for folder, _ in parse(text):
+        for folder in parse(text):
             read_folder(folder)
 
 
 def load(bank: "Bank", texts: Iterable[str]) -> list[Blend | None]:
-    """Load every folder that is named, once, and return for each text what `bank.route` takes.
+    """Load each folder once; return the argument of `bank.route` for each text.
 
-    An adapter is named as its folder, or `poet-2` where that is taken.
+    An adapter is named after its folder, or `poet-2` if that name is taken.
 
     Raises:
-        ConfigError: a text is no blend.
-        LoradeckError: what `bank.load` raises.
+        ConfigError: invalid blend.
+        LoradeckError: as `bank.load`.
     """
     names: dict[Path, str] = {}
-    entries: list[Blend | None] = []
+    blends: list[Blend | None] = []
     for text in texts:
-        entry: Blend = {}
-        for folder, weight in parse(text):
+        blend: Blend = {}
+        for folder, weight in parse(text).items():
             path = Path(folder).resolve()
             if path not in names:
                 names[path] = bank.load(folder, _free_name(bank, path.name))
-            entry[names[path]] = entry.get(names[path], 0.0) + weight
-        entries.append(entry or None)
-    return entries
+            blend[names[path]] = blend.get(names[path], 0.0) + weight
+        blends.append(blend or None)
+    return blends
 
 
-def _free_name(bank: "Bank", own: str) -> str:
-    name, number = own, 1
+def _free_name(bank: "Bank", stem: str) -> str:
+    name, number = stem, 1
     while name in bank:
         number += 1
-        name = f"{own}-{number}"
+        name = f"{stem}-{number}"
     return name

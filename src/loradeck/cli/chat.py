@@ -1,40 +1,41 @@
-"""`loradeck chat`: a conversation that changes adapters between turns. Knows the terminal; generates nothing itself."""
+"""`loradeck chat`: a conversation in which adapters can change between turns."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
-from loradeck.cli.chat_backends import ChatBackend, Far, Local
-from loradeck.cli.options import Adapters, Dtype, Sampling, Weights
-from loradeck.cli.screen import shown
+from loradeck.cli.chat_backends import ChatBackend, Local, Remote
+from loradeck.cli.display.text import printable
+from loradeck.cli.options import Adapters, Dtype, SamplingOptions, Weights
 from loradeck.errors import ConfigError, LoradeckError
 
 if TYPE_CHECKING:
     from loradeck.lora.routing import RouteEntry
 
 HELP = """\
-/adapter NAME         answer through this adapter
-/blend a=0.7 b=0.3    answer through several, at these weights
-/base                 answer through none
+/adapter NAME         answer with this adapter
+/blend a=0.7 b=0.3    answer with several, at these weights
+/base                 answer with no adapter
 /reset                forget the conversation
 /help                 show this
-/quit                 leave, as the end of input does"""
+/quit                 leave; so does the end of input"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSampling(Sampling):
-    """Sampling, with defaults for a conversation."""
+class ChatSampling(SamplingOptions):
+    """Sampling options with the defaults of a conversation."""
 
     max_new_tokens: int = 512
     temperature: float = 0.7
     top_p: float = 0.9
 
 
-LIVELY = ChatSampling()
+SAMPLING = ChatSampling()
 
 
 def chat(
@@ -44,49 +45,50 @@ def chat(
     server: str | None = None,
     key: Annotated[str, Parameter(env_var="LORADECK_KEY", show_default=False)] = "",
     adapters: Adapters = (),
-    sampling: ChatSampling = LIVELY,
+    sampling: ChatSampling = SAMPLING,
     dtype: Dtype = "auto",
     weights: Weights = "packed",
 ) -> None:
-    """Talk with a base, or a server, and switch adapters between turns.
+    """Chat with a base or a server; switch adapters between turns.
 
-    ADAPTER is a folder, or a blend as in adapters/poet*0.7+adapters/pirate*0.3;
-    of a server's, a name, or a blend of names. The first one answers first.
-    Ctrl-C ends an answer, /help lists what else can be typed.
+    ADAPTER is a folder, or a blend such as adapters/poet*0.7+adapters/pirate*0.3;
+    with --server it is a name or a blend of names. The first one answers first.
+    Ctrl-C stops an answer; /help lists the commands.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
-        server: In place of a base, the URL of `loradeck serve`, or of any server that speaks as OpenAI's.
+        server: Instead of a base, the URL of `loradeck serve` or of any OpenAI-compatible server.
         key: The server's API key.
     """
     if (base is None) == (server is None):
-        raise ConfigError("a conversation is with a base or with a server", hint="Give BASE, or --server URL.")
+        raise ConfigError("chat needs either a base or a server", hint="Give BASE, or --server URL.")
     if server is not None:
-        from loradeck.cli.remote import Remote
+        from loradeck.cli.openai_client import OpenAIClient
 
-        blends = [dict(blend.parse(text)) for text in adapters]
-        remote = Remote(server, key)
-        partner: ChatBackend = Far(remote, remote.models())
+        blends: Sequence[blend.Blend | None] = [blend.parse(text) for text in adapters]
+        client = OpenAIClient(server, key)
+        backend: ChatBackend = Remote(client, client.models())
     else:
         assert base is not None
-        partner, blends = Local.load(base, dtype, weights, adapters)
-    print(shown(f"{partner.name} with {', '.join(partner.names()) or 'no adapter'}; /help lists the commands"))
+        cap_kernel_cache()
+        backend, blends = Local.load(base, dtype, weights, adapters)
+    print(printable(f"{backend.name} with {', '.join(backend.names()) or 'no adapter'}; /help lists the commands"))
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` its line editing
-    Chat(partner, sampling, blends[0] or None if blends else None).run()
+        import readline  # noqa: F401 - gives `input` line editing
+    Chat(backend, sampling, blends[0] or None if blends else None).run()
 
 
 @dataclass
 class Chat:
-    """A conversation so far, and who answers next."""
+    """The messages so far, and the adapter that answers next."""
 
-    partner: ChatBackend
-    sampling: Sampling
+    backend: ChatBackend
+    sampling: SamplingOptions
     entry: "RouteEntry" = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Take turns until /quit or the end of input; an error ends a turn, not the conversation."""
+        """Read and answer lines until /quit or the end of input; an error ends a turn, not the conversation."""
         while True:
             try:
                 line = input(f"{self.speaker} > ").strip()
@@ -97,24 +99,24 @@ class Chat:
                 return
             try:
                 if line.startswith("/"):
-                    self.obey(line)
+                    self.command(line)
                 elif line:
                     self.answer(line)
             except LoradeckError as error:
-                print(shown(f"{error}"))
+                print(printable(f"{error}"))
 
     @property
     def speaker(self) -> str:
-        """Who answers next, in words."""
+        """The name of what answers next."""
         if isinstance(self.entry, Mapping):
             return " ".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in self.entry.items())
         return self.entry or "base"
 
-    def obey(self, line: str) -> None:
-        """Carry out a command.
+    def command(self, line: str) -> None:
+        """Run a command such as /adapter poet.
 
         Raises:
-            LoradeckError: there is no such command or adapter.
+            LoradeckError: unknown command or adapter.
         """
         match line.split():
             case ["/adapter", name]:
@@ -125,37 +127,37 @@ class Chat:
                 self.switch(None)
             case ["/reset"]:
                 self.messages.clear()
-                print("forgotten")
+                print("conversation reset")
             case ["/help"]:
                 print(HELP)
-                print(shown(f"adapters: {', '.join(self.partner.names()) or 'none'}"))
+                print(printable(f"adapters: {', '.join(self.backend.names()) or 'none'}"))
             case _:
-                raise ConfigError(f"{line!r} is no command", hint="/help lists them.")
+                raise ConfigError(f"unknown command {line!r}", hint="/help lists the commands.")
 
     def switch(self, entry: "RouteEntry") -> None:
-        """Let another adapter answer from the next turn on."""
-        said = self.partner.switch(entry)
+        """Answer with another adapter from the next turn on."""
+        remark = self.backend.switch(entry)
         self.entry = entry
-        print(shown(f"{self.speaker}, {said}"))
+        print(printable(f"{self.speaker}, {remark}"))
 
     def answer(self, text: str) -> None:
-        """Print the answer as it comes, and keep both; on Ctrl-C, as far as it came.
+        """Print the answer as it arrives and append both messages; after Ctrl-C, the part that arrived.
 
         Raises:
-            LoradeckError: the conversation no longer fits the base, or the server refuses; it is as it was before.
+            LoradeckError: the conversation exceeds the context, or the server refuses; the messages stay as they were.
         """
-        turn = [*self.messages, {"role": "user", "content": text}]
-        said = ""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        answer = ""
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in self.partner.stream(turn, self.entry, self.sampling):
-                said += piece
-                print(shown(piece), end="", flush=True)
+            for piece in self.backend.stream(messages, self.entry, self.sampling):
+                answer += piece
+                print(printable(piece), end="", flush=True)
         print()
-        self.messages = [*turn, {"role": "assistant", "content": said}]
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
 
 
 def _blend(parts: list[str]) -> dict[str, float]:
     try:
         return {name: float(weight) for name, _, weight in (part.rpartition("=") for part in parts)}
     except ValueError:
-        raise ConfigError("that is no blend", hint="Write it as in /blend poet=0.7 pirate=0.3") from None
+        raise ConfigError("invalid blend", hint="Write it as in /blend poet=0.7 pirate=0.3") from None

@@ -1,38 +1,39 @@
-"""Who answers in a conversation: a base in this process, or a server. Knows adapters' entries; prints nothing."""
+"""What answers in a chat: a base in this process, or a server."""
 
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from loradeck.blend import format_blend
 from loradeck.cli import blend
-from loradeck.cli.options import Adapters, Dtype, Sampling, Weights
+from loradeck.cli.options import Adapters, Dtype, SamplingOptions, Weights
 from loradeck.errors import ConfigError
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
-    from loradeck.cli.remote import Remote
+    from loradeck.cli.openai_client import OpenAIClient
     from loradeck.lora.bank import Bank
     from loradeck.lora.routing import RouteEntry
 
 
 class ChatBackend(Protocol):
-    """Who answers."""
+    """A base with adapters that answers messages."""
 
     @property
     def name(self) -> str:
-        """The base's name, or the server's."""
+        """The name of the base, or of the server."""
         ...
 
     def names(self) -> list[str]:
-        """Return the adapters there are."""
+        """Return the names of the adapters."""
         ...
 
     def switch(self, entry: "RouteEntry", /) -> str:
-        """Try what is to answer from now on, and return what is worth saying of it."""
+        """Check that an adapter or blend can answer; return a remark for the user."""
         ...
 
-    def stream(self, turn: list[dict[str, str]], entry: "RouteEntry", sampling: Sampling) -> Iterator[str]:
+    def stream(self, messages: list[dict[str, str]], entry: "RouteEntry", sampling: SamplingOptions) -> Iterator[str]:
         """Yield an answer in pieces."""
         ...
 
@@ -48,7 +49,7 @@ class Local:
     def load(
         cls, base: str, dtype: Dtype, weights: Weights, adapters: Adapters
     ) -> "tuple[Local, list[blend.Blend | None]]":
-        """Load a base and these adapters onto it, and return for each what `bank.route` takes too."""
+        """Load a base and adapters onto it; return also the argument of `bank.route` for each adapter."""
         blend.check(adapters)
 
         from loradeck.base.load import Base
@@ -57,8 +58,8 @@ class Local:
         loaded = Base.load(base, dtype=dtype, weights=weights)
         if loaded.tokenizer.chat_template is None:
             raise ConfigError(
-                f"{loaded.name} has no chat template, so it cannot keep up a conversation",
-                hint="Take a base tuned for chat, or continue a text with `loradeck generate`.",
+                f"{loaded.name} has no chat template",
+                hint="Use a base tuned for chat, or continue a text with `loradeck generate`.",
             )
         bank = Bank(loaded.model)
         return cls(loaded, bank), blend.load(bank, adapters)
@@ -71,27 +72,27 @@ class Local:
         return self.bank.names()
 
     def switch(self, entry: "RouteEntry", /) -> str:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with self.bank.route(entry):
-            took = time.perf_counter() - begun
-        return f"switched in {took * 1e6:.0f} µs"
+            seconds = time.perf_counter() - start
+        return f"switched in {seconds * 1e6:.0f} µs"
 
-    def stream(self, turn: list[dict[str, str]], entry: "RouteEntry", sampling: Sampling) -> Iterator[str]:
+    def stream(self, messages: list[dict[str, str]], entry: "RouteEntry", sampling: SamplingOptions) -> Iterator[str]:
         from loradeck.generation import stream
 
-        return stream(self.base, self.bank, turn, entry, **asdict(sampling))
+        return stream(self.base, self.bank, messages, entry, **asdict(sampling))
 
 
 @dataclass(frozen=True)
-class Far:
-    """A server and its models, the base first; which others there are is asked with each answer."""
+class Remote:
+    """A server and the names of its models, the base first. The server checks an adapter when it is to answer."""
 
-    remote: "Remote"
+    client: "OpenAIClient"
     models: list[str]
 
     @property
     def name(self) -> str:
-        return f"{self.models[0]} on {self.remote.url}"
+        return f"{self.models[0]} on {self.client.url}"
 
     def names(self) -> list[str]:
         return self.models[1:]
@@ -99,11 +100,9 @@ class Far:
     def switch(self, _: "RouteEntry", /) -> str:
         return "from the next turn on"
 
-    def stream(self, turn: list[dict[str, str]], entry: "RouteEntry", sampling: Sampling) -> Iterator[str]:
-        how = asdict(sampling)
-        return self.remote.stream(self._model(entry), turn, max_tokens=how.pop("max_new_tokens"), **how)
+    def stream(self, messages: list[dict[str, str]], entry: "RouteEntry", sampling: SamplingOptions) -> Iterator[str]:
+        options = asdict(sampling)
+        return self.client.stream(self._model(entry), messages, max_tokens=options.pop("max_new_tokens"), **options)
 
     def _model(self, entry: "RouteEntry") -> str:
-        if isinstance(entry, Mapping):
-            return "+".join(name if weight == 1 else f"{name}*{weight:g}" for name, weight in entry.items())
-        return entry or self.models[0]
+        return format_blend(entry.items()) if isinstance(entry, Mapping) else entry or self.models[0]

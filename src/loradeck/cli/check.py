@@ -1,10 +1,10 @@
-"""`loradeck check`: what a dataset is and what is wrong with it, before it is trained on. Prints; finds out nothing."""
+"""`loradeck check`: a dataset's form, sizes and problems, before training."""
 
 import re
 from typing import TYPE_CHECKING
 
+from loradeck.cli.display.text import columns, print_json, printable
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, print_json, shown
 from loradeck.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from loradeck.dataset.check import Duplicate, Report
     from loradeck.dataset.record import Span
 
-FEW = 3  # twins that are named; --json has them all
-SHOWN = 1000  # characters of each part of the first example
+DUPLICATES = 3  # printed by name; --json has them all
+CHARACTERS = 1000  # printed of each part of the first example
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
@@ -26,15 +26,15 @@ def check(
     max_length: int = TrainConfig.max_length,
     as_json: AsJson = False,
 ) -> int:
-    """Check a dataset: its form and size, what of it is learned, and every problem.
+    """Check a dataset: its form, size, mask and problems.
 
-    The exit code is 1 where there are problems. Records that are there twice,
-    or in the training split too, are counted and named, and are no problem.
+    The exit code is 1 if there are problems. Duplicate records, and records
+    that are also in the training split, are listed but are not problems.
 
     Args:
         dataset: A file, a folder with train, valid and test, or a hub id.
-        base: Also read it as this base would: lengths in tokens, and the mask.
-        max_length: Tokens per sequence; longer ones are cut at the end.
+        base: Tokenize for this base: lengths in tokens, and the mask.
+        max_length: Maximum tokens of a sequence; longer ones are cut at the end.
     """
     from loradeck.dataset.check import check_dataset
 
@@ -55,64 +55,71 @@ def _print(report: "Report") -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    print(shown(f"{report.name}: {report.form}\n"))
+    print(printable(f"{report.name}: {report.form}\n"))
     print(_table(report))
     for split, part in report.splits.items():
-        for twins, said in (
-            (part.duplicates, f"{split}: there twice"),
-            (part.leaked, f"{split}: in train too"),
+        for duplicates, remark in (
+            (part.duplicates, f"{split}: duplicate"),
+            (part.leaked, f"{split}: also in train"),
             (part.prompts, f"{split}: prompt in train, with another answer"),
         ):
-            _name(twins, said)
-    for at, example in enumerate(report.first):
-        which = ("chosen", "rejected")[at] if len(report.first) > 1 else "example"
+            _print_duplicates(duplicates, remark)
+    for index, example in enumerate(report.first):
+        which = ("chosen", "rejected")[index] if len(report.first) > 1 else "example"
         console.print(f"\n[bold]The first {which}[/]: what is read, and what is learned")
         console.print(mask(example), soft_wrap=True)
     print()
     for problem in report.problems:
-        print(shown(problem))
+        print(printable(problem))
     if not report.problems:
         print("no problems")
         return
     from loradeck.dataset.read import HINT
 
     count = len(report.problems)
-    print(f"{count} problem{'s' * (count > 1)}: mend or remove these records. {HINT}")
+    print(f"{count} problem{'s' * (count > 1)}: fix or remove these records. {HINT}")
 
 
 def _table(report: "Report") -> str:
     head = ["split", "records", "examples", "min", "median", "95 %", "max", report.unit, "learned", "truncated"]
-    head += ["twice", "in train", "prompt in train"]
-    rows = [
-        [
-            split,
-            *(f"{number:,}" for number in (part.records, part.examples)),
-            *((f"{n:,}" for n in (own.min, own.median, own.p95, own.max)) if (own := part.lengths) else "----"),
-            f"{part.total:,}",
-            f"{part.supervised / max(1, part.total):.1%}",
-            *(f"{n:,}" for n in (part.truncated, len(part.duplicates), len(part.leaked), len(part.prompts))),
-        ]
-        for split, part in report.splits.items()
-    ]
+    head += ["duplicates", "in train", "prompt in train"]
+    rows: list[list[str]] = []
+    for split, part in report.splits.items():
+        lengths = part.lengths
+        rows.append(
+            [
+                split,
+                *(f"{n:,}" for n in (part.records, part.examples)),
+                *(
+                    [f"{n:,}" for n in (lengths.min, lengths.median, lengths.p95, lengths.max)]
+                    if lengths
+                    else ["-"] * 4
+                ),
+                f"{part.total:,}",
+                f"{part.supervised / max(1, part.total):.1%}",
+                *(f"{n:,}" for n in (part.truncated, len(part.duplicates), len(part.leaked), len(part.prompts))),
+            ]
+        )
     return columns([head, *rows], right=range(1, len(head)))
 
 
-def _name(twins: "list[Duplicate]", said: str) -> None:
-    for twin in twins[:FEW]:
-        print(shown(f"{said}: {twin.location}, as {twin.of}"))
-    if len(twins) > FEW:
-        print(f"{said}: and {len(twins) - FEW:,} more")
+def _print_duplicates(duplicates: "list[Duplicate]", remark: str) -> None:
+    for duplicate in duplicates[:DUPLICATES]:
+        print(printable(f"{remark}: {duplicate.location}, as {duplicate.of}"))
+    if len(duplicates) > DUPLICATES:
+        print(f"{remark}: and {len(duplicates) - DUPLICATES:,} more")
 
 
 def mask(example: "list[Span]") -> "Text":
-    """Lay out an example line by line: learned lines are marked and green, read ones dim, line feeds visible."""
+    """Return an example line by line: learned lines are marked and green, read ones dim, line feeds visible."""
     from rich.text import Text
 
     lines = Text()
     for text, learned in example:
-        cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text) - SHOWN:,} more characters)"
-        word, style = ("learned", "green") if learned else ("read   ", "dim")
-        for line in LINE.findall(cut):
-            lines.append(f"{word}  {shown(line).replace(chr(10), '⏎')}\n", style=style)
+        if len(text) > CHARACTERS:
+            text = f"{text[:CHARACTERS]}… ({len(text) - CHARACTERS:,} more characters)"
+        label, style = ("learned", "green") if learned else ("read   ", "dim")
+        for line in LINE.findall(text):
+            lines.append(f"{label}  {printable(line).replace(chr(10), '⏎')}\n", style=style)
     lines.rstrip()
     return lines

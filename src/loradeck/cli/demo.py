@@ -1,4 +1,4 @@
-"""`loradeck demo`: the whole idea, on the tutorial's toy and on a real base. Tells a story; all it uses is public."""
+"""`loradeck demo`: the whole idea on a toy model and on a real base, with public calls only."""
 
 import shlex
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING
 
-from loradeck.cli.screen import shown, size
+from loradeck.cli.display.text import format_size, printable
 from loradeck.errors import AdapterError, BaseModelError, LoradeckError
 
 if TYPE_CHECKING:
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from loradeck.train.config import TrainConfig
 
 FIRST, SECOND = "pirate", "json"  # adapters, and datasets of the package
-MARK = "loradeck demo"  # in the record of the adapters that the demo may replace
-ROUNDS = 20  # of each measurement, whose median counts
+MADE_BY = "loradeck demo"  # in the provenance of adapters that the demo may replace
+ROUNDS = 20  # of each measurement; the median is printed
 BASE = "smollm2-135m"
 
 
 def demo(*, adapters: Path = Path("adapters"), quick: bool = False, seed: int = 0) -> None:
-    """Show the whole idea: train two adapters, switch and blend them, in minutes.
+    """Train two adapters, then switch and blend them: in minutes.
 
-    Where smollm2-135m cannot be had, only the toy's part is shown.
+    Without smollm2-135m it shows only the part with the toy.
 
     Args:
         adapters: A folder for the two adapters.
-        quick: Train a few steps only, to see that all works.
+        quick: Train only two steps, to check that all works.
         seed: Seed of the training.
     """
     for name in (FIRST, SECOND):
-        check_own(adapters / name)
+        check_replaceable(adapters / name)
 
     from rich.console import Console
 
@@ -47,16 +47,16 @@ def demo(*, adapters: Path = Path("adapters"), quick: bool = False, seed: int = 
     try:
         base = Base.load(BASE)
     except BaseModelError as error:
-        print(shown(f"{error}\nSo the demo ends with the toy; `loradeck doctor` says more."))
+        print(printable(f"{error}\nThe demo ends here; `loradeck doctor` says more."))
         return
     real_story(console, base, adapters, quick=quick, seed=seed)
 
 
-def check_own(folder: Path) -> None:
-    """Refuse to replace an adapter that is not the demo's.
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace an adapter that the demo has not made.
 
     Raises:
-        AdapterError: it is not.
+        AdapterError: the folder contains such an adapter.
     """
     from loradeck.lora.manifest import is_adapter, read_folder
 
@@ -66,15 +66,15 @@ def check_own(folder: Path) -> None:
         maker = read_folder(folder).origin.provenance.get("made_by")
     except LoradeckError:
         maker = None
-    if maker != MARK:
+    if maker != MADE_BY:
         raise AdapterError(
-            f"{folder} holds an adapter that is not the demo's",
-            hint="Name another place: loradeck demo --adapters FOLDER",
+            f"{folder} contains an adapter that the demo has not made",
+            hint="Use another folder: loradeck demo --adapters FOLDER",
         )
 
 
 def toy_story(console: "Console") -> None:
-    """The tutorial: ten colours, three layers, one adapter."""
+    """Part 1: a toy model of ten colours and three layers, and one adapter."""
     import torch
 
     from loradeck.lora.adapter import Adapter
@@ -99,34 +99,37 @@ def toy_story(console: "Console") -> None:
     console.print(
         f"""\
 [bold]1. The idea, on a toy[/] that continues colours
-   red orange yellow green blue indigo violet magenta: it says [magenta]{before}[/].
-   Its linear layer has {model.linear.weight.numel():,} weights W. They stay as they are: an
-   adapter of rank 2 makes the layer W x + B (A x), and A and B together have
-   {share} of W's size. An x that begins with {x[0, 0, 0]:.4f} goes through
-   both and keeps its shape, {shape}.
-   Through the adapter the toy says [blue]{after}[/]; without it, {again} as before."""
+   After red orange yellow green blue indigo violet magenta it says [magenta]{before}[/].
+   Its linear layer has {model.linear.weight.numel():,} weights W, which never change: an
+   adapter of rank 2 turns the layer into W x + B (A x), and A and B together
+   have {share} of W's size. An x that begins with {x[0, 0, 0]:.4f} passes
+   through both and keeps its shape, {shape}.
+   With the adapter the toy says [blue]{after}[/]; without it, {again} as before."""
     )
 
 
 def real_story(console: "Console", base: "Base", adapters: Path, *, quick: bool, seed: int) -> None:
-    """Train two adapters, load them back, and let them answer in one batch."""
+    """Parts 2 to 4: train two adapters, load them back, and answer with both in one batch."""
     from loradeck.lora.bank import Bank
     from loradeck.train.config import TrainConfig
 
-    recipe = TrainConfig(batch_size=4, epochs=3, max_length=256, max_steps=2 if quick else None, seed=seed)
-    whole = sum(parameter.nbytes for parameter in base.model.parameters())
+    recipe = TrainConfig(
+        batch_size=1 if quick else 4, epochs=3, max_length=256, max_steps=2 if quick else None, seed=seed
+    )
+    base_bytes = sum(parameter.nbytes for parameter in base.model.parameters())
     bank = Bank(base.model)
     for name in (FIRST, SECOND):
         teach(console, base, bank, name, recipe, adapters / name)
-        own = bank[name].nbytes
-        print(shown(f"   saved in {adapters / name}: {size(own)}, {own / whole:.1%} of the base's {size(whole)}"))
+        nbytes = bank[name].nbytes
+        share = f"{nbytes / base_bytes:.1%} of the base's {format_size(base_bytes)}"
+        print(printable(f"   saved in {adapters / name}: {format_size(nbytes)}, {share}"))
 
     console.print("\n[bold]3. Back from disk[/]")
     load, switch = measure(bank, adapters)
     print(f"   one adapter loads in {load * 1e3:.1f} ms; 16 rows switch adapters in {switch * 1e6:.0f} µs")
     print(f"   (medians of {ROUNDS})")
 
-    console.print("\n[bold]4. One batch[/], every row through its own adapter")
+    console.print("\n[bold]4. One batch[/], each row with its own adapter")
     answers(console, base, bank, quick=quick)
     console.print("\n[bold]What to try next[/]")
     on_path = which("loradeck") or Path(sys.argv[0]).name != "loradeck"
@@ -138,16 +141,16 @@ def real_story(console: "Console", base: "Base", adapters: Path, *, quick: bool,
         ["diff", first, second],
         ["train", BASE, "YOUR.jsonl", "--output", str(adapters / "yours")],
     ):
-        print(shown("   " + shlex.join([program, *command])))
+        print(printable("   " + shlex.join([program, *command])))
 
 
 def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "TrainConfig", folder: Path) -> None:
-    """Train an adapter on a dataset of this package, and save it."""
+    """Train an adapter on one of the package's datasets, and save it."""
     from importlib.resources import as_file, files
 
     import torch
 
-    from loradeck.cli.live_view import progress
+    from loradeck.cli.display.live_view import progress
     from loradeck.dataset.read import read_dataset
     from loradeck.lora.config import LoraConfig
     from loradeck.train.trainer import train
@@ -160,30 +163,30 @@ def teach(console: "Console", base: "Base", bank: "Bank", name: str, recipe: "Tr
         result = train(base, bank, name, examples, recipe, on_event=on_event)
     if result.interrupted:
         raise KeyboardInterrupt
-    bank.save(name, folder, made_by=MARK)
+    bank.save(name, folder, made_by=MADE_BY)
 
 
 def measure(bank: "Bank", adapters: Path) -> tuple[float, float]:
-    """Load both adapters from disk; return the median seconds of a load, and of a route of 16 rows not used before."""
+    """Load both adapters from disk; return the median seconds of a load, and of a new route of 16 rows."""
     from statistics import median
 
     loads: list[float] = []
     switches: list[float] = []
     for name in [FIRST, SECOND] * (ROUNDS // 2):
         bank.unload(name)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         bank.load(adapters / name)
-        loads.append(time.perf_counter() - begun)
+        loads.append(time.perf_counter() - start)
     for count in range(ROUNDS):
         blend = {FIRST: count / ROUNDS, SECOND: 1 - count / ROUNDS}
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with bank.route([FIRST, SECOND, blend, None] * 4):
-            switches.append(time.perf_counter() - begun)
+            switches.append(time.perf_counter() - start)
     return median(loads), median(switches)
 
 
 def answers(console: "Console", base: "Base", bank: "Bank", *, quick: bool) -> None:
-    """Print a table of answers to prompts of neither dataset, by base, each adapter and half of each: one batch."""
+    """Print the answers to new prompts of the base, each adapter and a blend of both, computed in one batch."""
     from importlib.resources import files
 
     import msgspec
@@ -194,15 +197,16 @@ def answers(console: "Console", base: "Base", bank: "Bank", *, quick: bool) -> N
 
     prompts = msgspec.json.decode((files("loradeck.demo") / "prompts.json").read_bytes(), type=list[str])
     prompts = prompts[: 1 if quick else 4]
-    ways = {"base": None, FIRST: FIRST, SECOND: SECOND, "half of each": {FIRST: 0.5, SECOND: 0.5}}
-    rows = [(prompt, way) for prompt in prompts for way in ways.values()]
-    begun = time.perf_counter()
-    said = generate(base, bank, [p for p, _ in rows], [way for _, way in rows], max_new_tokens=8 if quick else 40)
-    took = time.perf_counter() - begun
+    columns = {"base": None, FIRST: FIRST, SECOND: SECOND, "half of each": {FIRST: 0.5, SECOND: 0.5}}
+    rows = [(prompt, entry) for prompt in prompts for entry in columns.values()]
+    start = time.perf_counter()
+    max_new_tokens = 8 if quick else 40
+    texts = generate(base, bank, [row[0] for row in rows], [row[1] for row in rows], max_new_tokens=max_new_tokens)
+    seconds = time.perf_counter() - start
     table = Table(show_lines=True)
-    for head in ("", *ways):
+    for head in ("", *columns):
         table.add_column(head, overflow="fold")
     for prompt in prompts:
-        table.add_row(prompt, *(escape(shown(" ".join(said.pop(0).split()))) for _ in ways))
+        table.add_row(prompt, *(escape(printable(" ".join(texts.pop(0).split()))) for _ in columns))
     console.print(table)
-    print(f"   {len(rows)} rows in {took:.1f} s")
+    print(f"   {len(rows)} rows in {seconds:.1f} s")

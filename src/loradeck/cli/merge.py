@@ -1,4 +1,4 @@
-"""`loradeck merge`: a base and adapters into a model that transformers loads. Knows files; the bank does the sums."""
+"""`loradeck merge`: a base and an adapter, or a blend, as one transformers model."""
 
 import shlex
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.cli import blend
+from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype
-from loradeck.cli.screen import shown, size
 from loradeck.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias="-o")], dtype: Dtype = "auto") -> None:
-    """Fold an adapter, or a blend, into its base and write the model.
+    """Merge an adapter or a blend into its base, as a new model.
 
     The result is a complete transformers model with its tokenizer. Its weights
-    are rounded once, to the base's dtype: `--dtype float32` loses nothing.
+    are rounded once, to the base's dtype; `--dtype float32` loses nothing.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
-        adapter: An adapter's folder, or a blend as in adapters/poet*0.7+adapters/pirate*0.3.
+        adapter: An adapter's folder, or a blend such as adapters/poet*0.7+adapters/pirate*0.3.
         output: A new folder for the model.
     """
     from loradeck.base.load import Base, quiet
@@ -31,31 +31,31 @@ def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias
     from loradeck.lora.bank import Bank
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not empty", hint="Name a new folder; nothing was written.")
+        raise ConfigError(f"{output} exists and is not empty", hint="Give a new folder; nothing was written.")
     if adapter == blend.NONE:
-        raise ConfigError("none is no adapter to merge", hint="Name an adapter's folder.")
+        raise ConfigError("there is no adapter to merge", hint="Give an adapter's folder instead of `none`.")
     blend.check([adapter])
     loaded = Base.load(base, dtype=dtype)
     bank = Bank(loaded.model)
-    (entry,) = blend.load(bank, [adapter])
-    assert entry is not None
-    bank.merge(entry)
+    (weights,) = blend.load(bank, [adapter])
+    assert weights is not None
+    bank.merge(weights)
     untie(loaded.model)
     try:
-        with quiet(), new_folder(output) as fresh:  # writing takes a second, and needs no bar
+        with quiet(), new_folder(output) as fresh:  # no progress bar for a second of writing
             loaded.model.save_pretrained(fresh)
             loaded.tokenizer.save_pretrained(fresh)
     except OSError as error:
-        raise BaseModelError(f"{output} cannot be written: {error.strerror or error}") from error
-    written = sum(file.stat().st_size for file in output.iterdir())
-    print(shown(f"{output}: {size(written)}, {str(loaded.model.dtype).removeprefix('torch.')}"))
-    print(shown("try: " + shlex.join(["loradeck", "generate", str(output), "Hello!"])))
+        raise BaseModelError(f"cannot write {output}: {error.strerror or error}") from error
+    nbytes = sum(file.stat().st_size for file in output.iterdir())
+    print(printable(f"{output}: {format_size(nbytes)}, {str(loaded.model.dtype).removeprefix('torch.')}"))
+    print(printable("try: " + shlex.join(["loradeck", "generate", str(output), "Hello!"])))
 
 
 def untie(model: "PreTrainedModel") -> None:
-    """Say in the config that the output head is not the embedding, where a merge into one has made it so.
+    """Record in the config that a merge has untied the output head from the embedding.
 
-    Loading would otherwise take one for both, and lose what the merge changed.
+    Otherwise a load would use one weight for both, and lose the merge.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:

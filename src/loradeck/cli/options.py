@@ -1,4 +1,4 @@
-"""Options that several verbs share, each written once: field or alias = flag = help line. Knows no torch."""
+"""Options that several verbs share, each written once: a dataclass field or alias is the flag and its help."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,34 +6,34 @@ from typing import Annotated, Literal, TypeAlias
 
 from cyclopts import Parameter
 
-AsJson: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print JSON, and nothing else.")]
+AsJson: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print JSON and nothing else.")]
 Dtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    Parameter(help="The base's numbers; auto is bfloat16 where the device computes in it, else float32."),
+    Parameter(help="The base's dtype; auto is bfloat16 if the device computes in it, else float32."),
 ]
 Weights: TypeAlias = Annotated[
     Literal["plain", "packed", "int8"],
     Parameter(
-        help="How the base's weights are kept: as they came; packed for the CPU's fastest kernels; or in 8 bits, "
-        "half of bfloat16's memory and quicker for few rows, a little off."
+        help="Format of the base's weights: plain; packed for the CPU's fastest kernels; or int8, which takes half the "
+        "memory of bfloat16 and is faster for few rows, at a small error."
     ),
 ]
 Adapters: TypeAlias = Annotated[
     Sequence[str],
-    Parameter(name=["--adapter", "-a"], metavar="ADAPTER", show_default=False, help="May be given several times."),
+    Parameter(name=["--adapter", "-a"], metavar="ADAPTER", show_default=False, help="Can be given several times."),
 ]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen: the arguments of loradeck.generation."""
+class SamplingOptions:
+    """The sampling arguments of loradeck.generation."""
 
     max_new_tokens: int = 128
-    """Tokens of an answer, at most."""
+    """Maximum tokens of an answer."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; above it, chance has a say."""
+    """0 takes the most likely token each time; higher values sample more freely."""
     top_p: float = 1.0
-    """Above temperature 0: choose among the likeliest tokens that add up to this share."""
+    """Sample from the most likely tokens whose probabilities add up to this; needs a temperature above 0."""
     seed: int | None = None
-    """Makes chance repeatable."""
+    """Makes sampling reproducible."""

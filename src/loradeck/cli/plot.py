@@ -1,4 +1,4 @@
-"""`loradeck plot`: runs as curves, in the terminal or as a picture. Reads metrics; imports no torch."""
+"""`loradeck plot`: the metrics of runs as curves, in the terminal or as a picture, without torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from loradeck.cli.curves import Curve, Metric
-from loradeck.cli.screen import shown
+from loradeck.cli.display.curves import Curve, Metric
+from loradeck.cli.display.text import printable
 from loradeck.errors import ConfigError, LoradeckError
 
 NAMES: dict[Metric, str] = {
@@ -16,47 +16,47 @@ NAMES: dict[Metric, str] = {
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",
 }
-ABOUT = 5  # rows that the chart's axis, its title and the prompt take
+MARGIN = 5  # rows for the chart's axis, its title and the shell's prompt
 
 
 def plot(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = None, metric: Metric = "loss") -> None:
-    """Plot runs, a curve for each of their jobs.
+    """Plot the metrics of runs, one curve per job.
 
-    A loss is smoothed; the validation losses are marked along it, and the best
-    of them with a star. Several runs are laid over each other.
+    The loss is smoothed; validation losses are marked on it, the best with a
+    star. Several runs share one plot.
 
     Args:
-        runs: Folders that train wrote, or their metrics.jsonl.
-        output: A picture to write, as plot.png or plot.svg, in place of the terminal.
-        metric: What is plotted.
+        runs: Folders of runs, or their metrics.jsonl files.
+        output: Write a picture, such as plot.png or plot.svg, instead.
+        metric: The metric to plot.
     """
-    from loradeck.cli.curves import curves
+    from loradeck.cli.display.curves import curves
     from loradeck.train.history import read_history
 
     if not runs:
-        raise ConfigError("there is no run to plot", hint="Name the folder of one, or of several.")
-    found = curves(dict(zip(_names(runs), map(read_history, runs), strict=True)), metric)
-    if not found:
+        raise ConfigError("no run to plot", hint="Give the folders of one or more runs.")
+    lines = curves(dict(zip(_names(runs), map(read_history, runs), strict=True)), metric)
+    if not lines:
         raise LoradeckError(
-            f"{', '.join(map(str, runs))}: nothing is told of the {NAMES[metric].partition(' (')[0]}",
-            hint="The first step or evaluation is still to come, or a job has no validation examples.",
+            f"no {NAMES[metric].partition(' (')[0]} in {', '.join(map(str, runs))}",
+            hint="Wait for the first step or evaluation; a job without validation examples has no evaluation.",
         )
     if output:
-        _picture(found, metric, output)
+        _picture(lines, metric, output)
         return
     from rich.console import Console
 
-    from loradeck.cli.chart import chart
+    from loradeck.cli.display.chart import chart
 
     console = Console(highlight=False)
-    height = max(8, min(24, console.height - len(found) - ABOUT))
+    height = max(8, min(24, console.height - len(lines) - MARGIN))
     colour = console.is_terminal and console.color_system is not None
     console.print(NAMES[metric])
-    console.print(chart(found, console.width, height, colour=colour), soft_wrap=True, end="")
+    console.print(chart(lines, console.width, height, colour=colour), soft_wrap=True, end="")
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its folder's, or where two are called alike, the path that was given."""
+    """Return a name for each run: its folder's name, or the folder's path if two names are the same."""
     folders = [run if run.is_dir() else run.parent for run in runs]
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
@@ -69,8 +69,8 @@ def _picture(curves: Sequence[Curve], metric: Metric, file: Path) -> None:
         from matplotlib.lines import Line2D
     except ModuleNotFoundError as error:
         raise LoradeckError(
-            "a picture needs a package that is not installed",
-            hint="Run pip install 'loradeck[plot]', or leave --output out to plot in the terminal.",
+            "a picture needs matplotlib, which is not installed",
+            hint="Run pip install 'loradeck[plot]', or plot in the terminal without --output.",
         ) from error
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel=NAMES[metric])
@@ -86,12 +86,12 @@ def _picture(curves: Sequence[Curve], metric: Metric, file: Path) -> None:
         if each.best:
             axes.plot(*each.best, color=colour, marker="*", markersize=13, markeredgecolor="black")
     axes.grid(alpha=0.3)
-    # A label that begins with an underscore would be left out, and one with dollars would be read as a formula.
+    # matplotlib drops labels that begin with an underscore, and reads dollars as a formula.
     legend = axes.legend(handles, [f" {each.label}" for each in curves], fontsize="small")
     for label in legend.get_texts():
         label.set_parse_math(False)
     try:
         figure.savefig(file)
-    except (OSError, ValueError) as error:  # ValueError: no format has this ending
-        raise LoradeckError(f"{file} cannot be written: {error}", hint="Name a .png or .svg file.") from error
-    print(shown(f"{file}: {', '.join(each.label for each in curves[:5])}{' …' if len(curves) > 5 else ''}"))
+    except (OSError, ValueError) as error:  # ValueError: unknown file extension
+        raise LoradeckError(f"cannot write {file}: {error}", hint="Give a .png or .svg file.") from error
+    print(printable(f"{file}: {', '.join(each.label for each in curves[:5])}{' …' if len(curves) > 5 else ''}"))

@@ -1,4 +1,4 @@
-"""`loradeck serve`: one base and a store of adapters behind OpenAI's API. Puts the parts together; computes nothing."""
+"""`loradeck serve`: one base and a store of adapters behind OpenAI's API."""
 
 import time
 from dataclasses import replace
@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from loradeck.api.settings import Settings
-from loradeck.cli import allocator
-from loradeck.cli.imports import heavy
+from loradeck.api.config import ServerConfig
+from loradeck.base.onednn import cap_kernel_cache
+from loradeck.cli.display.text import printable
 from loradeck.cli.options import Dtype, Weights
-from loradeck.cli.screen import shown
+from loradeck.cli.process import cap_allocator, quick_imports
 from loradeck.errors import LoradeckError
 from loradeck.serve.config import EngineConfig
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
 
-ENGINE, SETTINGS = EngineConfig(), Settings()
-TRIED = 8  # adapters that are tried until one can be used in the example
+ENGINE, SERVER = EngineConfig(), ServerConfig()
+ATTEMPTS = 8  # adapters to try for the example
 
 
 def serve(
@@ -33,71 +33,71 @@ def serve(
     dtype: Dtype = "auto",
     weights: Weights = "packed",
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
-    settings: Annotated[Settings, Parameter(name="*")] = SETTINGS,
+    config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
 ) -> None:
-    """Serve a base and a folder of adapters over HTTP, as OpenAI's clients ask.
+    """Serve a base and its adapters as an OpenAI-compatible API.
 
-    Clients choose an adapter by `model`: its name, name@version, or a blend as
-    in poet*0.7+pirate*0.3. Any adapter of the folder, and any that is put there
-    later, is loaded when it is first asked for. Ctrl-C and SIGTERM let running
-    requests end. docs/serving.md tells more.
+    A request's `model` selects the adapter: its name, name@version, or a blend
+    such as poet*0.7+pirate*0.3. An adapter is loaded on its first request, also
+    if it was added to the folder later. Ctrl-C and SIGTERM let running requests
+    finish. See docs/serving.md.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
         adapters: A folder of adapters' folders.
-        host: The address to listen on; other than this machine's own only with --keys.
-        port: 0 takes a free one.
-        keys: A file of API keys, and what each may do.
+        host: The address to listen on; addresses other than the loopback need --keys.
+        port: The port to listen on; 0 picks a free one.
+        keys: A file of API keys with the permissions of each.
     """
-    begun = time.perf_counter()
-    from loradeck.api.keys import Keys
+    start = time.perf_counter()
+    from loradeck.api.auth import ApiKeys
     from loradeck.api.server import Server, listen, url_of
     from loradeck.store import AdapterStore
 
-    known = Keys.load(keys) if keys else Keys()
+    api_keys = ApiKeys.load(keys) if keys else ApiKeys()
     store = AdapterStore(adapters) if adapters else None
-    count = len(store.names()) if store else 0  # what is wrong with the folder, before the base takes its seconds
-    with listen(host, port, guarded=bool(known)) as address:
-        allocator.thrifty()
-        with heavy():
+    count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
+    with listen(host, port, has_keys=bool(api_keys)) as address:
+        cap_allocator()
+        cap_kernel_cache()
+        with quick_imports():
             from loradeck.api.app import app
             from loradeck.api.metrics import Metrics
             from loradeck.base.load import Base
             from loradeck.serve.engine import Engine
 
         loaded = Base.load(base, dtype=dtype, weights=weights)
-        metrics = Metrics(loaded.name, settings.top_adapters)
+        metrics = Metrics(loaded.name, config.top_adapters)
         with Engine(loaded, store, engine, observer=metrics) as running:
-            own = replace(settings, hosts=(*settings.hosts, f"[{host}]" if ":" in host else host))
-            server = Server(app(running, metrics, keys=known, settings=own), address)
+            hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
+            server = Server(app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts)), address)
             url = url_of(address)
-            example = curl(url, running, guarded=bool(known))
-            took = time.perf_counter() - begun
-            print(
-                shown(f"{loaded.name} with {count} adapters on {url}, after {took:.1f} s; try:\n{example}"), flush=True
-            )
-            server.serve_here()
+            example = curl(url, running, has_keys=bool(api_keys))
+            seconds = time.perf_counter() - start
+            ready = f"{loaded.name} with {count} adapters on {url}, after {seconds:.1f} s; try:\n{example}"
+            print(printable(ready), flush=True)
+            server.serve_forever()
 
 
-def curl(url: str, engine: "Engine", *, guarded: bool) -> str:
-    """Return a command that asks a server for something, of an adapter if there is one that can be used."""
+def curl(url: str, engine: "Engine", *, has_keys: bool) -> str:
+    """Return a curl command for a completion, with an adapter if one of the store fits the base."""
     import shlex
 
     import msgspec
 
-    asked: dict[str, object] = {"model": usable(engine) or engine.base.name, "max_tokens": 32, "temperature": 0}
+    body: dict[str, object] = {"model": usable(engine) or engine.base.name, "max_tokens": 32, "temperature": 0}
     if engine.base.tokenizer.chat_template is None:
-        path, asked["prompt"] = "completions", "Once upon a time"
+        path, body["prompt"] = "completions", "Once upon a time"
     else:
-        path, asked["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
-    body = msgspec.json.encode(asked).decode()
-    key = ' -H "authorization: Bearer $KEY"' if guarded else ""
-    return f"curl {url}/v1/{path} -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
+    data = shlex.quote(msgspec.json.encode(body).decode())
+    key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
+    return f"curl {url}/v1/{path} -H 'content-type: application/json'{key} -d {data}"
 
 
 def usable(engine: "Engine") -> str | None:
-    """Load one of the adapters, and return its name; None where none of those that were tried fits the base."""
-    for stored in engine.store.latest()[:TRIED] if engine.store else ():
+    """Load one of the store's adapters and return its name, or None if none of the first few fits the base."""
+    for stored in engine.store.latest()[:ATTEMPTS] if engine.store else ():
         try:
             engine.residency.load(stored.spec)
         except LoradeckError:

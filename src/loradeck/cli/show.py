@@ -1,22 +1,22 @@
-"""`loradeck show`: all that an adapter's files say of it. Reads headers; imports no torch."""
+"""`loradeck show`: one adapter, from its headers, without torch."""
 
 from pathlib import Path
 
+from loradeck.cli.display.text import columns, format_size, format_value, print_json, printable
 from loradeck.cli.options import AsJson
-from loradeck.cli.screen import columns, print_json, shown, size, spelled
 
 
 def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
-    """Show one adapter: its settings, its modules, and where it comes from.
+    """Show an adapter: its settings, modules and provenance.
 
     Args:
         adapter: An adapter's folder.
     """
-    from loradeck.cli.summary import config, kinds, summary
+    from loradeck.cli.summary import config, kinds, summarise
     from loradeck.lora.manifest import read_folder
 
     listing = read_folder(adapter)
-    head, groups, settings = summary(listing), kinds(listing.sites.items()), config(listing)
+    head, groups, settings = summarise(listing), kinds(listing.sites.items()), config(listing)
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
     provenance = dict(sorted(listing.origin.provenance.items()))
     if as_json:
@@ -34,11 +34,12 @@ def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
             }
         )
         return
-    print(shown(head.name))
+    print(printable(head.name))
     facts = {
         "base": head.base or "not recorded",
-        "size": f"{size(head.bytes)}: {head.parameters:,} parameters in {', '.join(dtypes)}, {head.modules} modules",
-        **{key: spelled(value) for key, value in settings.items()},
+        "size": f"{format_size(head.bytes)}: {head.parameters:,} parameters in {', '.join(dtypes)}, "
+        f"{head.modules} modules",
+        **{key: format_value(value) for key, value in settings.items()},
         **provenance,
     }
     print(columns([(f"  {key}", value) for key, value in facts.items()]))

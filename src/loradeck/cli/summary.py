@@ -1,4 +1,4 @@
-"""An adapter's folder in a few numbers and words, from its headers alone. Knows files; needs no torch."""
+"""A summary of an adapter's folder from its headers, without torch."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """The modules of an adapter that differ only in their numbers, as in `model.layers.*.mlp.up_proj`."""
+    """The modules of an adapter that differ only in their layer number, as `model.layers.*.mlp.up_proj`."""
 
     modules: str
     count: int
@@ -37,8 +37,8 @@ class Kind:
     b_shape: tuple[int, ...]
 
 
-def summary(listing: AdapterFiles) -> Summary:
-    """Return what `ls` says of an adapter."""
+def summarise(listing: AdapterFiles) -> Summary:
+    """Return an adapter's line of `loradeck ls`."""
     return Summary(
         name=listing.folder.resolve().name,
         folder=str(listing.folder),
@@ -53,7 +53,7 @@ def summary(listing: AdapterFiles) -> Summary:
 
 
 def kinds(sites: Iterable[tuple[str, TargetModule]]) -> list[Kind]:
-    """Return the kinds of modules, in the order of the file."""
+    """Return the kinds of modules in the order of the file."""
     counts = Counter((pattern(path), site) for path, site in sites)
     return [Kind(modules=modules, count=count, **asdict(site)) for (modules, site), count in counts.items()]
 

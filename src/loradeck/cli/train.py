@@ -1,4 +1,4 @@
-"""`loradeck train`: datasets and a base into adapters' folders. Decides what is written; trains nothing itself."""
+"""`loradeck train`: train adapters on datasets and write them to folders."""
 
 import re
 import shlex
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from loradeck.cli.imports import heavy
+from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype
-from loradeck.cli.screen import shown, size
+from loradeck.cli.process import quick_imports
 from loradeck.cli.writers import Kind
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from loradeck.train.run import Answer, Run
     from loradeck.train.trainer import Trainer
 
-# The settings of an adapter that are flags here; patterns for single modules are for run files and Python.
+# The fields of LoraConfig that are flags; patterns for single modules are for run files and Python.
 FLAGS = re.compile("^(lora|r|lora_alpha|lora_dropout|target_modules|use_rslora)$")
 LORA, RECIPE, SHARED = LoraConfig(), TrainConfig(), PassConfig()
 ANSWER_TOKENS = 48
@@ -49,30 +49,30 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Train an adapter on a dataset, or all adapters of a run file in one pass.
+    """Train an adapter, or all adapters of a run file in one pass.
 
     `loradeck train BASE DATASET -o FOLDER` trains one adapter. `loradeck train
     RUN.toml -o FOLDER` trains one for each [[adapter]] of the file, all at
-    once (docs/training.md). --target-modules takes modules' names with commas
-    between them, as in q_proj,v_proj, or what its help says. Ctrl-C ends the
-    training after its step, with a checkpoint; --resume goes on to the same
-    bits, also after a crash.
+    once (docs/training.md). --target-modules takes comma-separated names of
+    modules, such as q_proj,v_proj, or one of the values below. Ctrl-C stops
+    after the current step and saves a checkpoint; --resume continues from the
+    last checkpoint, also after a crash, with the same result bit for bit.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m; or a run file.
         dataset: A file, a folder with train, valid and test, or a hub id.
-        output: The run's folder; the name of a single adapter.
-        valid: A dataset to validate on.
-        last_layers: Adapt only so many layers, from the last.
-        log: Write metrics for this program too.
-        dry_run: Print the plan and train nothing.
-        resume: Go on with the run in the folder.
-        overwrite: Replace an adapter or a run that is already there.
+        output: The run's folder, whose name is that of a single adapter.
+        valid: A dataset for validation.
+        last_layers: Adapt only the last N layers.
+        log: Also write metrics for this program.
+        dry_run: Print the plan without training.
+        resume: Resume the run in the folder.
+        overwrite: Replace an existing adapter or run.
     """
     if base is not None and base.endswith(".toml") and dataset is None:
         if (lora, recipe, shared, valid, last_layers, dtype) != (LORA, RECIPE, SHARED, None, None, "auto"):
-            raise ConfigError("settings are given beside a run file", hint="Write them into the file.")
-        wanted = read_recipe(base)
+            raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
+        run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:
         job = JobRecipe(
             name=output.resolve().name,
@@ -82,21 +82,23 @@ def train(
             lora=suffixes(lora),
             train=recipe,
         )
-        wanted = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=(job,))
+        run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=(job,))
     elif resume and base is None:
-        wanted = None
+        run_recipe = None
     else:
-        raise ConfigError("no base and dataset", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER.")
+        raise ConfigError(
+            "a base and a dataset are needed", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER"
+        )
     if resume:
         stored = read_run(output, sweep=False)
-        if wanted is not None:
-            check_same(wanted, stored)
-        wanted = stored
+        if run_recipe is not None:
+            check_same(run_recipe, stored)
+        run_recipe = stored
     else:
         check_output(output, overwrite=overwrite)
-    assert wanted is not None
-    run = carry_out(wanted, output, resume=resume, dry_run=dry_run, log=log)
-    return 0 if dry_run else conclude(run, wanted.base)
+    assert run_recipe is not None
+    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, log=log)
+    return 0 if dry_run else conclude(run, run_recipe.base)
 
 
 def carry_out(
@@ -109,24 +111,22 @@ def carry_out(
     listener: "Listener | None" = None,
     each_pass: "Callable[[Trainer], None] | None" = None,
 ) -> "Run":
-    """Train what a recipe says into a folder; return the run, which has no event yet after a dry one."""
+    """Run a recipe in a folder and return the run; a dry run only prints its plan."""
     from rich.console import Console
 
-    with heavy():
+    with quick_imports():
         from loradeck.base.load import Base
-        from loradeck.base.onednn import MANY, keep
-        from loradeck.cli.live_view import progress, table
-        from loradeck.cli.plan import plan
+        from loradeck.cli.display.live_view import plan_table, progress
+        from loradeck.cli.display.plan import plan
         from loradeck.cli.writers import metric_writer
         from loradeck.train.run import Run
 
     console = Console()
-    keep(MANY)
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
     run = Run(recipe, output, base)
     run.answer = answerer(base, run)
     for name in run.data:
-        console.print(table(plan(run, name)))
+        console.print(plan_table(plan(run, name)))
     if dry_run:
         return run
     with ExitStack() as stack:
@@ -134,113 +134,110 @@ def carry_out(
         if log is not None:
             listeners.append(stack.enter_context(metric_writer(log, output)))
         if resume:
-            print(shown(f"resumed {output} after {run.resume()} passes"))
+            print(printable(f"resumed {output} after {run.resume()} passes"))
         else:
             run.begin()
         steps = {name: job.schedule.steps for name, job in run.trainer.jobs.items()}
         listeners.append(stack.enter_context(progress(console, steps)))
 
-        def tell(event: "AnyEvent") -> None:
-            for hear in listeners:
-                hear(event)
+        def on_event(event: "AnyEvent") -> None:
+            for listen in listeners:
+                listen(event)
 
-        run.on_event = tell
+        run.on_event = on_event
         run.train(each_pass)
     return run
 
 
 def answerer(base: "Base", run: "Run") -> "Answer":
-    """Return a way for adapters in training to answer prompts."""
+    """Return a function that answers prompts with the adapters in training."""
     from loradeck.generation import generate
 
     return lambda names, prompts: generate(base, run.bank, prompts, names, max_new_tokens=ANSWER_TOKENS)
 
 
 def conclude(run: "Run", base: str) -> int:
-    """Say what came out of a run, and what to do next; return the exit code."""
-    ends = {name: job.progress for name, job in run.trainer.jobs.items()}
-    for name, done in ends.items():
-        end = done.end
+    """Print the results of a run and the next command to try; return the exit code."""
+    results = {name: job.progress for name, job in run.trainer.jobs.items()}
+    for name, progress in results.items():
+        end = progress.end
         assert end is not None
-        place, losses = run.adapter_folder(name), done.losses
-        if end.kept and place.joinpath("adapter_config.json").exists():
-            best = f", best validation loss {done.best_loss:.4f} at step {end.kept}" if done.best_loss else ""
-            print(
-                shown(
-                    f"{place}: {size(run.bank[name].nbytes)}, {end.reason} after {end.step} steps, loss "
-                    f"{losses[0]:.3f} -> {losses[-1]:.3f}{best}"
-                )
-            )
+        folder, losses = run.adapter_folder(name), progress.losses
+        if end.kept and folder.joinpath("adapter_config.json").exists():
+            best = progress.best_loss
+            validation = f", best validation loss {best:.4f} at step {end.kept}" if best else ""
+            line = f"{end.reason} after {end.step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}{validation}"
+            print(printable(f"{folder}: {format_size(run.bank[name].nbytes)}, {line}"))
         if end.detail or not losses:
-            print(shown(f"{name}: {end.reason}: {end.detail or 'before the first step; nothing was saved'}"))
+            print(printable(f"{name}: {end.reason}: {end.detail or 'before the first step; nothing was saved'}"))
     seconds = run.trainer.seconds
-    tokens = sum(done.tokens for done in ends.values())
+    tokens = sum(progress.tokens for progress in results.values())
     print(f"{tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")
     if run.trainer.interrupted:
-        print(shown("go on: " + shlex.join(["loradeck", "train", "--output", str(run.folder), "--resume"])))
+        print(printable("resume: " + shlex.join(["loradeck", "train", "--output", str(run.folder), "--resume"])))
         return 130
-    if any(done.end is not None and done.end.reason == "diverged" for done in ends.values()):
+    if any(progress.end is not None and progress.end.reason == "diverged" for progress in results.values()):
         return 1
-    adapter = str(run.adapter_folder(next(iter(ends))))
-    print(shown("try: " + shlex.join(["loradeck", "generate", base, "Hello!", "--adapter", adapter])))
+    adapter = str(run.adapter_folder(next(iter(results))))
+    print(printable("try: " + shlex.join(["loradeck", "generate", base, "Hello!", "--adapter", adapter])))
     return 0
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Find out before hours of training whether the adapter can be saved.
+    """Check, before hours of training, that the adapter can be saved.
 
     Raises:
-        AdapterError: the folder is a file, holds an adapter, or cannot be written.
-        TrainingError: it holds a run.
+        AdapterError: the folder is a file, contains an adapter, or is not writable.
+        TrainingError: it contains a run.
     """
     import tempfile
 
     from loradeck.lora.manifest import is_adapter
 
     if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"{folder} is a file", hint="Name a folder.")
+        raise AdapterError(f"{folder} is a file", hint="Give a folder.")
     if not overwrite:
         if (folder / RUN_FILE).exists():
             raise TrainingError(
-                f"{folder} holds a run", hint="Go on with it: --resume. Begin anew in its place: --overwrite."
+                f"{folder} contains a run", hint="Continue it with --resume, or replace it with --overwrite."
             )
         if folder.is_dir() and is_adapter(folder):
-            raise AdapterError(f"{folder} holds an adapter", hint="Name another folder, or pass --overwrite.")
-    place = next(parent for parent in folder.resolve().parents if parent.exists())
+            raise AdapterError(f"{folder} contains an adapter", hint="Give another folder, or pass --overwrite.")
+    parent = next(parent for parent in folder.resolve().parents if parent.exists())
     try:
-        tempfile.TemporaryDirectory(dir=place, prefix=".loradeck-").cleanup()
+        tempfile.TemporaryDirectory(dir=parent, prefix=".loradeck-").cleanup()
     except OSError as error:
-        raise AdapterError(f"{folder} cannot be written: {place}: {error.strerror}", hint="Name another.") from error
+        raise AdapterError(f"cannot write {folder}: {parent}: {error.strerror}", hint="Give another folder.") from error
 
 
 def read_run(folder: Path, *, sweep: bool) -> RunRecipe:
     """Read the recipe of a folder's run.
 
     Raises:
-        TrainingError: there is none, or another verb goes on with it.
+        TrainingError: there is no run, or it belongs to the other verb.
         ConfigError: as read_recipe.
     """
     if not (folder / RUN_FILE).exists():
-        raise TrainingError(f"{folder} holds no run", hint="Begin one: loradeck train BASE DATASET -o FOLDER.")
+        raise TrainingError(f"{folder} contains no run", hint="Start one: loradeck train BASE DATASET -o FOLDER")
     stored = read_recipe(folder / RUN_FILE)
     if stored.sweep != sweep:
-        verb, kind = ("sweep", "a sweep") if stored.sweep else ("train", "no sweep")
-        go_on = shlex.join(["loradeck", verb, "--output", str(folder), "--resume"])
-        raise TrainingError(f"the run in {folder} is {kind}", hint=f"Go on with it by {go_on}.")
+        verb, kind = ("sweep", "a sweep") if stored.sweep else ("train", "not a sweep")
+        command = shlex.join(["loradeck", verb, "--output", str(folder), "--resume"])
+        raise TrainingError(f"the run in {folder} is {kind}", hint=f"Resume it: {command}")
     return stored
 
 
-def check_same(wanted: RunRecipe, stored: RunRecipe) -> None:
-    """Refuse to resume a run with settings that are not its own; what was left at its default is not a wish.
+def check_same(recipe: RunRecipe, stored: RunRecipe) -> None:
+    """Refuse to resume a run with other settings; a setting left at its default counts as the same.
 
     Raises:
-        ConfigError: naming each setting and both values.
+        ConfigError: names each setting that differs, with both values.
     """
-    problems = _differences(wanted, stored, ("base", "dtype")) + _differences(wanted.shared, stored.shared)
-    if [job.name for job in wanted.jobs] != [job.name for job in stored.jobs]:
-        problems.append("the adapters are not the run's")
+    problems = _differences(recipe, stored, ("base", "dtype")) + _differences(recipe.shared, stored.shared)
+    if [job.name for job in recipe.jobs] != [job.name for job in stored.jobs]:
+        problems.append("the adapters' names differ")
     else:
-        for job, old in zip(wanted.jobs, stored.jobs, strict=True):
+        for job, old in zip(recipe.jobs, stored.jobs, strict=True):
             problems += _differences(job.lora, old.lora) + _differences(job.train, old.train)
             problems += _differences(job, old, ("last_layers",))
             problems += [
@@ -250,7 +247,9 @@ def check_same(wanted: RunRecipe, stored: RunRecipe) -> None:
             ]
     if problems:
         raise ConfigError(
-            "this is not the run in the folder", problems, hint="Resume it by --output and --resume alone."
+            "these are not the settings of the run in the folder",
+            problems,
+            hint="Resume with only --output and --resume.",
         )
 
 
@@ -264,8 +263,8 @@ def _differences(new: Any, old: Any, names: tuple[str, ...] = ()) -> list[str]:
 
 
 def suffixes(config: LoraConfig) -> LoraConfig:
-    """Take a plain word for a module's name, and words with commas for several; all else is as in LoraConfig."""
-    words = config.target_modules
-    if isinstance(words, str) and words != "attention" and re.fullmatch(r"[\w.]+(,[\w.]+)*", words):
-        return replace(config, target_modules=words.split(","))
+    """Return the config with comma-separated names of modules as a list; other targets are as in LoraConfig."""
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != "attention" and re.fullmatch(r"[\w.]+(,[\w.]+)*", targets):
+        return replace(config, target_modules=targets.split(","))
     return config

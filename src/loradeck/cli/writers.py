@@ -1,4 +1,4 @@
-"""A run's events, for the dashboards of others: TensorBoard and trackio. Knows their calls; both are extras."""
+"""Writers of a run's metrics for TensorBoard and trackio, which are extras."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,52 +11,51 @@ from loradeck.train.events import AnyEvent, Evaluation, Listener, Sample, Step
 from loradeck.train.history import tokens_per_second
 
 Kind: TypeAlias = Literal["tensorboard", "trackio"]
-PROJECT = "loradeck"  # under which trackio lists the runs
+PROJECT = "loradeck"  # the project of the runs in trackio
 
-Numbers: TypeAlias = Callable[[dict[str, float], int], None]
-Words: TypeAlias = Callable[[str, str, int], None]
+WriteNumbers: TypeAlias = Callable[[dict[str, float], int], None]
+WriteText: TypeAlias = Callable[[str, str, int], None]
 
 
 @contextmanager
 def metric_writer(kind: Kind, folder: Path) -> Iterator[Listener]:
-    """Yield what a run's events are told to, so that a dashboard shows them.
+    """Yield a listener that writes a run's events for a dashboard.
 
-    Of each job, by step: NAME/loss, NAME/learning_rate, NAME/grad_norm, NAME/tokens_per_second (from the second step),
+    For each job, by step: NAME/loss, NAME/learning_rate, NAME/grad_norm, NAME/tokens_per_second (from the second step),
     NAME/validation_loss, DPO's accuracies, and the samples as text under NAME/sample.
 
-    TensorBoard's files are written into `folder` (`tensorboard --logdir FOLDER`). trackio keeps its own, on this
-    machine unless its own settings say otherwise, and lists the run by the folder's name (`trackio show`); a run that
-    is resumed is listed again.
+    TensorBoard's files go into `folder` (`tensorboard --logdir FOLDER`). trackio has its own storage, local by default,
+    and lists the run under the folder's name (`trackio show`), a resumed one again.
 
     Raises:
-        LoradeckError: the package is not installed; says how to install it.
+        LoradeckError: the package is not installed.
     """
-    with (_tensorboard if kind == "tensorboard" else _trackio)(folder) as (numbers, words):
-        before: dict[str, Step] = {}
+    with (_tensorboard if kind == "tensorboard" else _trackio)(folder) as (write_numbers, write_text):
+        last_step: dict[str, Step] = {}
 
-        def hear(event: AnyEvent) -> None:
+        def listen(event: AnyEvent) -> None:
             if isinstance(event, Sample):
-                words(f"{event.job}/sample", _markdown(event), event.step)
-            elif found := _numbers(event, before.get(event.job)):
-                numbers({f"{event.job}/{name}": value for name, value in found.items()}, event.step)
+                write_text(f"{event.job}/sample", _markdown(event), event.step)
+            elif numbers := _numbers(event, last_step.get(event.job)):
+                write_numbers({f"{event.job}/{name}": value for name, value in numbers.items()}, event.step)
             if isinstance(event, Step):
-                before[event.job] = event
+                last_step[event.job] = event
 
-        yield hear
+        yield listen
 
 
 def _numbers(event: AnyEvent, before: Step | None) -> dict[str, float]:
-    found: dict[str, float | None] = {}
+    numbers: dict[str, float | None] = {}
     if isinstance(event, Step):
-        found = {name: getattr(event, name) for name in ("loss", "accuracy", "learning_rate", "grad_norm")}
-        found["tokens_per_second"] = tokens_per_second((before, event)) if before else None
+        numbers = {name: getattr(event, name) for name in ("loss", "accuracy", "learning_rate", "grad_norm")}
+        numbers["tokens_per_second"] = tokens_per_second((before, event)) if before else None
     elif isinstance(event, Evaluation):
-        found = {"validation_loss": event.loss, "validation_accuracy": event.accuracy}
-    return {name: value for name, value in found.items() if value is not None}
+        numbers = {"validation_loss": event.loss, "validation_accuracy": event.accuracy}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _markdown(sample: Sample) -> str:
-    """Lay out a sample; indented lines are code, in which a stranger's text can form no link and no image."""
+    """Return a sample as Markdown; its indented lines are code, so untrusted text cannot form links or images."""
     parts = {"prompt": sample.prompt, "expected": sample.expected, "answer": sample.answer}
     return "\n\n".join(
         f"{name}:\n\n" + "\n".join("    " + line for line in text.splitlines()) for name, text in parts.items()
@@ -64,24 +63,24 @@ def _markdown(sample: Sample) -> str:
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[tuple[Numbers, Words]]:
+def _tensorboard(folder: Path) -> Iterator[tuple[WriteNumbers, WriteText]]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise _missing("tensorboard") from error
     with SummaryWriter(str(folder)) as writer:
 
-        def numbers(values: dict[str, float], step: int) -> None:
+        def write_numbers(values: dict[str, float], step: int) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 
-        yield numbers, writer.add_text
+        yield write_numbers, writer.add_text
 
 
 @contextmanager
-def _trackio(folder: Path) -> Iterator[tuple[Numbers, Words]]:
+def _trackio(folder: Path) -> Iterator[tuple[WriteNumbers, WriteText]]:
     try:
-        trackio = import_module("trackio")  # is not there where the types are checked
+        trackio = import_module("trackio")  # not installed where types are checked
     except ModuleNotFoundError as error:
         raise _missing("trackio") from error
     run = trackio.init(project=PROJECT, name=folder.resolve().name, embed=False)
@@ -93,6 +92,6 @@ def _trackio(folder: Path) -> Iterator[tuple[Numbers, Words]]:
 
 def _missing(extra: str) -> LoradeckError:
     return LoradeckError(
-        f"writing metrics for {extra} needs a package that is not installed",
+        f"the package {extra} is not installed",
         hint=f"Run pip install 'loradeck[{extra}]'.",
     )

@@ -1,4 +1,4 @@
-"""The adapters resident on one model, and every way to change them. Knows any nn.Module; knows no language model."""
+"""The adapters resident on one model: loading, saving, routing, merging."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +16,16 @@ from loradeck.lora import compatibility, init, merge, targets
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.combine import Combination, Method, combine
 from loradeck.lora.config import LoraConfig
-from loradeck.lora.container import AdapterContainer, WorkingSets, host
+from loradeck.lora.container import AdapterContainer, host
 from loradeck.lora.layer import LoraLayer
 from loradeck.lora.manifest import TargetModule, read_folder
 from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name
-from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
-from loradeck.ops.layer_kinds import Form
+from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, mapping_of, opened, weights_of
+from loradeck.lora.working_set import WorkingSets
+from loradeck.ops.layer_kinds import LayerKind
 
-RESIDENTS = "loradeck"  # the name of the adapters' place in the model
+RESIDENTS = "loradeck"  # the name of the container in the model
 
 
 class Bank:
@@ -34,7 +35,7 @@ class Bank:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Make an empty bank on a model; nothing in the model changes before the first adapter.
+        """Create an empty bank on a model; the model is unchanged until the first adapter.
 
         Raises:
             LoradeckError: the model already has a bank.
@@ -48,23 +49,23 @@ class Bank:
         self._host.add_module(RESIDENTS, self._residents)
         self._layers: dict[str, LoraLayer] = {}
         self._open: set[Route] = set()
-        self._unswept = False  # an adapter was unloaded under an open route
-        self._fitting: Memo[Mapping[str, TargetModule], dict[str, Form]] = Memo()
-        self._own_weights: dict[str, nn.Parameter] = {}  # the base's, while adapters are merged into it
+        self._sweep_later = False  # an adapter was unloaded while a route to it was open
+        self._fitting: Memo[Mapping[str, TargetModule], dict[str, LayerKind]] = Memo()
+        self._unmerged: dict[str, nn.Parameter] = {}  # the base's weights, while adapters are merged into it
         self._lock = RLock()
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy of an attached model has a bank of its own; locks cannot be copied."""
+        """Copying a model copies its bank; locks cannot be copied."""
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=RLock())
         self._open.clear()  # open routes are the original's
 
-    # ---- what is here
+    # ---- residents
 
     def names(self) -> list[str]:
-        """Return the names of all resident adapters, in the order they came."""
+        """Return the names of all resident adapters, in the order of addition."""
         return self._residents.names()
 
     def __contains__(self, name: str) -> bool:
@@ -77,13 +78,13 @@ class Bank:
         """Return the adapter of this name.
 
         Raises:
-            UnknownAdapterError: there is none; close names are listed.
+            UnknownAdapterError: the name is unknown; close names are listed.
         """
         adapter = self._residents.get(name)
         if adapter is None:
             close = difflib.get_close_matches(name, self.names(), n=3) or self.names()[:8]
             raise UnknownAdapterError(
-                f"no adapter is named {name!r}",
+                f"unknown adapter {name!r}",
                 hint=f"Resident: {', '.join(close) or 'none'}. Load one with bank.load.",
             )
         return adapter
@@ -101,69 +102,69 @@ class Bank:
             )
         return adapter.parameters()
 
-    # ---- coming and going
+    # ---- adding and removing
 
     def add(self, name: str, adapter: LoraConfig | Adapter, *, generator: torch.Generator | None = None) -> Adapter:
-        """Add a fresh trainable adapter for a config, or an adapter made elsewhere.
+        """Add a new trainable adapter for a config, or an existing Adapter.
 
-        A fresh adapter changes nothing until it is trained. `generator` draws its initial values and its dropout
-        (by default torch's global one).
+        A new adapter does not change the output until it is trained. `generator` draws its initial values and its
+        dropout; torch's global one by default.
 
         Raises:
-            TargetError: the config's targets match nothing, or something that takes no adapter.
-            AdapterNameError: the name is taken, or cannot be a name.
-            AdapterError: a ready-made adapter does not fit this model.
+            TargetError: the config's targets match no module, or one that takes no adapter.
+            AdapterNameError: the name is taken or invalid.
+            AdapterError: the adapter does not fit this model.
         """
         with self._lock:
             self._check_new(name)
             if isinstance(adapter, Adapter):
-                forms = self._fit(adapter.sites, "This adapter")
+                kinds = self._fit(adapter.sites, "This adapter")
             else:
                 self._check_unmerged()
-                forms = targets.resolve(self.model, adapter)
-                adapter = init.adapter(self.model, adapter, forms, generator)
-            self._take(name, adapter, forms)
+                kinds = targets.resolve(self.model, adapter)
+                adapter = init.adapter(self.model, adapter, kinds, generator)
+            self._take(name, adapter, kinds)
             return adapter
 
     def load(
         self, folder: str | Path, name: str | None = None, *, trainable: bool = False, any_base: bool = False
     ) -> str:
-        """Load a PEFT folder and return the adapter's name (by default the folder's).
+        """Load a PEFT folder and return the adapter's name, the folder's by default.
 
-        All or nothing: after an error the bank is as it was. `any_base` loads an adapter whose record says that it
-        was trained on another base.
+        All or nothing: after an error the bank is unchanged. `any_base` accepts an adapter that was trained on another
+        base.
 
         Raises:
-            UnsupportedError: the adapter uses something this library does not implement.
+            UnsupportedError: the adapter uses a feature that is not supported.
             AdapterError: with every problem found.
-            AdapterNameError: the name is taken, or cannot be a name.
+            AdapterNameError: the name is taken or invalid.
         """
         folder = Path(folder)
         try:
             name = folder.resolve().name if name is None else name
-        except (OSError, ValueError, RuntimeError) as error:  # a zero byte, or a loop of links
-            raise AdapterError(f"{str(folder)!r} is no folder: {error}") from None
+        except (OSError, ValueError, RuntimeError) as error:  # a null byte, or a loop of links
+            raise AdapterError(f"{str(folder)!r} is not a folder: {error}") from None
         self._check_new(name)
-        listing = read_folder(folder)
-        compatibility.check_base(self.model, listing, any_base=any_base)
+        files = read_folder(folder)
+        compatibility.check_base(self.model, files, any_base=any_base)
         with self._lock:
-            self._fit(listing.sites, str(folder))
-        # Read without the lock: the disk may be slow, and others unload in the meantime.
-        adapter = Adapter.from_listing(
-            listing, trainable=trainable, check_copy=partial(compatibility.copy_problem, self.model)
+            self._fit(files.sites, str(folder))
+        # Read without the lock: the disk may be slow, and other threads may unload meanwhile.
+        adapter = Adapter.from_files(
+            files, trainable=trainable, check_copy=partial(compatibility.why_not_a_copy, self.model)
         )
         if trainable:
             init.prepare(adapter, generator=None)
         with self._lock:
             self._check_new(name)
-            self._take(name, adapter, self._fit(listing.sites, str(folder)))
+            self._take(name, adapter, self._fit(files.sites, str(folder)))
         return name
 
     def save(self, name: str, folder: str | Path, **provenance: str) -> Path:
-        """Write an adapter as a PEFT folder, in one step. `provenance` is kept with the tensors.
+        """Write an adapter as a PEFT folder, atomically. `provenance` is saved with the tensors.
 
         Raises:
-            UnknownAdapterError: there is no such adapter.
+            UnknownAdapterError: the name is unknown.
             AdapterError: a tensor is not finite, or the folder cannot be written.
         """
         adapter = self[name]
@@ -172,7 +173,7 @@ class Bank:
         return adapter.save(folder)
 
     def unload(self, name: str) -> None:
-        """Let an adapter go, with its memory; routes that are open keep it until they end."""
+        """Remove an adapter and free its memory; open routes keep it until they end."""
         with self._lock:
             adapter = self[name]
             self._residents.remove(name)
@@ -180,20 +181,20 @@ class Bank:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Give back the modules that neither a resident adapter nor one of an open route needs."""
+        """Restore the modules that no adapter needs any more, resident or of an open route."""
         with self._lock:
             members = {adapter for route in [*self._open] for adapter in route.members}
-            needed = [self[name] for name in self.names()] + [*members]
-            shapes = {id(adapter.sites): adapter.sites for adapter in needed}  # few, and shared
-            wanted = {path for sites in shapes.values() for path in sites}
-            for path in self._layers.keys() - wanted:
+            adapters = [self[name] for name in self.names()] + [*members]
+            shapes = {id(adapter.sites): adapter.sites for adapter in adapters}  # few, and shared
+            needed = {path for sites in shapes.values() for path in sites}
+            for path in self._layers.keys() - needed:
                 self._layers.pop(path).detach()
                 self._fitting.clear()
-            self._unswept = bool(members.difference(self[name] for name in self.names()))
+            self._sweep_later = bool(members.difference(self[name] for name in self.names()))
 
     def _moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         self._working_sets.clear()
-        for parameter in self._own_weights.values():  # set aside by a merge, they move with the model all the same
+        for parameter in self._unmerged.values():  # they move with the model too
             parameter.data = fn(parameter.data)
 
     def _enter(self, route: Route) -> None:
@@ -203,11 +204,11 @@ class Bank:
 
     def _leave(self, route: Route) -> None:
         self._open.discard(route)
-        if self._unswept:
+        if self._sweep_later:
             self._sweep()
 
     def rename(self, old: str, new: str) -> None:
-        """Give an adapter another name."""
+        """Rename an adapter."""
         with self._lock:
             self[old]
             if new != old:
@@ -215,7 +216,7 @@ class Bank:
                 self._residents.rename(old, new)
 
     def detach(self) -> None:
-        """Take everything off the model: it is, bit for bit, what it was."""
+        """Remove all adapters and restore the model, bit for bit."""
         with self._lock:
             self.unmerge()
             for layer in self._layers.values():
@@ -226,51 +227,61 @@ class Bank:
             if getattr(self._host, RESIDENTS, None) is self._residents:
                 delattr(self._host, RESIDENTS)
 
-    # ---- using them
+    # ---- routes and merging
 
     def route(
         self, rows: RouteEntry | Sequence[RouteEntry], *, lengths: Sequence[int] | None = None
     ) -> AbstractContextManager[None]:
-        """Send each row of the batch through its own adapters, in this thread, until the block ends.
+        """Route each row of the batch through its own adapters, in this thread, until the block ends.
 
-        `rows` is one entry for the whole batch or a list with one per row: a name, None for the base, or
-        {name: weight}. With `lengths` each entry is a segment of that many tokens of one packed row. Rows that are
-        multiplied (beams, return sequences) keep their entry. The innermost route counts.
+        `rows` is one entry for the whole batch, or a list with one per row: a name, None for the base, or
+        {name: weight}. With `lengths`, each entry is a segment of that many tokens of one packed row. Rows that are
+        multiplied (beams, return sequences) keep their entry. Routes nest; the innermost applies.
 
         Raises:
-            UnknownAdapterError: a name that is not resident.
-            RouteError: an entry that is none, or adapters are merged into the base.
+            UnknownAdapterError: a name is not resident.
+            RouteError: an entry is invalid, or adapters are merged into the base.
         """
         entries, sizes = entries_of(rows, lengths)
         weighted = [tuple((self[name], weight) for name, weight in weights_of(entry)) for entry in entries]
         if any(weighted):
             self._check_unmerged()
-        route = self._working_sets.route(self, weighted, sizes, packed=lengths is not None)
-        return opened(route, self._enter, self._leave)
+        return opened(self._route(weighted, sizes, packed=lengths is not None), self._enter, self._leave)
+
+    def _route(
+        self, entries: Sequence[Sequence[tuple[Adapter, float]]], lengths: tuple[int, ...], *, packed: bool
+    ) -> Route:
+        adapters = [adapter for entry in entries for adapter, _ in entry]
+        if not adapters:
+            return Route(self, None, mapping_of(((),) * len(entries), lengths), packed)
+        working_set = self._working_sets.get(adapters)
+        index = working_set.index
+        mapped = tuple(tuple((index[adapter], weight) for adapter, weight in entry) for entry in entries)
+        return Route(self, working_set, mapping_of(mapped, lengths), packed)
 
     def merge(self, entry: str | Blend) -> None:
-        """Fold an adapter, or a blend, into the base's weights, for a model without any extra cost per step.
+        """Merge an adapter, or a blend, into the base's weights, so that it costs nothing per step.
 
-        Until `unmerge`, which restores the base bit for bit, the base's own weights are kept beside the merged ones,
-        and a row routed to None goes through the merged model.
+        Until `unmerge`, which restores the base bit for bit, the original weights are kept in memory too, and rows
+        routed to None use the merged model.
 
         Raises:
-            RouteError: something is merged already, or a route to an adapter is open: its rows would get both.
-            UnsupportedError: a weight that cannot be merged into.
+            RouteError: adapters are merged already, or a route to an adapter is open: its rows would get both.
+            UnsupportedError: a weight cannot be merged into.
         """
         with self._lock:
             self._check_unmerged()
             if any(route.members for route in [*self._open]):
                 raise RouteError("a route is open", hint="Merge outside of any route.")
             weighted = [(self[name], weight) for name, weight in weights_of(entry)]
-            forms = {path: layer.form for path, layer in self._layers.items()}
-            self._own_weights = merge.fold(self.model, forms, weighted)
+            kinds = {path: layer.kind for path, layer in self._layers.items()}
+            self._unmerged = merge.fold(self.model, kinds, weighted)
 
     def unmerge(self) -> None:
-        """Put the base's own weights back, bit for bit; without a merge, do nothing."""
+        """Restore the base's weights, bit for bit; do nothing if no adapter is merged."""
         with self._lock:
-            merge.unfold(self.model, self._own_weights)
-            self._own_weights = {}
+            merge.unfold(self.model, self._unmerged)
+            self._unmerged = {}
 
     def combine(
         self,
@@ -282,7 +293,7 @@ class Bank:
         density: float = 0.5,
         seed: int = 0,
     ) -> Combination:
-        """Make a new resident adapter `name` of several, each at a weight: see `loradeck.lora.combine`."""
+        """Combine several adapters, each at a weight, into a new resident adapter: see `loradeck.lora.combine`."""
         with self._lock:
             self._check_new(name)
             weighted = [(self[other], weight) for other, weight in weights.items()]
@@ -297,20 +308,22 @@ class Bank:
     def _check_new(self, name: str) -> None:
         check_name(name)
         if name in self:
-            raise AdapterNameError(f"{name!r} is resident already", hint="Take another name, or unload that one first.")
+            raise AdapterNameError(
+                f"{name!r} is already resident", hint="Use another name, or unload that adapter first."
+            )
 
     def _check_unmerged(self) -> None:
-        if self._own_weights:
+        if self._unmerged:
             raise RouteError("adapters are merged into the base", hint="Call bank.unmerge() first.")
 
-    def _fit(self, sites: Mapping[str, TargetModule], what: str) -> dict[str, Form]:
-        own = {path: layer.form for path, layer in self._layers.items()}
-        return self._fitting.get(sites, lambda: compatibility.forms(self.model, own, sites, what))
+    def _fit(self, sites: Mapping[str, TargetModule], what: str) -> dict[str, LayerKind]:
+        adapted = {path: layer.kind for path, layer in self._layers.items()}
+        return self._fitting.get(sites, lambda: compatibility.layer_kinds(self.model, adapted, sites, what))
 
-    def _take(self, name: str, adapter: Adapter, forms: Mapping[str, Form]) -> None:
-        for path, form in forms.items():
+    def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
+        for path, kind in kinds.items():
             if path not in self._layers:
-                self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), form, self._open)
+                self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), kind, self._open)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         if device != torch.device("cpu"):
             adapter.to(device)

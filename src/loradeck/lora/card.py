@@ -1,20 +1,21 @@
-"""The README.md that lies in an adapter's folder. Knows the hub's card format; knows no training."""
+"""The model card (README.md) in an adapter's folder."""
 
 import json
 import re
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from loradeck.lora.adapter import Adapter
+from loradeck.lora.config import LoraConfig
+from loradeck.lora.peft import Origin
 
 
-def text(adapter: "Adapter", notes: str = "") -> str:
-    """Return a model card in the hub's form, from what the adapter knows of itself, and notes (markdown)."""
-    config, origin = adapter.config, adapter.origin
+def text(config: LoraConfig, origin: Origin, *, modules: int, nbytes: int, notes: str = "") -> str:
+    """Return a model card in the hub's format, with notes (markdown).
+
+    `modules` is the number of adapted modules, `nbytes` the size of the tensors.
+    """
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
     lines = ["---", "library_name: peft", "tags:", "- lora", "- loradeck"]
     if origin.base_model:
-        lines.insert(1, f"base_model: {json.dumps(origin.base_model)}")  # a stranger's text, here and below
+        lines.insert(1, f"base_model: {json.dumps(origin.base_model)}")  # text from a stranger, here and below
     lines += [
         "---",
         "",
@@ -25,8 +26,8 @@ def text(adapter: "Adapter", notes: str = "") -> str:
         f"| base | {cell(origin.base_model or 'not recorded')} |",
         f"| r, lora_alpha | {config.r}, {config.lora_alpha:g}{' (rank-stabilised)' if config.use_rslora else ''} |",
         f"| targets | {cell(targets)} |",
-        f"| modules | {len(adapter.sites)} |",
-        f"| size | {adapter.nbytes / 1e6:.2f} MB |",
+        f"| modules | {modules} |",
+        f"| size | {nbytes / 1e6:.2f} MB |",
         *(f"| {cell(key)} | {cell(value)} |" for key, value in sorted(origin.provenance.items())),
         "",
         notes or "Use it with loradeck: `bank.load(folder)`, or with PEFT: `PeftModel.from_pretrained(base, folder)`.",
@@ -36,6 +37,6 @@ def text(adapter: "Adapter", notes: str = "") -> str:
 
 
 def cell(text: str) -> str:
-    """Return a text that stays in its cell and forms no HTML, link or image."""
+    """Return a text escaped for a table cell: no HTML, link or image."""
     plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
     return re.sub(r"[\\|<\[`*&]", r"\\\g<0>", plain)

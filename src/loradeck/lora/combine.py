@@ -1,4 +1,4 @@
-"""Several adapters into one new adapter. Knows low-rank algebra; knows no model, no route and no files.
+"""Combine several adapters into a new one.
 
 For weights w_i and updates D_i = scaling_i · B_i A_i, the target is D = Σ w_i D_i, per module:
 
@@ -6,10 +6,10 @@ For weights w_i and updates D_i = scaling_i · B_i A_i, the target is D = Σ w_i
     svd     the best D of rank r (Eckart-Young), from the small factors: D = (Q_b R_b)(Q_a R_a)ᵀ, svd of R_b R_aᵀ
     ties    trim each w_i D_i to its largest share `density`, elect a sign per value, average those that agree
             (arXiv:2306.01708), then the best rank r of the result
-    dare    drop each value of D_i with chance 1 - density, divide the rest by density, sum (arXiv:2311.03099),
+    dare    drop each value of D_i with probability 1 - density, divide the rest by density, sum (arXiv:2311.03099),
             then the best rank r
 
-ties and dare are defined on the values of D_i, so they build one module's D at a time; concat and svd never do.
+ties and dare are defined on the values of D_i, so they build one module's D at a time; concat and svd never build D.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ METHODS: tuple[Method, ...] = ("concat", "svd", "ties", "dare")
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """A new adapter, and the relative error ‖D - BA‖ / ‖D‖ that lowering the rank made (Frobenius, all modules)."""
+    """A new adapter, and its relative error ‖D - BA‖ / ‖D‖ from lowering the rank (Frobenius, all modules)."""
 
     adapter: Adapter
     error: float
@@ -47,18 +47,18 @@ def combine(
     density: float = 0.5,
     seed: int = 0,
 ) -> Combination:
-    """Make one adapter of several, each at a weight.
+    """Combine several adapters, each at a weight.
 
     Args:
         weighted: the adapters and their weights.
-        method: see the top of this file.
+        method: see the top of this module.
         r: the rank of the result; by default the sum of the ranks for concat, their maximum otherwise.
-        density: the share of values that ties and dare keep.
-        seed: of dare's choice.
+        density: the share of values that ties and dare keep, 0 < density <= 1.
+        seed: for dare.
 
     Raises:
-        ConfigError: an unknown method, a rank, density or weight that cannot be, a rank for concat.
-        AdapterError: an adapter holds NaN or Inf.
+        ConfigError: an unknown method, an invalid rank, density or weight, or a rank for concat.
+        AdapterError: an adapter has NaN or Inf, or the result overflows.
     """
     _check(weighted, method, r, density)
     generator = torch.Generator().manual_seed(seed)
@@ -67,10 +67,10 @@ def combine(
     lost = whole = 0.0
     with torch.inference_mode(False), torch.no_grad():
         for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.sites):
-            own = [(adapter, weight) for adapter, weight in weighted if path in adapter.sites]
-            site = own[0][0].sites[path]
-            factors = [_factors(adapter, path, weight) for adapter, weight in own]
-            dtype = own[0][0].pair(path)[0].dtype
+            parts = [(adapter, weight) for adapter, weight in weighted if path in adapter.sites]
+            site = parts[0][0].sites[path]
+            factors = [_factors(adapter, path, weight) for adapter, weight in parts]
+            dtype = parts[0][0].pair(path)[0].dtype
             if method == "concat":
                 a, b = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
             else:
@@ -85,7 +85,7 @@ def combine(
             b = b.reshape(*site.b_shape[:1], -1, *site.b_shape[2:]).to(dtype)
             if not (finite(a) and finite(b)):
                 raise AdapterError(f"{path} overflows {dtype}", hint="Combine at smaller weights, or in float32.")
-            pairs[path] = a.contiguous(), b.contiguous()  # as a file has them: another order in memory rounds otherwise
+            pairs[path] = a.contiguous(), b.contiguous()  # as files have them: other strides round differently
             sites[path] = TargetModule(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
     config = _config(sites)
     origin = Origin(weighted[0][0].origin.base_model, task_type=weighted[0][0].origin.task_type)
@@ -96,29 +96,27 @@ def combine(
 
 def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None, density: float) -> None:
     if not weighted:
-        raise ConfigError("there is nothing to combine", hint='Give adapters and weights: {"a": 0.7, "b": 0.3}.')
+        raise ConfigError("no adapters to combine", hint='Give adapters and weights: {"a": 0.7, "b": 0.3}.')
     if method not in METHODS:
-        raise ConfigError(f"method {method!r} is unknown", hint=f"Take one of {', '.join(METHODS)}.")
+        raise ConfigError(f"unknown method {method!r}", hint=f"Use one of {', '.join(METHODS)}.")
     if method == "concat" and r is not None:
-        raise ConfigError("concat keeps every rank, so it takes no r", hint='Take method="svd" to lower the rank.')
+        raise ConfigError("concat keeps every rank, so it takes no r", hint='Use method="svd" to lower the rank.')
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK):
-        raise ConfigError(f"r is {r}, not a whole number from 1 to {MAX_RANK}")
+        raise ConfigError(f"r is {r}, not an integer from 1 to {MAX_RANK}")
     if not 0 < density <= 1:
-        raise ConfigError(f"density is {density}, not above 0 and up to 1")
+        raise ConfigError(f"density is {density}, not 0 < density <= 1")
     for adapter, weight in weighted:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= float_info.max:
-            raise ConfigError(f"a weight is {repr(weight)[:40]}", hint="A weight is a finite number.")
-        broken = [f"{key} holds NaN or Inf" for key, tensor in adapter.tensors() if not finite(tensor)]
-        if broken:
-            raise AdapterError("This adapter cannot be combined", broken, hint="Train it again, or leave it out.")
+            raise ConfigError(f"invalid weight {repr(weight)[:40]}", hint="A weight is a finite number.")
+        problems = [f"{key} holds NaN or Inf" for key, tensor in adapter.tensors() if not finite(tensor)]
+        if problems:
+            raise AdapterError("Cannot combine this adapter", problems, hint="Train it again, or leave it out.")
         for path, site in adapter.sites.items():
             if site.kind == "conv" and site.b_shape[1] != site.r:
-                raise ConfigError(
-                    f"{path} is a grouped convolution, which cannot be combined", hint="Route a blend instead."
-                )
+                raise ConfigError(f"cannot combine {path}, a grouped convolution", hint="Route a blend instead.")
             for other, _ in weighted:
-                twin = other.sites.get(path)
-                if twin and (twin.kind, twin.a_shape[1:], twin.b_shape[0]) != (
+                same = other.sites.get(path)
+                if same and (same.kind, same.a_shape[1:], same.b_shape[0]) != (
                     site.kind,
                     site.a_shape[1:],
                     site.b_shape[0],
@@ -140,7 +138,7 @@ def _stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _best_rank(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return the best A, B of rank r for b @ a, with the squared norms of what is lost and of the whole."""
+    """Return the best A, B of rank r for b @ a, with the squared norms of the loss and of the whole."""
     q_a, r_a = torch.linalg.qr(a.T)
     q_b, r_b = torch.linalg.qr(b)
     u, s, v = torch.linalg.svd(r_b @ r_a.T)
@@ -157,7 +155,7 @@ def _best_rank_dense(dense: Tensor, r: int) -> tuple[Tensor, Tensor, float, floa
 
 
 def _halves(u: Tensor, s: Tensor, v: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Split u s v at rank r into A (r, in) and B (out, r) of like size; ranks beyond u's are zero."""
+    """Split u s v at rank r into A (r, in) and B (out, r) of equal norm; ranks beyond those of u are zero."""
     root = s[:r].sqrt()
     a, b = root[:, None] * v[:r], u[:, :r] * root
     missing = r - len(root)
@@ -169,8 +167,8 @@ def _halves(u: Tensor, s: Tensor, v: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def _ties(updates: list[Tensor], density: float, _: torch.Generator) -> Tensor:
     trimmed = []
     for update in updates:
-        kept = max(1, round(density * update.numel()))
-        threshold = update.abs().flatten().kthvalue(update.numel() - kept + 1).values
+        count = max(1, round(density * update.numel()))
+        threshold = update.abs().flatten().kthvalue(update.numel() - count + 1).values
         trimmed.append(torch.where(update.abs() >= threshold, update, 0.0))
     stack = torch.stack(trimmed)
     agree = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
@@ -186,7 +184,7 @@ def _dare(updates: list[Tensor], density: float, generator: torch.Generator) -> 
 
 
 def _config(sites: dict[str, TargetModule]) -> LoraConfig:
-    """Return a config of scaling 1 everywhere: alpha = r, per module where ranks differ."""
+    """Return a config with scaling 1 everywhere: alpha = r, per module where ranks differ."""
     ranks = [site.r for site in sites.values()]
     r = max(set(ranks), key=ranks.count)
     pattern = {path: site.r for path, site in sites.items() if site.r != r}

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model: its modules, its shapes, its base. Knows no bank and changes nothing."""
+"""Whether an adapter fits a model: its modules, its shapes, its base. Changes nothing."""
 
 from collections.abc import Mapping
 
@@ -8,65 +8,71 @@ from torch import Tensor, nn
 from loradeck.errors import AdapterError
 from loradeck.lora import targets
 from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule
-from loradeck.ops.layer_kinds import Form
+from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
 
-def forms(model: nn.Module, known: Mapping[str, Form], sites: Mapping[str, TargetModule], what: str) -> dict[str, Form]:
-    """Return how each module meets the adapter; `known` are the modules that have adapters already.
+def layer_kinds(
+    model: nn.Module, adapted: Mapping[str, LayerKind], sites: Mapping[str, TargetModule], what: str
+) -> dict[str, LayerKind]:
+    """Return the kind of each module that an adapter needs; `adapted` are the kinds of modules with adapters.
 
     Raises:
         AdapterError: with every module that is missing or has other shapes.
     """
-    found: dict[str, Form] = {}
+    kinds: dict[str, LayerKind] = {}
     problems = []
     closed = targets.closed(model)
     for path, site in sites.items():
-        form = known.get(path) or targets.check(model, path, closed)
-        if isinstance(form, str):
-            problems.append(f"{path} {form}")
-        elif form.kind != site.kind:
-            problems.append(f"{path} is a {form.kind} layer here, the adapter's is {site.kind}")
-        elif form.shapes(site.r) != (site.a_shape, site.b_shape):
-            a, b = form.shapes(site.r)
+        kind = adapted.get(path) or targets.check(model, path, closed)
+        if isinstance(kind, str):
+            problems.append(f"{path} {kind}")
+        elif kind.name != site.kind:
+            problems.append(f"{path} is a {kind.name} layer here, the adapter's is {site.kind}")
+        elif kind.shapes(site.r) != (site.a_shape, site.b_shape):
+            a, b = kind.shapes(site.r)
             problems.append(f"{path} needs A {a} and B {b} here, the adapter has {site.a_shape} and {site.b_shape}")
         else:
-            found[path] = form
+            kinds[path] = kind
     if not sites:
         problems.append("it adapts no module")
     if problems:
         raise AdapterError(
             f"{what} does not fit this base", problems, hint="Load the base it was trained on; nothing was loaded."
         )
-    return found
+    return kinds
 
 
-def check_base(model: nn.Module, listing: AdapterFiles, *, any_base: bool) -> None:
-    """Refuse an adapter whose record names another base than the model does, where both say.
+def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None:
+    """Compare the base that an adapter's metadata names with the model's, if both have a fingerprint.
 
     Raises:
-        AdapterError: the fingerprints differ and `any_base` is not set.
+        AdapterError: they differ and `any_base` is not set.
     """
-    trained_on: str | None = listing.origin.provenance.get("base_fingerprint")
-    here: object = getattr(model, "fingerprint", None)
-    if trained_on and isinstance(here, str) and trained_on != here and not any_base:
+    trained_on: str | None = files.origin.provenance.get("base_fingerprint")
+    fingerprint: object = getattr(model, "fingerprint", None)
+    if trained_on and isinstance(fingerprint, str) and trained_on != fingerprint and not any_base:
         raise AdapterError(
-            f"{listing.folder} was trained on another base: {listing.origin.base_model or 'unnamed'}, "
-            f"fingerprint {trained_on[:12]}; this one has {here[:12]}",
-            hint="Load that base, or pass any_base=True if you know that this one will do.",
+            f"{files.folder} was trained on another base: {files.origin.base_model or 'unnamed'}, "
+            f"fingerprint {trained_on[:12]}; this one has {fingerprint[:12]}",
+            hint="Load that base, or pass any_base=True if you know that this one is compatible.",
         )
 
 
-def copy_problem(model: nn.Module, key: str, tensor: Tensor) -> str | None:
-    """Say what is wrong with a tensor of the file that repeats a weight of the base; None if it is the same."""
-    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor) -> str | None:
+    """Return why a tensor of the file is not a copy of a weight of the base, None if it is.
+
+    Of a tensor on the meta device only the shape is compared.
+    """
+    path, _, name = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
     try:
-        own = model.get_parameter(path)
+        module = model.get_submodule(path)
+        weight = module.get_parameter(name)
     except AttributeError:
         return "belongs to no weight of this base"
-    if not own.is_floating_point():
-        return "repeats a weight of which this base holds a quantised form, so the two cannot be compared"
-    own = own.to_dense() if own.is_mkldnn else own  # packed for the CPU's kernels, every value kept
-    same = own.shape == tensor.shape
-    if not same or not (tensor.is_meta or torch.equal(own.detach().cpu(), tensor.to(own.dtype))):
-        return "is a weight of its own, other than this base's (modules_to_save, or a grown vocabulary): not supported"
+    if not weight.is_floating_point():
+        return "repeats a weight that is quantised in this base, so the two cannot be compared"
+    weight = dense_weight(module) if name == "weight" else weight
+    same = weight.shape == tensor.shape
+    if not same or not (tensor.is_meta or torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))):
+        return "differs from this base's weight (modules_to_save, or a resized vocabulary): not supported"
     return None

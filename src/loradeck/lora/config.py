@@ -1,4 +1,4 @@
-"""What an adapter is made of, in PEFT's words. Knows numbers and patterns; knows no tensors and no files."""
+"""LoraConfig: the settings of an adapter, named as in PEFT."""
 
 import math
 import re
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 MAX_RANK = 65_536
 PATH_LENGTH, PATTERN_LENGTH, TARGET_LENGTH = 300, 512, 16_384
-MATCH_STEPS = 20_000_000  # of a pattern on the longest path: less than a second
+MATCH_STEPS = 20_000_000  # of a pattern on the longest path; less than a second
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The recipe of one adapter: y += scaling · B (A x), scaling = lora_alpha / r.
+    """The settings of one adapter: y += scaling · B (A x), scaling = lora_alpha / r.
 
     Names and meanings are PEFT's (peft.LoraConfig).
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: with every invalid value.
     """
 
     r: int = 16
@@ -31,19 +31,19 @@ class LoraConfig:
     lora_alpha: float = 32
     """Scales the update by lora_alpha / r, so that the learning rate need not follow the rank."""
     lora_dropout: float = 0.0
-    """Share of A's inputs dropped while training."""
+    """The probability that an input of A is dropped in training."""
     target_modules: str | Sequence[str] = "all-linear"
     """Path suffixes, one regex for whole paths, "all-linear" (all but the output head) or "attention"."""
     exclude_modules: str | Sequence[str] = ()
-    """Path suffixes, or one regex, taken out of the targets."""
+    """Path suffixes, or one regex, excluded from the targets."""
     layers_to_transform: int | Sequence[int] | None = None
-    """Only these layer numbers, counted as in `model.layers.3.…`."""
+    """Only these layers, by index, as in `model.layers.3.…`."""
     layers_pattern: str | Sequence[str] = ()
-    """Names of the list of layers, where the first number in a path is not the layer's."""
+    """Names of the list of layers, if the first number in a path is not the layer's index."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv:2312.03732)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Ranks of single modules: a regex for the end of a path -> r; the first match counts."""
+    """Ranks of single modules: a regex for the end of a path -> r; the first match applies."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """The same for lora_alpha."""
 
@@ -56,7 +56,7 @@ class LoraConfig:
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         problems = self._problems()
         if problems:
-            raise ConfigError("This LoraConfig cannot be", problems, hint="See `help(LoraConfig)` for each field.")
+            raise ConfigError("invalid LoraConfig", problems, hint="See `help(LoraConfig)` for each field.")
 
     def _problems(self) -> list[str]:
         problems = self._wrong_types()
@@ -64,14 +64,14 @@ class LoraConfig:
             return problems
         for name, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK:
-                problems.append(f"{name} is {_short(r)}, not a whole number from 1 to {MAX_RANK}")
+                problems.append(f"{name} is {shorten(r)}, not an integer from 1 to {MAX_RANK}")
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
-            # The bound comes first: math.isfinite cannot take a whole number beyond a float's range.
+            # Not math.isfinite: it raises on an integer beyond a float's range.
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= 1e9:
-                problems.append(f"{name} is {_short(alpha)}, not a number up to 1e9")
+                problems.append(f"{name} is {shorten(alpha)}, not a number up to 1e9")
         if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout is {_short(self.lora_dropout)}, not from 0 to below 1")
+            problems.append(f"lora_dropout is {shorten(self.lora_dropout)}, not a number p with 0 <= p < 1")
         if not self.target_modules:
             problems.append("target_modules is empty")
         for name in ("target_modules", "exclude_modules"):
@@ -88,22 +88,22 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if not isinstance(value, (str, tuple)) or not all(isinstance(part, str) for part in value):
-                problems.append(f"{name} is {_short(value)}, not text or a list of texts")
+                problems.append(f"{name} is {shorten(value)}, not a string or a list of strings")
         layers = self.layers_to_transform
         if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, tuple) else (layers,))):
-            problems.append(f"layers_to_transform is {_short(layers)}, not a whole number or a list of them")
+            problems.append(f"layers_to_transform is {shorten(layers)}, not an integer or a list of integers")
         if not isinstance(self.lora_dropout, int | float) or isinstance(self.lora_dropout, bool):
-            problems.append(f"lora_dropout is {_short(self.lora_dropout)}, not a number")
+            problems.append(f"lora_dropout is {shorten(self.lora_dropout)}, not a number")
         if not isinstance(self.use_rslora, bool):
-            problems.append(f"use_rslora is {_short(self.use_rslora)}, not True or False")
+            problems.append(f"use_rslora is {shorten(self.use_rslora)}, not True or False")
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-                problems.append(f"{name} is {_short(value)}, not a table from patterns to numbers")
+                problems.append(f"{name} is {shorten(value)}, not a mapping from patterns to numbers")
         return problems
 
     def of_modules(self, ranks: Mapping[str, int], targets: str | Sequence[str]) -> "LoraConfig":
-        """Return the same recipe for exactly these modules (path -> rank), which `targets` match, spelled out."""
+        """Return the same settings for exactly these modules (path -> rank), which `targets` match."""
         alphas = {path: alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
         return replace(
             self,
@@ -124,7 +124,7 @@ class LoraConfig:
         return self._alphas(path, self.lora_alpha)
 
     def scaling(self, path: str, r: int | None = None) -> float:
-        """Return the factor of B (A x) at the module at `path`, whose rank is `r` (by default its rank here)."""
+        """Return the factor of B (A x) for the module at `path`; `r` defaults to its rank in this config."""
         r = self.rank(path) if r is None else r
         return self.alpha(path) / (math.sqrt(r) if self.use_rslora else r)
 
@@ -140,7 +140,7 @@ class LoraConfig:
 class _Pattern(Generic[T]):
     """PEFT's lookup: the first key k with re.match(rf"(.*\\.)?({k})$", path).
 
-    Keys that are one whole literal path ("^" + re.escape(path), as this library writes them) are looked up directly.
+    Keys that are one literal path ("^" + re.escape(path), as loradeck writes them) are looked up in a dict.
     """
 
     def __init__(self, pattern: Mapping[str, T]) -> None:
@@ -161,12 +161,12 @@ class _Pattern(Generic[T]):
 
 
 def literal_pattern(values: Mapping[str, T]) -> dict[str, T]:
-    """Return a rank_pattern or alpha_pattern for whole paths. No two keys match one path, so their order is free."""
+    """Return a rank_pattern or alpha_pattern for whole paths; no two keys match one path, so any order will do."""
     return {"^" + re.escape(path): value for path, value in sorted(values.items())}
 
 
 def _literal(key: str) -> str | None:
-    """Return the path that a key "^" + re.escape(path) stands for, None for any other key."""
+    """Return the path of a key "^" + re.escape(path), None for any other key."""
     path = re.sub(r"\\(.)", r"\1", key[1:])
     return path if key == "^" + re.escape(path) else None
 
@@ -177,12 +177,12 @@ def _regex_problems(name: str, pattern: str) -> list[str]:
             raise OverflowError(f"{len(pattern)} characters are more than {TARGET_LENGTH}")
         re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"{name} has {_short(pattern)}, which is no regex ({error})"]
+        return [f"{name} has an invalid regex {shorten(pattern)}: {error}"]
     return []
 
 
 def _cost_problems(name: str, pattern: str) -> list[str]:
-    """Find what could make a regex slow without bound: files come from strangers, and each path is held against it."""
+    """Reject regexes whose matching time is unbounded: files come from strangers, and every path is matched."""
     bare = re.sub(r"\\\D|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
     cause = ""
     if len(pattern) > PATTERN_LENGTH:
@@ -192,14 +192,15 @@ def _cost_problems(name: str, pattern: str) -> list[str]:
     else:
         repeats = len(re.findall(r"[*+{]|(?<![*+}(])\?", bare))
         groups = max(bare.count("("), 1)
-        choices = (bare.count("|") / groups + 1) ** groups  # at most: all alternatives of one group with all of another
+        choices = (bare.count("|") / groups + 1) ** groups  # an upper bound: all combinations of alternatives
         if math.comb(PATH_LENGTH, repeats + 1) * choices > MATCH_STEPS:
             cause = "repeats or chooses too often"
-    return [f"{name} has {_short(pattern)}, which {cause}: it could take for ever"] if cause else []
+    return [f"{name} has {shorten(pattern)}, which {cause}: matching could take forever"] if cause else []
 
 
-def _short(value: object) -> str:
+def shorten(value: object, length: int = 40) -> str:
+    """Return a value from a stranger's file for an error message."""
     if isinstance(value, int) and abs(value) > 10**12:
-        return "a whole number beyond 10^12"  # printing it could itself take for ever
+        return "an integer beyond 10^12"  # printing it could itself take forever
     text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+    return text if len(text) <= length else text[: length - 1] + "…"

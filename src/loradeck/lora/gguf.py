@@ -1,7 +1,7 @@
-"""An adapter as a LoRA file of llama.cpp: its names, its order of rows, its one alpha. Knows no model and no command.
+"""Export an adapter as a LoRA file (GGUF) for llama.cpp.
 
-What the file must be is said by its reader, llama.cpp's src/llama-adapter.cpp, and by convert_lora_to_gguf.py there. It
-holds one alpha and takes alpha / r for the scaling of each pair, r being the pair's own.
+The format is defined by its reader, llama.cpp's src/llama-adapter.cpp, and by convert_lora_to_gguf.py there. The file
+has one alpha; the scaling of each pair is alpha / r, with the pair's own r.
 """
 
 import re
@@ -23,7 +23,7 @@ from loradeck.lora.manifest import TargetModule
 if TYPE_CHECKING:
     from gguf import TensorNameMap
 
-# Those whose q and k llama.cpp keeps in another order of rows, and those whose weights it keeps as they are.
+# Architectures whose q and k have another order of rows in llama.cpp, and those whose weights are the same.
 REORDERED = frozenset({"granite", "llama", "smollm3"})
 PLAIN = frozenset({"gemma", "gemma2", "gemma3", "olmo2", "phi3", "qwen2", "qwen3"})
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -31,7 +31,7 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A base as llama.cpp knows it: its kind, its heads, and the shape (out, in) of each weight by llama.cpp's name."""
+    """A base as in llama.cpp: its name, its heads, and the shape (out, in) of each weight by llama.cpp's name."""
 
     name: str
     heads: int
@@ -53,7 +53,7 @@ class Architecture:
     def reorder(self, name: str, rows: Tensor) -> Tensor:
         """Return a weight's rows, or those of a B (out, r), in llama.cpp's order.
 
-        Where it rotates neighbours by RoPE, transformers rotates the two halves of a head.
+        Its RoPE rotates neighbours; that of transformers rotates the two halves of a head.
         """
         heads = self._heads_of(name, default=0)
         if self.name not in REORDERED or not heads:
@@ -65,7 +65,7 @@ class Architecture:
 
 
 def names(architecture: str, blocks: int) -> "TensorNameMap":
-    """Return gguf's map from the weights' names in transformers to those in llama.cpp."""
+    """Return gguf's map from weight names in transformers to those in llama.cpp."""
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -75,7 +75,7 @@ def names(architecture: str, blocks: int) -> "TensorNameMap":
 def export(
     adapter: Adapter, base: Architecture, file: Path, *, dtype: Literal["float32", "float16"] = "float32"
 ) -> float:
-    """Write an adapter as a file that llama.cpp loads onto this base, in one step, and return the file's alpha.
+    """Write an adapter as a file for llama.cpp and this base, atomically, and return the file's alpha.
 
     Raises:
         UnsupportedError: with every module that llama.cpp cannot adapt.
@@ -108,9 +108,9 @@ def export(
 
 
 def _common_alpha(sites: Iterable[TargetModule]) -> float:
-    """Return the alpha that is right for most modules; what the others lack goes into their B."""
+    """Return the alpha of most modules; the others' B is scaled to make up the difference."""
     ((alpha, _),) = Counter(site.scaling * site.r for site in sites).most_common(1)
-    return alpha if torch.tensor(alpha, dtype=torch.float32) else 1.0  # llama.cpp takes an alpha of 0 for no scaling
+    return alpha if torch.tensor(alpha, dtype=torch.float32) else 1.0  # llama.cpp reads an alpha of 0 as no scaling
 
 
 def _tensors(
@@ -120,39 +120,39 @@ def _tensors(
         site = adapter.sites[path]
         a, b = (tensor.detach().cpu().double() for tensor in adapter.pair(path))
         b = base.reorder(name, b * (site.scaling * site.r / alpha))
-        # An embedding's A is read by rows, one for each token: see build_inp_embd in llama.cpp's src/llama-graph.cpp.
+        # An embedding's A is read by rows, one per token: see build_inp_embd in llama.cpp's src/llama-graph.cpp.
         yield f"{name}.lora_a", a.T if site.kind == "embedding" else a
         yield f"{name}.lora_b", b
 
 
 def _weights(sites: Mapping[str, TargetModule], base: Architecture) -> dict[str, str]:
     """Return llama.cpp's name of the weight of each module."""
-    known = names(base.name, base.blocks)
-    found: dict[str, str] = {}
+    table = names(base.name, base.blocks)
+    weights: dict[str, str] = {}
     problems: list[str] = []
     for path, site in sites.items():
-        name = known.get_name(f"{path}.weight", try_suffixes=(".weight",))
-        problem = _problem(name, site, base)
+        name = table.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        problem = _why_not(name, site, base)
         if name is None or problem:
             problems.append(f"{path} {problem}")
         else:
-            found[path] = name
+            weights[path] = name
     if problems:
         raise UnsupportedError(
             "llama.cpp cannot take this adapter on this base",
             problems,
             hint="Give its own base with --base, train it without these modules, or merge it: `loradeck merge`.",
         )
-    return found
+    return weights
 
 
-def _problem(name: str | None, site: TargetModule, base: Architecture) -> str | None:
+def _why_not(name: str | None, site: TargetModule, base: Architecture) -> str | None:
     if site.kind == "conv":
         return "is a convolution"
     if name is None or (name not in base.shapes and name != HEAD):
-        return f"is no weight of this {base.name} base"
+        return f"is not a weight of this {base.name} base"
     if name not in base.shapes or (name == EMBEDDING and HEAD not in base.shapes):
-        return "shares its weight: llama.cpp would adapt the embedding and the head at once"
+        return "shares its weight: llama.cpp would adapt both the embedding and the head"
     shape = (site.b_shape[0], site.a_shape[1])
     shape = shape[::-1] if site.kind == "embedding" else shape
     if shape != base.shapes[name]:

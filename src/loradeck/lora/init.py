@@ -1,4 +1,4 @@
-"""New adapters: their first values, their record. Knows initialisation; knows no files."""
+"""New adapters: their initial values and metadata."""
 
 import math
 from collections.abc import Mapping
@@ -12,33 +12,34 @@ from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import TargetModule
 from loradeck.lora.peft import Origin
 from loradeck.lora.targets import suffixes
-from loradeck.ops.layer_kinds import Form
+from loradeck.ops.layer_kinds import LayerKind
 
 
 def adapter(
-    model: nn.Module, config: LoraConfig, forms: Mapping[str, Form], generator: torch.Generator | None
+    model: nn.Module, config: LoraConfig, kinds: Mapping[str, LayerKind], generator: torch.Generator | None
 ) -> Adapter:
-    """Return a trainable adapter for these modules that changes nothing yet.
+    """Return a trainable adapter for these modules that does not change the output yet.
 
-    B is zero and A Kaiming-uniform (a = √5); for embeddings A is zero and B normal, so that A's rows, one per token,
-    learn at full size. Both as PEFT. Values are float32 on half-precision bases: small updates would be lost.
+    B is zero and A Kaiming-uniform (a = √5); for embeddings A is zero and B normal, so that the rows of A, one per
+    token, learn at full size. Both as in PEFT. On half-precision bases the adapter is float32: small updates would be
+    lost.
     """
     sites: dict[str, TargetModule] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, form in forms.items():
+    for path, kind in kinds.items():
         r = config.rank(path)
-        a_shape, b_shape = form.shapes(r)
-        sites[path] = TargetModule(form.kind, r, config.scaling(path, r), a_shape, b_shape)
-        pairs[path] = _initial(form, a_shape, b_shape, _dtype(model.get_submodule(path)), generator)
-    made = Adapter.with_sites(_resolved(model, config, sites), sites, pairs, trainable=True)
-    made.fan_in_fan_out = any(form.fan_in_fan_out for form in forms.values())
-    stamp(model, made)
-    prepare(made, generator)
-    return made
+        a_shape, b_shape = kind.shapes(r)
+        sites[path] = TargetModule(kind.name, r, config.scaling(path, r), a_shape, b_shape)
+        pairs[path] = _initial(kind, a_shape, b_shape, _dtype(model.get_submodule(path)), generator)
+    new = Adapter.with_sites(_resolved(model, config, sites), sites, pairs, trainable=True)
+    new.fan_in_fan_out = any(kind.fan_in_fan_out for kind in kinds.values())
+    stamp(model, new)
+    prepare(new, generator)
+    return new
 
 
 def _initial(
-    form: Form,
+    kind: LayerKind,
     a_shape: tuple[int, ...],
     b_shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -46,35 +47,35 @@ def _initial(
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         a, b = torch.zeros(a_shape, dtype=dtype), torch.zeros(b_shape, dtype=dtype)
-        if form.kind == "embedding":
+        if kind.name == "embedding":
             return a, b.normal_(generator=generator)
         return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator), b
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return torch.promote_types(own, torch.float32)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _resolved(model: nn.Module, config: LoraConfig, sites: Mapping[str, TargetModule]) -> LoraConfig:
-    """Return the config with its targets and patterns spelled out: they match these modules and no other."""
+    """Return the config with targets and patterns that match exactly these modules."""
     return config.of_modules({path: site.r for path, site in sites.items()}, suffixes(model, [*sites]))
 
 
-def stamp(model: nn.Module, made: Adapter) -> None:
-    """Record the base and the versions an adapter was made with, as far as the model tells."""
-    names = (getattr(model, word, None) for word in ("base_name", "name_or_path"))
+def stamp(model: nn.Module, adapter: Adapter) -> None:
+    """Record the base and the versions that an adapter was created with, as far as the model has them."""
+    names = (getattr(model, attribute, None) for attribute in ("base_name", "name_or_path"))
     name = next((name for name in names if isinstance(name, str) and name), None)
-    # A language model's classes are named …ForCausalLM, and PEFT picks its wrapper class by this.
-    task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else made.origin.task_type
-    made.origin = Origin(name, made.origin.revision, task, made.origin.metadata)
+    # PEFT selects its wrapper class by the task type.
+    task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else adapter.origin.task_type
+    adapter.origin = Origin(name, adapter.origin.revision, task, adapter.origin.metadata)
     record = {"loradeck": version("loradeck"), "torch": str(torch.__version__)}
     fingerprint = getattr(model, "fingerprint", None)
-    made.describe(**record, **({"base_fingerprint": fingerprint} if isinstance(fingerprint, str) else {}))
+    adapter.describe(**record, **({"base_fingerprint": fingerprint} if isinstance(fingerprint, str) else {}))
 
 
-def prepare(made: Adapter, generator: torch.Generator | None) -> None:
-    """Give a trainable adapter the random numbers of its dropout: its own, so that no neighbour shifts them."""
-    if made.dropout is not None:
+def prepare(adapter: Adapter, generator: torch.Generator | None) -> None:
+    """Give a trainable adapter's dropout its own generator, so that other adapters do not affect it."""
+    if adapter.dropout is not None:
         seed = int(torch.randint(2**62, (), generator=generator))
-        made.dropout.generator = torch.Generator().manual_seed(seed)
+        adapter.dropout.generator = torch.Generator().manual_seed(seed)

@@ -1,31 +1,31 @@
-"""One module with its adapters: it calls its base and adds the route's update. Knows no adapter's name and no file."""
+"""One module with adapters: calls the base's forward and adds the route's update."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loradeck.errors import RouteError
 from loradeck.lora.routing import Route, current
 from loradeck.ops import dispatch
-from loradeck.ops.layer_kinds import Form
-from loradeck.ops.operands import Operands
+from loradeck.ops.autograd import in_backward
+from loradeck.ops.layer_kinds import LayerKind
+from loradeck.ops.weights import LayerAdapters
 
 
 class LoraLayer:
-    """Takes the place of a module's `forward`, and gives it back.
+    """Replaces a module's `forward`, and restores it.
 
-    The module itself stays what and where it is: its class, its parameters and its paths are the base's own, so
-    quantised layers, tied weights and code that looks at `module.weight` see no difference.
+    The module itself is unchanged: its class, its parameters and its paths are the base's, so quantised layers, tied
+    weights and code that reads `module.weight` see no difference.
     """
 
-    __slots__ = ("bank", "base", "form", "module", "open", "path", "restored")
+    __slots__ = ("bank", "base", "kind", "module", "open", "path", "restored")
 
-    def __init__(self, bank: object, path: str, module: nn.Module, form: Form, open_routes: set[Route]) -> None:
+    def __init__(self, bank: object, path: str, module: nn.Module, kind: LayerKind, open_routes: set[Route]) -> None:
         self.bank: object | None = bank
-        self.path, self.module, self.form, self.open = path, module, form, open_routes
-        self.restored: Callable[..., Tensor] | None = module.__dict__.get("forward")  # another tool's, if any
+        self.path, self.module, self.kind, self.open = path, module, kind, open_routes
+        self.restored: Callable[..., Tensor] | None = module.__dict__.get("forward")  # set by another tool, if any
         self.base: Callable[..., Tensor] = module.forward
         module.forward = self  # type: ignore[assignment]
 
@@ -35,47 +35,47 @@ class LoraLayer:
         route = current(self.bank) or self._recomputed()
         if route is None:
             return y
-        operands = route.operands(self)
-        if operands is None:
+        adapters = route.layer(self.path, self.kind)
+        if adapters is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        self._check(x, route, operands)
-        return dispatch.lora(x, y, operands, route.mix, training=self.module.training)
+        self._check(x, route, adapters)
+        return dispatch.lora(x, y, adapters, route.mapping, training=self.module.training)
 
     def _recomputed(self) -> Route | None:
-        """Return the route under which the backward pass computes this layer again (gradient checkpointing).
+        """Return the route for a layer that the backward pass computes again (gradient checkpointing).
 
-        It does so in threads of its own for some devices, where no route is open: the bank's only one is meant.
-        Without one it would leave the adapter's gradients out, and some kinds of checkpoint would not even notice.
+        On some devices that happens in threads of autograd's own, where no route is open: the bank's only open route
+        is used. Without any, the adapter's gradients would be missing, and some kinds of checkpoint would not notice.
         """
-        if torch._C._current_graph_task_id() == -1 or self.bank is None:
+        if self.bank is None or not in_backward():
             return None
         routes = [*self.open]
         if len(routes) != 1:
             raise RouteError(
-                f"{self.path} is computed again in the backward pass (gradient checkpointing), outside of any route",
+                f"{self.path} is recomputed in the backward pass (gradient checkpointing), outside of any route",
                 hint="Call backward() inside the route; inside bank.route(None) for the base alone.",
             )
         return routes[0]
 
-    def _check(self, x: Tensor, route: Route, operands: Operands) -> None:
-        rows = self.form.count(x) if route.packed else x.shape[0]
-        total = route.mix.total
+    def _check(self, x: Tensor, route: Route, adapters: LayerAdapters) -> None:
+        rows = self.kind.count(x) if route.packed else x.shape[0]
+        total = route.mapping.total
         if rows % total or (route.packed and rows != total):
             unit = "tokens" if route.packed else "rows"
             raise RouteError(
                 f"{self.path} got {rows} {unit}; the route is for {total}",
                 hint="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
-        if self.module.training and torch._C._current_graph_task_id() != -1 and not operands.repeats(route.mix):
+        if self.module.training and in_backward() and not adapters.repeats(route.mapping.adapters):
             raise RouteError(
-                f"{self.path} is computed again in the backward pass (gradient checkpointing), where an adapter's "
+                f"{self.path} is recomputed in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",
                 hint="Set adapter.dropout.seed at each forward, or lora_dropout=0, or turn gradient checkpointing off.",
             )
 
     def detach(self) -> None:
-        """Give the module its own forward back; under what another tool has put there since, stay and do nothing."""
+        """Restore the module's forward; if another tool has wrapped it since, stay inside and do nothing."""
         if vars(self.module).get("forward") is not self:
             self.bank = None
         elif self.restored is None:

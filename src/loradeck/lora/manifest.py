@@ -1,4 +1,4 @@
-"""Which tensors an adapter's files hold, for which module, at which rank. Reads names and shapes; needs no torch."""
+"""The contents of an adapter's folder: config and tensor headers, checked against each other. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from loradeck.errors import AdapterError, UnsupportedError
-from loradeck.lora.config import PATH_LENGTH, LoraConfig
+from loradeck.lora.config import PATH_LENGTH, LoraConfig, shorten
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import CONFIG, RETRAIN, TENSORS, Origin, read_config
 from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
@@ -29,7 +29,7 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True, slots=True)
 class TargetModule:
-    """One module's pair: its kind, rank, scaling and shapes, all read from the tensors."""
+    """One adapted module: its kind, rank, scaling and shapes, as the tensors have them."""
 
     kind: str  # "linear" | "embedding" | "conv"
     r: int
@@ -37,15 +37,10 @@ class TargetModule:
     a_shape: tuple[int, ...]
     b_shape: tuple[int, ...]
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """The ends of the two tensors' names in a PEFT file."""
-        return EMBEDDING if self.kind == "embedding" else LINEAR
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter's folder, read but for its tensors' values."""
+    """An adapter's folder, without the tensors' values."""
 
     folder: Path
     config: LoraConfig
@@ -56,7 +51,7 @@ class AdapterFiles:
 
     @property
     def entries(self) -> dict[str, tuple[Header, Entry]]:
-        """Every tensor with the file it lies in."""
+        """Every tensor with its file."""
         return {key: (header, entry) for header in self.headers for key, entry in header.entries.items()}
 
     @property
@@ -85,11 +80,17 @@ def is_adapter(folder: Path) -> bool:
         return True
 
 
+def keys_of(path: str, site: TargetModule) -> tuple[str, str]:
+    """Return the names of a module's A and B in a PEFT file."""
+    a, b = EMBEDDING if site.kind == "embedding" else LINEAR
+    return PREFIX + path + a, PREFIX + path + b
+
+
 def read_folder(folder: str | Path) -> AdapterFiles:
     """Read a PEFT folder's configuration and tensor headers, and check them against each other.
 
     Raises:
-        UnsupportedError: the adapter uses something this library does not implement.
+        UnsupportedError: the adapter uses a feature that is not supported.
         AdapterError: with every problem found in the folder.
     """
     folder = Path(folder)
@@ -97,7 +98,7 @@ def read_folder(folder: str | Path) -> AdapterFiles:
     headers = tuple(read_header(path) for path in _tensor_files(folder))
     origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers)
-    order = [*config.rank_pattern, *config.alpha_pattern]  # the first match counts, and equal dicts may differ in it
+    order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
     sites, copies = _CHECKED.get((config, order, entries), lambda: _sites(folder, config, entries))
     return AdapterFiles(folder, config, origin, headers, sites, copies)
 
@@ -109,7 +110,7 @@ def _joined(headers: Sequence[Header]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for header in headers:
         for key in header.entries.keys() & entries.keys():
-            raise AdapterError(f"{header.path} repeats the tensor {key} of another shard")
+            raise AdapterError(f"{header.path} has the tensor {key}, which another shard has too")
         entries.update(header.entries)
     return entries
 
@@ -121,8 +122,8 @@ def _tensor_files(folder: Path) -> list[Path]:
         return _shards(folder)
     if (folder / "adapter_model.bin").exists():
         raise UnsupportedError(
-            f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is opened",
-            hint='Convert it where you trust it: python -c "import torch, safetensors.torch as s; '
+            f"{folder / 'adapter_model.bin'} is a pickle, which can run code when opened",
+            hint='If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
             "s.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"",
         )
     raise AdapterError(f"{folder} holds no {TENSORS}", hint="Download or save the adapter again.")
@@ -136,7 +137,7 @@ def _shards(folder: Path) -> list[Path]:
         raise AdapterError(f"{folder / INDEX} cannot be read: {error}") from None
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
-            raise AdapterError(f"{folder / INDEX} names the shard {name!r}, which is no file of this folder")
+            raise AdapterError(f"{folder / INDEX} names the shard {name!r}, which is not a file name in this folder")
     if not names:
         raise AdapterError(f"{folder / INDEX} names no shard")
     return [folder / name for name in names]
@@ -150,28 +151,28 @@ def _sites(
     halves: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         if len(key) > len(PREFIX) + PATH_LENGTH:
-            problems.append(f"the key {_short(key)} has {len(key)} characters, more than a module's path can need")
+            problems.append(f"the key {shorten(key, 120)} is too long: {len(key)} characters")
         elif not key.startswith(PREFIX):
-            problems.append(f"the key {_short(key)} does not begin with {PREFIX}")
-        elif (found := _split(key)) is not None:
-            path, half = found
+            problems.append(f"the key {shorten(key, 120)} does not start with {PREFIX}")
+        elif (parts := _split(key)) is not None:
+            path, half = parts
             halves.setdefault(path, {})[half] = entry
         elif unsupported := next((what for part, what in UNSUPPORTED.items() if part in key), None):
-            raise UnsupportedError(f"{folder} holds {unsupported} ({key}); this is not supported", hint=RETRAIN)
+            raise UnsupportedError(f"{folder} has {unsupported} ({key}); this is not supported", hint=RETRAIN)
         elif key.endswith(".weight"):
             copies.append(key)
         else:
-            problems.append(f"the key {_short(key)} belongs to no A or B")
+            problems.append(f"unknown key {shorten(key, 120)}")
     sites: dict[str, TargetModule] = {}
-    for path, own in halves.items():
-        site = _site(path, own, config, problems)
+    for path, pair in halves.items():
+        site = _site(path, pair, config, problems)
         if site:
             sites[path] = site
     if not halves and not problems:
-        problems.append("it holds no A and no B")
+        problems.append("it has no A and no B")
     if problems:
         raise AdapterError(
-            f"{folder} is not whole",
+            f"{folder} is incomplete or inconsistent",
             problems,
             hint="Save the adapter again with PEFT or `bank.save`; nothing was loaded.",
         )
@@ -185,29 +186,25 @@ def _split(key: str) -> tuple[str, str] | None:
     return None
 
 
-def _site(path: str, own: Mapping[str, Entry], config: LoraConfig, problems: list[str]) -> TargetModule | None:
-    names = sorted(own)
+def _site(path: str, pair: Mapping[str, Entry], config: LoraConfig, problems: list[str]) -> TargetModule | None:
+    names = sorted(pair)
     if names not in (["A", "B"], ["eA", "eB"]):
         problems.append(f"{path} has {' and '.join(names)} only, not one A and one B")
         return None
-    a, b = (own[name].shape for name in names)
+    a, b = (pair[name].shape for name in names)
     kind = "embedding" if names[0] == "eA" else "linear" if len(a) == 2 else "conv"
     r = a[0] if a else 0
     if len(a) < 2 or len(a) != len(b) or 0 in a or 0 in b:
-        problems.append(f"{path} has A {a} and B {b}: no matrices, as when a sharded training saved only its own part")
+        problems.append(f"{path} has A {a} and B {b}: not matrices, as when a sharded training saves only one part")
         return None
     if kind != "conv" and b[1] != r:
         problems.append(f"{path} has A {a} of rank {r}, but B {b} of rank {b[1]}")
         return None
     targets = config.target_modules
     if not isinstance(targets, str) and not any(path == target or path.endswith("." + target) for target in targets):
-        problems.append(f"{path} has tensors and is no target of adapter_config.json")  # PEFT would drop them
+        problems.append(f"{path} has tensors but is not a target in adapter_config.json")  # PEFT would ignore them
         return None
     if config.rank(path) != r:
         problems.append(f"{path} has rank {r} in its tensors and {config.rank(path)} in adapter_config.json")
         return None
     return TargetModule(kind, r, config.scaling(path, r), a, b)
-
-
-def _short(key: str) -> str:
-    return repr(key if len(key) <= 120 else key[:117] + "…")

@@ -1,4 +1,4 @@
-"""The last few results of a costly check, found again by an equal question. Knows nothing of what it keeps."""
+"""A memo of the last few results of a costly function, for arguments that cannot be hashed."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -8,24 +8,25 @@ V = TypeVar("V")
 
 
 class Memo(Generic[K, V]):
-    """Adapters come in few shapes: checking 420 names again at each load would take longer than reading the file.
+    """The last results, by equality of their keys.
 
-    What is kept is shared between all who asked, so it must not be written to.
+    Adapters come in few shapes, and checking 420 names at each load would take longer than reading the file. Results
+    are shared between callers, so they must not be modified.
     """
 
     def __init__(self, size: int = 8) -> None:
         self.size = size
-        self._kept: tuple[tuple[K, V], ...] = ()
+        self._results: tuple[tuple[K, V], ...] = ()
 
-    def get(self, question: K, answer: Callable[[], V]) -> V:
-        """Return the kept answer to an equal question, else `answer()`. An error is not kept."""
-        for known, kept in self._kept:
-            if known == question:
-                return kept
-        found = answer()
-        self._kept = ((question, found), *self._kept[: self.size - 1])  # one assignment, so threads need no lock
-        return found
+    def get(self, key: K, compute: Callable[[], V]) -> V:
+        """Return the result for an equal key, else `compute()`; an exception is not remembered."""
+        for other, result in self._results:
+            if other == key:
+                return result
+        result = compute()
+        self._results = ((key, result), *self._results[: self.size - 1])  # one assignment, so threads need no lock
+        return result
 
     def clear(self) -> None:
-        """Forget all."""
-        self._kept = ()
+        """Forget all results."""
+        self._results = ()

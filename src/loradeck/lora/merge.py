@@ -1,16 +1,17 @@
-"""Folding adapters into the base's weights and taking them out again. Knows weights; knows no files."""
+"""Merging adapters into the base's weights, and undoing it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.adapter import Adapter
-from loradeck.ops.layer_kinds import Form
+from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
 
-def merged_weight(weight: Tensor, form: Form, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+def merged_weight(weight: Tensor, kind: LayerKind, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     """W + Σ factor · B A, summed in float32 or wider and rounded once to the weight's dtype.
 
     weight in its module's layout · pairs (A, B, factor).
@@ -18,31 +19,31 @@ def merged_weight(weight: Tensor, form: Form, pairs: Sequence[tuple[Tensor, Tens
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(wide)
     for a, b, factor in pairs:
-        total = total + factor * form.delta(a.to(wide), b.to(wide))
+        total = total + factor * kind.delta(a.to(wide), b.to(wide))
     return total.to(weight.dtype)
 
 
 def fold(
-    model: nn.Module, forms: Mapping[str, Form], weighted: Iterable[tuple[Adapter, float]]
+    model: nn.Module, kinds: Mapping[str, LayerKind], weighted: Iterable[tuple[Adapter, float]]
 ) -> dict[str, nn.Parameter]:
-    """Put merged weights in place and return the base's own parameters by module path, untouched.
+    """Replace weights by merged ones and return the base's own parameters by module path.
 
-    A merged module gets a new parameter; the old one, which may be tied to another module, is only set aside.
+    A merged module gets a new parameter; the old one, which may be tied to another module, is not written to.
 
     Raises:
-        UnsupportedError: a weight is no plain floating-point tensor, or a grouped convolution.
-        AdapterError: the merged weights are not finite. In both cases nothing has changed.
+        UnsupportedError: a weight is not a plain floating-point tensor, or a grouped convolution's.
+        AdapterError: the merged weights are not finite. Nothing has changed in either case.
     """
     weighted = list(weighted)
     merged: dict[str, nn.Parameter] = {}
     with torch.inference_mode(False), torch.no_grad():
         for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.sites):
-            weight = model.get_submodule(path).weight
-            if weight.is_mkldnn:  # packed for the CPU's kernels, every value kept
-                weight = nn.Parameter(weight.to_dense(), requires_grad=False)  # type: ignore[operator]
-            if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            module = model.get_submodule(path)
+            weight: Any = module.weight
+            dense = dense_weight(module) if weight.is_floating_point() else weight
+            if type(dense) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
                 raise UnsupportedError(
-                    f"{path} has a {type(weight).__name__} of {weight.dtype}, which cannot be merged into",
+                    f"cannot merge into {path}: its weight is a {type(weight).__name__} of {weight.dtype}",
                     hint="Merge into a base loaded in float32, bfloat16 or float16.",
                 )
             pairs = [
@@ -51,23 +52,23 @@ def fold(
                 if path in adapter.sites
             ]
             try:
-                fresh = merged_weight(weight, forms[path], pairs)
+                total = merged_weight(dense, kinds[path], pairs)
             except ValueError as error:
                 raise UnsupportedError(f"{path}: {error}", hint="Use it by a route instead of merging.") from error
-            if not bool(torch.isfinite(fresh).all()):
+            if not bool(torch.isfinite(total).all()):
                 raise AdapterError(
                     f"{path} would hold NaN or Inf after merging", hint="Check the adapter and its weight."
                 )
-            merged[path] = nn.Parameter(fresh, requires_grad=weight.requires_grad)
-    own: dict[str, nn.Parameter] = {}
+            merged[path] = nn.Parameter(total, requires_grad=weight.requires_grad)
+    originals: dict[str, nn.Parameter] = {}
     for path, parameter in merged.items():
         module = model.get_submodule(path)
-        own[path] = module.weight  # type: ignore[assignment]
+        originals[path] = module.weight  # type: ignore[assignment]
         module.weight = parameter
-    return own
+    return originals
 
 
-def unfold(model: nn.Module, own: Mapping[str, nn.Parameter]) -> None:
-    """Put the base's own parameters back."""
-    for path, parameter in own.items():
+def unfold(model: nn.Module, originals: Mapping[str, nn.Parameter]) -> None:
+    """Restore the base's own parameters."""
+    for path, parameter in originals.items():
         model.get_submodule(path).weight = parameter

@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json <-> LoraConfig: what is read, what is written, what is refused by name. Knows no tensors.
+"""PEFT's adapter_config.json <-> LoraConfig; unsupported settings are refused by name.
 
-Facts from PEFT 0.21's source; the tests hold PEFT itself against them.
+The facts are from PEFT 0.21's source; the tests check them against PEFT itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError
-from loradeck.lora.config import LoraConfig
+from loradeck.lora.config import LoraConfig, shorten
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-MAX_CONFIG = 4 << 20  # bytes; one pattern per module of a large model stays below
+MAX_CONFIG = 4 << 20  # bytes; enough for one pattern per module of a large model
 
 READ = frozenset(field.name for field in fields(LoraConfig))
-KEPT = frozenset({"base_model_name_or_path", "revision", "task_type"})
-# Settings of training, or of PEFT's own bookkeeping: what the trained tensors compute does not depend on them.
+ORIGIN = frozenset({"base_model_name_or_path", "revision", "task_type"})
+# Settings of training, or PEFT's bookkeeping: the output of the trained tensors does not depend on them.
 WITHOUT_EFFECT = frozenset({
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
     "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "target_parameters": (bool, "adapts bare parameters (MoE experts), not modules", RETRAIN),
     "layer_replication": (bool, "repeats layers of the base", RETRAIN),
     "megatron_config": (bool, "is for Megatron's parallel layers", RETRAIN),
-    "alora_invocation_tokens": (bool, "is an activated LoRA, on only after certain tokens", RETRAIN),
+    "alora_invocation_tokens": (bool, "is an activated LoRA, active only after certain tokens", RETRAIN),
     "use_qalora": (bool, "is QALoRA, whose A takes pooled inputs", RETRAIN),
     "use_bdlora": (bool, "is a block-diagonal LoRA", RETRAIN),
     "arrow_config": (bool, "routes between adapters by itself", RETRAIN),
@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a file says of where an adapter comes from; carried along unchanged."""
+    """Where an adapter comes from, as its files say; saved again unchanged."""
 
     base_model: str | None = None
     revision: str | None = None
@@ -66,7 +66,7 @@ class Origin:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """This library's own record (base fingerprint, hashes, versions), from the safetensors metadata."""
+        """loradeck's own metadata (base fingerprint, hashes, versions), from the safetensors file."""
         try:
             record = msgspec.json.decode(self.metadata.get("loradeck", "{}"), type=dict[str, object])
         except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -78,8 +78,8 @@ def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
     """Read a folder's adapter_config.json.
 
     Raises:
-        UnsupportedError: the adapter uses something this library does not implement.
-        AdapterError: the file is missing, no JSON, or says what cannot be.
+        UnsupportedError: the adapter uses a feature that is not supported.
+        AdapterError: the file is missing, not JSON, or invalid.
     """
     path = folder / CONFIG
     table = _read(path)
@@ -89,28 +89,28 @@ def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
         )
     for key, (is_set, what, hint) in REFUSED.items():
         if is_set(table.get(key)):
-            raise UnsupportedError(f"{path}: {key}={_short(table[key])} {what}; this is not supported", hint=hint)
-    strange = sorted(key for key in table.keys() - READ - KEPT - WITHOUT_EFFECT - REFUSED.keys() if table[key])
-    if strange:
+            raise UnsupportedError(f"{path}: {key}={shorten(table[key], 60)} {what}; this is not supported", hint=hint)
+    unknown = sorted(key for key in table.keys() - READ - ORIGIN - WITHOUT_EFFECT - REFUSED.keys() if table[key])
+    if unknown:
         raise UnsupportedError(
-            f"{path} sets {', '.join(strange)[:200]}, which this version does not know",
+            f"{path} has unknown settings: {', '.join(unknown)[:200]}",
             hint="If it does not change what the adapter computes, remove it from the file.",
         )
-    given = {key: table[key] for key in READ if table.get(key) is not None}
+    settings = {key: table[key] for key in READ if table.get(key) is not None}
     try:
-        config = LoraConfig(**msgspec.convert(given, _Fields).given())
+        config = LoraConfig(**msgspec.convert(settings, _Fields).as_dict())
     except msgspec.ValidationError as error:
-        raise AdapterError(f"{path}: {error}", hint="Mend that value in the file, or save the adapter again.") from None
+        raise AdapterError(f"{path}: {error}", hint="Correct that value, or save the adapter again.") from None
     except ConfigError as error:
         raise AdapterError(
-            f"{path} says what cannot be", error.problems, hint="Mend the values, or save the adapter again."
+            f"{path} is invalid", error.problems, hint="Correct the values, or save the adapter again."
         ) from None
-    kept = {key: value if isinstance(value := table.get(key), str) else None for key in KEPT}
-    return config, Origin(kept["base_model_name_or_path"], kept["revision"], kept["task_type"], written=table)
+    fields = {key: value if isinstance(value := table.get(key), str) else None for key in ORIGIN}
+    return config, Origin(fields["base_model_name_or_path"], fields["revision"], fields["task_type"], written=table)
 
 
 class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """The types of the keys that are read; a missing r or lora_alpha has PEFT's default."""
+    """The types of the keys that are read; r and lora_alpha default to PEFT's values."""
 
     r: int = 8
     lora_alpha: int | float = 8
@@ -123,30 +123,30 @@ class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
 
-    def given(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise AdapterError(f"{path} is no file")
+        if not path.is_file():  # opening a pipe would block
+            raise AdapterError(f"{path} is not a file")
         if size > MAX_CONFIG:
-            raise AdapterError(f"{path} has {size} bytes, more than an adapter's configuration can need ({MAX_CONFIG})")
+            raise AdapterError(f"{path} has {size} bytes, more than the limit of {MAX_CONFIG}")
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
-        hint = f"An adapter's folder holds {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
-        what = "is no folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
+        hint = f"An adapter's folder contains {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
+        what = "is not a folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
         raise AdapterError(f"{path.parent} {what}", hint=hint) from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
-        raise AdapterError(f"{path} is no JSON table: {error}", hint="Download or save the adapter again.") from None
+        raise AdapterError(f"{path} is no JSON object: {error}", hint="Download or save the adapter again.") from None
 
 
 def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) -> bytes:
-    """Return an adapter_config.json that PEFT, vLLM and older PEFTs read; a file read before is returned as it was."""
+    """Return an adapter_config.json that PEFT, vLLM and older PEFTs read; one read from a file is unchanged."""
     table = origin.written or {
         "alpha_pattern": dict(config.alpha_pattern),
         "base_model_name_or_path": origin.base_model,
@@ -169,8 +169,3 @@ def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) ->
         "use_rslora": config.use_rslora,
     }
     return msgspec.json.format(msgspec.json.encode(table), indent=2)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter sits on. Knows module paths and types; knows no tensors and no language model."""
+"""Which modules of a model a LoraConfig targets."""
 
 import difflib
 import re
@@ -8,19 +8,19 @@ from torch import nn
 
 from loradeck.errors import TargetError
 from loradeck.lora.config import LoraConfig
-from loradeck.ops.layer_kinds import SUPPORTED, Form, form_of
+from loradeck.ops.layer_kinds import SUPPORTED, LayerKind, kind_of
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # names of output heads, as transformers' models use them
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)  # part of a path, in every common architecture
-# These call kernels with their children's weights and never the children, so an adapter there would do nothing.
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)  # in a module's path, in every common architecture
+# These read their children's weights and never call the children, so an adapter there would have no effect.
 CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def resolve(model: nn.Module, config: LoraConfig) -> dict[str, Form]:
-    """Return the modules that the config's targets name, by path, with how each meets an adapter.
+def resolve(model: nn.Module, config: LoraConfig) -> dict[str, LayerKind]:
+    """Return the kind of each module that the config targets, by path.
 
     Raises:
-        TargetError: nothing matches (close names are listed), or a target takes no adapter.
+        TargetError: no module matches (close names are listed), or a target takes no adapter.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     unreachable = closed(model)
@@ -30,7 +30,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, Form]:
         chosen = [
             path
             for path, module in modules.items()
-            if getattr(form_of(module), "kind", None) == "linear" and path not in unreachable
+            if getattr(kind_of(module), "name", None) == "linear" and path not in unreachable
             and (ATTENTION.search(path) if targets == "attention" else not _is_head(path, module, head))
         ]  # fmt: skip
     else:
@@ -39,48 +39,48 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, Form]:
     chosen = [path for path in chosen if not matches(path, config.exclude_modules) and _in_layers(path, config)]
     if not chosen:
         raise _nothing(modules, config, matched=matched)
-    forms: dict[str, Form] = {}
+    kinds: dict[str, LayerKind] = {}
     problems = []
     for path in chosen:
-        form = form_of(modules[path])
-        if isinstance(form, str):
-            problems.append(f"{path} is a {type(modules[path]).__name__}, which {form}")
+        kind = kind_of(modules[path])
+        if isinstance(kind, str):
+            problems.append(f"{path} is a {type(modules[path]).__name__}, which {kind}")
         elif path in unreachable:
-            problems.append(f"{path} lies in a {unreachable[path]}, which reads its weight and never calls it")
-        elif form.kind == "conv" and config.rank(path) % modules[path].groups:  # type: ignore[operator]
-            problems.append(f"{path} has {modules[path].groups} groups, which do not divide r={config.rank(path)}")
+            problems.append(f"{path} is inside a {unreachable[path]}, which reads its weight and never calls it")
+        elif kind.name == "conv" and config.rank(path) % modules[path].groups:  # type: ignore[operator]
+            problems.append(f"{path} has {modules[path].groups} groups; r={config.rank(path)} is not a multiple")
         else:
-            forms[path] = form
+            kinds[path] = kind
     if problems:
         raise TargetError(
-            "These targets take no adapter", problems, hint="Leave them out with exclude_modules, or name others."
+            "These targets take no adapter", problems, hint="Exclude them with exclude_modules, or choose others."
         )
-    return forms
+    return kinds
 
 
-def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> Form | str:
-    """Return how the module at `path` meets an adapter, or what is wrong with it as a target."""
+def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> LayerKind | str:
+    """Return the kind of the module at `path`, or the reason why it takes no adapter."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        return "is no module of this base"
+        return "is not a module of this base"
     if path in closed:
-        return f"lies in a {closed[path]}, which reads its weight and never calls it"
-    form = form_of(module)
-    return form if not isinstance(form, str) else f"is a {type(module).__name__}, which {form}"
+        return f"is inside a {closed[path]}, which reads its weight and never calls it"
+    kind = kind_of(module)
+    return kind if not isinstance(kind, str) else f"is a {type(module).__name__}, which {kind}"
 
 
 def suffixes(model: nn.Module, paths: Sequence[str]) -> str | tuple[str, ...]:
     """Return the shortest path endings that match exactly `paths` among the model's modules, sorted.
 
-    Where no ending can (a path that also ends another's), return a regex.
+    If no ending can (a path that also ends another one), return a regex.
     """
     wanted = set(paths)
-    strangers: set[str] = set()
+    others: set[str] = set()
     for path, _ in model.named_modules():
         if path not in wanted:
-            strangers.update(_endings(path))
-    chosen = {path: next((end for end in _endings(path) if end not in strangers), "") for path in paths}
+            others.update(_endings(path))
+    chosen = {path: next((end for end in _endings(path) if end not in others), "") for path in paths}
     endings = tuple(sorted({end for end in chosen.values() if end}))
     whole = "|".join(re.escape(path) for path in sorted(paths) if not chosen[path])
     if not whole:
@@ -89,7 +89,7 @@ def suffixes(model: nn.Module, paths: Sequence[str]) -> str | tuple[str, ...]:
 
 
 def matches(path: str, targets: str | Sequence[str]) -> bool:
-    """Say whether `path` is a target: by suffix where they are a list, by the whole of a regex where they are text."""
+    """Whether `path` is a target: by suffix for a list, by full match for a regex."""
     if isinstance(targets, str):
         return bool(targets) and re.fullmatch(targets, path) is not None
     return any(path == target or path.endswith("." + target) for target in targets)
@@ -101,7 +101,7 @@ def _endings(path: str) -> list[str]:
 
 
 def closed(model: nn.Module) -> dict[str, str]:
-    """Return the modules whose weights are read without calling them, by path, and the class that does so."""
+    """Return the modules whose weights are read without calling them: path -> the class that does so."""
     return {
         f"{path}.{inner}" if path else inner: type(module).__name__
         for path, module in model.named_modules()
@@ -138,15 +138,15 @@ def _in_layers(path: str, config: LoraConfig) -> bool:
 def _nothing(modules: Mapping[str, nn.Module], config: LoraConfig, *, matched: bool) -> TargetError:
     if matched:
         return TargetError(
-            f"exclude_modules and layers_to_transform leave nothing of target_modules {config.target_modules!r}",
-            hint="Widen one of them.",
+            f"exclude_modules and layers_to_transform exclude all of target_modules {config.target_modules!r}",
+            hint="Relax one of them.",
         )
-    able = [path for path, module in modules.items() if not isinstance(form_of(module), str)]
-    leaves = sorted({path.rpartition(".")[2] for path in able})
-    asked = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    close = [name for target in asked for name in difflib.get_close_matches(target, leaves + able, n=3)]
-    shown = ", ".join(dict.fromkeys(close or leaves[:12])) or f"none: it has no {SUPPORTED}"
+    candidates = [path for path, module in modules.items() if not isinstance(kind_of(module), str)]
+    leaves = sorted({path.rpartition(".")[2] for path in candidates})
+    names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    close = [name for target in names for name in difflib.get_close_matches(target, leaves + candidates, n=3)]
+    shown = ", ".join(dict.fromkeys(close or leaves[:12])) or f"none; it has no {SUPPORTED}"
     return TargetError(
         f"target_modules {config.target_modules!r} match no module of this model",
-        hint=f"Close names: {shown}" if close else f"It has: {shown}",
+        hint=f"Close names: {shown}" if close else f"Available: {shown}",
     )

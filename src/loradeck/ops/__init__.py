@@ -1,4 +1,4 @@
-"""The one operation, y[t] = f(x[t]) + Σ_a w_a · scaling_a · B_a (A_a x[t]), and how it is computed.
+"""The LoRA update, y[t] = f(x[t]) + Σ_a w_a · scaling_a · B_a (A_a x[t]), and its kernels.
 
-Knows tensors and row numbers; knows no names, no files, no models. `choose.lora` is the only door.
+`dispatch.lora` is the entry point; `reference.lora` is the definition.
 """

@@ -1,6 +1,7 @@
-"""C of this package, compiled once for a machine and kept in the user's cache folder. Knows no kernel.
+"""The package's C code, compiled once per machine and cached in the user's cache folder.
 
-Kept under the digest of what it was made from and how; whoever can write there can already run code as this user.
+The cache key is a digest of the source, the compiler's command and the platform. Whoever can write to that folder can
+already run code as this user.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,62 +19,68 @@ import torch
 
 from loradeck.disk import cache_folder, write_file
 
-PATIENCE = 60  # seconds for the compiler
-FEATURES = {  # what torch has found the CPU to be able to do -> flags of GCC
+TIMEOUT = 60  # seconds for the compiler
+COMPILERS = ("gcc", "clang", "cc")
+FEATURES = {  # the CPU capability that torch reports -> flags
     "AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma",
     "AVX2": "-mavx2 -mfma",
 }
-FLAGS = "-std=gnu11 -O3 -fPIC -w -fopenmp"
+FLAGS = "-std=gnu11 -O3 -fPIC -w"
+# Linked with no OpenMP runtime: the code finds torch's in this process. A second one would keep a second team of
+# threads, and the two would wait for each other. Linux leaves symbols open by default, macOS only when asked.
+LINK_FLAGS = "-shared" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
 
 
-def loaded(source: Path) -> ctypes.CDLL:
-    """Return the library of a C file, compiled now if it has not been on this machine.
+def load(source: Path) -> ctypes.CDLL:
+    """Return the library of a C file, compiled now unless it is in the cache.
 
-    The compiler is `$CC`, gcc or cc, and must be GCC, whose OpenMP is torch's on Linux: the library is linked with none
-    of its own, because two would keep two teams of threads, which wait for each other.
+    The compiler is `$CC`, or the first of gcc, clang and cc that is installed.
 
     Raises:
-        OSError: there is no compiler, it fails, or the library finds no OpenMP in this process.
+        OSError: there is no compiler, it fails, or this process has no OpenMP runtime for the library.
     """
     compiler = _compiler()
     flags = [*FLAGS.split(), *FEATURES.get(torch.backends.cpu.get_cpu_capability(), "").split()]
-    made_from = [source.read_bytes(), " ".join([*compiler, *flags]).encode(), platform.platform().encode()]
-    name = f"{source.stem}-{hashlib.sha256(bytes(0).join(made_from)).hexdigest()[:16]}.so"
+    command = " ".join([*compiler, *flags, LINK_FLAGS])
+    key = hashlib.sha256(bytes(0).join([source.read_bytes(), command.encode(), platform.platform().encode()]))
+    name = f"{source.stem}-{key.hexdigest()[:16]}.so"
     with TemporaryDirectory() as folder:
-        kept = _kept(name)
-        if kept is None or not kept.is_file():
-            fresh = _compile(compiler, flags, source, Path(folder))
-            kept = _keep(kept, fresh)
+        library = _cache_path(name)
+        if library is None or not library.is_file():
+            library = _store(_compile(compiler, flags, source, Path(folder)), library)
         try:
-            return ctypes.CDLL(str(kept))  # a file that is gone afterwards stays open
+            return ctypes.CDLL(str(library))  # stays usable after its file is deleted
         except OSError as error:
-            kept.unlink(missing_ok=True)  # the next process tries again
-            raise OSError(str(error).removeprefix(f"{kept}: ")) from error
+            library.unlink(missing_ok=True)  # the next process tries again
+            raise OSError(str(error).removeprefix(f"{library}: ")) from error
 
 
 def _compiler() -> list[str]:
-    own = shlex.split(os.environ.get("CC", ""))
-    found = own or next(([name] for name in ("gcc", "cc") if shutil.which(name)), None)
-    if not found:
-        raise OSError("there is no GCC; install it, or name it in $CC")
-    return found
+    command = shlex.split(os.environ.get("CC", ""))
+    command = command or next(([name] for name in COMPILERS if shutil.which(name)), [])
+    if not command:
+        raise OSError("no C compiler; install gcc or clang, or set $CC")
+    return command
 
 
 def _compile(compiler: list[str], flags: list[str], source: Path, folder: Path) -> Path:
-    made, library = folder / f"{source.stem}.o", folder / f"{source.stem}.so"
-    for command in ([*flags, "-c", str(source), "-o", str(made)], ["-shared", str(made), "-o", str(library)]):
+    code, library = folder / f"{source.stem}.o", folder / f"{source.stem}.so"
+    for command in (
+        [*flags, "-c", str(source), "-o", str(code)],
+        [*LINK_FLAGS.split(), str(code), "-o", str(library)],
+    ):
         try:
-            ran = subprocess.run([*compiler, *command], capture_output=True, text=True, timeout=PATIENCE, check=False)
+            done = subprocess.run([*compiler, *command], capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired as error:
-            raise OSError(f"{compiler[0]} took more than {PATIENCE} seconds") from error
-        if ran.returncode:
-            said = next((line for line in ran.stderr.splitlines() if "error" in line), ran.stderr.strip())
-            raise OSError(f"{compiler[0]} failed: {said}")
+            raise OSError(f"{compiler[0]} took more than {TIMEOUT} seconds") from error
+        if done.returncode:
+            message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+            raise OSError(f"{compiler[0]} failed: {message}")
     return library
 
 
-def _kept(name: str) -> Path | None:
-    """Return where a library is kept, None where no such folder can be made."""
+def _cache_path(name: str) -> Path | None:
+    """Return the path of a library in the cache, None if the folder cannot be created."""
     folder = cache_folder() / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,12 +89,12 @@ def _kept(name: str) -> Path | None:
     return folder / name
 
 
-def _keep(kept: Path | None, fresh: Path) -> Path:
-    """Keep a library, and return it where it lies then; where it was made, if there is no room."""
-    if kept is None:
-        return fresh
+def _store(library: Path, path: Path | None) -> Path:
+    """Copy a library to its path in the cache and return that path; where it cannot be written, the library's own."""
+    if path is None:
+        return library
     try:
-        write_file(kept, fresh.read_bytes())
+        write_file(path, library.read_bytes())
     except OSError:
-        return fresh
-    return kept
+        return library
+    return path

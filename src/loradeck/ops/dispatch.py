@@ -1,80 +1,68 @@
-"""Which way the operation is computed: the only place that decides. Knows costs; knows no names."""
+"""Picks the implementation of the update. The only place that does."""
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from loradeck.ops import autograd, cpu, packed, portable, stacked
-from loradeck.ops.layer_kinds import LinearForm
-from loradeck.ops.mapping import Group, Mix
-from loradeck.ops.operands import Operands, compute_dtype
-from loradeck.ops.plan import Plan, plan_of
-
-WIDEST = 256  # ranks that are worth computing for every row
+from loradeck.ops import autograd, cpu, portable
+from loradeck.ops.layer_kinds import LinearKind
+from loradeck.ops.mapping import LoraMapping
+from loradeck.ops.weights import LayerAdapters
 
 
-def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, *, training: bool) -> Tensor:
+def lora(x: Tensor, y: Tensor, adapters: LayerAdapters, mapping: LoraMapping, *, training: bool) -> Tensor:
     """y[t] + Σ_a w_a · scaling_a · B_a (A_a x[t]).
 
-    x the layer's input · y the base's output for it · `training` lets dropout act -> a tensor like y.
+    x the layer's input · y the base's output for it, updated in place unless autograd records · dropout acts only when
+    `training` -> a tensor like y.
     """
-    if not isinstance(operands.form, LinearForm) or (training and operands.drops and not torch.is_grad_enabled()):
-        return portable.lora(x, y, operands, mix, training=training)
-    if torch.is_grad_enabled():
-        return autograd.lora(x, y, operands, mix, training=training)
-    groups: Sequence[Group]
-    if cpu.takes(x, y):
-        plan = cpu.plan(mix, operands.slots, operands.form.count(x) // mix.total)
-        y, groups = cpu.lora(x, y, operands, mix, plan), plan.groups
-    elif len(mix.groups) == 1:
-        groups = mix.groups
-    else:
-        stacks = plan_of(mix, operands.slots, operands.form.count(x) // mix.total, x.device)
-        y, groups = _stripes(x, y, operands, mix, stacks), stacks.groups
-    if not groups:
+    segments = mapping.segments(adapters.kind.count(x) // mapping.total, x.device)
+    if not segments.adapters:
         return y
-    way = packed.lora if packs(x, y, operands, groups) else portable.lora
-    return way(x, y, operands, mix, groups)
+    if not isinstance(adapters.kind, LinearKind):
+        return portable.lora(x, y, adapters, segments, training=training)
+    if torch.is_grad_enabled():
+        return autograd.lora(x, y, adapters, segments, training=training)
+    if training and adapters.drops():
+        return portable.lora(x, y, adapters, segments, training=True)
+    if cpu.takes(x, y):
+        kernel, is_long = cpu.lora, cpu.is_long
+    elif len(segments.adapters) > 1 and _gpu_takes(x, y):
+        from loradeck.ops import gpu
 
-
-def packs(x: Tensor, y: Tensor, operands: Operands, groups: Sequence[Group]) -> bool:
-    """Say whether groups with many rows are computed side by side: where this is both right and cheaper."""
-    used = {operand for group in groups for operand, _ in group.entry}
-    pairs = [pair for operand in used if (pair := operands.pairs[operand])]
-    dtype = compute_dtype(x, y)
-    return (
-        len(groups) > 1
-        and dtype in (torch.bfloat16, torch.float16)
-        and sum(pair.r for pair in pairs) <= WIDEST
-        and all(operands.finite(operand, dtype) for operand in used)
-    )
+        kernel, is_long = gpu.lora, gpu.is_long
+    else:
+        return portable.lora(x, y, adapters, segments)
+    if not is_long(segments.longest, adapters.rank):
+        return kernel(x, y, adapters, segments)
+    lengths = zip(segments.adapters, segments.lengths, strict=True)
+    long = [i for i, tokens in lengths if (weights := adapters.weights[i]) and is_long(tokens, weights.r)]
+    short_segments, long_segments = segments.split(long)
+    if short_segments.adapters:
+        y = kernel(x, y, adapters, short_segments)
+    return portable.lora(x, y, adapters, long_segments)
 
 
 def warm_up(device: torch.device) -> None:
-    """Try the device's kernels now, not at the first forward with an adapter: a compiler may have to run for them."""
+    """Compile and check the device's kernel now, not at the first forward with an adapter."""
     if device.type == "cpu":
-        cpu.problem()
-    triton_problem(device)
+        cpu.why_not_available()
+    why_not_triton(device)
 
 
 @cache
-def triton_problem(device: torch.device) -> str:
-    """Say why few rows of many adapters do not go through the Triton kernels on a device; "" where they do."""
+def why_not_triton(device: torch.device) -> str | None:
+    """Return why the Triton kernels are not used on a device; None if they are."""
     if device.type != "cuda":
         return "is for GPUs"
     if find_spec("triton") is None:
         return "needs the package triton"
     from loradeck.ops import gpu
 
-    return gpu.problem(device)
+    return gpu.why_not_available(device)
 
 
-def _stripes(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan) -> Tensor:
-    if x.is_cuda and y.dtype == x.dtype != torch.float64 and not triton_problem(x.device):
-        from loradeck.ops import gpu
-
-        return gpu.lora(x, y, operands, mix, plan)
-    return stacked.lora(x, y, operands, mix, plan)
+def _gpu_takes(x: Tensor, y: Tensor) -> bool:
+    return x.is_cuda and y.dtype == x.dtype != torch.float64 and why_not_triton(x.device) is None

@@ -1,13 +1,12 @@
-"""Few rows of many adapters as two Triton kernels on a GPU: what `stacked` computes. Knows linear layers only.
+"""The update of linear layers on a GPU, for short segments, as two Triton kernels; outside autograd.
 
-A row reads its own slots and no other, so a neighbour that is not finite stays where it is, whatever it is. Only
-`choose` imports this, where the package triton is; torch's builds for CUDA bring it.
+The kernels read each adapter's weights by address, where the adapter keeps them, as cpu.c does. A token reads the
+weights of its own adapters only, so a neighbour's NaN stays there. Only `dispatch` imports this module, if the package
+triton is installed; torch's builds for CUDA bring it.
 
-T items   K meetings of an item with a slot   P pieces of I   S slots   W ranks   I features in   O features out
+T tokens   K pairs of a token and an adapter   M adapters   P pieces of I   W ranks, a power of two
+I features in   O features out   r an adapter's rank
 """
-
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -15,136 +14,140 @@ import triton.language as tl
 from torch import Tensor
 
 from loradeck.ops import reference
-from loradeck.ops.layer_kinds import LinearForm
-from loradeck.ops.mapping import Mix
-from loradeck.ops.operands import Operands
-from loradeck.ops.plan import Plan, Stripe, plan_of
-from loradeck.ops.weights import Pair
+from loradeck.ops.layer_kinds import LinearKind
+from loradeck.ops.mapping import LoraMapping
+from loradeck.ops.segments import Segments
+from loradeck.ops.weights import LayerAdapters, LoraWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 would lose what float32 sums cannot hold
-PIECE = 1024  # features in that one program reads; few rows alone would leave most of a GPU idle
+PIECE = 1024  # features in that one program reads; few tokens alone would leave most of a GPU idle
 TILE = 4096  # numbers of a matrix that a program holds at once
-RANKS = 64  # of these at most
+RANKS = 64  # at most, of a tile
+LONG = 64  # tokens of a segment; from here on two dense products. Not measured on a GPU
 
 
-def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix, plan: Plan | None = None) -> Tensor:
-    """H[k] = x[item_k] A[slot_k];  y[t] += Σ_{k of t} weight_k · H[k] B[slot_k], for each stripe; sums in float32.
+def is_long(tokens: int, _: int) -> bool:
+    """Whether a segment uses two dense products in place of the kernels, whatever its rank."""
+    return tokens > LONG
 
-    x the layer's input · y the base's output for it, which is updated -> y. The plan's groups are left to others.
+
+def lora(x: Tensor, y: Tensor, adapters: LayerAdapters, segments: Segments) -> Tensor:
+    """H[k] = A_a x[t];  y[t] += Σ_k w_k · scaling_a · B_a H[k] over the pairs k = (t, a) of t; sums in float32.
+
+    x the layer's input · y the base's output for it, updated in place -> y.
     """
-    form = operands.form
-    items, z = form.items(x), form.positions(y)
-    plan = plan or plan_of(mix, operands.slots, items.shape[0] // mix.total, items.device)
+    kind = adapters.kind
+    items, z = kind.items(x), kind.positions(y)
     with torch.cuda.device_of(z):  # Triton launches on the current device, whatever device the tensors are on
-        for stripe in plan.stripes:
-            a, b = operands.stack(stripe.width, x, stripe.first, stripe.slots)
-            _update(items, z, a, b, _meetings(stripe, len(items)))
-    return form.restore(z, y)
+        _update(items, z, adapters, segments)
+    return kind.restore(z, y)
 
 
-def problem(device: torch.device) -> str:
-    """Try the kernels on a few rows there against the definition, and return why not to use them; "" if nothing is."""
-    chance = torch.Generator().manual_seed(0)
-    x, y, a, b = (torch.randn(shape, generator=chance) for shape in ((6, 48), (6, 40), (8, 48), (40, 8)))
-    pairs = [Pair(a[:r], b[:, -r:], 0.2) for r in (5, 6, 7, 8)]
-    mix = Mix((*(((i, 1.0),) for i in range(4)), (), ((1, -0.5), (0, 2.0))), (1,) * 6)
-    form, moved = LinearForm(48, 40), [Pair(own.a.to(device), own.b.to(device), own.scaling) for own in pairs]
+def why_not_available(device: torch.device) -> str | None:
+    """Check the kernels there against the definition; None if they are usable."""
+    mapping = LoraMapping((*(((i, 1.0),) for i in range(4)), (), ((1, -0.5), (0, 2.0))), (1,) * 6)
+    kind = LinearKind(48, 40)
     try:
-        with torch.no_grad():
-            expected = reference.lora(x, y, Operands(form, tuple(pairs)), mix)
-            found = lora(x.to(device), y.to(device), Operands(form, tuple(moved)), mix).cpu()
-    except Exception as error:  # a compiler that is missing, or refuses this device, says so in no common way
-        return f"is not to be had here ({str(error).partition(chr(10))[0][:100] or type(error).__name__})"
-    off = float((found - expected).abs().max())
-    return "" if off <= 1e-3 else f"is off by {off:.1e} here"
+        # The first call may be inside inference mode, whose tensors have no version counter.
+        with torch.inference_mode(False), torch.no_grad():
+            rng = torch.Generator().manual_seed(0)
+            x, y, a, b = (torch.randn(shape, generator=rng) for shape in ((6, 48), (6, 40), (8, 48), (40, 8)))
+            weights = tuple(LoraWeights(a[:r], b[:, -r:], 0.2) for r in (5, 6, 7, 8))
+            moved = tuple(LoraWeights(each.a.to(device), each.b.to(device), each.scaling) for each in weights)
+            expected = reference.lora(x, y, LayerAdapters(kind, weights), mapping)
+            adapters, segments = LayerAdapters(kind, moved), mapping.segments(1, device)
+            result = lora(x.to(device), y.to(device, copy=True), adapters, segments).cpu()
+    except Exception as error:  # compilers that are missing, or refuse this device, raise no common type
+        return f"is unavailable ({str(error).partition(chr(10))[0][:100] or type(error).__name__})"
+    error = float((result - expected).abs().max())
+    return None if error <= 1e-3 else f"is off by {error:.1e} on this device"
 
 
-@dataclass(frozen=True, slots=True)
-class Meetings:
-    """Which slots an item meets, at which weights: those of item t are first[t] to first[t + 1] - 1."""
-
-    first: Tensor
-    """(T + 1)"""
-    item: Tensor
-    """(K), ascending; so are `slot` and `weight` of this order."""
-    slot: Tensor
-    weight: Tensor
-    """(K), float32."""
-
-
-@lru_cache(maxsize=64)  # a stripe is the same for all layers, and lives as long as its mix: the steps of a decode
-def _meetings(stripe: Stripe, count: int) -> Meetings:
-    item, order = stripe.put.sort(stable=True)
-    place = order if stripe.places is None else stripe.places[order]
-    rows = len(stripe.take) // stripe.slots
-    weight = torch.ones_like(place, dtype=torch.float32) if stripe.weight is None else stripe.weight.view(-1)[place]
-    first = torch.searchsorted(item, torch.arange(count + 1, device=item.device))
-    return Meetings(first, item, place // rows, weight)
-
-
-def _update(items: Tensor, z: Tensor, a: Tensor, b: Tensor, meetings: Meetings) -> None:
-    """z[t] += Σ_{k of t} weight_k · (items[t] A[slot_k]) B[slot_k], z (T, O), A (S, I, W), B (S, W, O)."""
-    count, (_, inside, width), outside = len(meetings.item), a.shape, b.shape[2]
+def _update(items: Tensor, z: Tensor, adapters: LayerAdapters, segments: Segments) -> None:
+    """z[t] += Σ_{k of t} w_k · scaling_a · B_a (A_a items[t]): items (T, I), z (T, O)."""
+    table, scaling, _ = adapters.addresses(segments)  # the allocator keeps memory for kernels that are under way
+    order, starts = segments.by_token
+    count, inside, outside = len(order), items.shape[1], z.shape[1]
+    width = triton.next_power_of_2(max(adapters.rank, 1))
     pieces, ranks = triton.cdiv(inside, PIECE), min(width, RANKS)
     h = torch.empty(pieces, count, width, dtype=torch.float32, device=z.device)
     _shrink[(count, pieces, width // ranks)](
-        items, a, h, meetings.item, meetings.slot,
-        inside, count, items.stride(0), items.stride(1), a.stride(0), a.stride(1),
+        items, table, h, segments.token_indices, segments.pair_adapters,
+        inside, count, items.stride(0), items.stride(1),
         W=width, R=ranks, BLOCK=TILE // ranks, PIECE=PIECE,
     )  # fmt: skip
     block = min(TILE // ranks, triton.next_power_of_2(outside))
     _expand[(len(z), triton.cdiv(outside, block))](
-        h, b, z, meetings.first, meetings.slot, meetings.weight,
-        outside, count, pieces, b.stride(0), b.stride(1), z.stride(0), z.stride(1),
+        h, table, scaling, z, starts, order, segments.pair_adapters, segments.weights,
+        outside, count, pieces, z.stride(0), z.stride(1),
         W=width, R=ranks, BLOCK=block,
     )  # fmt: skip
 
 
 @triton.jit
+def _load(address, offsets, mask, code):
+    """Load numbers at an address, of the dtype of weights.DTYPE_CODES, as float32; zeros outside the mask."""
+    if code == 0:
+        values = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=0.0)
+    elif code == 1:
+        values = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        values = tl.load(address.to(tl.pointer_type(tl.float16)) + offsets, mask=mask, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
 def _shrink(
-    x, a, h, item, slot,
-    inside, count, x_row, x_column, a_slot, a_row,
+    x, table, h, token_indices, pair_adapters,
+    inside, count, x_row, x_column,
     W: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """h[p, k] = x[item_k] A[slot_k] over the features of piece p; R of the W ranks."""
+    """h[p, k] = A_a x[t] over the features of piece p, k = (t, a); R of the W ranks."""
     k, piece = tl.program_id(0), tl.program_id(1)
-    ranks = tl.program_id(2) * R + tl.arange(0, R)
-    x += tl.load(item + k) * x_row  # the indices are of 64 bits, and so are the products
-    a += tl.load(slot + k) * a_slot
-    total = tl.zeros((R,), tl.float32)
-    for begin in range(0, PIECE, BLOCK):
-        features = piece * PIECE + begin + tl.arange(0, BLOCK)
-        inner = features < inside
-        own = tl.load(x + features * x_column, mask=inner, other=0.0).to(tl.float32)
-        tile = tl.load(a + features[:, None] * a_row + ranks[None, :], mask=inner[:, None], other=0.0).to(tl.float32)
-        total += tl.sum(own[:, None] * tile, axis=0)
-    tl.store(h + (piece * count + k).to(tl.int64) * W + ranks, total)
+    row = table + tl.load(pair_adapters + k) * 4
+    r, code = tl.load(row + 2), tl.load(row + 3)
+    if tl.program_id(2) * R < r:
+        ranks = tl.program_id(2) * R + tl.arange(0, R)
+        x += tl.load(token_indices + k) * x_row  # the indices are of 64 bits, and so are the products
+        total = tl.zeros((R,), tl.float32)
+        for begin in range(0, PIECE, BLOCK):
+            features = piece * PIECE + begin + tl.arange(0, BLOCK)
+            inner = features < inside
+            values = tl.load(x + features * x_column, mask=inner, other=0.0).to(tl.float32)
+            mask = inner[:, None] & (ranks < r)[None, :]
+            offsets = ranks.to(tl.int64)[None, :] * inside + features[:, None]
+            total += tl.sum(values[:, None] * _load(tl.load(row), offsets, mask, code), axis=0)
+        tl.store(h + (piece * count + k).to(tl.int64) * W + ranks, total)
 
 
 @triton.jit
 def _expand(
-    h, b, z, first, slot, weight,
-    outside, count, pieces, b_slot, b_row, z_row, z_column,
+    h, table, scaling, z, starts, order, pair_adapters, weights,
+    outside, count, pieces, z_row, z_column,
     W: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z[t] += Σ_{k of t} weight_k · Σ_p h[p, k] B[slot_k], BLOCK features of it."""
+    """z[t] += Σ_{k of t} w_k · scaling_a · B_a Σ_p h[p, k], BLOCK features of it."""
     t = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(first + t), tl.load(first + t + 1)
+    start, stop = tl.load(starts + t), tl.load(starts + t + 1)
     if start < stop:  # a row of the base alone stays as it is, bit for bit
         features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inner = features < outside
         total = tl.zeros((BLOCK,), tl.float32)
-        for k in range(start, stop):
-            own = b + tl.load(slot + k) * b_slot
-            factor = tl.load(weight + k)
+        for i in range(start, stop):
+            k = tl.load(order + i)
+            adapter = tl.load(pair_adapters + k)
+            row = table + adapter * 4
+            b, r, code = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+            factor = tl.load(weights + k) * tl.load(scaling + adapter)
             for begin in range(0, W, R):
                 ranks = begin + tl.arange(0, R)
+                used = ranks < r  # the rest of h is not written
                 shrunk = tl.zeros((R,), tl.float32)
                 for piece in range(pieces):
-                    shrunk += tl.load(h + (piece * count + k) * W + ranks)
-                places = own + ranks[:, None] * b_row + features[None, :]
-                tile = tl.load(places, mask=inner[None, :], other=0.0).to(tl.float32)
-                total += tl.sum((shrunk * factor)[:, None] * tile, axis=0)
+                    shrunk += tl.load(h + (piece * count + k) * W + ranks, mask=used, other=0.0)
+                offsets = features.to(tl.int64)[None, :] * r + ranks[:, None]
+                values = _load(b, offsets, used[:, None] & inner[None, :], code)
+                total += tl.sum((shrunk * factor)[:, None] * values, axis=0)
         places = z + t * z_row + features * z_column
         before = tl.load(places, mask=inner, other=0.0).to(tl.float32)
         tl.store(places, (before + total).to(z.dtype.element_ty), mask=inner)

@@ -1,6 +1,6 @@
-"""How each kind of layer meets a low-rank pair A, B. Knows layers and shapes; knows no adapter and no route.
+"""How each kind of layer applies low-rank weights A, B.
 
-A form flattens a layer's input to items (what runs count: rows, tokens) and its output to positions:
+A kind flattens a layer's input to items (what segments count: rows or tokens) and its output to positions:
 
     linear      items = tokens   (T, in)       positions = tokens (T, out)
     embedding   items = tokens   (T,)          positions = tokens (T, out)
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 SUPPORTED = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and transformers' Conv1D"
 
 
-class Form(Protocol):
-    """What the operation asks of a kind of layer."""
+class LayerKind(Protocol):
+    """What the update needs to know of a layer."""
 
-    kind: str  # "linear" | "embedding" | "conv", as the keys of PEFT's files tell them apart
+    name: str  # "linear" | "embedding" | "conv", as the keys of PEFT's files distinguish them
     fan_in_fan_out: bool  # the weight is stored (in, out)
 
     def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -29,7 +29,7 @@ class Form(Protocol):
         ...
 
     def items(self, x: Tensor) -> Tensor:
-        """Return the layer's input with what runs count along dimension 0."""
+        """Return the layer's input with items along dimension 0."""
         ...
 
     def count(self, x: Tensor) -> int:
@@ -57,10 +57,10 @@ class Form(Protocol):
         ...
 
 
-class LinearForm:
+class LinearKind:
     """nn.Linear and transformers' Conv1D: A (r, in), B (out, r)."""
 
-    kind = "linear"
+    name = "linear"
 
     def __init__(self, in_features: int, out_features: int, *, fan_in_fan_out: bool = False) -> None:
         self.in_features, self.out_features = in_features, out_features
@@ -91,10 +91,10 @@ class LinearForm:
         return (b @ a).T if self.fan_in_fan_out else b @ a
 
 
-class EmbeddingForm:
+class EmbeddingKind:
     """nn.Embedding: A (r, num_embeddings), B (embedding_dim, r); scaled embeddings (Gemma) scale the update too."""
 
-    kind = "embedding"
+    name = "embedding"
     fan_in_fan_out = False
 
     def __init__(self, module: nn.Embedding) -> None:
@@ -112,7 +112,7 @@ class EmbeddingForm:
 
     def shrink(self, items: Tensor, a: Tensor) -> Tensor:
         h = F.embedding(items, a.T)
-        scale = getattr(self.module, "embed_scale", None)  # read at each call: it is a buffer that moves
+        scale = getattr(self.module, "embed_scale", None)  # a buffer that moves, so read at each call
         return h if scale is None else h * torch.as_tensor(scale, dtype=h.dtype, device=h.device)
 
     def dense_b(self, b: Tensor) -> Tensor:
@@ -128,10 +128,10 @@ class EmbeddingForm:
         return (b @ a).T
 
 
-class ConvForm:
+class ConvKind:
     """nn.Conv1d and nn.Conv2d: A (r, in, *kernel) convolves as the base does, B (out, r / groups, 1…) mixes."""
 
-    kind = "conv"
+    name = "conv"
     fan_in_fan_out = False
 
     def __init__(self, module: nn.Conv1d | nn.Conv2d) -> None:
@@ -166,7 +166,7 @@ class ConvForm:
 
     def restore(self, z: Tensor, y: Tensor) -> Tensor:
         z = z.view(y.movedim(-self.dims - 1, -1).shape).movedim(-1, -self.dims - 1)
-        return z.contiguous() if y.is_contiguous() else z  # another order in memory takes other kernels, which round
+        return z.contiguous() if y.is_contiguous() else z  # other strides select other kernels, which round differently
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         dense = torch.einsum("or,ri...->oi...", self.dense_b(b), a)
@@ -175,17 +175,23 @@ class ConvForm:
         raise ValueError("the update of a grouped convolution mixes its groups, so no grouped weight can hold it")
 
 
-def form_of(module: nn.Module) -> Form | str:
-    """Return how the module meets an adapter, or the reason in words why it cannot."""
+def kind_of(module: nn.Module) -> LayerKind | str:
+    """Return the module's kind, or the reason why it takes no adapter."""
     if isinstance(module, nn.Linear):
-        return LinearForm(module.in_features, module.out_features)
+        return LinearKind(module.in_features, module.out_features)
     if isinstance(module, nn.Embedding):
-        return EmbeddingForm(module)
+        return EmbeddingKind(module)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         if module.padding_mode != "zeros":
-            return f"pads with {module.padding_mode!r}, and PEFT's adapters pad with zeros"
-        return ConvForm(module)
+            return f"pads with {module.padding_mode!r}; PEFT's adapters pad with zeros"
+        return ConvKind(module)
     if any(f"{t.__module__}.{t.__name__}" == "transformers.pytorch_utils.Conv1D" for t in type(module).__mro__):
         in_features, out_features = module.get_parameter("weight").shape
-        return LinearForm(in_features, out_features, fan_in_fan_out=True)
+        return LinearKind(in_features, out_features, fan_in_fan_out=True)
     return f"takes no adapter; {SUPPORTED} do"
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return a layer's weight as a plain tensor; a layer that stores it in another layout has a method `dense`."""
+    dense = getattr(module, "dense", None)
+    return dense() if callable(dense) else module.get_parameter("weight")

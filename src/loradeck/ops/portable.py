@@ -1,79 +1,51 @@
-"""Rows sorted by what they go through, then one group after another. Best for long rows; trains what `fused` cannot.
+"""The update in torch's own products, one adapter after another: every kind of layer, every device, with dropout.
 
-No row meets a neighbour's tensors, so this is also the way of an adapter that is not finite.
+Each adapter's products read its own tokens only, so a NaN stays in its segment.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from loradeck.ops.dropout import dropped
-from loradeck.ops.mapping import Group, Mix, add, take
-from loradeck.ops.operands import Operands, compute_dtype
+from loradeck.ops.segments import Segments, add, take
+from loradeck.ops.weights import LayerAdapters, compute_dtype, in_range
 
 
-def lora(
-    x: Tensor,
-    y: Tensor,
-    operands: Operands,
-    mix: Mix,
-    groups: Sequence[Group] | None = None,
-    *,
-    training: bool = False,
-) -> Tensor:
-    """y[g] + Σ_a w_a · scaling_a · B_a (A_a dropout_a(x[g])) for each group g of rows, by default all of the mix.
+def lora(x: Tensor, y: Tensor, adapters: LayerAdapters, segments: Segments, *, training: bool = False) -> Tensor:
+    """y[s] + w · scaling_a · B_a (A_a dropout_a(x[s])) for each segment s, of adapter a.
 
-    x the layer's input · y the base's output for it -> a tensor like y. Dropout acts only when `training`.
+    x the layer's input · y the base's output for it, updated in place unless autograd records -> a tensor like y.
+    Dropout acts only when `training`.
     """
-    form = operands.form
-    dtype = compute_dtype(x, y)
-    items, z = form.items(x), form.positions(y)
+    kind, dtype = adapters.kind, compute_dtype(x, y)
+    items, z = kind.items(x), kind.positions(y)
     if items.is_floating_point():
         items = items.to(dtype)
     in_place = not torch.is_grad_enabled()
-    per_run, per_item = items.shape[0] // mix.total, z.shape[0] // max(items.shape[0], 1)
-    updates: list[tuple[Tensor | slice, Tensor]] = []
-    for group in mix.groups if groups is None else groups:
-        own: Tensor | None = None
-        rows: Tensor | slice | None = None
-        places: Tensor | slice | None = None
-        for operand, weight in group.entry:
-            pair = operands.pair(operand, dtype)
-            if pair is None:
-                continue
-            if rows is None or places is None:
-                rows = group.rows(per_run, items.device)
-                places = rows if per_item == 1 else group.rows(per_run * per_item, z.device)
-            x_rows, factor = take(items, rows), weight * pair.scaling
-            if training and pair.dropout and x_rows.is_floating_point():  # ids have nothing to drop
-                x_rows = dropped(x_rows, pair.dropout.keep(x_rows.shape, pair.place, x_rows.device))
-                factor *= pair.dropout.scale
-            h = form.shrink(x_rows, pair.a)
-            b = form.dense_b(pair.b).T
-            if in_place:
-                add(z, places, h, b, factor=factor)
-            else:
-                own = factor * (h @ b) if own is None else torch.add(own, h @ b, alpha=factor)
-        if own is not None and places is not None:
-            updates.append((places, own))
-    if in_place:
-        return form.restore(z, y)
-    return form.restore(_added(z, updates), y) if updates else y
-
-
-def _added(z: Tensor, updates: list[tuple[Tensor | slice, Tensor]]) -> Tensor:
-    """Add without writing to z, in one autograd node where the groups are runs."""
-    runs = [(rows.start, rows.stop, own) for rows, own in updates if isinstance(rows, slice)]
-    if len(runs) < len(updates):
-        for rows, own in updates:
-            index = torch.arange(rows.start, rows.stop, device=z.device) if isinstance(rows, slice) else rows
-            z = z.index_add(0, index, own.to(z.dtype))
-        return z
-    pieces: list[Tensor] = []
-    end = 0
-    for start, stop, own in sorted(runs, key=lambda run: run[0]):
-        pieces += [z.new_zeros(start - end, z.shape[1]), own.to(z.dtype)]
-        end = stop
-    pieces.append(z.new_zeros(z.shape[0] - end, z.shape[1]))
-    return z + torch.cat(pieces)
+    positions = segments.repeat(z.shape[0] // max(items.shape[0], 1))
+    rows: list[Tensor] = []
+    updates: list[Tensor] = []
+    for segment, at in zip(segments.all, positions.all, strict=True):
+        weights = adapters.weights[segment.adapter]
+        if weights is None:
+            continue
+        weights = weights.to(dtype)
+        x_rows, factor = take(items, segment.rows), weights.scaling
+        if training and weights.dropout and x_rows.is_floating_point():  # token ids have nothing to drop
+            x_rows = dropped(x_rows, weights.dropout.keep(x_rows.shape, weights.path, x_rows.device))
+            factor *= weights.dropout.scale
+        h, b = kind.shrink(x_rows, weights.a), kind.dense_b(weights.b).T
+        if isinstance(at.weight, Tensor):
+            h = h * at.weight.to(h.dtype)
+        else:
+            factor *= at.weight
+        if in_place:
+            add(z, at.rows, h, b, factor=in_range(factor, dtype))
+        else:
+            updates.append((factor * (h @ b)).to(z.dtype))
+            rows.append(
+                torch.arange(at.rows.start, at.rows.stop, device=z.device) if isinstance(at.rows, slice) else at.rows
+            )
+    if updates:
+        z = z.index_add(0, torch.cat(rows), torch.cat(updates))
+    return kind.restore(z, y) if in_place or updates else y

@@ -1,30 +1,31 @@
-"""The definition: a slow loop over runs. Every fast twin has this signature and must agree with it."""
+"""The definition: a slow loop over the batch's entries. Every kernel must agree with it."""
 
 from torch import Tensor
 
-from loradeck.ops.layer_kinds import Form
-from loradeck.ops.mapping import Mix
-from loradeck.ops.operands import Operands, compute_dtype
+from loradeck.ops.mapping import LoraMapping
+from loradeck.ops.weights import LayerAdapters, compute_dtype
 
 
-def lora(x: Tensor, y: Tensor, operands: Operands, mix: Mix) -> Tensor:
-    """y[t] + Σ_a w_a · scaling_a · B_a (A_a x[t]), run by run.
+def lora(x: Tensor, y: Tensor, adapters: LayerAdapters, mapping: LoraMapping) -> Tensor:
+    """y[t] + Σ_a w_a · scaling_a · B_a (A_a x[t]), entry by entry.
 
-    x the layer's input · y the base's output for it -> a tensor like y. Dropout is not part of the definition.
+    x the layer's input · y the base's output for it, not written to -> a tensor like y. Dropout is not part of the
+    definition.
     """
-    form: Form = operands.form
-    items, z, dtype = form.items(x), form.positions(y).clone(), compute_dtype(x, y)
+    kind = adapters.kind
+    items, z, dtype = kind.items(x), kind.positions(y).clone(), compute_dtype(x, y)
     if items.is_floating_point():
         items = items.to(dtype)
-    per_run, per_item = items.shape[0] // mix.total, z.shape[0] // items.shape[0]
+    per_row, per_item = items.shape[0] // mapping.total, z.shape[0] // items.shape[0]
     start = 0
-    for entry, length in zip(mix.entries, mix.lengths, strict=True):
-        stop = start + length * per_run
-        for operand, weight in entry:
-            pair = operands.pair(operand, dtype)
-            if pair is not None:
-                h = form.shrink(items[start:stop], pair.a)
-                update = weight * pair.scaling * (h @ form.dense_b(pair.b).T)
+    for entry, length in zip(mapping.entries, mapping.lengths, strict=True):
+        stop = start + length * per_row
+        for adapter, weight in entry:
+            weights = adapters.weights[adapter]
+            if weights is not None:
+                weights = weights.to(dtype)
+                h = kind.shrink(items[start:stop], weights.a)
+                update = weight * weights.scaling * (h @ kind.dense_b(weights.b).T)
                 z[start * per_item : stop * per_item] += update.to(z.dtype)
         start = stop
-    return form.restore(z, y)
+    return kind.restore(z, y)

@@ -1,202 +1,249 @@
-"""Which adapters are where: on disk, in memory, on the device. Loads them in threads of its own, evicts by last use.
+"""The adapters of an engine: which are on the device, in memory or on disk. Loads in background threads, evicts by LRU.
 
-An adapter is known by the sha256 of its content, so a new version of a name is another adapter, and requests on the old
-one are not concerned. Knows a store and a bank; knows no requests.
+Adapters are known by the sha256 of their content, so a new version under the same name is another adapter, and
+requests for the old one are unaffected.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from threading import RLock
+from typing import Literal, TypeAlias
 
 import torch
 
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
+from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry, weights_of
 from loradeck.serve import threads
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.request import Key
-from loradeck.serve.resident import Resident, Tier
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
+
+Tier: TypeAlias = Literal["device", "memory", "disk"]
+
+
+@dataclass(eq=False)
+class Resident:
+    """An adapter on the device or in memory, or on its way there."""
+
+    stored: Stored
+    """The version by which it was last loaded."""
+    sha256: str
+    tier: Tier
+    last_used: float
+    """In seconds since 1970."""
+    pins: int = 0
+    """Running requests that use it."""
+    evict_when_idle: bool = False
+    host_copy: Adapter | None = None
+    """Its tensors, in the tier memory."""
+    loading: Future[LoradeckError | None] | None = None
+    loaded_bytes: int | None = None
+    """Bytes of its tensors once they are loaded; not always what they take on disk."""
+
+    @property
+    def spec(self) -> str:
+        return self.stored.spec
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.facts.nbytes if self.loaded_bytes is None else self.loaded_bytes
+
+    @property
+    def pinned(self) -> bool:
+        return self.pins > 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be used."""
+        return self.tier == "device" and self.loading is None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can leave the device."""
+        return self.ready and not self.pins
 
 
 class AdapterCache:
     """The adapters of one engine. Any thread may call it."""
 
     def __init__(self, bank: Bank, store: AdapterStore | None, config: EngineConfig, wake: Callable[[], None]) -> None:
-        """`wake` is called when a load has ended."""
+        """`wake` is called after each load."""
         self.bank = bank
         self.store = store
         self.budget = config.adapter_bytes
         on_device = next(bank.model.parameters()).device.type != "cpu"
-        self.memory_budget = config.memory_bytes if on_device else 0  # else both tiers are the same memory
-        # float32 says no more where its update is added to bfloat16, and takes twice the bytes, at each step too.
-        # bfloat16 has float32's range; in float16 a weight might be Inf.
+        self.memory_budget = config.memory_bytes if on_device else 0  # on a CPU both tiers are the same memory
+        # On a bfloat16 base, float32 adapters gain little precision and double the bytes read at each step. bfloat16
+        # has float32's range; in float16 a weight might overflow.
         self._dtype = torch.bfloat16 if bank.model.dtype == torch.bfloat16 else None
         self.loads = 0
         self.evictions = 0
         self.load_seconds = 0.0
         self._wake = wake
         self._lock = RLock()
-        self._known: dict[str, Resident] = {}
-        self._failed: dict[str, LoradeckError] = {}
+        self._residents: dict[str, Resident] = {}
+        self._failures: dict[str, LoradeckError] = {}
         self._closed = False
         self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load", threads.alone)
 
-    # ---- what is where
+    # ---- state
 
     def residents(self) -> list[Resident]:
         """Return the adapters on the device and in memory."""
         with self._lock:
-            return [own for own in self._known.values() if own.loading is None]
+            return [resident for resident in self._residents.values() if resident.loading is None]
 
     def tier(self, sha256: str) -> Tier:
-        """Return where an adapter is; what is not known here is on disk."""
+        """Return where an adapter is."""
         with self._lock:
-            own = self._known.get(sha256)
-            return "disk" if own is None or own.loading is not None else own.tier
+            resident = self._residents.get(sha256)
+            return "disk" if resident is None or resident.loading is not None else resident.tier
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device, those that are being loaded included."""
+        """Bytes on the device, including adapters that are being loaded."""
         with self._lock:
-            return sum(own.nbytes for own in self._known.values() if own.tier == "device")
+            return sum(resident.nbytes for resident in self._residents.values() if resident.tier == "device")
 
     def resolve(self, entry: RouteEntry) -> tuple[Key, dict[str, Stored]]:
-        """Return what a route's entry means now: names, or name@version, become contents. Asks the disk.
+        """Return the key of a route's entry as of now, and its adapters on disk by content hash. Reads the disk.
 
         Raises:
-            RouteError: it is no entry.
+            RouteError: invalid entry.
             UnknownAdapterError: the store has no such adapter, or there is no store.
             AdapterError: an adapter cannot be used.
-            ConfigError: they take more bytes than there are for adapters.
+            ConfigError: together, the adapters are larger than the budget.
         """
         weights: dict[str, float] = {}
-        found: dict[str, Stored] = {}
+        adapters: dict[str, Stored] = {}
         for spec, weight in weights_of(entry):
             stored = self._find(spec)
             sha256 = stored.sha256()
-            found[sha256] = stored
+            adapters[sha256] = stored
             weights[sha256] = weights.get(sha256, 0.0) + weight
-        nbytes = sum(stored.facts.nbytes for stored in found.values())
+        nbytes = sum(stored.facts.nbytes for stored in adapters.values())
         if nbytes > self.budget:
             raise ConfigError(
-                f"{' and '.join(stored.spec for stored in found.values())} take {nbytes} bytes, and there are "
+                f"{' and '.join(stored.spec for stored in adapters.values())} take {nbytes} bytes, more than the "
                 f"{self.budget} for adapters",
                 hint="Raise adapter_bytes.",
             )
-        return tuple(sorted((sha256, weight) for sha256, weight in weights.items() if weight)), found
+        return tuple(sorted((sha256, weight) for sha256, weight in weights.items() if weight)), adapters
 
     # ---- for requests
 
     def ready(self, key: Key) -> bool:
-        """Say whether all of a key's adapters are on the device."""
+        """Return whether all adapters of a key are on the device."""
         with self._lock:
-            return all(sha256 in self._known and self._known[sha256].ready for sha256, _ in key)
+            return all(sha256 in self._residents and self._residents[sha256].ready for sha256, _ in key)
 
-    def fetch(self, found: Collection[tuple[str, Stored]], *, spare: Callable[[str], bool]) -> bool:
-        """Begin to load those of these adapters that are not on the device, and say whether there is room for them.
+    def fetch(self, adapters: Mapping[str, Stored], *, keep: Callable[[str], bool]) -> bool:
+        """Start to load the adapters that are not on the device; False if there is no room for them.
 
-        Adapters that nobody uses give way, the least recently used first, but for those that `spare` names.
+        To make room, idle adapters are evicted, the least recently used first, except those that `keep` names.
         """
         with self._lock:
-            missing = [(sha256, stored) for sha256, stored in found if not self._is_coming(sha256)]
+            missing = {sha256: stored for sha256, stored in adapters.items() if not self._on_device(sha256)}
             if not missing:
                 return True
-            wanted = {sha256 for sha256, _ in found}
-            needed = sum(stored.facts.nbytes for _, stored in missing) - (self.budget - self.nbytes)
-            leaving = []
-            for own in sorted(self._known.values(), key=lambda own: own.last_used):
-                if needed <= 0:
+            excess = sum(stored.facts.nbytes for stored in missing.values()) - (self.budget - self.nbytes)
+            evicted = []
+            for resident in sorted(self._residents.values(), key=lambda resident: resident.last_used):
+                if excess <= 0:
                     break
-                if own.idle and own.sha256 not in wanted and not spare(own.sha256):
-                    leaving.append(own)
-                    needed -= own.nbytes
-            if needed > 0:
+                if resident.idle and resident.sha256 not in adapters and not keep(resident.sha256):
+                    evicted.append(resident)
+                    excess -= resident.nbytes
+            if excess > 0:
                 return False
-            for own in leaving:
-                self._evict(own, coming=wanted)
-            for sha256, stored in missing:
-                self._begin(sha256, stored)
+            for resident in evicted:
+                self._evict(resident, wanted=adapters)
+            for sha256, stored in missing.items():
+                self._start_load(sha256, stored)
             return True
 
     def failures(self) -> dict[str, LoradeckError]:
-        """Return why adapters could not be loaded, once; they are tried again for the next that asks."""
+        """Return the errors of failed loads, each once. The next request for such an adapter tries again."""
         with self._lock:
-            failed = self._failed.copy()
-            self._failed.clear()
-            return failed
+            failures = self._failures.copy()
+            self._failures.clear()
+            return failures
 
     def pin(self, key: Key) -> bool:
-        """Keep a key's adapters on the device until they are unpinned as often, if all are there, and say so."""
+        """Keep a key's adapters on the device until `unpin`; False if they are not all there."""
         with self._lock:
             if not self.ready(key):
                 return False
             for sha256, _ in key:
-                self._known[sha256].pins += 1
-                self._known[sha256].last_used = time.time()
+                self._residents[sha256].pins += 1
+                self._residents[sha256].last_used = time.time()
             return True
 
     def unpin(self, key: Key) -> None:
-        """Let a key's adapters go, as far as this pin is concerned."""
+        """Undo one `pin`."""
         with self._lock:
             for sha256, _ in key:
-                own = self._known[sha256]
-                own.pins -= 1
-                own.last_used = time.time()
-                if own.doomed and own.idle:
-                    self._drop(own)
+                resident = self._residents[sha256]
+                resident.pins -= 1
+                resident.last_used = time.time()
+                if resident.evict_when_idle and resident.idle:
+                    self._drop(resident)
 
     # ---- by hand
 
     def load(self, spec: str) -> None:
-        """Make an adapter resident, and wait until it is.
+        """Load an adapter onto the device and wait for it.
 
         Raises:
-            UnknownAdapterError, AdapterError, ConfigError: as `resolve`; AdapterError also where all adapters on the
-                device are in use and leave no room.
-            BusyError: the engine is about to end.
+            UnknownAdapterError, AdapterError, ConfigError: as `resolve`; AdapterError also if the adapters in use
+                leave no room.
+            BusyError: the engine is shutting down.
         """
-        _, found = self.resolve(spec)
+        _, adapters = self.resolve(spec)
         with self._lock:
             if self._closed:
-                raise _ending()
-            for sha256 in found:
-                if sha256 in self._known:
-                    self._known[sha256].doomed = False
-            if not self.fetch([*found.items()], spare=lambda _: False):
-                raise AdapterError(f"there is no room for {spec} while others are in use", hint="Raise adapter_bytes.")
-            loading = [self._known[sha256].loading for sha256 in found]
+                raise _shutting_down()
+            for sha256 in adapters:
+                if sha256 in self._residents:
+                    self._residents[sha256].evict_when_idle = False
+            if not self.fetch(adapters, keep=lambda _: False):
+                raise AdapterError(f"no room for {spec} while others are in use", hint="Raise adapter_bytes.")
+            loading = [self._residents[sha256].loading for sha256 in adapters]
         try:
             errors = [future.result() for future in loading if future is not None]
         except CancelledError:
-            raise _ending() from None
+            raise _shutting_down() from None
         for error in filter(None, errors):
             raise error
 
     def unload(self, name: str) -> None:
-        """Give back the memory of an adapter, in all versions, once no running request uses it."""
-        latest = ""  # it may have been loaded by another name
+        """Free the memory of all versions of an adapter, as soon as no running request uses them."""
+        latest = ""  # it may have been loaded under another name
         with suppress(LoradeckError):
             latest = self._find(name).sha256()
         with self._lock:
-            for own in [own for own in self._known.values() if own.stored.name == name or own.sha256 == latest]:
-                own.doomed = True
-                if own.tier == "memory":
-                    self._known.pop(own.sha256)
-                elif own.idle:
-                    self._drop(own)
+            for resident in [*self._residents.values()]:
+                if resident.stored.name != name and resident.sha256 != latest:
+                    continue
+                resident.evict_when_idle = True
+                if resident.tier == "memory":
+                    self._residents.pop(resident.sha256)
+                elif resident.idle:
+                    self._drop(resident)
 
     def close(self) -> None:
-        """Stop loading, and keep nothing."""
+        """Stop loading and free all memory."""
         with self._lock:
             self._closed = True
         self._loaders.shutdown(wait=True, cancel_futures=True)
         with self._lock:
-            self._known.clear()
+            self._residents.clear()
 
     # ---- moving
 
@@ -205,77 +252,81 @@ class AdapterCache:
             raise UnknownAdapterError(f"no adapter is named {spec!r}", hint="Give the engine a store of adapters.")
         return self.store.find(spec)
 
-    def _is_coming(self, sha256: str) -> bool:
-        own = self._known.get(sha256)
-        return own is not None and own.tier == "device"
+    def _on_device(self, sha256: str) -> bool:
+        """Return whether an adapter is on the device or on its way there."""
+        resident = self._residents.get(sha256)
+        return resident is not None and resident.tier == "device"
 
-    def _begin(self, sha256: str, stored: Stored) -> None:
-        own = self._known.setdefault(sha256, Resident(stored, sha256, "device", time.time()))
-        own.stored, own.tier, own.doomed = stored, "device", False
-        self._failed.pop(sha256, None)  # it is no news any more
-        own.loading = self._loaders.submit(self._load, own)
+    def _start_load(self, sha256: str, stored: Stored) -> None:
+        resident = self._residents.setdefault(sha256, Resident(stored, sha256, "device", time.time()))
+        resident.stored, resident.tier, resident.evict_when_idle = stored, "device", False
+        self._failures.pop(sha256, None)  # out of date now
+        resident.loading = self._loaders.submit(self._load, resident)
 
-    def _load(self, own: Resident) -> LoradeckError | None:
-        begun = time.perf_counter()
+    def _load(self, resident: Resident) -> LoradeckError | None:
+        started = time.perf_counter()
         failure: LoradeckError | None = None
+        sha256 = resident.sha256
         try:
-            if own.parked is not None:
-                self.bank.add(own.sha256, own.parked)
-                own.parked = None
+            if resident.host_copy is not None:
+                self.bank.add(sha256, resident.host_copy)
+                resident.host_copy = None
             else:
-                self.bank.load(own.stored.path, own.sha256)
-                if own.stored.sha256() != own.sha256:  # asked after the load, it vouches for what was loaded
-                    raise AdapterError(f"{own.spec} has changed while it was loaded", hint="Ask again.")
-                own.loaded_bytes = self.bank[own.sha256].to(self._dtype).nbytes
+                self.bank.load(resident.stored.path, sha256)
+                if resident.stored.sha256() != sha256:  # read again, so the hash is that of what was loaded
+                    raise AdapterError(f"{resident.spec} changed while it was loaded", hint="Try again.")
+                resident.loaded_bytes = self.bank[sha256].to(self._dtype).nbytes
         except Exception as error:
-            failure = _told(own, error)
+            failure = _load_error(resident, error)
             with self._lock:
-                if own.sha256 in self.bank:
-                    self.bank.unload(own.sha256)
-                self._known.pop(own.sha256)
-                self._failed[own.sha256] = failure
+                if sha256 in self.bank:
+                    self.bank.unload(sha256)
+                self._residents.pop(sha256)
+                self._failures[sha256] = failure
         else:
             with self._lock:
                 self.loads += 1
-                self.load_seconds += time.perf_counter() - begun
-                own.loading = None
-                if own.doomed:
-                    self._drop(own)
+                self.load_seconds += time.perf_counter() - started
+                resident.loading = None
+                if resident.evict_when_idle:
+                    self._drop(resident)
         self._wake()
         return failure
 
-    def _evict(self, own: Resident, *, coming: Collection[str]) -> None:
-        """Take an adapter off the device; it stays in memory if there is room beside those that are not `coming`."""
+    def _evict(self, resident: Resident, *, wanted: Collection[str]) -> None:
+        """Take an adapter off the device. It stays in memory if there is room beside those that are not `wanted`."""
         self.evictions += 1
-        adapter = self.bank[own.sha256]
-        self._drop(own)
-        if own.nbytes > self.memory_budget:
+        adapter = self.bank[resident.sha256]
+        self._drop(resident)
+        if resident.nbytes > self.memory_budget:
             return
-        own.parked = adapter.to("cpu")
-        own.tier = "memory"
-        self._known[own.sha256] = own
-        self._trim(other for other in self._known.values() if other.tier == "memory" and other.sha256 not in coming)
+        resident.host_copy = adapter.to("cpu")
+        resident.tier = "memory"
+        self._residents[resident.sha256] = resident
+        self._trim(other for other in self._residents.values() if other.tier == "memory" and other.sha256 not in wanted)
 
-    def _trim(self, parked: Iterable[Resident]) -> None:
-        there = sorted(parked, key=lambda own: own.last_used)
-        excess = sum(own.nbytes for own in there) - self.memory_budget
-        for own in there:
+    def _trim(self, in_memory: Iterable[Resident]) -> None:
+        residents = sorted(in_memory, key=lambda resident: resident.last_used)
+        excess = sum(resident.nbytes for resident in residents) - self.memory_budget
+        for resident in residents:
             if excess <= 0:
                 return
-            excess -= own.nbytes
-            self._known.pop(own.sha256)
+            excess -= resident.nbytes
+            self._residents.pop(resident.sha256)
 
-    def _drop(self, own: Resident) -> None:
-        self.bank.unload(own.sha256)
-        self._known.pop(own.sha256)
-        own.doomed = False
-
-
-def _ending() -> BusyError:
-    return BusyError("the engine is about to end", retry_after=1)
+    def _drop(self, resident: Resident) -> None:
+        self.bank.unload(resident.sha256)
+        self._residents.pop(resident.sha256)
+        resident.evict_when_idle = False
 
 
-def _told(own: Resident, error: Exception) -> LoradeckError:
+def _shutting_down() -> BusyError:
+    return BusyError("the engine is shutting down", retry_after=1)
+
+
+def _load_error(resident: Resident, error: Exception) -> LoradeckError:
     if isinstance(error, LoradeckError):
         return error
-    return AdapterError(f"{own.spec} could not be loaded: {error}", hint="Ask again; if it goes on, publish it anew.")
+    return AdapterError(
+        f"{resident.spec} could not be loaded: {error}", hint="Try again; if it fails again, publish it anew."
+    )

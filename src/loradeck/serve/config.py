@@ -1,4 +1,4 @@
-"""What an engine may use: memory, rows, waiting. Knows numbers only."""
+"""The limits of an engine: memory, rows, waiting."""
 
 from dataclasses import dataclass, fields
 
@@ -7,35 +7,41 @@ from loradeck.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The bounds of an engine. Nothing is reserved: memory is taken when it is needed, up to these bytes."""
+    """Nothing is reserved: memory is taken when it is needed, up to these limits.
+
+    Raises:
+        ConfigError: a setting is not above 0, or max_step_tokens is below max_rows.
+    """
 
     max_rows: int = 16
-    """Requests computed in one step at most."""
+    """Maximum number of requests computed in one step."""
     max_step_tokens: int = 256
-    """Tokens computed in one step at most; a longer prompt is read in chunks, beside the running streams."""
+    """Maximum number of tokens computed in one step. Longer prompts are read in chunks while running requests go on."""
     kv_cache_bytes: int = 1 << 30
-    """For keys and values, those kept for prefixes included."""
+    """Bytes for keys and values, including those kept for prefixes."""
     adapter_bytes: int = 1 << 30
-    """For adapters on the device that computes."""
+    """Bytes for adapters on the device that computes."""
     memory_bytes: int = 1 << 32
-    """For adapters that gave way there and are kept in memory; not used where the device is the CPU."""
+    """Bytes for adapters evicted from the device and kept in memory; unused if the device is the CPU."""
     max_waiting: int = 1024
-    """Requests that wait at most; those beyond are refused with `BusyError`."""
+    """Maximum number of waiting requests; more are rejected with `BusyError`."""
     patience: float = 2.0
-    """Seconds for which a request waits while others, whose adapters are resident, go first."""
+    """Seconds that a request waits while others, whose adapters are resident, go first."""
     quantum: int = 256
-    """Tokens that an adapter may take before it is another's turn."""
+    """Tokens that an adapter may take before the others' turn."""
     timeout: float = 600.0
-    """Seconds from a request's arrival to its end at most."""
+    """Maximum number of seconds from a request's arrival to its end."""
     loaders: int = 2
     """Threads that load adapters."""
 
     def __post_init__(self) -> None:
-        wrong = [f"{own.name}={getattr(self, own.name)!r}" for own in fields(self) if not getattr(self, own.name) > 0]
-        if wrong:
-            raise ConfigError("a setting of the engine is not above 0", wrong, hint="Give more than 0.")
+        problems = [
+            f"{field.name}={getattr(self, field.name)!r}" for field in fields(self) if not getattr(self, field.name) > 0
+        ]
+        if problems:
+            raise ConfigError("invalid engine settings", problems, hint="Give values above 0.")
         if self.max_step_tokens < self.max_rows:
             raise ConfigError(
                 f"max_step_tokens={self.max_step_tokens} is below max_rows={self.max_rows}",
-                hint="A step computes a token of every row at least.",
+                hint="A step computes at least one token of every row.",
             )

@@ -1,6 +1,6 @@
 """Many generations at once on one base, each through its own adapters. Prompts are token ids.
 
-Any thread hands requests in and reads their answers; one thread computes (`serve.loop`).
+Any thread submits requests and reads their answers; one thread computes (`serve.loop`).
 """
 
 import time
@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import Self
 
 from loradeck.base.load import Base
-from loradeck.base.shared_copy import shared_copy
 from loradeck.base.text import stop_ids
+from loradeck.base.weights import shared_copy
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
+from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve import threads
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
@@ -22,11 +23,9 @@ from loradeck.serve.generation import Generation
 from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.loop import Loop
 from loradeck.serve.model_runner import ModelRunner
-from loradeck.serve.observer import Observer
-from loradeck.serve.request import Request, SamplingParams, Token
-from loradeck.serve.sampler import Sampler
+from loradeck.serve.request import Request
 from loradeck.serve.scheduler import Scheduler
-from loradeck.serve.stats import Stats
+from loradeck.serve.stats import Observer, Stats
 from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
 
@@ -34,9 +33,9 @@ DEFAULT = SamplingParams()
 
 
 class Engine:
-    """Continuous batching over one base, and any adapters of a store.
+    """Continuous batching over one base and any adapters of a store.
 
-    The base itself is left as it is: the engine works on a twin that shares its weights.
+    The base is not changed: the engine works on a copy that shares its weights.
     """
 
     def __init__(
@@ -47,28 +46,29 @@ class Engine:
         *,
         observer: Observer | None = None,
     ) -> None:
-        """Begin to serve a base.
+        """Start to serve a base.
 
         Raises:
             BaseModelError: the base's attention cannot be computed row by row.
-            LoradeckError: the base's model has a bank; its adapters are on it for others.
+            ConfigError: kv_cache_bytes is too small for this base.
+            LoradeckError: the base's model already has a bank.
         """
         self.base = base
         self.store = store
         self.config = config or EngineConfig()
         self._runner = ModelRunner(shared_copy(base.model))
-        cache = KVCache(self._runner.form, self.config.kv_cache_bytes)
-        if not cache.longest:
+        cache = KVCache(self._runner.layout, self.config.kv_cache_bytes)
+        if not cache.max_tokens:
             raise ConfigError(
                 f"kv_cache_bytes={self.config.kv_cache_bytes} holds no row of this base",
-                hint=f"A token takes {self._runner.form.token_bytes} bytes.",
+                hint=f"A token takes {self._runner.layout.token_bytes} bytes.",
             )
-        self._longest = min(cache.longest, base.context or cache.longest)
+        self._longest = min(cache.max_tokens, base.context or cache.max_tokens)
         self.residency = AdapterCache(self._runner.bank, store, self.config, lambda: self._loop.wake())
         self._loop = Loop(
             self._runner,
             cache,
-            Sampler(self._known(stop_ids(base.tokenizer, base.model.generation_config))),
+            Sampler(self._in_vocabulary(stop_ids(base.tokenizer, base.model.generation_config))),
             Scheduler(self.config, cache, self.residency),
             self.residency,
             longest=self._longest,
@@ -76,20 +76,20 @@ class Engine:
         )
         self._lock = Lock()
         self._draining = False
-        threads.release()  # this thread's: the engine's is the one that computes from now on
+        threads.release()  # the calling thread's: from now on the engine's thread computes
         self._loop.start()
 
     @property
     def stats(self) -> Stats:
-        """How full it is."""
+        """The current load: running and waiting requests, KV cache use."""
         return self._loop.stats
 
     @property
     def failed(self) -> bool:
-        """Whether it has stopped computing, for a reason that is in the log."""
+        """Whether it has stopped computing because of an error, which is in the log."""
         return self._loop.failed
 
-    # ---- asking
+    # ---- requests
 
     def submit(
         self,
@@ -106,20 +106,20 @@ class Engine:
         Iterate over the answer for its tokens, or ask for its `text()`. It ends at `sampling.stop` and the other
         limits even if nobody reads it.
 
-        `entry` is None for the base, a name or name@version, or {name: weight}; `adapter` is what to call it in
-        metrics, and an adapter's tokens are shared fairly between its `tenant`s. `continues` says whether the answer
-        continues the prompt's text, or begins one of its own, without a leading space, as in a chat.
+        `entry` is None for the base, a name or name@version, or {name: weight}. `adapter` is its name in metrics.
+        The tokens of an adapter are shared fairly between its `tenant`s. `continues` says whether the answer continues
+        the prompt's text or begins one of its own, without a leading space, as in a chat.
 
         Raises:
-            UnknownAdapterError: there is no such adapter.
-            AdapterError: it cannot be used.
-            ConfigError: the prompt is empty, has ids that the base does not know, or is too long.
-            BusyError: too many wait, or the engine is about to end.
+            UnknownAdapterError: the store has no such adapter.
+            AdapterError: the adapter cannot be used.
+            ConfigError: the prompt is empty, too long, or has unknown token ids.
+            BusyError: too many requests wait, or the engine is shutting down.
         """
         self._check(tokens, sampling)
-        key, found = self.residency.resolve(entry)
+        key, adapters = self.residency.resolve(entry)
         request = Request(
-            uuid.uuid4().hex, [*tokens], len(tokens), key, sampling, adapter, tenant, arrived=time.monotonic()
+            [*tokens], sampling, key, uuid.uuid4().hex, adapter=adapter, tenant=tenant, arrived=time.monotonic()
         )
         text = StopFilter(
             self.base.tokenizer, sampling.stop, tokens if continues else (), min_tokens=sampling.min_tokens
@@ -127,11 +127,11 @@ class Engine:
         generation = Generation(request, text, self._loop.wake)
         with self._lock:
             if self._draining or self._loop.failed:
-                raise BusyError("the engine is about to end", retry_after=1)
+                raise BusyError("the engine is shutting down", retry_after=1)
             waiting = self._loop.waiting
             if waiting >= self.config.max_waiting:
-                raise BusyError(f"{waiting} requests wait already", retry_after=self.stats.wait(waiting))
-            self._loop.add(generation, found)
+                raise BusyError(f"{waiting} requests are waiting", retry_after=self.stats.estimated_wait(waiting))
+            self._loop.add(generation, adapters)
         return generation
 
     def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Generation:
@@ -148,43 +148,44 @@ class Engine:
         entries: RouteEntry | Sequence[RouteEntry] = None,
         sampling: SamplingParams | Sequence[SamplingParams] = DEFAULT,
     ) -> list[list[Token]]:
-        """Return what continues each prompt, whole; `entries` and `sampling` are one for all prompts or one for each.
+        """Return the tokens that continue each prompt. `entries` and `sampling` are one for all prompts or one each.
 
         Raises:
-            ConfigError: not as many entries or samplings as prompts.
+            ConfigError: the numbers of prompts, entries and sampling parameters differ.
             LoradeckError: as `submit`; or a request failed.
         """
-        each = (
-            [*entries] if isinstance(entries, Sequence) and not isinstance(entries, str) else [entries] * len(prompts)
-        )
-        how = [*sampling] if isinstance(sampling, Sequence) else [sampling] * len(prompts)
-        if not len(prompts) == len(each) == len(how):
+        count = len(prompts)
+        routes = [*entries] if isinstance(entries, Sequence) and not isinstance(entries, str) else [entries] * count
+        params = [*sampling] if isinstance(sampling, Sequence) else [sampling] * count
+        if not count == len(routes) == len(params):
             raise ConfigError(
-                f"{len(prompts)} prompts, {len(each)} entries, {len(how)} samplings",
-                hint="Give as many of each, or one.",
+                f"{count} prompts, {len(routes)} entries, {len(params)} sampling parameters",
+                hint="Give the same number of each, or one.",
             )
         generations: list[Generation] = []
         try:
-            for prompt, entry, own in zip(prompts, each, how, strict=True):
-                generations.append(self.submit(prompt, entry, own))
+            for prompt, route, how in zip(prompts, routes, params, strict=True):
+                generations.append(self.submit(prompt, route, how))
             return [[*generation] for generation in generations]
         finally:
             for generation in generations:
                 generation.cancel()
 
+    # ---- the end
+
     def drain(self, seconds: float) -> None:
-        """Take nothing new, let what is here end within so many seconds, and cancel the rest."""
+        """Take no new requests, let the present ones end within `seconds`, and cancel the rest."""
         with self._lock:
             self._draining = True
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while live := self._loop.live:
-            if time.monotonic() >= until:
+            if time.monotonic() >= deadline:
                 for generation in live:
                     generation.cancel()
             time.sleep(0.01)
 
     def close(self) -> None:
-        """Cancel what is here, end the engine's threads, and give its memory back."""
+        """Cancel all requests, end the engine's threads, and free its memory."""
         with self._lock:
             self._draining = True
         self._loop.stop()
@@ -197,20 +198,23 @@ class Engine:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _known(self, tokens: Iterable[int]) -> frozenset[int]:
-        """Return those of these tokens that the base has scores for; some tokenizers have more."""
+    # ---- checks
+
+    def _in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that the model has logits for; some tokenizers have more."""
         return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
 
     def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
-        asked = [*tokens, *sampling.logit_bias, *sampling.stop_tokens]
-        strange = {*asked} - self._known(asked)
-        if strange:
-            known = self._runner.vocabulary
-            raise ConfigError(f"{min(strange)} is no token of the base, which has {known}", hint="Give token ids.")
+        used = {*tokens, *sampling.logit_bias, *sampling.stop_token_ids}
+        unknown = used - self._in_vocabulary(used)
+        if unknown:
+            raise ConfigError(
+                f"{min(unknown)} is no token of the base, which has {self._runner.vocabulary}", hint="Give token ids."
+            )
         if not tokens:
-            raise ConfigError("the prompt is empty", hint="Give at least one token to go on from.")
+            raise ConfigError("the prompt is empty", hint="Give at least one token.")
         if len(tokens) + min(sampling.max_tokens, 1) > self._longest:
             raise ConfigError(
-                f"a prompt of {len(tokens)} tokens leaves no room; a row has {self._longest} at most",
+                f"a prompt of {len(tokens)} tokens leaves no room; a row has at most {self._longest}",
                 hint="Shorten the prompt, or raise kv_cache_bytes if the base reads more.",
             )

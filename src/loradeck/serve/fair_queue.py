@@ -1,8 +1,8 @@
-"""Whose turn it is among those that wait: deficit round-robin by tokens, over adapters, and within one over tenants.
+"""The waiting requests: deficit round-robin by tokens over adapters, and over tenants among those of one adapter.
 
-A queue may go while it has credit. Tokens are taken off its credit when they are computed, and when no queue that is
-able to go has credit left, all get the same again: so shares are equal in tokens, not in requests, and a queue that is
-busy with long answers waits while others catch up. Knows requests' adapters and tenants only.
+A queue may go while it has credit. Tokens are charged when they are computed. When no queue that may go has credit
+left, all are refilled. So the shares are equal in tokens, not in requests, and a queue with long answers waits while
+the others catch up.
 """
 
 from collections import OrderedDict, deque
@@ -12,51 +12,51 @@ from typing import Generic, TypeVar
 from loradeck.serve.request import Request
 
 Name = TypeVar("Name", bound=Hashable)
-Adapters = tuple[str, ...]  # whatever their weights: else who varies them would get more turns
+Adapters = tuple[str, ...]  # without their weights: else a client could vary them for more turns
 
 
 class Deficits(Generic[Name]):
-    """Tokens that each name may still take; one that is new begins with a quantum."""
+    """The tokens that each name may still take. A new name begins with one quantum."""
 
     def __init__(self, quantum: int) -> None:
         self.quantum = quantum
-        self._left: dict[Name, int] = {}
+        self._credit: dict[Name, int] = {}
 
     def charge(self, name: Name, tokens: int) -> None:
         """Take tokens off a name's credit."""
-        self._left[name] = self._left.get(name, self.quantum) - tokens
+        self._credit[name] = self._credit.get(name, self.quantum) - tokens
 
-    def first(self, names: Sequence[Name], able: Callable[[Name], bool] = lambda _: True) -> Name | None:
-        """Return the first of these names that has credit and is able.
+    def first(self, names: Sequence[Name], eligible: Callable[[Name], bool] = lambda _: True) -> Name | None:
+        """Return the first eligible name with credit.
 
-        Where there is none, all get as many quanta as the able one with the most credit needs, and it is that one.
+        If none has credit, refill all names until the least indebted eligible one has some, and return it.
         """
-        left = {name: self._left.get(name, self.quantum) for name in names}
-        rich = next((name for name in names if left[name] > 0 and able(name)), None)
-        if rich is not None:
-            return rich
-        poor = sorted((name for name in names if left[name] <= 0), key=left.__getitem__, reverse=True)
-        found = next((name for name in poor if able(name)), None)
-        if found is not None:
-            rounds = -left[found] // self.quantum + 1
-            for name in names:
-                self._left[name] = min(left[name] + rounds * self.quantum, self.quantum)
-        return found
+        credit = {name: self._credit.get(name, self.quantum) for name in names}
+        name = next((name for name in names if credit[name] > 0 and eligible(name)), None)
+        if name is not None:
+            return name
+        debtors = sorted((name for name in names if credit[name] <= 0), key=credit.__getitem__, reverse=True)
+        name = next((name for name in debtors if eligible(name)), None)
+        if name is not None:
+            rounds = -credit[name] // self.quantum + 1
+            for other in names:
+                self._credit[other] = min(credit[other] + rounds * self.quantum, self.quantum)
+        return name
 
     def forget(self, name: Name) -> None:
-        """Let a name go, with its credit or its debt."""
-        self._left.pop(name, None)
+        """Drop a name with its credit or debt."""
+        self._credit.pop(name, None)
 
 
 class FairQueue:
-    """The requests that wait, in the order of their turns."""
+    """Waiting requests, next ones first."""
 
     def __init__(self, quantum: int) -> None:
         self.quantum = quantum
         self._queues: OrderedDict[Adapters, OrderedDict[str, deque[Request]]] = OrderedDict()
-        self._credits: Deficits[Adapters] = Deficits(quantum)
+        self._deficits: Deficits[Adapters] = Deficits(quantum)
         self._tenants: dict[Adapters, Deficits[str]] = {}
-        self._members: dict[Adapters, int] = {}  # waiting and running; without any, a debt is forgotten
+        self._members: dict[Adapters, int] = {}  # waiting and running; a debt is forgotten with the last one
         self._count = 0
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class FairQueue:
         return (request for tenants in self._queues.values() for queue in tenants.values() for request in queue)
 
     def push(self, request: Request, *, again: bool = False) -> None:
-        """Let a request wait; one that waits `again` goes before the others of its queue."""
+        """Add a request. One that waits `again` goes to the front of its queue, and its queue to the front."""
         name = _adapters(request)
         tenants = self._queues.setdefault(name, OrderedDict())
         queue = tenants.setdefault(request.tenant, deque())
@@ -80,12 +80,12 @@ class FairQueue:
         self._count += 1
 
     def heads(self) -> Iterator[Request]:
-        """Yield of each queue the request whose turn it is next, those first whose turn is first."""
+        """Yield the next request of each queue, in the order of the queues."""
         return (self._head(name) for name in [*self._queues])
 
-    def next(self, able: Callable[[Request], bool]) -> Request | None:
-        """Take out the request whose turn it is, of those that are able to go."""
-        name = self._credits.first([*self._queues], lambda name: able(self._head(name)))
+    def pop(self, eligible: Callable[[Request], bool]) -> Request | None:
+        """Remove and return the next eligible request."""
+        name = self._deficits.first([*self._queues], lambda name: eligible(self._head(name)))
         if name is None:
             return None
         request = self._head(name)
@@ -97,7 +97,7 @@ class FairQueue:
         return request
 
     def remove(self, request: Request) -> None:
-        """Take a waiting request out."""
+        """Remove a waiting request."""
         name = _adapters(request)
         tenants = self._queues[name]
         tenants[request.tenant].remove(request)
@@ -108,18 +108,18 @@ class FairQueue:
             del self._queues[name]
 
     def charge(self, request: Request, tokens: int) -> None:
-        """Count tokens that were computed for a request."""
+        """Charge a request's adapters and tenant for tokens that were computed."""
         name = _adapters(request)
-        self._credits.charge(name, tokens)
+        self._deficits.charge(name, tokens)
         self._tenants.setdefault(name, Deficits(self.quantum)).charge(request.tenant, tokens)
 
-    def done(self, request: Request) -> None:
-        """Say that a request, waiting no more, has ended."""
+    def end(self, request: Request) -> None:
+        """Count the end of a request that no longer waits."""
         name = _adapters(request)
         self._members[name] -= 1
         if not self._members[name]:
             del self._members[name]
-            self._credits.forget(name)
+            self._deficits.forget(name)
             self._tenants.pop(name, None)
 
     def _head(self, name: Adapters) -> Request:
@@ -132,4 +132,4 @@ class FairQueue:
 
 
 def _adapters(request: Request) -> Adapters:
-    return tuple(own for own, _ in request.key)
+    return tuple(sha256 for sha256, _ in request.key)

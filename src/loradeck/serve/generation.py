@@ -9,8 +9,8 @@ from threading import Condition
 from typing import TypeAlias
 
 from loradeck.errors import LoradeckError
-from loradeck.serve.observer import Finish
-from loradeck.serve.request import Request, Token
+from loradeck.sampling import Token
+from loradeck.serve.request import Finish, Request
 from loradeck.serve.stop_strings import StopFilter
 
 

@@ -1,32 +1,30 @@
-"""The engine's thread: it takes requests in, computes step after step, and ends requests. Knows no text.
-
-A step is next -> run -> choose -> accept.
-"""
+"""The engine's thread: takes requests in, computes step after step, and ends requests."""
 
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from threading import Event, Thread
 
 from loradeck.errors import LoradeckError, RequestError
+from loradeck.sampling import Sampler
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.generation import Generation
 from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.model_runner import ModelRunner
-from loradeck.serve.observer import Finish, Observer
-from loradeck.serve.request import Request, Scheduled
-from loradeck.serve.sampler import Choice, Sampler
+from loradeck.serve.request import Finish, Request, Scheduled
+from loradeck.serve.sampler import StepResult, sample
 from loradeck.serve.scheduler import Scheduler
-from loradeck.serve.stats import Stats
+from loradeck.serve.stats import Observer, Stats
 from loradeck.stored import Stored
 
-TICK = 0.1  # seconds after which requests that wait are looked at again, for patience and time-outs
+TICK = 0.1  # seconds between looks at waiting requests, for patience and time-outs
 
 log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Computes what was added, until it is stopped."""
+    """Computes the requests that are added, until it is stopped."""
 
     def __init__(
         self,
@@ -39,7 +37,7 @@ class Loop:
         longest: int,
         observer: Observer | None,
     ) -> None:
-        """`longest` is the most tokens of a row."""
+        """`longest` is the maximum number of tokens in a row."""
         self._runner, self._cache, self._sampler = runner, cache, sampler
         self._scheduler, self._residency = scheduler, residency
         self._longest = longest
@@ -53,24 +51,24 @@ class Loop:
         self._thread = Thread(target=self._run, name="loradeck-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancel what is here, and wait for the thread to end."""
+        """Cancel all requests and wait for the thread to end."""
         self._stopped = True
         self.wake()
         self._thread.join()
 
     def wake(self) -> None:
-        """Say that there may be something to do."""
+        """Tell the thread that there may be something to do."""
         self._changed.set()
 
-    def add(self, generation: Generation, found: dict[str, Stored]) -> None:
-        """Take a request in; `found` are its adapters on disk."""
-        self._arriving.append((generation, found))
+    def add(self, generation: Generation, adapters: dict[str, Stored]) -> None:
+        """Add a request with its adapters on disk, by content hash."""
+        self._arriving.append((generation, adapters))
         if self.failed:  # perhaps just now, too late for the thread to see this one
-            self._give_up()
+            self._end_all()
         self.wake()
 
     @property
@@ -80,7 +78,7 @@ class Loop:
 
     @property
     def live(self) -> list[Generation]:
-        """The answers to all requests that have not ended."""
+        """The generations that have not ended."""
         return [*self._generations.copy().values(), *(generation for generation, _ in self._arriving.copy())]
 
     # ---- in the thread
@@ -93,108 +91,116 @@ class Loop:
                 if not self._step():
                     self._changed.wait(TICK if self._generations else None)
         except Exception:
-            log.exception("the engine has failed")
+            log.exception("the engine failed")
             self.failed = True
         finally:
-            self._give_up()
+            self._end_all()
             self._cache.clear()
 
-    def _give_up(self) -> None:
-        finish: Finish = "failed" if self.failed else "cancelled"
-        for generation in self.live:
-            generation.end(finish, RequestError("the engine has failed") if self.failed else None)
-        self._generations.clear()
-        self._arriving.clear()
-
     def _step(self) -> bool:
-        """Compute one step, and say whether there was anything to compute."""
-        now = time.monotonic()
-        batch = self._scheduler.next(now)
+        """Compute one step; False if there is nothing to compute."""
+        batch = self._schedule()
         if not batch:
             return False
+        results = self._run_and_sample(batch)
+        self._update(batch, results)
+        return True
+
+    def _receive(self) -> None:
+        """Take new requests in; end those that are cancelled, late, or whose adapters failed to load."""
+        while self._arriving:
+            generation, adapters = self._arriving[0]
+            self._generations[generation.request] = generation  # before it leaves the queue: `live` must not miss it
+            self._arriving.popleft()
+            self._scheduler.add(generation.request, adapters)
+        failures = self._residency.failures()
+        now = time.monotonic()
+        timeout = self._scheduler.config.timeout
+        for generation in [*self._generations.values()]:
+            request = generation.request
+            if request.cancelled:
+                self._end(generation, "cancelled")
+            elif now - request.arrived > timeout:
+                self._end(generation, "failed", RequestError(f"not done within {timeout:g} s"))
+            elif errors := [failures[sha256] for sha256, _ in request.key if sha256 in failures]:
+                self._end(generation, "failed", errors[0])
+
+    def _schedule(self) -> list[Scheduled]:
+        now = time.monotonic()
+        batch = self._scheduler.schedule(now)
         if self._observer:
             for work in batch:
                 if work.request.admitted == now:
                     self._observer.admitted(work.request)
+        return batch
+
+    def _run_and_sample(self, batch: Sequence[Scheduled]) -> list[StepResult]:
+        """Run the model and sample. If that fails, do so for each request alone, so that only the culprit fails."""
         try:
-            scores = self._runner.run(batch, self._cache)
-            choices = self._sampler.choose(scores, batch)
+            return sample(self._sampler, self._runner.run(batch, self._cache), batch)
         except Exception as error:
             if len(batch) == 1:
-                choices = [Choice.failed(error)]
-            else:
-                log.warning("a step of %d requests failed, each is computed alone: %s", len(batch), error)
-                choices = [self._alone(work) for work in batch]
-        for work, choice in zip(batch, choices, strict=True):  # all, before any ends: rows move when one does
-            if choice.error is None:
-                self._scheduler.done(work)
-        for work, choice in zip(batch, choices, strict=True):
-            self._accept(work, choice)
-        return True
+                return [StepResult.failed(error)]
+            log.warning("a step of %d requests failed; computing each alone: %s", len(batch), error)
+            return [result for work in batch for result in self._run_and_sample([work])]
 
-    def _alone(self, work: Scheduled) -> Choice:
-        """Compute one request's part of a step that failed, so that only the request that made it fail does."""
-        try:
-            return self._sampler.choose(self._runner.run([work], self._cache), [work])[0]
-        except Exception as error:
-            return Choice.failed(error)
+    def _update(self, batch: Sequence[Scheduled], results: Sequence[StepResult]) -> None:
+        for work, result in zip(batch, results, strict=True):  # all, before any ends: rows move when one does
+            if result.error is None:
+                self._scheduler.advance(work)
+        for work, result in zip(batch, results, strict=True):
+            self._accept(work, result)
 
-    def _accept(self, work: Scheduled, choice: Choice) -> None:
-        """Add what was computed to a request, and end it where it ends."""
+    def _accept(self, work: Scheduled, result: StepResult) -> None:
+        """Add a result to its request, and end the request if it is the last one."""
         request, generation = work.request, self._generations[work.request]
-        if choice.error is not None:
-            return self._end(generation, "failed", choice.error)
-        if choice.prompt:
+        if result.error is not None:
+            return self._end(generation, "failed", result.error)
+        if result.prompt:
             before = request.computed - work.count
-            at = before + 1 if before else 0
-            generation.prompt[at : at + len(choice.prompt)] = choice.prompt
+            start = before + 1 if before else 0
+            generation.prompt[start : start + len(result.prompt)] = result.prompt
         if request.pending:
-            return None  # the prompt goes on
+            return None  # more of the prompt is to be computed
         if not request.generated:
             self._cache.keep(request)
-        if choice.token is None:
+        token = result.token
+        if token is None:
             return self._end(generation, "length")
-        request.tokens.append(choice.token.id)
+        request.tokens.append(token.id)
+        self._count_token(request)
+        try:
+            generation.push(token)
+        except Exception as error:  # the tokenizer's
+            return self._end(generation, "failed", StepResult.failed(error).error)
+        if token.ends or generation.stopped:
+            return self._end(generation, "stop")
+        if request.generated >= request.sampling.max_tokens or len(request.tokens) >= self._longest:
+            return self._end(generation, "length")
+        return None
+
+    def _count_token(self, request: Request) -> None:
         now = time.monotonic()
         since = now - (request.last_token or request.arrived)
         request.first_token = request.first_token or now
         request.last_token = now
         if self._observer:
             self._observer.token(request, since)
-        try:
-            generation.push(choice.token)
-        except Exception as error:  # the tokenizer's
-            return self._end(generation, "failed", Choice.failed(error).error)
-        if choice.token.ends or generation.stopped:
-            return self._end(generation, "stop")
-        if request.generated >= request.sampling.max_tokens or len(request.tokens) >= self._longest:
-            return self._end(generation, "length")
-        return None
-
-    def _receive(self) -> None:
-        """Take in what has come, and let go what nobody waits for, waited too long, or has no adapter."""
-        while self._arriving:
-            generation, found = self._arriving[0]
-            self._generations[generation.request] = generation  # before it leaves the queue: `live` must not miss it
-            self._arriving.popleft()
-            self._scheduler.add(generation.request, found)
-        failures = self._residency.failures()
-        now = time.monotonic()
-        for generation in [*self._generations.values()]:
-            request = generation.request
-            if request.cancelled:
-                self._end(generation, "cancelled")
-            elif now - request.arrived > self._scheduler.config.timeout:
-                self._end(generation, "failed", RequestError(f"not done within {self._scheduler.config.timeout:g} s"))
-            elif failed := [failures[own] for own, _ in request.key if own in failures]:
-                self._end(generation, "failed", failed[0])
 
     def _end(self, generation: Generation, finish: Finish, error: LoradeckError | None = None) -> None:
         request = generation.request
         self._scheduler.end(request)
-        self._sampler.forget(request)
         del self._generations[request]
-        self.stats.ended(request)
+        self.stats.count_end()
         if self._observer:
             self._observer.finished(request, finish)
-        generation.end(finish, error if finish == "failed" else None)
+        generation.end(finish, error)
+
+    def _end_all(self) -> None:
+        for generation in self.live:
+            if self.failed:
+                generation.end("failed", RequestError("the engine failed"))
+            else:
+                generation.end("cancelled")
+        self._generations.clear()
+        self._arriving.clear()

@@ -1,6 +1,6 @@
-"""One step of the model for a batch of requests, each through its own adapters. Knows tensors; chooses nothing.
+"""One step of the model for a batch of requests, each through its own adapters.
 
-T tokens of the step   S scored positions   V vocabulary
+T tokens of the step   S positions with logits   V vocabulary
 """
 
 from collections.abc import Sequence
@@ -13,110 +13,115 @@ from loradeck.errors import BaseModelError
 from loradeck.lora.bank import Bank
 from loradeck.ops.dispatch import warm_up
 from loradeck.serve import attention
-from loradeck.serve.attention import Chunk, Part, Singles
-from loradeck.serve.kv_cache import KVCache
-from loradeck.serve.pool import Form
-from loradeck.serve.request import Request, SamplingParams, Scheduled
+from loradeck.serve.attention import Decode, Part, PromptChunk
+from loradeck.serve.kv_cache import KVCache, KVLayout
+from loradeck.serve.request import Request, Scheduled
 
 
 class ModelRunner:
-    """A model that computes batches of requests over a cache."""
+    """A model that computes batches of requests over a KV cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take over a model's attention. It is the runner's own from now on: see `loradeck.base.shared_copy`.
+        """Replace a model's attention. The model is the runner's own from now on: see `base.weights.shared_copy`.
 
         Raises:
             BaseModelError: the model does not compute the same then.
-            LoradeckError: it has a bank.
+            LoradeckError: the model already has a bank.
         """
         self.model = model
         self.bank = Bank(model)
         warm_up(model.device)
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        chance = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(self.vocabulary, (length,), generator=chance).tolist() for length in (7, 5)]
+        rng = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(self.vocabulary, (length,), generator=rng).tolist() for length in (7, 5)]
         try:
             with torch.inference_mode():
-                alone = [model(input_ids=torch.tensor([own], device=model.device)).logits[0, -1] for own in prompts]
+                expected = [
+                    model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in prompts
+                ]
             model.set_attn_implementation(attention.NAME)
-            self.form = self._form()
-            self._check(prompts, alone)
+            self.layout = self._layout()
+            self._check(prompts, expected)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
-            raise _refused(model, str(error).partition("\n")[0]) from error
+            raise _unsupported(model, str(error).partition("\n")[0]) from error
 
     def run(self, batch: Sequence[Scheduled], cache: KVCache) -> list[Tensor]:
-        """Compute a step. Of each request's work, return the scores (S, V) of what follows its scored tokens."""
-        order, parts = _laid(batch, cache)
+        """Compute a step. Return the logits (S, V) of each scheduled request's last `logits_to_keep` tokens."""
+        order, parts = _arrange(batch, cache)
         works = [batch[index] for index in order]
-        tokens = [t for work in works for t in work.request.tokens[work.request.computed :][: work.count]]
-        positions = [at + work.request.computed for work in works for at in range(work.count)]
+        tokens = [
+            token
+            for work in works
+            for token in work.request.tokens[work.request.computed : work.request.computed + work.count]
+        ]
+        positions = [work.request.computed + i for work in works for i in range(work.count)]
         ends = torch.tensor([work.count for work in works]).cumsum(0).tolist()
-        scored = [at for work, end in zip(works, ends, strict=True) for at in range(end - work.scored, end)]
-        device = self.form.device
-        entries = [dict(work.request.key) or None for work in works]
+        keep = [i for work, end in zip(works, ends, strict=True) for i in range(end - work.logits_to_keep, end)]
+        device = self.layout.device
+        routes = [dict(work.request.key) or None for work in works]
         with (
-            torch.no_grad(),  # not inference_mode, whose tensors do not tell whether they were written to
+            torch.no_grad(),  # not inference_mode: its tensors do not record whether they were written to
             attention.step(parts),
-            self.bank.route(entries, lengths=[work.count for work in works]),
+            self.bank.route(routes, lengths=[work.count for work in works]),
         ):
             logits = self.model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(scored, dtype=torch.long, device=device),
+                logits_to_keep=torch.tensor(keep, dtype=torch.long, device=device),
             ).logits[0]
-        pieces = dict(zip(order, logits.split([work.scored for work in works]), strict=True))
+        pieces = dict(zip(order, logits.split([work.logits_to_keep for work in works]), strict=True))
         return [pieces[index] for index in range(len(batch))]
 
-    def _form(self) -> Form:
-        with torch.inference_mode(), attention.observed() as shapes:
+    def _layout(self) -> KVLayout:
+        with torch.inference_mode(), attention.observed_shapes() as shapes:
             self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device), use_cache=False)
         if sorted(shapes) != [*range(len(shapes))] or not shapes:
-            raise ValueError("not all of its layers are attention that can be exchanged")
-        return Form(tuple(shapes[layer] for layer in sorted(shapes)), self.model.dtype, self.model.device)
+            raise ValueError("not all of its layers have an attention that can be replaced")
+        return KVLayout(tuple(shapes[layer] for layer in sorted(shapes)), self.model.dtype, self.model.device)
 
-    def _check(self, prompts: Sequence[list[int]], alone: Sequence[Tensor]) -> None:
-        """Compare prompts that are read in chunks, side by side, with what the model gave for each alone."""
-        cache = KVCache(self.form, self.form.token_bytes << 10)
-        requests = [Request(str(own), own, len(own), (), SamplingParams()) for own in prompts]
-        rounding = 1e-3 if self.form.dtype == torch.float32 else 5e-2
+    def _check(self, prompts: Sequence[list[int]], expected: Sequence[Tensor]) -> None:
+        """Compare prompts that are read in chunks, side by side, with the model's logits for each alone."""
+        cache = KVCache(self.layout, self.layout.token_bytes << 10)
+        requests = [Request(prompt) for prompt in prompts]
+        tolerance = 1e-3 if self.layout.dtype == torch.float32 else 5e-2
         for counts in ((4, 1), (2, 4), (1, 0)):
             batch = [Scheduled(request, count) for request, count in zip(requests, counts, strict=True) if count]
             for work in batch:
                 cache.reserve(work.request, work.request.computed + work.count)
-            for work, scores in zip(batch, self.run(batch, cache), strict=True):
+            for work, logits in zip(batch, self.run(batch, cache), strict=True):
                 if work.ends:
-                    own = alone[requests.index(work.request)]
-                    if not (scores[-1] - own).abs().max() <= rounding * own.abs().max():
-                        raise ValueError("rows that are computed side by side come out otherwise")
+                    alone = expected[requests.index(work.request)]
+                    if not (logits[-1] - alone).abs().max() <= tolerance * alone.abs().max():
+                        raise ValueError("batched rows differ from the same rows computed alone")
                 work.request.computed += work.count
 
 
-def _laid(batch: Sequence[Scheduled], cache: KVCache) -> tuple[list[int], list[Part]]:
-    """Return in which order the batch lies in the step, and its parts: single tokens by pool and row, then chunks."""
-    places = [cache.place(work.request) for work in batch]
-    singles: dict[int, list[int]] = {}
+def _arrange(batch: Sequence[Scheduled], cache: KVCache) -> tuple[list[int], list[Part]]:
+    """Return the order of the batch in the step, and its parts: single tokens by pool and row, then chunks."""
+    rows = [cache.row(work.request) for work in batch]
+    by_pool: dict[int, list[int]] = {}
     for index, work in enumerate(batch):
         if work.count == 1:
-            singles.setdefault(places[index][0].capacity, []).append(index)
+            by_pool.setdefault(rows[index][0].capacity, []).append(index)
     order: list[int] = []
     parts: list[Part] = []
-    for capacity in sorted(singles):
-        own = sorted(singles[capacity], key=lambda index: places[index][1])
-        rows = [places[index][1] for index in own]
-        parts.append(Singles(places[own[0]][0], len(order), rows, [batch[index].request.computed for index in own]))
-        order += own
+    for capacity in sorted(by_pool):
+        indices = sorted(by_pool[capacity], key=lambda index: rows[index][1])
+        positions = [batch[index].request.computed for index in indices]
+        parts.append(Decode(rows[indices[0]][0], len(order), [rows[index][1] for index in indices], positions))
+        order += indices
     start = len(order)
     for index, work in enumerate(batch):
         if work.count > 1:
-            pool, row = places[index]
-            parts.append(Chunk(pool, start, row, work.request.computed, work.count))
+            pool, row = rows[index]
+            parts.append(PromptChunk(pool, start, row, work.request.computed, work.count))
             order.append(index)
             start += work.count
     return order, parts
 
 
-def _refused(model: PreTrainedModel, why: str) -> BaseModelError:
+def _unsupported(model: PreTrainedModel, reason: str) -> BaseModelError:
     return BaseModelError(
-        f"{type(model).__name__} cannot be served: {why}", hint="Use `loradeck generate`, which takes any model."
+        f"{type(model).__name__} cannot be served: {reason}", hint="Use `loradeck generate`, which takes any model."
     )

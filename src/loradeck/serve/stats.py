@@ -1,19 +1,36 @@
-"""How full an engine is, for whoever asks. Knows counts only."""
+"""What an engine tells about itself: numbers on request, and events as they happen."""
 
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from loradeck.serve.kv_cache import KVCache
-from loradeck.serve.request import Request
+from loradeck.serve.request import Finish, Request
 from loradeck.serve.scheduler import Scheduler
 
-RECENT = 64  # requests from whose ends the pace is told
+RECENT = 64  # ended requests from which the throughput is estimated
+
+
+class Observer(Protocol):
+    """Receives events in the engine's thread, so it must be quick. The times are on the request."""
+
+    def admitted(self, request: Request) -> None:
+        """The request left the queue; the engine starts to read its prompt."""
+        ...
+
+    def token(self, request: Request, since: float) -> None:
+        """The request got a token, `since` seconds after the one before, or after its arrival."""
+        ...
+
+    def finished(self, request: Request, finish: Finish) -> None:
+        """The request ended."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """An engine's numbers now."""
+    """An engine's current load."""
 
     scheduler: Scheduler
     cache: KVCache
@@ -26,12 +43,12 @@ class Stats:
 
     @property
     def waiting(self) -> int:
-        """Requests that have none yet."""
+        """Requests that have no row yet."""
         return len(self.scheduler.waiting)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values that running requests hold; prefixes give way to them."""
+        """Bytes of the running requests' keys and values; prefixes give way to them."""
         return self.cache.row_bytes
 
     @property
@@ -41,20 +58,20 @@ class Stats:
 
     @property
     def prefix_queries(self) -> int:
-        """Tokens that were looked for in the prefix cache."""
+        """Tokens looked up in the prefix cache."""
         return self.cache.prefixes.queries
 
     @property
     def prefix_hits(self) -> int:
-        """Tokens that were found there."""
+        """Tokens found there."""
         return self.cache.prefixes.hits
 
-    def ended(self, _: Request) -> None:
-        """Count the end of a request."""
+    def count_end(self) -> None:
+        """Count a request that ended."""
         self._ends.append(time.monotonic())
 
-    def wait(self, waiting: int) -> float:
-        """Return the seconds after which so many requests will have had their turn, at the pace of the last ones."""
+    def estimated_wait(self, waiting: int) -> float:
+        """Estimate the seconds until `waiting` requests are served, at the pace of the last ones; 1 to 60."""
         if len(self._ends) < 2:
             return 1.0
         pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from loradeck.base.frozen import FrozenLinear
-from loradeck.base.matmul import back
+from loradeck.base.matmul import input_grad
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batch, collate
 from loradeck.train.packing import can_pack, packed_sequences
@@ -85,7 +85,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore [bad-override]  (torch's Function takes any signature)
     def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, differentiate: bool) -> Tensor:
-        head_back = head.back if isinstance(head, FrozenLinear) else partial(back, weight=head.weight)
+        head_back = head.input_grad if isinstance(head, FrozenLinear) else partial(input_grad, weight=head.weight)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []

@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loradeck.ops.autograd import in_backward
+
 NAME = "loradeck_packed"
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # transformers' layer types that `_attend` implements
 
@@ -81,7 +83,7 @@ def positions(lengths: Sequence[int]) -> Tensor:
 
 def _current_lengths() -> tuple[int, ...] | None:
     lengths = _lengths.get()
-    if lengths is None and torch._C._current_graph_task_id() != -1 and len(_active) == 1:
+    if lengths is None and in_backward() and len(_active) == 1:
         return _active[0]
     return lengths
 

@@ -1,0 +1,218 @@
+"""Models and adapters: OpenAI's list, vLLM's routes to load and unload, llama.cpp's scales."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anyio.to_thread import run_sync
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from loradeck.api.auth import ApiKey
+from loradeck.api.errors import HttpError
+from loradeck.api.model_name import BASE
+from loradeck.api.requests import LoadAdapterRequest, LoraScale, UnloadAdapterRequest, read_body
+from loradeck.api.responses import (
+    AdapterDetails,
+    LoraAdapter,
+    ModelCard,
+    ModelList,
+    ModelPermission,
+    SuccessResponse,
+    json_response,
+)
+from loradeck.api.state import ServerState, state_of
+from loradeck.errors import UnknownAdapterError
+
+if TYPE_CHECKING:
+    from loradeck.serve.adapter_cache import Resident
+    from loradeck.store import AdapterStore
+    from loradeck.stored import Stored
+
+INVALID_USER_INPUT = "InvalidUserInput"  # vLLM's error type
+
+
+# ---- models
+
+
+async def list_models(request: Request) -> Response:
+    """List the base, and the latest version of each adapter that the key may use."""
+    return json_response(ModelList(await run_sync(_list_models, state_of(request), request.state.key)))
+
+
+async def get_model(request: Request) -> Response:
+    """Describe a model, by any of its names."""
+    return json_response(await run_sync(_get_model, state_of(request), request.state.key, request.path_params["id"]))
+
+
+def _list_models(state: ServerState, key: ApiKey) -> list[ModelCard]:
+    store = state.engine.store
+    latest = [stored for stored in store.latest() if key.may_use(stored.name)] if store else []
+    residents = _residents(state)
+    return [
+        _base_card(state, state.names.base),
+        *(_adapter_card(state, stored.name, stored, residents) for stored in latest),
+    ]
+
+
+def _get_model(state: ServerState, key: ApiKey, name: str) -> ModelCard:
+    try:
+        selection = state.names.parse(name)
+    except HttpError as error:
+        raise _unknown_model(name) from error
+    key.check_adapters(selection.names)
+    if selection == BASE:
+        return _base_card(state, name)
+    store = state.engine.store
+    if store is None or selection.label not in dict(selection.weights):  # a blend, or a scaled adapter
+        raise _unknown_model(name)
+    stored = store.find(selection.label)
+    return _adapter_card(state, name, stored, _residents(state), sha256=stored.sha256())
+
+
+def _base_card(state: ServerState, name: str) -> ModelCard:
+    return _model_card(state, name, state.started, state.names.base, None, UNSET)
+
+
+def _adapter_card(
+    state: ServerState,
+    name: str,
+    stored: "Stored",
+    residents: "Mapping[str, Resident]",
+    *,
+    sha256: str | None = None,
+) -> ModelCard:
+    resident = residents.get(stored.spec)
+    if resident is not None and resident.stored != stored:  # loaded from other files
+        resident = None
+    details = AdapterDetails(
+        rank=stored.facts.r,
+        alpha=stored.facts.lora_alpha,
+        targets=[*stored.facts.targets],
+        bytes=stored.facts.nbytes,
+        sha256=sha256 or stored.recorded_sha256 or (resident.sha256 if resident else None),
+        base_sha256=stored.facts.base_fingerprint,
+        version=stored.version,
+        loaded=resident is not None,
+        tier=resident.tier if resident else "disk",
+        pinned=resident is not None and resident.pinned,
+        last_used=resident.last_used if resident else None,
+    )
+    return _model_card(state, name, int(stored.created), stored.spec, state.names.base, details)
+
+
+def _model_card(
+    state: ServerState, name: str, created: int, root: str, parent: str | None, adapter: AdapterDetails | UnsetType
+) -> ModelCard:
+    permission = [ModelPermission(f"modelperm-{name}", created)]
+    return ModelCard(name, created, root, parent, state.engine.base.context, permission, adapter)
+
+
+def _residents(state: ServerState) -> "dict[str, Resident]":
+    return {resident.spec: resident for resident in state.engine.residency.residents()}
+
+
+def _unknown_model(name: str) -> HttpError:
+    return HttpError(404, f"Unknown model {name[:128]!r}.", param="model", hint="GET /v1/models lists the models.")
+
+
+# ---- loading
+
+
+async def load_adapter(request: Request) -> Response:
+    """Load an adapter; a folder from outside the store is published there first."""
+    request.state.key.check_control()
+    state = state_of(request)
+    body = await read_body(request, LoadAdapterRequest, state.config.max_body_bytes)
+    await run_sync(_load_adapter, state, body)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_adapter(request: Request) -> Response:
+    """Free an adapter's memory once no request uses it; it stays in the store and is loaded again on demand."""
+    request.state.key.check_control()
+    state = state_of(request)
+    body = await read_body(request, UnloadAdapterRequest, state.config.max_body_bytes)
+    await run_sync(_unload_adapter, state, body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
+    store, name = _store(state), body.lora_name
+    path = body.lora_path or name
+    if path in (name, str(store.folder / name)):
+        if not body.load_inplace and _is_loaded(state, name):
+            raise HttpError(
+                400, f"The adapter {name!r} is already loaded.", param="lora_name", error_type=INVALID_USER_INPUT
+            )
+    else:
+        source = _source_folder(store, path)
+        if not body.load_inplace and name in store.names():
+            raise HttpError(
+                400,
+                f"The name {name!r} is taken.",
+                param="lora_name",
+                error_type=INVALID_USER_INPUT,
+                hint="load_inplace=true publishes the next version of it.",
+            )
+        store.publish(name, source)
+    state.engine.residency.load(name)
+
+
+def _source_folder(store: "AdapterStore", path: str) -> Path:
+    """Return the folder of a `lora_path`: an adapter of the store, or an absolute path on this machine."""
+    try:
+        return store.find(path).path
+    except UnknownAdapterError:
+        source = Path(path)
+    if source.is_absolute() and source.is_dir():
+        return source
+    raise HttpError(404, f"There is no adapter at {path[:200]!r}.", param="lora_path")
+
+
+def _unload_adapter(state: ServerState, name: str) -> None:
+    if not _is_loaded(state, name):
+        raise HttpError(404, f"The adapter {name[:128]!r} is not loaded.", param="lora_name")
+    state.engine.residency.unload(name)
+
+
+def _is_loaded(state: ServerState, spec: str) -> bool:
+    return state.engine.residency.tier(_store(state).find(spec).sha256()) == "device"
+
+
+def _store(state: ServerState) -> "AdapterStore":
+    if state.engine.store is None:
+        raise HttpError(404, "This server has no store of adapters.")
+    return state.engine.store
+
+
+# ---- llama.cpp's scales
+
+
+async def list_lora_adapters(request: Request) -> Response:
+    """List the adapters that the key may use, with their ids and scales."""
+    return json_response(await run_sync(_list_lora_adapters, state_of(request), request.state.key))
+
+
+async def set_lora_scales(request: Request) -> Response:
+    """Set the scales of requests that name no model."""
+    request.state.key.check_control()
+    state = state_of(request)
+    body = await read_body(request, list[LoraScale], state.config.max_body_bytes)
+    await run_sync(_set_lora_scales, state, body)
+    return json_response(SuccessResponse(True))
+
+
+def _list_lora_adapters(state: ServerState, key: ApiKey) -> list[LoraAdapter]:
+    scales = state.adapter_ids.scales
+    return [
+        LoraAdapter(number, name, scales.get(name, 0.0))
+        for number, name in state.adapter_ids.names().items()
+        if key.may_use(name)
+    ]
+
+
+def _set_lora_scales(state: ServerState, scales: list[LoraScale]) -> None:
+    ids = state.adapter_ids
+    ids.set_scales({ids.name(scale.id): scale.scale for scale in scales})

@@ -1,0 +1,249 @@
+"""What both kinds of generation share: submitting a request to the engine, and responding, whole or as a stream."""
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loradeck.api.auth import ApiKey
+from loradeck.api.errors import HttpError, error_info, shutting_down
+from loradeck.api.model_name import AdapterSelection
+from loradeck.api.requests import GenerationRequest
+from loradeck.api.responses import ErrorResponse, FinishReason, PromptTokensDetails, Usage, json_response
+from loradeck.api.state import ServerState, state_of
+from loradeck.api.streaming import EventStream, SendEvent, run_until_disconnect
+from loradeck.errors import BusyError
+from loradeck.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from loradeck.serve.generation import Generation, TextChunk
+
+    FinishedGeneration: TypeAlias = tuple[Generation, Sequence[TextChunk]]
+
+SEEDS = 2**64
+SAMPLING_FIELDS = (  # those that GenerationRequest and SamplingParams share
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "ignore_eos",
+)
+
+
+class Format(Protocol):
+    """The JSON of one route's responses. A choice is one answer, `index` its position among them."""
+
+    def response(self, answers: "Sequence[FinishedGeneration]", usage: Usage) -> Any:
+        """Return the body of a response that is not streamed."""
+        ...
+
+    def first_event(self, index: int, generation: "Generation", /) -> Any:
+        """Return a choice's first event, or None."""
+        ...
+
+    def chunk_event(self, index: int, chunk: "TextChunk") -> Any:
+        """Return the event of a chunk, or None if there is nothing to send."""
+        ...
+
+    def last_event(self, index: int, generation: "Generation") -> Any:
+        """Return a choice's last event."""
+        ...
+
+    def usage_event(self, usage: Usage) -> Any:
+        """Return the event with the usage of all choices."""
+        ...
+
+
+# ---- to the engine
+
+
+def select_adapters(state: ServerState, key: ApiKey, request: GenerationRequest) -> AdapterSelection:
+    """Return the adapters of a request; may read the disk.
+
+    Raises:
+        HttpError: 400 or 404, as `ModelNames.select`; 403, the key may not use them.
+    """
+    selection = state.names.select(request)
+    key.check_adapters(selection.names)
+    return selection
+
+
+def max_tokens(state: ServerState, prompt: Sequence[int], requested: int | None) -> int:
+    """Return how many tokens the answer to a prompt may have: as many as requested, within the limits.
+
+    Raises:
+        HttpError: 400, the prompt leaves no room in the base's context.
+    """
+    context = state.engine.base.context
+    room = state.config.max_output if context is None else context - len(prompt)
+    if room < 1 and requested != 0:
+        message = (
+            f"The prompt has {len(prompt)} tokens; with the answer, at most {context} fit into the base's context."
+        )
+        raise HttpError(400, message, param="prompt")
+    return min(room, state.config.max_output, room if requested is None else requested)
+
+
+def sampling_params(
+    request: GenerationRequest, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+) -> SamplingParams:
+    """Return the engine's parameters of a request, with OpenAI's defaults."""
+    fields: dict[str, Any] = {"temperature": 1.0}
+    fields |= {name: value for name in SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
+    return SamplingParams(
+        max_tokens=max_tokens,
+        top_k=max(request.top_k or 0, 0),
+        stop_token_ids=frozenset(request.stop_token_ids or ()),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        **fields,
+    )
+
+
+def submit(
+    state: ServerState,
+    key: ApiKey,
+    selection: AdapterSelection,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    n: int,
+    *,
+    continues: bool,
+) -> "list[Generation]":
+    """Submit `n` requests for each prompt to the engine: all or none. Reads the disk.
+
+    `continues` says whether the answers continue the text of their prompts or are texts of their own.
+
+    Raises:
+        HttpError: 400, too many answers or too long a prompt; 503, the server is shutting down.
+        LoradeckError: the engine rejects a request.
+    """
+    if len(prompts) * n > state.config.max_choices:
+        message = f"{len(prompts)} prompts times n={n} exceed the limit of {state.config.max_choices} answers."
+        raise HttpError(400, message, param="n")
+    longest = max(map(len, prompts))
+    if longest > state.config.max_prompt:
+        message = f"A prompt has {longest} tokens; the limit is {state.config.max_prompt}."
+        raise HttpError(400, message, param="prompt")
+    generations: list[Generation] = []
+    try:
+        for prompt, prompt_params in zip(prompts, params, strict=True):
+            for number in range(n):
+                generation = state.engine.submit(
+                    prompt,
+                    selection.entry,
+                    _with_seed(prompt_params, number),
+                    tenant=key.name,
+                    adapter=selection.label,
+                    continues=continues,
+                )
+                state.live.add(generation)
+                generations.append(generation)
+    except BaseException as error:
+        state.release(generations)
+        if state.shutting_down and isinstance(error, BusyError):
+            raise shutting_down() from error
+        raise
+    return generations
+
+
+def _with_seed(params: SamplingParams, number: int) -> SamplingParams:
+    """Return the parameters of one of the answers to a prompt: each has its own seed."""
+    return params if params.seed is None else replace(params, seed=(params.seed + number) % SEEDS)
+
+
+# ---- from the engine
+
+
+async def respond(
+    request: Request, body: GenerationRequest, generations: "Sequence[Generation]", form: Format
+) -> Response | EventStream:
+    """Return the response to a request; the generations are released when it is sent or the client disconnects."""
+    state = state_of(request)
+    n = body.n or 1
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+
+        def usage_data() -> bytes:
+            return msgspec.json.encode(form.usage_event(_usage(generations, n))) if include_usage else b""
+
+        def error_data(error: Exception) -> bytes:
+            info, _ = error_info(error, state.store_path)
+            return msgspec.json.encode(ErrorResponse(info))
+
+        return EventStream(
+            [partial(_write_events, form, index, generation) for index, generation in enumerate(generations)],
+            last=usage_data,
+            on_error=error_data,
+            close=partial(state.release, generations),
+            ping=state.config.ping,
+        )
+    try:
+        answers = await run_until_disconnect(request.receive, *map(_read_all, generations))
+    finally:
+        state.release(generations)
+    return json_response(form.response(answers, _usage(generations, n)))
+
+
+def text_of(chunks: "Iterable[TextChunk]") -> str:
+    """Return the text of some chunks."""
+    return "".join(chunk.text for chunk in chunks)
+
+
+def finish_reason(generation: "Generation") -> FinishReason:
+    """Return why a generation ended; those that failed or were cancelled have raised an error before."""
+    assert generation.finish in ("stop", "length")
+    return generation.finish
+
+
+async def _read(generation: "Generation") -> "AsyncIterator[TextChunk]":
+    """Yield the chunks of a generation.
+
+    Raises:
+        LoradeckError: the request failed.
+        HttpError: 503, the engine cancelled it because the server is shutting down.
+    """
+    async for chunk in generation.chunks():
+        yield chunk
+    if generation.finish == "cancelled":
+        raise shutting_down()
+
+
+async def _read_all(generation: "Generation") -> "FinishedGeneration":
+    return generation, [chunk async for chunk in _read(generation)]
+
+
+async def _write_events(form: Format, index: int, generation: "Generation", send_event: SendEvent) -> None:
+    async def send(event: Any) -> None:
+        if event is not None:
+            await send_event(msgspec.json.encode(event))
+
+    started = False
+    async for chunk in _read(generation):
+        if not started:  # not earlier: an error before the first token gets its own status
+            started = True
+            await send(form.first_event(index, generation))
+        await send(form.chunk_event(index, chunk))
+    if not started:
+        await send(form.first_event(index, generation))
+    await send(form.last_event(index, generation))
+
+
+def _usage(generations: "Sequence[Generation]", n: int) -> Usage:
+    """Return the tokens of a request; a prompt with `n` answers counts once."""
+    requests = [generation.request for generation in generations]
+    prompt_tokens = sum(len(request.prompt) for request in requests[::n])
+    completion_tokens = sum(request.generated for request in requests)
+    cached_tokens = sum(request.cached for request in requests[::n])
+    total_tokens = prompt_tokens + completion_tokens
+    return Usage(prompt_tokens, completion_tokens, total_tokens, PromptTokensDetails(cached_tokens))

@@ -1,0 +1,89 @@
+"""The plan of a job, which `--dry-run` prints: its sizes, settings and first example."""
+
+from dataclasses import MISSING, dataclass, fields
+
+from loradeck.dataset.record import Span
+from loradeck.lora.config import LoraConfig
+from loradeck.train.config import TrainConfig
+from loradeck.train.run import Run
+from loradeck.train.schedule import Schedule
+
+# Reasons for the defaults. Sources: LoRA Without Regret (Thinking Machines, 2025), PEFT, Tinker.
+REASONS = {
+    "target_modules": "adapters on attention alone are worse at any rank",
+    "r": "more capacity than a small dataset needs",
+    "lora_alpha": "fixed, so that the best learning rate barely depends on r",
+    "lora_dropout": "rarely needed for a few epochs",
+    "batch_size": "LoRA loses quality with large batches",
+    "epochs": "more rarely help; use a validation split to keep the best",
+    "schedule": "steady decay to zero",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The size of a job, and its first example with the part that is trained on."""
+
+    name: str
+    trainable: int
+    """Parameters of the adapter."""
+    adapter_bytes: int
+    base_bytes: int
+    form: str
+    """The form of the dataset's records."""
+    examples: int
+    valid: int
+    """Validation examples."""
+    truncated: int
+    """Examples cut to max_length."""
+    tokens: int
+    """Tokens of one epoch."""
+    supervised: int
+    """Those of them that are trained on."""
+    longest: int
+    """Tokens of the longest example."""
+    batch_size: int
+    schedule: Schedule
+    settings: dict[str, tuple[str, str]]
+    """Settings, each with its value and the reason for it."""
+    first: list[Span]
+    """The first example's text in spans that are trained on, or not."""
+
+    @property
+    def ratio(self) -> float:
+        """The adapter's bytes per byte of the base."""
+        return self.adapter_bytes / self.base_bytes
+
+
+def plan(run: Run, name: str) -> Plan:
+    """Return the plan of one of a run's jobs."""
+    job, split, bank = run.trainer.jobs[name], run.data[name], run.bank
+    adapter_bytes = sum(bank[adapter].nbytes for adapter in bank.names())  # part of the model's parameters
+    documents = [document for example in split.train for document in job.objective.unit(example)]
+    return Plan(
+        name=name,
+        trainable=sum(parameter.numel() for parameter in bank.parameters(name)),
+        adapter_bytes=bank[name].nbytes,
+        base_bytes=sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes,
+        form=split.dataset.form,
+        examples=len(split.train),
+        valid=len(split.valid),
+        truncated=sum(example.truncated for example in split.train),
+        tokens=sum(len(document.tokens) for document in documents),
+        supervised=sum(document.supervised for document in documents),
+        longest=max(len(document.tokens) for document in documents),
+        batch_size=job.config.batch_size,
+        schedule=job.schedule,
+        settings=_settings(next(each.lora for each in run.recipe.jobs if each.name == name), job.config),
+        first=documents[0].spans(run.base.tokenizer),
+    )
+
+
+def _settings(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[str, str]]:
+    """Return the settings that were changed, and the defaults that have a reason."""
+    values = {f.name: (getattr(each, f.name), f.default) for each in (lora, config) for f in fields(each)}
+    return {
+        name: (str(value), "as given" if value != default else REASONS[name])
+        for name, (value, default) in values.items()
+        if name in REASONS or (value != default and default is not MISSING)
+    }

@@ -1,0 +1,129 @@
+"""A small client of OpenAI-compatible servers: the list of models, and streamed chat completions.
+
+urllib is enough for one request at a time, read line by line.
+"""
+
+import http.client
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from loradeck.errors import ConfigError, RequestError
+
+DATA, DONE = b"data:", b"[DONE]"
+TIMEOUT = 600  # seconds without a byte
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OpenAIClient:
+    """A server, by its URL with or without /v1."""
+
+    url: str
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"invalid server URL {self.url!r}", hint="Write it as in http://127.0.0.1:8000.")
+
+    def models(self) -> list[str]:
+        """Return the names of the server's models; here and in vLLM the base comes first.
+
+        Raises:
+            RequestError: the server cannot be reached, refuses, or lists no models.
+        """
+        with self._open("models") as response:
+            names = [model.id for model in self._decode(response.read(), _Models).data]
+        if not names:
+            raise RequestError(f"{self.url} lists no models")
+        return names
+
+    def stream(self, model: str, messages: Sequence[dict[str, str]], **sampling: Any) -> Iterator[str]:
+        """Yield an answer in pieces as they arrive. Closing the iterator closes the connection, which ends the answer.
+
+        Raises:
+            RequestError: the server cannot be reached, refuses, or fails before the end.
+        """
+        options = {name: value for name, value in sampling.items() if value is not None}
+        body = {"model": model, "messages": messages, "stream": True, **options}
+        with self._open("chat/completions", body) as response:
+            for line in _lines(response):
+                data = line.removeprefix(DATA).strip()
+                if data == DONE:
+                    return
+                if data and line.startswith(DATA):
+                    event = self._decode(data, _Event)
+                    if event.error is not None:
+                        raise RequestError(event.error.message if isinstance(event.error, _Error) else event.error)
+                    yield from (choice.delta.content or "" for choice in event.choices)
+        raise RequestError("the answer broke off", hint="Try again; the server may have stopped.")
+
+    def _open(self, path: str, body: Any = None) -> http.client.HTTPResponse:
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
+        url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
+        data = None if body is None else msgspec.json.encode(body)
+        try:
+            return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RequestError(_error_message(error.read()) or f"{url}: {error.code} {error.reason}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise RequestError(f"cannot reach {self.url}: {reason}", hint="Check that the server runs.") from error
+
+    def _decode(self, text: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(text, type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise RequestError(f"{self.url} is not OpenAI-compatible: {error}") from error
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Event(msgspec.Struct):
+    """One event of a stream."""
+
+    choices: list[_Choice] = []
+    error: _Error | str | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Error
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    try:
+        yield from response
+    except (OSError, http.client.HTTPException) as error:
+        raise RequestError(f"the answer broke off: {error}", hint="Try again.") from error
+
+
+def _error_message(body: bytes) -> str:
+    """Return the message of an error body, or an empty string if the body has another shape."""
+    try:
+        return msgspec.json.decode(body, type=_ErrorBody).error.message
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""

@@ -1,0 +1,258 @@
+"""The choice of the next token from a model's logits: one sampler for generate, stream and the engine.
+
+The order: bias, penalties, stop tokens that come too early; then temperature, top_k, top_p, min_p, as in transformers.
+Log-probabilities are those of the model's own distribution, before all of these.
+
+N sequences   V vocabulary
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loradeck.errors import ConfigError, RequestError
+
+CANDIDATES = 1024  # the likeliest tokens that top_p looks at before it looks at all
+COLD = 1e-5  # a lower temperature counts as 0: logits divided by it may overflow, and only ties would differ
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of an answer are chosen and when it ends, in vLLM's words.
+
+    Raises:
+        ConfigError: a value out of its bounds.
+    """
+
+    max_tokens: int = 128
+    """New tokens at most; 0 only computes the prompt, for its log-probabilities."""
+    min_tokens: int = 0
+    """No stop token is chosen, and no stop string ends the answer, within the first `min_tokens` tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities add up to this."""
+    top_k: int = 0
+    """Keep the K likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this probable, relative to the likeliest."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """Makes the choices repeatable, whatever else is in the batch."""
+    stop: Sequence[str] = ()
+    """Strings that end the answer; neither they nor what follows is part of its text. The engine's only."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer, besides the base's own."""
+    ignore_eos: bool = False
+    """Do not end at the base's own stop tokens."""
+    logprobs: int | None = None
+    """Return each token's log-probability and those of the K likeliest; None for neither."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, from the second on. The engine's only."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        bounds = {
+            "max_tokens": self.max_tokens >= 0,
+            "min_tokens": self.min_tokens >= 0,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "presence_penalty": math.isfinite(self.presence_penalty),
+            "frequency_penalty": math.isfinite(self.frequency_penalty),
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "logit_bias": all(bias < math.inf for bias in self.logit_bias.values()),
+            "stop": all(isinstance(stop, str) and stop for stop in self.stop),
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
+            "prompt_logprobs": self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+        }
+        problems = [f"{name}={getattr(self, name)!r}" for name, valid in bounds.items() if not valid]
+        if problems:
+            raise ConfigError("invalid sampling parameters", problems, hint="Give values within their bounds.")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token, with its log-probabilities if requested."""
+
+    id: int
+    logprob: float | None = None
+    """Natural logarithm."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(id, logprob) of the likeliest tokens, best first."""
+    ends: bool = False
+    """A stop token: counted, but no part of the answer's text."""
+
+
+@dataclass(eq=False, slots=True)
+class TokenSequence:
+    """A prompt and the answer so far."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    tokens: list[int] = field(init=False)
+    """The prompt, then the answer."""
+    rng: random.Random | None = field(init=False, default=None)
+    """Created with the first token that is drawn."""
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.prompt]
+
+    @property
+    def generated(self) -> int:
+        """The answer's tokens."""
+        return len(self.tokens) - len(self.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Chooses tokens; `stop_ids` are the base's own stop tokens."""
+
+    stop_ids: frozenset[int]
+
+    def sample(self, logits: Tensor | Sequence[Tensor], sequences: Sequence[TokenSequence]) -> list[Token | Exception]:
+        """Return the next token of each sequence, from logits (N, V); or the error of a sequence that has none.
+
+        An error is the sequence's own: the others have drawn their random numbers, and must not draw again.
+        """
+        tokens: list[Token | Exception] = []
+        greedy = self._greedy(logits, [i for i, sequence in enumerate(sequences) if _is_greedy(sequence)])
+        for i, sequence in enumerate(sequences):
+            try:
+                if i in greedy:
+                    logit, token = greedy[i]
+                    check_finite(logit)
+                    tokens.append(Token(token, ends=self._is_stop(token, sequence.sampling)))
+                else:
+                    tokens.append(self._sample(logits[i].float(), sequence))
+            except Exception as error:
+                tokens.append(error)
+        return tokens
+
+    @staticmethod
+    def _greedy(logits: Tensor | Sequence[Tensor], rows: list[int]) -> dict[int, tuple[float, int]]:
+        """Return the largest logit and its token for these rows, all in one operation."""
+        if not rows:
+            return {}
+        if not isinstance(logits, Tensor) or len(rows) < len(logits):
+            logits = torch.stack([logits[i] for i in rows])
+        values, tokens = logits.max(-1)
+        return dict(zip(rows, zip(values.tolist(), tokens.tolist(), strict=True), strict=True))
+
+    def _sample(self, logits: Tensor, sequence: TokenSequence) -> Token:
+        """Choose one token from logits (V,) in float32."""
+        sampling = sequence.sampling
+        check_finite(float(logits.max()))
+        adjusted = self._adjust(logits, sequence)
+        best, likeliest = adjusted.max(-1)
+        if float(best) == -math.inf:
+            raise RequestError("every token is ruled out", hint="Ask with a smaller logit_bias.")
+        token = int(likeliest) if sampling.temperature < COLD else _draw(adjusted, sequence)
+        ends = self._is_stop(token, sampling)
+        if sampling.logprobs is None:
+            return Token(token, ends=ends)
+        logprobs = logits.log_softmax(-1)
+        return Token(token, float(logprobs[token]), top_logprobs(logprobs, sampling.logprobs), ends)
+
+    def _adjust(self, logits: Tensor, sequence: TokenSequence) -> Tensor:
+        """Apply the bias and the penalties, and rule out stop tokens that come too early."""
+        sampling = sequence.sampling
+        logits = logits.clone()
+        for token, bias in sampling.logit_bias.items():
+            logits[token] += bias
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
+            penalty = sampling.repetition_penalty
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            counts = Counter(sequence.tokens[len(sequence.prompt) :])
+            for token, count in counts.items():
+                logits[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
+        if sequence.generated < sampling.min_tokens:
+            early = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | self.stop_ids
+            logits[torch.tensor(sorted(early), dtype=torch.long, device=logits.device)] = -math.inf
+        return logits
+
+    def _is_stop(self, token: int, sampling: SamplingParams) -> bool:
+        return token in sampling.stop_token_ids or (token in self.stop_ids and not sampling.ignore_eos)
+
+
+def check_finite(largest: float) -> None:
+    """Check the largest of some logits.
+
+    Raises:
+        RequestError: one of them is NaN or +Inf, or all are -Inf.
+    """
+    if not math.isfinite(largest):
+        raise RequestError("the model's logits are NaN or Inf", hint="Ask without the adapter, or with a lower scale.")
+
+
+def top_logprobs(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """Return (id, logprob) of the `count` likeliest tokens of logprobs (V,), best first."""
+    if not count:
+        return ()
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def _is_greedy(sequence: TokenSequence) -> bool:
+    """Say whether the next token is the likeliest one and nothing else is asked about it."""
+    sampling = sequence.sampling
+    return (
+        sampling.temperature == 0
+        and sampling.logprobs is None
+        and not sampling.logit_bias
+        and sampling.repetition_penalty == 1
+        and not (sampling.presence_penalty or sampling.frequency_penalty)
+        and sampling.min_tokens <= sequence.generated
+    )
+
+
+def _draw(logits: Tensor, sequence: TokenSequence) -> int:
+    """Draw a token from logits (V,) by inverting the cumulative distribution at a random number."""
+    sampling = sequence.sampling
+    logits = logits / sampling.temperature
+    ids: Tensor | None = None
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        total = logits.logsumexp(-1)
+        best, ids = logits.topk(min(sampling.top_k or CANDIDATES, len(logits)))
+        if not sampling.top_k and _reaches_beyond(best, total, sampling):
+            best, ids = logits.sort(descending=True)
+        if sampling.top_k:
+            total = best.logsumexp(-1)
+        logits = _cut(best, total, sampling)
+    if sequence.rng is None:
+        sequence.rng = random.Random(sampling.seed)
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    index = int(torch.searchsorted(cdf, sequence.rng.random() * float(cdf[-1]), right=True))
+    index = min(index, len(logits) - 1)
+    return int(ids[index]) if ids is not None else index
+
+
+def _reaches_beyond(best: Tensor, total: Tensor, sampling: SamplingParams) -> bool:
+    """Say whether top_p or min_p may keep more tokens than these candidates."""
+    if sampling.top_p < 1:
+        return float((best - total).exp().sum()) < sampling.top_p
+    return float(best[-1] - best[0]) >= math.log(sampling.min_p)
+
+
+def _cut(best: Tensor, total: Tensor, sampling: SamplingParams) -> Tensor:
+    """Return the logits, best first, with -inf for tokens that top_p or min_p rules out; the best one always stays."""
+    out = torch.zeros(len(best), dtype=torch.bool, device=best.device)
+    if sampling.top_p < 1:
+        probabilities = (best - total).exp()
+        out |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    if sampling.min_p:
+        out |= best - best[0] < math.log(sampling.min_p)
+    out[0] = False
+    return best.masked_fill(out, -math.inf)

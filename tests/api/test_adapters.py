@@ -1,0 +1,221 @@
+"""Models, loading and unloading adapters, llama.cpp's scales, the small routes, and the metrics."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from loradeck import AdapterStore, __version__
+from loradeck.api.metrics import Metrics
+
+from .conftest import TIMEOUT, LocalServer, random_adapter
+
+LOAD, UNLOAD, CHAT = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions"
+REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 6}
+
+
+def chat(server: LocalServer, **fields: Any) -> str:
+    return str(server.request(CHAT, {**REQUEST, **fields}).json()["choices"][0]["message"]["content"])
+
+
+def samples(server: LocalServer) -> dict[tuple[str, ...], float]:
+    text = server.request("/metrics").text
+    return {
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels) if name != "model_name")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_models(server: LocalServer, store: AdapterStore) -> None:
+    chat(server, model="poet")
+    base, *adapters = server.request("/v1/models").json()["data"]
+    assert (base["id"], base["parent"], base["max_model_len"], base["object"]) == ("tiny", None, 256, "model")
+    assert "adapter" not in base
+    assert [model["id"] for model in adapters] == ["pirate", "poet", "team-a"]
+    pirate, poet, _ = adapters
+    assert (poet["parent"], poet["root"]) == ("tiny", "poet@2")
+    assert poet["adapter"] | {"last_used": 0} == {
+        "rank": 3,
+        "alpha": 6,
+        "targets": ["o_proj", "q_proj"],
+        "bytes": store.find("poet").facts.nbytes,
+        "sha256": store.find("poet").sha256(),
+        "base_sha256": None,
+        "version": 2,
+        "loaded": True,
+        "tier": "device",
+        "pinned": False,
+        "last_used": 0,
+    }
+    assert abs(poet["adapter"]["last_used"] - poet["created"]) < 600
+    assert (pirate["adapter"]["loaded"], pirate["adapter"]["tier"]) == (False, "disk")
+
+
+def test_a_model_by_any_of_its_names(server: LocalServer, store: AdapterStore) -> None:
+    assert server.request("/v1/models/tiny").json()["id"] == "tiny"
+    assert server.request("/v1/models/org/tiny").json()["id"] == "org/tiny"
+    assert server.request("/v1/models/tiny:poet@1").json()["adapter"]["sha256"] == store.find("poet@1").sha256()
+    for name in ("nobody", "poet@7", "poet*0.5+pirate"):
+        assert server.request(f"/v1/models/{name}").status_code == 404
+
+
+def test_load_and_unload(server: LocalServer) -> None:
+    loaded = server.request(LOAD, {"lora_name": "poet", "lora_path": "poet"})
+    assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'poet' added successfully.")
+    again = server.request(LOAD, {"lora_name": "poet", "lora_path": "poet"})
+    assert (again.status_code, again.json()["error"]["type"]) == (400, "InvalidUserInput")
+    assert server.request(LOAD, {"lora_name": "poet", "load_inplace": True}).status_code == 200
+    assert server.request("/v1/models/poet").json()["adapter"]["loaded"]
+    unloaded = server.request(UNLOAD, {"lora_name": "poet", "lora_int_id": 3})
+    assert (unloaded.status_code, unloaded.text) == (200, "Success: LoRA adapter 'poet' removed successfully.")
+    assert not server.request("/v1/models/poet").json()["adapter"]["loaded"]
+    assert server.request(UNLOAD, {"lora_name": "poet"}).status_code == 404
+    assert server.request(UNLOAD, {"lora_name": "nobody"}).status_code == 404
+    assert server.request(LOAD, {"lora_name": "nobody"}).status_code == 404
+    assert server.request(LOAD, {}).json()["error"]["param"] is None
+    assert server.request(CHAT, {**REQUEST, "model": "poet"}).status_code == 200  # loaded again on demand
+
+
+def test_a_folder_outside_the_store_is_published(server: LocalServer, store: AdapterStore, tmp_path: Path) -> None:
+    folder = random_adapter(9).save(tmp_path / "elsewhere")
+    assert server.request(LOAD, {"lora_name": "new", "lora_path": str(folder)}).status_code == 200
+    new = chat(server, model="new")
+    assert store.versions("new") == [1]
+    taken = server.request(LOAD, {"lora_name": "poet", "lora_path": str(folder)})
+    assert (taken.status_code, taken.json()["error"]["param"]) == (400, "lora_name")
+    before = chat(server, model="poet")
+    assert (
+        server.request(LOAD, {"lora_name": "poet", "lora_path": str(folder), "load_inplace": True}).status_code == 200
+    )
+    assert before != chat(server, model="poet") == new
+    assert before == chat(server, model="poet@2")
+    for path in ("elsewhere", str(tmp_path / "nothing"), "../elsewhere"):
+        assert server.request(LOAD, {"lora_name": "x", "lora_path": path}).status_code == 404
+    assert server.request(LOAD, {"lora_name": "a/b", "lora_path": str(folder)}).status_code == 400
+    assert server.request(LOAD, {"lora_name": "x", "lora_path": str(tmp_path)}).status_code == 422
+    assert server.request(LOAD, {"lora_name": "alias", "lora_path": "poet@1"}).status_code == 200
+    assert chat(server, model="alias") == chat(server, model="poet@1")
+
+
+def test_llamacpp_scales(server: LocalServer) -> None:
+    async def test(client: Any) -> list[str]:
+        assert (await client.get("/lora-adapters")).json() == [
+            {"id": 0, "path": "pirate", "scale": 0.0},
+            {"id": 1, "path": "poet", "scale": 0.0},
+            {"id": 2, "path": "team-a", "scale": 0.0},
+        ]
+        assert (await client.post("/lora-adapters", json=[{"id": 1, "scale": 0.5}])).json() == {"success": True}
+        assert [adapter["scale"] for adapter in (await client.get("/lora-adapters")).json()] == [0.0, 0.5, 0.0]
+        bodies = [
+            REQUEST,
+            {**REQUEST, "model": "tiny"},
+            {**REQUEST, "lora": [{"id": 0, "scale": 2}]},
+            {**REQUEST, "lora": []},
+        ]
+        completions = [(await client.post(CHAT, json=body)).json() for body in bodies]
+        return [completion["choices"][0]["message"]["content"] for completion in completions]
+
+    models = ("poet*0.5", "tiny", "pirate*2", "")
+    assert server.run(test) == [chat(server, model=model) for model in models]
+
+
+def test_small_routes(server: LocalServer) -> None:
+    assert server.request("/health").json() == {"status": "ok"}
+    assert server.request("/version").json() == {"version": __version__}
+    tokens = server.request("/tokenize", {"model": "tiny", "prompt": "héllo"}).json()
+    assert (tokens["count"], tokens["max_model_len"]) == (6, 256)
+    assert server.request("/detokenize", {"tokens": tokens["tokens"]}).json() == {"prompt": "héllo"}
+    tokenizer = server.request("/tokenizer_info").json()
+    assert (tokenizer["eos_token"], tokenizer["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+    assert "add_generation_prompt" in tokenizer["chat_template"]
+    conversation = server.request("/tokenize", {"messages": REQUEST["messages"]}).json()
+    assert conversation["count"] == server.request(CHAT, REQUEST).json()["usage"]["prompt_tokens"]
+
+
+def test_metrics(server: LocalServer) -> None:
+    for model in ("poet", "poet@1", "", "poet*0.5+pirate*0.5"):
+        chat(server, model=model, ignore_eos=True)
+    counts = samples(server)
+    assert counts["vllm:num_requests_running",] == counts["vllm:num_requests_waiting",] == 0
+    assert counts["vllm:generation_tokens_total",] == 24
+    assert counts["vllm:request_success_total", "length"] == 4
+    assert counts["vllm:time_to_first_token_seconds_count",] == 4
+    assert counts["vllm:inter_token_latency_seconds_count",] == 20
+    assert counts["vllm:e2e_request_latency_seconds_count",] == counts["vllm:request_queue_time_seconds_count",] == 4
+    assert 0 <= counts["vllm:kv_cache_usage_perc",] <= 1
+    assert counts["vllm:prefix_cache_queries_total",] >= counts["vllm:prefix_cache_hits_total",]
+    assert counts["loradeck_adapter_requests_total", "poet"] == 2
+    assert counts["loradeck_adapter_requests_total", "<base>"] == 1
+    assert counts["loradeck_adapter_generation_tokens_total", "<blend>"] == 6
+    assert counts["loradeck_adapter_time_to_first_token_seconds_count", "poet"] == 2
+    assert counts["loradeck_adapter_loads_total",] == 3
+    assert counts["loradeck_adapter_evictions_total",] == 0
+    assert counts["loradeck_adapter_resident_bytes",] > 0
+    assert counts["loradeck_adapter_load_seconds_total",] > 0
+    assert counts["loradeck_adapter_loaded", "poet", "false", "device"] == 2
+    assert counts["loradeck_adapter_loaded", "pirate", "false", "device"] == 1
+    assert any(name == "vllm:lora_requests_info" for name, *_ in counts)
+    prompt = server.request(CHAT, {**REQUEST, "max_tokens": 1}).json()["usage"]["prompt_tokens"]
+    assert counts["vllm:prompt_tokens_total",] == 4 * prompt
+
+
+@pytest.fixture
+def slow_reader(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> LocalServer:
+    """An application that reads an answer only once its request has ended."""
+    submit, finished, ended = server.engine.submit, server.metrics.finished, threading.Event()
+    monkeypatch.setattr(server.metrics, "finished", lambda *event: (finished(*event), ended.set()))
+
+    def submit_and_wait(*args: Any, **settings: Any) -> Any:
+        ended.clear()
+        answer = submit(*args, **settings)
+        assert ended.wait(TIMEOUT)
+        return answer
+
+    monkeypatch.setattr(server.engine, "submit", submit_and_wait)
+    return server
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("begin", "end"), [(1, 2), (2, 4), (3, 6)])
+def test_a_stop_string_ends_its_request_however_slow_the_reader_is(
+    slow_reader: LocalServer, stream: bool, begin: int, end: int
+) -> None:
+    letters = slow_reader.engine.base.tokenizer("abcdefghijklmnopqrstuvwxyz")["input_ids"]  # each is a token
+    body = {**REQUEST, "max_tokens": 40, "logit_bias": {str(token): 100 for token in letters}}
+    text = chat(slow_reader, **body)
+    stop = text[begin:end]
+    body |= {"stop": ["\0no", stop]}
+    if stream:
+        *events, last, usage_event = slow_reader.events(CHAT, {**body, "stream_options": {"include_usage": True}})
+        answer = "".join(event["choices"][0]["delta"]["content"] for event in events)
+        finish, usage = last["choices"][0]["finish_reason"], usage_event["usage"]
+    else:
+        completion = slow_reader.request(CHAT, body).json()
+        (choice,) = completion["choices"]
+        answer, finish, usage = choice["message"]["content"], choice["finish_reason"], completion["usage"]
+    before = text.partition(stop)[0]
+    assert (answer, finish) == (before, "stop")
+    assert usage["completion_tokens"] == len(before + stop)
+    counts = samples(slow_reader)
+    assert counts["vllm:request_success_total", "stop"] == 1
+    assert counts["vllm:request_success_total", "length"] == 1  # the one without a stop string
+    assert ("vllm:request_success_total", "abort") not in counts
+    assert counts["vllm:generation_tokens_total",] == 40 + usage["completion_tokens"]
+
+
+def test_a_loaded_adapter_without_requests_is_in_the_metrics(server: LocalServer) -> None:
+    server.request(LOAD, {"lora_name": "team-a"})
+    assert samples(server)["loradeck_adapter_loaded", "team-a", "false", "device"] == 1
+
+
+def test_adapters_beyond_the_limit_share_a_label(server: LocalServer, metrics: Metrics) -> None:
+    metrics.labels._maximum = 1
+    for model in ("poet", "pirate", "team-a"):
+        chat(server, model=model)
+    counts = samples(server)
+    assert counts["loradeck_adapter_requests_total", "poet"] == 1
+    assert counts["loradeck_adapter_requests_total", "<other>"] == 2
+    assert counts["loradeck_adapter_loaded", "<other>", "false", "device"] == 2
