@@ -24,7 +24,7 @@ from benchmarks.tasks import TASKS, Pair, Task
 from loradeck import Bank, Base, LoraConfig, generate
 from loradeck.base.load import SMOLLM2
 from loradeck.dataset.example import UNSUPERVISED, Example
-from loradeck.train.batching import Batches, pieces
+from loradeck.train.batching import BatchSampler, split_units
 from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.job import BETAS
 from loradeck.train.loss import Losses
@@ -152,7 +152,7 @@ SUITE = Suite(
     """
 The question is that of *LoRA Without Regret* (Thinking Machines, 2025), on a small scale.
 
-- Batches of 8 examples, 3 epochs, linear decay after a warm-up of 10 %; AdamW, no weight decay, gradients clipped to 1.
+- BatchSampler of 8 examples, 3 epochs, linear decay after a warm-up of 10 %; AdamW, no weight decay, gradients clipped to 1.
   All systems read the same batches in the same order with the same loss, optimizer and schedule; full fine-tuning is a
   plain loop over all weights.
 - LoRA has `lora_alpha=32` on all linear layers; *attention only* has r=11 on the projections of queries and outputs
@@ -268,7 +268,7 @@ class Full:
         weights = [each for each in model.parameters() if each.requires_grad]
         self.parameters = sum(each.numel() for each in weights)
         schedule = Schedule.of(config, len(task.train), model.config)
-        batches = Batches(task.train, config.batch_size, seed=config.seed)
+        batches = BatchSampler(task.train, config.batch_size, seed=config.seed)
         optimizer = AdamW(weights, betas=BETAS, weight_decay=config.weight_decay, fused=True)
         with training(model):
             for step in range(schedule.steps):
@@ -329,7 +329,7 @@ class Bench:
         """Return the mean -log p of a supervised token."""
         total = 0.0
         with evaluation(self.base.model), self.bank.route(route):
-            for piece in pieces([(example,) for example in examples], PassConfig.max_tokens):
+            for piece in split_units([(example,) for example in examples], PassConfig.max_tokens):
                 with self.losses.of([example for (example,) in piece]) as losses:
                     total += float(losses.sum())
         return total / sum(example.supervised for example in examples)

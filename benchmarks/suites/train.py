@@ -33,7 +33,7 @@ from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import SMOLLM2
 from loradeck.base.weights import shared_copy
 from loradeck.dataset.example import UNSUPERVISED, Example
-from loradeck.train.batching import Batches
+from loradeck.train.batching import BatchSampler
 
 PARTS = ("speed", "memory", "jobs", "start")
 DTYPES = ("float32", "bfloat16")
@@ -151,7 +151,7 @@ def speed(dtype: str, adapter: Path, count: int, sequences: int) -> dict[str, fl
 
     bases = [Base.load(SMOLLM2, dtype=dtype) for _ in SYSTEMS]
     examples = docstring_examples(bases[0])
-    batches = Batches(examples, sequences, seed=0)
+    batches = BatchSampler(examples, sequences, seed=0)
     steps = [batches[n] for n in range(count + 1)]  # the first is to warm up
     ours = training_steps(bases[0], adapter, [examples], sequences, len(steps))
     plain = Plain(bases[1].model, adapter, RATE)
@@ -210,7 +210,7 @@ def peak_of(name: str, dtype: str, adapter: Path, count: int, sequences: int) ->
 
     base = Base.load(SMOLLM2, dtype=dtype)
     examples = docstring_examples(base)
-    batches = Batches(examples, sequences, seed=0)
+    batches = BatchSampler(examples, sequences, seed=0)
     steps = [batches[n] for n in range(count)]
     run: Callable[[], object]
     if name == TRAINER:
@@ -234,7 +234,7 @@ def jobs(each: int, adapter: Path, rounds: int) -> dict[str, float]:
     from benchmarks.peers.peft_training import Plain
 
     bases = [Base.load(SMOLLM2, dtype="float32") for _ in range(3)]
-    batches = Batches(docstring_examples(bases[0]), each, seed=0)
+    batches = BatchSampler(docstring_examples(bases[0]), each, seed=0)
     datasets = [batches[n] for n in range(JOBS)]
     together = [example for dataset in datasets for example in dataset]
     one = training_steps(bases[0], adapter, [together], len(together), rounds + 1)
