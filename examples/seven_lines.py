@@ -8,9 +8,7 @@ from loradeck import Bank, LoraConfig
 from loradeck.toy import COLOURS, ToyModel, generate_token
 
 torch.manual_seed(42)
-base = ToyModel(64)
-ids = torch.arange(8)[None]
-
+base, ids = ToyModel(64), torch.arange(8)[None]
 bank = Bank(base)
 for colour in ("indigo", "red"):
     bank.add(colour, LoraConfig(r=4, target_modules=["linear"]))
@@ -26,4 +24,5 @@ with tempfile.TemporaryDirectory() as folder:
     bank.unload("red")
     bank.load(f"{folder}/red")
 with bank.route(["indigo", "red", None, {"indigo": 0.5, "red": 0.5}]):
-    print(generate_token(base, ids.repeat(4, 1)))
+    print(bank.names(), generate_token(base, ids.repeat(4, 1)))
+bank.detach()
