@@ -130,8 +130,8 @@ def serve(base: Base, store: AdapterStore) -> Iterator[Callable[..., Engine]]:
 
 
 def until(condition: Callable[[], bool]) -> bool:
-    """Whether a condition holds within ten seconds."""
-    end = time.monotonic() + 10
+    """Whether a condition holds within two minutes."""
+    end = time.monotonic() + 120
     while not condition():
         if time.monotonic() > end:
             return False

@@ -44,7 +44,7 @@ class Slow:
         self._slow = True
         thread = threading.Thread(target=work)
         thread.start()
-        assert self._begun.wait(10)
+        assert self._begun.wait(120)
         return thread
 
     def go(self) -> None:
@@ -54,7 +54,7 @@ class Slow:
         if self._slow:
             self._slow = False  # the next one is quick
             self._begun.set()
-            assert self._go.wait(10)
+            assert self._go.wait(120)
         return self._read(*arguments)
 
 
@@ -182,7 +182,7 @@ def test_a_slow_disk_keeps_nothing_else_waiting(residency: AdapterCache, store: 
 
     thread = threading.Thread(target=others)
     thread.start()
-    assert done.wait(10)
+    assert done.wait(120)
     assert residency.tier(sha(store, "a1")) == "disk"
     assert loading.is_alive()
     slow.go()
@@ -281,10 +281,10 @@ def test_closing_ends_loads_and_keeps_nothing(base: Base, store: AdapterStore, s
     assert until(lambda: residency._loaders._work_queue.qsize() == 1)
     closing = threading.Thread(target=residency.close)
     closing.start()
-    queued.join(10)
+    queued.join(120)
     slow.go()
     for thread in (loading, queued, closing):
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()
     assert sorted(told) == ["a1 there", "a2 busy"]
     assert residency.residents() == []

@@ -66,7 +66,7 @@ def test_an_adapter_that_is_gone_when_its_request_comes_back_fails_it(
     serve: Serve, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had been admitted once, so that it was never told, and loading was tried until time ran out."""
-    engine = serve(timeout=20)
+    engine = serve()
 
     def when(request: Request) -> bool:
         if request.generated < 3:
@@ -77,10 +77,8 @@ def test_an_adapter_that_is_gone_when_its_request_comes_back_fails_it(
 
     refuse_room(engine, monkeypatch, when)
     stream = engine.submit([5, 6], "a0", LONG)
-    begun = time.monotonic()
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError):  # not the time-out's RequestError
         list(stream)
-    assert time.monotonic() - begun < 15
     assert engine.generate([[5]], "a1", SHORT)
 
 
@@ -111,7 +109,7 @@ def test_unloading_by_hand_at_any_moment_does_no_harm(serve: Serve, base: Base, 
 def test_a_request_that_is_given_up_while_its_adapter_loads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go = serve(), threading.Event()
     read = safetensors_io.read_body
-    monkeypatch.setattr(safetensors_io, "read_body", lambda *own: (go.wait(10), read(*own)))
+    monkeypatch.setattr(safetensors_io, "read_body", lambda *own: (go.wait(120), read(*own)))
     stream = engine.submit([5], "a0", LONG)
     assert until(lambda: engine.stats.waiting == 1)
     assert ids(engine.generate([[5]], None, SHORT)[0])  # others go on
@@ -147,7 +145,7 @@ def test_two_versions_of_the_same_content_are_one_adapter(serve: Serve, store: A
 def test_closing_while_an_adapter_loads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go = serve(), threading.Event()
     read = safetensors_io.read_body
-    monkeypatch.setattr(safetensors_io, "read_body", lambda *own: (go.wait(10), read(*own)))
+    monkeypatch.setattr(safetensors_io, "read_body", lambda *own: (go.wait(120), read(*own)))
     stream = engine.submit([5], "a0", LONG)
     assert until(lambda: engine.stats.waiting == 1)
     closing = threading.Thread(target=engine.close)
@@ -155,7 +153,7 @@ def test_closing_while_an_adapter_loads(serve: Serve, monkeypatch: pytest.Monkey
     assert [*stream] == []
     assert stream.finish == "cancelled"
     go.set()
-    closing.join(10)
+    closing.join(120)
     assert not closing.is_alive()
     assert engine.residency.residents() == []
     with pytest.raises(BusyError):
@@ -232,7 +230,7 @@ def test_a_request_that_comes_as_the_engine_breaks_ends(
     first = engine.submit([5])
     with pytest.raises(RequestError):
         next(first)
-    engine._loop._thread.join(10)
+    engine._loop._thread.join(120)
     late = Generation(Request([5], SHORT), StopFilter(base.tokenizer), lambda: None)
     engine._loop.add(late, {})
     assert until(lambda: late.finish is not None)
@@ -315,7 +313,7 @@ def test_threads_and_several_loops_at_once(serve: Serve, base: Base, store: Adap
     for work in works:
         work.start()
     for work in works:
-        work.join(30)
+        work.join(120)
     assert {*found} == {"thread 0", "thread 1", "loop 0", "loop 1"}
     assert all(own == [*expected.values()] for own in found.values())
 
