@@ -27,7 +27,7 @@ from loradeck.api.responses import (
 )
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import EventStream
-from loradeck.api.tokenization import encode_chat
+from loradeck.api.tokenization import encode_messages
 
 if TYPE_CHECKING:
     from loradeck.api.generate import FinishedGeneration
@@ -47,7 +47,7 @@ def _submit(state: ServerState, key: ApiKey, body: ChatCompletionRequest) -> "li
     selection = generate.select_adapters(state, key, body)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
-    prompt = encode_chat(state.engine.base.tokenizer, body)
+    prompt = encode_messages(state.engine.base.tokenizer, body)
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = generate.sampling_params(body, generate.max_tokens(state, prompt, requested), logprobs)

@@ -1,7 +1,8 @@
 """HTTP errors: the status of every exception, and a body in vLLM's shape."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
@@ -65,6 +66,15 @@ class HttpError(LoradeckError):
 def shutting_down() -> HttpError:
     """Return the error of a server that takes no more requests; the type is llama.cpp's."""
     return HttpError(503, "The server is shutting down.", error_type="unavailable_error", headers={"retry-after": "1"})
+
+
+@contextmanager
+def invalid_field(param: str) -> Iterator[None]:
+    """Turn a ConfigError into a 400 that names the field of the request."""
+    try:
+        yield
+    except ConfigError as error:
+        raise HttpError(400, error.message, param=param, hint=error.hint) from error
 
 
 def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]:

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loradeck.api.errors import HttpError
+from loradeck.api.errors import HttpError, invalid_field
 from loradeck.api.requests import GenerationRequest, LoraScale
 from loradeck.blend import format_blend, parse_blend
-from loradeck.errors import ConfigError
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
@@ -127,10 +126,8 @@ class ModelNames:
         adapters = text if alias is None else text.removeprefix(f"{alias}:")
         if not adapters:
             return BASE
-        try:
+        with invalid_field(param):
             parts = parse_blend(adapters)
-        except ConfigError as error:
-            raise HttpError(400, error.message, param=param, hint=error.hint) from error
         return _blend(parts, param)
 
     def _by_id(self, scales: Sequence[LoraScale]) -> AdapterSelection:

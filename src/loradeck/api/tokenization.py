@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -10,7 +9,7 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loradeck.api.errors import HttpError
+from loradeck.api.errors import HttpError, invalid_field
 from loradeck.api.requests import (
     ChatCompletionRequest,
     ChatMessage,
@@ -20,6 +19,7 @@ from loradeck.api.requests import (
 )
 from loradeck.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo, json_response
 from loradeck.api.state import ServerState, state_of
+from loradeck.base.text import check_ids, encode_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> TokenizeResponse:
     if (body.prompt is None) == (body.messages is None):
         raise HttpError(400, "Give either a prompt or messages.", param="prompt")
     if body.prompt is None:
-        ids = encode_chat(base.tokenizer, body)
+        ids = encode_messages(base.tokenizer, body)
     else:
         ids = encode_text(base.tokenizer, body.prompt, special=body.add_special_tokens is not False)
     return TokenizeResponse(len(ids), base.context, ids)
@@ -62,7 +62,8 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> TokenizeResponse:
 
 def _detokenize(state: ServerState, body: DetokenizeRequest) -> DetokenizeResponse:
     tokenizer = state.engine.base.tokenizer
-    return DetokenizeResponse(str(tokenizer.decode(check_ids(tokenizer, body.tokens, "tokens"))))
+    with invalid_field("tokens"):
+        return DetokenizeResponse(str(tokenizer.decode(check_ids(tokenizer, body.tokens))))
 
 
 # ---- prompts
@@ -74,15 +75,16 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompt: object, *, spec
     Raises:
         HttpError: 400, a mixture of these, or an unknown token id.
     """
-    match prompt:
-        case str():
-            return [encode_text(tokenizer, prompt, special=special)]
-        case [*parts] if all(isinstance(part, str) for part in parts):
-            return [encode_text(tokenizer, str(part), special=special) for part in parts]
-        case [*parts] if all(isinstance(part, int) for part in parts):
-            return [check_ids(tokenizer, cast("list[int]", parts), "prompt")]
-        case [*parts] if all(isinstance(part, list) for part in parts):
-            return [check_ids(tokenizer, part, "prompt") for part in parts]
+    with invalid_field("prompt"):
+        match prompt:
+            case str():
+                return [encode_text(tokenizer, prompt, special=special)]
+            case [*parts] if all(isinstance(part, str) for part in parts):
+                return [encode_text(tokenizer, str(part), special=special) for part in parts]
+            case [*parts] if all(isinstance(part, int) for part in parts):
+                return [check_ids(tokenizer, cast("list[int]", parts))]
+            case [*parts] if all(isinstance(part, list) for part in parts):
+                return [check_ids(tokenizer, part) for part in parts]
     raise HttpError(
         400, "prompt must be a text, a list of texts, token ids, or a list of lists of token ids.", param="prompt"
     )
@@ -93,26 +95,14 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: boo
     return cast("list[int]", tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def check_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], param: str) -> list[int]:
-    """Return `ids` if the tokenizer knows them all.
-
-    Raises:
-        HttpError: 400.
-    """
-    if max(ids, default=0) >= len(tokenizer):
-        raise HttpError(400, f"Unknown token id {max(ids)}; the base has {len(tokenizer)} tokens.", param=param)
-    return ids
-
-
-def encode_chat(tokenizer: "PreTrainedTokenizerBase", request: ChatCompletionRequest | TokenizeRequest) -> list[int]:
+def encode_messages(
+    tokenizer: "PreTrainedTokenizerBase", request: ChatCompletionRequest | TokenizeRequest
+) -> list[int]:
     """Return the token ids of a conversation, up to where the answer begins.
 
     Raises:
-        HttpError: 400, the base has no chat template, or the template refuses the messages or ignores the tools.
+        HttpError: 400, the base has no chat template, or the template rejects the messages or ignores the tools.
     """
-    if tokenizer.chat_template is None:
-        hint = "Use /v1/completions, or a base with a chat template."
-        raise HttpError(400, "The base has no chat template.", param="messages", hint=hint)
     variables = request.chat_template_kwargs or {}
     reserved = variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters
     if reserved:  # among them `chat_template`, a program of the client's own
@@ -129,24 +119,12 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", request: ChatCompletionReq
     settings = {**variables, "add_generation_prompt": begin, "continue_final_message": extend}
     messages = [_template_message(message) for message in request.messages or ()]
     tools = request.tools if getattr(request, "tool_choice", None) != "none" else None
-    ids = _apply_template(tokenizer, messages, tools or None, settings)
-    if tools and ids == _apply_template(tokenizer, messages, None, settings):
+    with invalid_field("messages"):
+        ids = encode_chat(tokenizer, messages, tools or None, **settings)
+        tools_ignored = bool(tools) and ids == encode_chat(tokenizer, messages, None, **settings)
+    if tools_ignored:
         raise HttpError(400, "The base's chat template ignores tools.", param="tools")
     return ids
-
-
-def _apply_template(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    settings: Mapping[str, Any],
-) -> list[int]:
-    try:
-        ids = tokenizer.apply_chat_template(messages, tools, return_dict=False, **settings)  # type: ignore[arg-type]
-    except Exception as error:  # a template is somebody else's program and can fail in any way
-        message = f"The base's chat template refuses the messages: {error}"
-        raise HttpError(400, message, param="messages") from error
-    return cast("list[int]", ids)
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:

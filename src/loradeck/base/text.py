@@ -26,33 +26,55 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         ConfigError: invalid messages, messages without a chat template or refused by it, an unknown id, or no token.
     """
     if isinstance(prompt, str):
-        messages: Sequence[Message] = [{"role": "user", "content": prompt}]
+        message = {"role": "user", "content": prompt}
+        ids = tokenizer(prompt)["input_ids"] if tokenizer.chat_template is None else encode_chat(tokenizer, [message])
     elif prompt and all(isinstance(token, int) for token in prompt):
-        return _checked_ids(tokenizer, cast("Sequence[int]", prompt))
+        ids = check_ids(tokenizer, cast("Sequence[int]", prompt))
     else:
         messages = cast("Sequence[Message]", prompt)
         _check(messages)
-    if tokenizer.chat_template is not None:
-        try:
-            ids = tokenizer.apply_chat_template([*map(dict, messages)], add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is an untrusted program and can fail in any way
-            raise ConfigError(
-                f"the base's chat template rejects the messages: {error}",
-                hint="Use the roles, and their order, that the base was trained with.",
-            ) from error
-    elif isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        raise ConfigError(
-            "the base's tokenizer has no chat template for messages",
-            hint="Give the prompt as a string, or use a base tuned for chat.",
-        )
+        ids = encode_chat(tokenizer, messages)
     if not ids:
         raise ConfigError("the prompt is empty", hint="Give at least one token.")
     return cast("list[int]", ids)  # other types are for batches
 
 
-def _checked_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+    /,
+    *,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> list[int]:
+    """Return the token ids of a conversation as the chat template renders it; `variables` are the template's.
+
+    Raises:
+        ConfigError: the base has no chat template, or the template rejects the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "the base's tokenizer has no chat template for messages",
+            hint="Give the prompt as a string, or use a base tuned for chat.",
+        )
+    settings: dict[str, Any] = {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
+    try:
+        ids = tokenizer.apply_chat_template([*map(dict, messages)], return_dict=False, **settings)
+    except Exception as error:  # a template is an untrusted program and can fail in any way
+        raise ConfigError(
+            f"the base's chat template rejects the messages: {error}",
+            hint="Use the roles, and their order, that the base was trained with.",
+        ) from error
+    return cast("list[int]", ids)
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Return `ids` if the tokenizer has them all.
+
+    Raises:
+        ConfigError: an unknown id.
+    """
     unknown = [token for token in ids if not 0 <= token < len(tokenizer)]
     if unknown:
         raise ConfigError(f"unknown token id {unknown[0]}", hint=f"The base's ids are 0 to {len(tokenizer) - 1}.")
