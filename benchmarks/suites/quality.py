@@ -152,7 +152,7 @@ SUITE = Suite(
     """
 The question is that of *LoRA Without Regret* (Thinking Machines, 2025), on a small scale.
 
-- BatchSampler of 8 examples, 3 epochs, linear decay after a warm-up of 10 %; AdamW, no weight decay, gradients clipped to 1.
+- Batches of 8 examples, 3 epochs, linear decay after a warm-up of 10 %; AdamW, no weight decay, gradients clipped to 1.
   All systems read the same batches in the same order with the same loss, optimizer and schedule; full fine-tuning is a
   plain loop over all weights.
 - LoRA has `lora_alpha=32` on all linear layers; *attention only* has r=11 on the projections of queries and outputs

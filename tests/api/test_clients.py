@@ -102,14 +102,20 @@ def test_litellm(url: str) -> None:
         warnings.simplefilter("ignore")  # its own, and those of its dependencies
         import litellm
 
-        request: Any = {"messages": MESSAGES, "api_base": f"{url}/v1", "api_key": "none", "timeout": TIMEOUT}
-        greedy: Any = {**request, "model": "openai/poet", "temperature": 0, "max_tokens": 6}
-        completion = litellm.completion(**greedy)
-        chunks = list(litellm.completion(**greedy, stream=True))
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert text == completion.choices[0].message.content
-        with pytest.raises(litellm.NotFoundError):
-            litellm.completion(**request, model="openai/nobody")
+        # litellm never closes what it opens itself: the client's socket, and an event loop if there is none.
+        with (
+            asyncio.Runner() as runner,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT) as client,
+        ):
+            asyncio.set_event_loop(runner.get_loop())
+            request: Any = {"messages": MESSAGES, "client": client}
+            greedy: Any = {**request, "model": "openai/poet", "temperature": 0, "max_tokens": 6}
+            completion = litellm.completion(**greedy)
+            chunks = list(litellm.completion(**greedy, stream=True))
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            assert text == completion.choices[0].message.content
+            with pytest.raises(litellm.NotFoundError):
+                litellm.completion(**request, model="openai/nobody")
 
 
 # ---- schemathesis
