@@ -31,11 +31,11 @@ MAY = {
     "stored": {"lora", *GROUND},
     "store": {"stored", "lora", *GROUND},
     "base": GROUND,
-    "generation": {"lora", "base", *GROUND},
+    "generation": {"sampling", "lora", "base", *GROUND},
     "dataset": {"base", *GROUND},
     "train": {"dataset", "lora", "ops", "base", *GROUND},
-    "serve": {"store", "stored", "lora", "ops", "base", *GROUND},
-    "api": {"serve", "store", "stored", "lora", "base", *GROUND},
+    "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},
+    "api": {"serve", "sampling", "store", "stored", "lora", "base", *GROUND},
     "cli": {"api", "serve", "store", "generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},
 }
 
