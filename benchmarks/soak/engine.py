@@ -17,7 +17,7 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.kv_cache import KVCache
 
-PATIENCE = 120.0  # seconds after the end for requests to finish
+PATIENCE = 600.0  # seconds after the end for requests to finish
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from loradeck.sampling import Token
 
 LAST = 16  # requests that are running when the server is told to stop
 STARTED = 4  # of them have their first token then
-PATIENCE = 120.0  # seconds for cancelled requests to end
+PATIENCE = 600.0  # seconds for cancelled requests to end
 
 
 @dataclass

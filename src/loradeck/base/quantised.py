@@ -15,7 +15,7 @@ from loradeck.base.matmul import blocks, linear
 from loradeck.base.self_check import Product, why_not_usable
 from loradeck.errors import UnsupportedError
 
-FEW = 8  # rows up to which the op is faster than dequantising first: `python -m benchmarks.kernels`
+FEW = 8  # rows up to which the op is faster than dequantising first: `python -m benchmarks base`
 STEP = 32  # the op crashes unless the inputs are a multiple of 16; asking for 32 costs nothing
 TOLERANCE = 2**-6  # share of the largest output: the op rounds its inputs and outputs to bfloat16
 

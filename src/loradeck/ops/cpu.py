@@ -22,7 +22,7 @@ from loradeck.ops.weights import LayerAdapters, LoraWeights
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Microseconds on two CPU cores, of a layer from 576 to 1536 features: `python -m benchmarks.ops`, results/ops.json;
+# Microseconds on two CPU cores, of a layer from 576 to 1536 features: `python -m benchmarks ops`, results/ops.*json;
 # between those of float32 and of bfloat16.
 TOKEN_RANK = 0.037  # a token at one rank, here
 DENSE, DENSE_TOKEN, DENSE_TOKEN_RANK = 45.0, 0.2, 0.016  # two dense products of a segment
