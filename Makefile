@@ -26,14 +26,17 @@ types: .venv/.dev
 	$(BIN)/pyrefly check
 
 # PEERS adds other systems: make bench PEERS='--python llama.cpp=VENV/bin/python --python vLLM=VENV/bin/python'
-bench: .venv/.dev  ## measure against PEFT, in an hour; writes benchmarks/results/ and the pages made from it
-	$(BIN)/python -m benchmarks.adapters
-	$(BIN)/python -m benchmarks.train
-	$(BIN)/python -m benchmarks.serve
-	$(BIN)/python -m benchmarks.base
-	$(BIN)/python -m benchmarks.emulated
-	$(if $(PEERS),$(BIN)/python -m benchmarks.peers $(PEERS))
-	$(BIN)/python -m benchmarks.tables
+bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a commit; writes results and their pages
+	$(BIN)/python -m benchmarks adapters
+	$(BIN)/python -m benchmarks train
+	$(BIN)/python -m benchmarks serve
+	$(BIN)/python -m benchmarks base
+	$(BIN)/python -m benchmarks emulated
+	$(BIN)/python -m benchmarks ops
+	$(if $(PEERS),$(BIN)/python -m benchmarks peers $(PEERS))
+	$(BIN)/python -m benchmarks soak
+	$(BIN)/python -m benchmarks quality
+	$(BIN)/python -m benchmarks report
 
 # torch comes first and pinned: the plain name takes gigabytes of CUDA packages on a machine without a GPU.
 .venv/.torch: constraints.txt

@@ -1,7 +1,6 @@
-"""The tasks of benchmarks/quality.py: prompts and answers from installed packages. Knows text; knows no model.
+"""The tasks of the quality suite: prompts and answers from installed packages.
 
-What is asked in the test, and in the validation that the learning rates are tuned by, is never in the training split:
-not the number, not the country, not the module of the function.
+No number, country or module of the validation and test splits is in the training split.
 """
 
 import ast
@@ -14,12 +13,9 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-import countryinfo
-from num2words import num2words
-
 Pair = tuple[str, str]
 TRAIN, VALID, TEST = 128, 96, 192
-SIGNATURE, LINE = 44, 64  # characters; longer functions are left out, for the time that they take
+SIGNATURE, LINE = 44, 64  # characters; longer functions are left out to save time
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,8 @@ class Task:
 
 
 def number_words() -> Task:
+    from num2words import num2words
+
     numbers = random.Random(0).sample(range(100, 1000), TRAIN + VALID + TEST)
     return Task(
         "number words",
@@ -56,9 +54,13 @@ FACTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def country_facts() -> Task:
-    known = {country["name"]: country for country in (each.info() for each in countryinfo.all_countries())}
+    import countryinfo
+
+    countries = {country["name"]: country for country in (each.info() for each in countryinfo.all_countries())}
     names = sorted(
-        name for name, country in known.items() if all(country.get(key) for key in ("capital", "demonym", "ISO", "tld"))
+        name
+        for name, country in countries.items()
+        if all(country.get(key) for key in ("capital", "demonym", "ISO", "tld"))
     )
     random.Random(0).shuffle(names)
     return Task(
@@ -66,12 +68,14 @@ def country_facts() -> Task:
         f"A country's {', '.join(FACTS)}; the countries of the test are not those of the training.",
         f"countryinfo {version('countryinfo')}, MIT",
         True,
-        *_split([[(f"{name}, {fact}:", take(known[name])) for fact, take in FACTS.items()] for name in names]),
+        *_split(
+            [[(f"{name}, {fact}:", fact_of(countries[name])) for fact, fact_of in FACTS.items()] for name in names]
+        ),
     )
 
 
 def docstrings() -> Task:
-    seen: set[str] = set()  # one line may describe several modules' functions
+    seen: set[str] = set()  # one line can describe functions of several modules
     modules = [_functions(file, seen) for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     random.Random(0).shuffle(modules)
     return Task(
@@ -84,11 +88,15 @@ def docstrings() -> Task:
     )
 
 
-TASKS = (number_words, country_facts, docstrings)
+TASKS: Mapping[str, Callable[[], Task]] = {
+    "number words": number_words,
+    "country facts": country_facts,
+    "docstrings": docstrings,
+}
 
 
 def _functions(file: Path, seen: set[str]) -> list[Pair]:
-    """Return the signature and first line of the public functions of a module, of each line the first."""
+    """Return the signatures and first lines of the public functions of a module, each line once."""
     pairs: list[Pair] = []
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
@@ -101,7 +109,7 @@ def _functions(file: Path, seen: set[str]) -> list[Pair]:
 
 
 def _split(groups: Sequence[Sequence[Pair]]) -> tuple[list[Pair], ...]:
-    """Deal whole groups into the splits, in order, and cut each to its size."""
+    """Put whole groups into the splits, in order, and cut each to its size."""
     rest = iter(groups)
     splits: list[list[Pair]] = []
     for size in (TRAIN, VALID, TEST):

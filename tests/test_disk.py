@@ -1,4 +1,4 @@
-"""Atomic writes: the old version or the new one, whatever happens in between, a real kill -9 included."""
+"""Atomic writes: the old version or the new one, even after a real kill -9."""
 
 import os
 import random
@@ -17,7 +17,7 @@ from loradeck.disk import new_folder, write_file
 
 PARTS = ("a.bin", "b.bin", "deeper/c.bin")
 
-# Writes version after version, each file of a version holding only its number, and tells of each that is finished.
+# Writes version after version, each file holding only its version's number, and prints each version it finishes.
 SAVE_FOLDERS = f"""
 import sys
 from pathlib import Path
@@ -25,10 +25,10 @@ from loradeck.disk import new_folder
 version = int(sys.argv[2])
 while True:
     version += 1
-    with new_folder(Path(sys.argv[1])) as fresh:
+    with new_folder(Path(sys.argv[1])) as new:
         for part in {PARTS}:
-            (fresh / part).parent.mkdir(exist_ok=True)
-            (fresh / part).write_text(f"{{version}}\\n" * 5000)
+            (new / part).parent.mkdir(exist_ok=True)
+            (new / part).write_text(f"{{version}}\\n" * 5000)
     print(version, flush=True)
 """
 SAVE_FILES = """
@@ -81,9 +81,9 @@ def test_write_file_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: p
 
 
 def fill(folder: Path, **files: str) -> None:
-    with new_folder(folder) as fresh:
+    with new_folder(folder) as new:
         for name, text in files.items():
-            (fresh / name).write_text(text)
+            (new / name).write_text(text)
 
 
 def test_new_folder_with_its_parents(tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_new_folder_with_its_parents(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "y").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_new_folder_is_not_there_until_it_is_whole(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "it") as fresh:
-        (fresh / "one").write_text("1")
+def test_new_folder_does_not_appear_until_it_is_complete(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "it") as new:
+        (new / "one").write_text("1")
         assert not (tmp_path / "it").exists()
     assert contents(tmp_path) == {"it/one": "1"}
 
@@ -110,7 +110,7 @@ def _by_two_renames(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("how", [_by_exchange, _by_two_renames])
-def test_new_folder_carries_over_what_others_put_there(
+def test_new_folder_carries_over_other_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     how(monkeypatch)
@@ -130,7 +130,7 @@ def test_new_folder_carries_over_what_others_put_there(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_new_folder_replaces_the_old_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_folder_replaces_the_old_one_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "it", one="1")
     monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("a moment without the folder"))
     fill(tmp_path / "it", one="new")
@@ -144,8 +144,8 @@ def test_new_folder_that_fails_leaves_the_old_one(tmp_path: Path, old: dict[str,
     before = contents(tmp_path)
 
     def stop_halfway() -> None:
-        with new_folder(tmp_path / "it") as fresh:
-            (fresh / "one").write_text("half of the n")
+        with new_folder(tmp_path / "it") as new:
+            (new / "one").write_text("half of the n")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -166,52 +166,52 @@ def test_new_folder_through_a_link_replaces_what_it_points_to(tmp_path: Path) ->
 
 
 def kill_while_saving(program: str, target: Path, last: int, delay: float) -> int:
-    """Run the program, kill it some time after its first save, and return the last version it told of."""
+    """Run the program, kill it some time after its first save, and return the last version it printed."""
     command = [sys.executable, "-c", program, str(target), str(last)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        told = process.stdout.readline()
+        first = process.stdout.readline()
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
-        lines = [told, *process.stdout]
+        lines = [first, *process.stdout]
     assert process.returncode == -signal.SIGKILL
     return int(lines[-1])
 
 
 def test_kill_while_saving_folders(tmp_path: Path) -> None:
-    folder, last, chance = tmp_path / "it", 0, random.Random(0)
+    folder, last, rng = tmp_path / "it", 0, random.Random(0)
     fill(folder, notes="mine")
     for _ in range(10):
-        last = kill_while_saving(SAVE_FOLDERS, folder, last, chance.uniform(0, 0.05))
-        found = contents(folder)
-        assert found.pop("notes") == "mine"
-        assert set(found) == set(PARTS)
-        version = int(found["a.bin"].partition("\n")[0])
-        assert version in (last, last + 1)  # killed before the exchange, or between it and telling of it
-        assert set(found.values()) == {f"{version}\n" * 5000}
+        last = kill_while_saving(SAVE_FOLDERS, folder, last, rng.uniform(0, 0.05))
+        files = contents(folder)
+        assert files.pop("notes") == "mine"
+        assert set(files) == set(PARTS)
+        version = int(files["a.bin"].partition("\n")[0])
+        assert version in (last, last + 1)  # killed before the exchange, or between it and the print
+        assert set(files.values()) == {f"{version}\n" * 5000}
         last = version
 
 
 def test_kill_while_saving_a_file(tmp_path: Path) -> None:
-    file, last, chance = tmp_path / "it", 0, random.Random(0)
+    file, last, rng = tmp_path / "it", 0, random.Random(0)
     for _ in range(5):
-        last = kill_while_saving(SAVE_FILES, file, last, chance.uniform(0, 0.05))
+        last = kill_while_saving(SAVE_FILES, file, last, rng.uniform(0, 0.05))
         version = int(file.read_text().partition("\n")[0])
         assert version in (last, last + 1)
         assert file.read_text() == f"{version}\n" * 50000
         last = version
 
 
-def test_threads_that_write_at_once_leave_the_umask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It can only be read by setting it."""
+def test_concurrent_writes_do_not_change_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the umask means setting it."""
     umask = os.umask
     before = umask(0o022)
     umask(before)
 
     def slow(mask: int) -> int:
         old = umask(mask)
-        time.sleep(0.005)  # another thread's turn
+        time.sleep(0.005)  # lets another thread run
         return old
 
     monkeypatch.setattr(os, "umask", slow)

@@ -1,4 +1,4 @@
-"""The catalogue on disk: names, versions, identity; what is damaged, removed or changed by others; kill -9, and races."""
+"""The store: names, versions, identity; damage, removal and changes by others; kill -9, and races."""
 
 import hashlib
 import json
@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, UnknownAdapterError, UnsupportedError
+from loradeck.lora.manifest import is_adapter
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored, read_stored
 
@@ -75,14 +76,13 @@ def test_a_folder_of_peft_folders_is_a_store(store: AdapterStore) -> None:
     assert visible(store.folder) == {"poet", "pirate"}
 
 
-def test_what_is_told_of_an_adapter(store: AdapterStore) -> None:
+def test_the_facts_of_an_adapter(store: AdapterStore) -> None:
     pair = (torch.zeros(4, 6), torch.zeros(5, 4))
     made = Adapter.of(
         LoraConfig(r=2, lora_alpha=8), {"a.up": pair, "b.up": pair, "b.down": (pair[0][:2], pair[1][:, :2])}
     )
     made.origin = replace(made.origin, base_model="org/base")
     made.describe(base_fingerprint="f1ce")
-    before = time.time()
     made.save(store.folder / "poet")
     found = store.find("poet")
     assert (found.name, found.version, found.path) == ("poet", 0, store.folder / "poet")
@@ -90,12 +90,13 @@ def test_what_is_told_of_an_adapter(store: AdapterStore) -> None:
     assert (facts.r, facts.lora_alpha, facts.targets) == (4, 8, ("down", "up"))
     assert facts.nbytes == made.nbytes
     assert (facts.base_model, facts.base_fingerprint) == ("org/base", "f1ce")
-    assert before - 1 < found.created < time.time() + 1
+    files = [found.path / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+    assert found.created == max(file.stat().st_mtime_ns for file in files) / 1e9
     adapter().save(store.folder / "plain")
     assert store.find("plain").facts.base_fingerprint is None
 
 
-def test_what_is_no_adapter_is_passed_over(store: AdapterStore) -> None:
+def test_other_files_and_folders_are_ignored(store: AdapterStore) -> None:
     adapter().save(store.folder / "poet")
     for name in (".poet.half", ".versions"):
         shutil.copytree(store.folder / "poet", store.folder / name)
@@ -118,7 +119,7 @@ def test_what_is_no_adapter_is_passed_over(store: AdapterStore) -> None:
             store.find(name)
 
 
-def test_a_store_that_is_not_there(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_missing_store(store: AdapterStore, tmp_path: Path) -> None:
     for ask in (store.names, store.latest, store.problems, lambda: store.versions("poet"), lambda: store.find("poet")):
         with pytest.raises(AdapterError, match=str(store.folder)):
             ask()
@@ -158,7 +159,7 @@ def test_publishing_makes_versions(store: AdapterStore) -> None:
     assert visible(store.folder) == {"poet@1", "poet@2", "poet@3"}
 
 
-def test_numbers_are_compared_as_numbers(store: AdapterStore, source: Path) -> None:
+def test_versions_sort_as_numbers(store: AdapterStore, source: Path) -> None:
     for number in (2, 9, 10):
         shutil.copytree(source, store.folder / f"poet@{number}")
     assert store.versions("poet") == [2, 9, 10]
@@ -173,7 +174,7 @@ def test_publishing_beside_the_folder_of_a_training_run(store: AdapterStore) -> 
     assert [store.find(spec).facts.r for spec in ("poet", "poet@0", "poet@1")] == [2, 3, 2]
 
 
-def test_names_that_begin_alike_are_told_apart(store: AdapterStore, source: Path) -> None:
+def test_a_name_that_is_the_beginning_of_another(store: AdapterStore, source: Path) -> None:
     for name in ("poet", "poet2", "poe", "poet-2"):
         store.publish(name, source)
     assert store.publish("poet", source).version == 2
@@ -202,7 +203,7 @@ def test_an_unknown_name(store: AdapterStore, source: Path) -> None:
 # ---- publish
 
 
-def test_a_folder_is_copied_as_it_is_without_the_rest_of_its_run(store: AdapterStore, source: Path) -> None:
+def test_only_the_adapters_own_files_are_copied(store: AdapterStore, source: Path) -> None:
     made = store.publish("poet", source)
     own = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert {path.name for path in made.path.iterdir()} == own
@@ -230,7 +231,7 @@ def test_shards_are_published(store: AdapterStore, source: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
-def test_what_is_published_is_loaded_by_a_bank_and_by_peft(
+def test_a_published_version_is_loaded_by_a_bank_and_by_peft(
     store: AdapterStore, source: Path, tiny: LlamaForCausalLM
 ) -> None:
     ids = torch.arange(3, 13)[None]
@@ -278,10 +279,10 @@ def nan(folder: Path) -> None:
         (cut, AdapterError, "adapter_model.safetensors is damaged"),
         (dora, UnsupportedError, "use_dora"),
         (nan, AdapterError, "NaN"),
-        (shutil.rmtree, AdapterError, "no folder"),
+        (shutil.rmtree, AdapterError, "not a folder"),
     ],
 )
-def test_what_cannot_be_loaded_is_not_published(
+def test_an_adapter_that_cannot_be_loaded_is_not_published(
     store: AdapterStore, source: Path, damage: Callable[[Path], None], error: type[AdapterError], what: str
 ) -> None:
     store.publish("poet", source)
@@ -306,7 +307,7 @@ def test_an_adapter_that_went_nan_is_not_published(store: AdapterStore) -> None:
     "name",
     ["", ".", "..", "../x", "a/b", "a\\b", "a@1", "a*b", "a+b", "a:b", "a,b", " a", ".a", "a\n", "a\0", "x" * 129],
 )
-def test_names_that_cannot_be(store: AdapterStore, source: Path, name: str) -> None:
+def test_invalid_names(store: AdapterStore, source: Path, name: str) -> None:
     with pytest.raises(AdapterNameError):
         store.publish(name, source)
     assert not store.folder.exists()
@@ -358,17 +359,17 @@ def test_sha256_is_of_the_files(store: AdapterStore, source: Path) -> None:
         for name in ("adapter_config.json", "adapter_model.safetensors")
     )
     assert made.sha256() == hashlib.sha256(lines.encode()).hexdigest()
-    assert made.recorded == store.find("poet").recorded == made.sha256()
+    assert made.recorded_sha256 == store.find("poet").recorded_sha256 == made.sha256()
     adapter(2).save(store.folder / "plain")
     plain = store.find("plain")
-    assert plain.recorded is None
+    assert plain.recorded_sha256 is None
     assert plain.sha256() == made.sha256()
     assert store.publish("poet", adapter(3)).sha256() != made.sha256()
     shutil.rmtree(store.folder / ".versions")
-    assert (store.find("poet@1").recorded, store.find("poet@1").sha256()) == (None, made.sha256())
+    assert (store.find("poet@1").recorded_sha256, store.find("poet@1").sha256()) == (None, made.sha256())
 
 
-def test_a_card_is_no_part_of_the_identity_and_alpha_is(store: AdapterStore, source: Path) -> None:
+def test_the_identity_covers_alpha_but_not_the_card(store: AdapterStore, source: Path) -> None:
     first = store.publish("poet", source).sha256()
     (source / "README.md").write_text("Another card.")
     assert store.publish("poet", source).sha256() == first
@@ -378,26 +379,28 @@ def test_a_card_is_no_part_of_the_identity_and_alpha_is(store: AdapterStore, sou
 
 
 @pytest.mark.parametrize("record", [b"", b"{", b'{"sha256": "x", "files": []}', b"[" * 100_000, b"\xff"])
-def test_a_record_that_cannot_be_read_only_costs_time(store: AdapterStore, source: Path, record: bytes) -> None:
+def test_an_unreadable_record_only_costs_time(store: AdapterStore, source: Path, record: bytes) -> None:
     made = store.publish("poet", source)
     (store.folder / ".versions" / "poet@1.json").write_bytes(record)
-    assert store.find("poet").recorded is None
+    assert store.find("poet").recorded_sha256 is None
     assert store.find("poet").sha256() == made.sha256()
 
 
-def test_a_version_written_to_against_the_rules_has_another_identity(store: AdapterStore, source: Path) -> None:
+def test_a_version_changed_by_hand_has_another_identity(store: AdapterStore, source: Path) -> None:
     made = store.publish("poet", source)
     file = made.path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")  # of the same size
     with pytest.raises(AdapterError, match="has changed"):
         made.sha256()
     assert store.find("poet") != made
-    assert store.find("poet").sha256() != made.recorded
+    assert store.find("poet").sha256() != made.recorded_sha256
 
 
 @pytest.mark.parametrize("settled", [False, True])
-def test_a_folder_trained_again_is_seen(store: AdapterStore, settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if settled:  # as if a second had passed: what was read is remembered
+def test_a_folder_that_is_trained_again_is_noticed(
+    store: AdapterStore, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if settled:  # as if a second had passed, so headers are cached
         monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
     adapter(2).save(store.folder / "poet")
     found = store.find("poet")
@@ -411,7 +414,7 @@ def test_a_folder_trained_again_is_seen(store: AdapterStore, settled: bool, monk
     assert store.find("poet").sha256() != first
 
 
-def test_a_folder_written_to_and_dated_back_is_seen(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_with_the_old_mtime_is_noticed(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
     file = adapter().save(store.folder / "poet") / "adapter_model.safetensors"
     found, times = store.find("poet"), file.stat()
@@ -423,7 +426,9 @@ def test_a_folder_written_to_and_dated_back_is_seen(store: AdapterStore, monkeyp
     assert store.find("poet").sha256() != first
 
 
-def test_headers_are_read_once_while_the_files_stay(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_are_read_once_while_the_files_stay_the_same(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
     adapter().save(store.folder / "poet")
     first = store.find("poet")
@@ -433,7 +438,7 @@ def test_headers_are_read_once_while_the_files_stay(store: AdapterStore, monkeyp
     assert store.find("poet").sha256() == digest
 
 
-def test_what_was_written_just_now_is_not_remembered(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_written_just_now_are_not_cached(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loradeck.stored.SETTLED", 10**15)  # just now: in the last eleven days
     adapter().save(store.folder / "poet")
     store.find("poet")
@@ -450,14 +455,14 @@ def test_a_copied_store_keeps_its_records(store: AdapterStore, source: Path, tmp
     made = store.publish("poet", source)
     shutil.copytree(store.folder, tmp_path / "copy")  # keeps the times of files, as rsync -a does
     copied = AdapterStore(tmp_path / "copy").find("poet")
-    assert copied.recorded == made.sha256()
+    assert copied.recorded_sha256 == made.sha256()
     assert copied.created == made.created
 
 
 # ---- damage
 
 
-def test_a_damaged_adapter_is_told_of_and_hides_no_other(store: AdapterStore, source: Path) -> None:
+def test_a_damaged_adapter_is_reported_and_hides_no_other(store: AdapterStore, source: Path) -> None:
     for name in ("poet", "pirate"):
         store.publish(name, source)
     cut(store.publish("poet", source).path)
@@ -468,14 +473,29 @@ def test_a_damaged_adapter_is_told_of_and_hides_no_other(store: AdapterStore, so
     assert problems.keys() == {"poet@2", "dora"}
     assert isinstance(problems["dora"], UnsupportedError)
     with pytest.raises(AdapterError, match="is damaged"):
-        store.find("poet")  # never the version before instead
+        store.find("poet")  # never an older version instead
     assert store.find("poet@1").facts.r == 2
     store.remove("poet@2")
     assert store.find("poet").version == 1
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_tensors_without_a_configuration_are_a_damaged_adapter(store: AdapterStore, source: Path, name: str) -> None:
+    """As a removal leaves them that was killed between the files of a folder with others in it."""
+    shutil.copytree(source, store.folder / "poet")
+    (store.folder / "poet" / "adapter_config.json").unlink()
+    (store.folder / "poet" / "adapter_model.safetensors").rename(store.folder / "poet" / name)
+    assert store.names() == ["poet"]
+    assert store.problems().keys() == {"poet"}
+    with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
+        store.find("poet")
+    store.remove("poet")
+    assert store.names() == []
+    assert {path.name for path in (store.folder / "poet").iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
 @pytest.mark.parametrize("name", ["a+b", "poet@x", "poet@0", "poet@01", "@1", "a@b@1"])
-def test_a_folder_whose_name_cannot_be_is_told_of(store: AdapterStore, source: Path, name: str) -> None:
+def test_a_folder_with_an_invalid_name_is_reported(store: AdapterStore, source: Path, name: str) -> None:
     store.publish("poet", source)
     shutil.copytree(source, store.folder / name)
     assert store.names() == ["poet"]
@@ -486,7 +506,7 @@ def test_a_folder_whose_name_cannot_be_is_told_of(store: AdapterStore, source: P
         store.find(name)
 
 
-def test_a_pipe_in_an_adapters_folder_does_not_hold_the_store_up(store: AdapterStore) -> None:
+def test_a_pipe_in_an_adapters_folder_does_not_block_the_store(store: AdapterStore) -> None:
     (store.folder / "poet").mkdir(parents=True)
     os.mkfifo(store.folder / "poet" / "adapter_config.json")
     assert store.problems().keys() == {"poet"}
@@ -517,7 +537,7 @@ def test_remove_a_name(store: AdapterStore, source: Path) -> None:
     assert store.publish("poet", source).version == 3
 
 
-def test_remove_leaves_what_is_no_adapters(store: AdapterStore, source: Path) -> None:
+def test_remove_leaves_other_files(store: AdapterStore, source: Path) -> None:
     shutil.copytree(source, store.folder / "poet")
     store.remove("poet")
     assert store.names() == []
@@ -525,7 +545,7 @@ def test_remove_leaves_what_is_no_adapters(store: AdapterStore, source: Path) ->
     assert visible(store.folder) == {path.name for path in store.folder.iterdir()} == {"poet"}
 
 
-def test_remove_a_link_leaves_what_it_leads_to(store: AdapterStore, source: Path) -> None:
+def test_removing_a_link_leaves_its_target(store: AdapterStore, source: Path) -> None:
     store.folder.mkdir()
     (store.folder / "poet").symlink_to(source)
     assert store.find("poet").facts.r == 2
@@ -557,50 +577,47 @@ def test_prune(store: AdapterStore, source: Path) -> None:
     for _ in range(4):
         store.publish("poet", source)
     assert store.prune("poet", keep=2) == [1, 2]
-    assert store.versions("poet") == [0, 3, 4]  # what was not published is not its business
+    assert store.versions("poet") == [0, 3, 4]  # version 0 was never published, so it stays
     assert store.prune("poet", keep=2) == store.prune("poet", keep=9) == []
     assert records(store) == ["poet@3.json", "poet@4.json"]
-    with pytest.raises(ConfigError, match="keep=0"):
+    with pytest.raises(ConfigError, match="keep must be at least 1, not 0"):
         store.prune("poet", keep=0)
     assert store.versions("poet") == [0, 3, 4]
 
 
 # ---- others at the same time
 
-# Publishes adapter after adapter in as many processes as there are sources, and tells of each. They begin together.
+# Publishes one adapter per source and round, each in a process of its own; every round begins together in all of them.
 RACE = """
-import os, sys
+import multiprocessing, os, sys
 from loradeck import Adapter
 from loradeck.store import AdapterStore
-folder, times, *sources = sys.argv[1:]
+folder, rounds, *sources = sys.argv[1:]
 adapters, store = [Adapter.load(source) for source in sources], AdapterStore(folder)
-start, go = os.pipe()
+barrier = multiprocessing.get_context("fork").Barrier(len(adapters), timeout=600)
 for adapter in adapters:
     if os.fork() == 0:
-        os.close(go)
-        os.read(start, 1)
-        for _ in range(int(times)):
-            made = store.publish("poet", adapter)
-            os.write(1, f"{made.version} {made.facts.r}\\n".encode())
+        for _ in range(int(rounds)):
+            barrier.wait()
+            stored = store.publish("poet", adapter)
+            os.write(1, f"{stored.version} {stored.facts.r}\\n".encode())
         os._exit(0)
-os.close(go)
 sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in adapters))
 """
 
 
 def test_processes_that_publish_one_name_at_the_same_time_lose_nothing(store: AdapterStore, tmp_path: Path) -> None:
-    processes, times = 4, 10
+    processes, rounds = 4, 5
     sources = [str(adapter(r, layers=1, width=8).save(tmp_path / f"{r}")) for r in range(1, processes + 1)]
-    command = [sys.executable, "-c", RACE, str(store.folder), str(times), *sources]
+    command = [sys.executable, "-c", RACE, str(store.folder), str(rounds), *sources]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    told = dict(map(int, line.split()) for line in done.stdout.splitlines())
-    assert sorted(told) == store.versions("poet") == list(range(1, processes * times + 1))
-    assert {number: store.find(f"poet@{number}").facts.r for number in told} == told
-    assert sorted(told.values()) == sorted([*range(1, processes + 1)] * times)
-    order = [told[number] for number in sorted(told)]
-    assert order != sorted(order), "they did not publish at the same time"
-    assert len(visible(store.folder)) == processes * times
+    ranks = dict(map(int, line.split()) for line in done.stdout.splitlines())
+    assert sorted(ranks) == store.versions("poet") == list(range(1, processes * rounds + 1))
+    assert {number: store.find(f"poet@{number}").facts.r for number in ranks} == ranks
+    for first in range(1, processes * rounds, processes):
+        assert sorted(ranks[number] for number in range(first, first + processes)) == [1, 2, 3, 4]
+    assert len(visible(store.folder)) == processes * rounds
 
 
 @pytest.fixture
@@ -622,7 +639,7 @@ def publisher(store: AdapterStore) -> Iterator[threading.Thread]:
     thread.join()
 
 
-def test_what_is_asked_for_while_others_publish_and_remove_is_always_found(
+def test_an_adapter_is_always_found_while_others_publish_and_prune(
     store: AdapterStore, publisher: threading.Thread
 ) -> None:
     seen: list[Stored] = []
@@ -652,6 +669,39 @@ def test_a_version_removed_between_listing_and_reading(
         assert store.find("poet").version == 1
     else:
         assert store.problems() == {}
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (lambda store: store.find("poet").version, 2),
+        (lambda store: store.versions("poet"), [2]),
+        (AdapterStore.names, ["poet"]),
+        (lambda store: [adapter.version for adapter in store.latest()], [2]),
+        (AdapterStore.problems, {}),
+    ],
+    ids=["find", "versions", "names", "latest", "problems"],
+)
+def test_a_version_replaced_during_a_query(
+    store: AdapterStore,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    query: Callable[[AdapterStore], object],
+    expected: object,
+) -> None:
+    """Between listing the folder and looking into what was listed, another process publishes and prunes."""
+    store.publish("poet", source)
+    replaced = threading.Event()
+
+    def late(folder: Path) -> bool:
+        if not replaced.is_set():
+            replaced.set()
+            store.publish("poet", source)
+            store.prune("poet", keep=1)
+        return is_adapter(folder)
+
+    monkeypatch.setattr("loradeck.store.is_adapter", late)
+    assert query(store) == expected
 
 
 # For each line "step action" it reads, forks a process that does the action, and is killed before the step-th time

@@ -1,10 +1,9 @@
-"""What each system is asked, and how it answers. Knows no system; needs the standard library only.
+"""The work that all systems do, and the protocol that they do it by. Needs the standard library only.
 
-A system is a process in a Python of its own, `PYTHON -m benchmarks.peers.NAME [WEIGHTS] FOLDER`. Once it is ready it
-writes one JSON line, {package: version}; then for each line {"rows", "adapters", "tokens"} that it reads it continues
-so many of the folder's prompts by so many tokens, greedily and past any end, row i through adapter i modulo `adapters`
-(0: the base alone), and writes {"seconds", "tokens"}. It keeps nothing from one question to the next but
-what it has loaded.
+A system is a process in a Python of its own. When it is ready it writes one JSON line, {package: version}; then for
+each line {"rows", "adapters", "tokens"} that it reads, it continues that many of the folder's prompts by that many
+tokens, greedily and past any end, row i through adapter i modulo `adapters` (0: the base alone), and writes
+{"seconds", "tokens"}. It keeps nothing between requests but what it has loaded.
 """
 
 import json
@@ -22,7 +21,7 @@ Generate = Callable[[Sequence[list[int]], Sequence[int | None], int], list[list[
 
 @dataclass(frozen=True)
 class Folder:
-    """What all systems load, made by __main__.py."""
+    """What all systems load."""
 
     path: Path
 
@@ -46,25 +45,25 @@ class Folder:
         return json.loads((self.path / "prompts.json").read_text(encoding="utf-8"))
 
 
-class Questions:
-    """The questions on stdin, and the only ones who may write to stdout: libraries that print go to stderr."""
+class Server:
+    """Answers requests on stdin. Nothing else writes to stdout: libraries that print go to stderr."""
 
     def __init__(self) -> None:
         self.folder = Folder(Path(sys.argv[-1]))
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
-    def answer(self, generate: Generate, versions: Mapping[str, str]) -> None:
-        """Answer until there are no more."""
+    def run(self, generate: Generate, versions: Mapping[str, str]) -> None:
+        """Answer until stdin ends."""
         self._write(versions)
         prompts = self.folder.prompts
         for line in sys.stdin:
-            asked = json.loads(line)
-            rows, adapters = asked["rows"], asked["adapters"]
-            through = [i % adapters if adapters else None for i in range(rows)]
-            begun = time.perf_counter()
-            tokens = generate(prompts[:rows], through, asked["tokens"])
-            self._write({"seconds": time.perf_counter() - begun, "tokens": tokens})
+            request = json.loads(line)
+            rows, count = request["rows"], request["adapters"]
+            adapters = [i % count if count else None for i in range(rows)]
+            begin = time.perf_counter()
+            tokens = generate(prompts[:rows], adapters, request["tokens"])
+            self._write({"seconds": time.perf_counter() - begin, "tokens": tokens})
 
     def _write(self, value: Mapping[str, object]) -> None:
         print(json.dumps(value), file=self._out, flush=True)

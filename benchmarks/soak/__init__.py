@@ -1,1 +1,1 @@
-"""The soak: thousands of adapters, little room, everything at random, and every answer held against itself alone."""
+"""The soak: thousands of adapters, little room, random requests, and every answer compared with its request alone."""

@@ -1,15 +1,15 @@
-"""The soak of an engine, in this process: many threads ask, one loads, unloads and publishes."""
+"""The soak of an engine, in this process: many threads send requests, one loads, unloads and publishes."""
 
 import gc
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-from benchmarks.soak.asked import Asked, Ledger, Meaning, Questions, Route, Told
-from benchmarks.soak.crowd import Crowd
-from benchmarks.soak.memory import Memory
+from benchmarks.memory import MemoryTrace
+from benchmarks.soak.catalogue import Catalogue
+from benchmarks.soak.requests import Answer, Ledger, RandomRequests, Request, Resolution, Route
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
 from loradeck.sampling import SamplingParams
@@ -17,144 +17,156 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.kv_cache import KVCache
 
-PATIENCE = 120.0  # seconds after the end for what was begun to end
+PATIENCE = 120.0  # seconds after the end for requests to finish
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """How much of everything there is."""
+class Limits:
+    """How long the soak takes, how many clients there are, and how much room."""
 
     seconds: float
+    """At most; `enough` ends it before."""
     clients: int
-    longest: int
-    """Tokens of a prompt at most."""
-    answer: int
+    max_prompt: int
+    """Tokens; so is `max_tokens`."""
+    max_tokens: int
     pause: float
-    """Seconds between two things done by hand, on average."""
+    """Seconds between two administrative actions, on average."""
     config: EngineConfig
+    enough: Callable[[Ledger], bool] = lambda _: False
 
 
-def soak(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, dict[str, float]]:
-    """Ask, cancel, load, unload and publish at random; return what happened, and what is left."""
-    before = living()
-    ledger, left, cache = soaked(base, crowd, bounds, seed)
-    left["after closing: bytes of the cache"] = cache.nbytes
-    left["after closing: adapters in memory"] = living() - before
-    return ledger, left
+def soak(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Ledger, dict[str, float]]:
+    """Request, cancel, load, unload and publish at random; return what happened, and what is left."""
+    before = live_adapters()
+    ledger, figures, cache = run(base, catalogue, limits, seed)
+    figures["after closing: bytes of the cache"] = cache.nbytes
+    figures["after closing: adapters in memory"] = live_adapters() - before
+    return ledger, figures
 
 
-def soaked(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, dict[str, float], KVCache]:
-    """Do so, with the engine's cache."""
-    ledger, over, memory = Ledger(), threading.Event(), Memory()
-    with Engine(base, crowd.store, bounds.config) as engine:
-        threads = [threading.Thread(target=by_hand, args=(engine, crowd, ledger, over, bounds.pause, seed))]
-        for number in range(bounds.clients):
-            questions = Questions(
-                crowd, base.model.config.vocab_size, seed + number + 1, longest=bounds.longest, answer=bounds.answer
+def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Ledger, dict[str, float], KVCache]:
+    """Do so until the engine is closed, and return its cache too."""
+    ledger, stop, memory = Ledger(), threading.Event(), MemoryTrace()
+    with Engine(base, catalogue.store, limits.config) as engine:
+        threads = [threading.Thread(target=administer, args=(engine, catalogue, ledger, stop, limits.pause, seed))]
+        for number in range(limits.clients):
+            requests = RandomRequests(
+                catalogue,
+                base.model.config.vocab_size,
+                seed + number + 1,
+                max_prompt=limits.max_prompt,
+                max_tokens=limits.max_tokens,
             )
-            threads.append(threading.Thread(target=client, args=(engine, questions, ledger, over), daemon=True))
+            threads.append(threading.Thread(target=client, args=(engine, requests, ledger, stop), daemon=True))
         for thread in threads:
             thread.start()
-        memory.watch(bounds.seconds, partial(within, engine, ledger))
-        over.set()
-        until = time.monotonic() + PATIENCE
+
+        def check() -> bool:
+            check_budgets(engine, ledger)
+            return limits.enough(ledger)
+
+        memory.watch(limits.seconds, check)
+        stop.set()
+        deadline = time.monotonic() + PATIENCE
         for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 ledger.fail(TimeoutError(f"{thread.name} has not ended"))
         residency, cache = engine.residency, engine._loop._cache
         residents = residency.residents()
-        unknown = {*engine._runner.bank.names()} ^ {own.sha256 for own in residents}
-        left = {
+        unknown = {*engine._runner.bank.names()} ^ {resident.sha256 for resident in residents}
+        figures = {
             "loads": residency.loads,
             "evictions": residency.evictions,
             "prompt tokens found in the prefix cache": cache.prefixes.hits / max(cache.prefixes.queries, 1),
             **memory.figures(),
-            "left: pins": sum(own.pins for own in residents),
+            "left: pins": sum(resident.pins for resident in residents),
             "left: requests": len(engine._loop.live),
             "left: bytes of rows": cache.row_bytes,
             "left: bytes of prefixes, over the budget": cache.nbytes / cache.budget,
             "left: bytes of adapters, over the budget": residency.nbytes / residency.budget,
             "left: adapters that nothing knows": len(unknown),
         }
-    return ledger, left, cache
+    return ledger, figures, cache
 
 
-def client(engine: Engine, questions: Questions, ledger: Ledger, over: threading.Event) -> None:
-    """Ask one question after the other."""
-    while not over.is_set():
-        asked = questions.next()
+def client(engine: Engine, requests: RandomRequests, ledger: Ledger, stop: threading.Event) -> None:
+    """Send one request after the other."""
+    while not stop.is_set():
+        request = requests.next()
         ledger.count("requests")
         try:
-            ask(engine, questions.crowd, asked, ledger)
+            send(engine, requests.catalogue, request, ledger)
         except BusyError:
             ledger.count("refused")
-            time.sleep(questions.chance.uniform(0, 1))
+            time.sleep(requests.rng.uniform(0, 1))
         except LoradeckError as error:
             ledger.fail(error)
-        if questions.chance.random() < 0.1:
-            time.sleep(questions.chance.uniform(0, 1))
+        if requests.rng.random() < 0.1:
+            time.sleep(requests.rng.uniform(0, 1))
 
 
-def ask(engine: Engine, crowd: Crowd, asked: Asked, ledger: Ledger) -> None:
-    """Ask, read the answer as far as it is waited for, and keep it."""
-    meaning = Meaning.before(crowd, asked.weights)
-    stream = engine.submit(asked.prompt, dict(asked.weights) or None, sampling(asked))
-    meaning = meaning.after()
-    if asked.leaves == 0:
+def send(engine: Engine, catalogue: Catalogue, request: Request, ledger: Ledger) -> None:
+    """Send a request, read its answer until it ends or is cancelled, and add it to the ledger."""
+    resolution = Resolution.before(catalogue, request.weights)
+    stream = engine.submit(request.prompt, dict(request.weights) or None, sampling_params(request))
+    resolution = resolution.after()
+    if request.cancel_after == 0:
         stream.cancel()
     tokens = []
     for token in stream:
         tokens.append(token)
-        if len(tokens) == asked.leaves:
+        if len(tokens) == request.cancel_after:
             stream.cancel()
-    if meaning.overtaken():
+    if resolution.is_outdated():
         ledger.count("overtaken")
     key = dict(stream.request.key)
-    routes = [route for route in meaning.routes() if contents(crowd, route) == key]
+    routes = [route for route in resolution.routes() if content_key(catalogue, route) == key]
     if not routes:
-        return ledger.fail(LookupError(f"{asked.weights} was taken for {key}"))
-    if stream.finish not in ("stop", "length", "cancelled") or (stream.finish == "cancelled") > (
-        asked.leaves is not None
-    ):
-        return ledger.fail(RuntimeError(f"{asked} ended as {stream.finish}"))
+        return ledger.fail(LookupError(f"{request.weights} resolved to {key}"))
+    cancelled = stream.finish == "cancelled"
+    if stream.finish not in ("stop", "length", "cancelled") or (cancelled and request.cancel_after is None):
+        return ledger.fail(RuntimeError(f"{request} ended as {stream.finish}"))
     logprobs = [token.logprob for token in tokens if token.logprob is not None]
-    if len(logprobs) != len(tokens) * asked.scored:
-        return ledger.fail(RuntimeError(f"{asked} has {len(logprobs)} log-probabilities"))
-    return ledger.keep(Told(asked, routes[:1], [token.id for token in tokens], logprobs, stream.finish))
+    if len(logprobs) != len(tokens) * request.logprobs:
+        return ledger.fail(RuntimeError(f"{request} has {len(logprobs)} log-probabilities"))
+    return ledger.add(Answer(request, routes[:1], [token.id for token in tokens], logprobs, stream.finish))
 
 
-def contents(crowd: Crowd, route: Route) -> dict[str, float] | None:
-    """Return a route by the content of its adapters, as a request's key has it; None if one is not published yet."""
-    found: dict[str, float] = {}
+def content_key(catalogue: Catalogue, route: Route) -> dict[str, float] | None:
+    """Return a route by its adapters' content hashes, as a request's key has it; None if one is not published yet."""
+    key: dict[str, float] = {}
     for folder, weight in route:
         try:
-            sha256 = crowd.store.find(folder.name).sha256()
+            sha256 = catalogue.store.find(folder.name).sha256()
         except UnknownAdapterError:
             return None
-        found[sha256] = found.get(sha256, 0.0) + weight
-    return found
+        key[sha256] = key.get(sha256, 0.0) + weight
+    return key
 
 
-def sampling(asked: Asked) -> SamplingParams:
+def sampling_params(request: Request) -> SamplingParams:
     return SamplingParams(
-        max_tokens=asked.answer,
-        temperature=asked.temperature,
-        seed=asked.seed,
-        ignore_eos=asked.endless,
-        logprobs=0 if asked.scored else None,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
+        ignore_eos=request.ignore_eos,
+        logprobs=0 if request.logprobs else None,
     )
 
 
-def by_hand(engine: Engine, crowd: Crowd, ledger: Ledger, over: threading.Event, pause: float, seed: int) -> None:
+def administer(
+    engine: Engine, catalogue: Catalogue, ledger: Ledger, stop: threading.Event, pause: float, seed: int
+) -> None:
     """Load, unload and publish."""
-    chance = random.Random(seed)
-    while not over.wait(chance.uniform(0, 2 * pause)):
-        name = crowd.draw(chance)
-        kind = chance.choice(("loads by hand", "unloads by hand", "publishes"))
+    rng = random.Random(seed)
+    while not stop.wait(rng.uniform(0, 2 * pause)):
+        name = catalogue.draw(rng)
+        kind = rng.choice(("loads by hand", "unloads by hand", "publishes"))
         try:
             if kind == "publishes":
-                crowd.publish(name, chance.randrange(2**32, 2**33))
+                catalogue.publish(name, rng.randrange(2**32, 2**33))
             elif kind == "loads by hand":
                 engine.residency.load(name)
             else:
@@ -166,17 +178,16 @@ def by_hand(engine: Engine, crowd: Crowd, ledger: Ledger, over: threading.Event,
         ledger.count(kind)
 
 
-def within(engine: Engine, ledger: Ledger) -> None:
-    """See that nothing takes more than it may."""
-    for what, nbytes, budget in (
+def check_budgets(engine: Engine, ledger: Ledger) -> None:
+    for name, nbytes, budget in (
         ("adapters", engine.residency.nbytes, engine.residency.budget),
         ("rows", engine.stats.kv_bytes, engine.stats.kv_budget),
     ):
         if nbytes > budget:
-            ledger.fail(MemoryError(f"{what} take {nbytes} of {budget} bytes"))
+            ledger.fail(MemoryError(f"{name} take {nbytes} of {budget} bytes"))
 
 
-def living() -> int:
-    """Return how many adapters there are in this process."""
+def live_adapters() -> int:
+    """Return how many adapters this process holds."""
     gc.collect()
-    return sum(type(own) is Adapter for own in gc.get_objects())
+    return sum(type(each) is Adapter for each in gc.get_objects())

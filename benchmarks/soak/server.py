@@ -1,6 +1,6 @@
-"""The soak of a server: a `loradeck serve` process, openai's client many times, and SIGTERM in the middle of answers.
+"""The soak of a server: a `loradeck serve` process, many of openai's clients, and SIGTERM in the middle of answers.
 
-Tokens are told by the names that log-probabilities have, so that all answers are scored.
+Tokens are identified by their names in log-probabilities, so all requests have log-probabilities.
 """
 
 import asyncio
@@ -21,52 +21,56 @@ import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.soak.asked import Asked, Ledger, Meaning, Questions, Told
-from benchmarks.soak.crowd import Crowd
-from benchmarks.soak.engine import Bounds
-from benchmarks.soak.memory import Memory
+from benchmarks.memory import MemoryTrace
+from benchmarks.soak.catalogue import Catalogue
+from benchmarks.soak.engine import Limits
+from benchmarks.soak.requests import Answer, Ledger, RandomRequests, Request, Resolution
 from loradeck import Base
 from loradeck.api.logprobs import LogprobFormatter
 from loradeck.sampling import Token
 
-LAST = 16  # answers that are on their way when the server is told to end
-BEGUN = 4  # of them have begun then
+LAST = 16  # requests that are running when the server is told to stop
+STARTED = 4  # of them have their first token then
+PATIENCE = 120.0  # seconds for cancelled requests to end
 
 
 @dataclass
 class Session:
-    """A server that runs, and what its clients need."""
+    """A running server, and what its clients need."""
 
     url: str
     process: subprocess.Popen[str]
-    crowd: Crowd
+    catalogue: Catalogue
     ledger: Ledger
-    bounds: Bounds
+    limits: Limits
     tokens: dict[str, int]
     """By name."""
 
     def openai(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def questions(self, seed: int) -> Questions:
-        return Questions(self.crowd, len(self.tokens), seed, longest=self.bounds.longest, answer=self.bounds.answer)
+    def requests(self, seed: int) -> RandomRequests:
+        limits = self.limits
+        return RandomRequests(
+            self.catalogue, len(self.tokens), seed, max_prompt=limits.max_prompt, max_tokens=limits.max_tokens
+        )
 
 
-def soak(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, dict[str, float]]:
-    """Ask, go away, load, unload and publish at random; return what happened, and what is left."""
+def soak(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Ledger, dict[str, float]]:
+    """Request, cancel, load, unload and publish at random; return what happened, and what is left."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "loradeck", "serve", "smollm2-135m", "--dtype", "float32", "--port", "0"]
-        command += ["--adapters", str(crowd.store.folder)]
-        for own in fields(bounds.config):
-            command += [f"--{own.name.replace('_', '-')}", str(getattr(bounds.config, own.name))]
+        command += ["--adapters", str(catalogue.store.folder)]
+        for option in fields(limits.config):
+            command += [f"--{option.name.replace('_', '-')}", str(getattr(limits.config, option.name))]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
             assert process.stdout is not None
             url = re.search(r"http://[\d.:]+", process.stdout.readline())
             assert url is not None, "the server has not started"
-            session = Session(url[0], process, crowd, Ledger(), bounds, names(base))
-            figures = asyncio.run(talk(session, seed))
+            session = Session(url[0], process, catalogue, Ledger(), limits, token_names(base))
+            figures = asyncio.run(run(session, seed))
         finally:
             process.kill()
             process.wait()
@@ -75,85 +79,99 @@ def soak(base: Base, crowd: Crowd, bounds: Bounds, seed: int) -> tuple[Ledger, d
     return session.ledger, figures
 
 
-def names(base: Base) -> dict[str, int]:
+def token_names(base: Base) -> dict[str, int]:
     """Return each token's number by its name in log-probabilities."""
-    ids = [Token(number, 0.0) for number in range(base.model.config.vocab_size)]
-    told = LogprobFormatter(base.tokenizer).completion(ids, [0] * len(ids)).tokens
-    found = {name: own.id for name, own in zip(told, ids, strict=True)}
-    assert len(found) == len(ids), "two tokens have one name"
-    return found
+    tokens = [Token(number, 0.0) for number in range(base.model.config.vocab_size)]
+    names = LogprobFormatter(base.tokenizer).completion(tokens, [0] * len(tokens)).tokens
+    numbers = {name: token.id for name, token in zip(names, tokens, strict=True)}
+    assert len(numbers) == len(tokens), "two tokens have one name"
+    return numbers
 
 
-async def talk(session: Session, seed: int) -> dict[str, float]:
-    """Have many clients for the time, then end the server while it answers."""
-    over, memory = asyncio.Event(), Memory(session.process.pid)
-    clients = [asyncio.create_task(client(session, seed + n + 1, over)) for n in range(session.bounds.clients)]
-    hand = asyncio.create_task(by_hand(session, seed, over))
-    await asyncio.to_thread(memory.watch, session.bounds.seconds)
-    over.set()
-    for done in await asyncio.gather(*clients, hand, return_exceptions=True):
-        if isinstance(done, BaseException):
-            session.ledger.fail(done)
-    there = await numbers(session)
-    until = time.monotonic() + 10  # a request that a client has left is over within a step
-    while there["vllm:num_requests_running"] + there["vllm:num_requests_waiting"] and time.monotonic() < until:
+async def run(session: Session, seed: int) -> dict[str, float]:
+    """Run many clients, then stop the server while it answers."""
+    stop, memory = asyncio.Event(), MemoryTrace(session.process.pid)
+    tasks = [asyncio.create_task(client(session, seed + n + 1, stop)) for n in range(session.limits.clients)]
+    tasks.append(asyncio.create_task(administer(session, seed, stop)))
+    await asyncio.to_thread(memory.watch, session.limits.seconds, lambda: session.limits.enough(session.ledger))
+    stop.set()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, BaseException):
+            session.ledger.fail(result)
+    figures = await metrics(session)
+    deadline = time.monotonic() + PATIENCE  # a cancelled request ends within a step
+    while running(figures) and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
-        there = await numbers(session)
+        figures = await metrics(session)
     return {
-        "loads": there["loradeck_adapter_loads_total"],
-        "evictions": there["loradeck_adapter_evictions_total"],
-        "prompt tokens found in the prefix cache": there["vllm:prefix_cache_hits_total"]
-        / max(there["vllm:prefix_cache_queries_total"], 1),
+        "loads": figures["loradeck_adapter_loads_total"],
+        "evictions": figures["loradeck_adapter_evictions_total"],
+        "prompt tokens found in the prefix cache": figures["vllm:prefix_cache_hits_total"]
+        / max(figures["vllm:prefix_cache_queries_total"], 1),
         **memory.figures(),
-        "left: pins": there["pinned"],
-        "left: requests": there["vllm:num_requests_running"] + there["vllm:num_requests_waiting"],
-        "left: rows, over the budget": there["vllm:kv_cache_usage_perc"],
-        "left: bytes of adapters, over the budget": there["loradeck_adapter_resident_bytes"]
-        / session.bounds.config.adapter_bytes,
-        **await ended(session, seed),
+        "left: pins": figures["pinned"],
+        "left: requests": running(figures),
+        "left: rows, over the budget": figures["vllm:kv_cache_usage_perc"],
+        "left: bytes of adapters, over the budget": figures["loradeck_adapter_resident_bytes"]
+        / session.limits.config.adapter_bytes,
+        **await terminate(session, seed),
     }
 
 
-async def client(session: Session, seed: int, over: asyncio.Event) -> None:
-    """Ask one question after the other."""
-    questions, ledger = session.questions(seed), session.ledger
+def running(figures: dict[str, float]) -> float:
+    """Return the requests that a server still has."""
+    return figures["vllm:num_requests_running"] + figures["vllm:num_requests_waiting"]
+
+
+async def client(session: Session, seed: int, stop: asyncio.Event) -> None:
+    """Send one request after the other."""
+    requests, ledger = session.requests(seed), session.ledger
     async with session.openai() as api:
-        while not over.is_set():
-            asked = replace(questions.next(), scored=True)
+        while not stop.is_set():
+            request = replace(requests.next(), logprobs=True)
             ledger.count("requests")
             try:
-                await ask(session, api, asked, streams=asked.leaves is not None or questions.chance.random() < 0.5)
+                streams = request.cancel_after is not None or requests.rng.random() < 0.5
+                await send(session, api, request, streams=streams)
             except openai.RateLimitError:
                 ledger.count("refused")
-                await asyncio.sleep(questions.chance.uniform(0, 1))
+                await asyncio.sleep(requests.rng.uniform(0, 1))
             except openai.APIError as error:
                 ledger.fail(error)
 
 
-async def ask(
-    session: Session, api: openai.AsyncOpenAI, asked: Asked, *, streams: bool, begun: asyncio.Semaphore | None = None
+async def send(
+    session: Session,
+    api: openai.AsyncOpenAI,
+    request: Request,
+    *,
+    streams: bool,
+    started: asyncio.Semaphore | None = None,
 ) -> None:
-    """Ask, read the answer as far as it is waited for, and keep it; `begun` is told that it has begun."""
-    meaning = Meaning.before(session.crowd, asked.weights)
+    """Send a request, read its answer until it ends or is cancelled, and add it to the ledger.
+
+    `started` is released at the first token.
+    """
+    resolution = Resolution.before(session.catalogue, request.weights)
     create: Any = api.completions.create(
-        model="+".join(f"{spec}*{weight}" for spec, weight in asked.weights) or "smollm2-135m",
-        prompt=[*asked.prompt],
-        max_tokens=asked.answer,
-        temperature=asked.temperature,
-        seed=asked.seed,
+        model="+".join(f"{spec}*{weight}" for spec, weight in request.weights) or "smollm2-135m",
+        prompt=[*request.prompt],
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
         logprobs=0,
         stream=streams,
-        extra_body={"ignore_eos": asked.endless},
+        extra_body={"ignore_eos": request.ignore_eos},
     )
-    if asked.leaves == 0:
+    if request.cancel_after == 0:
         try:
             answer = await asyncio.wait_for(create, 0.3)
         except TimeoutError:
-            return session.ledger.count("cancelled")  # before it had begun
+            return session.ledger.count("cancelled")  # before it started
         await answer.close()
         return session.ledger.count("cancelled")
     answer = await create
-    meaning = meaning.after()
+    resolution = resolution.after()
     tokens: list[int] = []
     logprobs: list[float] = []
     finish = ""
@@ -163,42 +181,42 @@ async def ask(
                 tokens += [session.tokens[name] for name in choice.logprobs.tokens]
                 logprobs += choice.logprobs.token_logprobs
             finish = choice.finish_reason or finish
-        if begun is not None and len(tokens) == 1:
-            begun.release()
-        if len(tokens) == asked.leaves:
+        if started is not None and len(tokens) == 1:
+            started.release()
+        if len(tokens) == request.cancel_after:
             finish = "cancelled"
             await answer.close()
             break
-    if meaning.overtaken():
+    if resolution.is_outdated():
         session.ledger.count("overtaken")
     if not finish or len(logprobs) != len(tokens):
-        return session.ledger.fail(EOFError(f"{asked} has come to {len(tokens)} tokens and no end"))
-    return session.ledger.keep(Told(asked, [*meaning.routes()], tokens, logprobs, finish))
+        return session.ledger.fail(EOFError(f"{request} has {len(tokens)} tokens and no end"))
+    return session.ledger.add(Answer(request, [*resolution.routes()], tokens, logprobs, finish))
 
 
-async def by_hand(session: Session, seed: int, over: asyncio.Event) -> None:
-    """Load, unload and publish, over HTTP and beside it."""
-    chance, crowd, ledger = random.Random(seed), session.crowd, session.ledger
-    with tempfile.TemporaryDirectory() as outside:
+async def administer(session: Session, seed: int, stop: asyncio.Event) -> None:
+    """Load, unload and publish, over HTTP and straight into the store."""
+    rng, catalogue, ledger = random.Random(seed), session.catalogue, session.ledger
+    with tempfile.TemporaryDirectory() as folder:
         async with httpx.AsyncClient(base_url=session.url, timeout=60) as http:
-            while not over.is_set():
-                await asyncio.sleep(chance.uniform(0, 2 * session.bounds.pause))
-                name = crowd.draw(chance)
-                kind = chance.choice(("loads by hand", "unloads by hand", "publishes"))
-                number = chance.randrange(2**32, 2**33)
-                if kind == "publishes" and chance.random() < 0.5:
-                    await asyncio.to_thread(crowd.publish, name, number)
+            while not stop.is_set():
+                await asyncio.sleep(rng.uniform(0, 2 * session.limits.pause))
+                name = catalogue.draw(rng)
+                kind = rng.choice(("loads by hand", "unloads by hand", "publishes"))
+                number = rng.randrange(2**32, 2**33)
+                if kind == "publishes" and rng.random() < 0.5:
+                    await asyncio.to_thread(catalogue.publish, name, number)
                     ledger.count(kind)
                     continue
                 body: dict[str, object] = {"lora_name": name}
                 if kind == "publishes":
-                    made = await asyncio.to_thread(crowd.adapter(number).save, Path(outside) / str(number))
-                    body |= {"lora_path": str(made), "load_inplace": True}
-                    crowd.begin(name)
+                    path = await asyncio.to_thread(catalogue.adapter(number).save, Path(folder) / str(number))
+                    body |= {"lora_path": str(path), "load_inplace": True}
+                    catalogue.start(name)
                 verb = "unload" if kind == "unloads by hand" else "load"
                 reply = await http.post(f"/v1/{verb}_lora_adapter", json=body)
                 if kind == "publishes":
-                    crowd.done(name)
+                    catalogue.finish(name)
                 if "no room" in reply.text:
                     ledger.count("loads by hand without room")
                     kind = kind if kind == "publishes" else ""  # it is published all the same
@@ -207,50 +225,50 @@ async def by_hand(session: Session, seed: int, over: asyncio.Event) -> None:
                 ledger.count(kind, 1 if kind else 0)
 
 
-async def ended(session: Session, seed: int) -> dict[str, float]:
-    """Tell the server to end while it answers; who has been taken in gets the whole answer, and nobody comes in."""
-    begun = asyncio.Semaphore(0)
-    questions = session.questions(seed + 10_000)
+async def terminate(session: Session, seed: int) -> dict[str, float]:
+    """Send SIGTERM while the server answers: requests that it has accepted are answered whole, others are refused."""
+    started = asyncio.Semaphore(0)
+    requests, max_tokens = session.requests(seed + 10_000), session.limits.max_tokens
     async with session.openai() as api:
-        last = []
+        tasks = []
         for _ in range(LAST):
-            asked = replace(questions.next(), scored=True, leaves=None, endless=True, answer=session.bounds.answer)
-            last.append(asyncio.create_task(ask(session, api, asked, streams=True, begun=begun)))
+            request = replace(requests.next(), logprobs=True, cancel_after=None, ignore_eos=True, max_tokens=max_tokens)
+            tasks.append(asyncio.create_task(send(session, api, request, streams=True, started=started)))
         session.ledger.count("requests", LAST)
-        for _ in range(BEGUN):
-            await begun.acquire()
-        before = len(session.ledger.told)
-        told = time.monotonic()
+        for _ in range(STARTED):
+            await started.acquire()
+        before = len(session.ledger.answers)
+        begin = time.monotonic()
         session.process.send_signal(signal.SIGTERM)
         refused = 0
-        for done in await asyncio.gather(*last, return_exceptions=True):
-            if isinstance(done, openai.RateLimitError):
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, openai.RateLimitError):
                 refused += 1
-            elif isinstance(done, BaseException):
-                session.ledger.fail(done)
+            elif isinstance(result, BaseException):
+                session.ledger.fail(result)
     session.ledger.count("refused", refused)
     code = await asyncio.to_thread(session.process.wait, 60)
     if code:
-        session.ledger.fail(ChildProcessError(f"the server has ended with {code}"))
+        session.ledger.fail(ChildProcessError(f"the server ended with code {code}"))
     return {
         "SIGTERM: answers on their way": LAST - refused,
-        "SIGTERM: of these whole": len(session.ledger.told) - before,
-        "SIGTERM: seconds to the end": time.monotonic() - told,
+        "SIGTERM: of these whole": len(session.ledger.answers) - before,
+        "SIGTERM: seconds to the end": time.monotonic() - begin,
         "SIGTERM: exit status": code,
     }
 
 
-async def numbers(session: Session) -> dict[str, float]:
+async def metrics(session: Session) -> dict[str, float]:
     """Return the server's metrics that have no more than one series, and how many adapters are pinned."""
     async with httpx.AsyncClient(base_url=session.url, timeout=60) as http:
         text = (await http.get("/metrics")).text
-    found = {"pinned": 0.0}
+    figures = {"pinned": 0.0}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found[sample.name] = sample.value
+            figures[sample.name] = sample.value
             if sample.name == "loradeck_adapter_loaded" and sample.labels["pinned"] == "true":
-                found["pinned"] += sample.value
-    return found
+                figures["pinned"] += sample.value
+    return figures
 
 
 async def _once(answer: Any) -> AsyncIterator[Any]:

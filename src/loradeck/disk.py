@@ -1,4 +1,4 @@
-"""Writes that a kill -9 cannot tear: a file or a folder is the old one or the new one. And where a cache lies."""
+"""Atomic writes: after a kill -9, a file or folder is the old one or the new one. Also the cache folder."""
 
 import ctypes
 import errno
@@ -16,15 +16,15 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def cache_folder() -> Path:
-    """Return where what can be made again is kept: `$LORADECK_CACHE`, or the user's own cache folder."""
+    """Return the folder for files that can be made again: `$LORADECK_CACHE`, or the user's cache folder."""
     import platformdirs
 
-    own = os.environ.get("LORADECK_CACHE")
-    return Path(own).expanduser() if own else platformdirs.user_cache_path("loradeck", appauthor=False)
+    folder = os.environ.get("LORADECK_CACHE")
+    return Path(folder).expanduser() if folder else platformdirs.user_cache_path("loradeck", appauthor=False)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace the file at `path` by `content`, atomically."""
+    """Write `content` to the file at `path`, atomically."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -41,42 +41,41 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on leaving, it takes the place of `path` in one step.
+    """Yield an empty folder to fill; on exit it replaces `path` atomically.
 
-    Files of other people in an older folder at `path` are carried over; only files written anew are replaced.
-    If the block raises, or the process is killed, `path` is what it was.
+    Files of an older folder at `path` that were not written again are carried over. If the block raises, or the
+    process is killed, `path` stays as it was.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        fresh.chmod(0o777 & ~_umask())
-        yield fresh
-        for file in fresh.rglob("*"):
+        new.chmod(0o777 & ~_umask())
+        yield new
+        for file in new.rglob("*"):
             _sync(file)
         if path.exists():
-            _carry_over(path, fresh)
-            _sync(fresh)
-            _exchange(fresh, path)
+            _carry_over(path, new)
+            _sync(new)
+            _exchange(new, path)
         else:
-            _sync(fresh)
-            fresh.rename(path)
+            _sync(new)
+            new.rename(path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(
-            fresh, ignore_errors=True
-        )  # the older folder after an exchange, the unfinished one after an error
+        # After an exchange this is the older folder, after an error the unfinished one.
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def _carry_over(old: Path, fresh: Path) -> None:
-    for entry in old.iterdir():
-        target = fresh / entry.name
+def _carry_over(old: Path, new: Path) -> None:
+    for source in old.iterdir():
+        target = new / source.name
         if target.exists():
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, target, symlinks=True, copy_function=_link)
         else:
-            _link(entry, target)
+            _link(source, target)
 
 
 def _link(source: str | Path, target: str | Path) -> None:
@@ -86,19 +85,19 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _exchange(fresh: Path, path: Path) -> None:
-    """Swap two folders in one step where the system can (Linux: renameat2(2)), else in two renames."""
+def _exchange(new: Path, path: Path) -> None:
+    """Swap two folders, atomically on Linux (renameat2(2)), elsewhere in two renames."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         rename = getattr(libc, "renameat2", None)
-        if rename and rename(AT_FDCWD, os.fsencode(fresh), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0:
+        if rename and rename(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0:
             return
         if rename and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-    aside = fresh.with_name(fresh.name + ".old")
-    path.rename(aside)
-    fresh.rename(path)
-    shutil.rmtree(aside, ignore_errors=True)
+    old = new.with_name(new.name + ".old")
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -112,7 +111,7 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    with UMASK:  # it is the process's, and read by setting it: two threads at once would leave it at 0
+    with UMASK:  # reading the process's umask means setting it: two threads at once would leave it at 0
         mask = os.umask(0)
         os.umask(mask)
     return mask

@@ -1,8 +1,8 @@
-"""The catalogue of adapters on disk, by name and version. Knows PEFT folders; knows no model and no bank.
+"""The adapters in a folder, by name and version.
 
 A version is the folder `name@number`, and the highest number is the latest: the rename that makes a version visible
-moves `latest` in the same step. A folder without a number is version 0, the one that was not published. Every question
-is answered from the disk, so what other processes do is seen at once. Needs no torch but to publish.
+also moves `latest`. A folder without a number is version 0, which was never published. Every call asks the disk, so
+changes by other processes are seen at once. Only publishing needs torch.
 """
 
 import difflib
@@ -20,15 +20,15 @@ import msgspec
 
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
-from loradeck.lora.manifest import read_folder
+from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder
 from loradeck.lora.names import check_name
 from loradeck.lora.peft import CARD, CONFIG
-from loradeck.stored import Record, Stored, digest_of, files_of, is_adapter, read_stored
+from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
 
 if TYPE_CHECKING:
     from loradeck.lora.adapter import Adapter
 
-RECORDS = ".versions"  # for each number given a file: it claims the number, and keeps the sha256
+RECORDS = ".versions"  # a file for each number: it claims the number, and records the sha256
 LATEST = "latest"
 NUMBER = re.compile("[1-9][0-9]{0,17}")
 
@@ -37,24 +37,24 @@ class AdapterStore:
     """A folder of adapters. Any number of threads and processes may read and change it at the same time."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a store; its folder need not be there before the first `publish`."""
+        """Open a store; the first `publish` creates its folder."""
         self.folder = Path(folder).absolute()
 
-    # ---- what is here
+    # ---- queries
 
     def names(self) -> list[str]:
-        """Return the names of all adapters, sorted; those that cannot be used too, see `problems`.
+        """Return the names of all adapters, sorted, including unusable ones (see `problems`).
 
         Raises:
             AdapterError: the store's folder cannot be read.
         """
-        return sorted(name for name in self._catalogue() if _possible(name))
+        return sorted(name for name in self._catalogue() if _is_valid(name))
 
     def versions(self, name: str) -> list[int]:
         """Return the numbers of an adapter's versions, the latest last.
 
         Raises:
-            UnknownAdapterError: there is no such adapter; close names are listed.
+            UnknownAdapterError: no such adapter; the hint lists close names.
             AdapterError: the store's folder cannot be read.
         """
         numbers = self._versions(name)
@@ -67,59 +67,54 @@ class AdapterStore:
         return numbers
 
     def find(self, spec: str) -> Stored:
-        """Return the version that `name`, `name@latest` or `name@number` means now.
+        """Return the version that `name`, `name@latest` or `name@number` currently refers to.
 
         Raises:
-            UnknownAdapterError: there is none; close names, or the versions there are, are listed.
-            AdapterError: it cannot be used; with every problem found in its headers.
+            UnknownAdapterError: no such adapter or version; the hint lists close names, or the latest versions.
+            AdapterError: it is unusable; with every problem found in its headers.
         """
         name, number = self._resolve(spec)
-        try:
-            return self._stored(name, number)
-        except AdapterError:
-            if is_adapter(self._path(name, number)):
-                raise
-        return self.find(spec)  # it was removed in between
+        return self._stored_now(spec, name, number)
 
     def latest(self) -> list[Stored]:
-        """Return the latest version of every adapter, sorted by name, but for those that cannot be used.
+        """Return the latest version of every usable adapter, sorted by name.
 
         Raises:
             AdapterError: the store's folder cannot be read.
         """
-        found = []
+        adapters = []
         for name, numbers in sorted(self._catalogue().items()):
-            if _possible(name):
-                with suppress(AdapterError):
-                    found.append(self._stored(name, max(numbers)))
-        return found
+            if _is_valid(name):
+                with suppress(AdapterError, UnknownAdapterError):
+                    adapters.append(self._stored_now(name, name, max(numbers)))
+        return adapters
 
     def problems(self) -> dict[str, LoradeckError]:
-        """Return what cannot be used, by the name of its folder, with the reason.
+        """Return the reason why each unusable adapter is so, by the name of its folder.
 
         Raises:
             AdapterError: the store's folder cannot be read.
         """
-        found: dict[str, LoradeckError] = {}
+        problems: dict[str, LoradeckError] = {}
         for name, numbers in self._catalogue().items():
             for path, number in ((self._path(name, number), number) for number in numbers):
                 try:
                     check_name(name)
                     self._stored(name, number)
                 except (AdapterError, AdapterNameError) as error:
-                    if is_adapter(path):  # else it was removed in between
-                        found[path.name] = error
-        return found
+                    if is_adapter(path):  # else another process removed it in between
+                        problems[path.name] = error
+        return problems
 
     # ---- changes
 
     def publish(self, name: str, source: "Adapter | Path | str") -> Stored:
-        """Make an adapter, or a copy of a PEFT folder, the latest version of this name, in one step.
+        """Make an adapter, or a copy of a PEFT folder, the latest version of this name, atomically.
 
-        It is read whole first. Only what makes a folder an adapter is copied: its configuration, tensors and card.
+        It is read completely first. Only the adapter's own files are copied: configuration, tensors and card.
 
         Raises:
-            AdapterNameError: the name cannot be one.
+            AdapterNameError: the name is invalid.
             UnsupportedError: the adapter uses something this library does not implement.
             AdapterError: it cannot be loaded, with every problem found, or the store cannot be changed.
         """
@@ -132,27 +127,27 @@ class AdapterStore:
                 return self._publish(name, source.save(Path(saved) / "adapter"))
 
     def remove(self, spec: str) -> None:
-        """Remove one version (`name@3`, `name@latest`), or all of a `name`; their numbers are not given again.
+        """Remove one version (`name@3`, `name@latest`), or all of a `name`; their numbers are not used again.
 
-        Files that are no adapter's stay, such as those of a training run.
+        Files that are not the adapter's stay, such as those of a training run.
 
         Raises:
-            UnknownAdapterError: there is none.
+            UnknownAdapterError: no such adapter or version.
             AdapterError: the store cannot be changed.
         """
         name, number = self._resolve(spec)
         self._remove(name, [number] if "@" in spec else self.versions(name))
 
     def prune(self, name: str, *, keep: int) -> list[int]:
-        """Remove all but the `keep` latest published versions, and return the numbers of those removed.
+        """Remove all but the `keep` latest published versions; return the numbers of the removed ones.
 
         Raises:
             ConfigError: `keep` is below 1.
-            UnknownAdapterError: there is no such adapter.
+            UnknownAdapterError: no such adapter.
             AdapterError: the store cannot be changed.
         """
         if keep < 1:
-            raise ConfigError(f"keep={keep} would keep no version of {name!r}", hint="Keep 1, or call `remove`.")
+            raise ConfigError(f"keep must be at least 1, not {keep}", hint=f"To remove {name!r}, call `remove`.")
         old = [number for number in self.versions(name) if number][:-keep]
         self._remove(name, old)
         return old
@@ -163,25 +158,25 @@ class AdapterStore:
         listing = read_folder(source)
         files = files_of(listing)
         digest = digest_of(source, files)
-        Adapter.from_files(listing, check_copy=lambda *_: None)  # only a bank has the base to hold copies against
+        Adapter.from_files(listing, check_copy=lambda *_: None)  # only a bank can compare copies with its base
         card = [CARD] if (source / CARD).is_file() else []
         number, record = self._claim(name)
         try:
-            with new_folder(self._path(name, number)) as fresh:
+            with new_folder(self._path(name, number)) as new:
                 for file in files + card:
-                    shutil.copyfile(source / file, fresh / file)
-                if digest_of(fresh, files) != digest:
+                    shutil.copyfile(source / file, new / file)
+                if digest_of(new, files) != digest:
                     raise AdapterError(f"{source} was changed while it was read", hint="Publish it again.")
         except BaseException:
             record.unlink(missing_ok=True)
             raise
-        made = self._stored(name, number)
-        with suppress(OSError):  # it is published; a record only saves time
-            write_file(record, msgspec.json.encode(Record.of(digest, made.stamp)))
-        return replace(made, recorded=digest)
+        stored = self._stored(name, number)
+        with suppress(OSError):  # the version is published; a record only saves time
+            write_file(record, msgspec.json.encode(VersionRecord.of(digest, stored.stamp)))
+        return replace(stored, recorded_sha256=digest)
 
     def _claim(self, name: str) -> tuple[int, Path]:
-        """Take the next number, by a file that only one process can create; it outlives the version."""
+        """Claim the next number, with a file that only one process can create; the file outlives the version."""
         (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
         number = max([0, *self._versions(name), *self._recorded(name)])
         while True:
@@ -194,9 +189,10 @@ class AdapterStore:
 
     def _remove(self, name: str, numbers: list[int]) -> None:
         with self._changing():
-            for number in numbers:  # the oldest first, so that `latest` does not go back on the way
+            for number in numbers:  # oldest first, so that `latest` never goes back
                 _remove_adapter(self._path(name, number))
-            for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:  # the last says where to go on
+            # The highest record stays, because the next number follows it.
+            for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:
                 self._record(name, number).unlink(missing_ok=True)
 
     @contextmanager
@@ -206,7 +202,7 @@ class AdapterStore:
         except OSError as error:
             raise AdapterError(f"the store {self.folder} cannot be changed: {error}") from error
 
-    # ---- what lies where
+    # ---- files
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / (f"{name}@{number}" if number else name)
@@ -217,6 +213,15 @@ class AdapterStore:
     def _stored(self, name: str, number: int) -> Stored:
         return read_stored(name, number, self._path(name, number), self._record(name, number) if number else None)
 
+    def _stored_now(self, spec: str, name: str, number: int) -> Stored:
+        """Read a version that `spec` was resolved to, or resolve it again if the version was removed since."""
+        try:
+            return self._stored(name, number)
+        except AdapterError:
+            if is_adapter(self._path(name, number)):
+                raise
+        return self.find(spec)
+
     def _resolve(self, spec: str) -> tuple[str, int]:
         name, at, which = spec.partition("@")
         numbers = self.versions(name)
@@ -224,47 +229,58 @@ class AdapterStore:
             return name, numbers[-1]
         if (which == "0" or NUMBER.fullmatch(which)) and int(which) in numbers:
             return name, int(which)
-        there = ", ".join(map(str, numbers[-8:]))
-        raise UnknownAdapterError(f"{name!r} has no version {which[:20]!r}", hint=f"The latest are: {there}.")
+        latest = ", ".join(map(str, numbers[-8:]))
+        raise UnknownAdapterError(f"{name!r} has no version {which[:20]!r}", hint=f"The latest are: {latest}.")
 
     def _versions(self, name: str) -> list[int]:
-        own = [entry for entry in self._entries() if entry.partition("@")[0] == name] if _possible(name) else []
-        numbers = (number for known, number in map(_split, own) if known == name)
-        return sorted(number for number in numbers if is_adapter(self._path(name, number)))
+        if not _is_valid(name):
+            return []
+        while True:
+            folders = (folder for folder in self._folders() if folder.partition("@")[0] == name)
+            listed = {number: self._path(name, number) for other, number in map(_split, folders) if other == name}
+            numbers = sorted(number for number, path in listed.items() if is_adapter(path))
+            if all(os.path.lexists(path) for number, path in listed.items() if number not in numbers):
+                return numbers
+            # A version was removed since the folder was listed, and a newer one may have been published before that.
 
     def _recorded(self, name: str) -> list[int]:
-        """Return the numbers given to this name, but for low ones whose versions were removed."""
+        """Return the numbers claimed for this name; low ones whose versions were removed may be missing."""
         try:
-            entries = os.listdir(self.folder / RECORDS)  # noqa: PTH208
+            files = os.listdir(self.folder / RECORDS)  # noqa: PTH208
         except FileNotFoundError:
             return []
-        own = [entry.removesuffix(".json") for entry in entries if entry.startswith(f"{name}@")]
-        return sorted(number for known, number in map(_split, own) if known == name and number)
+        specs = (file.removesuffix(".json") for file in files if file.startswith(f"{name}@"))
+        return sorted(number for other, number in map(_split, specs) if other == name and number)
 
     def _catalogue(self) -> dict[str, list[int]]:
-        """Return the versions of every adapter, under impossible names too."""
-        found: dict[str, list[int]] = {}
-        for entry in self._entries():
-            if not entry.startswith(".") and is_adapter(self.folder / entry):
-                name, number = _split(entry)
-                found.setdefault(name, []).append(number)
-        return found
+        """Return the version numbers of every adapter by name, including invalid names."""
+        catalogue: dict[str, list[int]] = {}
+        changed: set[str] = set()
+        for folder in self._folders():
+            path, (name, number) = self.folder / folder, _split(folder)
+            if not folder.startswith(".") and is_adapter(path):
+                catalogue.setdefault(name, []).append(number)
+            elif not os.path.lexists(path):  # removed since the folder was listed; a newer version may be there
+                changed.add(name)
+        for name in changed:
+            catalogue[name] = self._versions(name)
+        return {name: numbers for name, numbers in catalogue.items() if numbers}
 
-    def _entries(self) -> list[str]:
+    def _folders(self) -> list[str]:
         try:
-            return os.listdir(self.folder)  # noqa: PTH208  (Path.iterdir makes thousands of paths, most for nothing)
+            return os.listdir(self.folder)  # noqa: PTH208  (Path.iterdir would make thousands of unneeded paths)
         except OSError as error:
             hint = "Name a folder of adapters."
             raise AdapterError(f"the store {self.folder} cannot be read: {error.strerror}", hint=hint) from error
 
 
-def _split(entry: str) -> tuple[str, int]:
-    """Return name and number of a folder; what is no version is all name, and a name with "@" is impossible."""
-    name, _, number = entry.partition("@")
-    return (name, int(number)) if NUMBER.fullmatch(number) else (entry, 0)
+def _split(spec: str) -> tuple[str, int]:
+    """Return a folder's name and number; without a valid number all of it is the name, and "@" makes it invalid."""
+    name, _, number = spec.partition("@")
+    return (name, int(number)) if NUMBER.fullmatch(number) else (spec, 0)
 
 
-def _possible(name: str) -> bool:
+def _is_valid(name: str) -> bool:
     try:
         check_name(name)
     except AdapterNameError:
@@ -273,15 +289,15 @@ def _possible(name: str) -> bool:
 
 
 def _remove_adapter(folder: Path) -> None:
-    """Set the folder aside in one rename; where others have files in it too, the adapter's only, its config first."""
+    """Move the folder away in one rename; if it holds other files too, move only the adapter's, its config first."""
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
         suppress(FileNotFoundError),
     ):
-        own = [folder / CONFIG, *sorted(folder.glob("adapter_model*.safetensors*")), folder / CARD]
-        if folder.is_symlink() or set(folder.iterdir()) <= set(own):
+        files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
+        if folder.is_symlink() or set(folder.iterdir()) <= set(files):
             folder.rename(Path(aside) / folder.name)
         else:
-            for file in own:
+            for file in files:
                 with suppress(FileNotFoundError):
                     file.rename(Path(aside) / file.name)

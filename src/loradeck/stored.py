@@ -1,6 +1,6 @@
-"""One version of an adapter on disk: what can be told of it without reading its tensors. Needs no torch.
+"""One version of an adapter on disk, as read from its headers. Needs no torch.
 
-What was read of a folder is kept only while its files look unchanged, for this process; the disk is asked every time.
+Headers are cached per process for as long as the folder's files look unchanged; the disk is asked every time.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from loradeck.lora.peft import CONFIG, TENSORS
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper
 
-REMEMBERED = 1 << 14  # folders whose facts are kept; about a kilobyte each
+CACHED_FOLDERS = 1 << 14  # about a kilobyte each
 SETTLED = 1_000_000_000  # ns; files written twice within a tick of the file system's clock look unchanged
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Facts:
     """Of all tensors."""
     base_model: str | None
     base_fingerprint: str | None
-    """See `Base.fingerprint`; None where the adapter's record has none."""
+    """See `Base.fingerprint`; None if the adapter does not record one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,12 @@ class Stored:
     """A PEFT folder, for `bank.load(path, name)`."""
     facts: Facts
     stamp: Stamp = field(repr=False)
-    recorded: str | None = field(default=None, repr=False, compare=False)
-    """The sha256 that publishing kept, if the files still are what they were then."""
+    recorded_sha256: str | None = field(default=None, repr=False, compare=False)
+    """The sha256 that publishing recorded; None if there is none, or the files have changed since."""
 
     @property
     def spec(self) -> str:
-        """What `AdapterStore.find` finds it by, whatever is published later."""
+        """The name with which `AdapterStore.find` finds this version, whatever is published later."""
         return f"{self.name}@{self.version}"
 
     @property
@@ -69,54 +69,46 @@ class Stored:
         return max(mtime for _, _, mtime, _, _ in self.stamp) / 1e9
 
     def sha256(self) -> str:
-        """Return the identity of its content, for keys of caches: recorded, or else computed from the files.
+        """Return the identity of its content, for cache keys: as recorded, else computed from the files.
 
-        It is what `sha256sum adapter_config.json adapter_model.safetensors | sha256sum` prints in the folder.
-        Asked after a load, it vouches for what was loaded.
+        In the folder, `sha256sum adapter_config.json adapter_model.safetensors | sha256sum` prints the same. Called
+        after a load, it also confirms that what was loaded has this identity.
 
         Raises:
-            AdapterError: the files are no longer those that were found.
+            AdapterError: the files have changed since they were found.
         """
-        digest = self.recorded or _remembered(_sha256, self.path, self.stamp)
+        digest = self.recorded_sha256 or _cached(_sha256, self.path, self.stamp)
         if stamp(self.path) != self.stamp:
             raise AdapterError(f"{self.path} has changed since it was found", hint="Find it again.")
         return digest
 
 
-class Record(msgspec.Struct, frozen=True):
-    """What publishing keeps beside a version: its sha256, and by which files it is known to hold still."""
+class VersionRecord(msgspec.Struct, frozen=True):
+    """The file that publishing writes beside a version: its sha256, and how the files looked then."""
 
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     files: tuple[tuple[str, int, int], ...]
-    """Name, bytes and mtime_ns: what a copy by `rsync -a` keeps."""
+    """Name, bytes and mtime_ns, which a copy by `rsync -a` preserves."""
 
     @classmethod
-    def of(cls, digest: str, stamp: Stamp) -> "Record":
-        """Record the sha256 of files that look like this."""
+    def of(cls, digest: str, stamp: Stamp) -> "VersionRecord":
+        """Record the sha256 of files with this stamp."""
         return cls(digest, tuple((name, size, mtime) for name, size, mtime, _, _ in stamp))
 
 
 def read_stored(name: str, version: int, path: Path, record: Path | None) -> Stored:
-    """Read the headers of the folder at `path`, and its record where there is one.
+    """Read the headers of the folder at `path`, and its record if there is one.
 
     Raises:
         AdapterError: with every problem found in the headers.
     """
     now = stamp(path)
-    recorded = _recorded(record, now) if record else None
-    return Stored(name, version, path, _remembered(_facts, path, now), now, recorded)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Say whether a folder means to be an adapter, whole or not."""
-    try:
-        return (folder / CONFIG).exists()
-    except OSError:
-        return True  # a folder that may not be looked into: reading it says so
+    recorded = _read_record(record, now) if record else None
+    return Stored(name, version, path, _cached(_facts, path, now), now, recorded)
 
 
 def files_of(listing: AdapterFiles) -> list[str]:
-    """Return the names of the files that an adapter computes with."""
+    """Return the names of the files that decide what an adapter computes."""
     tensors = [header.path.name for header in listing.headers]
     return sorted([CONFIG, *tensors, *([INDEX] if tensors != [TENSORS] else [])])
 
@@ -131,34 +123,35 @@ def digest_of(folder: Path, files: Sequence[str]) -> str:
 
 
 def stamp(folder: Path) -> Stamp:
-    """Return what changes whenever a file of the adapter does.
+    """Return a value that changes whenever a file of the adapter does.
 
     Raises:
         AdapterError: the folder cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
-            seen = [(e.name, e.stat()) for e in entries if e.name.endswith((".json", ".safetensors")) and e.is_file()]
+            files = [(e.name, e.stat()) for e in entries if e.name.endswith((".json", ".safetensors")) and e.is_file()]
     except OSError as error:
         raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error
-    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in seen))
+    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in files))
 
 
-def _recorded(record: Path, now: Stamp) -> str | None:
+def _read_record(path: Path, now: Stamp) -> str | None:
     try:
-        kept = msgspec.json.decode(record.read_bytes(), type=Record)
+        record = msgspec.json.decode(path.read_bytes(), type=VersionRecord)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return None  # a record only saves time
-    return kept.sha256 if kept == Record.of(kept.sha256, now) else None
+    return record.sha256 if record == VersionRecord.of(record.sha256, now) else None
 
 
-def _remembered(question: "_lru_cache_wrapper[T]", path: Path, now: Stamp) -> T:
+def _cached(function: "_lru_cache_wrapper[T]", path: Path, now: Stamp) -> T:
+    """Call a cached function of a folder, past its cache while the files may still be changing."""
     settled = all(time.time_ns() - max(mtime, ctime) > SETTLED for _, _, mtime, ctime, _ in now)
-    answer: Callable[[Path, Stamp], T] = question if settled else question.__wrapped__
-    return answer(path, now)
+    call: Callable[[Path, Stamp], T] = function if settled else function.__wrapped__
+    return call(path, now)
 
 
-@lru_cache(REMEMBERED)
+@lru_cache(CACHED_FOLDERS)
 def _facts(path: Path, _: Stamp) -> Facts:
     listing = read_folder(path)
     return Facts(
@@ -171,6 +164,6 @@ def _facts(path: Path, _: Stamp) -> Facts:
     )
 
 
-@lru_cache(REMEMBERED)
+@lru_cache(CACHED_FOLDERS)
 def _sha256(path: Path, _: Stamp) -> str:
     return digest_of(path, files_of(read_folder(path)))

@@ -1,4 +1,4 @@
-"""The tutorial's toy language model of ten colours. Knows nothing of adapters: they go on it as on any model."""
+"""The tutorial's toy language model, with a vocabulary of ten colours."""
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ COLOURS = (
 
 
 class ToyModel(nn.Module):
-    """Three layers that turn token ids (batch, sequence) into logits (batch, sequence, 10)."""
+    """Embedding, linear layer and output head."""
 
     def __init__(self, hidden_size: int) -> None:
-        """Draw the weights from torch's global generator: embedding, linear, lm_head, in this order."""
+        """Initialise the weights from torch's global generator: embedding, linear, lm_head, in this order."""
         super().__init__()
         self.embedding = nn.Embedding(len(COLOURS), hidden_size)
         self.linear = nn.Linear(hidden_size, hidden_size)
@@ -33,7 +33,7 @@ class ToyModel(nn.Module):
 
 
 def generate_token(model: nn.Module, input_ids: Tensor) -> list[str]:
-    """Return the colour that greedily follows each row of input_ids (batch, sequence)."""
+    """Return the most likely next colour of each row of input_ids (batch, sequence)."""
     with torch.no_grad():
         logits = model(input_ids)
     return [COLOURS[token] for token in logits[:, -1, :].argmax(dim=-1).tolist()]

@@ -96,6 +96,7 @@ def test_openai_with_a_wrong_key(server: LocalServer) -> None:
     server.configured(keys=ApiKeys([ApiKey("a", "0" * 64)])).run(test)
 
 
+@pytest.mark.slow
 def test_litellm(url: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own, and those of its dependencies
@@ -132,6 +133,7 @@ def test_schemathesis_reads_streams(server: LocalServer) -> None:
         case.validate_response(response, checks=CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_schemathesis_finds_no_fault(server: LocalServer, mode: GenerationMode) -> None:
     headers = {"host": "localhost"}

@@ -18,10 +18,13 @@ from loradeck import AdapterStore, Bank, Base, generate
 from .conftest import LocalServer
 
 PYTHON = os.environ.get("LM_EVAL_PYTHON", sys.executable)
-pytestmark = pytest.mark.skipif(
-    "LM_EVAL_PYTHON" not in os.environ and find_spec("lm_eval") is None,
-    reason="needs pip install 'lm-eval[api]' transformers, or LM_EVAL_PYTHON: a Python that has them",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "LM_EVAL_PYTHON" not in os.environ and find_spec("lm_eval") is None,
+        reason="needs pip install 'lm-eval[api]' transformers, or LM_EVAL_PYTHON: a Python that has them",
+    ),
+]
 
 QUESTIONS = [
     {"question": "The sea is", "choices": ["salty", "swëet", "dry"], "answer": 0},

@@ -40,7 +40,7 @@ def test_with_a_base_it_is_in_tokens(run: Callable, folder: Path, tiny_folder: P
     assert "learned  Ahoy<|im_end|>\n" in ran.out
     cut = run("check", folder / "train.jsonl", "--base", tiny_folder, "--max-length", "20")
     assert cut.code == 1
-    assert "train.jsonl:1: $: nothing to learn is left within max_length, 20 tokens" in cut.out
+    assert "train.jsonl:1: $: nothing to train on within max_length, 20 tokens" in cut.out
 
 
 def test_problems_end_with_code_1(run: Callable, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_problems_end_with_code_1(run: Callable, tmp_path: Path) -> None:
     *_, first, second, count = ran.out.splitlines()
     assert [first, second] == [
         "bad.jsonl:2: $.text: Expected `str`, got `int`",
-        "bad.jsonl:3: $.messages[0].role: is 'robot', not one of system, user, assistant, tool",
+        "bad.jsonl:3: $.messages[0].role: unknown role 'robot'; expected one of system, user, assistant, tool",
     ]
     assert count.startswith("2 problems: fix or remove these records. Each record has messages, ")
     (tmp_path / "bad.jsonl").write_text(GOOD + '{"text": 1}\n')

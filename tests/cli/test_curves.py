@@ -5,7 +5,7 @@ import pytest
 
 from loradeck.cli.display.curves import curve, curves, smoothed
 from loradeck.train.events import Evaluation, Step
-from loradeck.train.history import Track
+from loradeck.train.history import JobHistory
 
 
 def step(number: int, loss: float) -> Step:
@@ -28,7 +28,7 @@ def evaluation(number: int, loss: float, *, best: bool) -> Evaluation:
     return Evaluation(job="poet", step=number, seconds=1.0, loss=loss, tokens=5, best=best)
 
 
-TRACK = Track([step(1, 4.0), step(2, 2.0)], [evaluation(1, 3.0, best=True), evaluation(2, 3.5, best=False)])
+TRACK = JobHistory([step(1, 4.0), step(2, 2.0)], [evaluation(1, 3.0, best=True), evaluation(2, 3.5, best=False)])
 
 
 def test_a_loss_has_its_validation_marked() -> None:
@@ -46,7 +46,7 @@ def test_each_metric_has_its_own_values() -> None:
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:
-    broken = Track([step(1, 4.0), step(2, math.nan), msgspec.structs.replace(step(3, 2.0), took=0.0)])
+    broken = JobHistory([step(1, 4.0), step(2, math.nan), msgspec.structs.replace(step(3, 2.0), took=0.0)])
     assert curve("poet", broken, "loss").raw == [(1, 4.0), (3, 2.0)]
     assert curve("poet", broken, "tokens_per_second").raw == [(2, 50.0)]
 
@@ -59,5 +59,5 @@ def test_a_smoothed_line_has_no_bias_and_less_noise() -> None:
 
 
 def test_curves_are_named_after_run_and_job() -> None:
-    runs = {"a": {"poet": TRACK, "judge": Track()}, "out/poet": {"poet": TRACK}}
+    runs = {"a": {"poet": TRACK, "judge": JobHistory()}, "out/poet": {"poet": TRACK}}
     assert [each.label for each in curves(runs, "loss")] == ["a/poet", "poet"]

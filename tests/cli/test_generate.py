@@ -55,7 +55,7 @@ def test_the_flag_selects_the_weights(run: Callable, tiny_folder: Path) -> None:
     ("flags", "message"),
     [
         (["-a", "none", "-a", "none"], "2 adapters for 1 prompts"),
-        (["-a", "nowhere"], "nowhere is no folder"),
+        (["-a", "nowhere"], "nowhere is not a folder"),
         (["-a", "x*y"], "invalid blend"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--dtype", "int8"], "Choose from"),

@@ -204,7 +204,7 @@ def test_a_plan_shows_its_sizes_and_reasons() -> None:
         supervised=777,
         longest=321,
         batch_size=8,
-        schedule=Schedule(steps=155, peak=3e-4, reason="as given", warmup=16, shape="linear"),
+        schedule=Schedule(steps=155, peak=3e-4, reason="as given", warmup=16, decay="linear"),
         settings={"r": ("16", "room enough"), "target_modules": ("\x1b[2Jq_proj", "as given")},
         first=[("[bold]Hi\x1b[2J", False), ("Ahoy", True)],
     )

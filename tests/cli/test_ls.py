@@ -1,6 +1,8 @@
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,18 +47,18 @@ def test_a_file_is_refused(run: Callable, adapters: Path) -> None:
 def test_a_folder_without_permission_does_not_stop_the_others(
     run: Callable, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.iterdir
+    real = Path.stat
 
-    def iterdir(path: Path) -> Iterator[Path]:
-        if path.name == "pirate":
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        if path.parent.name == "pirate":
             raise PermissionError(13, "Permission denied")
-        return real(path)
+        return real(path, **options)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(Path, "stat", stat)
     ran = run("ls")
     assert ran.code == 0
     assert "poet " in ran.out
-    assert "pirate is invalid: adapters/pirate cannot be read: Permission denied" in ran.out
+    assert "pirate is invalid: adapters/pirate/adapter_config.json cannot be read: Permission denied" in ran.out
 
 
 def test_untrusted_names_have_no_control_characters(run: Callable, adapters: Path) -> None:

@@ -109,9 +109,9 @@ def test_problems_are_on_their_own_lines(run: Callable, tmp_path: Path) -> None:
     assert ran.code == 2
     assert ran.err.splitlines() == [
         "loradeck: run.toml cannot be run:",
-        "  base: is missing, or no text",
-        "  basis: is no key of a run file",
-        "  sampels: is no key of a run file; did you mean samples?",
+        "  base: must be a string",
+        "  basis: unknown key",
+        "  sampels: unknown key; did you mean samples?",
         "See docs/training.md for the keys of a run file.",
     ]
 

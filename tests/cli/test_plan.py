@@ -38,7 +38,7 @@ def test_a_plan_is_what_the_run_does(planned: tuple[Plan, Run], base: Base) -> N
         0,
         2,
     )
-    train = run.splits["one"].train
+    train = run.data["one"].train
     assert expected.longest == max(len(example.tokens) for example in train)
     assert expected.tokens == sum(len(example.tokens) for example in train)
     assert expected.supervised == sum(len(line.partition("|")[2]) + 1 for line in LINES)

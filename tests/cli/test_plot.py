@@ -124,7 +124,7 @@ def test_nothing_to_plot_is_an_error(run: Callable) -> None:
     for arguments, message in {
         (): "no run to plot",
         ("nowhere",): "nowhere cannot be read",
-        ("empty",): "empty/metrics.jsonl holds no event",
+        ("empty",): "empty/metrics.jsonl has no events",
         ("run", "--metric", "validation"): "no validation loss in run",
     }.items():
         ran = run("plot", *arguments)

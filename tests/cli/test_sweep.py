@@ -80,7 +80,7 @@ def test_what_is_no_sweep_is_not_resumed_as_one(run: Callable, tiny_folder: Path
         (["--r", "4,4"], "at least two different trials"),
         (["--r", "4,x"], "--r 4,x: "),
         (["--r", "0,4"], "r is 0"),
-        (["--lr", "1e-3,-1"], "learning_rate is -1.0"),
+        (["--lr", "1e-3,-1"], "learning_rate must be a number above 0, not -1.0"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(

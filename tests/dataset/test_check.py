@@ -43,7 +43,7 @@ def test_sizes_are_those_of_training(folder: Path, tiny_tokenizer: PreTrainedTok
     assert part.lengths == Lengths(lengths[0], lengths[1], lengths[2], lengths[2])
     assert (part.records, part.examples, part.truncated) == (3, 3, 0)
     assert part.total == sum(lengths)
-    assert part.learned == sum(example.supervised for example in dataset.train) == len("AhoyFair windsAhoy") + 3
+    assert part.supervised == sum(example.supervised for example in dataset.train) == len("AhoyFair windsAhoy") + 3
     cut = check_dataset(folder, tiny_tokenizer, lengths[-1] - 1)
     assert (cut.splits["train"].truncated, cut.splits["train"].lengths.max) == (1, lengths[-1] - 1)
 
@@ -52,12 +52,14 @@ def test_without_a_tokenizer_characters_are_counted(folder: Path) -> None:
     report = check_dataset(folder, None, 2)
     assert (report.form, report.unit, report.problems) == ("prompt and completion, messages", "characters", [])
     assert report.splits["train"].lengths == Lengths(6, 6, 13, 13)
-    assert (report.splits["train"].total, report.splits["train"].learned) == (25, 18)
+    assert (report.splits["train"].total, report.splits["train"].supervised) == (25, 18)
     assert report.first == [[("Hi", False), ("Ahoy", True)]]
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_what_is_there_twice(folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, with_tokenizer: bool) -> None:
+def test_duplicates_are_found_within_and_across_splits(
+    folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, with_tokenizer: bool
+) -> None:
     report = check_dataset(folder, tiny_tokenizer if with_tokenizer else None, 64)
     train, valid = report.splits["train"], report.splits["valid"]
     assert train.duplicates == [Duplicate("train.jsonl:3", "train.jsonl:1")]
@@ -66,7 +68,7 @@ def test_what_is_there_twice(folder: Path, tiny_tokenizer: PreTrainedTokenizerFa
     assert valid.prompts == [Duplicate("valid.jsonl:3", "train.jsonl:2")]
 
 
-def test_the_same_in_another_form_is_the_same(tmp_path: Path) -> None:
+def test_a_record_in_another_form_is_a_duplicate(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Off you go"}]
     write(tmp_path / "train.jsonl", HELD[0], {"instruction": "Bye", "output": "Off you go"}, {"conversations": turns})
     report = check_dataset(tmp_path / "train.jsonl", None, 64)
@@ -79,7 +81,7 @@ def test_texts_have_no_prompt_to_share(tmp_path: Path) -> None:
     assert check_dataset(tmp_path, None, 64).splits["valid"].prompts == []
 
 
-def test_it_goes_on_after_what_is_bad(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_invalid_records_do_not_stop_the_check(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path / "a.jsonl", GOOD[0], {"text": 1}, {"prompt": "x" * 90, "completion": "y"}, GOOD[1], [])
     report = check_dataset(path, tiny_tokenizer, 64)
     with pytest.raises(DataError) as caught:
@@ -87,9 +89,9 @@ def test_it_goes_on_after_what_is_bad(tmp_path: Path, tiny_tokenizer: PreTrained
     assert report.problems == list(caught.value.problems)
     assert [problem.partition(": ")[0] for problem in report.problems] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
     assert report.splits["train"].records == 2
-    only_bad = check_dataset(write(path, {}), tiny_tokenizer, 64)
-    assert (only_bad.form, only_bad.splits["train"].lengths, only_bad.first) == ("none", None, [])
-    assert len(only_bad.problems) == 1
+    invalid = check_dataset(write(path, {}), tiny_tokenizer, 64)
+    assert (invalid.form, invalid.splits["train"].lengths, invalid.first) == ("none", None, [])
+    assert len(invalid.problems) == 1
 
 
 def test_the_first_example_with_its_mask(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -105,9 +107,9 @@ def test_the_first_example_with_its_mask(tmp_path: Path, tiny_tokenizer: PreTrai
 
 def test_token_ids_need_no_tokenizer_to_be_counted(tmp_path: Path) -> None:
     report = check_dataset(write(tmp_path / "a.jsonl", {"tokens": [5, 600, 7], "labels": [-100, 600, 7]}), None, 64)
-    assert (report.unit, report.splits["train"].total, report.splits["train"].learned) == ("tokens", 3, 2)
+    assert (report.unit, report.splits["train"].total, report.splits["train"].supervised) == ("tokens", 3, 2)
 
 
-def test_lengths_are_those_of_some_sequence() -> None:
+def test_each_length_is_that_of_a_sequence() -> None:
     assert Lengths.of([7]) == Lengths(7, 7, 7, 7)
     assert Lengths.of(range(100, 0, -1)) == Lengths(1, 50, 95, 100)

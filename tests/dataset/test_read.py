@@ -46,9 +46,7 @@ def test_preference_pairs(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFas
     path.write_bytes(PAIR + b'{"text": "a"}\n' + PAIR)
     with pytest.raises(DataError) as caught:
         read_dataset(path, tiny_tokenizer, 64)
-    assert caught.value.problems == (
-        "pairs.jsonl:2: $: is of text, those before it of preference pairs; make two datasets",
-    )
+    assert caught.value.problems == ("pairs.jsonl:2: $: text cannot be mixed with preference pairs; make two datasets",)
 
 
 def test_a_long_text_makes_several_examples(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -57,7 +55,7 @@ def test_a_long_text_makes_several_examples(tmp_path: Path, tiny_tokenizer: PreT
     assert len(read_dataset(path, tiny_tokenizer, 9).train) == 2
 
 
-def test_every_bad_line_is_in_one_error(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_invalid_line_is_in_one_error(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "train.jsonl").write_bytes(
         b'{"text": "fine"}\n{"text": 1}\n\n{\n{"prompt": "too long for it", "completion": "x"}\n'
     )
@@ -69,14 +67,14 @@ def test_every_bad_line_is_in_one_error(tmp_path: Path, tiny_tokenizer: PreTrain
     assert caught.value.problems == (
         "train.jsonl:2: $.text: Expected `str`, got `int`",
         "train.jsonl:4: $: Input data was truncated",
-        "train.jsonl:5: $: nothing to learn is left within max_length, 20 tokens; raise it",
-        "valid.jsonl:1: $.messages[0].role: is 'robot', not one of system, user, assistant, tool",
+        "train.jsonl:5: $: nothing to train on within max_length, 20 tokens; raise it",
+        "valid.jsonl:1: $.messages[0].role: unknown role 'robot'; expected one of system, user, assistant, tool",
         "test: is empty",
     )
     assert caught.value.hint
 
 
-def test_a_file_that_breaks_off_does_not_hide_the_other_problems(
+def test_a_truncated_file_does_not_hide_the_other_problems(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     (tmp_path / "train.json").write_bytes(b'[{"text": "a"}')
@@ -84,16 +82,18 @@ def test_a_file_that_breaks_off_does_not_hide_the_other_problems(
     with pytest.raises(DataError) as caught:
         read_dataset(tmp_path, tiny_tokenizer, 20)
     assert [problem.partition(": ")[0] for problem in caught.value.problems][1:] == ["valid.jsonl:1"]
-    assert "train.json is no JSON" in caught.value.problems[0]
+    assert "train.json is not valid JSON" in caught.value.problems[0]
 
 
-def test_data_that_never_learns_to_stop_is_refused(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_data_without_a_stop_token_to_train_on_is_refused(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = tmp_path / "data.jsonl"
     end = tiny_tokenizer.eos_token_id
     for labels, said in (
         (
             [-100, 6, -100],
-            "train: no example of tokens learns to stop; let some end, within 64 tokens, with <|im_end|>",
+            "train: no example of tokens learns to stop; some must end, within 64 tokens, with <|im_end|>",
         ),
         ([-100, 6, end], ""),
     ):
@@ -112,24 +112,24 @@ def test_data_that_never_learns_to_stop_is_refused(tmp_path: Path, tiny_tokenize
         read_dataset(path, tiny_tokenizer, len(whole.tokens) - 1)
 
 
-def test_a_validation_split_need_not_learn_to_stop(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_validation_split_needs_no_stop_token(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     (tmp_path / "valid.jsonl").write_text('{"tokens": [5, 6], "labels": [5, 6]}')
     assert len(read_dataset(tmp_path, tiny_tokenizer, 64).valid) == 1
 
 
-def test_one_token_is_too_short(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_max_length_of_one_is_refused(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(ConfigError, match="max_length is 1"):
+    with pytest.raises(ConfigError, match="max_length must be at least 2, not 1"):
         read_dataset(tmp_path / "a.jsonl", tiny_tokenizer, 1)
 
 
-def made(count: int) -> list[Example]:
+def some(count: int) -> list[Example]:
     return [Example([at, at + 1], [-100, at + 1]) for at in range(count)]
 
 
-def test_what_is_held_out_is_a_share_that_the_seed_decides() -> None:
-    examples = made(100)
+def test_the_seed_decides_which_examples_are_held_out() -> None:
+    examples = some(100)
     train, valid = held_out(examples, 0.1, 0)
     assert len(valid) == 10
     assert sorted(train + valid, key=lambda example: example.tokens) == examples
@@ -145,7 +145,7 @@ def test_what_is_held_out_is_a_share_that_the_seed_decides() -> None:
     st.floats(0.001, 0.999),
     st.integers(0, 5),
 )
-def test_both_sides_have_some_and_share_none(ids: list[int], ratio: float, seed: int) -> None:
+def test_both_sides_have_examples_and_share_none(ids: list[int], ratio: float, seed: int) -> None:
     train, valid = held_out([Example([0, at], [-100, at]) for at in ids], ratio, seed)
     assert train
     assert valid
@@ -154,11 +154,11 @@ def test_both_sides_have_some_and_share_none(ids: list[int], ratio: float, seed:
 
 
 def test_what_cannot_be_held_out() -> None:
-    with pytest.raises(DataError, match="no two different examples"):
-        held_out(made(1) * 5, 0.5, 0)
+    with pytest.raises(DataError, match="all examples are equal"):
+        held_out(some(1) * 5, 0.5, 0)
     for ratio in (0, 1, -0.5, float("nan")):
-        with pytest.raises(ConfigError, match="cannot be held out"):
-            held_out(made(5), ratio, 0)
+        with pytest.raises(ConfigError, match="the ratio to hold out must be between 0 and 1"):
+            held_out(some(5), ratio, 0)
 
 
 keys = st.sampled_from(["text", "prompt", "completion", "messages", "role", "content", "id", "chosen", "rejected"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loradeck.dataset.message import Message
-from loradeck.dataset.record import FORMS, Completion, Conversation, Pair, Text, Tokens, parse
+from loradeck.dataset.record import FORMS, Completion, Conversation, PlainText, PreferencePair, TokenIds, parse
 from loradeck.errors import DataError
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}
@@ -24,7 +24,7 @@ def line(**keys: object) -> bytes:
 
 
 def test_text_and_completion() -> None:
-    assert parse(line(text="Once")) == Text("Once")
+    assert parse(line(text="Once")) == PlainText("Once")
     assert parse(line(prompt="Hi", completion="Ahoy", id=7, source=["x"])) == Completion("Hi", "Ahoy")
 
 
@@ -37,7 +37,7 @@ def test_messages() -> None:
         assert parse(line(messages=[USER, REPLY | {key: "greet"}])) == thoughtful
 
 
-def test_calls_of_tools_and_what_they_say() -> None:
+def test_tool_calls_and_their_results() -> None:
     function = {"name": "weather", "arguments": {"in": "Rome"}}
     as_openai = {"id": "7", "type": "function", "function": function | {"arguments": '{"in": "Rome"}'}}
     says = {"role": "tool", "tool_call_id": "7", "name": "weather", "content": "sunny"}
@@ -55,16 +55,16 @@ def test_calls_of_tools_and_what_they_say() -> None:
             )
 
 
-def test_a_turn_of_weight_0_is_not_learned() -> None:
+def test_a_message_of_weight_0_is_not_trained_on() -> None:
     record = parse(line(messages=[USER, REPLY | {"weight": 0}, BYE | {"weight": 0}, FAIR | {"weight": 1}]))
     assert isinstance(record, Conversation)
-    assert [message.learned for message in record.messages] == [False, False, False, True]
+    assert [message.trained for message in record.messages] == [False, False, False, True]
 
 
-def test_prompt_and_completion_may_be_turns() -> None:
-    learned = Conversation([ASKED, READ, Message("user", "Bye"), Message("assistant", "Fair winds")])
-    assert parse(line(prompt=[USER, REPLY, BYE], completion=[FAIR])) == learned
-    assert parse(line(prompt=[USER, REPLY, BYE], completion="Fair winds")) == learned
+def test_prompt_and_completion_may_be_messages() -> None:
+    expected = Conversation([ASKED, READ, Message("user", "Bye"), Message("assistant", "Fair winds")])
+    assert parse(line(prompt=[USER, REPLY, BYE], completion=[FAIR])) == expected
+    assert parse(line(prompt=[USER, REPLY, BYE], completion="Fair winds")) == expected
     assert parse(line(prompt="Hi", completion=REPLY)) == Conversation([ASKED, ANSWERED])
 
 
@@ -103,14 +103,14 @@ def test_sharegpt() -> None:
 
 def test_tokens() -> None:
     for key in ("tokens", "input_ids"):
-        assert parse(line(**{key: [5, 6]}, labels=[-100, 6], attention_mask=[1, 1])) == Tokens([5, 6], [-100, 6])
+        assert parse(line(**{key: [5, 6]}, labels=[-100, 6], attention_mask=[1, 1])) == TokenIds([5, 6], [-100, 6])
 
 
 def test_preference_pairs() -> None:
-    strings = Pair(Completion("Hi", "Ahoy"), Completion("Hi", "Good day"))
+    strings = PreferencePair(Completion("Hi", "Ahoy"), Completion("Hi", "Good day"))
     assert parse(line(prompt="Hi", chosen="Ahoy", rejected="Good day")) == strings
     polite = {"role": "assistant", "content": "Good day"}
-    turns = Pair(Conversation([ASKED, ANSWERED]), Conversation([ASKED, Message("assistant", "Good day")]))
+    turns = PreferencePair(Conversation([ASKED, ANSWERED]), Conversation([ASKED, Message("assistant", "Good day")]))
     for keys in (
         {"prompt": [USER], "chosen": [REPLY], "rejected": [polite]},
         {"prompt": "Hi", "chosen": REPLY, "rejected": polite},
@@ -125,12 +125,12 @@ def test_preference_pairs() -> None:
         assert parse(line(**keys)) == turns
 
 
-def test_what_both_of_a_pair_share_is_its_prompt() -> None:
+def test_the_messages_that_both_sides_share_are_the_prompt() -> None:
     record = parse(line(chosen=[USER, REPLY, BYE, FAIR], rejected=[USER, REPLY, BYE, FAIR | {"content": "Off"}]))
-    assert isinstance(record, Pair)
+    assert isinstance(record, PreferencePair)
     assert isinstance(record.chosen, Conversation)
     assert record.chosen.messages[:3] == [ASKED, READ, Message("user", "Bye")]
-    assert record.chosen.messages[3].learned
+    assert record.chosen.messages[3].trained
 
 
 def test_a_record_is_of_the_first_form_whose_keys_it_has() -> None:
@@ -138,16 +138,19 @@ def test_a_record_is_of_the_first_form_whose_keys_it_has() -> None:
     assert parse(line(prompt="y", messages=[USER, REPLY])).form == "messages"
 
 
-def test_a_byte_order_mark_is_passed_over() -> None:
-    assert parse(b"\xef\xbb\xbf" + line(text="Once")) == Text("Once")
+def test_a_byte_order_mark_is_ignored() -> None:
+    assert parse(b"\xef\xbb\xbf" + line(text="Once")) == PlainText("Once")
 
 
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (b"{}", "$: none of messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen"),
-        (line(question="x", answer="y"), "its keys are 'question', 'answer'"),
-        (line(prompt="x", completion=None), "its keys are 'prompt'"),
+        (
+            b"{}",
+            "$: unknown form; expected messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen",
+        ),
+        (line(question="x", answer="y"), "the keys are 'question', 'answer'"),
+        (line(prompt="x", completion=None), "the keys are 'prompt'"),
         (b"[1]", "$: Expected `object`, got `array`"),
         (b'{"text": "x"', "$: Input data was truncated"),
         (b'{"text": "x"} {"text": "y"}', "trailing characters"),
@@ -160,80 +163,89 @@ def test_a_byte_order_mark_is_passed_over() -> None:
         (line(prompt="", completion="x"), "$.prompt: is empty"),
         (line(prompt="x", completion=""), "$.completion: is empty"),
         (line(prompt=[USER], completion=""), "$.completion: is empty"),
-        (line(prompt=[USER], completion=[BYE]), "$.completion: has no assistant turn to learn"),
-        (line(prompt="x", completion="y", label=False), "$.label: judges the completion, as for KTO"),
+        (line(prompt=[USER], completion=[BYE]), "$.completion: has no assistant message to train on"),
+        (line(prompt="x", completion="y", label=False), "$.label: KTO is not supported"),
         (line(prompt=["x"], completion="y"), "$.prompt[0]: Expected `object`, got `str`"),
-        (line(messages=[]), "$.messages: has no assistant turn to learn"),
-        (line(messages=[USER]), "$.messages: has no assistant turn to learn"),
-        (line(messages=[USER, REPLY | {"weight": 0}]), "$.messages: has no assistant turn to learn"),
-        (line(messages=[REPLY]), "$.messages[0].role: is assistant, with nothing to answer"),
+        (line(messages=[]), "$.messages: has no assistant message to train on"),
+        (line(messages=[USER]), "$.messages: has no assistant message to train on"),
+        (line(messages=[USER, REPLY | {"weight": 0}]), "$.messages: has no assistant message to train on"),
+        (line(messages=[REPLY]), "$.messages[0].role: a conversation cannot begin with the assistant"),
         (line(messages=[USER, {"role": "assistant", "content": ""}]), "$.messages[1].content: is empty"),
         (line(messages=[USER, {"role": "assistant"}]), "$.messages[1].content: is empty"),
-        (line(messages=[{"content": "x"}]), "$.messages[0].role: is missing; it is one of system"),
-        (line(messages=[USER, {"role": "robot", "content": "x"}]), "$.messages[1].role: is 'robot', not one of system"),
-        (line(messages=[{"role": "human", "content": "x"}]), "$.messages[0].role: is 'human', not one of system, user"),
+        (line(messages=[{"content": "x"}]), "$.messages[0].role: is missing; expected one of system"),
+        (
+            line(messages=[USER, {"role": "robot", "content": "x"}]),
+            "$.messages[1].role: unknown role 'robot'; expected one of system",
+        ),
+        (
+            line(messages=[{"role": "human", "content": "x"}]),
+            "$.messages[0].role: unknown role 'human'; expected one of system, user",
+        ),
         (line(messages=[USER | {"from": "human"}]), "$.messages[0]: has both role and from"),
         (line(messages=[{"role": "user", "content": 1}]), "$.messages[0].content: Expected `str | array | null`"),
         (
             line(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
-            "$.messages[0].content[0].type: is 'image_url'; only text",
+            "$.messages[0].content[0].type: unsupported type 'image_url'; only text",
         ),
-        (line(messages=[USER, REPLY | {"train": False}]), '$.messages[1].train: is not read; write "weight": 0'),
-        (line(messages=[USER, REPLY | {"weight": 0.5}]), "$.messages[1].weight: is 0.5, neither 0 nor 1"),
-        (line(messages=[USER | {"weight": 1}, REPLY]), "$.messages[0].weight: is 1, but only an assistant's turn"),
+        (line(messages=[USER, REPLY | {"train": False}]), '$.messages[1].train: is not supported; write "weight": 0'),
+        (line(messages=[USER, REPLY | {"weight": 0.5}]), "$.messages[1].weight: must be 0 or 1, not 0.5"),
+        (line(messages=[USER | {"weight": 1}, REPLY]), "$.messages[0].weight: is 1, but only assistant messages"),
         (line(messages=[USER, REPLY | {"tool_calls": [{}]}]), "$.messages[1].tool_calls[0]: names no function"),
         (line(messages=[USER | {"tool_calls": [CALLED]}, REPLY]), "$.messages[0].tool_calls: only the assistant calls"),
         (
             line(messages=[USER, REPLY | {"tool_calls": [{"name": "f", "arguments": "in Rome"}]}]),
-            "$.messages[1].tool_calls[0].arguments: is not the JSON it should be",
+            "$.messages[1].tool_calls[0].arguments: invalid JSON",
         ),
-        (line(messages=[USER, REPLY], tools="weather"), "$.tools: is not the JSON it should be"),
+        (line(messages=[USER, REPLY], tools="weather"), "$.tools: invalid JSON"),
         (line(messages=[USER, REPLY], tools=[1]), "$.tools[0]: Expected `object`, got `int`"),
         (
             line(conversations=[{"from": "bot", "value": "x"}]),
-            "$.conversations[0].from: is 'bot', not one of system, h",
+            "$.conversations[0].from: unknown role 'bot'; expected one of system, h",
         ),
         (
             line(conversations=[{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]),
-            "$.conversations[1].value: is not the JSON it should be",
+            "$.conversations[1].value: invalid JSON",
         ),
         (line(conversations=[{"from": "human", "value": "x"}, {"from": "gpt"}]), "$.conversations[1].value: is empty"),
         (line(instruction="x", output=" "), "$.output: is empty"),
         (line(instruction="", output="y"), "$.instruction: is empty"),
         (line(instruction="x", output="y", history=[["x"]]), "$.history[0]: Expected `array` of length 2"),
-        (line(tokens=[1, 2], labels=[1]), "$.labels: are 1, but tokens are 2"),
-        (line(input_ids=[1, 2], labels=[-100, 3]), "$.labels[1]: is 3, neither -100 nor input_ids[1], 2"),
-        (line(tokens=[1, 2], labels=[1, -100]), "$.labels: nothing is learned"),
+        (line(tokens=[1, 2], labels=[1]), "$.labels: has 1 items, but tokens has 2"),
+        (line(input_ids=[1, 2], labels=[-100, 3]), "$.labels[1]: must be -100 or input_ids[1], which is 2; not 3"),
+        (line(tokens=[1, 2], labels=[1, -100]), "$.labels: nothing to train on"),
         (line(tokens=[-1], labels=[-1]), "$.tokens[0]: Expected `int` >= 0"),
         (line(tokens=["B-PER"], labels=[1]), "$.tokens[0]: Expected `int`, got `str`"),
         (line(chosen="x", rejected="y"), "$.prompt: is missing"),
-        (line(prompt="x", chosen="y", rejected="y"), "$.rejected: is the same as chosen"),
-        (line(chosen=[USER, REPLY], rejected=[USER, REPLY]), "$.rejected: is the same as chosen"),
+        (line(prompt="x", chosen="y", rejected="y"), "$.rejected: equals chosen"),
+        (line(chosen=[USER, REPLY], rejected=[USER, REPLY]), "$.rejected: equals chosen"),
         (line(prompt="x", chosen="y", rejected=""), "$.rejected: is empty"),
         (line(prompt="Bye", chosen=[USER, REPLY], rejected=[USER, FAIR]), "$.prompt: chosen and rejected are whole"),
-        (line(chosen=[USER, REPLY], rejected=[USER, REPLY, BYE, FAIR]), "$.chosen: does not go on with an assistant's"),
-        (line(chosen=[USER, REPLY], rejected=[BYE, FAIR]), "$.chosen: does not go on with an assistant's turn"),
+        (
+            line(chosen=[USER, REPLY], rejected=[USER, REPLY, BYE, FAIR]),
+            "$.chosen: must continue with an assistant message",
+        ),
+        (line(chosen=[USER, REPLY], rejected=[BYE, FAIR]), "$.chosen: must continue with an assistant message"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_path(bad: bytes, said: str) -> None:
+def test_an_error_names_the_path(bad: bytes, said: str) -> None:
     with pytest.raises(DataError) as caught:
         parse(bad)
     assert said in caught.value.message
     assert len(caught.value.message) < 300
 
 
-def test_what_reads_without_a_tokenizer_is_what_is_learned() -> None:
+def test_spans_without_a_tokenizer() -> None:
     for record, expected in (
-        (Text("Once"), [("Once", True)]),
+        (PlainText("Once"), [("Once", True)]),
         (Completion("Hi", "Ahoy"), [("Hi", False), ("Ahoy", True)]),
         (Conversation([ASKED, ANSWERED]), [("user: Hi", False), ("assistant: Ahoy", True)]),
-        (Tokens([5, 6, 7], [-100, 6, 7]), [("5", False), ("6 7", True)]),
+        (TokenIds([5, 6, 7], [-100, 6, 7]), [("5", False), ("6 7", True)]),
         (
-            Pair(Completion("Hi", "Ahoy"), Completion("Hi", "Good day")),
+            PreferencePair(Completion("Hi", "Ahoy"), Completion("Hi", "Good day")),
             [("Hi", False), ("Ahoy", True), ("Good day", True)],
         ),
     ):
-        assert record.segments() == expected
+        assert record.spans() == expected
 
 
 json_values = st.recursive(
@@ -264,7 +276,7 @@ def test_any_line_is_a_record_or_a_data_error(content: bytes) -> None:
     except DataError as error:
         refused = error.message
     assert refused.isprintable()
-    assert refused or isinstance(record, Conversation | Completion | Text | Tokens | Pair)
+    assert refused or isinstance(record, Conversation | Completion | PlainText | TokenIds | PreferencePair)
 
 
 def test_the_page_on_data_shows_each_form() -> None:

@@ -19,7 +19,7 @@ ROWS = [{"prompt": "Hi", "completion": 'Ahoy,\n"matey"'}, {"prompt": "Bye", "com
 def read(path: Path | str, split: source.Split = "train") -> list[tuple[str, object]]:
     rows = find(path).rows[split]
     return [
-        (row.place, row.content.message if isinstance(row.content, DataError) else msgspec.json.decode(row.content))
+        (row.location, row.content.message if isinstance(row.content, DataError) else msgspec.json.decode(row.content))
         for row in rows
     ]
 
@@ -62,23 +62,23 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, place
     assert find(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_json_under_data_and_json_lines_of_that_name(tmp_path: Path) -> None:
+def test_json_under_data_and_json_lines_in_a_json_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"version": 1,\n"data":\n[{"a": 1}, {"a": 1},\n\n{"a":\n2}, {"a": 3}]}')
     assert [place for place, _ in read(path)] == ["a.json:3", "a.json:3", "a.json:5", "a.json:6"]
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n')
     assert read(path) == [("a.json:1", {"a": 1}), ("a.json:2", {"a": 2})]
     path.write_bytes(b'[{"a": 1}')
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="is not valid JSON"):
         read(path)
 
 
-def test_cells_of_lists_are_json(tmp_path: Path) -> None:
+def test_cells_that_hold_lists_are_json(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('messages,labels,tools\n"[{""role"": ""user""}]",[1],\n[,positive,\n')
     assert read(path) == [
         ("a.csv:2", {"messages": [{"role": "user"}], "labels": [1], "tools": ""}),
-        ("a.csv:3", "$.messages: is not the JSON it should be: Input data was truncated"),
+        ("a.csv:3", "$.messages: invalid JSON: Input data was truncated"),
     ]
 
 
@@ -145,7 +145,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
         find(tmp_path / "two")
 
 
-def test_a_name_of_the_hub_that_cannot_be_had(tmp_path: Path) -> None:
+def test_a_hub_dataset_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nobody/nothing is no file or folder here, and as a dataset of the hub it"):
         find("nobody/nothing:main")
 
@@ -178,7 +178,7 @@ def test_a_folder_without_clear_splits_is_refused(tmp_path: Path, names: tuple[s
         find(tmp_path)
 
 
-def test_what_is_not_there_or_no_dataset(tmp_path: Path) -> None:
+def test_a_missing_file_or_one_of_another_kind_is_refused(tmp_path: Path) -> None:
     for name in ("missing.jsonl", "missing", "a/b/c"):
         with pytest.raises(DataError, match="cannot be read: no such file or folder"):
             find(tmp_path / name)
@@ -186,7 +186,7 @@ def test_what_is_not_there_or_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.txt is none of .jsonl"):
         find(tmp_path / "a.txt")
     (tmp_path / "a.parquet").write_text("Once")
-    with pytest.raises(DataError, match="is no Parquet file"):
+    with pytest.raises(DataError, match="is not a Parquet file"):
         read(tmp_path / "a.parquet")
 
 
@@ -195,7 +195,7 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     long = [{"text": "a" * 1000}, {"text": "b"}]
     for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
         (_, problem), (_, row) = read(write(tmp_path / name, long))
-        assert problem == "$: has more than 50 bytes; make several records of it"
+        assert problem == "$: has more than 50 bytes; split it into several records"
         assert row == {"text": "b"}
     monkeypatch.setattr(source, "DATASET_BYTES", 900)
     with pytest.raises(DataError, match=r"a.jsonl has [\d,]+ bytes, more than 900"):

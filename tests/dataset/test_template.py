@@ -1,4 +1,4 @@
-"""Templates as they are in use, each cut down to the habit that makes a mask go wrong."""
+"""Real chat templates, each reduced to the habit that can make a mask wrong."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loradeck.dataset.message import Message
 from loradeck.dataset.record import Conversation, Span
-from loradeck.dataset.template import ANSWER, end_of_turn, sequences
+from loradeck.dataset.template import PLACEHOLDER, end_of_turn, sequences
 from loradeck.errors import DataError
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -68,7 +68,7 @@ HI, AHOY, BYE, FAIR = (
 TALK = [HI, AHOY, BYE, FAIR]
 
 
-def made(
+def render(
     tokenizer: PreTrainedTokenizerFast, template: str, messages: list[Message], tools: Any = None
 ) -> list[list[Span]]:
     other = copy.deepcopy(tokenizer)
@@ -76,8 +76,8 @@ def made(
     return list(sequences(other, Conversation(messages, tools)))
 
 
-def learned(made: list[list[Span]]) -> list[list[str]]:
-    return [[text for text, is_learned in segments if is_learned] for segments in made]
+def trained(rendered: list[list[Span]]) -> list[list[str]]:
+    return [[text for text, is_trained in spans if is_trained] for spans in rendered]
 
 
 @pytest.mark.parametrize(
@@ -89,33 +89,33 @@ def learned(made: list[list[Span]]) -> list[list[str]]:
         ("{% for m in messages %}" + TURN + "{% endfor %}" + ASK, [" Ahoy <|im_end|>", "Fair winds<|im_end|>"]),
     ],
 )
-def test_answers_and_their_ends_are_learned_though_no_template_marks_them(
+def test_answers_and_their_ends_are_trained_on_though_no_template_marks_them(
     tiny_tokenizer: PreTrainedTokenizerFast, template: str, expected: list[str]
 ) -> None:
-    [segments] = made(tiny_tokenizer, template, TALK)
-    assert learned([segments]) == [expected]
-    assert all(text not in segment for text in ("Ahoy", "Fair") for segment, is_learned in segments if not is_learned)
+    [spans] = render(tiny_tokenizer, template, TALK)
+    assert trained([spans]) == [expected]
+    assert all(text not in span for text in ("Ahoy", "Fair") for span, is_trained in spans if not is_trained)
 
 
 def test_a_mark_for_the_assistants_text_changes_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     marked = TURN.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
     plain, with_marks = ("{% for m in messages %}" + turn + "{% endfor %}" + ASK for turn in (TURN, marked))
-    assert made(tiny_tokenizer, with_marks, TALK) == made(tiny_tokenizer, plain, TALK)
+    assert render(tiny_tokenizer, with_marks, TALK) == render(tiny_tokenizer, plain, TALK)
 
 
-def test_the_empty_thought_that_a_template_puts_in_is_read_only(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_empty_thinking_block_from_the_template_is_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     for answer in ("Ahoy", "<think>\n\n</think>\n\nAhoy", "<think></think>Ahoy"):
-        [[(read, _), (answered, is_learned)]] = made(tiny_tokenizer, QWEN, [HI, Message("assistant", answer)])
+        [[(read, _), (answered, is_trained)]] = render(tiny_tokenizer, QWEN, [HI, Message("assistant", answer)])
         assert read.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-        assert (answered, is_learned) == ("Ahoy<|im_end|>", True)
+        assert (answered, is_trained) == ("Ahoy<|im_end|>", True)
 
 
-def test_an_empty_thought_in_the_file_is_read_only_too(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    segments = made(tiny_tokenizer, LLAMA, [HI, Message("assistant", "<think>\n</think>\nAhoy")])
-    assert learned(segments) == [["Ahoy<|eot_id|>"]]
+def test_an_empty_thinking_block_in_the_file_is_context_too(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    spans = render(tiny_tokenizer, LLAMA, [HI, Message("assistant", "<think>\n</think>\nAhoy")])
+    assert trained(spans) == [["Ahoy<|eot_id|>"]]
 
 
-def test_a_template_that_forgets_thoughts_gets_a_sequence_for_each_answer(
+def test_a_template_that_drops_earlier_thinking_gets_a_sequence_for_each_answer(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     thoughtful = [
@@ -124,8 +124,8 @@ def test_a_template_that_forgets_thoughts_gets_a_sequence_for_each_answer(
         BYE,
         Message("assistant", "<think>\npart\n</think>\n\nBye"),
     ]
-    first, second = made(tiny_tokenizer, QWEN, thoughtful)
-    assert learned([first, second]) == [
+    first, second = render(tiny_tokenizer, QWEN, thoughtful)
+    assert trained([first, second]) == [
         ["<think>\ngreet\n</think>\n\nAhoy<|im_end|>"],
         ["<think>\npart\n</think>\n\nBye<|im_end|>"],
     ]
@@ -136,19 +136,19 @@ def test_a_template_that_forgets_thoughts_gets_a_sequence_for_each_answer(
     )
 
 
-def test_a_system_turn_that_moves_gets_a_sequence_for_each_answer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    segments = made(tiny_tokenizer, MISTRAL, [Message("system", "Pirate."), *TALK])
-    assert learned(segments) == [["Ahoy<|im_end|>"], ["Fair winds<|im_end|>"]]
-    assert segments[1][0][0] == "<|im_start|>[INST] Hi [/INST] Ahoy<|im_end|>[INST] Pirate.\n\nBye [/INST] "
+def test_a_system_message_that_moves_gets_a_sequence_for_each_answer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    spans = render(tiny_tokenizer, MISTRAL, [Message("system", "Pirate."), *TALK])
+    assert trained(spans) == [["Ahoy<|im_end|>"], ["Fair winds<|im_end|>"]]
+    assert spans[1][0][0] == "<|im_start|>[INST] Hi [/INST] Ahoy<|im_end|>[INST] Pirate.\n\nBye [/INST] "
 
 
-def test_calls_are_learned_and_what_tools_say_is_read(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tool_calls_are_trained_on_and_their_results_are_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     talk = [HI, CALL, Message("tool", "sunny", name="weather"), AHOY]
-    assert learned(made(tiny_tokenizer, LLAMA, talk, TOOLS)) == [
+    assert trained(render(tiny_tokenizer, LLAMA, talk, TOOLS)) == [
         ['{"name": "weather", "parameters": {"in": "Rome"}}<|eot_id|>', "Ahoy<|eot_id|>"]
     ]
-    first, second = made(tiny_tokenizer, QWEN, talk, TOOLS)
-    assert learned([first, second]) == [
+    first, second = render(tiny_tokenizer, QWEN, talk, TOOLS)
+    assert trained([first, second]) == [
         ['<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call><|im_end|>'],
         [" Ahoy <|im_end|>"],
     ]
@@ -156,22 +156,26 @@ def test_calls_are_learned_and_what_tools_say_is_read(tiny_tokenizer: PreTrained
     assert "<tool_response>sunny</tool_response>" in second[0][0]
 
 
-def test_a_turn_of_weight_0_is_read(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    [segments] = made(tiny_tokenizer, LLAMA, [HI, Message("assistant", "Ahoy", weight=0), BYE, FAIR])
-    assert learned([segments]) == [["Fair winds<|eot_id|>"]]
-    assert "Ahoy<|eot_id|>" in segments[0][0]
+def test_a_message_of_weight_0_is_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    [spans] = render(tiny_tokenizer, LLAMA, [HI, Message("assistant", "Ahoy", weight=0), BYE, FAIR])
+    assert trained([spans]) == [["Fair winds<|eot_id|>"]]
+    assert "Ahoy<|eot_id|>" in spans[0][0]
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
-        (DEEPSEEK, TALK, "turn 2, assistant: the chat template does not render what comes before it as the beginning"),
+        (DEEPSEEK, TALK, "message 2, assistant: the chat template renders the messages before it differently"),
         (GEMMA, [Message("system", "Pirate."), *TALK], "refuses it: 'System role not supported'"),
-        (GEMMA, [HI, CALL, Message("tool", "sunny"), AHOY], "turn 2, assistant: .* rewrites its tool calls"),
-        (LLAMA, [HI, Message("assistant", "Ahoy", "greet")], "turn 2, assistant: .* its content and reasoning"),
+        (GEMMA, [HI, CALL, Message("tool", "sunny"), AHOY], "message 2, assistant: .* rewrites its tool calls"),
+        (LLAMA, [HI, Message("assistant", "Ahoy", "greet")], "message 2, assistant: .* its content and reasoning"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", TALK, "marks no end of a turn"),
-        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", TALK, "turn 2, .* rewrites its content"),
-        ("{% for m in messages %}{{ loop.length }}{{ m.content }}</s>{% endfor %}", TALK, "as the beginning"),
+        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", TALK, "message 2, .* rewrites its content"),
+        (
+            "{% for m in messages %}{{ loop.length }}{{ m.content }}</s>{% endfor %}",
+            TALK,
+            "renders the messages before it differently",
+        ),
         ("{% for m in messages %}{{ m.role }}</s>{% endfor %}", TALK, "marks no end|rewrites its content"),
         ("{{ 1 / 0 }}", TALK, "refuses it"),
         ("{% if", TALK, "refuses it"),
@@ -181,12 +185,14 @@ def test_a_template_that_would_give_a_wrong_mask_is_refused(
     tiny_tokenizer: PreTrainedTokenizerFast, template: str, messages: list[Message], said: str
 ) -> None:
     with pytest.raises(DataError, match=said):
-        made(tiny_tokenizer, template, messages)
+        render(tiny_tokenizer, template, messages)
 
 
-def test_what_stands_in_for_an_answer_may_be_in_a_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    segments = made(tiny_tokenizer, LLAMA, [Message("user", ANSWER), Message("assistant", f"{ANSWER}{ANSWER}")])
-    assert learned(segments) == [[f"{ANSWER}{ANSWER}<|eot_id|>"]]
+def test_the_placeholder_may_appear_in_a_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    spans = render(
+        tiny_tokenizer, LLAMA, [Message("user", PLACEHOLDER), Message("assistant", f"{PLACEHOLDER}{PLACEHOLDER}")]
+    )
+    assert trained(spans) == [[f"{PLACEHOLDER}{PLACEHOLDER}<|eot_id|>"]]
 
 
 def test_the_end_of_a_turn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -734,7 +734,7 @@ class TestFuzz:
         header = json.dumps(table).encode()
         self.header(tmp_path / "f", struct.pack("<Q", len(header)) + header + bytes(size))
 
-    KEYS = sorted(peft.READ | peft.KEPT | peft.REFUSED.keys() | {"peft_type", "x"})
+    KEYS = sorted(peft.READ | peft.ORIGIN | peft.REFUSED.keys() | {"peft_type", "x"})
 
     @QUIET
     @given(st.dictionaries(st.sampled_from(KEYS), JSON | st.sampled_from(["LORA", "none", 1, 1.5]), max_size=6))

@@ -136,9 +136,9 @@ def test_everything_that_cannot_be_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
         export(adapter, QWEN, tmp_path / "a.gguf")
     assert caught.value.problems == (
-        "model.layers.0.mixer.in_proj is no weight of this qwen2 base",
-        "model.layers.7.mlp.up_proj is no weight of this qwen2 base",
-        "lm_head shares its weight: llama.cpp would adapt the embedding and the head at once",
+        "model.layers.0.mixer.in_proj is not a weight of this qwen2 base",
+        "model.layers.7.mlp.up_proj is not a weight of this qwen2 base",
+        "lm_head shares its weight: llama.cpp would adapt both the embedding and the head",
         "model.layers.1.mlp.down_proj is (32, 32) in the adapter and (32, 40) in the base",
         "model.conv is a convolution",
     )

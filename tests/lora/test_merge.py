@@ -210,7 +210,7 @@ class TestRefusals:
         model["x"].weight = Packed(torch.randn(4, 4))
         bank = Bank(model)
         fill(bank.add("a", LoraConfig(r=2, target_modules=["x"])))
-        with pytest.raises(UnsupportedError, match="x has a Packed"):
+        with pytest.raises(UnsupportedError, match="cannot merge into x: its weight is a Packed"):
             bank.merge("a")
         assert type(model["x"].weight) is Packed
 
@@ -227,7 +227,7 @@ class TestRefusals:
         fill(bank.add("a", LoraConfig(r=2, target_modules=["mix", "linear"])))
         zoo.linear.weight = nn.Parameter(torch.ones(5, 7, dtype=torch.int8), requires_grad=False)
         before = weights(zoo)
-        with pytest.raises(UnsupportedError, match=r"linear has a Parameter of torch\.int8"):
+        with pytest.raises(UnsupportedError, match=r"linear: its weight is a Parameter of torch\.int8"):
             bank.merge("a")
         assert unchanged(zoo, before)
 

@@ -1,13 +1,14 @@
-"""The soak for seconds on a tiny base; and that it would find out what it is there to find out."""
+"""The soak, short and on a tiny base: it finds nothing wrong, and it would find what it looks for."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.soak.alone import BOUND, Alone, Judgement, judged
-from benchmarks.soak.asked import Asked, Ledger, Told
-from benchmarks.soak.crowd import Crowd
-from benchmarks.soak.engine import Bounds, soak
+from benchmarks.soak.catalogue import Catalogue
+from benchmarks.soak.engine import Limits, soak
+from benchmarks.soak.judge import BOUND, Judge, Judgement, judge_all
+from benchmarks.soak.requests import Answer, Ledger, Request
 
 from loradeck import Base
 from loradeck.serve.config import EngineConfig
@@ -16,9 +17,19 @@ from loradeck.serve.prefix_cache import PrefixCache
 TOKEN_BYTES = 2 * 2 * 16 * 2 * 4  # of the tiny base: layers, heads, width, keys and values, float32
 
 
-def soaked(base: Base, folder: Path, seconds: float) -> tuple[Ledger, dict[str, float], Judgement]:
-    crowd = Crowd(base.model, folder, 24, strength=0.5)
-    sizes = [crowd.store.find(f"a{i}").facts.nbytes for i in range(24)]
+EVENTS = ("requests", "refused", "length", "cancelled", "publishes", "loads by hand", "unloads by hand", "overtaken")
+
+
+def everything_happened(ledger: Ledger) -> bool:
+    return len(ledger.answers) >= 100 and all(ledger.counts[event] for event in EVENTS)
+
+
+def run_soak(
+    base: Base, folder: Path, enough: Callable[[Ledger], bool] = everything_happened
+) -> tuple[Ledger, dict[str, float], Judgement]:
+    """Soak until there is enough, or for two minutes."""
+    catalogue = Catalogue(base.model, folder, 24, strength=0.5)
+    sizes = [catalogue.store.find(f"a{i}").facts.nbytes for i in range(24)]
     config = EngineConfig(
         max_rows=8,
         max_step_tokens=48,
@@ -27,66 +38,69 @@ def soaked(base: Base, folder: Path, seconds: float) -> tuple[Ledger, dict[str, 
         max_waiting=6,
         patience=0.05,
     )
-    bounds = Bounds(seconds, clients=16, longest=140, answer=24, pause=0.05, config=config)
-    ledger, left = soak(base, crowd, bounds, seed=0)
-    assert ledger.told
-    return ledger, left, judged(base, ledger.told, [crowd.folder(f"a{i}", 1) for i in range(4)])
+    limits = Limits(
+        120,
+        clients=16,
+        max_prompt=140,
+        max_tokens=24,
+        pause=0.05,
+        config=config,
+        enough=enough,
+    )
+    ledger, figures = soak(base, catalogue, limits, seed=0)
+    return ledger, figures, judge_all(base, ledger.answers, [catalogue.folder(f"a{i}", 1) for i in range(4)])
 
 
 def test_every_answer_is_its_own_and_nothing_is_left(base: Base, tmp_path: Path) -> None:
-    ledger, left, judgement = soaked(base, tmp_path, seconds=4)
+    ledger, figures, judgement = run_soak(base, tmp_path)
     assert ledger.errors == []
     assert (judgement.verdict.wrong, judgement.verdict.ended_wrong) == (0, 0)
-    assert judgement.verdict.requests == len(ledger.told)
-    assert judgement.apart > 0.8 * judgement.controls > 0
-    assert {own: value for own, value in left.items() if value and own.startswith(("left", "after"))}.keys() <= {
-        "left: bytes of prefixes, over the budget",
-        "left: bytes of adapters, over the budget",
-    }
-    assert max(left["left: bytes of prefixes, over the budget"], left["left: bytes of adapters, over the budget"]) <= 1
-    happened = ("requests", "refused", "length", "cancelled", "publishes", "loads by hand", "unloads by hand", "overtaken")  # fmt: skip
-    assert [own for own in happened if not ledger.counts[own]] == []
-    assert min(left["evictions"], left["prompt tokens found in the prefix cache"]) > 0
+    assert judgement.verdict.requests == len(ledger.answers)
+    assert judgement.detected > 0.8 * judgement.controls > 0
+    caches = {"left: bytes of prefixes, over the budget", "left: bytes of adapters, over the budget"}
+    assert {name for name, value in figures.items() if value and name.startswith(("left", "after"))} <= caches
+    assert max(figures[name] for name in caches) <= 1
+    assert [event for event in EVENTS if not ledger.counts[event]] == []
+    assert min(figures["evictions"], figures["prompt tokens found in the prefix cache"]) > 0
     assert ledger.lost == 0
 
 
-def test_it_finds_a_cache_that_does_not_tell_adapters_apart(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_finds_a_cache_that_mixes_up_adapters(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find, keep = PrefixCache.find, PrefixCache.keep
     monkeypatch.setattr(PrefixCache, "find", lambda self, _, tokens: find(self, (), tokens))
     monkeypatch.setattr(PrefixCache, "keep", lambda self, _, *rest: keep(self, (), *rest))
-    _, _, judgement = soaked(base, tmp_path, seconds=2)
+    _, _, judgement = run_soak(base, tmp_path)
     assert judgement.verdict.wrong > 0
 
 
 def test_it_finds_an_answer_from_a_wrong_version(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Crowd, "newest", lambda self, name: 1)
-    monkeypatch.setattr(Crowd, "latest", lambda self, name: 1)  # as if what is published later were not to be seen
-    ledger, _, _ = soaked(base, tmp_path, seconds=2)
-    assert any("was taken for" in error for error in ledger.errors)
+    # As if later versions were never visible.
+    monkeypatch.setattr(Catalogue, "newest", lambda self, name: 1)
+    monkeypatch.setattr(Catalogue, "latest", lambda self, name: 1)
+    ledger, _, _ = run_soak(base, tmp_path, enough=lambda ledger: bool(ledger.errors))
+    assert any("resolved to" in error for error in ledger.errors)
 
 
 @torch.no_grad()
-def test_it_forgives_what_rounding_does_to_a_text_and_no_more(base: Base) -> None:
+def test_it_forgives_the_effect_of_rounding_and_no_more(base: Base) -> None:
     prompt, count = (5, 6, 7), 8
 
-    def told(off: float) -> Told:
+    def answer(difference: float) -> Answer:
         tokens, logprobs = [*prompt], []
         for _ in range(count):
             after = base.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
             tokens.append(int(after.argmax()))
-            logprobs.append(float(after.max()) + off)
-        asked = Asked(prompt, (), count, temperature=0.0, seed=0, scored=True, endless=True, leaves=None)
-        return Told(asked, [()], tokens[len(prompt) :], logprobs, "length")
+            logprobs.append(float(after.max()) + difference)
+        request = Request(prompt, (), count, temperature=0.0, seed=0, logprobs=True, ignore_eos=True, cancel_after=None)
+        return Answer(request, [()], tokens[len(prompt) :], logprobs, "length")
 
-    alone = Alone(base)
-    verdict = alone.judge(told(2 * BOUND))
+    judge = Judge(base)
+    verdict = judge.judge(answer(2 * BOUND))
     assert (verdict.wrong, verdict.shaken) == (count, 1)
     assert verdict.bound < 1.1 * BOUND
-    # Ten thousand turns of the circle: what rounding left in the last bits of a hidden state now shows in the scores.
-    with base.model.lm_head.register_forward_pre_hook(lambda _, given: torch.sin(given[0] * 1e4)):
-        verdict = alone.judge(told(2 * BOUND))
+    # The sine of ten thousand times a hidden state: rounding in its last bits now shows in the logits.
+    with base.model.lm_head.register_forward_pre_hook(lambda _, args: torch.sin(args[0] * 1e4)):
+        verdict = judge.judge(answer(2 * BOUND))
         assert (verdict.wrong, verdict.shaken) == (0, 1)
-        assert alone.judge(told(2 * verdict.bound)).wrong == count
-    alone.close()
+        assert judge.judge(answer(2 * verdict.bound)).wrong == count
+    judge.close()

@@ -11,7 +11,7 @@ from loradeck.dataset.record import Completion
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 
-PROMPT = 3  # tokens of an example made by chance that are read and not learned
+PROMPT = 3  # tokens of a random example that are context only
 
 
 @pytest.fixture
@@ -34,27 +34,27 @@ def examples(tiny_tokenizer: PreTrainedTokenizerFast) -> list[Example]:
 
 
 @pytest.fixture(scope="session")
-def chance() -> Callable[[int, int], list[Example]]:
-    """Examples of 5 to 20 random tokens each, by their number and a seed."""
+def random_examples() -> Callable[[int, int], list[Example]]:
+    """A function that makes examples of 5 to 20 random tokens, given their number and a seed."""
 
-    def some(count: int, seed: int) -> list[Example]:
+    def make(count: int, seed: int) -> list[Example]:
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(5, 21, (count,), generator=generator).tolist()
         rows = [torch.randint(3, 260, (length,), generator=generator).tolist() for length in lengths]
         return [Example(row, [UNSUPERVISED] * PROMPT + row[PROMPT:]) for row in rows]
 
-    return some
+    return make
 
 
 @pytest.fixture(scope="session")
-def pairs(chance: Callable[[int, int], list[Example]]) -> Callable[[int, int], list[Preference]]:
-    """DPO between random answers to the same prompt, by their number and a seed."""
+def random_pairs(random_examples: Callable[[int, int], list[Example]]) -> Callable[[int, int], list[Preference]]:
+    """A function that makes pairs of random answers to the same prompt, given their number and a seed."""
 
-    def some(count: int, seed: int) -> list[Preference]:
-        chosen, rejected = chance(count, seed), chance(count, seed + 1000)
+    def make(count: int, seed: int) -> list[Preference]:
+        chosen, rejected = random_examples(count, seed), random_examples(count, seed + 1000)
         return [
             Preference(one, Example(one.tokens[:PROMPT] + other.tokens[PROMPT:], other.labels))
             for one, other in zip(chosen, rejected, strict=True)
         ]
 
-    return some
+    return make

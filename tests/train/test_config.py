@@ -4,9 +4,9 @@ import math
 import pytest
 
 from loradeck.errors import ConfigError
-from loradeck.train.config import TrainConfig
+from loradeck.train.config import PassConfig, TrainConfig
 
-BAD = {
+INVALID = {
     "learning_rate": [0, -1e-4, math.nan, math.inf, "1e-3", True, 10**400],
     "epochs": [0, -1, 1.5, None, True],
     "max_steps": [0, 2.0],
@@ -25,26 +25,34 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
-def test_a_value_that_cannot_be_is_named(field: str, value: object) -> None:
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in INVALID.items() for value in values])
+def test_an_invalid_value_is_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**{field: value})
     (problem,) = caught.value.problems
-    assert problem.startswith(f"{field} is {value!r:.40}, not ")
+    assert problem.startswith(f"{field} must be ")
+    assert problem.endswith(f", not {value!r:.40}")
     assert caught.value.hint
 
 
-def test_every_bad_value_is_in_one_error() -> None:
+def test_every_invalid_value_is_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
         TrainConfig(epochs=0, schedule="step", seed=-1)  # type: ignore[arg-type]
     assert [problem.split()[0] for problem in caught.value.problems] == ["epochs", "schedule", "seed"]
 
 
 def test_every_field_is_checked() -> None:
-    assert BAD.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert INVALID.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-def test_edges_that_can_be() -> None:
+def test_the_settings_of_a_pass_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match="invalid PassConfig") as caught:
+        PassConfig(max_tokens=0, gradient_checkpointing=1, checkpoint_every=True, keep_checkpoints=1.5, samples=-1)  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(PassConfig)]
+    assert [problem.split()[0] for problem in caught.value.problems] == fields
+
+
+def test_values_at_the_limits() -> None:
     TrainConfig(
         learning_rate=1, epochs=1, max_steps=1, batch_size=1, max_length=2, warmup_ratio=1, max_grad_norm=math.inf
     )

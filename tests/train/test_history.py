@@ -4,7 +4,7 @@ import pytest
 
 from loradeck.errors import LoradeckError
 from loradeck.train.events import AnyEvent, End, Evaluation, Sample, Step, encode
-from loradeck.train.history import METRICS, pace, read_history
+from loradeck.train.history import METRICS, read_history, tokens_per_second
 
 
 def step(number: int, job: str = "poet", loss: float = 1.0, took: float = 1.0) -> Step:
@@ -40,38 +40,38 @@ def write(folder: Path, *events: AnyEvent, tail: bytes = b"") -> Path:
     return folder
 
 
-def test_each_job_has_its_own_track(tmp_path: Path) -> None:
+def test_each_job_has_its_own_history(tmp_path: Path) -> None:
     events = [step(1), step(1, "judge"), step(2), evaluation(2, 0.5, best=True), evaluation(3, 0.6), sample(3), end(3)]
-    tracks = read_history(write(tmp_path, *events))
-    assert list(tracks) == ["poet", "judge"]
-    assert tracks["poet"].steps == [events[0], events[2]]
-    assert tracks["poet"].evaluations == [events[3], events[4]]
-    assert tracks["poet"].best == events[3]
-    assert tracks["poet"].end == events[6]
-    assert (tracks["judge"].best, tracks["judge"].end) == (None, None)
-    assert read_history(tmp_path / METRICS) == tracks
+    jobs = read_history(write(tmp_path, *events))
+    assert list(jobs) == ["poet", "judge"]
+    assert jobs["poet"].steps == [events[0], events[2]]
+    assert jobs["poet"].evaluations == [events[3], events[4]]
+    assert jobs["poet"].best == events[3]
+    assert jobs["poet"].end == events[6]
+    assert (jobs["judge"].best, jobs["judge"].end) == (None, None)
+    assert read_history(tmp_path / METRICS) == jobs
 
 
 def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
     first = [step(1), step(2), evaluation(2, 5.0), step(3, loss=7.0), evaluation(3, 7.0), step(4), end(4)]
     again = [step(3, loss=2.0), evaluation(3, 2.0, best=True), evaluation(3, 2.5, best=True)]
-    track = read_history(write(tmp_path, *first, *again))["poet"]
-    assert track.steps == [step(1), step(2), step(3, loss=2.0)]
-    assert track.evaluations == [evaluation(2, 5.0), evaluation(3, 2.5, best=True)]
-    assert track.end is None
+    job = read_history(write(tmp_path, *first, *again))["poet"]
+    assert job.steps == [step(1), step(2), step(3, loss=2.0)]
+    assert job.evaluations == [evaluation(2, 5.0), evaluation(3, 2.5, best=True)]
+    assert job.end is None
 
 
 @pytest.mark.parametrize("cut", range(1, len(encode(step(2)))))
-def test_a_last_line_that_was_cut_is_passed_over(tmp_path: Path, cut: int) -> None:
+def test_a_last_line_that_was_cut_short_is_ignored(tmp_path: Path, cut: int) -> None:
     line = encode(step(2))
-    track = read_history(write(tmp_path, step(1), tail=line[:cut]))["poet"]
-    assert track.steps == ([step(1), step(2)] if cut == len(line) - 1 else [step(1)])  # whole but for its end
+    job = read_history(write(tmp_path, step(1), tail=line[:cut]))["poet"]
+    assert job.steps == ([step(1), step(2)] if cut == len(line) - 1 else [step(1)])  # whole but for its end
 
 
 @pytest.mark.parametrize(
     "bad", [b"{}", b"nonsense", b'{"event":"party","job":"x","step":1,"seconds":1}', b"\xff", b"[" * 100_000]
 )
-def test_every_bad_line_is_named(tmp_path: Path, bad: bytes) -> None:
+def test_every_invalid_line_is_named(tmp_path: Path, bad: bytes) -> None:
     tail = bad + b"\n" + encode(step(2)) + encode(step(3))[:30] + b"\n"
     with pytest.raises(LoradeckError) as caught:
         read_history(write(tmp_path, step(1), tail=tail))
@@ -80,14 +80,14 @@ def test_every_bad_line_is_named(tmp_path: Path, bad: bytes) -> None:
     assert four.startswith(f"{tmp_path / METRICS}:4: ")
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoradeckError, match=r"metrics.jsonl cannot be read: No such file"):
         read_history(tmp_path)
-    with pytest.raises(LoradeckError, match="holds no event"):
+    with pytest.raises(LoradeckError, match="has no events"):
         read_history(write(tmp_path))
 
 
-def test_the_pace_is_of_what_lies_between() -> None:
-    assert pace([step(2, took=10), step(3, took=1), step(6, took=7)]) == 50.0
-    assert pace([step(2), step(6, took=0)]) is None
-    assert pace([step(2)]) is None
+def test_tokens_per_second_are_those_between_the_steps() -> None:
+    assert tokens_per_second([step(2, took=10), step(3, took=1), step(6, took=7)]) == 50.0
+    assert tokens_per_second([step(2), step(6, took=0)]) is None
+    assert tokens_per_second([step(2)]) is None

@@ -31,7 +31,7 @@ EXAMPLES = [
     Example([1, 2, 3], [NOT, NOT, 3]),
     Example([4, 4], [4, 4]),
 ]
-LEARNED = 5  # the first token of the third example is read, never predicted
+SUPERVISED = 5  # the first token of the third example is never predicted
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIALS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -49,12 +49,12 @@ def models() -> dict[str, PreTrainedModel]:
         }
 
 
-def mean(model: PreTrainedModel, own: list[Example] = EXAMPLES) -> Tensor:
-    with Losses(model).of(own) as losses:
-        return losses.sum() / sum(example.supervised for example in own)
+def mean(model: PreTrainedModel) -> Tensor:
+    with Losses(model).of(EXAMPLES) as losses:
+        return losses.sum() / SUPERVISED
 
 
-def own_loss(model: PreTrainedModel) -> Tensor:
+def model_loss(model: PreTrainedModel) -> Tensor:
     batch = collate(EXAMPLES, packed=False)
     outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     return outputs.loss
@@ -64,19 +64,19 @@ def own_loss(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_mean_is_the_models_own_loss(tiny: LlamaForCausalLM, kind: str, frozen: bool) -> None:
     model = (tiny if kind == "llama" else models()[kind]).eval().requires_grad_(True)
-    if frozen:  # the head is then computed by HeadLoss, where nothing comes after it
+    if frozen:  # HeadLoss then computes the head, if its output is the logits
         model.get_input_embeddings().requires_grad_(False)
         model.get_output_embeddings().requires_grad_(False)
-    ours, theirs = mean(model), own_loss(model)
+    ours, theirs = mean(model), model_loss(model)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found, expected = (torch.autograd.grad(each, wanted, retain_graph=True) for each in (ours, theirs))
-    assert max(part.abs().max() for part in expected) > 1e-3
-    for one, other in zip(found, expected, strict=True):
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients, expected = (torch.autograd.grad(each, trainable, retain_graph=True) for each in (ours, theirs))
+    assert max(gradient.abs().max() for gradient in expected) > 1e-3
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_each_document_has_its_own(tiny: LlamaForCausalLM) -> None:
+def test_each_example_has_its_own_loss(tiny: LlamaForCausalLM) -> None:
     with Losses(tiny).of(EXAMPLES) as losses:
         together = losses
     assert together.shape == (3,)
@@ -86,16 +86,25 @@ def test_each_document_has_its_own(tiny: LlamaForCausalLM) -> None:
             assert alone.dtype == torch.float32
 
 
-def test_a_frozen_head_is_never_given_all_positions(tiny: LlamaForCausalLM) -> None:
-    shapes, own = [], Losses(tiny)
-    hook = tiny.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape)))
-    with own.of(EXAMPLES):
-        pass
-    tiny.lm_head.requires_grad_(True)
-    with own.of(EXAMPLES):
-        pass
-    hook.remove()
-    assert shapes == [(1, 1, 260), (1, LEARNED, 260)]
+def test_the_head_runs_on_the_supervised_positions_alone(
+    tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And, if it is frozen, on a few of them at a time."""
+    losses, forward = Losses(tiny), nn.Linear.forward
+    rows: list[int] = []
+
+    def count(module: nn.Linear, hidden: Tensor) -> Tensor:
+        if module is tiny.lm_head:
+            rows.append(hidden.numel() // hidden.shape[-1])
+        return forward(module, hidden)
+
+    monkeypatch.setattr(nn.Linear, "forward", count)
+    monkeypatch.setattr(loss, "ROWS", 2)
+    for trainable in (False, True):
+        tiny.lm_head.requires_grad_(trainable)
+        with losses.of(EXAMPLES):
+            pass
+    assert rows == [2, 2, 1, SUPERVISED]
     assert not tiny.lm_head._forward_pre_hooks
 
 
@@ -115,16 +124,16 @@ def test_the_loss_of_the_head_passes_gradcheck(
     torch.testing.assert_close(HeadLoss.apply(hidden, head, targets, True), expected)
 
 
-def test_the_model_is_itself_again_after_an_error(tiny: LlamaForCausalLM) -> None:
-    own = Losses(tiny)
-    with pytest.raises(IndexError), own.of([Example([999, 1], [999, 1])]):
+def test_an_error_leaves_the_model_as_it_was(tiny: LlamaForCausalLM) -> None:
+    losses = Losses(tiny)
+    with pytest.raises(IndexError), losses.of([Example([999, 1], [999, 1])]):
         pass
     assert not tiny.lm_head._forward_pre_hooks
     assert tiny.config._attn_implementation == "sdpa"
 
 
 def test_another_thread_using_the_model_gets_all_its_logits(tiny: LlamaForCausalLM) -> None:
-    ids, seen, own = torch.tensor([[5, 6, 7], [8, 9, 3]]), [], Losses(tiny)
+    ids, seen, losses = torch.tensor([[5, 6, 7], [8, 9, 3]]), [], Losses(tiny)
     thread = threading.Thread(target=lambda: seen.append(tiny(ids).logits.shape))
 
     def meanwhile(*_: object) -> None:
@@ -133,7 +142,8 @@ def test_another_thread_using_the_model_gets_all_its_logits(tiny: LlamaForCausal
             thread.join()
 
     hook = tiny.model.norm.register_forward_hook(meanwhile)
-    with own.of(EXAMPLES):
+    tiny.lm_head.requires_grad_(True)  # a frozen head would not need the hook that selects positions
+    with losses.of(EXAMPLES):
         pass
     hook.remove()
     assert seen == [(2, 3, 260)]
@@ -145,16 +155,16 @@ def test_an_adapter_on_the_head_keeps_its_rows(tiny: LlamaForCausalLM, weight: f
     adapter = bank.add("one", LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
-    own = Losses(tiny)
+    losses = Losses(tiny)
     with bank.route({"one": weight}):
-        theirs = own_loss(tiny)
-        with own.of(EXAMPLES) as losses:
-            ours = losses.sum() / LEARNED
+        theirs = model_loss(tiny)
+        with losses.of(EXAMPLES) as each:
+            ours = each.sum() / SUPERVISED
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert not torch.isclose(ours, own_loss(tiny), rtol=1e-3)
-    with bank.route([None, "one", None], lengths=[6, 3, 2]), own.of(EXAMPLES) as mixed:
+    assert not torch.isclose(ours, model_loss(tiny), rtol=1e-3)
+    with bank.route([None, "one", None], lengths=[6, 3, 2]), losses.of(EXAMPLES) as mixed:
         pass
-    with own.of(EXAMPLES) as plain:
+    with losses.of(EXAMPLES) as plain:
         pass
     torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], rtol=1e-5, atol=1e-5)
     assert not torch.isclose(mixed[1], plain[1], rtol=1e-3)
@@ -164,4 +174,4 @@ def test_a_half_precision_base_has_its_loss_in_fp32(tiny: LlamaForCausalLM) -> N
     half = copy.deepcopy(tiny).to(torch.bfloat16)
     ours = mean(half)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, own_loss(tiny), rtol=0.05, atol=0)
+    torch.testing.assert_close(ours, model_loss(tiny), rtol=0.05, atol=0)

@@ -1,4 +1,4 @@
-"""Packed documents give what each gives alone: outputs and gradients, on every kind of base that is packed."""
+"""Packed sequences give what each gives alone, outputs and gradients, on every kind of base that can be packed."""
 
 import threading
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from transformers import (
 
 from loradeck.dataset.example import Example
 from loradeck.train.batching import collate
-from loradeck.train.packing import NAME, documents, packable
+from loradeck.train.packing import NAME, can_pack, packed_sequences
 
 SPECIALS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **SPECIALS}
@@ -57,28 +57,28 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def built(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def build(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval()
 
 
-def packed_logits(model: PreTrainedModel, own: list[Example]) -> torch.Tensor:
-    batch = collate(own, packed=True)
-    with documents(model, batch.lengths):
+def packed_logits(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
+    batch = collate(examples, packed=True)
+    with packed_sequences(model, batch.lengths):
         return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", *MODELS])
-def test_a_document_does_not_see_its_neighbours(kind: str, tiny: LlamaForCausalLM, chance: Callable) -> None:
-    model = tiny if kind == "llama" else built(MODELS[kind])
-    own = chance(5, 1)
-    assert packable(model)
+def test_a_sequence_does_not_see_its_neighbours(kind: str, tiny: LlamaForCausalLM, random_examples: Callable) -> None:
+    model = tiny if kind == "llama" else build(MODELS[kind])
+    examples = random_examples(5, 1)
+    assert can_pack(model)
     before = model.config._attn_implementation
     model.requires_grad_(True)
-    logits = packed_logits(model, own)
+    logits = packed_logits(model, examples)
     assert model.config._attn_implementation == before
-    alone = torch.cat([model(input_ids=torch.tensor([each.tokens]), use_cache=False).logits[0] for each in own])
+    alone = torch.cat([model(input_ids=torch.tensor([each.tokens]), use_cache=False).logits[0] for each in examples])
     torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     gradients = torch.autograd.grad(logits, [*model.parameters()], upstream, allow_unused=True)
@@ -88,41 +88,41 @@ def test_a_document_does_not_see_its_neighbours(kind: str, tiny: LlamaForCausalL
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_order_of_documents_is_no_matter(tiny: LlamaForCausalLM, chance: Callable) -> None:
-    own = chance(4, 2)
-    ends = torch.tensor([0, *(len(each.tokens) for each in own)]).cumsum(0).tolist()
-    logits = packed_logits(tiny, own)
-    turned = packed_logits(tiny, own[::-1])
-    torch.testing.assert_close(turned[-ends[1] :], logits[: ends[1]], rtol=1e-5, atol=1e-5)
+def test_the_order_of_sequences_does_not_matter(tiny: LlamaForCausalLM, random_examples: Callable) -> None:
+    examples = random_examples(4, 2)
+    ends = torch.tensor([0, *(len(each.tokens) for each in examples)]).cumsum(0).tolist()
+    logits = packed_logits(tiny, examples)
+    reordered = packed_logits(tiny, examples[::-1])
+    torch.testing.assert_close(reordered[-ends[1] :], logits[: ends[1]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_base_that_packing_would_change_is_not_packed(kind: str) -> None:
-    assert not packable(built(OTHERS[kind]))
+    assert not can_pack(build(OTHERS[kind]))
 
 
 def test_half_precision_is_packed(tiny: LlamaForCausalLM) -> None:
-    assert packable(tiny.to(torch.bfloat16))
+    assert can_pack(tiny.to(torch.bfloat16))
 
 
-def test_another_thread_reads_as_ever(tiny: LlamaForCausalLM, chance: Callable) -> None:
-    """The attention that packs is then the model's for all, and must do for the others what theirs did."""
+def test_another_thread_is_not_affected(tiny: LlamaForCausalLM, random_examples: Callable) -> None:
+    """The attention is replaced for the whole model, so it must behave as before for other threads."""
     ids = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]])
     mask = (ids > 0).long()
-    expected, found = tiny(input_ids=ids, attention_mask=mask).logits, []
+    expected, seen = tiny(input_ids=ids, attention_mask=mask).logits, []
 
     def read() -> None:
-        found.append(tiny(input_ids=ids, attention_mask=mask).logits)
+        seen.append(tiny(input_ids=ids, attention_mask=mask).logits)
 
-    with documents(tiny, [3, 4]):
+    with packed_sequences(tiny, [3, 4]):
         assert tiny.config._attn_implementation == NAME
         thread = threading.Thread(target=read)
         thread.start()
         thread.join()
-    torch.testing.assert_close(found[0][mask == 1], expected[mask == 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[0][mask == 1], expected[mask == 1], rtol=1e-5, atol=1e-5)
 
 
 def test_an_error_leaves_the_model_as_it_was(tiny: LlamaForCausalLM) -> None:
-    with pytest.raises(KeyError), documents(tiny, [3]):
+    with pytest.raises(KeyError), packed_sequences(tiny, [3]):
         raise KeyError
     assert tiny.config._attn_implementation == "sdpa"

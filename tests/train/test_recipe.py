@@ -63,7 +63,7 @@ def test_a_run_file_is_read(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_recipe_that_is_written_is_read_back(tmp_path: Path) -> None:
     recipe = RunRecipe(
         base="some/base",
         dtype="float32",
@@ -104,21 +104,21 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
     """
     with pytest.raises(ConfigError) as caught:
         read_recipe(write(tmp_path, text))
-    found = "\n".join(caught.value.problems)
+    problems = "\n".join(caught.value.problems)
     for expected in (
-        "adapter[0].alpha: is no key of a run file; did you mean lora_alpha?",
+        "adapter[0].alpha: unknown key; did you mean lora_alpha?",
         "adapter[0].r: Expected `int`, got `str`",
         "adapter[1]: ",
-        "adapter[2]: epochs is 0, not a whole number from 1",
-        "adapter[2].name: is missing, or no text",
-        "adapter[2].data: is missing, or no text",
-        "base: is missing, or no text",
-        "basis: is no key of a run file",
+        "adapter[2]: epochs must be an integer of at least 1, not 0",
+        "adapter[2].name: must be a string",
+        "adapter[2].data: must be a string",
+        "base: must be a string",
+        "basis: unknown key",
         ".max_tokens: Expected `int`, got `str`",
     ):
-        assert expected in found
+        assert expected in problems
     assert str(tmp_path / "run.toml") in str(caught.value)
-    assert [line for line in caught.value.problems if "lr" in line] == ["defaults.lr: is no key of a run file"]
+    assert [line for line in caught.value.problems if "lr" in line] == ["defaults.lr: unknown key"]
 
 
 @pytest.mark.parametrize(
@@ -127,19 +127,28 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
         ('base = "x"', r"there is no \[\[adapter\]\]"),
         ('base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\n[[adapter]]\nname = "a"\ndata = "y"', "two .* named 'a'"),
         ('base = "x"\nadapter = 3', "adapter a list"),
-        ('base = "x"\nsweep = 1\n[[adapter]]\nname = "a"\ndata = "x"', "sweep: is not true or false"),
-        ("base = ", "no TOML"),
-        ('base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\nlast_layers = 0', "last_layers is 0"),
-        ('base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\nlast_layers = 1\nlayers_to_transform = 1', "both given"),
-        ('base = "x"\nkeep_checkpoints = 0\n[[adapter]]\nname = "a"\ndata = "x"', "keep_checkpoints is 0"),
+        ('base = "x"\nsweep = 1\n[[adapter]]\nname = "a"\ndata = "x"', "sweep: must be true or false"),
+        ("base = ", "not valid TOML"),
+        (
+            'base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\nlast_layers = 0',
+            "last_layers must be an integer of at least 1, not 0",
+        ),
+        (
+            'base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\nlast_layers = 1\nlayers_to_transform = 1',
+            "exclude each other",
+        ),
+        (
+            'base = "x"\nkeep_checkpoints = 0\n[[adapter]]\nname = "a"\ndata = "x"',
+            "keep_checkpoints must be an integer of at least 1, not 0",
+        ),
     ],
 )
-def test_what_cannot_be_run_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+def test_an_invalid_run_file_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         read_recipe(write(tmp_path, text))
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_recipe(tmp_path / "none.toml")
 
@@ -152,6 +161,6 @@ def test_the_last_layers_are_numbered(tmp_path: Path) -> None:
         job.adapter_config(1)
 
 
-def test_a_name_that_no_folder_could_carry() -> None:
+def test_an_invalid_name_is_refused() -> None:
     with pytest.raises(AdapterNameError):
         JobRecipe(name="a/b", data="x")

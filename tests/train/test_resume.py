@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on to the same bits; Ctrl-C ends it after a step; two runs are the same."""
+"""A run that is killed at any moment resumes to the same bits; Ctrl-C ends it after a step; two runs are the same."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from loradeck.train.recipe import read_recipe
 from loradeck.train.run import Run
 
 KILLS = 3
-# Two jobs that differ, with all that a run keeps: dropout, validation, the best so far, samples, an early end.
+# Two jobs that differ, with everything a run keeps: dropout, validation, the best so far, samples, an early end.
 RUN = """
 base = "tiny"
 checkpoint_every = 3
@@ -35,9 +35,9 @@ r = 4
 lora_dropout = 0.2
 learning_rate = 3e-3
 batch_size = 3
-max_steps = 40
+max_steps = 24
 valid = "contrary.jsonl"
-eval_every = 4
+eval_every = 3
 loraplus_lr_ratio = 4
 
 [[adapter]]
@@ -47,29 +47,56 @@ target_modules = ["q_proj", "down_proj"]
 lora_dropout = 0.1
 learning_rate = 1e-3
 batch_size = 2
-max_steps = 23
+max_steps = 13
 seed = 5
 """
 
-# For each line it reads, forks a process that runs the command, and says how it ended: so torch is imported once.
+# For each line it reads, forks a process that runs a command, and prints its exit code and how often it asked the
+# system for something in the run's folder. With `at`, the process sends itself a signal the at-th time. Torch is
+# imported once.
 COMMANDS = """
-import json, os, sys, torch
+import json, os, signal, sys, torch
 torch.set_num_threads(1)
-from loradeck.cli import main
+from loradeck.cli import main, train
 import loradeck.train.run, loradeck.generation, transformers.models.llama.modeling_llama
+train.ANSWER_TOKENS = 8
 for line in sys.stdin:
+    folder, arguments, at, number = json.loads(line)
+    read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        os.chdir(folder)
         sys.stdout = sys.stderr = open("log.txt", "a")
-        code = main(json.loads(line))
+        name, count = arguments[arguments.index("-o") + 1], 0
+        def watch(event, given):
+            global count
+            if event != "open" and not event.startswith(("os.", "shutil.")):
+                return
+            if any(name in os.fsdecode(each) for each in given if isinstance(each, (str, bytes, os.PathLike))):
+                count += 1
+                if count == at:
+                    signal.raise_signal(number)
+        sys.addaudithook(watch)
+        code = main(arguments)
         sys.stdout.flush()
+        os.write(write, str(count).encode())
         os._exit(code)
-    print(f"child {child}", flush=True)
-    _, status = os.waitpid(child, 0)
-    print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
+    os.close(write)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, os.read(read, 20).decode() or 0, flush=True)
+    os.close(read)
 """
 
-Command = Callable[..., int]
+
+@dataclass
+class Done:
+    """How a command ended, and how often it asked the system for something in the run's folder."""
+
+    code: int
+    accesses: int
+
+
+Command = Callable[..., Done]
 
 
 @pytest.fixture
@@ -78,86 +105,99 @@ def folder(tmp_path: Path, tiny_folder: Path) -> Path:
     for name, words in {"one": "ahoy matey", "two": "yes indeed"}.items():
         lines = [{"prompt": f"{n} {name}?", "completion": f"{words} {n * n}" + "!" * (n % 5)} for n in range(17)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    # What is learned makes these less likely: so the best is not the last, however a machine rounds.
+    # Training makes these less likely, so the best adapter is not the last, however a machine rounds.
     contrary = [{"prompt": f"{n} one?", "completion": f"{n * n} QUITE WRONG"} for n in range(5)]
     (tmp_path / "contrary.jsonl").write_text("\n".join(map(json.dumps, contrary)))
     return tmp_path
 
 
-@pytest.fixture
-def command(folder: Path) -> Iterator[Command]:
-    """Run a command in a process of its own; send it a signal once a run's metrics have so many lines."""
-
-    def run(*arguments: str, at: int | None = None, send: int = signal.SIGKILL) -> int:
-        metrics = folder / arguments[arguments.index("-o") + 1] / "metrics.jsonl"
-        assert server.stdin is not None
-        assert server.stdout is not None
-        print(json.dumps(arguments), file=server.stdin, flush=True)
-        child = int(server.stdout.readline().split()[1])
-        if at is not None:
-            before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-            while not (metrics.exists() and metrics.stat().st_mtime_ns > before and lines(metrics) >= at):
-                time.sleep(0.001)
-            os.kill(child, send)
-        return int(server.stdout.readline().split()[1])
-
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-c", COMMANDS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as server:
-        yield run
+    ) as process:
+        yield process
 
 
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n")
+@pytest.fixture
+def command(folder: Path, server: subprocess.Popen[str]) -> Command:
+    """Run a command in the folder, in a process of its own that may send itself a signal."""
+
+    def run(*arguments: str, at: int | None = None, number: int = signal.SIGKILL) -> Done:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        print(json.dumps([str(folder), arguments, at, number]), file=server.stdin, flush=True)
+        return Done(*map(int, server.stdout.readline().split()))
+
+    return run
+
+
+@dataclass
+class Whole:
+    """A run that was never interrupted: what it left, and its accesses to its folder."""
+
+    outcome: dict[str, Any]
+    accesses: int
+
+
+@pytest.fixture(scope="module")
+def cache() -> list[Whole]:
+    return []
+
+
+@pytest.fixture
+def whole(folder: Path, command: Command, cache: list[Whole]) -> Whole:
+    if not cache:
+        done = command("train", "run.toml", "-o", "whole-run")
+        assert done.code == 0
+        cache.append(Whole(outcome(folder / "whole-run"), done.accesses))
+    return cache[0]
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run leaves, without what the clock and the memory say."""
-    found: dict[str, Any] = {name: (run / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")}
+    """Return everything that a run leaves, except times and memory."""
+    left: dict[str, Any] = {name: (run / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")}
     for name in ("metrics.jsonl", "samples.jsonl"):
         events = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        found[name] = [{k: v for k, v in event.items() if k not in ("seconds", "took", "memory")} for event in events]
-    return found
+        left[name] = [{k: v for k, v in event.items() if k not in ("seconds", "took", "memory")} for event in events]
+    return left
 
 
-def test_killed_at_random_steps_it_resumes_to_the_same_bits(folder: Path, command: Command) -> None:
-    assert command("train", "run.toml", "-o", "whole") == 0
-    expected = outcome(folder / "whole")
-    ends = {event["job"]: event for event in expected["metrics.jsonl"] if event["event"] == "end"}
-    assert ends["one"]["kept"] < ends["one"]["step"] == 40, "the best is not the last, so resuming must know it"
-    assert len(expected["samples.jsonl"]) == 10
-    total = lines(folder / "whole" / "metrics.jsonl")
-    chance = random.Random(0)
+def test_killed_at_random_steps_it_resumes_to_the_same_bits(folder: Path, command: Command, whole: Whole) -> None:
+    ends = {event["job"]: event for event in whole.outcome["metrics.jsonl"] if event["event"] == "end"}
+    assert ends["one"]["kept"] < ends["one"]["step"] == 24, "the best is not the last, so resuming must know it"
+    assert len(whole.outcome["samples.jsonl"]) == 8
+    rng = random.Random(0)
     for number in range(KILLS):
-        name = f"killed{number}"
-        at = sorted(chance.sample(range(1, total), 2))
-        assert command("train", "run.toml", "-o", name, at=at[0]) == -signal.SIGKILL
-        code = command("train", "-o", name, "--resume", at=at[1])
-        assert code in (0, -signal.SIGKILL)
-        if code:
-            assert command("train", "run.toml", "-o", name, "--resume") == 0
-        assert outcome(folder / name) == expected
+        name = f"killed-run-{number}"
+        first = rng.randrange(1, whole.accesses)
+        assert command("train", "run.toml", "-o", name, at=first).code == -signal.SIGKILL
+        if (folder / name / "run.toml").exists():
+            second = rng.randrange(1, whole.accesses - first + 1)
+            assert command("train", "-o", name, "--resume", at=second).code == -signal.SIGKILL
+        resume = ["--resume"] if (folder / name / "run.toml").exists() else []
+        assert command("train", "run.toml", "-o", name, *resume).code == 0
+        assert outcome(folder / name) == whole.outcome
         assert len(checkpoint.checkpoints(folder / name / "checkpoints")) <= 2
 
 
-def test_ctrl_c_ends_it_after_a_step_and_says_how_to_go_on(folder: Path, command: Command) -> None:
-    assert command("train", "run.toml", "-o", "whole") == 0
-    assert command("train", "run.toml", "-o", "stopped", at=9, send=signal.SIGINT) == 130
+def test_ctrl_c_ends_it_after_a_step_and_says_how_to_go_on(folder: Path, command: Command, whole: Whole) -> None:
+    at = whole.accesses // 3
+    assert command("train", "run.toml", "-o", "stopped-run", at=at, number=signal.SIGINT).code == 130
     log = (folder / "log.txt").read_text()
-    assert "resume: loradeck train --output stopped --resume" in log
-    (newest,) = checkpoint.checkpoints(folder / "stopped" / "checkpoints")[-1:]
-    done = json.loads((newest / "state.json").read_text())["jobs"]["one"]["step"]
-    stopped = [json.loads(line) for line in (folder / "stopped" / "metrics.jsonl").read_text().splitlines()]
-    assert [event["reason"] for event in stopped if event["event"] == "end"] == ["interrupted"] * 2
-    assert max(event["step"] for event in stopped if event["job"] == "one") == done
-    assert (folder / "stopped" / "one" / "adapter_model.safetensors").exists(), "what there is can be used"
-    assert command("train", "-o", "stopped", "--resume") == 0
-    assert outcome(folder / "stopped") == outcome(folder / "whole")
+    assert "resume: loradeck train --output stopped-run --resume" in log
+    (newest,) = checkpoint.checkpoints(folder / "stopped-run" / "checkpoints")[-1:]
+    step = json.loads((newest / "state.json").read_text())["jobs"]["one"]["step"]
+    events = [json.loads(line) for line in (folder / "stopped-run" / "metrics.jsonl").read_text().splitlines()]
+    assert [event["reason"] for event in events if event["event"] == "end"] == ["interrupted"] * 2
+    assert max(event["step"] for event in events if event["job"] == "one") == step
+    assert (folder / "stopped-run" / "one" / "adapter_model.safetensors").exists(), "it can be used"
+    assert command("train", "-o", "stopped-run", "--resume").code == 0
+    assert outcome(folder / "stopped-run") == whole.outcome
 
 
 @pytest.fixture
@@ -170,33 +210,33 @@ def stopped(folder: Path, base: Base) -> Path:
     return folder / "out"
 
 
-def again(stopped: Path, base: Base) -> Run:
+def reopen(stopped: Path, base: Base) -> Run:
     return Run(read_recipe(stopped / "run.toml"), stopped, base)
 
 
 def test_a_finished_run_has_nothing_to_do(stopped: Path, base: Base) -> None:
-    run = again(stopped, base)
+    run = reopen(stopped, base)
     assert run.resume() == 10
     run.train()
     before = outcome(stopped)
     run.bank.detach()
-    run = again(stopped, base)
+    run = reopen(stopped, base)
     run.resume()
     assert not run.trainer.running
     run.train()
     assert outcome(stopped) == before
 
 
-def test_without_a_checkpoint_it_begins(stopped: Path, base: Base) -> None:
+def test_without_a_checkpoint_it_begins_anew(stopped: Path, base: Base) -> None:
     for path in checkpoint.checkpoints(stopped / "checkpoints"):
         (path / "state.json").unlink()
-    run = again(stopped, base)
+    run = reopen(stopped, base)
     assert run.resume() == 0
     assert (stopped / "metrics.jsonl").read_bytes() == b""
 
 
 def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, base: Base) -> None:
-    """Also at the last step, where the adapter becomes the best one, which is an earlier one."""
+    """Also at the last step, after which the adapter becomes the best one, of an earlier step."""
     run = Run(read_recipe(folder / "run.toml"), folder / "out", base)
     measured: list[tuple[int, str]] = []
     sampled: list[tuple[int, str]] = []
@@ -204,7 +244,7 @@ def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, b
     def weights() -> str:
         return str([float(tensor.double().sum()) for _, tensor in run.bank["one"].tensors()])
 
-    def hear(event: AnyEvent) -> None:
+    def listen(event: AnyEvent) -> None:
         if isinstance(event, Evaluation):
             measured.append((event.step, weights()))
         if isinstance(event, Sample):
@@ -212,23 +252,23 @@ def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, b
         if isinstance(event, End) and event.job == "one":
             assert event.kept < event.step
 
-    run.answer, run.on_event = (lambda names, prompts: [weights()] * len(prompts)), hear
+    run.answer, run.on_event = (lambda names, prompts: [weights()] * len(prompts)), listen
     run.begin()
     run.train()
     assert sampled == measured
-    assert len(measured) == 10
+    assert len(measured) == 8
 
 
 def test_changed_data_and_another_base_are_refused(stopped: Path, base: Base, folder: Path) -> None:
     with (folder / "two.jsonl").open("a") as file:
         file.write('\n{"prompt": "a", "completion": "b"}')
-    run = again(stopped, base)
+    run = reopen(stopped, base)
     with pytest.raises(TrainingError, match="two: its dataset has changed"):
         run.resume()
     run.bank.detach()
     other = Base(base.model, base.tokenizer, name="tiny", source="tiny", fingerprint="another")
-    with pytest.raises(TrainingError, match="the base is another one"):
-        again(stopped, other).resume()
+    with pytest.raises(TrainingError, match="the base is a different one"):
+        reopen(stopped, other).resume()
 
 
 @pytest.mark.parametrize("file", ["state.json", "one.safetensors"])
@@ -236,4 +276,4 @@ def test_a_damaged_checkpoint_is_named(stopped: Path, base: Base, file: str) -> 
     newest = checkpoint.checkpoints(stopped / "checkpoints")[-1]
     (newest / file).write_bytes((newest / file).read_bytes()[:40])
     with pytest.raises(TrainingError, match=f"{newest.name} cannot be resumed from"):
-        again(stopped, base).resume()
+        reopen(stopped, base).resume()

@@ -16,7 +16,7 @@ def test_linear_rises_to_the_peak_and_falls_towards_zero() -> None:
     )
 
 
-def test_cosine_is_half_way_at_half_time() -> None:
+def test_cosine_is_at_half_the_peak_halfway() -> None:
     rates = schedule(max_steps=8, warmup_ratio=0, schedule="cosine")
     assert rates(0) == 1
     assert rates(4) == pytest.approx(0.5)
@@ -30,9 +30,9 @@ def test_constant_stays() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
-def test_no_step_is_lost_at_a_rate_of_zero(steps: int, ratio: float, shape: str) -> None:
-    rates = schedule(max_steps=steps, warmup_ratio=ratio, schedule=shape)
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+def test_no_step_has_a_rate_of_zero(steps: int, ratio: float, decay: str) -> None:
+    rates = schedule(max_steps=steps, warmup_ratio=ratio, schedule=decay)
     assert all(0 < rates(step) <= 1 for step in range(steps))
 
 
@@ -47,7 +47,7 @@ def test_the_automatic_rate_follows_width_and_family() -> None:
     assert "llama" in reason
     narrow, reason = automatic(LlamaConfig(hidden_size=576), 1000)
     assert narrow == 1e-3
-    assert "kept within" in reason
+    assert "clamped to" in reason
     assert automatic(Qwen3Config(hidden_size=2000), 1000)[0] == pytest.approx(5e-4)
 
 
@@ -58,5 +58,5 @@ def test_the_automatic_rate_of_an_unknown_family_and_of_a_short_run() -> None:
     assert "fewer than 100 steps" in reason
 
 
-def test_a_given_rate_is_taken() -> None:
+def test_a_given_rate_is_used() -> None:
     assert (schedule().peak, schedule().reason) == (1.0, "as given")

@@ -14,7 +14,7 @@ from loradeck.errors import AdapterError, ConfigError, DataError, TrainingError,
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.train import job, trainer
+from loradeck.train import job
 from loradeck.train.batching import collate
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, End, Evaluation, Step
@@ -31,7 +31,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_few_examples_are_learned_by_heart_with_their_ends(base: Base, bank: Bank, examples: list[Example]) -> None:
+def test_a_few_examples_are_memorised_with_their_ends(base: Base, bank: Bank, examples: list[Example]) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     result = train(base, bank, "one", examples, FAST)
     assert result.losses[-1] < 0.05
@@ -53,14 +53,14 @@ def test_the_same_seed_gives_the_same_adapter(base: Base, bank: Bank, examples: 
     files = []
     for name, seed in [("first", 7), ("second", 7), ("third", 8)]:
         bank.add(name, recipe, generator=torch.Generator().manual_seed(0))
-        torch.manual_seed(len(files))  # chance elsewhere is no matter
+        torch.manual_seed(len(files))  # the global generator does not matter
         train(base, bank, name, examples, TrainConfig(max_steps=5, batch_size=3, seed=seed))
         files.append((bank.save(name, tmp_path / name) / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
     assert files[0] != files[2]
 
 
-def test_chance_elsewhere_is_left_as_it_was(base: Base, bank: Bank, examples: list[Example]) -> None:
+def test_the_global_generator_is_not_touched(base: Base, bank: Bank, examples: list[Example]) -> None:
     state = torch.get_rng_state()
     bank.add("drops", LoraConfig(r=2, lora_dropout=0.5), generator=torch.Generator().manual_seed(0))
     state = torch.get_rng_state()
@@ -68,7 +68,7 @@ def test_chance_elsewhere_is_left_as_it_was(base: Base, bank: Bank, examples: li
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_other_adapters_are_not_touched(base: Base, bank: Bank, examples: list[Example]) -> None:
+def test_other_adapters_are_not_changed(base: Base, bank: Bank, examples: list[Example]) -> None:
     other = bank.add("other", LoraConfig(r=2))
     before = weights(other)
     train(base, bank, "one", examples, TrainConfig(max_steps=2, weight_decay=0.5))
@@ -87,7 +87,7 @@ def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(
     assert same(weights(twin), weights(bank["one"]))
     losses = train(base, bank, "one", examples, config).losses
     split = [[twin.pair(path)[n] for path in twin.sites] for n in (0, 1)]
-    groups = [{"params": own} for own in split]
+    groups = [{"params": matrices} for matrices in split]
     optimizer = torch.optim.AdamW(groups, betas=job.BETAS, weight_decay=0.1)
     batch = collate(examples, packed=False)
     for step, rate in enumerate([1e-3, 1e-3, 0.5e-3]):
@@ -107,11 +107,11 @@ def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_every_step_is_told(base: Base, bank: Bank, examples: list[Example]) -> None:
-    told: list[AnyEvent] = []
+def test_every_step_has_an_event(base: Base, bank: Bank, examples: list[Example]) -> None:
+    events: list[AnyEvent] = []
     config = TrainConfig(learning_rate=1e-3, epochs=2, batch_size=3, warmup_ratio=0.5)
-    result = train(base, bank, "one", examples, config, on_event=told.append)
-    *steps, end = told
+    result = train(base, bank, "one", examples, config, on_event=events.append)
+    *steps, end = events
     assert all(isinstance(step, Step) for step in steps)
     assert [(step.step, step.steps) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [step.learning_rate for step in steps] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
@@ -125,72 +125,78 @@ def test_every_step_is_told(base: Base, bank: Bank, examples: list[Example]) -> 
     assert (end, end.reason, end.kept) == (result.end, "finished", 4)
 
 
-def test_accumulated_parts_are_the_whole_step(base: Base, bank: Bank, chance: Callable) -> None:
-    """Token-exact: however a ragged batch is cut, its gradient is that of all its tokens at once."""
-    data, config = chance(24, 1), TrainConfig(learning_rate=1e-2, max_steps=4, batch_size=12)
-    found = []
-    for name, tokens in [("whole", 10_000), ("parts", 40), ("one by one", 1)]:
+def test_micro_batches_add_up_to_the_whole_step(base: Base, bank: Bank, random_examples: Callable) -> None:
+    """Token-exact: however a ragged batch is split, its gradient is that of all its tokens at once."""
+    data, config = random_examples(24, 1), TrainConfig(learning_rate=1e-2, max_steps=4, batch_size=12)
+    outcomes = []
+    for name, tokens in [("whole", 10_000), ("split", 40), ("one by one", 1)]:
         bank.add(name.replace(" ", "-"), LoraConfig(r=4), generator=torch.Generator().manual_seed(0))
-        own = Trainer(base, bank, max_tokens=tokens)
-        added = own.add(name.replace(" ", "-"), data, config)
-        for _ in own:
+        trainer = Trainer(base, bank, max_tokens=tokens)
+        added = trainer.add(name.replace(" ", "-"), data, config)
+        for _ in trainer:
             pass
-        found.append((added.progress.losses, weights(bank[added.name])))
-    for losses, tensors in found[1:]:
-        assert losses == pytest.approx(found[0][0], abs=1e-5)
-        for one, other in zip(tensors, found[0][1], strict=True):
+        outcomes.append((added.progress.losses, weights(bank[added.name])))
+    for losses, tensors in outcomes[1:]:
+        assert losses == pytest.approx(outcomes[0][0], abs=1e-5)
+        for one, other in zip(tensors, outcomes[0][1], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_base_that_cannot_be_packed_is_padded(
-    base: Base, bank: Bank, examples: list[Example], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_cannot_be_packed_is_padded(base: Base, bank: Bank, examples: list[Example]) -> None:
     bank.add("two", LoraConfig(r=8), generator=torch.Generator().manual_seed(0))
-    packed = train(base, bank, "one", examples, FAST)
+    config = TrainConfig(learning_rate=1e-2, max_steps=15, batch_size=4)
+    packed = train(base, bank, "one", examples, config)
     base.model.set_attn_implementation("eager")
-    padded = train(base, bank, "two", examples, FAST)
+    padded = train(base, bank, "two", examples, config)
     assert base.model.config._attn_implementation == "eager"
     assert padded.losses == pytest.approx(packed.losses, abs=1e-3)
 
 
 class TestValidation:
-    def run(self, base: Base, bank: Bank, chance: Callable, **config: Any) -> tuple[list[AnyEvent], Trainer]:
-        told: list[AnyEvent] = []
-        own = Trainer(base, bank, on_event=told.append)
-        own.add("one", chance(8, 1), TrainConfig(learning_rate=3e-2, batch_size=4, **config), valid=chance(5, 2))
-        for _ in own:
+    def run(self, base: Base, bank: Bank, random_examples: Callable, **config: Any) -> tuple[list[AnyEvent], Trainer]:
+        events: list[AnyEvent] = []
+        trainer = Trainer(base, bank, on_event=events.append)
+        trainer.add(
+            "one",
+            random_examples(8, 1),
+            TrainConfig(learning_rate=3e-2, batch_size=4, **config),
+            valid=random_examples(5, 2),
+        )
+        for _ in trainer:
             pass
-        return told, own
+        return events, trainer
 
-    def test_the_best_adapter_is_kept(self, base: Base, bank: Bank, chance: Callable) -> None:
-        """What is learned by heart here is of no use elsewhere, so the best is not the last."""
-        told, own = self.run(base, bank, chance, max_steps=30, eval_every=5)
-        evaluations = [event for event in told if isinstance(event, Evaluation)]
+    def test_the_best_adapter_is_kept(self, base: Base, bank: Bank, random_examples: Callable) -> None:
+        """Memorised random examples do not generalise, so the best is not the last."""
+        events, trainer = self.run(base, bank, random_examples, max_steps=30, eval_every=5)
+        evaluations = [event for event in events if isinstance(event, Evaluation)]
         assert [event.step for event in evaluations] == [5, 10, 15, 20, 25, 30]
         losses = [event.loss for event in evaluations]
         assert [event.best for event in evaluations] == [loss == min(losses[: n + 1]) for n, loss in enumerate(losses)]
         best = evaluations[losses.index(min(losses))]
         assert best.step < 30
-        end = told[-1]
+        end = events[-1]
         assert isinstance(end, End)
-        assert (end.kept, own.jobs["one"].progress.best_loss) == (best.step, best.loss)
-        valid = collate(chance(5, 2), packed=False)
+        assert (end.kept, trainer.jobs["one"].progress.best_loss) == (best.step, best.loss)
+        valid = collate(random_examples(5, 2), packed=False)
         with bank.route("one"):
             loss = base.model(valid.input_ids, attention_mask=valid.attention_mask, labels=valid.labels).loss
         assert loss.item() == pytest.approx(best.loss, abs=1e-4)
 
-    def test_patience_ends_it(self, base: Base, bank: Bank, chance: Callable) -> None:
-        told, _ = self.run(base, bank, chance, max_steps=100, eval_every=5, patience=2)
-        end = told[-1]
+    def test_patience_ends_it(self, base: Base, bank: Bank, random_examples: Callable) -> None:
+        events, _ = self.run(base, bank, random_examples, max_steps=100, eval_every=5, patience=2)
+        end = events[-1]
         assert isinstance(end, End)
         assert (end.reason, end.step) == ("early stop", end.kept + 10)
         assert "2 evaluations without a loss below" in end.detail
 
-    def test_the_last_step_is_evaluated_and_the_default_is_ten(self, base: Base, bank: Bank, chance: Callable) -> None:
-        told, _ = self.run(base, bank, chance, max_steps=24)
-        assert [event.step for event in told if isinstance(event, Evaluation)] == [3, 6, 9, 12, 15, 18, 21, 24]
-        told, _ = self.run(base, _another(bank), chance, max_steps=7, eval_every=5)
-        assert [event.step for event in told if isinstance(event, Evaluation)] == [5, 7]
+    def test_the_last_step_is_evaluated_and_the_default_is_ten(
+        self, base: Base, bank: Bank, random_examples: Callable
+    ) -> None:
+        events, _ = self.run(base, bank, random_examples, max_steps=24)
+        assert [event.step for event in events if isinstance(event, Evaluation)] == [3, 6, 9, 12, 15, 18, 21, 24]
+        events, _ = self.run(base, _another(bank), random_examples, max_steps=7, eval_every=5)
+        assert [event.step for event in events if isinstance(event, Evaluation)] == [5, 7]
 
 
 def _another(bank: Bank) -> Bank:
@@ -199,14 +205,14 @@ def _another(bank: Bank) -> Bank:
     return bank
 
 
-def test_the_model_is_in_training_mode_meanwhile(base: Base, bank: Bank, examples: list[Example]) -> None:
+def test_the_model_is_in_training_mode_during_training(base: Base, bank: Bank, examples: list[Example]) -> None:
     modes = []
     train(base, bank, "one", examples, TrainConfig(max_steps=1), on_event=lambda _: modes.append(base.model.training))
     assert modes == [True, True] or modes == [True, False]
     assert not base.model.training
 
 
-def test_an_interrupt_leaves_whole_steps(base: Base, bank: Bank, examples: list[Example], tmp_path: Path) -> None:
+def test_an_interrupt_leaves_complete_steps(base: Base, bank: Bank, examples: list[Example], tmp_path: Path) -> None:
     def interrupt(event: AnyEvent) -> None:
         if isinstance(event, Step) and event.step == 2:
             signal.raise_signal(signal.SIGINT)
@@ -224,7 +230,7 @@ def test_an_interrupt_leaves_whole_steps(base: Base, bank: Bank, examples: list[
     bank.save("one", tmp_path / "one")
 
 
-def test_a_second_interrupt_undoes_the_step(
+def test_a_second_interrupt_drops_the_step(
     base: Base, bank: Bank, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def twice(*_: object) -> None:
@@ -239,7 +245,7 @@ def test_a_second_interrupt_undoes_the_step(
     assert all(parameter.grad is None for parameter in bank.parameters("one"))
 
 
-def test_a_loss_that_is_no_number_stops_before_its_step(base: Base, bank: Bank, examples: list[Example]) -> None:
+def test_a_nan_loss_ends_training_before_the_step(base: Base, bank: Bank, examples: list[Example]) -> None:
     before = weights(bank["one"])
     torch.nn.init.constant_(base.model.model.norm.weight, math.inf)
     with pytest.raises(TrainingError, match="training 'one' diverged at step 1: the loss is nan") as caught:
@@ -249,19 +255,19 @@ def test_a_loss_that_is_no_number_stops_before_its_step(base: Base, bank: Bank, 
     assert not base.model.training
 
 
-def test_what_cannot_be_trained_is_refused(base: Base, bank: Bank, examples: list[Example], tmp_path: Path) -> None:
+def test_invalid_jobs_are_refused(base: Base, bank: Bank, examples: list[Example], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no examples"):
         train(base, bank, "one", [], FAST)
-    with pytest.raises(ConfigError, match="the longest example has 300 tokens; tiny reads 256"):
+    with pytest.raises(ConfigError, match="the longest example has 300 tokens; the context of tiny is 256"):
         train(base, bank, "one", [Example([3] * 300, [3] * 300)], FAST)
-    with pytest.raises(ConfigError, match="the longest example has 300 tokens; tiny reads 256"):
+    with pytest.raises(ConfigError, match="the longest example has 300 tokens; the context of tiny is 256"):
         train(base, bank, "one", examples, FAST, valid=[Example([3] * 300, [3] * 300)])
     with pytest.raises(UnknownAdapterError):
         train(base, bank, "two", examples, FAST)
     bank.load(bank.save("one", tmp_path / "saved"))
     with pytest.raises(AdapterError, match="frozen"):
         train(base, bank, "saved", examples, FAST)
-    own = trainer.Trainer(base, bank)
-    own.add("one", examples, FAST)
-    with pytest.raises(ConfigError, match="has a job already"):
-        own.add("one", examples, FAST)
+    trainer = Trainer(base, bank)
+    trainer.add("one", examples, FAST)
+    with pytest.raises(ConfigError, match="already has a job"):
+        trainer.add("one", examples, FAST)

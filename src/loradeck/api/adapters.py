@@ -91,7 +91,7 @@ def _adapter_card(
         alpha=stored.facts.lora_alpha,
         targets=[*stored.facts.targets],
         bytes=stored.facts.nbytes,
-        sha256=sha256 or stored.recorded or (resident.sha256 if resident else None),
+        sha256=sha256 or stored.recorded_sha256 or (resident.sha256 if resident else None),
         base_sha256=stored.facts.base_fingerprint,
         version=stored.version,
         loaded=resident is not None,

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from loradeck.base import SMOLLM2
+from loradeck.base import SMOLLM2, is_hub_id
 from loradeck.base.digest import DigestCache, sha256
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.weights import Weights, prepare
@@ -129,7 +129,7 @@ def _locate(source: str | Path) -> tuple[str, str]:
     is_gguf = path.suffix.lower() == ".gguf"
     if is_gguf and path.is_file():
         return path.stem, str(_dequantised(path))
-    if isinstance(source, str) and not is_gguf and not path.exists() and _is_hub_id(source):
+    if isinstance(source, str) and not is_gguf and not path.exists() and is_hub_id(source):
         return source, source
     raise BaseModelError(f"no base at {str(source)!r}", hint=HINT)
 
@@ -149,15 +149,6 @@ def _check(source: str) -> None:
             f"{source} has no *.safetensors; pickled weights are not read because they can run code",
             hint="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
         )
-
-
-def _is_hub_id(source: str) -> bool:
-    """Whether a name is owner/model: a misspelt folder should not lead to a download."""
-    try:
-        hub.validate_repo_id(source)
-    except hub.HFValidationError:
-        return False
-    return "/" in source
 
 
 def _tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrainedTokenizerBase:

@@ -7,10 +7,10 @@ and help. It imports what takes long inside the function.
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, Parameter
 
-from loradeck import __version__
 from loradeck.cli.display.text import printable
 from loradeck.errors import LoradeckError
 
@@ -36,7 +36,7 @@ app = App(
     name="loradeck",
     help="One base, a thousand adapters: train, store, switch and serve LoRA. Begin with `loradeck demo`.",
     help_format="plaintext",  # Markdown would double the time of --help
-    version=__version__,
+    version=lambda: version("loradeck"),
     default_parameter=Parameter(negative=(), show_default=lambda value: None if value is False else value),
     result_action="return_value",
     print_error=False,

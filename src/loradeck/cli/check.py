@@ -74,10 +74,10 @@ def _print(report: "Report") -> None:
     if not report.problems:
         print("no problems")
         return
-    from loradeck.dataset.read import MEND
+    from loradeck.dataset.read import HINT
 
     count = len(report.problems)
-    print(f"{count} problem{'s' * (count > 1)}: fix or remove these records. {MEND}")
+    print(f"{count} problem{'s' * (count > 1)}: fix or remove these records. {HINT}")
 
 
 def _table(report: "Report") -> str:
@@ -96,7 +96,7 @@ def _table(report: "Report") -> str:
                     else ["-"] * 4
                 ),
                 f"{part.total:,}",
-                f"{part.learned / max(1, part.total):.1%}",
+                f"{part.supervised / max(1, part.total):.1%}",
                 *(f"{n:,}" for n in (part.truncated, len(part.duplicates), len(part.leaked), len(part.prompts))),
             ]
         )
@@ -105,7 +105,7 @@ def _table(report: "Report") -> str:
 
 def _print_duplicates(duplicates: "list[Duplicate]", remark: str) -> None:
     for duplicate in duplicates[:DUPLICATES]:
-        print(printable(f"{remark}: {duplicate.place}, as {duplicate.of}"))
+        print(printable(f"{remark}: {duplicate.location}, as {duplicate.of}"))
     if len(duplicates) > DUPLICATES:
         print(f"{remark}: and {len(duplicates) - DUPLICATES:,} more")
 

@@ -58,8 +58,7 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         AdapterError: the folder contains such an adapter.
     """
-    from loradeck.cli.summary import is_adapter
-    from loradeck.lora.manifest import read_folder
+    from loradeck.lora.manifest import is_adapter, read_folder
 
     if not folder.is_dir() or not is_adapter(folder):
         return

@@ -15,8 +15,8 @@ def ls(folder: Path = Path("adapters"), /, *, as_json: AsJson = False) -> None:
     Args:
         folder: A folder of adapters, or one adapter.
     """
-    from loradeck.cli.summary import Summary, is_adapter, summarise
-    from loradeck.lora.manifest import read_folder
+    from loradeck.cli.summary import Summary, summarise
+    from loradeck.lora.manifest import is_adapter, read_folder
 
     summaries: list[Summary] = []
     broken: list[dict[str, str]] = []

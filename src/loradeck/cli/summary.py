@@ -4,12 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from loradeck.errors import AdapterError
 from loradeck.lora.manifest import AdapterFiles, TargetModule
-from loradeck.lora.peft import CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +66,3 @@ def pattern(path: str) -> str:
 def config(listing: AdapterFiles) -> dict[str, Any]:
     """Return an adapter's settings, without the empty ones."""
     return {key: value for key, value in asdict(listing.config).items() if value not in (None, (), {}, "")}
-
-
-def is_adapter(folder: Path) -> bool:
-    """Say whether a folder means to be an adapter, whole or not.
-
-    Raises:
-        AdapterError: it cannot be looked into.
-    """
-    try:
-        return any(path.name == CONFIG or path.name.startswith("adapter_model") for path in folder.iterdir())
-    except OSError as error:
-        raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error

@@ -15,7 +15,7 @@ from loradeck.cli.train import LORA, RECIPE, SHARED, carry_out, check_output, re
 from loradeck.errors import ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
-from loradeck.train.recipe import JobRecipe, RunRecipe, base_place, place
+from loradeck.train.recipe import JobRecipe, RunRecipe, resolve, resolve_base
 
 if TYPE_CHECKING:
     from loradeck.train.run import Run
@@ -77,15 +77,15 @@ def sweep(
         recipe = replace(recipe, valid_ratio=recipe.valid_ratio or HELD_OUT)
         job = JobRecipe(
             name=output.resolve().name,
-            data=place(dataset),
-            valid=valid and place(valid),
+            data=resolve(dataset),
+            valid=valid and resolve(valid),
             lora=suffixes(lora),
             train=recipe,
         )
         jobs = trials(job, numbers("--lr", lr, float), numbers("--r", r, int))
-        run_recipe = RunRecipe(base=base_place(base), dtype=dtype, shared=shared, jobs=jobs, sweep=True)
+        run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=jobs, sweep=True)
     halving = Halving()
-    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, listener=halving.hear, each_pass=halving)
+    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, listener=halving.on_event, each_pass=halving)
     return 0 if dry_run else conclude(run, run_recipe.base)
 
 
@@ -103,7 +103,7 @@ def conclude(run: "Run", base: str) -> int:
     winner = best(run.trainer)
     if winner is None:
         raise TrainingError("no trial has a validation loss", hint="Try lower learning rates.")
-    run.publish(winner, run.folder)
+    run.save(winner, run.folder)
     rows = [("trial", "loss", "at step", "ended")]
     for name, job in sorted(run.trainer.jobs.items(), key=lambda item: item[1].progress.best_loss or float("inf")):
         progress = job.progress

@@ -16,7 +16,7 @@ from loradeck.cli.writers import Kind
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
-from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, base_place, place, read_recipe
+from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, read_recipe, resolve, resolve_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,13 +76,13 @@ def train(
     elif base is not None and dataset is not None:
         job = JobRecipe(
             name=output.resolve().name,
-            data=place(dataset),
-            valid=valid and place(valid),
+            data=resolve(dataset),
+            valid=valid and resolve(valid),
             last_layers=last_layers,
             lora=suffixes(lora),
             train=recipe,
         )
-        run_recipe = RunRecipe(base=base_place(base), dtype=dtype, shared=shared, jobs=(job,))
+        run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=(job,))
     elif resume and base is None:
         run_recipe = None
     else:
@@ -125,7 +125,7 @@ def carry_out(
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
     run = Run(recipe, output, base)
     run.answer = answerer(base, run)
-    for name in run.splits:
+    for name in run.data:
         console.print(plan_table(plan(run, name)))
     if dry_run:
         return run
@@ -162,7 +162,7 @@ def conclude(run: "Run", base: str) -> int:
     for name, progress in results.items():
         end = progress.end
         assert end is not None
-        folder, losses = run.place(name), progress.losses
+        folder, losses = run.adapter_folder(name), progress.losses
         if end.kept and folder.joinpath("adapter_config.json").exists():
             best = progress.best_loss
             validation = f", best validation loss {best:.4f} at step {end.kept}" if best else ""
@@ -178,7 +178,7 @@ def conclude(run: "Run", base: str) -> int:
         return 130
     if any(progress.end is not None and progress.end.reason == "diverged" for progress in results.values()):
         return 1
-    adapter = str(run.place(next(iter(results))))
+    adapter = str(run.adapter_folder(next(iter(results))))
     print(printable("try: " + shlex.join(["loradeck", "generate", base, "Hello!", "--adapter", adapter])))
     return 0
 
@@ -192,7 +192,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     """
     import tempfile
 
-    from loradeck.cli.summary import is_adapter
+    from loradeck.lora.manifest import is_adapter
 
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file", hint="Give a folder.")

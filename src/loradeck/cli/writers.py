@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from loradeck.errors import LoradeckError
 from loradeck.train.events import AnyEvent, Evaluation, Listener, Sample, Step
-from loradeck.train.history import pace
+from loradeck.train.history import tokens_per_second
 
 Kind: TypeAlias = Literal["tensorboard", "trackio"]
 PROJECT = "loradeck"  # the project of the runs in trackio
@@ -48,7 +48,7 @@ def _numbers(event: AnyEvent, before: Step | None) -> dict[str, float]:
     numbers: dict[str, float | None] = {}
     if isinstance(event, Step):
         numbers = {name: getattr(event, name) for name in ("loss", "accuracy", "learning_rate", "grad_norm")}
-        numbers["tokens_per_second"] = pace((before, event)) if before else None
+        numbers["tokens_per_second"] = tokens_per_second((before, event)) if before else None
     elif isinstance(event, Evaluation):
         numbers = {"validation_loss": event.loss, "validation_accuracy": event.accuracy}
     return {name: value for name, value in numbers.items() if value is not None}

@@ -1,1 +1,1 @@
-"""Datasets: from a file of any common form to tokens and labels. Knows tokenizers and templates; trains nothing."""
+"""Datasets: read files of any common form into tokens and labels."""

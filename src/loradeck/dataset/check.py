@@ -1,11 +1,10 @@
-"""What a dataset is, before it is trained on: its size, what of it is learned, what is there twice, what is wrong.
+"""Check a dataset before training: sizes, what is trained on, duplicates, and problems.
 
-Knows records and examples; prints nothing. Good records are measured whatever is wrong with the others.
+Valid records are measured whatever is wrong with the others.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -15,22 +14,20 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.example import Example, Preference
-from loradeck.dataset.read import DatasetReader, Entry
-from loradeck.dataset.record import Pair, Record, Span, Tokens
+from loradeck.dataset.read import DatasetReader, ParsedRow
+from loradeck.dataset.record import PreferencePair, Record, Span, TokenIds
 from loradeck.dataset.source import find
 
 
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """A record, and an earlier one that it equals; both as `file:line`."""
+class Duplicate(msgspec.Struct, frozen=True, rename={"location": "place"}):
+    """A record and an earlier one that it equals, both as `file:line`."""
 
-    place: str
+    location: str
     of: str
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Of a split's sequences; each number is the length of one of them."""
+class Lengths(msgspec.Struct, frozen=True):
+    """The lengths of a split's sequences; each number is the length of one of them."""
 
     min: int
     median: int
@@ -39,107 +36,106 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Self:
-        """Measure at least one length."""
+        """Summarise one or more lengths."""
         ordered = sorted(lengths)
         return cls(*(ordered[max(0, ceil(share * len(ordered)) - 1)] for share in (0, 0.5, 0.95, 1)))
 
 
-@dataclass(slots=True)
-class Part:
+class SplitReport(msgspec.Struct, rename={"supervised": "learned"}):
     """One split of a dataset."""
 
     records: int = 0
     examples: int = 0
-    """What the records make: a long text makes several, and a conversation with some templates. A pair is one."""
+    """A record makes one, but a long text makes several, and so does a conversation with some chat templates."""
     lengths: Lengths | None = None
-    """In the report's unit; None where no record is good."""
+    """In the report's unit; None without a valid record."""
     total: int = 0
-    learned: int = 0
-    """Of the total."""
+    """Sum of the lengths."""
+    supervised: int = 0
+    """The part of `total` that is trained on."""
     truncated: int = 0
-    """Examples cut to max_length."""
-    duplicates: list[Duplicate] = field(default_factory=list)
-    """Records that are twice in this split."""
-    leaked: list[Duplicate] = field(default_factory=list)
+    """Examples truncated to max_length."""
+    duplicates: list[Duplicate] = []
+    """Records that this split holds twice."""
+    leaked: list[Duplicate] = []
     """Records that are also in the training split."""
-    prompts: list[Duplicate] = field(default_factory=list)
+    prompts: list[Duplicate] = []
     """Records whose prompt is also in the training split, with another answer."""
 
 
-@dataclass(slots=True)
-class Report:
-    """What `check` found."""
+class Report(msgspec.Struct):
+    """What `check_dataset` returns; as JSON it is the output of `loradeck check --json`."""
 
     name: str
     form: str = "none"
     """As in Dataset."""
     unit: str = "tokens"
     """Of lengths: tokens, or characters without a tokenizer."""
-    splits: dict[str, Part] = field(default_factory=dict)
-    first: list[list[Span]] = field(default_factory=list)
-    """The first example in runs that are learned, or not; for a pair the chosen one and the rejected one."""
-    problems: list[str] = field(default_factory=list)
-    """All that a training would refuse, each `file:line: path: what`."""
+    splits: dict[str, SplitReport] = {}
+    first: list[list[Span]] = []
+    """The first example in spans; for a preference pair, the chosen one and the rejected one."""
+    problems: list[str] = []
+    """Everything that training would refuse, each as `file:line: path: what`."""
 
 
 def check_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Report:
-    """Read a dataset as training would, and go on after what is bad. Without a tokenizer, characters are counted.
+    """Read a dataset as training would, past its invalid records. Without a tokenizer, count characters.
 
     Raises:
         DataError: it cannot be found.
         ConfigError: max_length is below 2.
     """
-    found = find(source)
-    reading = DatasetReader(found, tokenizer, max_length)
-    report = Report(str(source))
-    report.splits = {split: Part() for split in found.rows}
-    seen: dict[str, dict[bytes, str]] = {split: {} for split in found.rows}
-    asked: dict[bytes, str] = {}  # prompts of the training split
-    lengths: dict[str, list[int]] = {split: [] for split in found.rows}
-    for entry in reading.entries():
-        part, sizes = report.splits[entry.split], _sizes(entry)
-        lengths[entry.split] += [total for total, _ in sizes]
-        part.records += 1
-        part.examples += len(entry.examples) or 1
-        part.total += sum(total for total, _ in sizes)
-        part.learned += sum(learned for _, learned in sizes)
-        part.truncated += sum(example.truncated for example in entry.examples)
-        report.first = report.first or _first(entry, tokenizer)
-        segments = entry.record.segments()
-        whole, prompt = _digest(segments), _digest(list(takewhile(lambda segment: not segment[1], segments)))
-        if of := seen[entry.split].get(whole):
-            part.duplicates.append(Duplicate(entry.place, of))
-        seen[entry.split].setdefault(whole, entry.place)
-        if entry.split == "train":
-            asked.setdefault(prompt, entry.place)
+    files = find(source)
+    reader = DatasetReader(files, tokenizer, max_length)
+    report = Report(str(source), splits={split: SplitReport() for split in files.rows})
+    seen: dict[str, dict[bytes, str]] = {split: {} for split in files.rows}
+    train_prompts: dict[bytes, str] = {}
+    lengths: dict[str, list[int]] = {split: [] for split in files.rows}
+    for row in reader.rows():
+        split, sizes = report.splits[row.split], _sizes(row)
+        lengths[row.split] += [total for total, _ in sizes]
+        split.records += 1
+        split.examples += len(row.examples) or 1
+        split.total += sum(total for total, _ in sizes)
+        split.supervised += sum(supervised for _, supervised in sizes)
+        split.truncated += sum(example.truncated for example in row.examples)
+        report.first = report.first or _first(row, tokenizer)
+        spans = row.record.spans()
+        whole, prompt = _digest(spans), _digest(list(takewhile(lambda span: not span.trained, spans)))
+        if of := seen[row.split].get(whole):
+            split.duplicates.append(Duplicate(row.location, of))
+        seen[row.split].setdefault(whole, row.location)
+        if row.split == "train":
+            train_prompts.setdefault(prompt, row.location)
         elif of := seen["train"].get(whole):
-            part.leaked.append(Duplicate(entry.place, of))
-        elif (of := asked.get(prompt)) and not segments[0][1]:
-            part.prompts.append(Duplicate(entry.place, of))
-    for split, sizes in lengths.items():
-        report.splits[split].lengths = Lengths.of(sizes) if sizes else None
-    report.unit = "tokens" if tokenizer or [*reading.stops] == ["tokens"] else "characters"
-    report.form, report.problems = ", ".join(reading.stops) or "none", reading.problems
+            split.leaked.append(Duplicate(row.location, of))
+        elif (of := train_prompts.get(prompt)) and not spans[0].trained:
+            split.prompts.append(Duplicate(row.location, of))
+    for name, sizes in lengths.items():
+        report.splits[name].lengths = Lengths.of(sizes) if sizes else None
+    forms = [*reader.learns_to_stop]
+    report.unit = "tokens" if tokenizer or forms == ["tokens"] else "characters"
+    report.form, report.problems = ", ".join(forms) or "none", reader.problems
     return report
 
 
-def _sizes(entry: Entry) -> list[tuple[int, int]]:
-    """Return the length of each sequence, and how much of it is learned."""
-    if entry.examples:
-        return [(len(example.tokens), example.supervised) for example in _sequences(entry.examples)]
-    if isinstance(entry.record, Tokens):
-        example = Example(entry.record.tokens, entry.record.labels)
+def _sizes(row: ParsedRow) -> list[tuple[int, int]]:
+    """Return the length of each sequence, and how much of it is trained on."""
+    if row.examples:
+        return [(len(example.tokens), example.supervised) for example in _sequences(row.examples)]
+    if isinstance(row.record, TokenIds):
+        example = Example(row.record.tokens, row.record.labels)
         return [(len(example.tokens), example.supervised)]
     return [
-        (sum(len(text) for text, _ in side), sum(len(text) for text, learned in side if learned))
-        for side in _sides(entry.record)
+        (sum(len(span.text) for span in side), sum(len(span.text) for span in side if span.trained))
+        for side in _sides(row.record)
     ]
 
 
-def _first(entry: Entry, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Span]]:
+def _first(row: ParsedRow, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Span]]:
     if tokenizer is None:
-        return _sides(entry.record)
-    return [example.segments(tokenizer) for example in _sequences(entry.examples[:1])]
+        return _sides(row.record)
+    return [example.spans(tokenizer) for example in _sequences(row.examples[:1])]
 
 
 def _sequences(examples: Sequence[Example | Preference]) -> list[Example]:
@@ -148,8 +144,9 @@ def _sequences(examples: Sequence[Example | Preference]) -> list[Example]:
 
 
 def _sides(record: Record) -> list[list[Span]]:
-    return [side.segments() for side in ((record.chosen, record.rejected) if isinstance(record, Pair) else (record,))]
+    sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
+    return [side.spans() for side in sides]
 
 
-def _digest(segments: Sequence[Span]) -> bytes:
-    return hashlib.blake2b(msgspec.json.encode(segments), digest_size=16).digest()
+def _digest(spans: Sequence[Span]) -> bytes:
+    return hashlib.blake2b(msgspec.json.encode(spans), digest_size=16).digest()

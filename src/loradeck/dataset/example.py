@@ -1,6 +1,6 @@
-"""What the model reads and what of it is learned, token by token. Knows tokenizers; knows no files.
+"""Tokens and labels: what the model reads, and which of it is trained on.
 
-What ends an answer is learned with it: the template's end of turn, or the tokenizer's end of text.
+The end of an answer is trained on too: the template's end of turn, or the tokenizer's end of text.
 """
 
 from collections.abc import Iterable
@@ -11,17 +11,26 @@ from typing import Self
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.message import Message
-from loradeck.dataset.record import UNSUPERVISED, Completion, Conversation, Pair, Record, Span, Text, Tokens
+from loradeck.dataset.record import (
+    UNSUPERVISED,
+    Completion,
+    Conversation,
+    PlainText,
+    PreferencePair,
+    Record,
+    Span,
+    TokenIds,
+)
 from loradeck.dataset.template import end_of_turn, sequences
 from loradeck.errors import DataError
 
-# One object for all occurrences of a token: 17 bytes a token, measured, in place of 29. No larger than a vocabulary.
-ONE: dict[int, int] = {}
+# One int object per token id: 17 bytes a token, measured, instead of 29. It grows no larger than the vocabulary.
+INTERNED: dict[int, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence. `labels[t]` is `tokens[t]` where it is learned, UNSUPERVISED elsewhere."""
+    """One sequence to train on. `labels[t]` is `tokens[t]` where it is trained on, UNSUPERVISED elsewhere."""
 
     tokens: list[int]
     labels: list[int]
@@ -29,47 +38,47 @@ class Example:
 
     @classmethod
     def of(cls, record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
-        """Turn a record that makes one sequence into tokens and labels, cut at `max_length` tokens.
+        """Tokenize a record that makes one sequence, truncated to `max_length` tokens.
 
         Raises:
-            DataError: it makes several, or cannot be learned: see `examples`.
+            DataError: it makes several sequences, or cannot be trained on: see `examples`.
         """
-        made = _sequences(record, tokenizer, max_length)
-        if len(made) > 1:
-            raise DataError(f"$: makes {len(made)} sequences with this base and max_length, where there can be one")
-        return cls._cut(*made[0], max_length)
+        encoded = _encode(record, tokenizer, max_length)
+        if len(encoded) > 1:
+            raise DataError(f"$: makes {len(encoded)} sequences with this base and max_length; expected one")
+        return cls._truncated(*encoded[0], max_length)
 
     @classmethod
-    def _cut(cls, tokens: list[int], labels: list[int], max_length: int) -> Self:
+    def _truncated(cls, tokens: list[int], labels: list[int], max_length: int) -> Self:
         example = cls(tokens[:max_length], labels[:max_length], truncated=len(tokens) > max_length)
         if not example.supervised:
-            raise DataError(f"$: nothing to learn is left within max_length, {max_length} tokens; raise it")
+            raise DataError(f"$: nothing to train on within max_length, {max_length} tokens; raise it")
         return example
 
     @property
     def supervised(self) -> int:
-        """Tokens that are learned; the first is read, never predicted."""
+        """Number of tokens trained on; the first token is never predicted, so it does not count."""
         return sum(label != UNSUPERVISED for label in self.labels[1:])
 
-    def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-        """Return the text in runs that are learned, or not."""
+    def spans(self, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+        """Return the text in spans that are trained on, or not."""
         pairs = zip(self.tokens, self.labels, strict=True)
         return [
-            (str(tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)), learned)
-            for learned, run in groupby(pairs, key=lambda pair: pair[1] != UNSUPERVISED)
+            Span(str(tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)), trained)
+            for trained, run in groupby(pairs, key=lambda pair: pair[1] != UNSUPERVISED)
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt; both sequences begin with its tokens, and only the answers are learned."""
+    """Two answers to one prompt. Both sequences begin with the prompt's tokens; only the answers are trained on."""
 
     chosen: Example
     rejected: Example
 
     @classmethod
-    def of(cls, pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
-        """Turn a pair into two examples, each cut at `max_length` tokens.
+    def of(cls, pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
+        """Tokenize a pair, each side truncated to `max_length` tokens.
 
         Raises:
             DataError: as Example.of.
@@ -78,106 +87,105 @@ class Preference:
 
     @property
     def supervised(self) -> int:
-        """Tokens of both that are learned."""
+        """Number of tokens trained on, in both."""
         return self.chosen.supervised + self.rejected.supervised
 
     @property
     def truncated(self) -> bool:
-        """Whether either was cut."""
+        """Whether either was truncated."""
         return self.chosen.truncated or self.rejected.truncated
 
 
 def examples(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example] | list[Preference]:
-    """Turn a record into what is trained on.
+    """Tokenize a record into its examples.
 
-    One example, unless a text is longer than `max_length`, which makes pieces of that size of which no token is lost,
-    or the chat template asks for several sequences (see `template.sequences`).
+    There is one example, with two exceptions: a text longer than `max_length` is split into chunks of that size, and
+    a chat template may need several sequences (see `template.sequences`).
 
     Raises:
-        DataError: the chat template does not fit the record, or nothing to learn is left after the cut.
+        DataError: the chat template does not fit the record, or truncation leaves nothing to train on.
     """
-    if isinstance(record, Pair):
+    if isinstance(record, PreferencePair):
         return [Preference.of(record, tokenizer, max_length)]
-    return [Example._cut(*made, max_length) for made in _sequences(record, tokenizer, max_length)]
+    return [Example._truncated(*encoded, max_length) for encoded in _encode(record, tokenizer, max_length)]
 
 
-def ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokens of which an adapter must learn one in order to stop: the end of text, and that of a turn."""
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the end-of-text and end-of-turn tokens; an adapter must be trained on one of them to learn to stop."""
     try:
         mark = end_of_turn(tokenizer)
-    except DataError:  # a template that fails here may take other turns; each record tells
+    except DataError:  # a template that fails on the probe may accept other messages; each record reports its own
         mark = ""
     turn = tokenizer(mark, add_special_tokens=False)["input_ids"]
     return frozenset(turn[-1:]) | ({tokenizer.eos_token_id} - {None})
 
 
-def _sequences(
-    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[tuple[list[int], list[int]]]:
-    """Return the tokens and labels of each sequence; what is beyond `max_length` may be missing but for one token."""
+def _encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens and labels of each sequence, possibly only the first `max_length` + 1 of them."""
     chat = tokenizer.chat_template is not None
     if isinstance(record, Completion) and chat:
         record = Conversation([Message("user", record.prompt), Message("assistant", record.completion)])
     match record:
         case Conversation() if not chat:
-            raise DataError("$: the base's tokenizer has no chat template, so it takes no turns but prompt, completion")
+            raise DataError("$: the base has no chat template for conversations; give prompt and completion, or text")
         case Conversation():
-            return [_tokenize(tokenizer, segments, max_length) for segments in sequences(tokenizer, record)]
+            return [_tokenize(tokenizer, spans, max_length) for spans in sequences(tokenizer, record)]
         case Completion():
-            return [_plain(tokenizer, [(record.prompt, False), (record.completion, True)])]
-        case Text():
-            return _pieces(*_plain(tokenizer, [("", False), (record.text, True)]), max_length)
-        case Tokens():
-            most = len(tokenizer)
-            if beyond := next((token for token in record.tokens if token >= most), None):
-                raise DataError(f"$: has token {beyond}; the base's tokenizer has {most}, from 0")
+            return [_encode_plain(tokenizer, record.spans())]
+        case PlainText():
+            start = Span("", trained=False)  # so that the tokenizer's begin of text is context only
+            return _chunks(*_encode_plain(tokenizer, [start, *record.spans()]), max_length)
+        case TokenIds():
+            size = len(tokenizer)
+            if invalid := next((token for token in record.tokens if token >= size), None):
+                raise DataError(f"$: token {invalid} is outside the base's vocabulary of {size}")
             return [(record.tokens, record.labels)]
-        case Pair():
-            raise DataError("$: is a preference pair, and makes two sequences")
+        case PreferencePair():
+            raise DataError("$: a preference pair makes two sequences")
 
 
-def _pieces(tokens: list[int], labels: list[int], max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Cut a sequence into pieces, each but the first beginning with the token before it, to be read and not learned."""
-    cuts = range(max_length - 1, len(tokens) - 1, max_length - 1)
-    rest = [(tokens[at : at + max_length], [UNSUPERVISED, *labels[at + 1 : at + max_length]]) for at in cuts]
+def _chunks(tokens: list[int], labels: list[int], max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Split a sequence into chunks; each after the first begins with the token before it, as context only."""
+    starts = range(max_length - 1, len(tokens) - 1, max_length - 1)
+    rest = [(tokens[at : at + max_length], [UNSUPERVISED, *labels[at + 1 : at + max_length]]) for at in starts]
     return [(tokens[:max_length], labels[:max_length]), *rest]
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, segments: list[Span]) -> tuple[list[int], list[int]]:
-    """Tokenize a text as it stands, begun and ended as the tokenizer begins and ends texts."""
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, spans: list[Span]) -> tuple[list[int], list[int]]:
+    """Tokenize a text without a template, between the tokenizer's own begin and end of text."""
     end = tokenizer.eos_token_id
     if end is None:
-        raise DataError("$: the base's tokenizer has no end of text, so the adapter could not learn to stop")
-    tokens, labels = _tokenize(tokenizer, segments, special=True)
+        raise DataError("$: the base's tokenizer has no end-of-text token, so the adapter could not learn to stop")
+    tokens, labels = _tokenize(tokenizer, spans, special=True)
     return [*tokens, end], [*labels, end]
 
 
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
-    segments: Iterable[Span],
+    spans: Iterable[Span],
     max_length: int | None = None,
     *,
     special: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """Tokenize segment after segment, stopping once past `max_length` tokens.
+    """Tokenize span after span, stopping once there are more than `max_length` tokens.
 
-    `special` lets the tokenizer begin the text as it does every text; a chat template has done so itself.
-    A segment's tokens are those it has in the whole text, for some tokenizers mark a text's first word; unless a merge
-    would cross its border: at inference the prompt is tokenized without the answer.
+    `special` lets the tokenizer add its special tokens; a chat template has already written them. A span gets the
+    tokens it has within the whole text, because some tokenizers mark a text's first word. The exception is a merge
+    across the span's start: at inference the prompt is tokenized without the answer.
     """
     text = ""
     tokens: list[int] = []
     labels: list[int] = []
-    for segment, learned in segments:
-        text += segment
-        joint = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # or it warns of long texts
+    for span in spans:
+        text += span.text
+        joint = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # verbose warns of long texts
         if joint[: len(tokens)] == tokens:
-            fresh = joint[len(tokens) :]
+            new = joint[len(tokens) :]
         else:
-            fresh = tokenizer(segment, add_special_tokens=False)["input_ids"]
-        fresh = [ONE.setdefault(token, token) for token in fresh]
-        tokens += fresh
-        labels += fresh if learned else [UNSUPERVISED] * len(fresh)
+            new = tokenizer(span.text, add_special_tokens=False)["input_ids"]
+        new = [INTERNED.setdefault(token, token) for token in new]
+        tokens += new
+        labels += new if span.trained else [UNSUPERVISED] * len(new)
         if max_length is not None and len(tokens) > max_length:
             break
     return tokens, labels

@@ -1,6 +1,6 @@
-"""One turn of a conversation: the ways that files write it, and the one way it is kept. Knows JSON; knows no template.
+"""A chat message: the ways that files write it, and the one form used here.
 
-Files write turns as OpenAI does, `role` and `content`, or as ShareGPT does, `from` and `value`.
+Files write messages as OpenAI does (`role` and `content`) or as ShareGPT does (`from` and `value`).
 """
 
 from collections.abc import Sequence
@@ -28,29 +28,29 @@ Json: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn, as a chat template takes it."""
+    """One message of a conversation, as a chat template takes it."""
 
     role: str
     content: str
     reasoning: str = ""
-    """What was thought before the content."""
+    """The assistant's thinking before the content."""
     tool_calls: list[Json] = field(default_factory=list)
-    """`{"type": "function", "function": {"name": str, "arguments": dict}}`, with an `id` where the file has one."""
+    """`{"type": "function", "function": {"name": str, "arguments": dict}}`, and an `id` if the file gives one."""
     name: str | None = None
     tool_call_id: str | None = None
     weight: int = 1
-    """0 for an assistant's turn that is read and not learned."""
+    """0 for an assistant message that is context only."""
 
     @property
-    def learned(self) -> bool:
-        """Whether the turn is to be learned: only an assistant's is."""
+    def trained(self) -> bool:
+        """Whether the message is trained on: only assistant messages are."""
         return self.role == "assistant" and self.weight == 1
 
     def for_template(self) -> Json:
-        """Return the keys that chat templates know; without the empty ones, for some ask whether a key is there."""
+        """Return the keys that chat templates read, without empty ones: some templates test whether a key exists."""
         keys = {
             "reasoning_content": self.reasoning,
-            "thinking": self.reasoning,  # what OpenAI's own template calls it
+            "thinking": self.reasoning,  # the key in OpenAI's own template
             "tool_calls": self.tool_calls,
             "name": self.name,
             "tool_call_id": self.tool_call_id,
@@ -58,78 +58,78 @@ class Message:
         return {"role": self.role, "content": self.content} | {key: value for key, value in keys.items() if value}
 
     def __str__(self) -> str:
-        """Return the turn as it reads without a template."""
+        """Return the message as text, without a template."""
         calls = [msgspec.json.encode(call["function"]).decode() for call in self.tool_calls]
         return f"{self.role}: " + "\n".join(text for text in (self.reasoning, self.content, *calls) if text)
 
 
-class Part(msgspec.Struct, frozen=True):
-    """A piece of a content; only those of type text can be learned here."""
+class ContentPart(msgspec.Struct, frozen=True):
+    """A part of a message's content; only type text is supported."""
 
     type: str
     text: str | None = None
 
 
-class Function(msgspec.Struct, frozen=True):
-    """A call of a tool. OpenAI writes the arguments as a string of JSON, which templates would quote once more."""
+class FunctionCall(msgspec.Struct, frozen=True):
+    """A function's name and arguments. OpenAI writes the arguments as a JSON string; templates would quote it again."""
 
     name: str
     arguments: Json | str | None = None
 
 
-class Call(msgspec.Struct, frozen=True):
-    """A call as OpenAI writes it, or the bare function."""
+class ToolCall(msgspec.Struct, frozen=True):
+    """A tool call as OpenAI writes it, or the bare function."""
 
-    function: Function | None = None
+    function: FunctionCall | None = None
     name: str | None = None
     arguments: Json | str | None = None
     id: str | None = None
 
-    def json(self, path: str) -> Json:
-        """Return the call as templates take it."""
-        function = self.function or Function(self.name or "", self.arguments)
+    def for_template(self, path: str) -> Json:
+        """Return the call as chat templates take it."""
+        function = self.function or FunctionCall(self.name or "", self.arguments)
         if not function.name:
             raise DataError(f"{path}: names no function")
         arguments = function.arguments or {}
         if isinstance(arguments, str):
-            arguments = embedded(arguments, Json, f"{path}.arguments")
+            arguments = decode(arguments, Json, f"{path}.arguments")
         call: Json = {"type": "function", "function": {"name": function.name, "arguments": arguments}}
         return call | ({"id": self.id} if self.id else {})
 
 
-class Turn(msgspec.Struct, frozen=True, rename={"from_": "from"}):
-    """One turn as it is in a file."""
+class RawMessage(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+    """A message as a file writes it."""
 
     role: str | None = None
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     from_: str | None = None
     value: str | None = None
     reasoning_content: str | None = None
     thinking: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: list[ToolCall] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     weight: float | None = None
-    train: bool | None = None  # named so as to be refused: passed over, it would be learned all the same
+    train: bool | None = None  # declared in order to refuse it: ignored, the message would be trained on all the same
 
-    def message(self, path: str) -> Message:
-        """Return the turn as it is kept.
+    def to_message(self, path: str) -> Message:
+        """Return the message in the form used here; `path` is its JSON path, for errors.
 
         Raises:
-            DataError: an unknown role, a content that is no text, or an assistant's turn with nothing in it.
+            DataError: an unknown role, a content that is not text, or an empty assistant message.
         """
         if self.role is not None and self.from_ is not None:
             raise DataError(f"{path}: has both role and from; keep one")
-        key, known = ("from", SHAREGPT) if self.from_ is not None else ("role", dict.fromkeys(ROLES))
+        key, roles = ("from", SHAREGPT) if self.from_ is not None else ("role", dict.fromkeys(ROLES))
         name = self.from_ if self.from_ is not None else self.role
         if name is None:
-            raise DataError(f"{path}.role: is missing; it is one of {', '.join(ROLES)}")
-        if name not in known:
-            raise DataError(f"{path}.{key}: is {name!r:.24}, not one of {', '.join(known)}")
-        role = known[name] or name
+            raise DataError(f"{path}.role: is missing; expected one of {', '.join(ROLES)}")
+        if name not in roles:
+            raise DataError(f"{path}.{key}: unknown role {name!r:.24}; expected one of {', '.join(roles)}")
+        role = roles[name] or name
         calls, content = self.tool_calls or [], self._content(path)
         if name == "function_call":
-            calls, content = embedded_list(content, Call, f"{path}.value"), ""
+            calls, content = decode_list(content, ToolCall, f"{path}.value"), ""
         if role == "assistant" and not content.strip() and not calls:
             raise DataError(f"{path}.{'content' if key == 'role' else 'value'}: is empty")
         if role != "assistant" and calls:
@@ -138,7 +138,7 @@ class Turn(msgspec.Struct, frozen=True, rename={"from_": "from"}):
             role,
             content,
             self.reasoning_content or self.thinking or "",
-            [call.json(f"{path}.tool_calls[{at}]") for at, call in enumerate(calls)],
+            [call.for_template(f"{path}.tool_calls[{index}]") for index, call in enumerate(calls)],
             self.name,
             self.tool_call_id,
             self._weight(path, role),
@@ -149,52 +149,52 @@ class Turn(msgspec.Struct, frozen=True, rename={"from_": "from"}):
             return self.value or ""
         if not isinstance(self.content, list):
             return self.content or ""
-        for at, part in enumerate(self.content):
+        for index, part in enumerate(self.content):
             if part.type != "text" or part.text is None:
-                raise DataError(f"{path}.content[{at}].type: is {part.type!r:.24}; only text can be learned here")
+                raise DataError(f"{path}.content[{index}].type: unsupported type {part.type!r:.24}; only text is")
         return "".join(part.text or "" for part in self.content)
 
     def _weight(self, path: str, role: str) -> int:
         if self.train is not None:
-            raise DataError(f'{path}.train: is not read; write "weight": 0 for a turn that is not to be learned')
+            raise DataError(f'{path}.train: is not supported; write "weight": 0 for a message not to train on')
         if self.weight not in (None, 0, 1):
-            raise DataError(f"{path}.weight: is {self.weight:g}, neither 0 nor 1")
+            raise DataError(f"{path}.weight: must be 0 or 1, not {self.weight:g}")
         if self.weight == 1 and role != "assistant":
-            raise DataError(f"{path}.weight: is 1, but only an assistant's turn is learned")
+            raise DataError(f"{path}.weight: is 1, but only assistant messages are trained on")
         return int(role != "assistant" or self.weight != 0)
 
 
-def messages(turns: Sequence[Turn], path: str) -> list[Message]:
-    """Return turns as they are kept."""
-    return [turn.message(f"{path}[{at}]") for at, turn in enumerate(turns)]
+def to_messages(raw: Sequence[RawMessage], path: str) -> list[Message]:
+    """Return a file's messages in the form used here; `path` is the list's JSON path, for errors."""
+    return [message.to_message(f"{path}[{index}]") for index, message in enumerate(raw)]
 
 
 def tools(declared: list[Json] | str | None) -> list[Json] | None:
-    """Return a conversation's tools in OpenAI's shape; files also write them bare, or all of them as one string.
+    """Return a conversation's tools in OpenAI's shape; files also write bare functions, or one JSON string.
 
     Raises:
-        DataError: they are no JSON.
+        DataError: invalid JSON.
     """
     if isinstance(declared, str):
-        declared = embedded_list(declared, Json, "$.tools") if declared.strip() else None
+        declared = decode_list(declared, Json, "$.tools") if declared.strip() else None
     if not declared:
         return None
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in declared]
 
 
-def embedded(text: str, kind: Any, path: str) -> Any:
-    """Read JSON that a file holds as a string.
+def decode(text: str, type_: Any, path: str) -> Any:
+    """Decode JSON that a file holds as a string.
 
     Raises:
-        DataError: it is no JSON of this kind.
+        DataError: invalid JSON, or not of this type.
     """
     try:
-        return msgspec.json.decode(text, type=kind)
+        return msgspec.json.decode(text, type=type_)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise DataError(f"{path}: is not the JSON it should be: {error}") from error
+        raise DataError(f"{path}: invalid JSON: {error}") from error
 
 
-def embedded_list(text: str, kind: Any, path: str) -> list[Any]:
-    """Read a list, or the one thing that would be in it."""
-    found = embedded(text, kind | list[kind], path)
-    return found if isinstance(found, list) else [found]
+def decode_list(text: str, type_: Any, path: str) -> list[Any]:
+    """Decode a list, or a single item as a list of one."""
+    value = decode(text, type_ | list[type_], path)
+    return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""One dataset, by split, read whole or refused whole. Knows problems and their places; knows no files and no JSON."""
+"""Read a whole dataset by split, or refuse it with every problem it has."""
 
 import random
 from collections.abc import Iterator
@@ -8,156 +8,157 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from loradeck.dataset.example import Example, Preference, ends, examples
+from loradeck.dataset.example import Example, Preference, examples, stop_tokens
 from loradeck.dataset.record import EXPECTED, PAIRS, Record, parse
 from loradeck.dataset.source import SPLITS, Row, Source, Split, find
 from loradeck.errors import ConfigError, DataError
 
-MEND = f"Each record has {EXPECTED}."
-Learnables: TypeAlias = list[Example] | list[Preference]
-AsGiven = TypeVar("AsGiven", bound=Learnables)
+HINT = f"Each record has {EXPECTED}."
+Examples: TypeAlias = list[Example] | list[Preference]
+ExamplesT = TypeVar("ExamplesT", bound=Examples)
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """What is trained on, and what is only measured."""
+    """The examples of a dataset, by split."""
 
     name: str
-    """As it was asked for."""
+    """The path or hub id that was given."""
     form: str
     """How its records are written: messages, prompt and completion, alpaca, sharegpt, text, tokens, preference pairs;
-    several with commas between them."""
-    train: Learnables
-    valid: Learnables
-    """Empty where there is no such split."""
-    test: Learnables
+    several are separated by commas."""
+    train: Examples
+    valid: Examples
+    """Empty if there is no such split."""
+    test: Examples
     sha256: str
-    """Of the bytes of its files; of its rows where they are the hub's."""
+    """Of the bytes of its files; of its rows if they come from the hub."""
 
     @property
     def preferences(self) -> bool:
-        """Whether it is pairs, for DPO."""
+        """Whether it holds preference pairs, for DPO."""
         return isinstance(self.train[0], Preference)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A good record of a dataset."""
+class ParsedRow:
+    """A valid record of a dataset, where it is, and its examples."""
 
     split: Split
-    place: str
+    location: str
     record: Record
-    examples: Learnables
-    """None of them where there is no tokenizer."""
+    examples: Examples
+    """Empty without a tokenizer."""
 
 
 @dataclass(slots=True)
 class DatasetReader:
-    """A dataset as it is read: good records come out, problems stay here."""
+    """Yields a dataset's valid records, and collects the problems of the others."""
 
     source: Source
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
     problems: list[str] = field(default_factory=list)
-    stops: dict[str, bool] = field(default_factory=dict)
-    """By form, in the order they were met: whether a training example of it learns to stop."""
-    marks: frozenset[int] = frozenset()
-    """The tokens at which the model stops."""
+    learns_to_stop: dict[str, bool] = field(default_factory=dict)
+    """By form, in order of appearance: whether a training example of it is trained on a stop token."""
+    stop_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; the first token is only read", hint="Give 2 or more.")
+            raise ConfigError(
+                f"max_length must be at least 2, not {self.max_length}", hint="The first token is never predicted."
+            )
         if self.tokenizer is not None:
-            self.marks = ends(self.tokenizer)
+            self.stop_tokens = stop_tokens(self.tokenizer)
 
-    def entries(self) -> Iterator[Entry]:
-        """Yield the good records, split after split; once they are through, `problems` are all there are."""
+    def rows(self) -> Iterator[ParsedRow]:
+        """Yield the valid records, split after split; `problems` is complete once they are exhausted."""
         for split, rows in self.source.rows.items():
             row = None
             try:
                 for row in rows:
                     try:
-                        yield self._entry(split, row)
+                        yield self._parsed(split, row)
                     except DataError as error:
-                        self.problems.append(f"{row.place}: {error.message}")
+                        self.problems.append(f"{row.location}: {error.message}")
                 if row is None:
                     self.problems.append(f"{split}: is empty")
-            except DataError as error:  # of the file itself
+            except DataError as error:  # about the file as a whole
                 self.problems.append(error.message)
         if self.tokenizer is not None:
-            marks = self.tokenizer.convert_ids_to_tokens(sorted(self.marks))
+            marks = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_tokens))
             self.problems += [
-                f"train: no example of {form} learns to stop; let some end, within {self.max_length} tokens, with "
-                f"{' or '.join(marks) or 'an end of text, which this tokenizer lacks'}, and learn it"
-                for form, stops in self.stops.items()
-                if not stops
+                f"train: no example of {form} learns to stop; some must end, within {self.max_length} tokens, with "
+                f"{' or '.join(marks) or 'an end of text, which this tokenizer lacks'}, and train on it"
+                for form, learns in self.learns_to_stop.items()
+                if not learns
             ]
 
-    def _entry(self, split: Split, row: Row) -> Entry:
+    def _parsed(self, split: Split, row: Row) -> ParsedRow:
         if isinstance(row.content, DataError):
             raise row.content
-        record = parse(row.content)
-        if self.stops and (record.form == PAIRS) != (PAIRS in self.stops):
-            raise DataError(f"$: is of {record.form}, those before it of {', '.join(self.stops)}; make two datasets")
-        made: Learnables = [] if self.tokenizer is None else examples(record, self.tokenizer, self.max_length)
-        stops = self.stops.get(record.form, split != "train")
-        self.stops[record.form] = stops or any(map(self._learns_to_stop, made))
-        return Entry(split, row.place, record, made)
+        record, forms = parse(row.content), self.learns_to_stop
+        if forms and (record.form == PAIRS) != (PAIRS in forms):
+            raise DataError(f"$: {record.form} cannot be mixed with {', '.join(forms)}; make two datasets")
+        tokenized: Examples = [] if self.tokenizer is None else examples(record, self.tokenizer, self.max_length)
+        forms[record.form] = forms.get(record.form, split != "train") or any(map(self._stops, tokenized))
+        return ParsedRow(split, row.location, record, tokenized)
 
-    def _learns_to_stop(self, example: Example | Preference) -> bool:
+    def _stops(self, example: Example | Preference) -> bool:
         answer = example.chosen if isinstance(example, Preference) else example
-        return not self.marks.isdisjoint(answer.labels)
+        return not self.stop_tokens.isdisjoint(answer.labels)
 
 
 def read_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Read a file, a folder with splits, or a dataset of the hub; blank lines are passed over.
+    """Read a file, a folder with splits, or a dataset of the hub; blank lines are ignored.
 
     Raises:
-        DataError: it cannot be read, a split is empty, or records are bad: each is a problem, `file:line: path: what`.
+        DataError: it cannot be read, a split is empty, or records are invalid: each is a problem,
+            `file:line: path: what`.
         ConfigError: max_length is below 2.
     """
-    found = find(source)
-    reading = DatasetReader(found, tokenizer, max_length)
+    files = find(source)
+    reader = DatasetReader(files, tokenizer, max_length)
     splits: dict[str, list[Any]] = {split: [] for split in SPLITS}
-    for entry in reading.entries():
-        splits[entry.split] += entry.examples
-    if reading.problems:
-        count = len(reading.problems)
+    for row in reader.rows():
+        splits[row.split] += row.examples
+    if reader.problems:
+        count = len(reader.problems)
         raise DataError(
-            f"{source} has {count} problem{'s' * (count > 1)} and cannot be trained on", reading.problems, hint=MEND
+            f"{source} has {count} problem{'s' * (count > 1)} and cannot be trained on", reader.problems, hint=HINT
         )
-    return Dataset(str(source), ", ".join(reading.stops), **splits, sha256=found.sha256)
+    return Dataset(str(source), ", ".join(reader.learns_to_stop), **splits, sha256=files.sha256)
 
 
-def held_out(examples: AsGiven, ratio: float, seed: int) -> tuple[AsGiven, AsGiven]:
-    """Split examples into those to train on and about `ratio` of them to measure on, at least one each, both in order.
+def held_out(examples: ExamplesT, ratio: float, seed: int) -> tuple[ExamplesT, ExamplesT]:
+    """Split examples into training and validation examples, about `ratio` of them; at least one each, in order.
 
     Equal examples stay together, so none is on both sides. The same examples and seed give the same split.
 
     Raises:
         ConfigError: the ratio is not between 0 and 1.
-        DataError: there are no two examples that differ.
+        DataError: no two examples differ.
     """
     if not 0 < ratio < 1:
-        raise ConfigError(f"a ratio of {ratio!r:.40} cannot be held out", hint="Give a number between 0 and 1.")
+        raise ConfigError(f"the ratio to hold out must be between 0 and 1, not {ratio!r:.40}")
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for at, example in enumerate(examples):
-        groups.setdefault(_identity(example), []).append(at)
+    for index, example in enumerate(examples):
+        groups.setdefault(_identity(example), []).append(index)
     if len(groups) < 2:
-        raise DataError("there are no two different examples, so none can be held out", hint="Give more examples.")
-    most = min(max(1, round(ratio * len(examples))), len(examples) - 1)
-    alike = sorted(groups.values())
-    random.Random(f"held out {seed}").shuffle(alike)  # a string seeds alike in every process
-    chosen: set[int] = set()
-    for group in alike:
-        if len(chosen) + len(group) <= most:
-            chosen.update(group)
-    chosen = chosen or set(min(alike, key=len))
-    train = [example for at, example in enumerate(examples) if at not in chosen]
-    valid = [example for at, example in enumerate(examples) if at in chosen]
-    return cast("AsGiven", train), cast("AsGiven", valid)
+        raise DataError("all examples are equal, so none can be held out", hint="Give more examples.")
+    limit = min(max(1, round(ratio * len(examples))), len(examples) - 1)
+    shuffled = sorted(groups.values())
+    random.Random(f"held out {seed}").shuffle(shuffled)  # a string seeds alike in every process
+    held: set[int] = set()
+    for group in shuffled:
+        if len(held) + len(group) <= limit:
+            held.update(group)
+    held = held or set(min(shuffled, key=len))
+    train = [example for index, example in enumerate(examples) if index not in held]
+    valid = [example for index, example in enumerate(examples) if index in held]
+    return cast("ExamplesT", train), cast("ExamplesT", valid)
 
 
 def _identity(example: Example | Preference) -> tuple[tuple[int, ...], ...]:
-    parts = (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
-    return tuple(tuple(ids) for part in parts for ids in (part.tokens, part.labels))
+    sides = (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
+    return tuple(tuple(ids) for side in sides for ids in (side.tokens, side.labels))

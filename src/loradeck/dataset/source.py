@@ -1,6 +1,6 @@
-"""Where the records of a dataset lie: a file, a folder of splits, or the hub. Knows files; knows no record's form.
+"""Find the rows of a dataset: a file, a folder of splits, or the hub.
 
-Every row comes out as one line of JSON with the place it came from, whatever wrote it.
+Every row is one line of JSON and its location, whatever kind of file it comes from.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-import huggingface_hub.utils as hub
 import msgspec
 
+from loradeck.base import is_hub_id
 from loradeck.dataset import table
 from loradeck.errors import DataError
 
@@ -23,7 +23,7 @@ DATASET_BYTES = 256 << 20  # its tokens are held in memory, at about ten times t
 
 Split: TypeAlias = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-NAMES: dict[str, Split] = {
+SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
     "valid": "valid",
     "validation": "valid",
@@ -32,30 +32,30 @@ NAMES: dict[str, Split] = {
     "eval": "valid",
     "test": "test",
 }
-# A split's file: train.jsonl, or as the hub writes shards, train-00000-of-00002.parquet, sometimes with a hash.
-FILE = re.compile(rf"({'|'.join(NAMES)})(?:-\d+-of-(\d+)(?:-[0-9a-f]+)?)?")
-KINDS = (".jsonl", ".ndjson", ".json", *table.KINDS)
-GIVE = f"Give a file ({', '.join(KINDS)}), a folder with train, valid and test of these, or owner/name of the hub."
+# The stem of a split's file: train, or a shard as the hub names them, train-00000-of-00002, sometimes with a hash.
+SHARD = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:-\d+-of-(\d+)(?:-[0-9a-f]+)?)?")
+SUFFIXES = (".jsonl", ".ndjson", ".json", *table.SUFFIXES)
+HINT = f"Give a file ({', '.join(SUFFIXES)}), a folder with train, valid and test of these, or owner/name of the hub."
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record as JSON, or why it is none; and where it is from, `file:line`."""
+    """One record as JSON, or the error of reading it; and its location, `file:line`."""
 
-    place: str
+    location: str
     content: bytes | DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A dataset's rows by split, read as they are asked for."""
+    """A dataset's rows by split, read lazily; they can be iterated over again."""
 
     rows: Mapping[Split, Iterable[Row]]
     files: tuple[Path, ...]
 
     @property
     def sha256(self) -> str:
-        """Of the bytes of the files, split after split; of the rows where the files are the hub's."""
+        """Of the bytes of the files, split after split; of the rows if there are no files."""
         digest = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:
@@ -68,8 +68,8 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows that can be read again."""
+class _RowReader:
+    """Reads the rows anew each time it is iterated over."""
 
     read: Callable[[], Iterator[Row]]
 
@@ -78,92 +78,92 @@ class _Rows:
 
 
 def find(name: str | Path) -> Source:
-    """Find a dataset and its splits; nothing is read yet.
+    """Find a dataset and its splits, without reading its rows.
 
     Raises:
-        DataError: nothing is there, it has no train split, or it is too large.
+        DataError: it does not exist, has no train split, or is too large.
     """
     path = Path(name).expanduser()
     try:
         if path.is_dir():
-            if any((path / saved).exists() for saved in table.SAVED):
-                return _of_tables(path.name, table.saved(path))
-            return _of_files(_splits(path))
+            if any((path / file).exists() for file in table.SAVED):
+                return _from_tables(path.name, table.load_saved(path))
+            return _from_files(_split_files(path))
         if path.exists():
-            return _of_files({"train": [path]})
+            return _from_files({"train": [path]})
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", hint=GIVE) from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint=HINT) from error
     hub_id, _, config = path.as_posix().partition(":")
-    if path.suffix.lower() in KINDS or "/" not in hub_id or not _is_hub_id(hub_id):
-        raise DataError(f"{path} cannot be read: no such file or folder", hint=GIVE)
-    return _of_tables(hub_id, table.downloaded(hub_id, config or None))
+    if path.suffix.lower() in SUFFIXES or not is_hub_id(hub_id):
+        raise DataError(f"{path} cannot be read: no such file or folder", hint=HINT)
+    return _from_tables(hub_id, table.load_from_hub(hub_id, config or None))
 
 
-def _of_files(splits: Mapping[Split, list[Path]]) -> Source:
+def _from_files(splits: Mapping[Split, list[Path]]) -> Source:
     files = [path for split in SPLITS for path in splits.get(split, ())]
     for path in files:
-        if path.suffix.lower() not in KINDS:
-            raise DataError(f"{path} is none of {', '.join(KINDS)}", hint=GIVE)
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path} is none of {', '.join(SUFFIXES)}", hint=HINT)
     size = sum(path.stat().st_size for path in files)
     if size > DATASET_BYTES:
         where = files[0] if len(files) == 1 else files[0].parent
         raise DataError(f"{where} has {size:,} bytes, more than {DATASET_BYTES:,}", hint="Train on a part of it.")
-    rows = {split: _Rows(partial(_all_of, splits[split])) for split in SPLITS if split in splits}
+    rows = {split: _RowReader(partial(_read_files, splits[split])) for split in SPLITS if split in splits}
     return Source(rows, tuple(files))
 
 
-def _of_tables(name: str, tables: Mapping[str, table.Batches]) -> Source:
-    """Sort the splits of the `datasets` library by our names; those of other names are passed over."""
+def _from_tables(name: str, tables: Mapping[str, table.RecordBatches]) -> Source:
+    """Map the splits of the `datasets` library to ours; those with other names are ignored."""
     splits: dict[Split, list[str]] = {}
     for key in tables:
-        if key in NAMES:
-            splits.setdefault(NAMES[key], []).append(key)
-    _one_each(name, splits, tables)
+        if key in SPLIT_NAMES:
+            splits.setdefault(SPLIT_NAMES[key], []).append(key)
+    _check_splits(name, splits, tables)
     rows = {
-        split: _Rows(partial(_numbered, f"{name}/{key}", partial(table.records, tables[key])))
+        split: _RowReader(partial(_read_table, f"{name}/{key}", partial(table.numbered, tables[key])))
         for split in SPLITS
         for key in splits.get(split, ())
     }
     return Source(rows, ())
 
 
-def _splits(folder: Path) -> dict[Split, list[Path]]:
-    """Find a folder's files by split, in itself or in its `data`, as repositories of the hub have it."""
-    there: list[Path] = []
-    found: dict[Split, dict[str, list[Path]]] = {}
-    for place in (folder, folder / "data"):
-        if found or not place.is_dir():
+def _split_files(folder: Path) -> dict[Split, list[Path]]:
+    """Find a folder's files by split, in the folder itself or, as in repositories of the hub, in its `data`."""
+    files: list[Path] = []
+    groups: dict[Split, dict[str, list[Path]]] = {}
+    for parent in (folder, folder / "data"):
+        if groups or not parent.is_dir():
             continue
-        there = sorted(path for path in place.iterdir() if path.suffix.lower() in KINDS)
-        for path in there:
-            if named := FILE.fullmatch(path.stem):
-                found.setdefault(NAMES[named[1]], {}).setdefault(named[1] + path.suffix, []).append(path)
-    _one_each(str(folder), found, [path.name for path in there])
-    splits = {split: next(iter(files.values())) for split, files in found.items()}
-    for files in splits.values():
-        shards = FILE.fullmatch(files[0].stem)
-        if shards and len(files) != int(shards[2] or 1):
+        files = sorted(path for path in parent.iterdir() if path.suffix.lower() in SUFFIXES)
+        for path in files:
+            if shard := SHARD.fullmatch(path.stem):
+                groups.setdefault(SPLIT_NAMES[shard[1]], {}).setdefault(shard[1] + path.suffix, []).append(path)
+    _check_splits(str(folder), groups, [path.name for path in files])
+    splits = {split: next(iter(group.values())) for split, group in groups.items()}
+    for shards in splits.values():
+        shard = SHARD.fullmatch(shards[0].stem)
+        if shard and len(shards) != int(shard[2] or 1):
             raise DataError(
-                f"{folder} has {len(files)} of {shards[2] or 1} files like {files[0].name}", hint="Copy all."
+                f"{folder} has {len(shards)} of {shard[2] or 1} files like {shards[0].name}", hint="Copy all."
             )
     return splits
 
 
-def _one_each(name: str, found: Mapping[Split, Iterable[str]], there: Iterable[str]) -> None:
-    """Refuse a dataset without a train split, or with two that could be it."""
-    for split, keys in found.items():
-        if len(several := list(keys)) > 1:
-            raise DataError(f"{name}: {' and '.join(several)} could both be the {split} split", hint="Keep one.")
-    if "train" not in found:
-        shown = ", ".join(list(there)[:5]) or "nothing that could be one"
-        raise DataError(f"{name} has no train split; it has {shown}", hint=GIVE)
+def _check_splits(name: str, splits: Mapping[Split, Iterable[str]], files: Iterable[str]) -> None:
+    """Refuse a dataset without a train split, or with two candidates for a split."""
+    for split, keys in splits.items():
+        if len(candidates := list(keys)) > 1:
+            raise DataError(f"{name}: {' and '.join(candidates)} could both be the {split} split", hint="Keep one.")
+    if "train" not in splits:
+        shown = ", ".join(list(files)[:5]) or "nothing that could be one"
+        raise DataError(f"{name} has no train split; it has {shown}", hint=HINT)
 
 
-def _all_of(paths: Iterable[Path]) -> Iterator[Row]:
-    return chain.from_iterable(map(_rows, paths))
+def _read_files(paths: Iterable[Path]) -> Iterator[Row]:
+    return chain.from_iterable(map(_read_file, paths))
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[Row]:
     """Read one file.
 
     Raises:
@@ -172,16 +172,16 @@ def _rows(path: Path) -> Iterator[Row]:
     try:
         match path.suffix.lower():
             case ".jsonl" | ".ndjson":
-                yield from _lines(path)
+                yield from _read_lines(path)
             case ".json":
-                yield from _document(path)
+                yield from _read_json(path)
             case _:
-                yield from _numbered(path.name, partial(table.read, path))
+                yield from _read_table(path.name, partial(table.read, path))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=GIVE) from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=HINT) from error
 
 
-def _lines(path: Path) -> Iterator[Row]:
+def _read_lines(path: Path) -> Iterator[Row]:
     """Yield the lines that are not blank."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
@@ -197,53 +197,44 @@ class _Wrapped(msgspec.Struct, frozen=True):
     data: list[msgspec.Raw]
 
 
-def _document(path: Path) -> Iterator[Row]:
-    """Yield the objects of an array, or of the array under `data`; some files of this name have JSON lines."""
+def _read_json(path: Path) -> Iterator[Row]:
+    """Yield the objects of an array, or of the array under `data`; some .json files hold JSON lines."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    array = content.lstrip().startswith(b"[")
+    is_array = content.lstrip().startswith(b"[")
     try:
-        kind = list[msgspec.Raw] if array else _Wrapped
-        found = msgspec.json.decode(content, type=kind)
+        document = msgspec.json.decode(content, type=list[msgspec.Raw] if is_array else _Wrapped)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        if array:
+        if is_array:
             raise DataError(
-                f"{path} is no JSON: {error}", hint="Correct it, or write one object a line, as .jsonl."
+                f"{path} is not valid JSON: {error}", hint="Correct it, or write one object a line, as .jsonl."
             ) from error
-        yield from _lines(path)
+        yield from _read_lines(path)
         return
-    at, number = 0, 1
-    for raw in found.data if isinstance(found, _Wrapped) else found:
+    offset, number = 0, 1
+    for raw in document.data if isinstance(document, _Wrapped) else document:
         record = bytes(raw)
-        start = content.index(record, at)
-        number += content.count(b"\n", at, start)
-        place = f"{path.name}:{number}"
-        yield Row(place, record) if len(record) <= LINE_BYTES else _too_long(place)
+        start = content.index(record, offset)
+        number += content.count(b"\n", offset, start)
+        location = f"{path.name}:{number}"
+        yield Row(location, record) if len(record) <= LINE_BYTES else _too_long(location)
         number += record.count(b"\n")
-        at = start + len(record)
+        offset = start + len(record)
 
 
-def _numbered(name: str, read: Callable[[], table.Numbered]) -> Iterator[Row]:
-    """Yield the records of a table as JSON, with the numbers of their rows."""
+def _read_table(name: str, read: Callable[[], table.NumberedRows]) -> Iterator[Row]:
+    """Yield the records of a table as JSON, with their row numbers."""
     size = 0
     for number, record in read():
-        place = f"{name}:{number}"
+        location = f"{name}:{number}"
         if isinstance(record, DataError):
-            yield Row(place, record)
+            yield Row(location, record)
             continue
         content = msgspec.json.encode(record)
         size += len(content)
-        if size > DATASET_BYTES:  # a small file can unfold into a large one
+        if size > DATASET_BYTES:  # a small file can decompress into a large one
             raise DataError(f"{name} has more than {DATASET_BYTES:,} bytes as JSON", hint="Train on a part of it.")
-        yield Row(place, content) if len(content) <= LINE_BYTES else _too_long(place)
+        yield Row(location, content) if len(content) <= LINE_BYTES else _too_long(location)
 
 
-def _too_long(place: str) -> Row:
-    return Row(place, DataError(f"$: has more than {LINE_BYTES:,} bytes; make several records of it"))
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        hub.validate_repo_id(name)
-    except hub.HFValidationError:
-        return False
-    return True
+def _too_long(location: str) -> Row:
+    return Row(location, DataError(f"$: has more than {LINE_BYTES:,} bytes; split it into several records"))

@@ -1,6 +1,6 @@
-"""Datasets in rows and columns: CSV, Parquet, and what the `datasets` library holds. Knows cells; knows no record.
+"""Datasets in rows and columns: CSV, Parquet, and those of the `datasets` library.
 
-CSV needs nothing; the rest needs `datasets`, which brings pyarrow, and is imported only here and only when used.
+CSV needs no package. The rest needs `datasets`, which brings pyarrow; it is imported only here, and only when used.
 """
 
 import csv
@@ -13,29 +13,29 @@ import msgspec
 
 from loradeck.errors import DataError
 
-KINDS = (".csv", ".tsv", ".parquet")
-SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
-# A cell of CSV is text; in these columns it is JSON.
-LISTS = ("messages", "conversations", "tools", "history", "tokens", "input_ids", "labels", "attention_mask")
-ROWS = 1000  # of a table that are in memory at a time
+SUFFIXES = (".csv", ".tsv", ".parquet")
+SAVED = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
+# A CSV cell is text; in these columns it is JSON.
+JSON_COLUMNS = ("messages", "conversations", "tools", "history", "tokens", "input_ids", "labels", "attention_mask")
+BATCH_ROWS = 1000  # rows of a table in memory at a time
 EXTRA = "Run pip install 'loradeck[datasets]'."
 
-Batches: TypeAlias = Callable[[], Iterator[list[dict[str, Any]]]]
-Numbered: TypeAlias = Iterator[tuple[int, dict[str, Any] | DataError]]
+RecordBatches: TypeAlias = Callable[[], Iterator[list[dict[str, Any]]]]
+NumberedRows: TypeAlias = Iterator[tuple[int, dict[str, Any] | DataError]]
 
 
-def read(path: Path) -> Numbered:
+def read(path: Path) -> NumberedRows:
     """Yield the rows of a file with their numbers; in CSV the header is row 1, as in a spreadsheet.
 
     Raises:
-        OSError: it cannot be read.
-        DataError: it is no such table.
+        OSError: the file cannot be read.
+        DataError: it is not such a table.
     """
-    return records(_parquet(path)) if path.suffix.lower() == ".parquet" else _csv(path)
+    return numbered(_parquet(path)) if path.suffix.lower() == ".parquet" else _csv(path)
 
 
-def records(batches: Batches) -> Numbered:
-    """Number the rows of a table from 1."""
+def numbered(batches: RecordBatches) -> NumberedRows:
+    """Yield the rows of a table, numbered from 1."""
     number = 0
     for batch in batches():
         for row in batch:
@@ -43,64 +43,64 @@ def records(batches: Batches) -> Numbered:
             yield number, _without_nulls(row)
 
 
-def saved(folder: Path) -> dict[str, Batches]:
-    """Open what `save_to_disk` wrote, by split; a dataset without splits is `train`.
+def load_saved(folder: Path) -> dict[str, RecordBatches]:
+    """Open a folder that `save_to_disk` wrote, by split; a dataset without splits is `train`.
 
     Raises:
         DataError: it cannot be opened, or `datasets` is not installed.
     """
-    datasets = _library("datasets", folder)
-    return _opened(folder, lambda: datasets.load_from_disk(str(folder)))
+    datasets = _import("datasets", folder)
+    return _load(folder, lambda: datasets.load_from_disk(str(folder)))
 
 
-def downloaded(hub_id: str, config: str | None) -> dict[str, Batches]:
-    """Load a dataset of the hub, by split. No code of its own is run: `datasets` no longer can.
+def load_from_hub(hub_id: str, config: str | None) -> dict[str, RecordBatches]:
+    """Load a dataset of the hub, by split. No remote code runs: `datasets` no longer supports it.
 
     Raises:
         DataError: the hub has no such dataset or cannot be reached, or `datasets` is not installed.
     """
-    datasets = _library("datasets", hub_id)
-    return _opened(
+    datasets = _import("datasets", hub_id)
+    return _load(
         f"{hub_id} is no file or folder here, and as a dataset of the hub it",
         lambda: datasets.load_dataset(hub_id, config),
     )
 
 
-def _opened(name: str | Path, load: Callable[[], Any]) -> dict[str, Batches]:
+def _load(name: str | Path, load: Callable[[], Any]) -> dict[str, RecordBatches]:
     try:
-        found = load()
-    except Exception as error:  # files and answers of strangers: what they can make it raise has no common class
+        dataset = load()
+    except Exception as error:  # strangers' files and responses can make it raise anything
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{name} cannot be loaded: {reason}",
-            hint="A dataset of several configurations is given as owner/name:configuration.",
+            hint="Give a dataset with several configurations as owner/name:configuration.",
         ) from error
-    splits = found if isinstance(found, Mapping) else {"train": found}
-    return {str(key): _arrow(each) for key, each in splits.items()}
+    splits = dataset if isinstance(dataset, Mapping) else {"train": dataset}
+    return {str(key): _arrow(split) for key, split in splits.items()}
 
 
-def _arrow(dataset: Any) -> Batches:
-    """Read rows as Arrow holds them: images and sounds are not decoded."""
-    return lambda: (batch.to_pylist() for batch in dataset.with_format("arrow").iter(ROWS))
+def _arrow(dataset: Any) -> RecordBatches:
+    """Read rows as Arrow stores them: images and audio are not decoded."""
+    return lambda: (batch.to_pylist() for batch in dataset.with_format("arrow").iter(BATCH_ROWS))
 
 
-def _parquet(path: Path) -> Batches:
-    parquet = _library("pyarrow.parquet", path)
+def _parquet(path: Path) -> RecordBatches:
+    parquet = _import("pyarrow.parquet", path)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
         try:
             with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(ROWS):
+                for batch in file.iter_batches(BATCH_ROWS):
                     yield batch.to_pylist()
-        except ValueError as error:  # pyarrow's own errors are of this class
-            raise DataError(f"{path} is no Parquet file: {error}", hint="Copy it again.") from error
+        except ValueError as error:  # the base class of pyarrow's own errors
+            raise DataError(f"{path} is not a Parquet file: {error}", hint="Copy it again.") from error
 
     return batches
 
 
-def _csv(path: Path) -> Numbered:
+def _csv(path: Path) -> NumberedRows:
     """Read a table of text; the first row names the columns."""
-    csv.field_size_limit(1 << 30)  # the limit is on rows, and stands elsewhere
+    csv.field_size_limit(1 << 30)  # source.py limits the size of a record instead
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         number = 0
@@ -119,31 +119,31 @@ def _csv(path: Path) -> Numbered:
                 if len(set(columns)) != len(columns):
                     raise DataError(f"{path} has two columns of one name", hint="Rename or remove one.")
             elif row:
-                yield number, _cells(columns, row)
+                yield number, _record(columns, row)
 
 
-def _cells(columns: list[str], row: list[str]) -> dict[str, Any] | DataError:
+def _record(columns: list[str], row: list[str]) -> dict[str, Any] | DataError:
     if len(row) != len(columns):
-        return DataError(f"$: has {len(row)} cells for {len(columns)} columns; put quotes around cells with delimiters")
+        return DataError(f"$: has {len(row)} cells for {len(columns)} columns; quote cells that contain delimiters")
     record: dict[str, Any] = dict(zip(columns, row, strict=True))
-    for column in LISTS:
+    for column in JSON_COLUMNS:
         try:
             if (cell := record.get(column, "").strip()).startswith("["):
                 record[column] = msgspec.json.decode(cell)
         except (msgspec.DecodeError, RecursionError) as error:
-            return DataError(f"$.{column}: is not the JSON it should be: {error}")
+            return DataError(f"$.{column}: invalid JSON: {error}")
     return record
 
 
 def _without_nulls(value: Any) -> Any:
-    """Take out keys that are null: Arrow gives every row the keys of all others."""
+    """Remove null keys: Arrow gives every row the keys of all others."""
     if isinstance(value, dict):
-        return {key: _without_nulls(own) for key, own in value.items() if own is not None}
-    return [_without_nulls(own) for own in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _library(name: str, source: object) -> Any:
+def _import(module: str, source: object) -> Any:
     try:
-        return import_module(name)
+        return import_module(module)
     except ImportError as error:
         raise DataError(f"{source} needs the package datasets", hint=EXTRA) from error

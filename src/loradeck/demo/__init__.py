@@ -1,4 +1,4 @@
-"""What `loradeck demo` trains on: the same everyday questions, answered by a pirate and as one line of JSON.
+"""The datasets of `loradeck demo`: the same everyday questions, answered by a pirate and as one line of JSON.
 
-`pirate.jsonl` and `json.jsonl` are datasets of prompts and completions; `prompts.json` are questions of neither.
+`pirate.jsonl` and `json.jsonl` hold prompts and completions; `prompts.json` holds questions that are in neither.
 """

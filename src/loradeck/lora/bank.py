@@ -21,7 +21,7 @@ from loradeck.lora.layer import LoraLayer
 from loradeck.lora.manifest import TargetModule, read_folder
 from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name
-from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, mapping_of, opened, weights_of
+from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
 from loradeck.lora.working_set import WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
 
@@ -246,18 +246,8 @@ class Bank:
         weighted = [tuple((self[name], weight) for name, weight in weights_of(entry)) for entry in entries]
         if any(weighted):
             self._check_unmerged()
-        return opened(self._route(weighted, sizes, packed=lengths is not None), self._enter, self._leave)
-
-    def _route(
-        self, entries: Sequence[Sequence[tuple[Adapter, float]]], lengths: tuple[int, ...], *, packed: bool
-    ) -> Route:
-        adapters = [adapter for entry in entries for adapter, _ in entry]
-        if not adapters:
-            return Route(self, None, mapping_of(((),) * len(entries), lengths), packed)
-        working_set = self._working_sets.get(adapters)
-        index = working_set.index
-        mapped = tuple(tuple((index[adapter], weight) for adapter, weight in entry) for entry in entries)
-        return Route(self, working_set, mapping_of(mapped, lengths), packed)
+        route = Route.of(self, self._working_sets, weighted, sizes, packed=lengths is not None)
+        return opened(route, self._enter, self._leave)
 
     def merge(self, entry: str | Blend) -> None:
         """Merge an adapter, or a blend, into the base's weights, so that it costs nothing per step.

@@ -9,13 +9,14 @@ import msgspec
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.config import PATH_LENGTH, LoraConfig, shorten
 from loradeck.lora.memo import Memo
-from loradeck.lora.peft import RETRAIN, TENSORS, Origin, read_config
+from loradeck.lora.peft import CONFIG, RETRAIN, TENSORS, Origin, read_config
 from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
 
 PREFIX = "base_model.model."
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 INDEX = TENSORS + ".index.json"
+TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
 
 UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA magnitudes",
@@ -66,6 +67,17 @@ class AdapterFiles:
             for key, (_, entry) in self.entries.items()
             if key not in self.copies
         )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter's configuration or tensors, valid or not, or cannot be looked into.
+
+    `read_folder` says what is wrong with it.
+    """
+    try:
+        return (folder / CONFIG).exists() or any(folder.glob(TENSOR_FILES))
+    except OSError:
+        return True
 
 
 def keys_of(path: str, site: TargetModule) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from sys import float_info
 
 from loradeck.errors import RouteError
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.working_set import WorkingSet
+from loradeck.lora.working_set import WorkingSet, WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
 from loradeck.ops.mapping import AdapterWeights, LoraMapping
 from loradeck.ops.weights import LayerAdapters
@@ -31,6 +31,23 @@ class Route:
     mapping: LoraMapping
     packed: bool  # entries are segments of tokens, not rows
     outer: "Route | None" = None
+
+    @classmethod
+    def of(
+        cls,
+        bank: object,
+        working_sets: WorkingSets,
+        entries: Sequence[Sequence[tuple[Adapter, float]]],
+        lengths: tuple[int, ...],
+        *,
+        packed: bool,
+    ) -> "Route":
+        """Return a route of these entries, with a working set of their adapters."""
+        adapters = [adapter for entry in entries for adapter, _ in entry]
+        working_set = working_sets.get(adapters) if adapters else None
+        index = working_set.index if working_set else {}
+        mapped = tuple(tuple((index[adapter], weight) for adapter, weight in entry) for entry in entries)
+        return cls(bank, working_set, mapping_of(mapped, lengths), packed)
 
     @property
     def members(self) -> tuple[Adapter, ...]:

@@ -46,6 +46,10 @@ class WorkingSet:
         self._layers: dict[str, LayerAdapters | None] = {}
         self._moves = [adapter.moves for adapter in self.members]
 
+    def __reduce__(self) -> tuple[type["WorkingSet"], tuple[dict[Adapter, Views]]]:
+        """A copy has no addresses: its adapters are copies too."""
+        return WorkingSet, ({adapter: {} for adapter in self.members},)
+
     @property
     def current(self) -> bool:
         """Whether the members' tensors are where they were: moving or casting an adapter creates new ones."""

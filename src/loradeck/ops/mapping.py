@@ -22,6 +22,10 @@ class LoraMapping:
         self.total = sum(lengths)
         self._segments: dict[tuple[int, torch.device], Segments] = {}
 
+    def __reduce__(self) -> tuple[type["LoraMapping"], tuple[object, ...]]:
+        """A copy makes its own segments, which hold addresses."""
+        return LoraMapping, (self.entries, self.lengths)
+
     @property
     def adapters(self) -> list[int]:
         """The adapters of any entry."""

@@ -1,1 +1,1 @@
-"""Training: from examples to adapters, many in one pass. Knows the base and the bank; knows no serving."""
+"""Training: from examples to adapters, any number of them in one pass over the base."""

@@ -1,6 +1,6 @@
-"""Which documents a step reads, and how they lie in a batch. Knows token ids; knows no text and no model.
+"""Which examples each step trains on, and how they are laid out in a batch.
 
-B documents   T tokens of the longest, or of all where they are packed
+B examples   T tokens of the longest example, or of all examples if packed
 """
 
 import random
@@ -21,82 +21,83 @@ PADDING = 0  # any id of the vocabulary: attention_mask hides it from the model,
 T = TypeVar("T")
 
 
-class Batches(Generic[T]):
-    """The examples of each step, pass after pass without end; each pass has its own order, which the seed decides.
+class BatchSampler(Generic[T]):
+    """The examples of each step, epoch after epoch; the seed decides each epoch's order.
 
-    A function of the step's number, so a run that goes on where another ended reads on where that one did. The last
-    batch of a pass holds what is left.
+    It is a function of the step's number, so a resumed run reads what the interrupted one would have read. The last
+    batch of an epoch may be smaller.
     """
 
-    def __init__(self, examples: Sequence[T], size: int, *, seed: int) -> None:
-        self.examples, self.size, self.seed = examples, size, seed
+    def __init__(self, examples: Sequence[T], batch_size: int, *, seed: int) -> None:
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self._order = lru_cache(maxsize=1)(self._shuffled)
 
     def __len__(self) -> int:
-        """Return the steps of one pass."""
-        return -(-len(self.examples) // self.size)
+        """Return the number of steps in an epoch."""
+        return -(-len(self.examples) // self.batch_size)
 
     def __getitem__(self, step: int) -> list[T]:
         """Return the examples of a step, counted from 0."""
-        epoch, at = divmod(step, len(self))
-        return [self.examples[n] for n in self._order(epoch)[at * self.size : (at + 1) * self.size]]
+        epoch, batch = divmod(step, len(self))
+        order = self._order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return [self.examples[index] for index in order]
 
     def _shuffled(self, epoch: int) -> list[int]:
-        chance = random.Random(f"{self.seed} {epoch}")  # a string seeds alike in every process
-        return chance.sample(range(len(self.examples)), len(self.examples))
+        rng = random.Random(f"{self.seed} {epoch}")  # a string seeds alike in every process
+        return rng.sample(range(len(self.examples)), len(self.examples))
 
 
-def pieces(units: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[Sequence[Example]]]:
-    """Cut units of documents, in their order, into pieces of at most so many tokens; a longer unit is one by itself."""
-    piece: list[Sequence[Example]] = []
-    size = 0
+def split_units(units: Sequence[Sequence[Example]], max_tokens: int) -> Iterator[list[Sequence[Example]]]:
+    """Split units of examples, in order, into groups of at most `max_tokens`; a longer unit is a group by itself."""
+    group: list[Sequence[Example]] = []
+    tokens = 0
     for unit in units:
-        own = sum(len(document.tokens) for document in unit)
-        if piece and size + own > tokens:
-            yield piece
-            piece = []
-            size = 0
-        piece.append(unit)
-        size += own
-    if piece:
-        yield piece
+        unit_tokens = sum(len(example.tokens) for example in unit)
+        if group and tokens + unit_tokens > max_tokens:
+            yield group
+            group = []
+            tokens = 0
+        group.append(unit)
+        tokens += unit_tokens
+    if group:
+        yield group
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents as one row, end to end, or as a row each, padded on the right: int64 tensors of one shape."""
+    """Examples packed end to end in one row (1, T), or one row each, padded on the right (B, T); int64."""
 
     input_ids: Tensor
     labels: Tensor
-    """The token where it is learned, UNSUPERVISED elsewhere and at the first of each document, which none predicts."""
+    """The token where it is trained on, else UNSUPERVISED; always so for an example's first token, never predicted."""
     lengths: tuple[int, ...]
-    """Tokens of each document."""
-    learned: tuple[int, ...]
-    """Supervised tokens of each document."""
+    """Tokens of each example."""
+    supervised: tuple[int, ...]
+    """Supervised tokens of each example."""
     position_ids: Tensor | None
-    """From 0 for each document, where they are packed."""
+    """If packed: from 0 for each example."""
     attention_mask: Tensor | None
-    """1 on tokens, 0 on padding, where they are not."""
+    """If padded: 1 for tokens, 0 for padding."""
 
 
-def collate(documents: Sequence[Example], *, packed: bool, device: torch.device | str = "cpu") -> Batch:
-    """Lay documents in one batch on `device`."""
-    lengths = tuple(len(document.tokens) for document in documents)
-    ids = [document.tokens for document in documents]
-    labels = [[UNSUPERVISED, *document.labels[1:]] for document in documents]
+def collate(examples: Sequence[Example], *, packed: bool, device: torch.device | str = "cpu") -> Batch:
+    """Lay examples out in one batch on `device`."""
+    lengths = tuple(len(example.tokens) for example in examples)
+    ids = [example.tokens for example in examples]
+    labels = [[UNSUPERVISED, *example.labels[1:]] for example in examples]
     mask = None
     if packed:
         ids, labels = [[*chain(*ids)]], [[*chain(*labels)]]
     else:
         longest = max(lengths)
         mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths], device=device)
-        ids = [own + [PADDING] * (longest - len(own)) for own in ids]
-        labels = [own + [UNSUPERVISED] * (longest - len(own)) for own in labels]
+        ids = [row + [PADDING] * (longest - len(row)) for row in ids]
+        labels = [row + [UNSUPERVISED] * (longest - len(row)) for row in labels]
     return Batch(
         input_ids=torch.tensor(ids, device=device),
         labels=torch.tensor(labels, device=device),
         lengths=lengths,
-        learned=tuple(document.supervised for document in documents),
+        supervised=tuple(example.supervised for example in examples),
         position_ids=positions(lengths).to(device) if packed else None,
         attention_mask=mask,
     )

@@ -1,7 +1,7 @@
-"""A run's state on disk, from which it goes on to the same bits. Knows jobs and files; trains nothing.
+"""A run's state on disk, from which it resumes to the same bits.
 
-What a step does follows from the adapter's tensors, the optimizer's moments and the step's number alone: the order of
-the examples and the masks of dropout are functions of the seed and the step. So no generator's state is kept.
+What a step does depends on the adapter's tensors, the optimizer's moments and the step's number alone: the order of
+the examples and the dropout masks are functions of the seed and the step. So no generator's state is saved.
 """
 
 import shutil
@@ -22,12 +22,12 @@ from loradeck.train.trainer import Trainer
 
 STATE = "state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch.optim.AdamW's
-MEND = "Remove it; the one before it counts then."
+HINT = "Remove it, and the checkpoint before it is used."
 PACKAGES = ("torch", "transformers")
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a run but its tensors."""
+    """A run's state without its tensors."""
 
     passes: int
     seconds: float
@@ -35,14 +35,14 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """Of the base."""
     jobs: dict[str, Progress]
     data: dict[str, str]
-    """Of each job: its dataset's sha256."""
+    """The sha256 of each job's dataset."""
     files: dict[str, int]
-    """Bytes of each file that grows with the run."""
+    """The size in bytes of each file that the run appends to."""
     versions: dict[str, str]
 
 
 def save(trainer: Trainer, folder: Path, *, data: Mapping[str, str], files: Mapping[str, int], keep: int) -> Path:
-    """Write a checkpoint into `folder`, in one step, and remove all but the newest `keep`."""
+    """Write a checkpoint into `folder`, atomically, and remove all but the newest `keep`."""
     path = folder / f"{trainer.passes:08}"
     state = State(
         passes=trainer.passes,
@@ -53,17 +53,17 @@ def save(trainer: Trainer, folder: Path, *, data: Mapping[str, str], files: Mapp
         files=dict(files),
         versions={package: version(package) for package in PACKAGES},
     )
-    with new_folder(path) as fresh:
+    with new_folder(path) as new:
         for name, job in trainer.jobs.items():
-            save_file(_tensors(job), fresh / f"{name}.safetensors")
-        (fresh / STATE).write_bytes(msgspec.json.encode(state))
+            save_file(_tensors(job), new / f"{name}.safetensors")
+        (new / STATE).write_bytes(msgspec.json.encode(state))
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest last; one that a kill left unfinished has another name."""
+    """Return the checkpoints in a folder, the newest last; one that a kill interrupted has another name."""
     return sorted(path for path in folder.glob("[0-9]*") if (path / STATE).is_file())
 
 
@@ -71,32 +71,32 @@ def read(path: Path) -> State:
     """Read a checkpoint's state.
 
     Raises:
-        TrainingError: it is damaged.
+        TrainingError: the checkpoint is damaged.
     """
     try:
         return msgspec.json.decode((path / STATE).read_bytes(), type=State)
     except (OSError, msgspec.DecodeError) as error:
-        raise TrainingError(
-            f"{path} cannot be resumed from: {error}", hint="Remove it; the one before it counts then."
-        ) from error
+        raise TrainingError(f"{path} cannot be resumed from: {error}", hint=HINT) from error
 
 
 @torch.no_grad()
 def restore(trainer: Trainer, path: Path, state: State, *, data: Mapping[str, str]) -> None:
-    """Bring a trainer with fresh jobs to where a checkpoint was made.
+    """Restore a trainer with new jobs to the state in a checkpoint.
 
     Raises:
-        TrainingError: the base, the datasets or the adapters are not those of the checkpoint, or it is damaged.
+        TrainingError: the base, a dataset or an adapter differs from the checkpoint's, or the checkpoint is damaged.
     """
-    problems = [] if state.fingerprint == trainer.base.fingerprint else ["the base is another one"]
+    problems = [] if state.fingerprint == trainer.base.fingerprint else ["the base is a different one"]
     problems += [f"{name}: its dataset has changed" for name in data if data[name] != state.data.get(name)]
     if problems:
-        raise TrainingError(f"{path} cannot be resumed from", problems, hint="Put back what was, or begin a new run.")
+        raise TrainingError(
+            f"{path} cannot be resumed from", problems, hint="Restore what has changed, or begin a new run."
+        )
     for name, job in trainer.jobs.items():
         try:
-            _put(job, load_file(path / f"{name}.safetensors"))
+            _load_tensors(job, load_file(path / f"{name}.safetensors"))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise TrainingError(f"{path} cannot be resumed from: {name}: {error}", hint=MEND) from error
+            raise TrainingError(f"{path} cannot be resumed from: {name}: {error}", hint=HINT) from error
         job.progress = state.jobs[name]
     trainer.passes, trainer.seconds_before = state.passes, state.seconds
 
@@ -111,7 +111,7 @@ def _tensors(job: Job) -> dict[str, Tensor]:
     return tensors
 
 
-def _put(job: Job, tensors: Mapping[str, Tensor]) -> None:
+def _load_tensors(job: Job, tensors: Mapping[str, Tensor]) -> None:
     for key, parameter in job.adapter.tensors():
         parameter.copy_(tensors[f"weight {key}"])
         moments = {name: tensors[f"{name} {key}"] for name in MOMENTS if f"{name} {key}" in tensors}

@@ -1,9 +1,11 @@
-"""What a run tells while it goes, and what its metrics.jsonl holds: one event, one line. Knows no tensors."""
+"""The events of a run; each is a line of its metrics.jsonl."""
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import msgspec
+
+EndReason: TypeAlias = Literal["finished", "early stop", "stopped", "diverged", "interrupted"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=str.lower, omit_defaults=True):
@@ -11,31 +13,31 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=st
 
     job: str
     step: int
-    """Optimizer steps that the job has made."""
+    """Optimizer steps that the job has taken."""
     seconds: float
-    """Since the run began, what was before a resume included."""
+    """Since the run began, including the time before it was resumed."""
 
 
 class Step(Event, frozen=True):
     """One optimizer step."""
 
     steps: int
-    """That the job will make, unless it stops early."""
+    """Steps that the job will take, unless it stops early."""
     took: float
-    """Seconds of the pass that made it; what lies between passes, as evaluations, is not counted."""
+    """Seconds that its pass took, without what happens between passes, such as evaluations."""
     loss: float
     """Mean over the step's supervised tokens, in nats (DPO: over its pairs), before the update."""
     learning_rate: float
     grad_norm: float
     """2-norm of the gradient, before clipping."""
     tokens: int
-    """Read by this job since the run began, none of them padding."""
+    """Tokens this job has read since the run began, without padding."""
     supervised: int
-    """The tokens of this step that were learned (DPO: its pairs)."""
+    """Tokens that this step was trained on (DPO: pairs)."""
     memory: int
-    """Bytes the process holds (resident set)."""
+    """Resident set of the process, in bytes."""
     accuracy: float | None = None
-    """DPO: share of the step's pairs whose chosen answer is rated above the rejected one."""
+    """DPO: share of the step's pairs with a higher reward for the chosen answer than for the rejected one."""
 
 
 class Evaluation(Event, frozen=True):
@@ -44,15 +46,15 @@ class Evaluation(Event, frozen=True):
     loss: float
     """As in Step."""
     tokens: int
-    """Supervised tokens (DPO: pairs) it is the mean of."""
+    """Number of supervised tokens (DPO: pairs) that the loss is averaged over."""
     best: bool
-    """Whether it is the lowest so far."""
+    """Whether the loss is the lowest so far."""
     accuracy: float | None = None
     """As in Step."""
 
 
 class Sample(Event, frozen=True):
-    """What the adapter answers to a validation prompt."""
+    """The adapter's answer to a validation prompt."""
 
     prompt: str
     expected: str
@@ -62,11 +64,11 @@ class Sample(Event, frozen=True):
 class End(Event, frozen=True):
     """A job's last event."""
 
-    reason: Literal["finished", "early stop", "stopped", "diverged", "interrupted"]
+    reason: EndReason
     kept: int
-    """The step whose adapter is kept: the best by validation loss, else the last."""
+    """The step whose adapter is kept: the one with the lowest validation loss, else the last."""
     detail: str = ""
-    """In words, where the reason needs them."""
+    """An explanation, if the reason needs one."""
 
 
 AnyEvent: TypeAlias = Step | Evaluation | Sample | End
@@ -82,6 +84,6 @@ def decode(line: bytes) -> AnyEvent:
     """Read one line of a metrics.jsonl.
 
     Raises:
-        msgspec.DecodeError: it is not such a line.
+        msgspec.DecodeError: the line is not an event.
     """
     return msgspec.json.decode(line, type=AnyEvent)

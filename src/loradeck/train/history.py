@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl, read back: one track a job. Knows events and files; draws nothing."""
+"""Read a run's metrics.jsonl back: the history of each job."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ METRICS = "metrics.jsonl"
 
 
 @dataclass(slots=True)
-class Track:
-    """What happened to one job, by step.
+class JobHistory:
+    """The events of one job, by step.
 
-    A resumed run does some steps again: they count once, and an End before them was none.
+    A resumed run repeats some steps: they count once, and an End before them does not count.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -25,15 +25,15 @@ class Track:
     end: End | None = None
 
     def add(self, event: AnyEvent) -> None:
-        """Append an event; a step takes the place of all that was told of it and of what came after."""
+        """Append an event. A step replaces all earlier events of the same and later steps."""
         if isinstance(event, End):
             self.end = event
         elif isinstance(event, Evaluation):
-            _cut(self.evaluations, event.step)
+            _truncate(self.evaluations, event.step)
             self.evaluations.append(event)
         elif isinstance(event, Step):
-            _cut(self.steps, event.step)
-            _cut(self.evaluations, event.step)
+            _truncate(self.steps, event.step)
+            _truncate(self.evaluations, event.step)
             self.end = None
             self.steps.append(event)
 
@@ -43,24 +43,24 @@ class Track:
         return next((evaluation for evaluation in reversed(self.evaluations) if evaluation.best), None)
 
 
-def _cut(events: list[Step] | list[Evaluation], step: int) -> None:
+def _truncate(events: list[Step] | list[Evaluation], step: int) -> None:
     while events and events[-1].step >= step:
         events.pop()
 
 
-def pace(steps: Sequence[Step]) -> float | None:
-    """Return a job's tokens per second in successive steps after the first of them, None where these took no time."""
-    took = math.fsum(step.took for step in steps[1:])
-    return (steps[-1].tokens - steps[0].tokens) / took if took > 0 else None
+def tokens_per_second(steps: Sequence[Step]) -> float | None:
+    """Return a job's tokens per second in successive steps after the first of them; None if these took no time."""
+    seconds = math.fsum(step.took for step in steps[1:])
+    return (steps[-1].tokens - steps[0].tokens) / seconds if seconds > 0 else None
 
 
-def read_history(path: Path) -> dict[str, Track]:
-    """Return what a run (its folder, or its metrics.jsonl) tells of each job, in the order of their first events.
+def read_history(path: Path) -> dict[str, JobHistory]:
+    """Return the history of each job of a run (its folder, or its metrics.jsonl), in order of first appearance.
 
-    A last line that a kill cut short is passed over. Samples are checked and left out.
+    A last line that a kill cut short is ignored. Samples are validated and left out.
 
     Raises:
-        LoradeckError: there is no such file, it holds no event, or lines of it are none; each is named.
+        LoradeckError: the file does not exist, has no events, or has invalid lines; each is named.
     """
     file = path / METRICS if path.is_dir() else path
     try:
@@ -69,21 +69,21 @@ def read_history(path: Path) -> dict[str, Track]:
         raise LoradeckError(
             f"{file} cannot be read: {error.strerror}", hint=f"Name a run's folder, or its {METRICS}."
         ) from error
-    tracks: dict[str, Track] = {}
+    jobs: dict[str, JobHistory] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
         try:
-            event = decode(line) if line else None  # nothing follows the last line's end
+            event = decode(line) if line else None  # after the last newline comes an empty line
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             if number < len(lines):
                 problems.append(f"{file}:{number}: {error}")
             continue
         if event is not None and not isinstance(event, Sample):
-            tracks.setdefault(event.job, Track()).add(event)
+            jobs.setdefault(event.job, JobHistory()).add(event)
     if problems:
         raise LoradeckError(
-            f"{file} has lines that are no events of a run", problems, hint="Take them out, or name another run."
+            f"{file} has lines that are not events of a run", problems, hint="Remove them, or name another run."
         )
-    if not tracks:
-        raise LoradeckError(f"{file} holds no event", hint="The run has made no step yet, or is no run.")
-    return tracks
+    if not jobs:
+        raise LoradeckError(f"{file} has no events", hint="The run has taken no step yet, or this is not a run.")
+    return jobs

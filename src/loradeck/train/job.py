@@ -1,13 +1,16 @@
-"""One adapter being trained: its recipe, its optimizer, how far it is. Knows tensors; computes nothing on the model.
+"""One adapter being trained: its settings, its optimizer, its progress.
 
-A job's next step is a function of its own state alone: neighbours in the pass, and whether the process was begun anew,
-make no difference to it.
+A job's next step depends on its own state alone, not on its neighbours in the pass or on a restart of the process.
 """
 
 import hashlib
 import math
+import os
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +20,38 @@ from transformers import PretrainedConfig
 from loradeck.dataset.example import Example, Preference
 from loradeck.errors import TrainingError
 from loradeck.lora.adapter import Adapter
-from loradeck.train.batching import Batches
+from loradeck.train.batching import BatchSampler
 from loradeck.train.config import TrainConfig
-from loradeck.train.events import End, Evaluation, Step
-from loradeck.train.memory import resident_bytes
+from loradeck.train.events import End, EndReason, Evaluation, Step
 from loradeck.train.objective import DPO, SFT, Objective, Unit
 from loradeck.train.schedule import Schedule
 
-BETAS = (0.9, 0.95)  # Tinker's AdamW: the second moment forgets in 20 steps, and many a run of LoRA has but 50
-FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch has AdamW as one kernel for all tensors
-EVALUATIONS = 10  # of a run, where the recipe does not say
+BETAS = (0.9, 0.95)  # Tinker's AdamW: the second moment forgets in 20 steps, and many LoRA runs have only 50
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch's AdamW is one kernel for all tensors
+EVALUATIONS = 10  # in a run, unless the config says otherwise
+STATM = Path("/proc/self/statm")
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a job is: with its tensors, all that a checkpoint must hold."""
+    """How far a job is: with its tensors, everything that a checkpoint needs."""
 
     step: int = 0
-    """Optimizer steps made."""
+    """Optimizer steps taken."""
     tokens: int = 0
-    """Read so far, none of them padding."""
+    """Tokens read, without padding."""
     losses: list[float] = field(default_factory=list)
     """Of each step."""
     best_loss: float | None = None
     """The lowest validation loss."""
     best_step: int = 0
     waiting: int = 0
-    """Evaluations since then."""
+    """Evaluations since the best one."""
     end: End | None = None
 
 
 class Job:
-    """An adapter, its examples, its recipe and its optimizer."""
+    """An adapter, its examples, its settings and its optimizer."""
 
     def __init__(
         self,
@@ -69,51 +72,52 @@ class Job:
         self.optimizer = _optimizer(adapter, config)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
-        self._batches: Batches[Example | Preference] = Batches(train, config.batch_size, seed=config.seed)
-        self._loss, self._right = 0.0, 0
+        """The adapter's tensors at the lowest validation loss."""
+        self._sampler: BatchSampler[Example | Preference] = BatchSampler(train, config.batch_size, seed=config.seed)
+        self._loss, self._correct = 0.0, 0
 
     @property
     def running(self) -> bool:
-        """Whether it has steps to make."""
+        """Whether it has not ended."""
         return self.progress.end is None
 
     def units(self) -> list[Unit]:
-        """Return what the next step learns from."""
-        return [self.objective.unit(example) for example in self._batches[self.progress.step]]
+        """Return what the next step trains on."""
+        return [self.objective.unit(example) for example in self._sampler[self.progress.step]]
 
     def valid_units(self) -> list[Unit]:
-        """Return what an evaluation is made on."""
+        """Return what an evaluation runs on."""
         return [self.objective.unit(example) for example in self.valid]
 
-    def seed_dropout(self, piece: int) -> None:
-        """Make the masks of the coming forward a function of the seed, the step and the piece alone."""
+    def seed_dropout(self, index: int) -> None:
+        """Make the next forward's dropout masks depend on the seed, the step and the micro-batch's index alone."""
         if self.adapter.dropout is not None:
-            text = f"{self.config.seed} {self.progress.step} {piece}"
+            text = f"{self.config.seed} {self.progress.step} {index}"
             self.adapter.dropout.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
-    def note(self, losses: Tensor, right: Tensor | None) -> None:
-        """Add the losses of some units of the coming step to its loss."""
+    def add_losses(self, losses: Tensor, correct: Tensor | None) -> None:
+        """Add the losses of some units of the current step."""
         self._loss += float(losses.detach().sum())
-        self._right += 0 if right is None else int(right.sum())
+        self._correct += 0 if correct is None else int(correct.sum())
 
-    def update(self, units: Sequence[Unit], began: float, clock: Callable[[], float]) -> Step:
-        """Make the optimizer's step with the gradients that were summed since the pass began, by the run's clock.
+    def update(self, units: Sequence[Unit], pass_start: float, clock: Callable[[], float]) -> Step:
+        """Take an optimizer step with the accumulated gradients. `clock` gives the run's seconds, as `pass_start`.
 
         Raises:
-            TrainingError: the loss or the gradient is NaN or infinite; the adapter is the one before this step.
+            TrainingError: the loss or the gradient is NaN or infinite; the adapter stays as before this step.
         """
         config, progress = self.config, self.progress
-        weight = self.objective.weight(units)
-        loss, right = self._loss / weight, self._right / weight
-        self._loss, self._right = 0.0, 0
+        count = self.objective.count(units)
+        loss, accuracy = self._loss / count, self._correct / count
+        self._loss, self._correct = 0.0, 0
         parameters = [*self.adapter.parameters()]
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         rate = self.schedule(progress.step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise TrainingError(
-                f"training {self.name!r} diverged at step {progress.step + 1}: the loss is {loss}, its gradient's norm "
-                f"{norm}",
+                f"training {self.name!r} diverged at step {progress.step + 1}: the loss is {loss}, the norm of its "
+                f"gradient {norm}",
                 hint=f"Lower learning_rate, which was {rate:.2g}. The adapter is the one before this step.",
             )
         for group in self.optimizer.param_groups:
@@ -121,37 +125,37 @@ class Job:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
-        progress.tokens += sum(len(document.tokens) for unit in units for document in unit)
+        progress.tokens += sum(len(example.tokens) for unit in units for example in unit)
         progress.losses.append(loss)
         seconds = clock()
         return Step(
             job=self.name,
             step=progress.step,
             seconds=seconds,
-            took=seconds - began,
+            took=seconds - pass_start,
             steps=self.schedule.steps,
             loss=loss,
             learning_rate=rate,
             grad_norm=norm,
             tokens=progress.tokens,
-            supervised=weight,
-            memory=resident_bytes(),
-            accuracy=right if self.objective.compares else None,
+            supervised=count,
+            memory=_resident_bytes(),
+            accuracy=accuracy if self.objective.needs_reference else None,
         )
 
     @property
-    def due(self) -> bool:
-        """Whether the step just made is one to evaluate."""
-        at = self.progress.step
-        return bool(self.valid) and (at % self.eval_every == 0 or at == self.schedule.steps)
+    def evaluation_due(self) -> bool:
+        """Whether to evaluate after the last step taken."""
+        step = self.progress.step
+        return bool(self.valid) and (step % self.eval_every == 0 or step == self.schedule.steps)
 
-    def evaluated(self, loss: float, right: int, weight: int, seconds: float) -> Evaluation:
-        """Take note of a validation loss, a sum over `weight`, and keep the adapter that has the lowest.
+    def record_evaluation(self, loss: float, correct: int, count: int, seconds: float) -> Evaluation:
+        """Record a validation loss, a sum over `count`, and keep a copy of the adapter if it is the lowest.
 
         Raises:
-            TrainingError: it is NaN or infinite.
+            TrainingError: the loss is NaN or infinite.
         """
-        progress, mean = self.progress, loss / weight
+        progress, mean = self.progress, loss / count
         if not math.isfinite(mean):
             raise TrainingError(
                 f"training {self.name!r} diverged at step {progress.step}: the validation loss is {mean}",
@@ -167,13 +171,13 @@ class Job:
             step=progress.step,
             seconds=seconds,
             loss=mean,
-            tokens=weight,
+            tokens=count,
             best=best,
-            accuracy=right / weight if self.objective.compares else None,
+            accuracy=correct / count if self.objective.needs_reference else None,
         )
 
-    def ending(self) -> tuple[str, str] | None:
-        """Say why the job is at its end, if it is: a reason and its detail."""
+    def end_reason(self) -> tuple[EndReason, str] | None:
+        """Return the reason and detail if the job has finished or should stop early, else None."""
         progress, patience = self.progress, self.config.patience
         if progress.step >= self.schedule.steps:
             return "finished", ""
@@ -182,9 +186,10 @@ class Job:
         return None
 
     @torch.no_grad()
-    def finish(self, reason: str, detail: str, seconds: float) -> End:
-        """End the job; its adapter is then the best by validation loss, else the last."""
-        progress, kept = self.progress, self.progress.best_step if self.best else self.progress.step
+    def finish(self, reason: EndReason, detail: str, seconds: float) -> End:
+        """End the job; its adapter becomes the best by validation loss, else stays the last."""
+        progress = self.progress
+        kept_step = progress.best_step if self.best else progress.step
         for key, tensor in self.adapter.tensors():
             if key in self.best:
                 tensor.copy_(self.best[key])
@@ -192,12 +197,7 @@ class Job:
         if self.adapter.dropout is not None:
             self.adapter.dropout.seed = None
         progress.end = End(
-            job=self.name,
-            step=progress.step,
-            seconds=seconds,
-            reason=reason,  # type: ignore[arg-type]
-            kept=kept,
-            detail=detail,
+            job=self.name, step=progress.step, seconds=seconds, reason=reason, kept=kept_step, detail=detail
         )
         return progress.end
 
@@ -211,3 +211,12 @@ def _optimizer(adapter: Adapter, config: TrainConfig) -> AdamW:
     ]
     fused = next(adapter.parameters()).device.type in FUSED
     return AdamW(groups, betas=BETAS, weight_decay=config.weight_decay, fused=fused)
+
+
+def _resident_bytes() -> int:
+    """Return the resident set of this process in bytes; on macOS its peak."""
+    try:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,6 @@
-"""-log p of what is to be learned, document by document. Knows a model by its output head; knows no adapters, no jobs.
+"""-log p of the supervised tokens, example by example.
 
-B documents   H width of the model   V vocabulary   N positions of the batch that predict a supervised token
+B examples   H hidden size   V vocabulary   N positions of the batch that predict a supervised token
 """
 
 import threading
@@ -19,82 +19,83 @@ from loradeck.base.frozen import FrozenLinear
 from loradeck.base.matmul import input_grad
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batch, collate
-from loradeck.train.packing import documents, packable
+from loradeck.train.packing import can_pack, packed_sequences
 
-# Rows of the head at once: enough for the matrix product to be at its best, few enough that (rows, V) stays small.
+# Rows of the head at once: enough for a fast matrix product, few enough that (rows, V) stays small.
 ROWS = 128
 
 
 class Losses:
-    """The losses of documents under one model, by the best of the ways that the model allows.
+    """The losses of examples under one model, computed in the fastest way that the model allows.
 
-    Sums over tokens and not means: so how documents were batched does not change what a token weighs.
+    They are sums over tokens, not means, so a token's weight does not depend on how the examples are batched.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.packed = packable(model)
-        """Whether documents lie end to end in one row, without padding; a route then counts tokens, not rows."""
-        self._plain = _plain_head(model)
+        self.packed = can_pack(model)
+        """Whether examples are packed end to end in one row, without padding; a route then counts tokens, not rows."""
+        self._head_is_last = _head_is_last(model)
 
     @contextmanager
-    def of(self, own: Sequence[Example]) -> Iterator[Tensor]:
-        """Σ over a document's supervised tokens of -log p(token | the tokens before it) -> (B,), in fp32.
+    def of(self, examples: Sequence[Example]) -> Iterator[Tensor]:
+        """Σ over an example's supervised tokens of -log p(token | the tokens before it) -> (B,), in fp32.
 
         The backward pass belongs inside the block: gradient checkpointing computes layers again.
 
-        The model's own forward runs, so whatever it does to its logits (soft-capping, scaling) is done; but only the N
-        positions enter the output head, the costliest layer of a small model. Where the logits are nothing but the
-        head's output they are never held all at once either.
+        Only the N positions enter the output head, the most expensive layer of a small model. If the logits are the
+        head's plain output, they are never held all at once either. Otherwise the model's own forward runs, with
+        whatever it does to its logits (soft-capping, scaling).
         """
-        batch = collate(own, packed=self.packed, device=self.model.device)
-        with nullcontext() if batch.position_ids is None else documents(self.model, batch.lengths):
+        batch = collate(examples, packed=self.packed, device=self.model.device)
+        with nullcontext() if batch.position_ids is None else packed_sequences(self.model, batch.lengths):
             losses = self._of_tokens(batch)
-            owner = torch.arange(len(own)).repeat_interleave(torch.tensor(batch.learned)).to(losses.device)
-            yield losses.new_zeros(len(own)).index_add(0, owner, losses)
+            example = torch.arange(len(examples)).repeat_interleave(torch.tensor(batch.supervised)).to(losses.device)
+            yield losses.new_zeros(len(examples)).index_add(0, example, losses)
 
     def _of_tokens(self, batch: Batch) -> Tensor:
         """Return the loss of each supervised token (N,)."""
         model, head = self.model, self.model.get_output_embeddings()
         targets = F.pad(batch.labels[:, 1:], (0, 1), value=UNSUPERVISED)  # the token that each position predicts
-        wanted = targets != UNSUPERVISED
-        # Not where the head's forward is another's: an adapter there needs its rows to be the batch's.
-        free = head is not None and "forward" not in vars(head)
-        alone = free and self._plain and not head.weight.requires_grad  # type: ignore[union-attr]
-        taken: list[Tensor] = []
-        with _only(wanted, head, taken, skip=alone) if free else nullcontext():
-            logits = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            ).logits
-        if alone:
-            return HeadLoss.apply(taken[0], head, targets[wanted], torch.is_grad_enabled())
-        rows = logits.flatten(0, -2) if free else logits[wanted]
-        return F.cross_entropy(rows.float(), targets[wanted], reduction="none")
+        supervised = targets != UNSUPERVISED
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        # An adapter replaces the forward of the head and needs all rows, as the route counts them.
+        adapted = head is None or "forward" in vars(head)
+        if self._head_is_last and not adapted and not head.weight.requires_grad:  # type: ignore[union-attr]
+            hidden = model.base_model(**inputs).last_hidden_state[supervised]
+            return HeadLoss.apply(hidden, head, targets[supervised], torch.is_grad_enabled())
+        with nullcontext() if adapted else _only(supervised, head):
+            logits = model(**inputs).logits
+        logits = logits[supervised] if adapted else logits.flatten(0, -2)
+        return F.cross_entropy(logits.float(), targets[supervised], reduction="none")
 
 
 class HeadLoss(torch.autograd.Function):
     """-log softmax(h Wᵀ)[target] for h (N, H), a frozen head of weight W (V, H) and targets (N,) -> (N,).
 
-    The gradient with respect to h is made beside the loss, a few rows at a time, so that (N, V) never exists and
-    the head is not computed twice (the idea of Liger's fused linear cross-entropy, arXiv:2410.10989).
+    The gradient with respect to h is computed with the loss, a few rows at a time, so that (N, V) never exists and
+    the head runs once (the idea of Liger's fused linear cross-entropy, arXiv:2410.10989).
     """
 
     @staticmethod
     # pyrefly: ignore [bad-override]  (torch's Function takes any signature)
     def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, differentiate: bool) -> Tensor:
-        undo = head.input_grad if isinstance(head, FrozenLinear) else partial(input_grad, weight=head.weight)
-        exact = torch.promote_types(hidden.dtype, torch.float32)
+        head_back = head.input_grad if isinstance(head, FrozenLinear) else partial(input_grad, weight=head.weight)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        for rows, own in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-            scores = head.forward(rows).to(exact).log_softmax(-1)
-            losses.append(-scores.gather(1, own[:, None]).squeeze(1))
+        for rows, row_targets in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+            logprobs = head.forward(rows).to(dtype).log_softmax(-1)
+            losses.append(-logprobs.gather(1, row_targets[:, None]).squeeze(1))
             if differentiate:
-                scores.exp_()[torch.arange(len(own), device=own.device), own] -= 1
-                gradients.append(undo(scores.to(hidden.dtype)))
+                probs = logprobs.exp_()
+                probs[torch.arange(len(row_targets), device=row_targets.device), row_targets] -= 1
+                gradients.append(head_back(probs.to(hidden.dtype)))
         ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
         return torch.cat(losses)
 
@@ -107,37 +108,36 @@ class HeadLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _plain_head(model: PreTrainedModel) -> bool:
-    """Say whether the model's logits are its head's output and nothing more, by trying a few tokens."""
+def _head_is_last(model: PreTrainedModel) -> bool:
+    """Return whether the logits are exactly head(base_model(tokens)), by trying a few tokens."""
     head = model.get_output_embeddings()
     if not (type(head) is nn.Linear or isinstance(head, FrozenLinear)) or head.bias is not None:
         return False
-    seen: list[Tensor] = []
-    handle = head.register_forward_hook(lambda _, __, output: seen.append(output))
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = head.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
     try:
-        # Not the padding's alone: its embedding is often zero, and so are then its logits, whatever is done to them.
+        # Several tokens: the padding's embedding is often zero, and then its logits are zero whatever is done to them.
         ids = torch.arange(8, device=model.device)[None] % head.out_features
         logits = model(input_ids=ids, use_cache=False).logits
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     finally:
         handle.remove()
-    return len(seen) == 1 and torch.equal(logits, seen[0])
+    if hidden is None or len(calls) != 1:
+        return False
+    (head_input, head_output) = calls[0]
+    return torch.equal(head_input, hidden) and torch.equal(head_output, logits)
 
 
 @contextmanager
-def _only(wanted: Tensor, head: nn.Module, taken: list[Tensor], *, skip: bool) -> Iterator[None]:
-    """Let only the wanted of the hidden states (…, H) into the head, as (1, N, H), and note them as (N, H).
-
-    With `skip` a single one goes in, as a token of goodwill: the caller computes the head itself.
-    """
+def _only(positions: Tensor, head: nn.Module) -> Iterator[None]:
+    """Let only the hidden states (…, H) at these N positions into the head, as (1, N, H)."""
     thread = threading.get_ident()
 
-    def pick(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        if threading.get_ident() != thread:
-            return None  # others may use this model
-        taken.append(inputs[0][wanted])
-        return (taken[0][None, :1] if skip else taken[0][None],)
+    def select(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        # Other threads may use this model.
+        return (inputs[0][positions][None],) if threading.get_ident() == thread else None
 
-    handle = head.register_forward_pre_hook(pick)
+    handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:

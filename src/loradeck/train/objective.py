@@ -1,6 +1,6 @@
-"""What is made small: the loss of an answer, or of preferring one answer to another. Knows losses; knows no model.
+"""Training objectives: SFT and DPO.
 
-B documents   U units: what is learned from as one, a document or a pair of them
+B examples   U units: examples that are trained on together (SFT: one, DPO: the chosen and the rejected one)
 """
 
 from collections.abc import Sequence
@@ -15,48 +15,51 @@ Unit = Sequence[Example]
 
 
 class Objective(Protocol):
-    """The loss of units, as a sum to be divided by their weight: so batches may be cut anywhere between units."""
+    """A loss per unit. A step's loss is their sum over their `count`, so a batch may be split between any units."""
 
-    compares: bool
-    """Whether the losses of the base alone are needed too."""
+    needs_reference: bool
+    """Whether it needs the losses of the base alone, too."""
 
     def unit(self, example: Example | Preference) -> Unit:
-        """Return the documents that are read for an example."""
+        """Return the sequences that an example consists of."""
         ...
 
-    def weight(self, units: Sequence[Unit]) -> int:
-        """Return what a mean divides by."""
+    def count(self, units: Sequence[Unit]) -> int:
+        """Return the number that a mean over units divides by."""
         ...
 
-    def losses(self, documents: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the loss of each unit (U,), and whether it is right, from the adapter's losses (B,) and the base's."""
+    def losses(self, losses: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return each unit's loss (U,) and whether it is correct (U,), given the adapter's and the base's losses (B,).
+
+        Only DPO has a notion of correct.
+        """
         ...
 
 
 class SFT:
-    """Supervised fine-tuning: -log p of the answers, per supervised token."""
+    """Supervised fine-tuning: -log p of the answers, averaged over supervised tokens."""
 
-    compares = False
+    needs_reference = False
 
     def unit(self, example: Example | Preference) -> Unit:
         assert isinstance(example, Example)
         return (example,)
 
-    def weight(self, units: Sequence[Unit]) -> int:
-        return sum(document.supervised for unit in units for document in unit)
+    def count(self, units: Sequence[Unit]) -> int:
+        return sum(example.supervised for unit in units for example in unit)
 
-    def losses(self, documents: Tensor, reference: Tensor | None) -> tuple[Tensor, None]:
+    def losses(self, losses: Tensor, reference: Tensor | None) -> tuple[Tensor, None]:
         assert reference is None
-        return documents, None
+        return losses, None
 
 
 class DPO:
-    """Direct preference optimization (arXiv:2305.18290, equation 7), per pair; the reference is the base itself.
+    """Direct preference optimization (arXiv:2305.18290, equation 7), averaged over pairs; the base is the reference.
 
     -log σ(β · ((log p(chosen) - log p_base(chosen)) - (log p(rejected) - log p_base(rejected))))
     """
 
-    compares = True
+    needs_reference = True
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
@@ -65,11 +68,11 @@ class DPO:
         assert isinstance(example, Preference)
         return (example.chosen, example.rejected)
 
-    def weight(self, units: Sequence[Unit]) -> int:
+    def count(self, units: Sequence[Unit]) -> int:
         return len(units)
 
-    def losses(self, documents: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses(self, losses: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         assert reference is not None
-        rewards = (reference - documents).view(-1, 2)  # log p is minus the loss
+        rewards = (reference - losses).view(-1, 2)  # log p is minus the loss
         margin = rewards[:, 0] - rewards[:, 1]
         return -F.logsigmoid(self.beta * margin), margin > 0

@@ -1,10 +1,10 @@
-"""A run: its folder on disk, and the training that fills it. Knows files and jobs; knows no screen and no gradients.
+"""A run: the jobs of a recipe, and the folder they are trained into.
 
-FOLDER/run.toml          all that is needed to do it again
-FOLDER/metrics.jsonl     what happened, a line each (see train.events)
-FOLDER/samples.jsonl     what the adapters answered at the evaluations
+FOLDER/run.toml          the recipe, to repeat the run
+FOLDER/metrics.jsonl     the events, one a line (see train.events)
+FOLDER/samples.jsonl     the adapters' answers at the evaluations
 FOLDER/checkpoints/N/    the state after N passes
-FOLDER/NAME/             each job's adapter once it ends: a PEFT folder; FOLDER itself where the only job has its name
+FOLDER/NAME/             each job's adapter once it ends, a PEFT folder; FOLDER itself if the only job has its name
 """
 
 import os
@@ -20,31 +20,31 @@ import torch
 from loradeck.base.load import Base
 from loradeck.base.text import chat_template_hash
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
-from loradeck.dataset.read import Dataset, held_out, read_dataset
+from loradeck.dataset.read import Dataset, Examples, held_out, read_dataset
 from loradeck.disk import write_file
 from loradeck.lora.bank import Bank
 from loradeck.train import checkpoint, events
 from loradeck.train.events import AnyEvent, End, Listener, Sample
-from loradeck.train.history import METRICS, Track, read_history
+from loradeck.train.history import METRICS, JobHistory, read_history
 from loradeck.train.job import Job
 from loradeck.train.mode import evaluation
+from loradeck.train.model_card import training_section
 from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe
-from loradeck.train.report import training_section
 from loradeck.train.trainer import Trainer
 
 SAMPLES, CHECKPOINTS = "samples.jsonl", "checkpoints"
 
-# Adapters' names and prompts' tokens, one of each per row -> their answers.
+# Answers prompts: (adapter names, prompt tokens), one of each per row -> texts.
 Answer: TypeAlias = Callable[[Sequence[str], Sequence[list[int]]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """A job's examples."""
+class JobData:
+    """A job's dataset, and its examples to train and to validate on."""
 
     dataset: Dataset
-    train: list[Example] | list[Preference]
-    valid: list[Example] | list[Preference]
+    train: Examples
+    valid: Examples
 
 
 class Run:
@@ -52,7 +52,7 @@ class Run:
 
     Raises:
         DataError: a dataset cannot be trained on.
-        ConfigError, TargetError, AdapterNameError: a job that cannot be on this base.
+        ConfigError, TargetError, AdapterNameError: a job is invalid on this base.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Run:
         answer: Answer | None = None,
         on_event: Listener | None = None,
     ) -> None:
-        """Read the datasets and make the adapters; nothing is written before `train`."""
+        """Read the datasets and create the adapters. Nothing is written before `begin` or `resume`."""
         self.folder, self.base, self.bank = folder, base, Bank(base.model)
         self.answer, self.on_event = answer, on_event or (lambda _: None)
         self.trainer = Trainer(
@@ -72,7 +72,7 @@ class Run:
             self.bank,
             max_tokens=recipe.shared.max_tokens,
             gradient_checkpointing=recipe.shared.gradient_checkpointing,
-            on_event=self._note,
+            on_event=self._record,
             on_evaluated=self._sample,
         )
 
@@ -80,27 +80,27 @@ class Run:
         def read(source: str, max_length: int) -> Dataset:
             return read_dataset(source, base.tokenizer, max_length)
 
-        self.splits: dict[str, Split] = {}
+        self.data: dict[str, JobData] = {}
         layers = base.model.config.get_text_config().num_hidden_layers
         jobs = []
-        for job in recipe.jobs:
-            config = job.train
-            split = self.splits[job.name] = _split(job, read)
+        for job_recipe in recipe.jobs:
+            name, config = job_recipe.name, job_recipe.train
+            data = self.data[name] = _load(job_recipe, read)
             generator = torch.Generator().manual_seed(config.seed)
-            self.bank.add(job.name, job.adapter_config(layers), generator=generator)
-            added = self.trainer.add(job.name, split.train, config, valid=split.valid)
-            resolved = replace(config, learning_rate=added.schedule.peak, eval_every=added.eval_every)
-            jobs.append(replace(job, train=resolved))
+            self.bank.add(name, job_recipe.adapter_config(layers), generator=generator)
+            job = self.trainer.add(name, data.train, config, valid=data.valid)
+            resolved = replace(config, learning_rate=job.schedule.peak, eval_every=job.eval_every)
+            jobs.append(replace(job_recipe, train=resolved))
         self.recipe = replace(recipe, jobs=tuple(jobs))
-        """With every default made plain."""
+        """With every default filled in."""
 
-    def place(self, name: str) -> Path:
+    def adapter_folder(self, name: str) -> Path:
         """Return the folder of a job's adapter."""
         alone = len(self.recipe.jobs) == 1 and name == self.folder.resolve().name
         return self.folder if alone else self.folder / name
 
     def begin(self) -> None:
-        """Write a new run's folder; what an older run left in it is removed."""
+        """Create a new run's folder; the files of an older run in it are removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         for name in (METRICS, SAMPLES):
@@ -108,18 +108,18 @@ class Run:
         write_file(self.folder / RUN_FILE, self.recipe.toml().encode())
 
     def resume(self) -> int:
-        """Go back to the newest checkpoint, or to the start where there is none yet; return the passes it had made.
+        """Restore the newest checkpoint, or begin anew if there is none; return the number of passes restored.
 
         Raises:
-            TrainingError: the base or a dataset is not the run's, or the checkpoint is damaged.
+            TrainingError: the base or a dataset has changed, or the checkpoint is damaged.
         """
-        found = checkpoint.checkpoints(self.folder / CHECKPOINTS)
-        if not found:
+        paths = checkpoint.checkpoints(self.folder / CHECKPOINTS)
+        if not paths:
             self.begin()
             return 0
-        state = checkpoint.read(found[-1])
-        checkpoint.restore(self.trainer, found[-1], state, data=self._data())
-        for name, size in state.files.items():  # what came after is about to happen again
+        state = checkpoint.read(paths[-1])
+        checkpoint.restore(self.trainer, paths[-1], state, data=self._data_hashes())
+        for name, size in state.files.items():  # what was written later is about to be written again
             path = self.folder / name
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
@@ -128,7 +128,7 @@ class Run:
     def train(self, each_pass: Callable[[Trainer], None] | None = None) -> None:
         """Train all jobs to their ends, with checkpoints; `each_pass` may stop jobs.
 
-        Ctrl-C ends it after the pass that is being made, with a checkpoint, and with the adapters as they are then.
+        Ctrl-C ends the run after the current pass, with a checkpoint, and saves the adapters as they are then.
         """
         for passes in self.trainer:
             if each_pass:
@@ -143,65 +143,65 @@ class Run:
         checkpoint.save(
             self.trainer,
             self.folder / CHECKPOINTS,
-            data=self._data(),
+            data=self._data_hashes(),
             files={name: path.stat().st_size for name, path in paths.items() if path.exists()},
             keep=self.recipe.shared.keep_checkpoints,
         )
 
-    def _data(self) -> dict[str, str]:
-        return {name: split.dataset.sha256 for name, split in self.splits.items()}
+    def _data_hashes(self) -> dict[str, str]:
+        return {name: data.dataset.sha256 for name, data in self.data.items()}
 
-    def _note(self, event: AnyEvent) -> None:
-        """Write an event down, act on it, and pass it on."""
+    def _record(self, event: AnyEvent) -> None:
+        """Write an event to its file, save the adapter of a job that ended, and pass the event on."""
         with (self.folder / (SAMPLES if isinstance(event, Sample) else METRICS)).open("ab") as file:
             file.write(events.encode(event))
         if isinstance(event, End):
-            self.publish(event.job, self.place(event.job))
+            self.save(event.job, self.adapter_folder(event.job))
         self.on_event(event)
 
-    def publish(self, name: str, place: Path) -> None:
-        """Save an ended job's adapter, unless it has learned nothing, or diverged before any of it was found good."""
+    def save(self, name: str, folder: Path) -> None:
+        """Save the adapter of a job that ended, unless it took no step, or diverged without a validation loss."""
         job = self.trainer.jobs[name]
         end = job.progress.end
         if end is None or not end.kept or (end.reason == "diverged" and job.progress.best_loss is None):
             return
-        track = read_history(self.folder).get(name, Track())
-        split = self.splits[job.name]
+        history = read_history(self.folder).get(name, JobHistory())
+        data = self.data[name]
         notes = training_section(
             base=job.adapter.origin.base_model or self.base.name,
             source=self.base.name,
             data={
-                "dataset": Path(split.dataset.name).name,  # not where it lies on this machine
-                "form": split.dataset.form,
-                "examples": f"{len(split.train):,} to learn from, {len(split.valid):,} to validate on",
-                "sha256": split.dataset.sha256[:16],
+                "dataset": Path(data.dataset.name).name,  # without its path on this machine
+                "form": data.dataset.form,
+                "examples": f"{len(data.train):,} to train on, {len(data.valid):,} to validate on",
+                "sha256": data.dataset.sha256[:16],
             },
             lora=job.adapter.config,
             recipe=job.config,
-            steps=track.steps,
-            evaluations=track.evaluations,
+            steps=history.steps,
+            evaluations=history.evaluations,
             end=end,
         )
         job.adapter.describe(
-            data_sha256=split.dataset.sha256,
+            data_sha256=data.dataset.sha256,
             chat_template_sha256=chat_template_hash(self.base.tokenizer) or "none",
             steps=str(end.kept),
         )
-        job.adapter.save(place, notes=notes)
+        job.adapter.save(folder, notes=notes)
 
     def _sample(self, jobs: Sequence[Job]) -> None:
-        """Let the adapters that were just evaluated answer their first validation prompts, all in one batch."""
+        """Let the adapters that were just evaluated answer their first validation prompts, in one batch."""
         rows = [
             (job, *_prompt_and_answer(example))
             for job in jobs
-            for example in self.splits[job.name].valid[: self.recipe.shared.samples]
+            for example in self.data[job.name].valid[: self.recipe.shared.samples]
         ]
         if not rows or self.answer is None:
             return
         with evaluation(self.base.model):
             answers = self.answer([job.name for job, _, _ in rows], [prompt for _, prompt, _ in rows])
         for (job, prompt, expected), answer in zip(rows, answers, strict=True):
-            self._note(
+            self._record(
                 Sample(
                     job=job.name,
                     step=job.progress.step,
@@ -216,7 +216,7 @@ class Run:
         return str(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _split(job: JobRecipe, read: Callable[[str, int], Dataset]) -> Split:
+def _load(job: JobRecipe, read: Callable[[str, int], Dataset]) -> JobData:
     dataset = read(job.data, job.train.max_length)
     train, valid = dataset.train, dataset.valid
     if job.valid is not None:
@@ -224,13 +224,13 @@ def _split(job: JobRecipe, read: Callable[[str, int], Dataset]) -> Split:
         valid = other.valid or other.train
     elif not valid and job.train.valid_ratio:
         train, valid = held_out(train, job.train.valid_ratio, job.train.seed)
-    return Split(dataset, train, valid)
+    return JobData(dataset, train, valid)
 
 
 def _prompt_and_answer(example: Example | Preference) -> tuple[list[int], list[int]]:
-    """Return what comes before the first learned token, and the learned tokens that follow it."""
-    document = example.chosen if isinstance(example, Preference) else example
-    begin = next(n for n, label in enumerate(document.labels) if n and label != UNSUPERVISED)
-    rest = document.labels[begin:]
+    """Return the tokens before the first supervised token, and the supervised tokens from there."""
+    example = example.chosen if isinstance(example, Preference) else example
+    start = next(n for n, label in enumerate(example.labels) if n and label != UNSUPERVISED)
+    rest = example.labels[start:]
     length = next((n for n, label in enumerate(rest) if label == UNSUPERVISED), len(rest))
-    return document.tokens[:begin], rest[:length]
+    return example.tokens[:start], rest[:length]

@@ -1,67 +1,70 @@
-"""How many steps a run takes, at which learning rate. Knows numbers; knows no tensors and no files."""
+"""The steps of a job and their learning rates."""
 
 import math
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from loradeck.train.config import Shape, TrainConfig
+from loradeck.train.config import Decay, TrainConfig
 
-# LoRA Without Regret (Thinking Machines, 2025): the best rate of LoRA is 10 times that of full fine-tuning, 5e-5, and
-# falls with the width of the base as a power that was fitted for each family.
+# LoRA Without Regret (Thinking Machines, 2025): the best rate for LoRA is 10 times that for full fine-tuning, 5e-5,
+# and falls with the width of the base as a power law, fitted for each family.
 RATE, WIDTH, POWERS = 10 * 5e-5, 2000, {"llama": 0.781, "qwen": 0.0775}
-LOWEST, HIGHEST = 1e-4, 1e-3  # how far the fit is trusted
+LOWEST, HIGHEST = 1e-4, 1e-3  # the fit is not trusted beyond these
 UNKNOWN = 2e-4  # the default of axolotl and Unsloth
-GENTLE = 0.05  # preferences over answers: Tinker's guide takes a twentieth to a tenth of the rate for answers
-SHORT_RUN, HASTE = 100, 1.5  # a run of few steps moves less far, and can afford longer ones
+DPO_FACTOR = 0.05  # Tinker's guide recommends a twentieth to a tenth of the rate for SFT
+SHORT_RUN, SHORT_RUN_FACTOR = 100, 1.5  # a run of few steps can afford larger ones
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A learning rate for each of `steps` steps: a linear rise over `warmup` of them, then the way down.
+    """A learning rate for each of `steps` steps: a linear rise over the first `warmup` of them, then the decay.
 
-    Never zero: a step at a rate of zero would be computed for nothing.
+    It is never zero: a step at a rate of zero would be wasted.
     """
 
     steps: int
     peak: float
     reason: str
-    """Why the peak is what it is, in words."""
+    """Why the peak has this value."""
     warmup: int
-    shape: Shape
+    decay: Decay
 
     @classmethod
     def of(
         cls, config: TrainConfig, examples: int, model: PretrainedConfig, *, preferences: bool = False
     ) -> "Schedule":
-        """Return the schedule of a run over so many examples on such a model."""
+        """Return the schedule of a job with this number of examples on such a model."""
         steps = config.max_steps or config.epochs * math.ceil(examples / config.batch_size)
         peak, reason = (config.learning_rate, "as given") if config.learning_rate else automatic(model, steps)
         if preferences and not config.learning_rate:
-            peak, reason = peak * GENTLE, f"{reason}; times {GENTLE} for preference pairs"
+            peak, reason = peak * DPO_FACTOR, f"{reason}; times {DPO_FACTOR} for preference pairs"
         return cls(steps, peak, reason, math.ceil(config.warmup_ratio * steps), config.schedule)
 
     def __call__(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        done = (step - self.warmup) / (self.steps - self.warmup)
-        decay = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "constant": 1.0}
-        return self.peak * decay[self.shape]
+        share = (step - self.warmup) / (self.steps - self.warmup)
+        factors = {"linear": 1 - share, "cosine": 0.5 + 0.5 * math.cos(math.pi * share), "constant": 1.0}
+        return self.peak * factors[self.decay]
 
 
 def automatic(model: PretrainedConfig, steps: int) -> tuple[float, str]:
-    """Pick a peak learning rate for A and B at the usual lora_alpha / r of 1 to 2, and say why."""
+    """Return a peak learning rate for A and B at the usual lora_alpha / r of 1 to 2, and the reason for it."""
     text = model.get_text_config()
     family = next((name for name in POWERS if text.model_type.startswith(name)), None)
     if family is None:
-        peak, reason = UNKNOWN, f"the usual rate, for want of a formula for {text.model_type}"
+        peak, reason = UNKNOWN, f"the usual rate; there is no formula for {text.model_type}"
     else:
         fit = RATE * (WIDTH / text.hidden_size) ** POWERS[family]
         peak = min(max(fit, LOWEST), HIGHEST)
         reason = f"{RATE:g} · ({WIDTH} / {text.hidden_size})^{POWERS[family]} for {family}"
         if fit != peak:
-            reason += f" = {fit:.2g}, kept within {LOWEST:g} to {HIGHEST:g}"
+            reason += f" = {fit:.2g}, clamped to {LOWEST:g} to {HIGHEST:g}"
     if steps < SHORT_RUN:
-        return peak * HASTE, f"{reason}; times {HASTE}, as the run has fewer than {SHORT_RUN} steps"
+        return (
+            peak * SHORT_RUN_FACTOR,
+            f"{reason}; times {SHORT_RUN_FACTOR}, as the run has fewer than {SHORT_RUN} steps",
+        )
     return peak, reason

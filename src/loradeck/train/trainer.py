@@ -1,7 +1,7 @@
-"""The loop that trains adapters, any number of them in one pass over the base: batch -> losses -> gradients -> steps.
+"""The training loop: any number of adapters in one pass over the base.
 
-Knows tokens and jobs; knows no text and no files. Each pass makes one optimizer step of every running job. Documents
-of several jobs lie in one batch, each routed through its own adapter, and the base is computed for all of them at once.
+Each pass takes one optimizer step of every running job. Micro-batches of several jobs share a batch, each routed
+through its own adapter, and the base is computed for all of them at once.
 """
 
 import signal
@@ -20,9 +20,9 @@ from loradeck.base.load import Base
 from loradeck.dataset.example import Example, Preference
 from loradeck.errors import ConfigError, DataError, TrainingError
 from loradeck.lora.bank import Bank
-from loradeck.train.batching import pieces
+from loradeck.train.batching import split_units
 from loradeck.train.config import PassConfig, TrainConfig
-from loradeck.train.events import AnyEvent, End, Listener
+from loradeck.train.events import AnyEvent, End, EndReason, Listener
 from loradeck.train.job import Job
 from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training
@@ -30,27 +30,27 @@ from loradeck.train.objective import Unit
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one job has in one batch."""
+class MicroBatch:
+    """The units of one job's step that enter one batch; `index` counts the micro-batches of the step."""
 
     job: Job
-    piece: int
+    index: int
     units: Sequence[Unit]
 
     @property
-    def documents(self) -> list[Example]:
-        return [document for unit in self.units for document in unit]
+    def examples(self) -> list[Example]:
+        return [example for unit in self.units for example in unit]
 
     @property
     def tokens(self) -> int:
-        return sum(len(document.tokens) for document in self.documents)
+        return sum(len(example.tokens) for example in self.examples)
 
 
 class Trainer:
-    """Jobs on one base. Iterate over it to train: `for _ in trainer` makes a pass at a time until all jobs ended.
+    """Jobs on one base. Iterate over it to train: `for _ in trainer` takes one pass at a time until all jobs ended.
 
-    A job's losses and weights do not depend on the others: not on their data, rank or rate, nor on when they come, end
-    or diverge. The base's weights are not touched.
+    A job's losses and weights do not depend on the other jobs: not on their data, ranks or rates, nor on when they
+    join, end or diverge. The base's weights are not changed.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Trainer:
         on_event: Listener | None = None,
         on_evaluated: Callable[[Sequence[Job]], None] | None = None,
     ) -> None:
-        """Begin without jobs. `max_tokens` are read at once; a larger step is computed in parts, to one gradient.
+        """Begin without jobs. A step of more than `max_tokens` is split into micro-batches, to the same gradient.
 
-        `on_evaluated` gets the jobs of an evaluation, once all are told and before any ends.
+        `on_evaluated` is called with the jobs of an evaluation, after their events and before any of them ends.
         """
         self.base, self.bank = base, bank
         self.max_tokens, self.gradient_checkpointing = max_tokens, gradient_checkpointing
@@ -73,22 +73,22 @@ class Trainer:
         self.interrupted = False
         """Whether Ctrl-C, or `interrupt`, ended the iteration early."""
         self.passes = 0
-        """Made so far."""
+        """Passes since the run began."""
         self.seconds_before = 0.0
-        """Of the run before it was resumed."""
-        self._tell: Listener = on_event or (lambda _: None)
-        self._evaluated = on_evaluated or (lambda _: None)
+        """Seconds that the run took before it was resumed."""
+        self._emit: Listener = on_event or (lambda _: None)
+        self._on_evaluated = on_evaluated or (lambda _: None)
         self._losses = Losses(base.model)
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
-        return self.seconds_before + time.perf_counter() - self._begun
+        """Seconds since the run began."""
+        return self.seconds_before + time.perf_counter() - self._started
 
     @property
     def running(self) -> list[Job]:
-        """The jobs that have steps to make."""
+        """The jobs that have not ended."""
         return [job for job in self.jobs.values() if job.running]
 
     def add(
@@ -103,38 +103,39 @@ class Trainer:
 
         Raises:
             DataError: there are no examples.
-            ConfigError: an example is longer than the base can read, or the adapter has a job already.
+            ConfigError: an example is longer than the base's context, or the adapter already has a job.
             UnknownAdapterError: there is no such adapter.
             AdapterError: the adapter is frozen.
         """
         if not train:
             raise DataError("there are no examples to train on", hint="Give at least one.")
         if name in self.jobs:
-            raise ConfigError(f"{name!r} has a job already", hint="One job trains one adapter.")
+            raise ConfigError(f"{name!r} already has a job", hint="One job trains one adapter.")
         self.bank.parameters(name)
         job = Job(name, self.bank[name], train, config, self.base.model.config, valid=valid)
-        longest = max(len(document.tokens) for example in (*train, *valid) for document in job.objective.unit(example))
+        units = map(job.objective.unit, (*train, *valid))
+        longest = max(len(example.tokens) for unit in units for example in unit)
         if self.base.context is not None and longest > self.base.context:
             raise ConfigError(
-                f"the longest example has {longest} tokens; {self.base.name} reads {self.base.context}",
+                f"the longest example has {longest} tokens; the context of {self.base.name} is {self.base.context}",
                 hint=f"Set max_length to {self.base.context} or less.",
             )
         self.jobs[name] = job
         return job
 
     def stop(self, name: str, detail: str) -> None:
-        """End a job before its time; its adapter is the best by validation loss, else the last."""
+        """End a job early; its adapter becomes the best by validation loss, else stays the last."""
         self._end(self.jobs[name], "stopped", detail)
 
     def interrupt(self) -> None:
-        """End the iteration after the pass that is being made. Any thread, or a signal's handler, may call this."""
+        """End the iteration after the current pass. Any thread, or a signal handler, may call this."""
         self.interrupted = True
 
     def __iter__(self) -> Iterator[int]:
-        """Make passes until every job has ended, yielding how many have been made since the run began.
+        """Take passes until every job has ended, yielding the number of passes since the run began.
 
-        KeyboardInterrupt ends it after the pass that is being made, with `interrupted` set and the jobs not ended; a
-        second one ends it at once.
+        Ctrl-C ends the iteration after the current pass, with `interrupted` set and the jobs not ended; a second one
+        raises KeyboardInterrupt at once.
         """
         with training(self.base.model, gradient_checkpointing=self.gradient_checkpointing), self._interruptible():
             while self.running and not self.interrupted:
@@ -148,133 +149,138 @@ class Trainer:
             self._end(job, "interrupted", "")
 
     def _pass(self) -> None:
-        jobs, began = self.running, self.seconds
+        jobs, start = self.running, self.seconds
         units = {job: job.units() for job in jobs}
+        counts = {job: job.objective.count(units[job]) for job in jobs}
         for batch in self._batches(units):
-            self._learn(batch, {job: job.objective.weight(units[job]) for job in jobs})
+            self._backward(batch, counts)
         for job in jobs:
-            self._tell_of(job, partial(job.update, units[job], began, lambda: self.seconds))
-        self.evaluate([job for job in jobs if job.running and job.due])
+            self._emit_or_end(job, partial(job.update, units[job], start, lambda: self.seconds))
+        self.evaluate([job for job in jobs if job.running and job.evaluation_due])
         for job in jobs:
-            if job.running and (ending := job.ending()):
-                self._end(job, *ending)
+            if job.running and (reason := job.end_reason()):
+                self._end(job, *reason)
 
-    def _batches(self, units: dict[Job, list[Unit]]) -> Iterator[list[Part]]:
-        """Cut each job's units into pieces, the same whoever its neighbours are, and lay several jobs' together."""
-        cut = [
-            [Part(job, n, piece) for n, piece in enumerate(pieces(own, self.max_tokens))] for job, own in units.items()
+    def _batches(self, units: dict[Job, list[Unit]]) -> Iterator[list[MicroBatch]]:
+        """Split each job's units into micro-batches, regardless of its neighbours, and batch those of several jobs."""
+        micro_batches = [
+            [MicroBatch(job, index, group) for index, group in enumerate(split_units(job_units, self.max_tokens))]
+            for job, job_units in units.items()
         ]
-        for parts in zip_longest(*cut):  # one piece of a job at a time: its dropout is seeded by the piece
-            batch: list[Part] = []
-            for part in filter(None, parts):
-                tokens = sum(other.tokens for other in batch) + part.tokens
-                # Padding would reach from one job into another's dropout masks.
+        # A batch has at most one micro-batch of a job: dropout is seeded by the micro-batch's index.
+        for of_each_job in zip_longest(*micro_batches):
+            batch: list[MicroBatch] = []
+            for micro_batch in filter(None, of_each_job):
+                tokens = sum(other.tokens for other in batch) + micro_batch.tokens
+                # With padding, one job's lengths would change the shape of another's dropout masks.
                 if batch and (tokens > self.max_tokens or not self._losses.packed):
                     yield batch
                     batch = []
-                batch.append(part)
+                batch.append(micro_batch)
             yield batch
 
-    def _learn(self, batch: Sequence[Part], weights: dict[Job, int]) -> None:
-        """Add one batch's gradients to each job's own."""
-        for part in batch:
-            part.job.seed_dropout(part.piece)
-        reference = self._reference(batch)
-        with self._losses_of(batch) as losses:
+    def _backward(self, batch: Sequence[MicroBatch], counts: dict[Job, int]) -> None:
+        """Add one batch's gradients to those of each job."""
+        for micro_batch in batch:
+            micro_batch.job.seed_dropout(micro_batch.index)
+        references = self._reference_losses(batch)
+        with self._example_losses(batch) as losses:
             total = torch.zeros((), device=self.base.model.device)
-            for part, own, base in zip(batch, losses, reference, strict=True):
-                each, right = part.job.objective.losses(own, base)
-                part.job.note(each, right)
-                total = total + each.sum() / weights[part.job]
+            for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
+                job = micro_batch.job
+                unit_losses, correct = job.objective.losses(job_losses, reference)
+                job.add_losses(unit_losses, correct)
+                total = total + unit_losses.sum() / counts[job]
             total.backward()
 
     @torch.no_grad()
-    def _reference(self, batch: Sequence[Part]) -> list[Tensor | None]:
-        """Return the base's own losses of each part whose objective compares with them."""
-        compared = [part for part in batch if part.job.objective.compares]
-        if not compared:
-            return [None] * len(batch)
-        with self._losses_of(compared, base_only=True) as losses:
-            own = iter(losses)
-        return [next(own) if part.job.objective.compares else None for part in batch]
-
-    @torch.no_grad()
     def evaluate(self, jobs: Sequence[Job]) -> None:
-        """Find and tell the validation losses of some running jobs."""
+        """Measure the validation losses of some running jobs and emit them."""
         units = {job: job.valid_units() for job in jobs}
-        sums, right = dict.fromkeys(jobs, 0.0), dict.fromkeys(jobs, 0)
+        sums, corrects = dict.fromkeys(jobs, 0.0), dict.fromkeys(jobs, 0)
         with evaluation(self.base.model):
             for batch in self._batches(units):
-                reference = self._reference(batch)
-                with self._losses_of(batch) as losses:
-                    for part, own, base in zip(batch, losses, reference, strict=True):
-                        each, hits = part.job.objective.losses(own, base)
-                        sums[part.job] += float(each.sum())
-                        right[part.job] += 0 if hits is None else int(hits.sum())
+                references = self._reference_losses(batch)
+                with self._example_losses(batch) as losses:
+                    for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
+                        job = micro_batch.job
+                        unit_losses, correct = job.objective.losses(job_losses, reference)
+                        sums[job] += float(unit_losses.sum())
+                        corrects[job] += 0 if correct is None else int(correct.sum())
         for job in jobs:
-            weight = job.objective.weight(units[job])
-            self._tell_of(job, partial(job.evaluated, sums[job], right[job], weight, self.seconds))
-        self._evaluated([job for job in jobs if job.running])
+            count = job.objective.count(units[job])
+            self._emit_or_end(job, partial(job.record_evaluation, sums[job], corrects[job], count, self.seconds))
+        self._on_evaluated([job for job in jobs if job.running])
+
+    @torch.no_grad()
+    def _reference_losses(self, batch: Sequence[MicroBatch]) -> list[Tensor | None]:
+        """Return the base's losses for each micro-batch whose objective needs them, else None."""
+        compared = [micro_batch for micro_batch in batch if micro_batch.job.objective.needs_reference]
+        if not compared:
+            return [None] * len(batch)
+        with self._example_losses(compared, base_only=True) as losses:
+            references = iter(losses)
+        return [next(references) if micro_batch.job.objective.needs_reference else None for micro_batch in batch]
 
     @contextmanager
-    def _losses_of(self, batch: Sequence[Part], *, base_only: bool = False) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the losses of each part's documents, each through its job's adapter; backward belongs inside."""
-        documents = [document for part in batch for document in part.documents]
-        names = [None if base_only else part.job.name for part in batch for _ in part.documents]
-        lengths = [len(document.tokens) for document in documents] if self._losses.packed else None
-        with self.bank.route(names, lengths=lengths), self._losses.of(documents) as losses:
-            yield losses.split([len(part.documents) for part in batch])
+    def _example_losses(self, batch: Sequence[MicroBatch], *, base_only: bool = False) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the losses of each micro-batch's examples, through its job's adapter; backward belongs inside."""
+        examples = [example for micro_batch in batch for example in micro_batch.examples]
+        names = [None if base_only else micro_batch.job.name for micro_batch in batch for _ in micro_batch.examples]
+        lengths = [len(example.tokens) for example in examples] if self._losses.packed else None
+        with self.bank.route(names, lengths=lengths), self._losses.of(examples) as losses:
+            yield losses.split([len(micro_batch.examples) for micro_batch in batch])
 
-    def _tell_of(self, job: Job, event: Callable[[], AnyEvent]) -> None:
-        """Tell what a job did, or end it where it diverged."""
+    def _emit_or_end(self, job: Job, action: Callable[[], AnyEvent]) -> None:
+        """Emit the event that a job's action returns, or end the job if it diverged."""
         try:
-            done = event()
+            event = action()
         except TrainingError as error:
             self._end(job, "diverged", str(error))
         else:
-            self._tell(done)
+            self._emit(event)
 
-    def _end(self, job: Job, reason: str, detail: str) -> None:
-        self._tell(job.finish(reason, detail, self.seconds))
+    def _end(self, job: Job, reason: EndReason, detail: str) -> None:
+        self._emit(job.finish(reason, detail, self.seconds))
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the pass, and no gradient of an unfinished one remain."""
-        mine = threading.current_thread() is threading.main_thread()
+        """Let the first Ctrl-C end the iteration after the pass, and drop the gradients of an unfinished pass."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
 
-        def ask(*_: object) -> None:
+        def interrupt(*_: object) -> None:
             self.interrupt()
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one means it
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C raises KeyboardInterrupt
 
-        before = signal.signal(signal.SIGINT, ask) if mine else None
+        previous = signal.signal(signal.SIGINT, interrupt) if in_main_thread else None
         try:
             yield
         finally:
-            if mine:
-                signal.signal(signal.SIGINT, before)
+            if in_main_thread:
+                signal.signal(signal.SIGINT, previous)
             for job in self.jobs.values():
                 job.optimizer.zero_grad()
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How the training of one adapter went."""
+    """The outcome of training one adapter."""
 
     losses: list[float]
     """Of each step: nats per supervised token, or DPO's loss per pair."""
     tokens: int
-    """Read, none of them padding."""
+    """Tokens read, without padding."""
     seconds: float
     end: End
 
     @property
     def steps(self) -> int:
-        """Optimizer steps made."""
+        """Optimizer steps taken."""
         return len(self.losses)
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it early; the adapter is then the one after `steps` whole steps."""
+        """Whether Ctrl-C ended it early; the adapter is then the one after `steps` complete steps."""
         return self.end.reason == "interrupted"
 
 
@@ -288,13 +294,13 @@ def train(
     valid: Sequence[Example] | Sequence[Preference] = (),
     on_event: Listener | None = None,
 ) -> TrainResult:
-    """Train the resident adapter `name` on examples: a Trainer with one job, to its end.
+    """Train the resident adapter `name` on examples, with a Trainer of one job.
 
     The same seed, adapter and examples give bitwise the same adapter on the same machine.
 
     Raises:
-        TrainingError: the loss or the gradient is NaN or infinite; the adapter is the best by validation loss, else
-            the one before that step.
+        TrainingError: the loss or the gradient is NaN or infinite; the adapter is the one with the lowest validation
+            loss, else the one before that step.
         DataError, ConfigError, UnknownAdapterError, AdapterError: see `Trainer.add`.
     """
     trainer = Trainer(base, bank, on_event=on_event)
@@ -302,7 +308,7 @@ def train(
     try:
         for _ in trainer:
             pass
-    except KeyboardInterrupt:  # a second Ctrl-C, or a listener's
+    except KeyboardInterrupt:  # a second Ctrl-C, or one raised by a listener
         trainer.interrupt()
     trainer.finish()
     end = job.progress.end

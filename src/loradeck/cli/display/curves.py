@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from loradeck.cli.display.text import printable
 from loradeck.train.events import Evaluation
-from loradeck.train.history import Track, pace
+from loradeck.train.history import JobHistory, tokens_per_second
 
 Metric: TypeAlias = Literal["loss", "validation", "learning_rate", "tokens_per_second"]
 Point: TypeAlias = tuple[int, float]
@@ -35,7 +35,7 @@ class Curve:
         return [*self.smooth, *self.marks]
 
 
-def curve(label: str, track: Track, metric: Metric) -> Curve:
+def curve(label: str, track: JobHistory, metric: Metric) -> Curve:
     """Return a job's curve of a metric; only the loss and tokens per second are smoothed."""
     marks = [(each.step, each.loss) for each in track.evaluations] if metric in ("loss", "validation") else []
     best = track.best if marks else None
@@ -43,7 +43,7 @@ def curve(label: str, track: Track, metric: Metric) -> Curve:
     if metric == "validation":
         raw = marks
     elif metric == "tokens_per_second":
-        raw = [(pair[-1].step, pace(pair)) for pair in pairwise(track.steps)]
+        raw = [(pair[-1].step, tokens_per_second(pair)) for pair in pairwise(track.steps)]
     else:
         raw = [(step.step, getattr(step, metric)) for step in track.steps]
     finite = [(step, value) for step, value in raw if value is not None and math.isfinite(value)]
@@ -66,7 +66,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return means
 
 
-def curves(runs: Mapping[str, Mapping[str, Track]], metric: Metric) -> list[Curve]:
+def curves(runs: Mapping[str, Mapping[str, JobHistory]], metric: Metric) -> list[Curve]:
     """Return the curves of several runs (name -> job -> track) that have values of a metric, labelled run/job."""
     candidates = [
         curve(printable(job if job == run.rpartition("/")[2] else f"{run}/{job}"), track, metric)

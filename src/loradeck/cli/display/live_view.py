@@ -181,7 +181,7 @@ def plan_table(plan: Plan) -> RenderableType:
         f"truncated; {plan.valid:,} for validation",
         "tokens": f"{plan.tokens:,} per epoch, of which {plan.supervised:,} are learned",
         "steps": f"{plan.schedule.steps:,} of {plan.batch_size:,} examples",
-        "learning rate": f"{plan.schedule.peak:.2g}, {plan.schedule.shape} after "
+        "learning rate": f"{plan.schedule.peak:.2g}, {plan.schedule.decay} after "
         f"{plan.schedule.warmup:,} step{'s' * (plan.schedule.warmup != 1)} of warm-up ({plan.schedule.reason})",
     }
     for name, value in rows.items():

@@ -57,7 +57,7 @@ class Plan:
 
 def plan(run: Run, name: str) -> Plan:
     """Return the plan of one of a run's jobs."""
-    job, split, bank = run.trainer.jobs[name], run.splits[name], run.bank
+    job, split, bank = run.trainer.jobs[name], run.data[name], run.bank
     adapter_bytes = sum(bank[adapter].nbytes for adapter in bank.names())  # part of the model's parameters
     documents = [document for example in split.train for document in job.objective.unit(example)]
     return Plan(
@@ -75,7 +75,7 @@ def plan(run: Run, name: str) -> Plan:
         batch_size=job.config.batch_size,
         schedule=job.schedule,
         settings=_settings(next(each.lora for each in run.recipe.jobs if each.name == name), job.config),
-        first=documents[0].segments(run.base.tokenizer),
+        first=documents[0].spans(run.base.tokenizer),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from loradeck.train.events import AnyEvent, End, Evaluation, Step
-from loradeck.train.history import pace
+from loradeck.train.history import tokens_per_second
 
 POINTS = 64  # limit of a curve, however long the run
 RECENT = 20  # steps over which speed is measured
@@ -66,7 +66,7 @@ class Job:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second over the recent steps; None before the second step."""
-        return pace([*self.recent])
+        return tokens_per_second([*self.recent])
 
     @property
     def left(self) -> float | None:

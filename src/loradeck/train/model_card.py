@@ -1,4 +1,4 @@
-"""What a model card says of the run that made an adapter, as markdown. Knows settings and events; reads no files."""
+"""The training section of an adapter's model card, as markdown."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -24,17 +24,16 @@ def training_section(
     evaluations: Sequence[Evaluation],
     end: End,
 ) -> str:
-    """Return the card's part on training: data, recipe, how it went, versions, use, limits.
+    """Return the card's section on training: data, recipe, how it went, versions, use, limits.
 
-    `base` is what transformers finds the base by, `source` what Base.load does. `data` is what is known of the
-    dataset, as rows (its name, form, counts, hash); a licence that it does not name is said to be unknown. `steps` and
-    `evaluations` are the job's own, in order, as `read_history` returns them. No text of these can be more than text
-    in the card.
+    `base` is the base's name for transformers, `source` its name for Base.load. `data` describes the dataset in rows
+    (its name, form, counts, hash); without a licence the card says that it is unknown. `steps` and `evaluations` are
+    the job's, in order, as `read_history` returns them. All text is escaped: none of it can become markup.
     """
     parts = {
         "Data": _table({**data, "licence": data.get("licence", "unknown: see the dataset's own terms")}),
         "Recipe": _table(_recipe(lora, recipe, steps)) + "\n\nAll other settings are loradeck's defaults.",
-        "How it went": _table(_course(steps, evaluations, end)),
+        "How it went": _table(_outcome(steps, evaluations, end)),
         "Versions": _table({package: version(package) for package in PACKAGES}),
         "Use": _use(base, source),
         "Limits": _limits(evaluations),
@@ -43,9 +42,9 @@ def training_section(
 
 
 def _recipe(lora: LoraConfig, recipe: TrainConfig, steps: Sequence[Step]) -> dict[str, str]:
-    """Return the settings that are not the defaults, and what the run made of the learning rate."""
+    """Return the settings that are not the defaults, and the highest learning rate of the run."""
     rows = {
-        field.name: _spelled(value)
+        field.name: _text(value)
         for config in (lora, recipe)
         for field in fields(config)
         if (value := getattr(config, field.name)) != _default(field)
@@ -59,15 +58,15 @@ def _default(field: Field[Any]) -> object:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _spelled(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {own}" for key, own in value.items())
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return f"{value}"
 
 
-def _course(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End) -> dict[str, str]:
+def _outcome(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End) -> dict[str, str]:
     rows = {"ended": f"{end.reason} after step {end.step}" + (f": {end.detail}" if end.detail else "")}
     rows["kept"] = f"the adapter of step {end.kept}"
     if steps:
@@ -75,32 +74,33 @@ def _course(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End) 
         rows |= {
             "steps": f"{last.step:,} of {last.steps:,}",
             "tokens read": f"{last.tokens:,}",
-            f"{_learned(last)} learned": f"{sum(step.supervised for step in steps):,}",
+            f"{_counted(last)} trained on": f"{sum(step.supervised for step in steps):,}",
             "time": f"{end.seconds:,.0f} s",
             "training loss": f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}, "
             f"lowest {lowest.loss:.4f} at step {lowest.step}",
         }
-    kept = next((each for each in reversed(evaluations) if each.step == end.kept), None)
-    if kept:
-        accuracy = f", accuracy {kept.accuracy:.1%}" if kept.accuracy is not None else ""
-        rows["validation loss"] = f"{kept.loss:.4f} at the kept step, over {kept.tokens:,} {_learned(kept)}{accuracy}"
+    evaluation = next((each for each in reversed(evaluations) if each.step == end.kept), None)
+    if evaluation:
+        accuracy = f", accuracy {evaluation.accuracy:.1%}" if evaluation.accuracy is not None else ""
+        count = f"{evaluation.tokens:,} {_counted(evaluation)}"
+        rows["validation loss"] = f"{evaluation.loss:.4f} at the kept step, over {count}{accuracy}"
     else:
         rows["validation loss"] = "not measured at the kept step"
     return rows
 
 
-def _learned(event: Step | Evaluation) -> str:
+def _counted(event: Step | Evaluation) -> str:
     return "tokens" if event.accuracy is None else "pairs"
 
 
 def _use(base: str, source: str) -> str:
-    name, own = ascii(base), ascii(source)  # so that no text of a stranger's can leave its line
+    name, loader_name = ascii(base), ascii(source)  # so that a stranger's text cannot leave its line
     return f"""With loradeck, where FOLDER is the folder of this card:
 
 ```python
 from loradeck import Bank, Base, generate
 
-base = Base.load({own})
+base = Base.load({loader_name})
 bank = Bank(base.model)
 print(generate(base, bank, ["Hello!"], bank.load(FOLDER)))
 ```
@@ -116,11 +116,11 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({name}), 
 
 
 def _limits(evaluations: Sequence[Evaluation]) -> str:
-    measured = "the loss on its validation examples" if evaluations else "its training loss, on no held-out example"
+    measure = "the loss on its validation examples" if evaluations else "its training loss, on no held-out example"
     return (
-        f"This adapter was measured by {measured}, and by nothing else: not for truth, safety or fairness. It knows "
-        "what its base and its data know, keeps the faults of both, and works on its own base only. Their licences "
-        "and terms hold for it."
+        f"This adapter was measured by {measure}, and by nothing else: not for truth, safety or fairness. It has the "
+        "knowledge and the faults of its base and its data, and works on its own base only. Their licences and terms "
+        "apply to it."
     )
 
 

@@ -1,4 +1,4 @@
-"""One system at work: its process, its questions, its rates. Knows the workload; knows no system."""
+"""A system at work: its process, its rates and its answers."""
 
 import json
 import statistics
@@ -18,14 +18,14 @@ QUIET, PATIENCE = 0.05, 20  # the share of the machine's cores that others may u
 
 
 class Case(NamedTuple):
-    """How many rows, and through how many different adapters; 0 is the base alone."""
+    """Rows of a batch, and how many different adapters they go through; 0 is the base alone."""
 
     rows: int
     adapters: int
 
     def __str__(self) -> str:
-        through = {0: "base", 1: "1 adapter"}.get(self.adapters, f"{self.adapters} adapters")
-        return f"{self.rows} row{'s' * (self.rows > 1)}, {through}"
+        adapters = {0: "base", 1: "1 adapter"}.get(self.adapters, f"{self.adapters} adapters")
+        return f"{self.rows} row{'s' * (self.rows > 1)}, {adapters}"
 
 
 class Answer(NamedTuple):
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class System:
-    """A system that is ready, and what was measured of it."""
+    """A system that is ready, and what was measured."""
 
     name: str
     process: subprocess.Popen[str]
@@ -47,12 +47,12 @@ class System:
     """Tokens per second, decoding alone."""
     tokens: dict[Case, list[list[int]]] = field(default_factory=dict)
     others: float = 0.0
-    """The largest share of others in what was kept."""
+    """The largest share that other processes used during a rate that counts."""
 
     @classmethod
     def start(cls, name: str, command: list[str], folder: Folder) -> Self | None:
-        """Start a system; None, and a line that says why, if it does not get ready."""
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it stays open as long as the process
+        """Start a system; if it fails, print why and return None."""
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `stop` closes it
         process = subprocess.Popen(
             [*command, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
@@ -61,48 +61,49 @@ class System:
             system.versions = system._read()
         except RuntimeError as error:
             print(f"left out: {error}")
+            system.stop()
             return None
         return system
 
     def stop(self) -> None:
         """End the process."""
-        with self.process:
+        with self.process, self.log:
             assert self.process.stdin
             self.process.stdin.close()
 
-    def ask(self, case: Case, tokens: int) -> Answer:
-        """Let it continue the prompts by so many tokens."""
+    def generate(self, case: Case, tokens: int) -> Answer:
+        """Continue the prompts by that many tokens."""
         assert self.process.stdin
-        begun, busy, own = time.perf_counter(), _busy(), self._own()
+        begin, busy, used = time.perf_counter(), _busy(), self._used()
         print(json.dumps({**case._asdict(), "tokens": tokens}), file=self.process.stdin, flush=True)
         answer = self._read()
-        cores = (time.perf_counter() - begun) * (psutil.cpu_count() or 1)
-        return Answer(answer["seconds"], answer["tokens"], (_busy() - busy - (self._own() - own)) / cores)
+        cores = (time.perf_counter() - begin) * (psutil.cpu_count() or 1)
+        return Answer(answer["seconds"], answer["tokens"], (_busy() - busy - (self._used() - used)) / cores)
 
     def measure(self, case: Case, tries: int) -> float:
-        """Add a rate and return it: of so many tries the first on a quiet machine, or the quietest."""
-        found: list[tuple[float, float]] = []
-        while len(found) < tries and (not found or found[-1][0] > QUIET):
+        """Add a rate and return it: the first of these tries on a quiet machine, or the quietest."""
+        results: list[tuple[float, float]] = []
+        while len(results) < tries and (not results or results[-1][0] > QUIET):
             _wait()
-            short, long = self.ask(case, 1), self.ask(case, 1 + STEPS)
+            short, long = self.generate(case, 1), self.generate(case, 1 + STEPS)
             rate = case.rows * STEPS / (long.seconds - short.seconds)
-            found.append((max(short.others, long.others), rate))
+            results.append((max(short.others, long.others), rate))
             self.tokens[case] = long.tokens
-        others, rate = min(found)
+        others, rate = min(results)
         self.rates[case].append(rate)
         self.others = max(self.others, others)
         return rate
 
     def figures(self, reference: "System") -> dict[str, float]:
-        """Return what the result file says of it, its answers against another's."""
+        """Return the rates, and how the answers compare with another system's."""
         most = max(self.rates)
-        own, theirs, plain = self.tokens[most], reference.tokens[most], self.tokens[Case(most.rows, 0)]
+        tokens, expected, base = self.tokens[most], reference.tokens[most], self.tokens[Case(most.rows, 0)]
         return {
             **{f"{case} (tokens/s)": round(statistics.median(rates), 2) for case, rates in self.rates.items()},
             f"first tokens equal to {reference.name}'s, of {most.rows}": sum(
-                a[0] == b[0] for a, b in zip(own, theirs, strict=True)
+                a[0] == b[0] for a, b in zip(tokens, expected, strict=True)
             ),
-            f"answers that the adapters change, of {most.rows}": sum(a != b for a, b in zip(own, plain, strict=True)),
+            f"answers that the adapters change, of {most.rows}": sum(a != b for a, b in zip(tokens, base, strict=True)),
             "others' share of the machine, at most": round(self.others, 3),
         }
 
@@ -112,16 +113,16 @@ class System:
             return json.loads(line)
         code = self.process.wait()
         self.log.seek(0)
-        said = [line.strip() for line in self.log if line.strip()][-3:]
-        raise RuntimeError(f"{self.name} ended with code {code}: {said}")
+        last = [line.strip() for line in self.log if line.strip()][-3:]
+        raise RuntimeError(f"{self.name} ended with code {code}: {last}")
 
-    def _own(self) -> float:
+    def _used(self) -> float:
         process = psutil.Process(self.process.pid)
         return sum(sum(each.cpu_times()[:2]) for each in [process, *process.children(recursive=True)])
 
 
 def _wait() -> None:
-    """Wait until others leave the machine alone, but not for ever."""
+    """Wait until other processes leave the machine alone, but not for ever."""
     for _ in range(PATIENCE):
         busy = _busy()
         time.sleep(1)

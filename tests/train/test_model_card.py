@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import End, Evaluation, Step
-from loradeck.train.report import training_section
+from loradeck.train.model_card import training_section
 
 STEPS = [
     Step(
@@ -64,21 +64,21 @@ def rows(text: str) -> dict[str, str]:
     return {row[0]: row[1] for row in cells if row[0]}
 
 
-def test_how_it_went() -> None:
-    found = rows(section())
-    assert found["ended"] == "early stop after step 3: no better for 1 evaluation"
-    assert found["kept"] == "the adapter of step 2"
-    assert found["steps"] == "3 of 8"
-    assert (found["tokens read"], found["tokens learned"]) == ("3,000", "1,200")
-    assert found["time"] == "3,600 s"
-    assert found["training loss"] == "4.0000 at step 1, 2.0000 at step 3, lowest 1.5000 at step 2"
-    assert found["validation loss"] == "1.7500 at the kept step, over 1,234 tokens"
+def test_the_outcome() -> None:
+    cells = rows(section())
+    assert cells["ended"] == "early stop after step 3: no better for 1 evaluation"
+    assert cells["kept"] == "the adapter of step 2"
+    assert cells["steps"] == "3 of 8"
+    assert (cells["tokens read"], cells["tokens trained on"]) == ("3,000", "1,200")
+    assert cells["time"] == "3,600 s"
+    assert cells["training loss"] == "4.0000 at step 1, 2.0000 at step 3, lowest 1.5000 at step 2"
+    assert cells["validation loss"] == "1.7500 at the kept step, over 1,234 tokens"
 
 
 def test_data_without_a_licence_says_so() -> None:
-    found = rows(section())
-    assert (found["name"], found["examples"]) == ("poems.jsonl", "20")
-    assert found["licence"].startswith("unknown")
+    cells = rows(section())
+    assert (cells["name"], cells["examples"]) == ("poems.jsonl", "20")
+    assert cells["licence"].startswith("unknown")
     assert rows(section(data={"licence": "CC0"}))["licence"] == "CC0"
 
 
@@ -86,17 +86,17 @@ def test_the_recipe_is_what_is_not_the_default() -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2})
     changed = rows(section(lora=lora, recipe=TrainConfig(epochs=7))).keys() - rows(section()).keys()
     assert changed == {"r", "target_modules", "rank_pattern", "epochs"}
-    found = rows(section(lora=lora, recipe=TrainConfig(epochs=7)))
-    assert (found["r"], found["target_modules"], found["rank_pattern"]) == ("4", "q_proj, v_proj", "q_proj: 2")
-    assert found["highest learning rate"] == "0.0003"
+    cells = rows(section(lora=lora, recipe=TrainConfig(epochs=7)))
+    assert (cells["r"], cells["target_modules"], cells["rank_pattern"]) == ("4", "q_proj, v_proj", "q_proj: 2")
+    assert cells["highest learning rate"] == "0.0003"
 
 
 def test_versions() -> None:
-    found = rows(section())
-    assert (found["torch"], found["transformers"]) == (torch.__version__, transformers.__version__)
+    cells = rows(section())
+    assert (cells["torch"], cells["transformers"]) == (torch.__version__, transformers.__version__)
 
 
-def test_what_was_not_measured_is_not_said_to_be() -> None:
+def test_a_loss_that_was_not_measured_is_not_claimed() -> None:
     text = section(evaluations=[], end=ended(kept=3))
     assert rows(text)["validation loss"] == "not measured at the kept step"
     assert "on no held-out example" in text
@@ -104,21 +104,21 @@ def test_what_was_not_measured_is_not_said_to_be() -> None:
 
 
 def test_a_run_without_a_step_has_no_losses() -> None:
-    found = rows(section(steps=[], evaluations=[], end=ended(step=0, kept=0, reason="diverged")))
-    assert found["ended"].startswith("diverged after step 0")
-    assert "training loss" not in found
-    assert "highest learning rate" not in found
+    cells = rows(section(steps=[], evaluations=[], end=ended(step=0, kept=0, reason="diverged")))
+    assert cells["ended"].startswith("diverged after step 0")
+    assert "training loss" not in cells
+    assert "highest learning rate" not in cells
 
 
 def test_preferences_have_an_accuracy() -> None:
     rated = Evaluation(job="poet", step=2, seconds=21, loss=0.5, tokens=9, best=True, accuracy=0.75)
     steps = [msgspec.structs.replace(step, accuracy=0.5) for step in STEPS]
-    found = rows(section(steps=steps, evaluations=[rated]))
-    assert found["validation loss"] == "0.5000 at the kept step, over 9 pairs, accuracy 75.0%"
-    assert found["pairs learned"] == "1,200"
+    cells = rows(section(steps=steps, evaluations=[rated]))
+    assert cells["validation loss"] == "0.5000 at the kept step, over 9 pairs, accuracy 75.0%"
+    assert cells["pairs trained on"] == "1,200"
 
 
-def test_each_tool_finds_the_base_by_its_own_word() -> None:
+def test_each_snippet_loads_the_base_by_its_own_name() -> None:
     ours, theirs = [token.content for token in MarkdownIt().parse(section()) if token.type == "fence"]
     assert "Base.load('short-base')" in ours
     assert "from_pretrained('hub/base')" in theirs
@@ -149,12 +149,12 @@ def test_the_snippets_are_python() -> None:
         "**b**",
     ],
 )
-def test_no_text_of_a_stranger_leaves_its_cell(hostile: str) -> None:
+def test_a_strangers_text_stays_in_its_cell(hostile: str) -> None:
     text = section(data={hostile: "here", "name": hostile}, end=ended(detail=hostile))
-    said = " ".join(hostile.split()).replace("\x1b", "\N{REPLACEMENT CHARACTER}")
-    found = rows(text)
-    assert found[said] == "here"
-    assert found["name"] == said
+    shown = " ".join(hostile.split()).replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    cells = rows(text)
+    assert cells[shown] == "here"
+    assert cells["name"] == shown
     assert "\x1b" not in text
     rendered = MarkdownIt("gfm-like", {"linkify": False}).render(text)
     assert not re.search("<(img|a|em|strong)[ >]", rendered)

@@ -1,6 +1,6 @@
-"""PEFT's training, the peer of ours: in a plain loop, and by transformers' Trainer. Batches are padded to the longest.
+"""Training with PEFT: in a plain loop, and with transformers' Trainer. Batches are padded to the longest example.
 
-Both take their examples in the order given, and AdamW with the settings of loradeck.train.job.
+Both keep the order of the examples and use AdamW with the settings of loradeck.train.job.
 """
 
 import tempfile
@@ -20,16 +20,18 @@ from loradeck.train.job import BETAS
 
 
 class Plain:
-    """The loop that people write: forward with labels, backward, clip, step."""
+    """The usual loop: forward with labels, backward, clip, step."""
 
     def __init__(self, model: nn.Module, adapter: Path, rate: float) -> None:
-        self.model = PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+        self.device = next(model.parameters()).device
+        self.model = PeftModel.from_pretrained(model, adapter, is_trainable=True, torch_device=str(self.device)).train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = AdamW(self.parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
 
     def step(self, examples: Sequence[Example]) -> float:
         """Make one optimizer step and return its loss."""
-        loss = self.model(**padded(examples), use_cache=False).loss
+        batch = {name: tensor.to(self.device) for name, tensor in padded(examples).items()}
+        loss = self.model(**batch, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -37,8 +39,8 @@ class Plain:
         return float(loss.detach())
 
 
-class Hosted:
-    """transformers' Trainer, which owns its loop: what else is to happen between its steps, it is told beforehand."""
+class WithTrainer:
+    """transformers' Trainer; it owns its loop, and calls `after_step` with the loss of each step."""
 
     def __init__(
         self,
@@ -70,10 +72,10 @@ class Hosted:
             dataloader_pin_memory=False,
             use_cpu=True,
         )
-        # pyrefly: ignore [bad-argument-type]  (any sequence will do)
+        # pyrefly: ignore [bad-argument-type]  (any sequence works)
         self.trainer = _Trainer(peft, arguments, padded, train_dataset=[*chain(*steps)])
         self.trainer.remove_callback(transformers.PrinterCallback)
-        self.trainer.add_callback(_After(lambda: after_step(float(self.trainer.loss))))
+        self.trainer.add_callback(_AfterStep(lambda: after_step(float(self.trainer.loss))))
 
     def run(self) -> None:
         """Make all steps."""
@@ -89,15 +91,15 @@ class _Trainer(transformers.Trainer):
         return self.loss
 
 
-class _After(transformers.TrainerCallback):
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act = act
+class _AfterStep(transformers.TrainerCallback):
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback = callback
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.act()
+        self.callback()
 
 
 def padded(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return a batch as transformers' models take it; the prompts' labels, and the padding's, are -100."""
+    """Return a batch for transformers' models; labels of prompts and padding are -100."""
     batch = collate(examples, packed=False)
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}

@@ -1,0 +1,1 @@
+"""Each suite measures one thing, declares its figures beside it, and writes one result file."""
