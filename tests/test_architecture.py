@@ -31,7 +31,7 @@ MAY = {
     "stored": {"lora", *GROUND},
     "store": {"stored", "lora", *GROUND},
     "base": GROUND,
-    "generation": {"sampling", "lora", "base", *GROUND},
+    "generation": {"lora", "base", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
     "train": {"dataset", "lora", "ops", "base", *GROUND},
     "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},

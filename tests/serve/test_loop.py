@@ -162,6 +162,23 @@ def test_closing_while_an_adapter_loads(serve: Serve, monkeypatch: pytest.Monkey
         engine.submit([5])
 
 
+def test_a_stop_between_two_looks_is_not_missed(serve: Serve) -> None:
+    """The thread cleared the event after it had looked whether to stop, and then waited for ever."""
+    loop = serve()._loop
+
+    class Changed(threading.Event):
+        def clear(self) -> None:
+            loop._stopped = True  # stop() comes at this moment
+            self.set()
+            super().clear()
+
+    waiting, loop._changed = loop._changed, Changed()
+    waiting.set()
+    loop.wake()
+    loop._thread.join(120)
+    assert not loop._thread.is_alive()
+
+
 def test_closing_gives_the_memory_of_keys_and_values_back(serve: Serve) -> None:
     engine = serve()
     stream = engine.submit([5] * 64, None, LONG)

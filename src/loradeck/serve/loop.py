@@ -86,10 +86,10 @@ class Loop:
     def _run(self) -> None:
         try:
             while not self._stopped:
-                self._changed.clear()  # before looking: what comes afterwards wakes it
                 self._receive()
                 if not self._step():
                     self._changed.wait(TICK if self._generations else None)
+                    self._changed.clear()  # before looking again, at `_stopped` too: what comes later wakes it
         except Exception:
             log.exception("the engine failed")
             self.failed = True
