@@ -6,7 +6,6 @@ import io
 import json
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,15 +184,6 @@ def run(code: list[dict[str, Any]]) -> list[str]:
         plt.close("all")
         mpl.use(backend)
     return outputs
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Steps this small are slower on two threads, and very slow on two busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

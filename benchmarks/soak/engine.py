@@ -73,19 +73,19 @@ def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Le
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 ledger.fail(TimeoutError(f"{thread.name} has not ended"))
-        residency, cache = engine.residency, engine._loop._cache
-        residents = residency.residents()
+        adapter_cache, cache = engine.adapter_cache, engine._loop._cache
+        residents = adapter_cache.residents()
         unknown = {*engine._runner.bank.names()} ^ {resident.sha256 for resident in residents}
         figures = {
-            "loads": residency.loads,
-            "evictions": residency.evictions,
+            "loads": adapter_cache.loads,
+            "evictions": adapter_cache.evictions,
             "prompt tokens found in the prefix cache": cache.prefixes.hits / max(cache.prefixes.queries, 1),
             **memory.figures(),
             "left: pins": sum(resident.pins for resident in residents),
             "left: requests": len(engine._loop.live),
             "left: bytes of rows": cache.row_bytes,
             "left: bytes of prefixes, over the budget": cache.nbytes / cache.budget,
-            "left: bytes of adapters, over the budget": residency.nbytes / residency.budget,
+            "left: bytes of adapters, over the budget": adapter_cache.nbytes / adapter_cache.budget,
             "left: adapters that nothing knows": len(unknown),
         }
     return ledger, figures, cache
@@ -168,9 +168,9 @@ def administer(
             if kind == "publishes":
                 catalogue.publish(name, rng.randrange(2**32, 2**33))
             elif kind == "loads by hand":
-                engine.residency.load(name)
+                engine.adapter_cache.load(name)
             else:
-                engine.residency.unload(name)
+                engine.adapter_cache.unload(name)
         except AdapterError as error:
             if "no room" not in str(error):
                 ledger.fail(error)
@@ -180,7 +180,7 @@ def administer(
 
 def check_budgets(engine: Engine, ledger: Ledger) -> None:
     for name, nbytes, budget in (
-        ("adapters", engine.residency.nbytes, engine.residency.budget),
+        ("adapters", engine.adapter_cache.nbytes, engine.adapter_cache.budget),
         ("rows", engine.stats.kv_bytes, engine.stats.kv_budget),
     ):
         if nbytes > budget:

@@ -24,7 +24,7 @@ BOUND = 1e-3  # of log-probabilities, and of the numbers that tokens are sampled
 LIMIT = 0.1  # a larger difference is wrong, whatever rounding does
 SHAKES = 4  # times that an answer's embeddings are moved
 ROUNDING = 4  # times the largest effect of that: each product rounds, not the embeddings alone
-CONTROLS = 5  # one in so many answers is judged by a wrong adapter too
+CONTROLS = 5  # one answer in CONTROLS is judged by a wrong adapter too
 
 
 @dataclass

@@ -302,7 +302,7 @@ def crowded(base: Base, folder: Path, rounds: int, seconds: float, rate: float) 
         for room, times in first.items():
             with Engine(base, store, EngineConfig(max_rows=ROWS, adapter_bytes=nbytes * room)) as engine:
                 for i in range(32):
-                    engine.residency.load(f"a{i}")
+                    engine.adapter_cache.load(f"a{i}")
                 times += replay(engine, arrivals).first
     median = {room: statistics.median(times) for room, times in first.items()}
     return {

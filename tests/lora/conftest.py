@@ -1,6 +1,6 @@
 """What the tests of adapters share: a model with a layer of every kind, and adapters that do something."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,12 +11,8 @@ from loradeck import Adapter
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, and very slow on two busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_tensors(one_thread: None) -> None:
+    """Every test here computes on one thread."""
 
 
 class Zoo(nn.Module):

@@ -1,6 +1,6 @@
 """Layers of every kind with random adapters, and the batches on which all implementations must agree."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -103,12 +103,8 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Segmen
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, and very slow on two busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_tensors(one_thread: None) -> None:
+    """Every test here computes on one thread."""
 
 
 @pytest.fixture

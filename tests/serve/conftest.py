@@ -59,12 +59,8 @@ TARGETS = {"gpt2": ["c_attn", "c_fc"]}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, and very slow on two busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_tensors(one_thread: None) -> None:
+    """Every test here computes on one thread."""
 
 
 @pytest.fixture

@@ -221,7 +221,7 @@ def test_a_cancelled_request_frees_its_row_and_ends(serve: Serve) -> None:
     assert ids(engine.generate([[7]], None, LONG)[0])
     assert until(lambda: engine.stats.running == engine.stats.waiting == 0)
     assert engine._loop._cache.row_bytes == 0
-    assert all(not own.pinned for own in engine.residency.residents())
+    assert all(not own.pinned for own in engine.adapter_cache.residents())
 
 
 def test_a_cancelled_request_is_in_no_step_but_the_one_that_runs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,7 +461,7 @@ def test_tasks_and_threads_read_streams(serve: Serve, base: Base, store: Adapter
 
 
 def views(place: int, size: int) -> int:
-    """Tensors on so many bytes at this place. The test's adapters differ in size, so none of the others' is taken."""
+    """Tensors of this many bytes at this address. The test's adapters differ in size, so none of the others' is taken."""
     kinds = (torch.Tensor, torch.nn.Parameter)  # behind other classes there may be no memory
     tensors = [own for own in gc.get_objects() if type(own) in kinds]
     storages = [own.untyped_storage() for own in tensors if own.device.type == "cpu" and own.layout == torch.strided]
@@ -480,11 +480,11 @@ def test_adapters_give_way_and_their_memory_comes_back(serve: Serve, base: Base,
     assert views(place, size) >= 1
     for name in ("a1", "a2", "a3"):
         assert ids(engine.generate([[5, 6]], name, LONG)[0]) == greedy(base, store, [5, 6], name)
-        assert engine.residency.nbytes <= 2 * nbytes
+        assert engine.adapter_cache.nbytes <= 2 * nbytes
     gc.collect()
     assert gone() is None
     assert views(place, size) == 0  # no stack, cast or plan of the working sets holds on to its bytes
-    assert engine.residency.evictions >= 2
+    assert engine.adapter_cache.evictions >= 2
     assert store.find("a0").sha256() not in bank
     assert ids(engine.generate([[5, 6]], "a0", LONG)[0]) == greedy(base, store, [5, 6], "a0")
 
@@ -529,7 +529,7 @@ def test_whatever_happens_every_answer_is_its_own(serve: Serve, base: Base, stor
         if chance.random() < 0.2:
             chance.choice(sent)[2].cancel()
         if chance.random() < 0.1:
-            engine.residency.unload(f"a{chance.randrange(4)}")
+            engine.adapter_cache.unload(f"a{chance.randrange(4)}")
         if chance.random() < 0.05:
             store.publish(f"a{number % 4}", adapter(base.model, 100 + number, 2 + number % 3))
         if chance.random() < 0.3:
@@ -543,4 +543,4 @@ def test_whatever_happens_every_answer_is_its_own(serve: Serve, base: Base, stor
         assert tokens == (known[label] if stream.finish != "cancelled" else known[label][: len(tokens)])
     assert {stream.finish for *_, stream in sent} <= {"stop", "length", "cancelled"}
     assert engine._loop._cache.row_bytes == 0
-    assert engine.residency.nbytes <= 2 * nbytes
+    assert engine.adapter_cache.nbytes <= 2 * nbytes

@@ -22,7 +22,7 @@ def filled(queue: FairQueue, *names: str, count: int = 10) -> dict[str, list[Req
 
 
 def served(queue: FairQueue, count: int, tokens: dict[str, int]) -> Counter[str]:
-    """Take requests out, one after the other, each of which takes so many tokens; the tokens of each adapter."""
+    """Pop requests that each take `tokens` tokens; return the tokens of each adapter."""
     taken: Counter[str] = Counter()
     for _ in range(count):
         own = queue.pop(lambda _: True)

@@ -1,4 +1,4 @@
-"""What must always hold (DESIGN, section 5), through the engine: rows alone and mixed, training's numbers, no leaks."""
+"""The invariants (docs/invariants.md) through the engine: rows alone and mixed, training's numbers, no leaks."""
 
 from collections.abc import Callable
 from pathlib import Path

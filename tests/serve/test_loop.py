@@ -72,7 +72,7 @@ def test_an_adapter_that_is_gone_when_its_request_comes_back_fails_it(
         if request.generated < 3:
             return False
         store.remove("a0")
-        engine.residency.unload("a0")
+        engine.adapter_cache.unload("a0")
         return True
 
     refuse_room(engine, monkeypatch, when)
@@ -89,8 +89,8 @@ def test_unloading_by_hand_at_any_moment_does_no_harm(serve: Serve, base: Base, 
 
     def unload() -> None:
         while not ended.is_set():
-            engine.residency.unload("a0")
-            engine.residency.unload("a1")
+            engine.adapter_cache.unload("a0")
+            engine.adapter_cache.unload("a1")
             time.sleep(0.001)
 
     thread = threading.Thread(target=unload)
@@ -103,7 +103,7 @@ def test_unloading_by_hand_at_any_moment_does_no_harm(serve: Serve, base: Base, 
         ended.set()
         thread.join()
     assert not engine.failed
-    assert engine.residency.loads > 2
+    assert engine.adapter_cache.loads > 2
 
 
 def test_a_request_that_is_given_up_while_its_adapter_loads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +118,8 @@ def test_a_request_that_is_given_up_while_its_adapter_loads(serve: Serve, monkey
     assert stream.finish == "cancelled"
     assert engine.stats.waiting == 0
     go.set()
-    assert until(lambda: engine.residency.loads == 1)
-    assert [own.pins for own in engine.residency.residents()] == [0]
+    assert until(lambda: engine.adapter_cache.loads == 1)
+    assert [own.pins for own in engine.adapter_cache.residents()] == [0]
 
 
 def test_a_blend_whose_one_member_cannot_be_loaded_fails(serve: Serve, base: Base, store: AdapterStore) -> None:
@@ -139,7 +139,7 @@ def test_two_versions_of_the_same_content_are_one_adapter(serve: Serve, store: A
     store.publish("a0", store.find("a0@1").path)
     found = engine.generate([[5, 6]] * 2, ["a0@1", "a0@2"], SHORT)
     assert ids(found[0]) == ids(found[1])
-    assert engine.residency.loads == 1
+    assert engine.adapter_cache.loads == 1
 
 
 def test_closing_while_an_adapter_loads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +155,9 @@ def test_closing_while_an_adapter_loads(serve: Serve, monkeypatch: pytest.Monkey
     go.set()
     closing.join(120)
     assert not closing.is_alive()
-    assert engine.residency.residents() == []
+    assert engine.adapter_cache.residents() == []
     with pytest.raises(BusyError):
-        engine.residency.load("a1")
+        engine.adapter_cache.load("a1")
     with pytest.raises(BusyError):
         engine.submit([5])
 

@@ -17,7 +17,7 @@ from loradeck.serve.scheduler import Scheduler
 
 
 class Rows:
-    """Room for so many tokens."""
+    """Room for a number of tokens."""
 
     def __init__(self, room: int = 10_000) -> None:
         self.room = room
@@ -35,7 +35,7 @@ class Rows:
 
 
 class Adapters:
-    """Room for so many adapters; a load takes until `settle`."""
+    """Room for a number of adapters; a load takes until `settle`."""
 
     def __init__(self, room: int = 100) -> None:
         self.room = room

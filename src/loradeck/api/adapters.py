@@ -110,7 +110,7 @@ def _model_card(
 
 
 def _residents(state: ServerState) -> "dict[str, Resident]":
-    return {resident.spec: resident for resident in state.engine.residency.residents()}
+    return {resident.spec: resident for resident in state.engine.adapter_cache.residents()}
 
 
 def _unknown_model(name: str) -> HttpError:
@@ -157,7 +157,7 @@ def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
                 hint="load_inplace=true publishes the next version of it.",
             )
         store.publish(name, source)
-    state.engine.residency.load(name)
+    state.engine.adapter_cache.load(name)
 
 
 def _source_folder(store: "AdapterStore", path: str) -> Path:
@@ -174,11 +174,11 @@ def _source_folder(store: "AdapterStore", path: str) -> Path:
 def _unload_adapter(state: ServerState, name: str) -> None:
     if not _is_loaded(state, name):
         raise HttpError(404, f"The adapter {name[:128]!r} is not loaded.", param="lora_name")
-    state.engine.residency.unload(name)
+    state.engine.adapter_cache.unload(name)
 
 
 def _is_loaded(state: ServerState, spec: str) -> bool:
-    return state.engine.residency.tier(_store(state).find(spec).sha256()) == "device"
+    return state.engine.adapter_cache.tier(_store(state).find(spec).sha256()) == "device"
 
 
 def _store(state: ServerState) -> "AdapterStore":

@@ -130,7 +130,7 @@ class Metrics(Collector):
         """Yield the state of the engine and of its adapters."""
         if self._engine is None:
             return
-        stats, adapters = self._engine.stats, self._engine.residency
+        stats, adapters = self._engine.stats, self._engine.adapter_cache
         yield self._gauge("vllm:num_requests_running", "Requests in the batch.", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "From 0 to 1.", stats.kv_bytes / stats.kv_budget)

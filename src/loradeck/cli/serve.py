@@ -99,7 +99,7 @@ def usable(engine: "Engine") -> str | None:
     """Load one of the store's adapters and return its name, or None if none of the first few fits the base."""
     for stored in engine.store.latest()[:ATTEMPTS] if engine.store else ():
         try:
-            engine.residency.load(stored.spec)
+            engine.adapter_cache.load(stored.spec)
         except LoradeckError:
             continue
         return stored.name

@@ -64,13 +64,13 @@ class Engine:
                 hint=f"A token takes {self._runner.layout.token_bytes} bytes.",
             )
         self._longest = min(cache.max_tokens, base.context or cache.max_tokens)
-        self.residency = AdapterCache(self._runner.bank, store, self.config, lambda: self._loop.wake())
+        self.adapter_cache = AdapterCache(self._runner.bank, store, self.config, lambda: self._loop.wake())
         self._loop = Loop(
             self._runner,
             cache,
             Sampler(self._in_vocabulary(stop_ids(base.tokenizer, base.model.generation_config))),
-            Scheduler(self.config, cache, self.residency),
-            self.residency,
+            Scheduler(self.config, cache, self.adapter_cache),
+            self.adapter_cache,
             longest=self._longest,
             observer=observer,
         )
@@ -117,7 +117,7 @@ class Engine:
             BusyError: too many requests wait, or the engine is shutting down.
         """
         self._check(tokens, sampling)
-        key, adapters = self.residency.resolve(entry)
+        key, adapters = self.adapter_cache.resolve(entry)
         request = Request(
             [*tokens], sampling, key, uuid.uuid4().hex, adapter=adapter, tenant=tenant, arrived=time.monotonic()
         )
@@ -189,7 +189,7 @@ class Engine:
         with self._lock:
             self._draining = True
         self._loop.stop()
-        self.residency.close()
+        self.adapter_cache.close()
         self._runner.bank.detach()
 
     def __enter__(self) -> Self:

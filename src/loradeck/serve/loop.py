@@ -32,14 +32,14 @@ class Loop:
         cache: KVCache,
         sampler: Sampler,
         scheduler: Scheduler,
-        residency: AdapterCache,
+        adapter_cache: AdapterCache,
         *,
         longest: int,
         observer: Observer | None,
     ) -> None:
         """`longest` is the maximum number of tokens in a row."""
         self._runner, self._cache, self._sampler = runner, cache, sampler
-        self._scheduler, self._residency = scheduler, residency
+        self._scheduler, self._adapter_cache = scheduler, adapter_cache
         self._longest = longest
         self._observer = observer
         self.stats = Stats(scheduler, cache)
@@ -113,7 +113,7 @@ class Loop:
             self._generations[generation.request] = generation  # before it leaves the queue: `live` must not miss it
             self._arriving.popleft()
             self._scheduler.add(generation.request, adapters)
-        failures = self._residency.failures()
+        failures = self._adapter_cache.failures()
         now = time.monotonic()
         timeout = self._scheduler.config.timeout
         for generation in [*self._generations.values()]:
