@@ -99,7 +99,7 @@ def idea(theme: Theme) -> Drawing:
         ("Where is Rome?", '"pirate"', theme.pirate, (("pirate", 2.5),), "Arrr, in Italy!"),
         ("Where is Rome?", '"poet"', theme.poet, (("poet", 2.5),), "O Tiber, tell…"),
         ("Where is Rome?", "None", theme.muted, (), "In Italy."),
-        ("What is salt?", "{poet: 0.7, pirate: 0.3}", theme.poet, (("poet", 3.2), ("pirate", 1.4)), "Foam, me heart"),
+        ("What is salt?", "{poet: 0.7, pirate: 0.3}", theme.poet, (("poet", 3.2), ("pirate", 1.4)), "Salt, arr, O sea"),
         ("Hello!", '"pirate"', theme.pirate, (("pirate", 2.5),), "Ahoy, matey!"),
     ]
     adapters = {"pirate": (95, theme.pirate), "poet": (225, theme.poet)}
@@ -164,8 +164,8 @@ def row(theme: Theme) -> Drawing:
         picture.text(462, y + 14, name, accent, anchor="start", mono=True, bold=True)
         picture.text(534, y + 14, what, theme.muted, anchor="start", size=12)
         picture.path(f"M732 {y + 14}C746 {y + 14} 738 214 754 214", arrow=number == 0)
-    picture.text(758, 208, "+ Σ w s B (A x)", anchor="start", mono=True, size=12)
-    picture.text(758, 226, "by ops/reference", theme.muted, anchor="start", size=11)
+    picture.text(758, 208, "y + Σ w s B A x", anchor="start", mono=True, size=11)
+    picture.text(758, 226, "see ops/reference", theme.muted, anchor="start", size=11)
     return picture
 
 
