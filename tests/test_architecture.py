@@ -126,6 +126,7 @@ def test_the_architecture_page_lists_every_file() -> None:
     assert all((SOURCE / name).is_dir() for name in set(listed) - set(actual))
 
 
+@pytest.mark.slow
 def test_the_tables_are_the_results() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "report", "--check"], capture_output=True, text=True, cwd=ROOT
@@ -133,6 +134,7 @@ def test_the_tables_are_the_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short_and_run(example: Path) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 30

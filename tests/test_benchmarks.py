@@ -167,6 +167,7 @@ def test_a_suite_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "--no-record" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"), [("adapters", ("load", "decode")), ("train", ("train",)), ("ops", ("errors", "times"))]
 )
@@ -179,6 +180,7 @@ def test_a_suite_runs_on_random_weights(name: str, parts: tuple[str, ...]) -> No
     assert "written" not in process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_is_one_line() -> None:
     command = [sys.executable, "-m", "benchmarks", "adapters", "--device", "cuda"]

@@ -179,6 +179,7 @@ def kill_while_saving(program: str, target: Path, last: int, delay: float) -> in
     return int(lines[-1])
 
 
+@pytest.mark.slow
 def test_kill_while_saving_folders(tmp_path: Path) -> None:
     folder, last, rng = tmp_path / "it", 0, random.Random(0)
     fill(folder, notes="mine")
@@ -193,6 +194,7 @@ def test_kill_while_saving_folders(tmp_path: Path) -> None:
         last = version
 
 
+@pytest.mark.slow
 def test_kill_while_saving_a_file(tmp_path: Path) -> None:
     file, last, rng = tmp_path / "it", 0, random.Random(0)
     for _ in range(5):

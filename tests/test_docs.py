@@ -141,6 +141,7 @@ def test_the_pictures_are_as_drawn() -> None:
     assert {*(ROOT / "docs" / "pictures").glob("*.svg")} == set(pictures)
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_invariants_exist() -> None:
     page = (ROOT / "docs" / "invariants.md").read_text(encoding="utf-8")
     references = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", page)
@@ -186,6 +187,7 @@ def run(code: list[dict[str, Any]]) -> list[str]:
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_notebook_prints_what_it_shows() -> None:
     code = cells(real=False)

@@ -78,6 +78,7 @@ def test_messages(base: Base) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SAMPLED])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_stream_is_generate_in_pieces(base: Base, prompt: str, options: dict[str, Any]) -> None:
@@ -135,6 +136,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_any_model_generates_what_transformers_does(kind: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with torch.random.fork_rng(devices=[]):
@@ -213,6 +215,7 @@ def test_none_is_the_base(base: Base, bank: Bank) -> None:
     assert through_bank == generate(base, None, PROMPTS, max_new_tokens=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SAMPLED])
 @pytest.mark.parametrize("entry", [None, "a", {"a": 0.5, "b": 0.5}])
 def test_stream_through_an_adapter(base: Base, bank: Bank, entry: Any, options: dict[str, Any]) -> None:

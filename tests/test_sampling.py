@@ -37,6 +37,7 @@ def logits() -> torch.Tensor:
     return torch.randn(V, generator=torch.Generator().manual_seed(0)) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampling", "warpers"),
     [

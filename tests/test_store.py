@@ -606,6 +606,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in adapters))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_publish_one_name_at_the_same_time_lose_nothing(store: AdapterStore, tmp_path: Path) -> None:
     processes, rounds = 4, 5
     sources = [str(adapter(r, layers=1, width=8).save(tmp_path / f"{r}")) for r in range(1, processes + 1)]
@@ -737,6 +738,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_kill_at_every_step(store: AdapterStore, tmp_path: Path) -> None:
     source = adapter(2).save(tmp_path / "source")
     identity = store.publish("other", source).sha256()

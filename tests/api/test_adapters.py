@@ -178,6 +178,7 @@ def slow_reader(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> LocalSe
     return server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("begin", "end"), [(1, 2), (2, 4), (3, 6)])
 def test_a_stop_string_ends_its_request_however_slow_the_reader_is(

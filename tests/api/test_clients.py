@@ -121,6 +121,7 @@ def test_litellm(url: str) -> None:
 # ---- schemathesis
 
 
+@pytest.mark.slow
 def test_schemathesis_reads_streams(server: LocalServer) -> None:
     """It reads a stream as a sequence of events, not as one text."""
     headers = {"host": "localhost"}
@@ -159,6 +160,7 @@ def test_schemathesis_finds_no_fault(server: LocalServer, mode: GenerationMode) 
 # ---- many clients, and clients that leave
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows(server: LocalServer, stream: bool) -> None:
     gate = StepGate(server.engine)
@@ -184,6 +186,7 @@ def test_a_client_that_leaves_frees_its_rows(server: LocalServer, stream: bool) 
         asyncio.run(main(url, state))
 
 
+@pytest.mark.slow
 def test_many_clients_at_once(url: str) -> None:
     async def main() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:

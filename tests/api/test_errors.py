@@ -22,6 +22,7 @@ def sha(key: str) -> str:
 KEYS = ApiKeys([ApiKey("alice", sha("ka"), ("poet", "team-*")), ApiKey("root", sha("kr"), control=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["nobody", "poet@9", "tiny:nobody", "poet*0.5+nobody*0.5", "../poet", "poet@x", "é", "gpt-4o"]
 )
@@ -35,6 +36,7 @@ def test_an_unknown_adapter_is_404_and_never_the_base(server: LocalServer, model
     assert str(server.engine.store.folder) not in answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [

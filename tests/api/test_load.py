@@ -97,6 +97,7 @@ def test_a_failure_during_a_stream_is_its_last_event(gated: Callable[..., Any]) 
     assert late.status_code == 500
 
 
+@pytest.mark.slow
 def test_a_server_that_shuts_down_finishes_its_streams(gated: Callable[..., Any]) -> None:
     async def test(scene: Scene) -> Any:
         drain = asyncio.create_task(asyncio.to_thread(scene.state.drain, TIMEOUT))

@@ -92,6 +92,7 @@ def test_invalid_json_is_refused(raw: bytes) -> None:
     assert caught.value.status == 400
 
 
+@pytest.mark.slow
 @given(raw=st.binary(max_size=60) | st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)).map(lambda value: msgspec.json.encode({**CHAT, "tools": value, "n": value})[:900]))  # fmt: skip
 @settings(max_examples=60)
 def test_any_body_is_a_request_or_a_400(raw: bytes) -> None:

@@ -443,6 +443,7 @@ def _empty(folder: Path) -> None:
     folder.mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil",
     [

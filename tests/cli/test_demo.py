@@ -20,6 +20,7 @@ def test_without_the_real_base_it_stays_with_the_toy(run: Callable, monkeypatch:
     assert not Path("adapters").exists()
 
 
+@pytest.mark.slow
 def test_the_whole_story(run: Callable, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     load = Base.load
     monkeypatch.setattr(Base, "load", lambda _: load(tiny_folder))

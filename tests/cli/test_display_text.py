@@ -25,6 +25,7 @@ def test_values_in_words() -> None:
     assert format_list([*"abcd"], 3) == "a, b, c +1"
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_nothing_shown_can_steer_a_terminal(text: str) -> None:
     assert all(char.isprintable() or char in "\t\n" or ord(char) > 0x9F for char in printable(text))

@@ -40,6 +40,7 @@ def test_one_answer_is_printed_bare(run: Callable, tiny_folder: Path) -> None:
     assert run("generate", tiny_folder, "Hello", "--max-new-tokens", 4, "--temperature", 1, "--seed", 3).out == ran.out
 
 
+@pytest.mark.slow
 def test_the_flag_selects_the_weights(run: Callable, tiny_folder: Path) -> None:
     answers = {}
     for weights in CHOICES:

@@ -24,6 +24,7 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_verbs_that_read_headers_do_not_import_torch(adapters: Path) -> None:
     codes = {
         "lss": 2,
@@ -60,6 +61,7 @@ def test_every_verb_is_listed_with_a_line_of_help(run: Callable) -> None:
     assert run().out == ran.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_flag_has_help(run: Callable, verb: str) -> None:
     ran = run(verb, "--help")

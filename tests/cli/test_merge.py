@@ -20,6 +20,7 @@ def tied_folder(tmp_path: Path, tiny: LlamaForCausalLM, tiny_tokenizer: PreTrain
     return tmp_path / "tied"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "tiny"])
 @pytest.mark.parametrize("written", ["adapters/poet", "adapters/pirate", "adapters/poet*0.7+adapters/pirate*-0.3"])
 def test_the_merged_model_computes_what_the_route_did(

@@ -80,6 +80,7 @@ def test_several_runs_share_a_plot(run: Callable) -> None:
     assert labels == ["a/out/poet", "a/out/judge", "c/out/poet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "begin"), [("plot.png", b"\x89PNG"), ("plot.svg", b"<?xml")])
 @pytest.mark.parametrize("jobs", [1, 12])
 def test_a_picture(run: Callable, name: str, begin: bytes, jobs: int) -> None:

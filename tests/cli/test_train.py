@@ -60,6 +60,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Callable, tiny_folder
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--r", 2, "--epochs", 3, "--batch-size", 1]
     assert run("train", tiny_folder, dataset, "-o", "whole", *flags).code == 0
@@ -72,6 +73,7 @@ def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folde
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--r", 2, "--max-steps", 2]
     assert run("train", tiny_folder, dataset, "-o", "out", *flags).code == 0
@@ -89,6 +91,7 @@ def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, datas
     assert "nowhere contains no run" in ran.err
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_and_repeated_from_anywhere(
     run: Callable, tiny_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_run_is_resumed_and_repeated_from_anywhere(
     assert ran.code == 0, ran.err
 
 
+@pytest.mark.slow
 def test_a_run_file_trains_all_its_adapters(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     pairs = [
         {"prompt": "Hi", "chosen": "Ahoy!", "rejected": "Hello."},

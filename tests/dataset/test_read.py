@@ -167,6 +167,7 @@ turns = st.lists(st.dictionaries(keys, values, max_size=3) | st.fixed_dictionari
 lines = st.dictionaries(keys, values | turns, max_size=3).map(msgspec.json.encode) | st.binary(max_size=20)
 
 
+@pytest.mark.slow
 @given(st.lists(lines, max_size=4).map(b"\n".join), st.sampled_from(["jsonl", "json", "csv", "parquet"]))
 def test_any_file_is_examples_or_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, content: bytes, kind: str

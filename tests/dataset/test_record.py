@@ -268,6 +268,7 @@ objects = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=64) | (objects | json_values).map(msgspec.json.encode))
 def test_any_line_is_a_record_or_a_data_error(content: bytes) -> None:
     refused, record = "", None

@@ -295,6 +295,7 @@ class TestConfigs:
         with refused(bank, "adapter_config.json"):
             bank.load(folder)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "changes",
         [

@@ -43,6 +43,7 @@ def bank(tiny, fill):
 class TestRowsAreAlone:
     """Law 1: a mixed batch equals each row run alone."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
     @pytest.mark.parametrize("grad", [False, True], ids=["served", "trained"])
     def test_a_mixed_batch_is_its_rows(self, bank, ids, mix, grad):
@@ -197,6 +198,7 @@ class TestJobsAreAlone:
         for key, tensor in alone[1][name].items():
             assert torch.allclose(together[1][name][key], tensor, atol=1e-5), key
 
+    @pytest.mark.slow
     def test_together_is_alone(self, tiny):
         together = self.train(tiny, ["a", "b", "c"])
         for name in JOBS:

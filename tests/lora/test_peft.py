@@ -140,6 +140,7 @@ def write_with_peft(model, folder, config, name="default", **options):
 class TestTheirsToOurs:
     """PEFT writes, we read."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", CASES)
     def test_equal_outputs(self, case, tmp_path):
         factory, settings = CASES[case]
@@ -161,6 +162,7 @@ class TestTheirsToOurs:
         assert torch.allclose(mixed[[0, 2]], wanted[[0, 2]], atol=1e-5, rtol=1e-5)
         assert torch.equal(mixed[1], base[1])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", MERGEABLE)
     def test_equal_merged_weights(self, case, tmp_path):
         factory, settings = CASES[case]
@@ -177,6 +179,7 @@ class TestTheirsToOurs:
         changed = [key for key, tensor in ours.items() if not torch.equal(tensor, base[key])]
         assert len(changed) == len(bank["theirs"].sites)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
     @pytest.mark.parametrize("case", CASES)
     def test_saving_again_gives_their_bytes(self, case, trainable, tmp_path):
@@ -393,6 +396,7 @@ class TestOursToTheirs:
         assert all(torch.equal(held[key], tensor) for key, tensor in file.items())
         return adapted
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", CASES)
     def test_equal_outputs(self, case, fill, tmp_path):
         factory, settings = CASES[case]

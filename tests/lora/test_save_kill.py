@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from tests.digest import digest
 
@@ -46,6 +47,7 @@ def adapter(r: int, modules: int) -> Adapter:
     return Adapter.of(LoraConfig(r=r, lora_alpha=3 * r), pairs)
 
 
+@pytest.mark.slow
 def test_kill_while_saving_over_another(tmp_path: Path) -> None:
     sources, folder = [tmp_path / "one", tmp_path / "two"], tmp_path / "here" / "it"
     for made, source in zip((adapter(8, 30), adapter(24, 40)), sources, strict=True):

@@ -125,6 +125,7 @@ def test_without_a_compiler_views_are_made_once(
     assert calls["views"] == 2 * calls["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_files", [True, False])
 def test_what_moves_an_adapter_is_followed(bank: Bank, tmp_path: Path, from_files: bool) -> None:
     """Casts and moves create new tensors; memory of parameters can be exchanged; writes in place are seen at once."""
@@ -153,6 +154,7 @@ def test_what_moves_an_adapter_is_followed(bank: Bank, tmp_path: Path, from_file
     torch.testing.assert_close(after[0], run(bank, [None] * 3)[0])
 
 
+@pytest.mark.slow
 def test_whatever_came_before_each_row_is_as_alone(bank: Bank) -> None:
     rng = random.Random(0)
     alone = {name: run(bank, [name] * 6) for name in [*bank.names(), None]}
@@ -215,6 +217,7 @@ def test_fewer_adapters_reuse_a_set(bank: Bank) -> None:
     assert sets[0] is sets[1] is sets[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_an_unloaded_adapter_leaves_nothing(loaded: Bank, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:

@@ -33,6 +33,7 @@ def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert (got.double() - wanted).abs().max() <= tolerance * max(1.0, wanted.abs().max().item())
 
 
+@pytest.mark.slow
 def test_every_implementation_is_the_definition(make, kind, entries):
     """In float32 and bfloat16; rows of the base alone are the base's bit for bit."""
     mapping = LoraMapping(entries, (1,) * len(entries))

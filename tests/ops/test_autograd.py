@@ -45,6 +45,7 @@ def adapters(a0: Tensor, b0: Tensor, a1: Tensor, b1: Tensor, dropouts=(None, Non
 class TestGradients:
     """Every batch, with and without dropout."""
 
+    @pytest.mark.slow
     def test_numerical(self, batch, dropouts):
         def run(x, y, *pairs):
             return update(x, y, adapters(*pairs, dropouts=dropouts), LoraMapping(*batch), training=True)

@@ -227,6 +227,7 @@ class TestDispatch:
         torch.testing.assert_close(got, reference.lora(x, y, own, mapping), atol=1e-2, rtol=1e-2)
         assert not calls
 
+    @pytest.mark.slow
     def test_a_compiled_model_does_not_trace_it(self, calls):
         own, mapping = layer(40, 24, (4, 8)), LoraMapping((((0, 1.0),), ((1, 1.0),)), (1, 1))
         x, y = torch.randn(2, 40), torch.randn(2, 24)
@@ -277,6 +278,7 @@ class TestCompiler:
         compiled = cache / "compiled"
         assert not compiled.exists() or not [*compiled.iterdir()]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["gcc", "clang"])
     def test_each_compiler(self, monkeypatch, name):
         if shutil.which(name) is None:
@@ -285,11 +287,13 @@ class TestCompiler:
         assert cpu.why_not_available() is None
         agrees(layer(576, 1536, (8, 16)), LoraMapping((((0, 1.0),), ((1, 1.0),)) * 4, (1,) * 8), tokens=4)
 
+    @pytest.mark.slow
     @needs_compiler
     def test_the_first_call_may_be_in_inference_mode(self):
         with torch.inference_mode():
             assert cpu.why_not_available() is None
 
+    @pytest.mark.slow
     @needs_compiler
     def test_wrong_results_are_found(self, monkeypatch, tmp_path):
         source = tmp_path / "cpu.c"
@@ -297,23 +301,27 @@ class TestCompiler:
         monkeypatch.setattr(cpu, "SOURCE", source)
         assert cpu.why_not_available().startswith("is off by")
 
+    @pytest.mark.slow
     @needs_compiler
     def test_warming_up_compiles(self, cache):
         """So that the first request with an adapter does not wait for it."""
         dispatch.warm_up(torch.device("cpu"))
         assert [*(cache / "compiled").iterdir()]
 
+    @pytest.mark.slow
     @needs_compiler
     def test_it_is_compiled_once(self, monkeypatch):
         compiler.load(cpu.SOURCE)
         monkeypatch.setattr(compiler, "_compile", None)
         compiler.load(cpu.SOURCE)
 
+    @pytest.mark.slow
     @needs_compiler
     def test_a_cache_that_cannot_be_written_to(self, cache):
         cache.write_text("a file")
         assert cpu.why_not_available() is None
 
+    @pytest.mark.slow
     @needs_compiler
     def test_processes_that_compile_at_once(self, cache):
         code = "from loradeck.ops import cpu; print(cpu.why_not_available())"

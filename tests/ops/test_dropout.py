@@ -48,6 +48,7 @@ class TestSeeded:
         self.keep()
         assert torch.equal(torch.get_rng_state(), before)
 
+    @pytest.mark.slow
     def test_another_process_has_the_same_mask(self):
         done = subprocess.run(
             [sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}

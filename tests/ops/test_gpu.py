@@ -57,6 +57,7 @@ def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     assert (got.double() - wanted).abs().max() <= tolerance * max(1.0, wanted.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -77,6 +78,7 @@ def test_it_is_the_definition(make, kind, entries, dtype):
     close(got, wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inside", "outside", "r"), [(1, 1, 1), (1025, 1030, 4), (2100, 33, 16), (70, 1100, 200)])
 def test_layers_of_any_size(inside, outside, r):
     """Several pieces of features, several blocks of them, ranks in several turns, and what is left over of each."""
@@ -113,6 +115,7 @@ def test_an_adapter_that_leaves_the_layer_alone(make):
     close(run(case.x, case.y, case.adapters, LoraMapping(entries, (1,) * 8)), wanted, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(2, 3, 1, 2), (1, 1, 1, 5)])
 def test_packed_rows(make, lengths):
     case = make("linear")
@@ -122,6 +125,7 @@ def test_packed_rows(make, lengths):
     close(run(case.x[None], case.y[None], case.adapters, LoraMapping(own, lengths))[0], wanted, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [True, False])
 def test_adapters_of_several_dtypes_in_one_batch(make, views):
     """Each is read in its own dtype; float64 is cast first."""
@@ -168,6 +172,7 @@ ENTRIES = (((0, 1.0),), ((1, 1.0),), (), ((2, 0.5), (0, 1.0)), ((0, 1.0),), ((1,
 SOUND = [0, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["a", "b", "x"])
 def test_a_neighbours_nan_stays_there(make, bad, where):
@@ -258,6 +263,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_it_compiles_for_gpus_that_are_not_here(tmp_path: Path):
     """To machine code of an A100 and an H100: the interpreter takes more than the compiler does."""

@@ -65,6 +65,7 @@ def test_single_tokens_of_several_rows(pool: Pool[str], params: AttentionParams,
             torch.testing.assert_close(seen[i], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("params", "heads", "computed"), [*product(PARAMS, (2, 4), (0, 1, 6))])
 def test_a_chunk_of_one_row(pool: Pool[str], params: AttentionParams, heads: int, computed: int) -> None:
     length = 7

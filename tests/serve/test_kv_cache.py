@@ -143,6 +143,7 @@ def test_what_a_request_computed_itself_was_not_cached_for_it() -> None:
     assert (own.computed, own.cached) == (2 * BLOCK, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_comes_and_goes_the_budget_is_kept(seed: int) -> None:
     chance = random.Random(seed)

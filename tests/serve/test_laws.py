@@ -32,6 +32,7 @@ def agree(told: list[Token], expected: torch.Tensor, first: int) -> None:
 # ---- 6: Serving's log-probs equal training's for the same adapter and text.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_log_probabilities_are_those_of_a_plain_forward(kind: str, make: Callable[[str], Base], tmp_path: Path) -> None:
     base = make(kind)
@@ -86,6 +87,7 @@ def test_a_prompts_log_probabilities_survive_giving_way(
     agree(tokens, expected, len(prompt) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 33, CONTEXT])
 def test_a_prompt_can_be_read_for_its_log_probabilities_only(
     serve: Serve, base: Base, store: AdapterStore, length: int
@@ -103,6 +105,7 @@ def test_a_prompt_can_be_read_for_its_log_probabilities_only(
 # ---- 1: A mixed batch equals each row run alone; NaN next door changes nothing beyond rounding.
 
 
+@pytest.mark.slow
 def test_neighbours_change_nothing(serve: Serve) -> None:
     prompt, how = [5, 6, 7, 8], SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0)
     alone_ = {str(entry): serve().generate([prompt], entry, how)[0] for entry in ENTRIES}

@@ -82,6 +82,7 @@ def test_an_adapter_that_is_gone_when_its_request_comes_back_fails_it(
     assert engine.generate([[5]], "a1", SHORT)
 
 
+@pytest.mark.slow
 def test_unloading_by_hand_at_any_moment_does_no_harm(serve: Serve, base: Base, store: AdapterStore) -> None:
     engine = serve()
     expected = {name: greedy(base, store, [7, 8], name, 6) for name in ("a0", "a1")}

@@ -36,6 +36,7 @@ def step(runner: ModelRunner, cache: KVCache, *works: tuple[Request, int]) -> li
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_are_those_of_a_plain_forward(kind: str, make: Callable[[str], Base]) -> None:
     """Rows that come, go and outgrow their places, read in chunks of any size, through adapters or none."""

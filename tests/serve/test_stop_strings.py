@@ -1,5 +1,6 @@
 """Text up to a stop string, however the tokens cut both."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -58,6 +59,7 @@ def test_no_stop_string_ends_within_the_first_tokens(tiny_tokenizer: PreTrainedT
     assert stream.stopped
 
 
+@pytest.mark.slow
 def test_a_very_long_stop_string_costs_no_time(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     text = "a" * 2000
     stream = StopFilter(tiny_tokenizer, ["a" * 1_000_000, "aab" * 300_000])

@@ -60,6 +60,7 @@ def model_loss(model: PreTrainedModel) -> Tensor:
     return outputs.loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_mean_is_the_models_own_loss(tiny: LlamaForCausalLM, kind: str, frozen: bool) -> None:

@@ -167,6 +167,7 @@ def outcome(run: Path) -> dict[str, Any]:
     return left
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps_it_resumes_to_the_same_bits(folder: Path, command: Command, whole: Whole) -> None:
     ends = {event["job"]: event for event in whole.outcome["metrics.jsonl"] if event["event"] == "end"}
     assert ends["one"]["kept"] < ends["one"]["step"] == 24, "the best is not the last, so resuming must know it"
@@ -185,6 +186,7 @@ def test_killed_at_random_steps_it_resumes_to_the_same_bits(folder: Path, comman
         assert len(checkpoint.checkpoints(folder / name / "checkpoints")) <= 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_after_a_step_and_says_how_to_go_on(folder: Path, command: Command, whole: Whole) -> None:
     at = whole.accesses // 3
     assert command("train", "run.toml", "-o", "stopped-run", at=at, number=signal.SIGINT).code == 130
@@ -214,6 +216,7 @@ def reopen(stopped: Path, base: Base) -> Run:
     return Run(read_recipe(stopped / "run.toml"), stopped, base)
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_to_do(stopped: Path, base: Base) -> None:
     run = reopen(stopped, base)
     assert run.resume() == 10
@@ -227,6 +230,7 @@ def test_a_finished_run_has_nothing_to_do(stopped: Path, base: Base) -> None:
     assert outcome(stopped) == before
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_it_begins_anew(stopped: Path, base: Base) -> None:
     for path in checkpoint.checkpoints(stopped / "checkpoints"):
         (path / "state.json").unlink()
@@ -235,6 +239,7 @@ def test_without_a_checkpoint_it_begins_anew(stopped: Path, base: Base) -> None:
     assert (stopped / "metrics.jsonl").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, base: Base) -> None:
     """Also at the last step, after which the adapter becomes the best one, of an earlier step."""
     run = Run(read_recipe(folder / "run.toml"), folder / "out", base)
@@ -259,6 +264,7 @@ def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, b
     assert len(measured) == 8
 
 
+@pytest.mark.slow
 def test_changed_data_and_another_base_are_refused(stopped: Path, base: Base, folder: Path) -> None:
     with (folder / "two.jsonl").open("a") as file:
         file.write('\n{"prompt": "a", "completion": "b"}')
@@ -271,6 +277,7 @@ def test_changed_data_and_another_base_are_refused(stopped: Path, base: Base, fo
         reopen(stopped, other).resume()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["state.json", "one.safetensors"])
 def test_a_damaged_checkpoint_is_named(stopped: Path, base: Base, file: str) -> None:
     newest = checkpoint.checkpoints(stopped / "checkpoints")[-1]

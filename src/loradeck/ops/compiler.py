@@ -19,7 +19,7 @@ import torch
 
 from loradeck.disk import cache_folder, write_file
 
-TIMEOUT = 60  # seconds for the compiler
+TIMEOUT = 120  # seconds
 COMPILERS = ("gcc", "clang", "cc")
 FEATURES = {  # the CPU capability that torch reports -> flags
     "AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma",
@@ -72,10 +72,10 @@ def _compile(compiler: list[str], flags: list[str], source: Path, folder: Path) 
         try:
             done = subprocess.run([*compiler, *command], capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired as error:
-            raise OSError(f"{compiler[0]} took more than {TIMEOUT} seconds") from error
+            raise OSError(f"{Path(compiler[0]).name} took more than {TIMEOUT} seconds") from error
         if done.returncode:
             message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise OSError(f"{compiler[0]} failed: {message}")
+            raise OSError(f"{Path(compiler[0]).name} failed: {message}")
     return library
 
 

@@ -69,12 +69,13 @@ def _update(items: Tensor, z: Tensor, adapters: LayerAdapters, segments: Segment
     order, starts = segments.by_token
     count, inside, outside = len(order), items.shape[1], z.shape[1]
     width = triton.next_power_of_2(max(adapters.rank, 1))
-    pieces, ranks = triton.cdiv(inside, PIECE), min(width, RANKS)
+    piece, ranks = min(PIECE, triton.next_power_of_2(inside)), min(width, RANKS)
+    pieces = triton.cdiv(inside, piece)
     h = torch.empty(pieces, count, width, dtype=torch.float32, device=z.device)
     _shrink[(count, pieces, width // ranks)](
         items, table, h, segments.token_indices, segments.pair_adapters,
         inside, count, items.stride(0), items.stride(1),
-        W=width, R=ranks, BLOCK=TILE // ranks, PIECE=PIECE,
+        W=width, R=ranks, BLOCK=min(TILE // ranks, piece), PIECE=piece,
     )  # fmt: skip
     block = min(TILE // ranks, triton.next_power_of_2(outside))
     _expand[(len(z), triton.cdiv(outside, block))](
