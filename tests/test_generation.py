@@ -28,6 +28,8 @@ from loradeck.base.text import decode, encode, pad_left
 from loradeck.errors import ConfigError, RequestError, RouteError, UnknownAdapterError
 from loradeck.generation import generate, stream
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a", "What is the capital of France?", "日本"]
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "top_p": 0.95, "seed": 7}
 
@@ -78,7 +80,6 @@ def test_messages(base: Base) -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SAMPLED])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_stream_is_generate_in_pieces(base: Base, prompt: str, options: dict[str, Any]) -> None:
@@ -136,7 +137,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_any_model_generates_what_transformers_does(kind: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with torch.random.fork_rng(devices=[]):
@@ -215,7 +215,6 @@ def test_none_is_the_base(base: Base, bank: Bank) -> None:
     assert through_bank == generate(base, None, PROMPTS, max_new_tokens=8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SAMPLED])
 @pytest.mark.parametrize("entry", [None, "a", {"a": 0.5, "b": 0.5}])
 def test_stream_through_an_adapter(base: Base, bank: Bank, entry: Any, options: dict[str, Any]) -> None:

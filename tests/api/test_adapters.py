@@ -12,6 +12,8 @@ from loradeck.api.metrics import Metrics
 
 from .conftest import TIMEOUT, LocalServer, random_adapter
 
+pytestmark = pytest.mark.slow
+
 LOAD, UNLOAD, CHAT = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions"
 REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 6}
 
@@ -178,7 +180,6 @@ def slow_reader(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> LocalSe
     return server
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("begin", "end"), [(1, 2), (2, 4), (3, 6)])
 def test_a_stop_string_ends_its_request_however_slow_the_reader_is(

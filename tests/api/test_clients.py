@@ -27,6 +27,8 @@ from loradeck.errors import ConfigError
 
 from .conftest import TIMEOUT, URL, LocalServer, StepGate, until
 
+pytestmark = pytest.mark.slow
+
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise its import uses the network
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
@@ -96,7 +98,6 @@ def test_openai_with_a_wrong_key(server: LocalServer) -> None:
     server.configured(keys=ApiKeys([ApiKey("a", "0" * 64)])).run(test)
 
 
-@pytest.mark.slow
 def test_litellm(url: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own, and those of its dependencies
@@ -121,7 +122,6 @@ def test_litellm(url: str) -> None:
 # ---- schemathesis
 
 
-@pytest.mark.slow
 def test_schemathesis_reads_streams(server: LocalServer) -> None:
     """It reads a stream as a sequence of events, not as one text."""
     headers = {"host": "localhost"}
@@ -134,7 +134,6 @@ def test_schemathesis_reads_streams(server: LocalServer) -> None:
         case.validate_response(response, checks=CHECKS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_schemathesis_finds_no_fault(server: LocalServer, mode: GenerationMode) -> None:
     headers = {"host": "localhost"}
@@ -160,7 +159,6 @@ def test_schemathesis_finds_no_fault(server: LocalServer, mode: GenerationMode) 
 # ---- many clients, and clients that leave
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows(server: LocalServer, stream: bool) -> None:
     gate = StepGate(server.engine)
@@ -186,7 +184,6 @@ def test_a_client_that_leaves_frees_its_rows(server: LocalServer, stream: bool) 
         asyncio.run(main(url, state))
 
 
-@pytest.mark.slow
 def test_many_clients_at_once(url: str) -> None:
     async def main() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:

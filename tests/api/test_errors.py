@@ -11,6 +11,8 @@ from loradeck.api.config import ServerConfig
 
 from .conftest import LocalServer
 
+pytestmark = pytest.mark.slow
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
@@ -22,7 +24,6 @@ def sha(key: str) -> str:
 KEYS = ApiKeys([ApiKey("alice", sha("ka"), ("poet", "team-*")), ApiKey("root", sha("kr"), control=True)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["nobody", "poet@9", "tiny:nobody", "poet*0.5+nobody*0.5", "../poet", "poet@x", "é", "gpt-4o"]
 )
@@ -36,7 +37,6 @@ def test_an_unknown_adapter_is_404_and_never_the_base(server: LocalServer, model
     assert str(server.engine.store.folder) not in answer.text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [

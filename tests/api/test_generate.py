@@ -18,6 +18,8 @@ from loradeck.serve.engine import Engine
 
 from .conftest import LocalServer
 
+pytestmark = pytest.mark.slow
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 CHAT_REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 8}
 TEXT_REQUEST: dict[str, Any] = {"prompt": "Once", "temperature": 0, "max_tokens": 8}
@@ -63,7 +65,6 @@ def test_a_chat_completion(server: LocalServer) -> None:
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [None, "", "tiny", "poet", "poet@1", "tiny:pirate", "poet*0.7+pirate*0.3", "poet*0.5"]
 )
@@ -114,7 +115,6 @@ def test_the_usage_is_the_last_event_of_a_stream(server: LocalServer) -> None:
             assert last["usage"][field] == completion["usage"][field]
 
 
-@pytest.mark.slow
 def test_each_of_n_answers_has_its_own_seed(server: LocalServer) -> None:
     hot = {**CHAT_REQUEST, "temperature": 1.5, "seed": 7}
     completion = server.request(CHAT, {**hot, "n": 3}).json()
@@ -206,7 +206,6 @@ def test_echo_with_one_more_token(server: LocalServer, base: Base) -> None:
         assert offsets == choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.slow
 def test_the_length_of_an_answer(server: LocalServer) -> None:
     endless = {**CHAT_REQUEST, "max_tokens": None, "ignore_eos": True}
     short = server.request(CHAT, {**endless, "max_completion_tokens": 3}).json()

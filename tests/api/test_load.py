@@ -16,6 +16,8 @@ from loradeck.serve.engine import Engine
 
 from .conftest import TIMEOUT, LocalServer, StepGate, until
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "ignore_eos": True}
 T = TypeVar("T")
@@ -97,7 +99,6 @@ def test_a_failure_during_a_stream_is_its_last_event(gated: Callable[..., Any]) 
     assert late.status_code == 500
 
 
-@pytest.mark.slow
 def test_a_server_that_shuts_down_finishes_its_streams(gated: Callable[..., Any]) -> None:
     async def test(scene: Scene) -> Any:
         drain = asyncio.create_task(asyncio.to_thread(scene.state.drain, TIMEOUT))

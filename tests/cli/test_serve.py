@@ -22,6 +22,8 @@ from loradeck.cli.serve import usable
 from loradeck.serve.engine import Engine
 from loradeck.store import AdapterStore
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen, list[str]]]:
@@ -52,7 +54,6 @@ def listens(url: str) -> bool:
         return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
 
 
-@pytest.mark.slow
 def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -> None:
     with serving(tiny_folder, "--adapters", adapters, "--drain", 600) as (process, (ready, curl)):
         assert re.fullmatch(r"tiny with 3 adapters on http://127\.0\.0\.1:\d+, after [\d.]+ s; try:", ready), process
@@ -72,7 +73,6 @@ def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -
         assert process.stderr.read() == ""
 
 
-@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tiny_folder: Path) -> None:
     with serving(tiny_folder, "--drain", 600) as (process, (_, curl)):
         url = re.search(r"http://\S+:\d+", curl)[0]

@@ -8,6 +8,8 @@ import pytest
 from loradeck.lora.manifest import read_folder
 from loradeck.train.history import read_history
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
@@ -17,7 +19,6 @@ def dataset(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_successive_halving_stops_the_worse_half(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--lr", "1e-6,1e-2,1e-5", "--r", "2,4", "--max-steps", 16, "--batch-size", 4, "--samples", 0]
     ran = run("sweep", tiny_folder, dataset, "-o", "best", *flags)
@@ -40,7 +41,6 @@ def test_successive_halving_stops_the_worse_half(run: Callable, tiny_folder: Pat
     assert run("generate", tiny_folder, "3?", "--adapter", "best", "--max-new-tokens", 2).code == 0
 
 
-@pytest.mark.slow
 def test_losses_at_a_halving_are_fresh(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     """Whatever the steps between evaluations, each halving has one of its own."""
     flags = ["--lr", "1e-3,1e-2", "--max-steps", 8, "--eval-every", 3, "--samples", 0]
@@ -49,7 +49,6 @@ def test_losses_at_a_halving_are_fresh(run: Callable, tiny_folder: Path, dataset
         assert 4 in [event.step for event in track.evaluations]
 
 
-@pytest.mark.slow
 def test_a_sweep_is_resumed_as_one(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--lr", "1e-3,1e-2,1e-4", "--max-steps", 8, "--batch-size", 4, "--samples", 0, "--checkpoint-every", 3]
     assert run("sweep", tiny_folder, dataset, "-o", "whole/best", *flags).code == 0
@@ -75,7 +74,6 @@ def test_what_is_no_sweep_is_not_resumed_as_one(run: Callable, tiny_folder: Path
     assert "loradeck train --output out --resume" in ran.err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -14,6 +14,8 @@ from loradeck.cli.train import suffixes
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import read_folder
 
+pytestmark = pytest.mark.slow
+
 LINES = [{"prompt": "Hi", "completion": "Ahoy!"}, {"prompt": "2+2?", "completion": "Four, matey"}]
 
 
@@ -60,7 +62,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Callable, tiny_folder
     assert sorted(Path().iterdir()) == before
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--r", 2, "--epochs", 3, "--batch-size", 1]
     assert run("train", tiny_folder, dataset, "-o", "whole", *flags).code == 0
@@ -73,7 +74,6 @@ def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folde
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.slow
 def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--r", 2, "--max-steps", 2]
     assert run("train", tiny_folder, dataset, "-o", "out", *flags).code == 0
@@ -91,7 +91,6 @@ def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, datas
     assert "nowhere contains no run" in ran.err
 
 
-@pytest.mark.slow
 def test_a_run_is_resumed_and_repeated_from_anywhere(
     run: Callable, tiny_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +104,6 @@ def test_a_run_is_resumed_and_repeated_from_anywhere(
     assert ran.code == 0, ran.err
 
 
-@pytest.mark.slow
 def test_a_run_file_trains_all_its_adapters(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     pairs = [
         {"prompt": "Hi", "chosen": "Ahoy!", "rejected": "Hello."},

@@ -13,6 +13,8 @@ from torch import nn
 from loradeck import Bank, LoraConfig
 from loradeck.errors import LoradeckError, RouteError, UnknownAdapterError
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("poet", "pirate", "tiny")
 
 
@@ -200,7 +202,6 @@ class TestGeneration:
         with torch.no_grad(), bank.route(route):
             return bank.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"use_cache": False}],
@@ -347,7 +348,6 @@ class TestWhoseRoute:
 ENTRY = st.none() | st.sampled_from(NAMES) | st.dictionaries(st.sampled_from(NAMES), st.floats(-2, 2), max_size=3)
 
 
-@pytest.mark.slow
 @settings(max_examples=30, deadline=None, database=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(entries=st.lists(ENTRY, min_size=1, max_size=5), seed=st.integers(0, 99), length=st.integers(1, 6))
@@ -386,7 +386,6 @@ JUNK = st.recursive(
 )
 
 
-@pytest.mark.slow
 @settings(max_examples=150, deadline=None, database=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(rows=JUNK, lengths=st.none() | st.lists(JUNK, max_size=3))

@@ -33,12 +33,13 @@ from loradeck.serve.stop_strings import StopFilter
 
 from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, ids, prompts, until
 
+pytestmark = pytest.mark.slow
+
 LONG = SamplingParams(max_tokens=16)
 ENTRIES = [None, "a0", "a1", {"a2": 0.7, "a0": 0.3}, "a3", {"a1": -0.5}]
 Serve = Callable[..., Engine]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_is_generate_token_for_token(kind: str, make: Callable[[str], Base], tmp_path: Path) -> None:
     base = make(kind)
@@ -72,7 +73,6 @@ def test_a_base_whose_rows_cannot_be_computed_side_by_side_is_refused(base: Base
         Engine(Base(model.eval(), base.tokenizer, "m", "m", "f"))
 
 
-@pytest.mark.slow
 def test_rows_give_way_and_come_back(serve: Serve, base: Base, store: AdapterStore) -> None:
     """A budget for two short rows: whoever came last waits again when another outgrows its place."""
     engine = serve(kv_cache_bytes=512 * 1024)
@@ -88,7 +88,6 @@ def test_rows_give_way_and_come_back(serve: Serve, base: Base, store: AdapterSto
         assert ids(tokens)[:stop] == greedy(base, store, prompt, entry, 60)[:stop]
 
 
-@pytest.mark.slow
 def test_prefixes_are_never_anothers(serve: Serve, base: Base, store: AdapterStore) -> None:
     """Law 7: the same tokens under another adapter, weight or version are other tokens."""
     engine = serve()
@@ -106,7 +105,6 @@ def test_prefixes_are_never_anothers(serve: Serve, base: Base, store: AdapterSto
     assert engine.stats.prefix_hits > 0
 
 
-@pytest.mark.slow
 def test_a_version_published_meanwhile_is_for_those_that_come_after(
     serve: Serve, base: Base, store: AdapterStore
 ) -> None:
@@ -176,7 +174,6 @@ def test_stop_strings_of_characters_that_are_several_tokens(
         assert (generation.finish, generation.request.generated) == ("stop" if count < len(script) else "length", count)
 
 
-@pytest.mark.slow
 def test_no_stop_string_ends_an_answer_before_its_least_tokens(serve: Serve, base: Base) -> None:
     engine = serve()
     how = SamplingParams(max_tokens=30, logit_bias=letters(base))
@@ -229,7 +226,6 @@ def test_a_cancelled_request_frees_its_row_and_ends(serve: Serve) -> None:
     assert all(not own.pinned for own in engine.adapter_cache.residents())
 
 
-@pytest.mark.slow
 def test_a_cancelled_request_is_in_no_step_but_the_one_that_runs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = serve(max_rows=2)
     run, late = engine._runner.run, []
@@ -253,7 +249,6 @@ def test_a_cancelled_request_is_in_no_step_but_the_one_that_runs(serve: Serve, m
 # ---- chance
 
 
-@pytest.mark.slow
 def test_a_seed_says_the_same_whoever_is_beside_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [5, 6, 7]
 
@@ -288,7 +283,6 @@ def test_chance_goes_on_where_it_was_after_giving_way(serve: Serve, monkeypatch:
     assert refused
 
 
-@pytest.mark.slow
 def test_bias_and_penalties_reach_the_choice(serve: Serve, base: Base) -> None:
     plain = ids(serve().generate([[5, 6, 7]], None, SamplingParams(max_tokens=20, ignore_eos=True))[0])
     assert len({*plain}) < 20
@@ -321,7 +315,6 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_request_alone(
     assert ids(sound) == greedy(base, store, [5, 6], "a1")
 
 
-@pytest.mark.slow
 def test_scores_that_are_no_numbers_fail_their_request_alone(serve: Serve, base: Base, store: AdapterStore) -> None:
     engine = serve()
     asked = prompts(3, seed=5)
@@ -333,7 +326,6 @@ def test_scores_that_are_no_numbers_fail_their_request_alone(serve: Serve, base:
     assert ids(engine.generate([asked[1]], "a1", LONG)[0]) == greedy(base, store, asked[1], "a1")
 
 
-@pytest.mark.slow
 def test_a_step_that_fails_fails_the_request_that_made_it(
     serve: Serve, base: Base, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +372,6 @@ def test_time_runs_out_for_those_that_wait_too(serve: Serve, monkeypatch: pytest
 # ---- what is refused
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "entry", "error"),
     [
@@ -418,7 +409,6 @@ def test_a_full_queue_is_refused(serve: Serve) -> None:
         stream.cancel()
 
 
-@pytest.mark.slow
 def test_draining(serve: Serve) -> None:
     engine = serve()
     short, long = (
@@ -455,7 +445,6 @@ def test_closing_ends_everything(serve: Serve, base: Base) -> None:
 # ---- reading
 
 
-@pytest.mark.slow
 def test_tasks_and_threads_read_streams(serve: Serve, base: Base, store: AdapterStore) -> None:
     engine = serve()
     expected = greedy(base, store, [5, 6], "a0")
@@ -481,7 +470,6 @@ def views(place: int, size: int) -> int:
     return sum((own.data_ptr(), own.nbytes()) == (place, size) for own in storages)
 
 
-@pytest.mark.slow
 def test_adapters_give_way_and_their_memory_comes_back(serve: Serve, base: Base, store: AdapterStore) -> None:
     nbytes = max(store.find(f"a{i}").facts.nbytes for i in range(4))
     engine = serve(adapter_bytes=2 * nbytes)
@@ -525,7 +513,6 @@ def test_nothing_is_kept_of_requests_that_ended(serve: Serve) -> None:
 # ---- all at once
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_whatever_happens_every_answer_is_its_own(serve: Serve, base: Base, store: AdapterStore, seed: int) -> None:
     """A soak in small: little memory for anything, random requests, cancels, unloads and publishes."""

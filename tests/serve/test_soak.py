@@ -14,6 +14,8 @@ from loradeck import Base
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.prefix_cache import PrefixCache
 
+pytestmark = pytest.mark.slow
+
 TOKEN_BYTES = 2 * 2 * 16 * 2 * 4  # of the tiny base: layers, heads, width, keys and values, float32
 
 
@@ -51,7 +53,6 @@ def run_soak(
     return ledger, figures, judge_all(base, ledger.answers, [catalogue.folder(f"a{i}", 1) for i in range(4)])
 
 
-@pytest.mark.slow
 def test_every_answer_is_its_own_and_nothing_is_left(base: Base, tmp_path: Path) -> None:
     ledger, figures, judgement = run_soak(base, tmp_path)
     assert ledger.errors == []
@@ -66,7 +67,6 @@ def test_every_answer_is_its_own_and_nothing_is_left(base: Base, tmp_path: Path)
     assert ledger.lost == 0
 
 
-@pytest.mark.slow
 def test_it_finds_a_cache_that_mixes_up_adapters(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find, keep = PrefixCache.find, PrefixCache.keep
     monkeypatch.setattr(PrefixCache, "find", lambda self, _, tokens: find(self, (), tokens))
@@ -75,7 +75,6 @@ def test_it_finds_a_cache_that_mixes_up_adapters(base: Base, tmp_path: Path, mon
     assert judgement.verdict.wrong > 0
 
 
-@pytest.mark.slow
 def test_it_finds_an_answer_from_a_wrong_version(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if later versions were never visible.
     monkeypatch.setattr(Catalogue, "newest", lambda self, name: 1)

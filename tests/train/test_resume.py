@@ -20,6 +20,8 @@ from loradeck.train.events import AnyEvent, End, Evaluation, Sample
 from loradeck.train.recipe import read_recipe
 from loradeck.train.run import Run
 
+pytestmark = pytest.mark.slow
+
 KILLS = 3
 # Two jobs that differ, with everything a run keeps: dropout, validation, the best so far, samples, an early end.
 RUN = """
@@ -167,7 +169,6 @@ def outcome(run: Path) -> dict[str, Any]:
     return left
 
 
-@pytest.mark.slow
 def test_killed_at_random_steps_it_resumes_to_the_same_bits(folder: Path, command: Command, whole: Whole) -> None:
     ends = {event["job"]: event for event in whole.outcome["metrics.jsonl"] if event["event"] == "end"}
     assert ends["one"]["kept"] < ends["one"]["step"] == 24, "the best is not the last, so resuming must know it"
@@ -186,7 +187,6 @@ def test_killed_at_random_steps_it_resumes_to_the_same_bits(folder: Path, comman
         assert len(checkpoint.checkpoints(folder / name / "checkpoints")) <= 2
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_it_after_a_step_and_says_how_to_go_on(folder: Path, command: Command, whole: Whole) -> None:
     at = whole.accesses // 3
     assert command("train", "run.toml", "-o", "stopped-run", at=at, number=signal.SIGINT).code == 130
@@ -216,7 +216,6 @@ def reopen(stopped: Path, base: Base) -> Run:
     return Run(read_recipe(stopped / "run.toml"), stopped, base)
 
 
-@pytest.mark.slow
 def test_a_finished_run_has_nothing_to_do(stopped: Path, base: Base) -> None:
     run = reopen(stopped, base)
     assert run.resume() == 10
@@ -230,7 +229,6 @@ def test_a_finished_run_has_nothing_to_do(stopped: Path, base: Base) -> None:
     assert outcome(stopped) == before
 
 
-@pytest.mark.slow
 def test_without_a_checkpoint_it_begins_anew(stopped: Path, base: Base) -> None:
     for path in checkpoint.checkpoints(stopped / "checkpoints"):
         (path / "state.json").unlink()
@@ -239,7 +237,6 @@ def test_without_a_checkpoint_it_begins_anew(stopped: Path, base: Base) -> None:
     assert (stopped / "metrics.jsonl").read_bytes() == b""
 
 
-@pytest.mark.slow
 def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, base: Base) -> None:
     """Also at the last step, after which the adapter becomes the best one, of an earlier step."""
     run = Run(read_recipe(folder / "run.toml"), folder / "out", base)
@@ -264,7 +261,6 @@ def test_a_sample_is_of_the_weights_that_its_evaluation_measured(folder: Path, b
     assert len(measured) == 8
 
 
-@pytest.mark.slow
 def test_changed_data_and_another_base_are_refused(stopped: Path, base: Base, folder: Path) -> None:
     with (folder / "two.jsonl").open("a") as file:
         file.write('\n{"prompt": "a", "completion": "b"}')
@@ -277,7 +273,6 @@ def test_changed_data_and_another_base_are_refused(stopped: Path, base: Base, fo
         reopen(stopped, other).resume()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("file", ["state.json", "one.safetensors"])
 def test_a_damaged_checkpoint_is_named(stopped: Path, base: Base, file: str) -> None:
     newest = checkpoint.checkpoints(stopped / "checkpoints")[-1]

@@ -20,6 +20,8 @@ from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, End
 from loradeck.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Spec:
@@ -121,14 +123,12 @@ def gpt2(tokenizer: PreTrainedTokenizerFast) -> Base:
     return Base(model, tokenizer, name="gpt2", source="gpt2", fingerprint=fingerprint(model))
 
 
-@pytest.mark.slow
 def test_together_is_alone(base: Base, specs: dict[str, Spec], alone: Callable[[str], Outcome]) -> None:
     together = outcome(base, specs)
     for name in specs:
         check(together[name], alone(name))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["padded", "gpt2"])
 def test_together_is_alone_on_other_bases(
     base: Base, specs: dict[str, Spec], kind: str, tiny_tokenizer: PreTrainedTokenizerFast
@@ -158,14 +158,12 @@ def test_dropout_has_an_effect(base: Base, specs: dict[str, Spec], alone: Callab
     assert outcome(base, {"a": dry})["a"][0][1:] != pytest.approx(alone("a")[0][1:], abs=1e-3)
 
 
-@pytest.mark.slow
 def test_checkpointing_changes_nothing(base: Base, specs: dict[str, Spec], alone: Callable[[str], Outcome]) -> None:
     together = outcome(base, specs, gradient_checkpointing=True)
     for name in specs:
         check(together[name], alone(name))
 
 
-@pytest.mark.slow
 def test_a_job_may_join_and_another_be_stopped(
     base: Base, specs: dict[str, Spec], alone: Callable[[str], Outcome]
 ) -> None:
@@ -182,7 +180,6 @@ def test_a_job_may_join_and_another_be_stopped(
     assert together["b"][0] == pytest.approx(alone("b")[0][:2], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_one_that_diverges_fails_alone(base: Base, specs: dict[str, Spec], alone: Callable[[str], Outcome]) -> None:
     events: list[AnyEvent] = []
 
@@ -199,7 +196,6 @@ def test_one_that_diverges_fails_alone(base: Base, specs: dict[str, Spec], alone
         check(together[name], alone(name))
 
 
-@pytest.mark.slow
 def test_the_loss_of_preferences_begins_at_log_two_and_falls(
     base: Base, bank: Bank, random_pairs: Callable, tiny: LlamaForCausalLM
 ) -> None:

@@ -20,6 +20,8 @@ from loradeck.train.config import TrainConfig
 from loradeck.train.events import AnyEvent, End, Evaluation, Step
 from loradeck.train.trainer import Trainer, train
 
+pytestmark = pytest.mark.slow
+
 FAST = TrainConfig(learning_rate=1e-2, max_steps=60, batch_size=4)
 
 
@@ -31,7 +33,6 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.slow
 def test_a_few_examples_are_memorised_with_their_ends(base: Base, bank: Bank, examples: list[Example]) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     result = train(base, bank, "one", examples, FAST)
@@ -126,7 +127,6 @@ def test_every_step_has_an_event(base: Base, bank: Bank, examples: list[Example]
     assert (end, end.reason, end.kept) == (result.end, "finished", 4)
 
 
-@pytest.mark.slow
 def test_micro_batches_add_up_to_the_whole_step(base: Base, bank: Bank, random_examples: Callable) -> None:
     """Token-exact: however a ragged batch is split, its gradient is that of all its tokens at once."""
     data, config = random_examples(24, 1), TrainConfig(learning_rate=1e-2, max_steps=4, batch_size=12)
@@ -192,7 +192,6 @@ class TestValidation:
         assert (end.reason, end.step) == ("early stop", end.kept + 10)
         assert "2 evaluations without a loss below" in end.detail
 
-    @pytest.mark.slow
     def test_the_last_step_is_evaluated_and_the_default_is_ten(
         self, base: Base, bank: Bank, random_examples: Callable
     ) -> None:
