@@ -52,3 +52,11 @@ def test_each_folder_is_loaded_once_and_like_names_do_not_clash(adapters: Path, 
     entries = load(bank, [first, "none", f"{first}*0.5+{second}*0.5", f"{second}*0.5+{adapters}/../poet*0.25"])
     assert entries == [{"poet": 1.0}, None, {"poet": 0.5, "poet-2": 0.5}, {"poet-2": 0.75}]
     assert bank.names() == ["poet", "poet-2"]
+
+
+def test_versions_are_named_after_their_adapter(adapters: Path, tiny: LlamaForCausalLM) -> None:
+    for version, name in enumerate(("poet", "pirate"), start=1):
+        (adapters / name).rename(adapters / f"poet@{version}")
+    bank = Bank(tiny)
+    first, second = str(adapters / "poet@1"), str(adapters / "poet@2")
+    assert load(bank, [first, f"{second}*0.5+{first}"]) == [{"poet": 1.0}, {"poet-2": 0.5, "poet": 1.0}]

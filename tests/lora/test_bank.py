@@ -116,6 +116,10 @@ class TestComingAndGoing:
         assert bank.load(tmp_path / name) == name
         assert torch.equal(through(bank, x, name), wanted)
 
+    def test_a_version_is_named_after_its_adapter(self, bank, tmp_path):
+        bank.add("a", LINEAR)
+        assert bank.load(bank.save("a", tmp_path / "poet@2")) == "poet"
+
     def test_names_that_look_alike_are_two_names(self, bank, fill, x):
         """However a bank spells them inside: nn.Module takes no dot."""
         names = ["a.b", "a∙b", "a%2Eb", "a%b", "a_b", "a..b"]

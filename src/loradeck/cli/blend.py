@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from loradeck.blend import parse_blend
+from loradeck.lora.names import default_name
 
 if TYPE_CHECKING:
     from loradeck.lora.bank import Bank
@@ -50,7 +51,7 @@ def check(texts: Iterable[str]) -> None:
 def load(bank: "Bank", texts: Iterable[str]) -> list[Blend | None]:
     """Load each folder once; return the argument of `bank.route` for each text.
 
-    An adapter is named after its folder, or `poet-2` if that name is taken.
+    An adapter is named as by `bank.load`, or `poet-2` if that name is taken.
 
     Raises:
         ConfigError: invalid blend.
@@ -63,7 +64,7 @@ def load(bank: "Bank", texts: Iterable[str]) -> list[Blend | None]:
         for folder, weight in parse(text).items():
             path = Path(folder).resolve()
             if path not in names:
-                names[path] = bank.load(folder, _free_name(bank, path.name))
+                names[path] = bank.load(folder, _free_name(bank, default_name(path)))
             blend[names[path]] = blend.get(names[path], 0.0) + weight
         blends.append(blend or None)
     return blends

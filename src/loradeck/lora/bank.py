@@ -20,7 +20,7 @@ from loradeck.lora.container import AdapterContainer, host
 from loradeck.lora.layer import LoraLayer
 from loradeck.lora.manifest import TargetModule, read_folder
 from loradeck.lora.memo import Memo
-from loradeck.lora.names import check_name
+from loradeck.lora.names import check_name, default_name
 from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
 from loradeck.lora.working_set import WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
@@ -129,7 +129,7 @@ class Bank:
     def load(
         self, folder: str | Path, name: str | None = None, *, trainable: bool = False, any_base: bool = False
     ) -> str:
-        """Load a PEFT folder and return the adapter's name, the folder's by default.
+        """Load a PEFT folder and return the adapter's name, by default the folder's up to any `@`, as in poet@2.
 
         All or nothing: after an error the bank is unchanged. `any_base` accepts an adapter that was trained on another
         base.
@@ -141,7 +141,7 @@ class Bank:
         """
         folder = Path(folder)
         try:
-            name = folder.resolve().name if name is None else name
+            name = default_name(folder) if name is None else name
         except (OSError, ValueError, RuntimeError) as error:  # a null byte, or a loop of links
             raise AdapterError(f"{str(folder)!r} is not a folder: {error}") from None
         self._check_new(name)

@@ -1,4 +1,6 @@
-"""Which names an adapter can have."""
+"""Which names an adapter can have, and the one that a folder gives it."""
+
+from pathlib import Path
 
 from loradeck.errors import AdapterNameError
 
@@ -26,3 +28,13 @@ def check_name(name: str) -> None:
             f"invalid name: {str(name)[:MAX_NAME]!r} {problem}",
             hint="Use letters, digits, '.', '_' and '-': bank.load(folder, name=…).",
         )
+
+
+def default_name(folder: Path) -> str:
+    """Return the name of a folder's adapter: `poet` for poet, and for its stored version poet@2.
+
+    Raises:
+        OSError, ValueError, RuntimeError: the path cannot be resolved.
+    """
+    name = folder.resolve().name
+    return name.partition("@")[0] or name
