@@ -122,6 +122,7 @@ def test_the_example_fits_the_server(
         message = curl("http://localhost:1", engine, has_keys=True)
         assert '-H "authorization: Bearer $KEY"' in message
         assert "/v1/chat/completions" in message
+        assert engine.adapter_cache.residents() == []
     base.tokenizer.chat_template = None
     with Engine(base) as engine:
         message = curl("http://localhost:1", engine, has_keys=False)

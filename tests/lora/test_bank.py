@@ -116,6 +116,16 @@ class TestComingAndGoing:
         assert bank.load(tmp_path / name) == name
         assert torch.equal(through(bank, x, name), wanted)
 
+    def test_check_reads_headers_and_adds_nothing(self, bank, tmp_path):
+        bank.add("a", LINEAR)
+        folder = bank.save("a", tmp_path / "a")
+        bank.unload("a")
+        assert bank.check(folder).folder == folder
+        assert bank.names() == []
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        with pytest.raises(AdapterError):
+            bank.check(folder)
+
     def test_a_version_is_named_after_its_adapter(self, bank, tmp_path):
         bank.add("a", LINEAR)
         assert bank.load(bank.save("a", tmp_path / "poet@2")) == "poet"

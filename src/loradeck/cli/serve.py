@@ -96,10 +96,10 @@ def curl(url: str, engine: "Engine", *, has_keys: bool) -> str:
 
 
 def usable(engine: "Engine") -> str | None:
-    """Load one of the store's adapters and return its name, or None if none of the first few fits the base."""
+    """Return the name of an adapter that fits the base, or None if none of the first few does. Load nothing."""
     for stored in engine.store.latest()[:ATTEMPTS] if engine.store else ():
         try:
-            engine.adapter_cache.load(stored.spec)
+            engine.adapter_cache.check(stored.spec)
         except LoradeckError:
             continue
         return stored.name

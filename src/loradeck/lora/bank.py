@@ -18,7 +18,7 @@ from loradeck.lora.combine import Combination, Method, combine
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.container import AdapterContainer, host
 from loradeck.lora.layer import LoraLayer
-from loradeck.lora.manifest import TargetModule, read_folder
+from loradeck.lora.manifest import AdapterFiles, TargetModule, read_folder
 from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name, default_name
 from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
@@ -145,10 +145,7 @@ class Bank:
         except (OSError, ValueError, RuntimeError) as error:  # a null byte, or a loop of links
             raise AdapterError(f"{str(folder)!r} is not a folder: {error}") from None
         self._check_new(name)
-        files = read_folder(folder)
-        compatibility.check_base(self.model, files, any_base=any_base)
-        with self._lock:
-            self._fit(files.sites, str(folder))
+        files = self.check(folder, any_base=any_base)
         # Read without the lock: the disk may be slow, and other threads may unload meanwhile.
         adapter = Adapter.from_files(
             files, trainable=trainable, check_copy=partial(compatibility.why_not_a_copy, self.model)
@@ -159,6 +156,18 @@ class Bank:
             self._check_new(name)
             self._take(name, adapter, self._fit(files.sites, str(folder)))
         return name
+
+    def check(self, folder: str | Path, *, any_base: bool = False) -> AdapterFiles:
+        """Check by its headers that a PEFT folder is complete and fits this model; return what they say.
+
+        Raises:
+            UnsupportedError, AdapterError: as `load`.
+        """
+        files = read_folder(folder)
+        compatibility.check_base(self.model, files, any_base=any_base)
+        with self._lock:
+            self._fit(files.sites, str(folder))
+        return files
 
     def save(self, name: str, folder: str | Path, **provenance: str) -> Path:
         """Write an adapter as a PEFT folder, atomically. `provenance` is saved with the tensors.

@@ -197,6 +197,16 @@ class AdapterCache:
 
     # ---- by hand
 
+    def check(self, spec: str) -> None:
+        """Check that an adapter fits the base and the budget, without loading it.
+
+        Raises:
+            UnknownAdapterError, AdapterError, ConfigError: as `load`, as far as the adapter's headers show.
+        """
+        _, adapters = self.resolve(spec)
+        for stored in adapters.values():
+            self.bank.check(stored.path)
+
     def load(self, spec: str) -> None:
         """Load an adapter onto the device and wait for it.
 
