@@ -77,7 +77,7 @@ def test_load_and_unload(server: LocalServer) -> None:
     assert server.request(UNLOAD, {"lora_name": "poet"}).status_code == 404
     assert server.request(UNLOAD, {"lora_name": "nobody"}).status_code == 404
     assert server.request(LOAD, {"lora_name": "nobody"}).status_code == 404
-    assert server.request(LOAD, {}).json()["error"]["param"] is None
+    assert server.request(LOAD, {}).json()["error"]["param"] == "lora_name"
     assert server.request(CHAT, {**REQUEST, "model": "poet"}).status_code == 200  # loaded again on demand
 
 

@@ -125,12 +125,14 @@ def submit(
     `continues` says whether the answers continue the text of their prompts or are texts of their own.
 
     Raises:
-        HttpError: 400, too many answers or too long a prompt; 503, the server is shutting down.
+        HttpError: 400, too many answers, or an empty or too long prompt; 503, the server is shutting down.
         LoradeckError: the engine rejects a request.
     """
     if len(prompts) * n > state.config.max_choices:
         message = f"{len(prompts)} prompts times n={n} exceed the limit of {state.config.max_choices} answers."
         raise HttpError(400, message, param="n")
+    if not all(prompts):
+        raise HttpError(400, "The prompt is empty.", param="prompt")
     longest = max(map(len, prompts))
     if longest > state.config.max_prompt:
         message = f"A prompt has {longest} tokens; the limit is {state.config.max_prompt}."

@@ -204,11 +204,17 @@ async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
         fields = msgspec.json.decode(body)
         value = msgspec.convert(fields, kind, str_keys=True)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        path = str(error).partition(" - at `")[2]
-        raise HttpError(400, str(error), param=re.sub(r"^key in |^\$\.?|`$", "", path) or None) from error
+        raise HttpError(400, str(error), param=_invalid_field(str(error))) from error
     if isinstance(fields, dict):
         _check_fields(fields, kind)
     return value
+
+
+def _invalid_field(message: str) -> str | None:
+    """Return the field that an error of msgspec names, such as `messages[0].role`."""
+    path = re.search(r"`\$\.?([^`]*)`$", message)
+    missing = re.match(r"Object missing required field `(\w+)`", message)
+    return ".".join(match[1] for match in (path, missing) if match and match[1]) or None
 
 
 def _check_fields(fields: Mapping[str, Any], kind: Any) -> None:
