@@ -95,7 +95,9 @@ def test_a_folder_outside_the_store_is_published(server: LocalServer, store: Ada
     assert before != chat(server, model="poet") == new
     assert before == chat(server, model="poet@2")
     for path in ("elsewhere", str(tmp_path / "nothing"), "../elsewhere"):
-        assert server.request(LOAD, {"lora_name": "x", "lora_path": path}).status_code == 404
+        missing = server.request(LOAD, {"lora_name": "x", "lora_path": path})
+        assert missing.status_code == 404
+        assert "the name of an adapter in the store, or an absolute path" in missing.json()["error"]["message"]
     assert server.request(LOAD, {"lora_name": "a/b", "lora_path": str(folder)}).status_code == 400
     assert server.request(LOAD, {"lora_name": "x", "lora_path": str(tmp_path)}).status_code == 422
     assert server.request(LOAD, {"lora_name": "alias", "lora_path": "poet@1"}).status_code == 200

@@ -168,7 +168,12 @@ def _source_folder(store: "AdapterStore", path: str) -> Path:
         source = Path(path)
     if source.is_absolute() and source.is_dir():
         return source
-    raise HttpError(404, f"There is no adapter at {path[:200]!r}.", param="lora_path")
+    raise HttpError(
+        404,
+        f"There is no adapter at {path[:200]!r}.",
+        param="lora_path",
+        hint="Give the name of an adapter in the store, or an absolute path.",
+    )
 
 
 def _unload_adapter(state: ServerState, name: str) -> None:
