@@ -391,6 +391,12 @@ def test_what_cannot_be_is_refused_at_once(serve: Serve, tokens: list[int], entr
     assert engine._loop.live == []
 
 
+@pytest.mark.parametrize("prompt", ["text", [1.5], 5, None])
+def test_a_prompt_that_is_not_token_ids_is_refused(serve: Serve, prompt: Any) -> None:
+    with pytest.raises(ConfigError, match=r"a prompt is a list of token ids\n.*loradeck\.base\.text\.encode"):
+        serve().submit(prompt)
+
+
 def test_an_adapter_beyond_the_budget_is_refused(serve: Serve) -> None:
     with pytest.raises(ConfigError, match="adapter_bytes"):
         serve(adapter_bytes=100).submit([5], "a0")

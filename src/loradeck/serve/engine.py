@@ -3,12 +3,13 @@
 Any thread submits requests and reads their answers; one thread computes (`serve.loop`).
 """
 
+import operator
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import Self, SupportsIndex
 
 from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
@@ -113,16 +114,17 @@ class Engine:
         Raises:
             UnknownAdapterError: the store has no such adapter.
             AdapterError: the adapter cannot be used.
-            ConfigError: the prompt is empty, too long, or has unknown token ids.
+            ConfigError: the prompt is empty, too long, not a list of token ids, or has unknown ones.
             BusyError: too many requests wait, or the engine is shutting down.
         """
-        self._check(tokens, sampling)
+        prompt = _token_ids(tokens)
+        self._check(prompt, sampling)
         key, adapters = self.adapter_cache.resolve(entry)
         request = Request(
-            [*tokens], sampling, key, uuid.uuid4().hex, adapter=adapter, tenant=tenant, arrived=time.monotonic()
+            prompt, sampling, key, uuid.uuid4().hex, adapter=adapter, tenant=tenant, arrived=time.monotonic()
         )
         text = StopFilter(
-            self.base.tokenizer, sampling.stop, tokens if continues else (), min_tokens=sampling.min_tokens
+            self.base.tokenizer, sampling.stop, prompt if continues else (), min_tokens=sampling.min_tokens
         )
         generation = Generation(request, text, self._loop.wake)
         with self._lock:
@@ -218,3 +220,11 @@ class Engine:
                 f"a prompt of {len(tokens)} tokens leaves no room; a row has at most {self._longest}",
                 hint="Shorten the prompt, or raise kv_cache_bytes if the base reads more.",
             )
+
+
+def _token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        hint = "Encode a text with loradeck.base.text.encode(base.tokenizer, text)."
+        raise ConfigError("a prompt is a list of token ids", hint=hint) from error
