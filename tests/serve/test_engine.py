@@ -398,7 +398,7 @@ def test_a_prompt_that_is_not_token_ids_is_refused(serve: Serve, prompt: Any) ->
 
 
 def test_an_adapter_beyond_the_budget_is_refused(serve: Serve) -> None:
-    with pytest.raises(ConfigError, match="adapter_bytes"):
+    with pytest.raises(ConfigError, match=r"^a0@1 takes \d+ bytes, more than adapter_bytes=100\n"):
         serve(adapter_bytes=100).submit([5], "a0")
 
 

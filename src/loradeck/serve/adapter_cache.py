@@ -129,9 +129,9 @@ class AdapterCache:
             weights[sha256] = weights.get(sha256, 0.0) + weight
         nbytes = sum(stored.facts.nbytes for stored in adapters.values())
         if nbytes > self.budget:
+            specs = " and ".join(stored.spec for stored in adapters.values())
             raise ConfigError(
-                f"{' and '.join(stored.spec for stored in adapters.values())} take {nbytes} bytes, more than the "
-                f"{self.budget} for adapters",
+                f"{specs} take{'s' * (len(adapters) == 1)} {nbytes} bytes, more than adapter_bytes={self.budget}",
                 hint="Raise adapter_bytes.",
             )
         return tuple(sorted((sha256, weight) for sha256, weight in weights.items() if weight)), adapters
