@@ -59,6 +59,7 @@ def test_the_flag_selects_the_weights(run: Callable, tiny_folder: Path) -> None:
         (["-a", "nowhere"], "nowhere is not a folder"),
         (["-a", "x*y"], "invalid blend"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--top-p", "0.5"], "--top-p needs a temperature above 0\nAdd --temperature"),
         (["--dtype", "int8"], "Choose from"),
         (["--weights", "int4"], "Choose from"),
     ],

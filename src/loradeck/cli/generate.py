@@ -32,6 +32,8 @@ def generate(
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
         prompts: One or more; put `--` before a prompt that begins with a dash.
     """
+    if sampling.top_p != GREEDY.top_p and sampling.temperature == 0:
+        raise ConfigError("--top-p needs a temperature above 0", hint="Add --temperature, such as 0.7.")
     texts = [*(adapters or [blend.NONE])]
     if len(texts) == 1:
         texts *= len(prompts)
