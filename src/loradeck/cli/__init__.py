@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(tokens)
         sys.stdout.flush()
     except (LoradeckError, CycloptsError) as error:
-        text = error.report() if isinstance(error, LoradeckError) else error
+        text = error.report() if isinstance(error, LoradeckError) else _usage_error(error)
         print(printable(f"loradeck: {text}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,3 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it at exit
         return 141
     return code if isinstance(code, int) else 0
+
+
+def _usage_error(error: CycloptsError) -> str:
+    text = str(error)
+    if isinstance(error, MissingArgumentError) and error.argument and error.keyword is None:  # it was not given at all
+        text = re.sub(r"^.* requires an argument\.", f"{error.argument.name} is required.", text)
+    return text
