@@ -70,6 +70,12 @@ def test_every_flag_has_help(run: Callable, verb: str) -> None:
     assert all(len(flag.split("  ", 1)) == 2 for flag in flags), flags
 
 
+def test_defaults_are_shown_as_they_are_written(run: Callable) -> None:
+    text = " ".join(run("serve", "--help").out.replace("│", " ").split())
+    assert "[default: localhost, 127.0.0.1, [::1]]" in text
+    assert "()" not in text
+
+
 def test_the_version_is_the_package_s(run: Callable) -> None:
     assert run("--version").out.strip() == loradeck.__version__
 
@@ -84,7 +90,10 @@ def test_python_m_is_the_same_command() -> None:
     [
         (["shwo", "x"], 'Unknown command "shwo". Did you mean "show"?'),
         (["ls", "--jsn"], "Unknown option: --jsn. Did you mean --json?"),
-        (["show"], "requires an argument"),
+        (["show"], "ADAPTER is required."),
+        (["train", "a", "b"], "loradeck: --output is required."),
+        (["train", "a", "b", "--outputt", "c"], "--output is required. Did you mean --output instead of --outputt?"),
+        (["train", "a", "b", "-o"], "-o requires an argument"),
         (["train", "a", "b", "-o", "c", "--epochs", "two"], "--epochs"),
     ],
 )

@@ -5,11 +5,12 @@ and help. It imports what takes long inside the function.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
 from loradeck.cli.display.text import printable
 from loradeck.errors import LoradeckError
@@ -32,12 +33,20 @@ VERBS = (
     "doctor",
 )
 
+
+def _default(value: object) -> object:
+    """Return a default as the help shows it; None hides it."""
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or None
+    return None if value is False else value
+
+
 app = App(
     name="loradeck",
     help="One base, a thousand adapters: train, store, switch and serve LoRA. Begin with `loradeck demo`.",
     help_format="plaintext",  # Markdown would double the time of --help
     version=lambda: version("loradeck"),
-    default_parameter=Parameter(negative=(), show_default=lambda value: None if value is False else value),
+    default_parameter=Parameter(negative=(), show_default=_default),
     result_action="return_value",
     print_error=False,
     exit_on_error=False,
