@@ -93,6 +93,12 @@ def test_invalid_json_is_refused(raw: bytes) -> None:
     assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("raw", [b"", b'{"messages": ['])
+def test_an_incomplete_body_is_called_so(raw: bytes) -> None:
+    with pytest.raises(HttpError, match="The body is empty or incomplete JSON"):
+        read(raw)
+
+
 @pytest.mark.slow
 @given(raw=st.binary(max_size=60) | st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)).map(lambda value: msgspec.json.encode({**CHAT, "tools": value, "n": value})[:900]))  # fmt: skip
 @settings(max_examples=60)

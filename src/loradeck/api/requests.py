@@ -204,6 +204,8 @@ async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
         fields = msgspec.json.decode(body)
         value = msgspec.convert(fields, kind, str_keys=True)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        if str(error) == "Input data was truncated":  # msgspec's words for an empty body too
+            raise HttpError(400, "The body is empty or incomplete JSON.") from error
         raise HttpError(400, str(error), param=_invalid_field(str(error))) from error
     if isinstance(fields, dict):
         _check_fields(fields, kind)
