@@ -70,6 +70,13 @@ def test_an_invalid_file_is_refused(tmp_path: Path, text: str) -> None:
         ApiKeys.load(file)
 
 
+def test_an_invalid_key_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f"[alice]\nsha256='{sha('ka')}'\n[bob]\nsha256='short'\n")
+    with pytest.raises(ConfigError, match=r"keys\.toml: \[bob\]: .*sha256"):
+        ApiKeys.load(file)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         ApiKeys.load(tmp_path / "keys.toml")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
@@ -91,14 +91,21 @@ class ApiKeys:
         """
         hint = 'A key is a table [name] with sha256 = "..."; adapters = ["..."] and control = true are optional.'
         try:
-            tables = msgspec.toml.decode(Path(path).read_bytes(), type=dict[str, _KeyTable])
+            tables = msgspec.toml.decode(Path(path).read_bytes(), type=dict[str, Any])
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ConfigError(f"invalid keys file {path}: {error}", hint=hint) from error
         if not tables:
             raise ConfigError(f"{path} holds no key", hint=hint)
-        return cls([ApiKey(name, table.sha256, table.adapters, table.control) for name, table in tables.items()])
+        keys = []
+        for name, fields in tables.items():
+            try:
+                table = msgspec.convert(fields, _KeyTable)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"invalid keys file {path}: [{name}]: {error}", hint=hint) from error
+            keys.append(ApiKey(name, table.sha256, table.adapters, table.control))
+        return cls(keys)
 
     def authenticate(self, authorization: str | None) -> ApiKey:
         """Return the key of a request from its Authorization header.
