@@ -21,7 +21,7 @@ def planned(base: Base, tmp_path: Path) -> tuple[Plan, Run]:
     data.write_text("\n".join(["prompt,completion", *(line.replace("|", ",") for line in LINES)]))
     lora = LoraConfig(r=4, target_modules=["q_proj"])
     job = JobRecipe(name="one", data=str(data), lora=lora, train=TrainConfig(batch_size=2, epochs=2))
-    other = JobRecipe(name="other", data=str(data), lora=LoraConfig(r=64))
+    other = JobRecipe(name="other", data=str(data), lora=LoraConfig(r=64), train=TrainConfig(max_steps=3))
     run = Run(RunRecipe(base="tiny", jobs=(job, other)), tmp_path / "one", base)
     return plan(run, "one"), run
 
@@ -55,6 +55,9 @@ def test_settings_have_reasons(planned: tuple[Plan, Run]) -> None:
     assert settings["epochs"] == ("2", "as given")
     assert settings["lora_dropout"] == ("0.0", REASONS["lora_dropout"])
     assert "patience" not in settings
+    other = plan(planned[1], "other").settings
+    assert other["max_steps"] == ("3", "as given")
+    assert "epochs" not in other
 
 
 def test_the_first_example_is_shown_with_its_mask(planned: tuple[Plan, Run]) -> None:

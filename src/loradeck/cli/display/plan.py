@@ -82,6 +82,8 @@ def plan(run: Run, name: str) -> Plan:
 def _settings(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[str, str]]:
     """Return the settings that were changed, and the defaults that have a reason."""
     values = {f.name: (getattr(each, f.name), f.default) for each in (lora, config) for f in fields(each)}
+    if config.max_steps is not None:  # instead of epochs
+        del values["epochs"]
     return {
         name: (str(value), "as given" if value != default else REASONS[name])
         for name, (value, default) in values.items()
