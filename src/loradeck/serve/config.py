@@ -24,7 +24,7 @@ class EngineConfig:
     memory_bytes: int = 1 << 32
     """Bytes for adapters evicted from the device and kept in memory; unused if the device is the CPU."""
     max_waiting: int = 1024
-    """Maximum number of waiting requests; more are rejected with `BusyError`."""
+    """Maximum number of waiting requests; more are rejected with `BusyError` (HTTP 429)."""
     patience: float = 2.0
     """Seconds that a request waits while others, whose adapters are resident, go first."""
     quantum: int = 256

@@ -89,7 +89,7 @@ class Loop:
                 self._receive()
                 if not self._step():
                     self._changed.wait(TICK if self._generations else None)
-                    self._changed.clear()  # before looking again, at `_stopped` too: what comes later wakes it
+                    self._changed.clear()  # before the next check, so that no later wake-up is lost
         except Exception:
             log.exception("the engine failed")
             self.failed = True
