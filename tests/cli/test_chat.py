@@ -26,7 +26,7 @@ def test_a_conversation_changes_adapters(run: Callable, tiny_folder: Path, adapt
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/adapter nobody", "unknown adapter 'nobody'"),
+        ("/adapter nobody", "unknown adapter 'nobody'\nLoaded: poet.\n"),
         ("/adapter", "unknown command"),
         ("/jump", "unknown command"),
         ("/blend", "unknown command"),

@@ -189,7 +189,7 @@ def interrupted(run: Callable, *arguments: object) -> Any:
         (["-o", "lines.jsonl"], "is a file"),
         (["-o", "lines.jsonl/x"], "cannot write"),
         (["-o", "a:b"], "':'"),
-        (["-o", "out", "--r", "0"], "r is 0"),
+        (["-o", "out", "--r", "0"], "r is 0, not an integer from 1 to 65536\nSee `loradeck train --help`"),
         (["-o", "out", "--epochs", "0"], "epochs must be an integer of at least 1, not 0"),
         (["-o", "out", "--target-modules", "q_prj"], "q_proj"),
         (["-o", "out", "--lerning-rate", "1"], "--learning-rate"),

@@ -92,10 +92,10 @@ class TestEntries:
         for rows in ("pirat", ["poet", "pirat"], {"poet": 1, "pirat": 2}):
             with pytest.raises(UnknownAdapterError, match=r"'pirat'\n.*pirate"):
                 bank.route(rows)
-        with pytest.raises(UnknownAdapterError, match=r"Resident: poet, pirate, tiny"):
+        with pytest.raises(UnknownAdapterError, match=r"Loaded: poet, pirate, tiny\."):
             bank.route("zzz")
         bank.detach()
-        with pytest.raises(UnknownAdapterError, match="none"):
+        with pytest.raises(UnknownAdapterError, match="No adapter is loaded"):
             bank.route("poet")
 
     @pytest.mark.parametrize("count", [3, 5, 8])

@@ -61,7 +61,7 @@ def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
         ConfigError: the address cannot be used, or other machines could reach it although no keys are set.
     """
     if not has_keys and not is_loopback(host):
-        hint = "Set API keys, or listen on 127.0.0.1."
+        hint = "Give --keys FILE, or listen on 127.0.0.1."
         raise ConfigError(f"without API keys, anyone who reaches {host} could control the server", hint=hint)
     try:
         if not 0 <= port < 1 << 16:

@@ -139,7 +139,7 @@ def _check(source: str) -> None:
     if find_adapter_config_file(source):
         raise BaseModelError(
             f"{source} is an adapter, not a base",
-            hint="Load its base, then the adapter onto it: bank = Bank(base.model); bank.load(folder).",
+            hint="Give its base here, and the adapter as --adapter FOLDER; in Python, to bank.load(folder).",
         )
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():

@@ -85,7 +85,7 @@ class Bank:
             close = difflib.get_close_matches(name, self.names(), n=3) or self.names()[:8]
             raise UnknownAdapterError(
                 f"unknown adapter {name!r}",
-                hint=f"Resident: {', '.join(close) or 'none'}. Load one with bank.load.",
+                hint=f"Loaded: {', '.join(close)}." if close else "No adapter is loaded.",
             )
         return adapter
 

@@ -54,7 +54,7 @@ def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None
         raise AdapterError(
             f"{files.folder} was trained on another base: {files.origin.base_model or 'unnamed'}, "
             f"fingerprint {trained_on[:12]}; this one has {fingerprint[:12]}",
-            hint="Load that base, or pass any_base=True if you know that this one is compatible.",
+            hint="Load that base. If you know that this one is compatible: bank.load(folder, any_base=True) in Python.",
         )
 
 

@@ -56,7 +56,9 @@ class LoraConfig:
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         problems = self._problems()
         if problems:
-            raise ConfigError("invalid LoraConfig", problems, hint="See `help(LoraConfig)` for each field.")
+            raise ConfigError(
+                "invalid LoraConfig", problems, hint="See `loradeck train --help`, or help(LoraConfig) in Python."
+            )
 
     def _problems(self) -> list[str]:
         problems = self._wrong_types()

@@ -26,7 +26,7 @@ def check_name(name: str) -> None:
     if problem:
         raise AdapterNameError(
             f"invalid name: {str(name)[:MAX_NAME]!r} {problem}",
-            hint="Use letters, digits, '.', '_' and '-': bank.load(folder, name=…).",
+            hint="Use letters, digits, '.', '_' and '-' in the name.",
         )
 
 
