@@ -41,6 +41,13 @@ def test_successive_halving_stops_the_worse_half(run: Callable, tiny_folder: Pat
     assert run("generate", tiny_folder, "3?", "--adapter", "best", "--max-new-tokens", 2).code == 0
 
 
+def test_a_dry_run_shows_the_first_example_once(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    ran = run("sweep", tiny_folder, dataset, "-o", "best", "--lr", "1e-3,1e-2", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert ran.out.count("of the base's") == 2
+    assert ran.out.count("The first example:") == 1
+
+
 def test_losses_at_a_halving_are_fresh(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     """Whatever the steps between evaluations, each halving has one of its own."""
     flags = ["--lr", "1e-3,1e-2", "--max-steps", 8, "--eval-every", 3, "--samples", 0]

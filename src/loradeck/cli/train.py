@@ -125,8 +125,11 @@ def carry_out(
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
     run = Run(recipe, output, base)
     run.answer = answerer(base, run)
+    examples: list[object] = []  # the trials of a sweep share one
     for name in run.data:
-        console.print(plan_table(plan(run, name)))
+        job_plan = plan(run, name)
+        console.print(plan_table(job_plan, example=job_plan.first not in examples))
+        examples.append(job_plan.first)
     if dry_run:
         return run
     with ExitStack() as stack:

@@ -171,8 +171,8 @@ def _sample(sample: Sample) -> RenderableType:
     return Group(Text(f"{sample.job}, step {sample.step}", style="bold"), lines)
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """Return a plan's sizes, its settings with their reasons, and its first example with its mask."""
+def plan_table(plan: Plan, *, example: bool = True) -> RenderableType:
+    """Return a plan's sizes, its settings with their reasons, and with `example` its first example with its mask."""
     sizes = Table.grid(padding=(0, 2))
     rows = {
         "adapter": f"{plan.name}: {plan.trainable:,} parameters, {plan.adapter_bytes / 1e6:,.1f} MB: "
@@ -189,6 +189,8 @@ def plan_table(plan: Plan) -> RenderableType:
     settings = Table.grid(padding=(0, 2))
     for name, (value, reason) in plan.settings.items():
         settings.add_row(Text(name, style="bold"), Text(_excerpt(value)), Text(reason, style="dim"))
+    if not example:
+        return Group(sizes, Text(), settings, Text())
     first = Table.grid(padding=(0, 2))
     for text, learned in plan.first:
         first.add_row(Text("learned", style="green") if learned else Text("read", style="dim"), Text(_excerpt(text)))
