@@ -264,7 +264,7 @@ def test_refuses_prompts(base: Base, prompts: Any) -> None:
 
 @pytest.mark.parametrize("adapters", [[], ["a"], ["a", "b", None, None]])
 def test_refuses_as_many_adapters_as_there_are_not_prompts(base: Base, bank: Bank, adapters: list[Any]) -> None:
-    with pytest.raises(RouteError, match=f"{len(adapters)} adapters for 3 prompts"):
+    with pytest.raises(RouteError, match=f"the numbers of adapters and prompts differ: {len(adapters)} and 3"):
         generate(base, bank, PROMPTS, adapters)
 
 

@@ -47,7 +47,8 @@ def generate(
         raise ConfigError("prompts is not a list with at least one prompt", hint="Give a list: [prompt].")
     if isinstance(adapters, Sequence) and not isinstance(adapters, str) and len(adapters) != len(prompts):
         raise RouteError(
-            f"{len(adapters)} adapters for {len(prompts)} prompts", hint="Give one entry per prompt, or one for all."
+            f"the numbers of adapters and prompts differ: {len(adapters)} and {len(prompts)}",
+            hint="Give one entry per prompt, or one for all.",
         )
     sequences = _sequences(base, prompts, max_new_tokens, temperature, top_p, seed)
     for _ in _steps(base, bank, sequences, adapters):

@@ -55,7 +55,7 @@ def test_the_flag_selects_the_weights(run: Callable, tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-a", "none", "-a", "none"], "2 adapters for 1 prompts"),
+        (["-a", "none", "-a", "none"], "the numbers of adapters and prompts differ: 2 and 1"),
         (["-a", "nowhere"], "nowhere is not a folder"),
         (["-a", "x*y"], "invalid blend"),
         (["--max-new-tokens", "0"], "max_new_tokens"),

@@ -49,7 +49,9 @@ def test_an_adapter_is_replaced_only_if_asked(run: Callable, tiny_folder: Path, 
     assert "--overwrite" in ran.err
     assert (adapters / "poet" / "adapter_model.safetensors").read_bytes() == before
     (adapters / "poet" / "notes.txt").write_text("mine")
-    assert run("train", tiny_folder, dataset, "-o", adapters / "poet", "--max-steps", 1, "--overwrite").code == 0
+    ran = run("train", tiny_folder, dataset, "-o", adapters / "poet", "--max-steps", 1, "--overwrite")
+    assert ran.code == 0
+    assert "finished after 1 step, loss" in ran.out
     assert (adapters / "poet" / "adapter_model.safetensors").read_bytes() != before
     assert (adapters / "poet" / "notes.txt").read_text() == "mine"
 

@@ -39,7 +39,7 @@ def generate(
         texts *= len(prompts)
     if len(texts) != len(prompts):
         raise ConfigError(
-            f"{len(adapters)} adapters for {len(prompts)} prompts",
+            f"the numbers of adapters and prompts differ: {len(adapters)} and {len(prompts)}",
             hint="Give --adapter once for all prompts, or once for each; `none` is the base.",
         )
     blend.check(texts)

@@ -74,7 +74,8 @@ def serve(
             url = url_of(address)
             example = curl(url, running, has_keys=bool(api_keys))
             seconds = time.perf_counter() - start
-            ready = f"{loaded.name} with {count} adapters on {url}, after {seconds:.1f} s; try:\n{example}"
+            adapter_count = f"{count} adapter{'s' * (count != 1)}"
+            ready = f"{loaded.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
             print(printable(ready), flush=True)
             server.serve_forever()
 

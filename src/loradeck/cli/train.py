@@ -137,7 +137,8 @@ def carry_out(
         if log is not None:
             listeners.append(stack.enter_context(metric_writer(log, output)))
         if resume:
-            print(printable(f"resumed {output} after {run.resume()} passes"))
+            passes = run.resume()
+            print(printable(f"resumed {output} after {passes} pass{'es' * (passes != 1)}"))
         else:
             run.begin()
         steps = {name: job.schedule.steps for name, job in run.trainer.jobs.items()}
@@ -169,7 +170,8 @@ def conclude(run: "Run", base: str) -> int:
         if end.kept and folder.joinpath("adapter_config.json").exists():
             best = progress.best_loss
             validation = f", best validation loss {best:.4f} at step {end.kept}" if best else ""
-            line = f"{end.reason} after {end.step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}{validation}"
+            steps = f"{end.step} step{'s' * (end.step != 1)}"
+            line = f"{end.reason} after {steps}, loss {losses[0]:.3f} -> {losses[-1]:.3f}{validation}"
             print(printable(f"{folder}: {format_size(run.bank[name].nbytes)}, {line}"))
         if end.detail or not losses:
             print(printable(f"{name}: {end.reason}: {end.detail or 'before the first step; nothing was saved'}"))
