@@ -65,7 +65,7 @@ def test_what_is_missing_is_named_with_its_remedy(run: Callable, monkeypatch: py
     facts = json.loads(ran.out)
     assert ran.code == 1
     assert facts["torch"] == doctor.MISSING
-    assert "gguf lacks gguf: pip install 'loradeck[gguf]'" in facts["extras"]
+    assert "pip install 'loradeck[gguf]' adds gguf" in facts["extras"]
 
 
 @pytest.mark.parametrize(("offline", "message"), [(True, "the hub is off"), (False, "on the hub")])

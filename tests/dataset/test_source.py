@@ -165,7 +165,7 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ((), "has no train split; it has nothing that could be one"),
+        ((), "has no train split and no other data"),
         (("valid.jsonl", "mine.csv"), r"has no train split; it has mine.csv, valid.jsonl"),
         (("train.jsonl", "train.csv"), "train.csv and train.jsonl could both be the train split"),
         (("train.jsonl", "valid.jsonl", "dev.jsonl"), "dev.jsonl and valid.jsonl could both be the valid split"),

@@ -295,6 +295,11 @@ class TestConfigs:
         with refused(bank, "adapter_config.json"):
             bank.load(folder)
 
+    def test_a_list_is_not_an_object(self, bank, folder):
+        (folder / CONFIG).write_bytes(b"[]")
+        with refused(bank, r"adapter_config\.json is not a JSON object: "):
+            bank.load(folder)
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "changes",

@@ -391,6 +391,11 @@ def test_what_cannot_be_is_refused_at_once(serve: Serve, tokens: list[int], entr
     assert engine._loop.live == []
 
 
+def test_an_unknown_token_id_is_named(serve: Serve) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown token id {VOCABULARY}; the base has {VOCABULARY}\n"):
+        serve().submit([5, VOCABULARY])
+
+
 @pytest.mark.parametrize("prompt", ["text", [1.5], 5, None])
 def test_a_prompt_that_is_not_token_ids_is_refused(serve: Serve, prompt: Any) -> None:
     with pytest.raises(ConfigError, match=r"a prompt is a list of token ids\n.*loradeck\.base\.text\.encode"):

@@ -134,7 +134,7 @@ def _cache() -> str:
 
 
 def _extras() -> str:
-    """Return the extras that lack a package, each with the command that installs it."""
+    """Return the commands that install the missing packages of each extra."""
     from importlib.metadata import metadata
 
     from packaging.requirements import Requirement
@@ -150,5 +150,5 @@ def _extras() -> str:
             if each.marker.evaluate({"extra": extra}) and _version(each.name) == MISSING
         ]
         if missing:
-            lines.append(f"{extra} lacks {', '.join(missing)}: pip install 'loradeck[{extra}]'")
+            lines.append(f"pip install 'loradeck[{extra}]' adds {', '.join(missing)}")
     return "; ".join(lines) or "all installed"

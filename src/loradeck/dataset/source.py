@@ -155,8 +155,10 @@ def _check_splits(name: str, splits: Mapping[Split, Iterable[str]], files: Itera
         if len(candidates := list(keys)) > 1:
             raise DataError(f"{name}: {' and '.join(candidates)} could both be the {split} split", hint="Keep one.")
     if "train" not in splits:
-        shown = ", ".join(list(files)[:5]) or "nothing that could be one"
-        raise DataError(f"{name} has no train split; it has {shown}", hint=HINT)
+        shown = ", ".join(list(files)[:5])
+        raise DataError(
+            f"{name} has no train split" + (f"; it has {shown}" if shown else " and no other data"), hint=HINT
+        )
 
 
 def _read_files(paths: Iterable[Path]) -> Iterator[Row]:

@@ -142,7 +142,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
-        raise AdapterError(f"{path} is no JSON object: {error}", hint="Download or save the adapter again.") from None
+        raise AdapterError(
+            f"{path} is not a JSON object: {error}", hint="Download or save the adapter again."
+        ) from None
 
 
 def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) -> bytes:

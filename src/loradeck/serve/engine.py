@@ -211,7 +211,8 @@ class Engine:
         unknown = used - self._in_vocabulary(used)
         if unknown:
             raise ConfigError(
-                f"{min(unknown)} is no token of the base, which has {self._runner.vocabulary}", hint="Give token ids."
+                f"unknown token id {min(unknown)}; the base has {self._runner.vocabulary}",
+                hint="Use the base's own tokenizer.",
             )
         if not tokens:
             raise ConfigError("the prompt is empty", hint="Give at least one token.")
