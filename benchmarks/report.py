@@ -32,6 +32,8 @@ describes each suite. Figures are medians; the systems of a table alternate in o
 table only. The machines are shared and noisy.
 """
 
+UNRECORDED = "CPU capability not recorded"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -46,7 +48,7 @@ class Record:
     @classmethod
     def read(cls, suite: Suite, path: Path) -> "Record":
         record = json.loads(path.read_text(encoding="utf-8"))
-        capability = record.get("cpu_capability", "CPU capability not recorded")
+        capability = record.get("cpu_capability", UNRECORDED)
         if record.get("bfloat16_arithmetic"):
             capability += " with bfloat16 arithmetic"
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -179,7 +181,8 @@ def headline(table: Table, figure: Figure, records: Sequence[Record]) -> list[st
     """Return a figure's row, from the first record that has it."""
     for record in records:
         if cells := record.suite.cells(record.figures).get(table, {}).get(figure.key):
-            return [f"| {figure.headline} | {values(figure, cells)} | {figure.target_text} | {record.machine} |"]
+            machine = record.machine.removesuffix(f" ({UNRECORDED})")  # docs/benchmarks.md says so
+            return [f"| {figure.headline} | {values(figure, cells)} | {figure.target_text} | {machine} |"]
     return []
 
 

@@ -78,7 +78,7 @@ SUITE = Suite(
             "Tokens per second",
             ("{column}", "{row}"),
             (
-                Figure(MIXED + RATE, headline=f"decode {MIXED}, prompts apart"),
+                Figure(MIXED + RATE, headline=f"decode {MIXED} (llama.cpp in Q4_1, the others in bfloat16)"),
                 Figure("others' share of the machine, at most", "largest share of other processes", PERCENT),
             ),
         ),
