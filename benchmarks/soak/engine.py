@@ -64,6 +64,7 @@ def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Le
 
         def check() -> bool:
             check_budgets(engine, ledger)
+            ledger.counts["evictions"] = engine.adapter_cache.evictions
             return limits.enough(ledger)
 
         memory.watch(limits.seconds, check)
@@ -121,6 +122,8 @@ def send(engine: Engine, catalogue: Catalogue, request: Request, ledger: Ledger)
             stream.cancel()
     if resolution.is_outdated():
         ledger.count("overtaken")
+    if stream.request.cached:
+        ledger.count("prefixes found")
     key = dict(stream.request.key)
     routes = [route for route in resolution.routes() if content_key(catalogue, route) == key]
     if not routes:

@@ -19,7 +19,10 @@ pytestmark = pytest.mark.slow
 TOKEN_BYTES = 2 * 2 * 16 * 2 * 4  # of the tiny base: layers, heads, width, keys and values, float32
 
 
-EVENTS = ("requests", "refused", "length", "cancelled", "publishes", "loads by hand", "unloads by hand", "overtaken")
+EVENTS = (
+    *("requests", "refused", "length", "cancelled", "publishes", "loads by hand", "unloads by hand", "overtaken"),
+    *("evictions", "prefixes found"),
+)
 
 
 def everything_happened(ledger: Ledger) -> bool:
