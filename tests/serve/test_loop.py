@@ -258,7 +258,7 @@ def test_a_request_that_comes_as_the_engine_breaks_ends(
 
 
 def test_stop_tokens_that_the_base_does_not_know(serve: Serve, base: Base) -> None:
-    with pytest.raises(ConfigError, match="9999 is no token"):
+    with pytest.raises(ConfigError, match="unknown token id 9999"):
         serve().submit([5], None, SamplingParams(stop_token_ids=frozenset({9999})))
     tokenizer = copy.deepcopy(base.tokenizer)  # other tests share it
     tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
