@@ -15,7 +15,7 @@ RUN := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: .venv/.dev lint types  ## lint, types, all tests
 	$(RUN) $(PYTEST)
 
-check: .venv/.dev lint types  ## lint, types, the quick tests: under a minute
+check: .venv/.dev lint types  ## lint, types, the quick tests: about a minute
 	$(RUN) -m 'not slow and not real' $(PYTEST)
 
 lint: .venv/.dev
