@@ -68,9 +68,9 @@ INLINE int64_t bytes(int half) { return half ? 2 : 4; }
 INLINE vec load(const void *from, int64_t at, int half) {
     vec out;
     if (half) {
-        vec_u16 own;
-        memcpy(&own, (const uint16_t *)from + at, sizeof own);
-        return (vec)(__builtin_convertvector(own, vec_u32) << 16);
+        vec_u16 upper;
+        memcpy(&upper, (const uint16_t *)from + at, sizeof upper);
+        return (vec)(__builtin_convertvector(upper, vec_u32) << 16);
     }
     memcpy(&out, (const f32 *)from + at, sizeof out);
     return out;
@@ -79,9 +79,9 @@ INLINE vec load(const void *from, int64_t at, int half) {
 INLINE eight load_eight(const void *from, int64_t at, int half) {
     eight out;
     if (half) {
-        eight_u16 own;
-        memcpy(&own, (const uint16_t *)from + at, sizeof own);
-        return (eight)(__builtin_convertvector(own, eight_u32) << 16);
+        eight_u16 upper;
+        memcpy(&upper, (const uint16_t *)from + at, sizeof upper);
+        return (eight)(__builtin_convertvector(upper, eight_u32) << 16);
     }
     memcpy(&out, (const f32 *)from + at, sizeof out);
     return out;
@@ -100,8 +100,8 @@ INLINE void store(void *to, int64_t at, vec value, int half) {
     if (half) { /* to nearest even; a NaN stays a NaN */
         vec_u32 bits = (vec_u32)value, nan = (vec_u32)(value != value);
         vec_u32 near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        vec_u16 own = __builtin_convertvector((near & ~nan) | (0x7fc0 & nan), vec_u16);
-        memcpy((uint16_t *)to + at, &own, sizeof own);
+        vec_u16 upper = __builtin_convertvector((near & ~nan) | (0x7fc0 & nan), vec_u16);
+        memcpy((uint16_t *)to + at, &upper, sizeof upper);
     } else {
         memcpy((f32 *)to + at, &value, sizeof value);
     }

@@ -134,8 +134,8 @@ def _line(job: Job, event: AnyEvent) -> str:
 
 def _state(job: Job) -> Text:
     if job.end:
-        kept = f", kept {job.end.kept}" if job.end.kept != job.end.step else ""
-        return Text(f"{job.end.reason}{kept}", style=COLOURS.get(job.end.reason, ""))
+        best = f", kept {job.end.kept}" if job.end.kept != job.end.step else ""
+        return Text(f"{job.end.reason}{best}", style=COLOURS.get(job.end.reason, ""))
     if job.step is None:
         return Text("waiting", style="dim")
     return Text("running" if job.left is None else _time(job.left), style=COLOURS["running"])
