@@ -14,7 +14,7 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.example import Example, Preference
-from loradeck.dataset.read import DatasetReader, ParsedRow
+from loradeck.dataset.reader import DatasetReader, ParsedRow
 from loradeck.dataset.record import PreferencePair, Record, Span, TokenIds
 from loradeck.dataset.source import find
 

@@ -20,7 +20,8 @@ import torch
 from loradeck.base.load import Base
 from loradeck.base.text import chat_template_hash
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
-from loradeck.dataset.read import Dataset, Examples, held_out, read_dataset
+from loradeck.dataset.read import Dataset, held_out, read_dataset
+from loradeck.dataset.reader import Examples
 from loradeck.disk import write_file
 from loradeck.lora.bank import Bank
 from loradeck.train import checkpoint, events
