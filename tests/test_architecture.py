@@ -34,9 +34,24 @@ MAY = {
     "generation": {"lora", "base", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
     "train": {"dataset", "lora", "ops", "base", *GROUND},
+    "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
     "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},
-    "api": {"serve", "sampling", "store", "stored", "lora", "base", *GROUND},
-    "cli": {"api", "serve", "store", "generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},
+    "api": {"evaluation", "dataset", "serve", "sampling", "store", "stored", "lora", "base", *GROUND},
+    "cli": {
+        "api",
+        "evaluation",
+        "serve",
+        "store",
+        "generation",
+        "train",
+        "dataset",
+        "base",
+        "lora",
+        "ops",
+        "toy",
+        "demo",
+        *GROUND,
+    },
 }
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loradeck.base.load import Base
     from loradeck.errors import LoradeckError
+    from loradeck.evaluation.evaluator import evaluate
     from loradeck.generation import generate
     from loradeck.lora.adapter import Adapter
     from loradeck.lora.bank import Bank
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from loradeck.store import AdapterStore
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "AdapterStore", "Bank", "Base", "LoraConfig", "LoradeckError", "generate"]
+__all__ = ["Adapter", "AdapterStore", "Bank", "Base", "LoraConfig", "LoradeckError", "evaluate", "generate"]
 
 _MODULES = {
     "Adapter": "loradeck.lora.adapter",
@@ -22,6 +23,7 @@ _MODULES = {
     "Base": "loradeck.base.load",
     "LoraConfig": "loradeck.lora.config",
     "LoradeckError": "loradeck.errors",
+    "evaluate": "loradeck.evaluation.evaluator",
     "generate": "loradeck.generation",
 }
 

@@ -22,9 +22,11 @@ from loradeck.api.chat import create_chat_completion
 from loradeck.api.completions import create_completion
 from loradeck.api.config import ServerConfig
 from loradeck.api.errors import error_handler, shutting_down
+from loradeck.api.evaluate import evaluate
 from loradeck.api.openapi import Operation, openapi_document
 from loradeck.api.state import ServerState, state_of
 from loradeck.errors import LoradeckError
+from loradeck.evaluation.report import Report
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
@@ -59,6 +61,7 @@ OPERATIONS = [
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
     Operation("POST", "/v1/chat/completions", create_chat_completion, req.ChatCompletionRequest, res.ChatCompletion),
     Operation("POST", "/v1/completions", create_completion, req.CompletionRequest, res.TextCompletion),
+    Operation("POST", "/evaluate", evaluate, req.EvaluateRequest, Report, errors=(404, 422, 429, 503)),
     Operation("POST", "/v1/load_lora_adapter", adapters.load_adapter, req.LoadAdapterRequest, errors=(404, 422)),
     Operation("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, req.UnloadAdapterRequest, errors=(404, 422)),
     Operation("GET", "/lora-adapters", adapters.list_lora_adapters, None, list[res.LoraAdapter]),

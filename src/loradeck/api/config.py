@@ -21,6 +21,8 @@ class ServerConfig:
     """Maximum number of tokens in an answer; a request that asks for more gets this many."""
     max_choices: int = 128
     """Maximum number of answers to one request: its prompts times `n`."""
+    max_eval_rows: int = 4096
+    """Maximum rows of an evaluation: its sequences and questions, times the adapters and the base."""
     ping: float = 15.0
     """Seconds of silence after which a stream sends a comment to keep the connection open."""
     drain: float = 30.0

@@ -14,6 +14,7 @@ from loradeck.api.responses import JSON
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 MAX_STOP_STRINGS = 4  # OpenAI's limit
+MAX_EVAL_ADAPTERS = 256
 
 NonNegativeInt: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]
 TokenId: TypeAlias = NonNegativeInt
@@ -183,6 +184,24 @@ class UnloadAdapterRequest(msgspec.Struct, kw_only=True):
     """`POST /v1/unload_lora_adapter`."""
 
     lora_name: NonEmptyStr
+
+
+class EvaluateRequest(msgspec.Struct, kw_only=True):
+    """`POST /evaluate`; null means the default."""
+
+    examples: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    """Records in any form of a dataset."""
+    adapters: Annotated[list[str], Meta(max_length=MAX_EVAL_ADAPTERS)] = []
+    """What `model` takes; the base is always evaluated too."""
+    exact_match: bool | None = None
+    samples: NonNegativeInt | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    max_length: Annotated[int, Meta(ge=2, le=2**31)] | None = None
+    """Maximum tokens of a sequence; longer ones are cut at the end."""
+    dpo_beta: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+
+    # Compiling or matching a stranger's regular expression can take all memory or time; clients match the samples.
+    unsupported: ClassVar[Unsupported] = {"pattern": ()}
 
 
 async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:

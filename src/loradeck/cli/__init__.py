@@ -21,6 +21,7 @@ VERBS = (
     "train",
     "sweep",
     "plot",
+    "eval",
     "generate",
     "chat",
     "serve",

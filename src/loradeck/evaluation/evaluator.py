@@ -1,0 +1,143 @@
+"""Evaluate any number of adapters on one dataset in one pass over the base."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TypeAlias
+
+import torch
+
+from loradeck.base.load import Base
+from loradeck.dataset.example import Example, Preference
+from loradeck.errors import ConfigError, DataError
+from loradeck.evaluation.config import EvalConfig
+from loradeck.evaluation.question import Question, questions, sequences
+from loradeck.evaluation.report import Report, report
+from loradeck.generation import generate
+from loradeck.lora.bank import Bank
+from loradeck.lora.routing import RouteEntry
+from loradeck.train.batching import split_units
+from loradeck.train.loss import Losses
+from loradeck.train.mode import evaluation
+
+BASE = "none"  # the base's row
+DEFAULT = EvalConfig()
+OnProgress: TypeAlias = Callable[[str, int, int], None]
+
+
+def evaluate(
+    base: Base,
+    bank: Bank,
+    examples: Sequence[Example] | Sequence[Preference],
+    adapters: Sequence[str] | Mapping[str, RouteEntry] = (),
+    config: EvalConfig = DEFAULT,
+    *,
+    on_progress: OnProgress | None = None,
+) -> Report:
+    """Measure adapters, and the base itself, on the same examples.
+
+    Forward batches have rows of all adapters, each routed through its own, so a result does not depend on the others.
+
+    Args:
+        base: The base.
+        bank: The bank on it that holds the adapters.
+        examples: A split of a dataset, as `loradeck.dataset.read.read_dataset` returns it.
+        adapters: Resident adapters; or for each row of the report its entry of `bank.route`. The base is always in the
+            report, as "none".
+        config: What is measured.
+        on_progress: Called with "loss" or "answers", how much of it is done, and how much there is.
+
+    Raises:
+        DataError: there are no examples.
+        ConfigError: an example is longer than the base's context.
+        UnknownAdapterError: a name is not resident.
+        RouteError: an invalid entry.
+    """
+    entries: dict[str, RouteEntry] = {BASE: None}
+    if isinstance(adapters, Mapping):
+        entries |= adapters
+    else:
+        entries |= {name: name for name in adapters if name != BASE}
+    examples = examples[: config.limit]
+    if not examples:
+        raise DataError("there are no examples to evaluate on", hint="Give at least one.")
+    progress = on_progress or (lambda *_: None)
+    with torch.no_grad(), evaluation(base.model):
+        losses = _losses(base, bank, sequences(examples), entries, config.max_tokens, progress)
+        asked = questions(examples, base.tokenizer)
+        asked = asked[: config.answered(len(asked))]
+        answers = _answers(base, bank, asked, entries, config, progress)
+    reference = losses[BASE] if isinstance(examples[0], Preference) else None
+    return report(examples, losses, reference, asked, answers, config, base.tokenizer)
+
+
+def _losses(
+    base: Base,
+    bank: Bank,
+    rows: Sequence[Example],
+    entries: Mapping[str, RouteEntry],
+    max_tokens: int,
+    progress: OnProgress,
+) -> dict[str, list[float]]:
+    """Return each sequence's loss, a sum over its trained tokens, through each entry."""
+    longest = max(len(example.tokens) for example in rows)
+    if base.context is not None and longest > base.context:
+        raise ConfigError(
+            f"the longest example has {longest} tokens; the context of {base.name} is {base.context}",
+            hint=f"Set max_length to {base.context} or less.",
+        )
+    model_losses = Losses(base.model)
+    order = [(at, name) for at in sorted(range(len(rows)), key=lambda at: len(rows[at].tokens)) for name in entries]
+    losses = {name: [0.0] * len(rows) for name in entries}
+    places = iter(order)
+    done = 0
+    for batch in split_units([(rows[at],) for at, _ in order], max_tokens):
+        members = [*islice(places, len(batch))]
+        routes = [entries[name] for _, name in members]
+        examples = [example for (example,) in batch]
+        lengths = [len(example.tokens) for example in examples] if model_losses.packed else None
+        with bank.route(routes, lengths=lengths), model_losses.of(examples) as values:
+            for (at, name), value in zip(members, values.tolist(), strict=True):
+                losses[name][at] = value
+        done += len(members)
+        progress("loss", done, len(order))
+    return losses
+
+
+def _answers(
+    base: Base,
+    bank: Bank,
+    asked: Sequence[Question],
+    entries: Mapping[str, RouteEntry],
+    config: EvalConfig,
+    progress: OnProgress,
+) -> dict[str, list[str]]:
+    """Return the greedy answer to each question through each entry."""
+    answers = {name: [""] * len(asked) for name in entries}
+    done = 0
+    for batch in _batches(asked, max(1, config.max_rows // len(entries)), base.context, config.max_new_tokens):
+        order = [(at, name) for at in batch for name in entries]
+        texts = generate(
+            base,
+            bank,
+            [asked[at].prompt for at, _ in order],
+            [entries[name] for _, name in order],
+            max_new_tokens=config.max_new_tokens,
+        )
+        for (at, name), text in zip(order, texts, strict=True):
+            answers[name][at] = text
+        done += len(order)
+        progress("answers", done, len(asked) * len(entries))
+    return answers
+
+
+def _batches(asked: Sequence[Question], size: int, context: int | None, max_new_tokens: int) -> Iterator[list[int]]:
+    """Batch the questions by length; one whose answer may reach the end of the context shortens nobody else's."""
+    batch: list[int] = []
+    for at in sorted(range(len(asked)), key=lambda at: len(asked[at].prompt)):
+        fits = context is None or len(asked[at].prompt) + max_new_tokens <= context
+        if batch and (len(batch) == size or not fits):
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
