@@ -28,7 +28,7 @@ from benchmarks.peers.process import Case, System
 from benchmarks.peers.workload import PROMPT, ROWS, Folder
 from loradeck import Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
-from loradeck.cli.architecture import read_architecture
+from loradeck.gguf.architecture import read_architecture
 from loradeck.lora.gguf import export
 
 OWN = "loradeck"

@@ -25,16 +25,26 @@ def cache_folder() -> Path:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` to the file at `path`, atomically."""
+    with new_file(path) as new:
+        new.write_bytes(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file to write to; on exit it replaces `path` atomically.
+
+    If the block raises, or the process is killed, `path` stays as it was.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    new = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+        yield new
+        _sync(new)
+        new.chmod(0o666 & ~_umask())
+        new.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
     _sync(path.parent)
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from loradeck.base.load import SMOLLM2, SMOLLM2_HUB_ID, SMOLLM2_PACKAGE, smollm2_file
-from loradeck.cli import architecture
+from loradeck.gguf import architecture
 
 gguf = pytest.importorskip("gguf", reason="needs pip install gguf")
 

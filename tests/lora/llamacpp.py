@@ -1,5 +1,7 @@
 """Asks llama.cpp, in a Python of its own: stdin {base, adapter, prompts, tokens, top} -> stdout, per prompt, its answers.
 
+Or {base, adapter, texts} -> the tokens of each text.
+
 An answer is, for each new token of a greedy continuation, [id, {id: log-probability} of the likeliest]. Needs xllamacpp
 and nothing else.
 """
@@ -22,6 +24,10 @@ def main() -> None:
     if asked["adapter"]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["adapter"], 1.0)]
     server = xllamacpp.Server(params)
+    if "texts" in asked:
+        requests = [{"content": text, "add_special": True, "parse_special": True} for text in asked["texts"]]
+        json.dump([server.handle_tokenize(request)["tokens"] for request in requests], sys.stdout)
+        return
     answers = []
     for prompt in asked["prompts"]:
         request = {

@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
 from loradeck.cli import main
-from loradeck.cli.architecture import LLAMACPP_NAMES, read_architecture
-from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, export, names
+from loradeck.gguf.architecture import LLAMACPP_NAMES, read_architecture
+from loradeck.gguf.model import Merge, Model, load_adapters
+from loradeck.gguf.model import export as export_model
+from loradeck.lora.gguf import PLAIN, REORDERED, export
 
 PYTHON = os.environ.get("LORADECK_LLAMACPP") or (sys.executable if find_spec("xllamacpp") else "")
 pytestmark = pytest.mark.skipif(
@@ -34,32 +36,41 @@ pytestmark = pytest.mark.skipif(
 Prompts = Sequence[Sequence[int]]
 Answer = list[tuple[int, dict[int, float]]]
 PIRATE = files("loradeck.demo") / "pirate.jsonl"
-VOCABULARY, HEADS, KV_HEADS, HEAD = 96, 4, 2, 16
+VOCABULARY, HEADS, KV_HEADS, HEAD = 260, 4, 2, 16
 IDS = [[5, 80, 13, 7, 59, 3], [9, 9, 31, 64], [2, 71, 72, 73, 74, 75, 76, 77, 78]]
 TEXTS = ["The capital of France is", "Once upon a time", "def add(a, b):\n    return", "Water boils at"]
 MIXED = LoraConfig(  # ranks and scalings of all sorts
     r=8, lora_alpha=12, use_rslora=True, rank_pattern={"q_proj": 16, "down_proj": 3}, alpha_pattern={"o_proj": 40}
 )
-SLIDING = {"attention.sliding_window": 64}
-# A kind of model -> what is its own in transformers' configuration, and in a GGUF file's header.
-OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gemma": ({}, {}),
-    "gemma2": (
-        {"query_pre_attn_scalar": HEAD, "sliding_window": 64},
-        {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **SLIDING},
-    ),
-    "gemma3_text": ({"query_pre_attn_scalar": HEAD, "sliding_window": 64}, SLIDING),
-    "granite": (
-        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.0},
-        {"attention.scale": 0.3, "embedding_scale": 3.0, "residual_scale": 0.6, "logit_scale": 2.0},
-    ),
-    "llama": ({"tie_word_embeddings": False}, {}),
-    "mistral": ({"sliding_window": None}, {}),
-    "olmo2": ({"tie_word_embeddings": False}, {}),
-    "phi3": ({"sliding_window": 64}, SLIDING),
-    "qwen2": ({}, {}),
-    "qwen3": ({}, {}),
-    "smollm3": ({}, {}),
+# A kind of model -> what is its own in transformers' configuration.
+OWN: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": HEAD, "sliding_window": 6},
+    "gemma3_text": {"query_pre_attn_scalar": HEAD, "sliding_window": 6, "num_hidden_layers": 7},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": None},
+    "olmo2": {"tie_word_embeddings": False},
+    "phi3": {"sliding_window": 64},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"num_hidden_layers": 5},
+}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+    },
 }
 
 
@@ -68,23 +79,48 @@ def test_every_known_architecture_is_tried() -> None:
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_llama_cpp_computes_what_the_route_does(kind: str, tmp_path: Path) -> None:
+def test_llama_cpp_computes_what_the_route_does(
+    kind: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = small(kind)
-    model.save_pretrained(tmp_path / "base")
+    write_base(model, tiny_tokenizer, tmp_path)
     base = read_architecture(str(tmp_path / "base"))
-    write_base(model, base, OWN[kind][1], tmp_path / "base.gguf")
     assert read_architecture(str(tmp_path / "base.gguf")) == base
     bank = Bank(model)
     everything = "all-linear" if model.config.tie_word_embeddings else r".*(_proj|embed_tokens|lm_head)"
     bank.add("mixed", replace(MIXED, target_modules=everything))
     fill(bank, "mixed", 0.2)
     export(bank["mixed"], base, tmp_path / "mixed.gguf")
+    bank.save("mixed", tmp_path / "mixed")
+    write_model(tmp_path / "base", tmp_path / "merged.gguf", {str(tmp_path / "mixed"): 1.0})
     within = 5e-3 if base.name.startswith("gemma") else 5e-4  # llama.cpp looks GELU up in a table of half precision
-    for route, adapter in ((None, None), ("mixed", tmp_path / "mixed.gguf")):
-        answers = ask(tmp_path / "base.gguf", adapter, IDS)
+    for route, file, adapter in (
+        (None, "base", None),
+        ("mixed", "base", tmp_path / "mixed.gguf"),
+        ("mixed", "merged", None),
+    ):
+        answers = ask(tmp_path / f"{file}.gguf", adapter, IDS)
         assert max(far(bank, route, IDS, answers)) < within
         assert likeliest(bank, route, IDS, answers) == [[token for token, _ in answer] for answer in answers]
     assert min(far(bank, None, IDS, answers)) > 0.5
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_llama_cpp_scales_positions_as_the_base(
+    rope: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = small("llama", rope_parameters=ROPES[rope])
+    write_base(model, tiny_tokenizer, tmp_path)
+    prompts = [[(7 * at) % 250 for at in range(1, 100)]]
+    assert max(far(Bank(model), None, prompts, ask(tmp_path / "base.gguf", None, prompts))) < 5e-4
+
+
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "spaced_tokenizer"])
+def test_llama_cpp_reads_texts_as_the_tokenizer(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(name)
+    write_base(small("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path)
+    texts = [*TEXTS, "abc aab  bca\n\tcb", " a", "é, naïve — 1234567, don't!", "<|im_start|>user\nHi<|im_end|>"]
+    assert tokenize(tmp_path / "base.gguf", texts) == [tokenizer(text)["input_ids"] for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +130,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, smollm2: Base) -> Iterator[tu
     flags = "--max-steps 12 --batch-size 4 --learning-rate 2e-3 --r 8 --dtype float32 --target-modules"
     modules = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     assert main(["train", SMOLLM2, str(PIRATE), "-o", str(folder / "trained"), *flags.split(), modules]) == 0
-    write_base(smollm2.model, read_architecture(SMOLLM2), {}, folder / "base.gguf")
+    write_model(SMOLLM2, folder / "base.gguf")
     bank = Bank(smollm2.model)
     bank.add("random", MIXED)
     fill(bank, "random", 0.03)
@@ -135,23 +171,23 @@ def test_the_real_base_as_users_have_it(real: tuple[Bank, Path], smollm2: Base, 
     assert same >= 0.9 * sum(map(len, ours))
 
 
-def small(kind: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **{"tie_word_embeddings": True, **OWN[kind][0]},
-    )
+def small(kind: str, **settings: Any) -> PreTrainedModel:
+    defaults = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    config = AutoConfig.for_model(kind, **{**defaults, **OWN[kind], **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -162,45 +198,16 @@ def small(kind: str) -> PreTrainedModel:
     return model
 
 
-def write_base(model: PreTrainedModel, base: Architecture, own: dict[str, Any], file: Path) -> None:
-    """Write a model as a GGUF file in float32, with a vocabulary of numbers."""
-    import gguf
+def write_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a model as a folder of transformers, `base`, and as a GGUF file in float32, `base.gguf`."""
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    write_model(folder / "base", folder / "base.gguf")
 
-    config = model.config
-    writer = gguf.GGUFWriter(file, base.name)
-    rope = getattr(config, "rope_parameters", None) or {}
-    header = {
-        "context_length": 256,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": base.heads,
-        "attention.head_count_kv": base.kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
-        **own,
-    }
-    for key, value in header.items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{base.name}.{key}", value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    writer.add_token_merges(["< 0"])
-    writer.add_eos_token_id(2)
-    known = names(base.name, base.blocks)
-    for path, weight in model.named_parameters():
-        name = known.get_name(path, try_suffixes=(".weight", ".bias"))
-        assert name, path
-        if base.name.startswith("gemma") and "norm" in name:  # transformers multiplies by 1 + weight
-            weight = weight + 1
-        writer.add_tensor(name, base.reorder(name, weight).contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+def write_model(base: Path | str, file: Path, adapters: dict[str, float] | None = None) -> None:
+    model = Model.open(str(base))
+    export_model(model, load_adapters(model, adapters) if adapters else Merge(), file, "f32")
 
 
 def fill(bank: Bank, name: str, size: float) -> None:
@@ -208,6 +215,18 @@ def fill(bank: Bank, name: str, size: float) -> None:
     with torch.no_grad():
         for parameter in bank.parameters(name):
             parameter.normal_(0, size, generator=generator)
+
+
+def tokenize(base: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens that llama.cpp reads texts as."""
+    done = subprocess.run(
+        [PYTHON, Path(__file__).with_name("llamacpp.py")],
+        input=json.dumps({"base": str(base), "adapter": "", "texts": texts}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
 
 def ask(base: Path, adapter: Path | None, prompts: Prompts) -> list[Answer]:

@@ -1,9 +1,10 @@
 """The fingerprint of a base: a hash that tells models apart in milliseconds."""
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLED = 1024  # values read from each tensor: about a megabyte in all, whatever the size of the base
 
@@ -18,8 +19,13 @@ def fingerprint(model: nn.Module) -> str:
     setting such as the RoPE base). In fp16 the fingerprint may differ, because small weights underflow. It tells bases
     apart; it is no protection against forgery.
     """
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, parameter in sorted(model.named_parameters()):
+    return fingerprint_of(type(model).__name__, sorted(model.named_parameters()))
+
+
+def fingerprint_of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the fingerprint of a model of this class with these parameters, sorted by name."""
+    digest = hashlib.sha256(kind.encode())
+    for name, parameter in parameters:
         values = parameter.detach().reshape(-1)
         sample = values[:: max(1, values.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu().contiguous()
         digest.update(f"\n{name} {list(parameter.shape)}\n".encode())

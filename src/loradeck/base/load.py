@@ -19,6 +19,7 @@ from typing import Any
 import huggingface_hub.utils as hub
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
@@ -109,6 +110,20 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     with _base_errors(source), quiet():
         _check(folder)
         return _tokenizer(source, folder)
+
+
+def local_folder(source: str | Path) -> tuple[str, Path]:
+    """Return a base's name, and the folder with its files; those of a hub id are downloaded first.
+
+    Raises:
+        BaseModelError: as Base.load.
+    """
+    name, folder = _locate(source)
+    with _base_errors(source):
+        if not Path(folder).is_dir():
+            folder = snapshot_download(folder, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"])
+        _check(folder)
+    return name, Path(folder)
 
 
 def smollm2_file() -> Path | None:

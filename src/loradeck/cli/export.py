@@ -1,51 +1,103 @@
-"""`loradeck export`: an adapter in another program's format (lora/gguf.py writes it)."""
+"""`loradeck export`: an adapter, a base or a merged model in another program's format."""
 
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from loradeck.cli import blend
 from loradeck.cli.display.text import format_size, printable
 from loradeck.errors import ConfigError
 
+ADAPTER_DTYPES: dict[str, Literal["float32", "float16"]] = {"f32": "float32", "f16": "float16"}
+Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
 
 def export(
-    adapter: Path,
+    source: str,
     /,
     *,
     output: Annotated[Path, Parameter(alias="-o")],
+    adapter: Annotated[str | None, Parameter(alias="-a")] = None,
     to: Literal["gguf"] = "gguf",
+    quant: Quant | None = None,
     base: str | None = None,
-    dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-    """Write an adapter in another program's format.
+    """Write a base, a base with an adapter merged into it, or an adapter as a file of llama.cpp.
 
-    The file works with any GGUF file of the adapter's base, however quantised:
+    `loradeck export BASE --adapter ADAPTER -o FILE` writes a model that needs
+    nothing else: `llama-cli -m FILE`. `loradeck export ADAPTER -o FILE` writes
+    the adapter alone, for any GGUF file of its base, however quantised:
     `llama-server -m BASE.gguf --lora FILE`.
 
     Args:
-        adapter: An adapter's folder.
+        source: A base (a folder, a hub id, a .gguf file, or smollm2-135m), or an adapter's folder.
         output: A new file.
+        adapter: Merge this into the base: an adapter's folder, or a blend such as
+            adapters/poet*0.7+adapters/pirate*0.3.
         to: The format; gguf is llama.cpp's.
-        base: A folder, a hub id, a .gguf file, or smollm2-135m; by default the one
-            that the adapter names. Its weights are not read.
-        dtype: The dtype of the file's tensors.
+        quant: The type of the file's weights; by default q8_0 for a model, f32 for an adapter,
+            which has f32 or f16.
+        base: The base of an adapter that is exported alone; by default the one that the
+            adapter names. Its weights are not read.
     """
+    from loradeck.lora.manifest import is_adapter
+
     if find_spec("gguf") is None:
         raise ConfigError(f"export to {to} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
     if output.exists():
         raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
+    if not output.resolve().parent.is_dir():
+        raise ConfigError(f"{output} cannot be written: there is no folder {output.parent}", hint="Create it first.")
+    if is_adapter(Path(source)):
+        if adapter is not None:
+            raise ConfigError(
+                f"{source} is an adapter, and --adapter is merged into a base",
+                hint="Give the base first: loradeck export BASE --adapter ADAPTER.",
+            )
+        _export_adapter(Path(source), output, base, quant or "f32")
+    else:
+        if base is not None:
+            raise ConfigError(
+                f"{source} is not an adapter's folder; --base is for one that is exported alone",
+                hint=f"To merge an adapter: loradeck export {base} --adapter ADAPTER.",
+            )
+        _export_model(source, output, adapter, quant or "q8_0")
 
-    from loradeck.cli import architecture
+
+def _export_adapter(folder: Path, output: Path, base: str | None, quant: Quant) -> None:
+    dtype = ADAPTER_DTYPES.get(quant)
+    if dtype is None:
+        raise ConfigError(
+            f"an adapter alone has f32 or f16, not {quant}",
+            hint=f"To quantise base and adapter together: loradeck export BASE --adapter {folder} --quant {quant}.",
+        )
+
+    from loradeck.gguf import architecture
     from loradeck.lora import gguf
     from loradeck.lora.adapter import Adapter
 
-    loaded = Adapter.load(adapter)
+    loaded = Adapter.load(folder)
     source = base or loaded.origin.base_model
     if source is None:
-        raise ConfigError(f"{adapter} does not name its base", hint="Give it with --base.")
+        raise ConfigError(f"{folder} does not name its base", hint="Give it with --base.")
     alpha = gguf.export(loaded, architecture.read_architecture(source), output, dtype=dtype)
     file_size = format_size(output.stat().st_size)
-    print(printable(f"{output}: {file_size}, {len(loaded.sites)} modules, alpha {alpha:g}, {dtype}"))
-    print(printable(f"try: llama-cli -m BASE.gguf --lora {output}"))
+    print(printable(f"{output}: {file_size}, {len(loaded.sites)} modules, alpha {alpha:g}, {quant}"))
+    print(printable(f"try: llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}"))
+
+
+def _export_model(base: str, output: Path, adapter: str | None, quant: Quant) -> None:
+    folders = blend.parse(adapter) if adapter is not None else {}
+    blend.check([adapter] if adapter is not None else [])
+
+    from loradeck.gguf import model
+
+    opened = model.Model.open(base)
+    merge = model.load_adapters(opened, folders) if folders else model.Merge()
+    model.export(opened, merge, output, quant)
+    merged = f" with {adapter}" if folders else ""
+    print(printable(f"{output}: {format_size(output.stat().st_size)}, {opened.name}{merged}, {quant}"))
+    print(printable(f"try: llama-cli -m {shlex.quote(str(output))}"))

@@ -1,0 +1,115 @@
+"""llama.cpp's architecture of a base, from a GGUF file's header or a transformers configuration."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from loradeck.base.load import HINT, SMOLLM2, SMOLLM2_HUB_ID, quiet, smollm2_file
+from loradeck.errors import BaseModelError
+from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+# transformers' model_type -> llama.cpp's name, if they differ (conversion/ in llama.cpp)
+LLAMACPP_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
+
+
+def read_architecture(source: str) -> Architecture:
+    """Return the architecture of a folder, hub id, .gguf file or smollm2-135m.
+
+    Raises:
+        BaseModelError: nothing is there, it cannot be read, or its architecture is not supported.
+    """
+    is_smollm2 = source in (SMOLLM2, SMOLLM2_HUB_ID)
+    path = (smollm2_file() or Path(SMOLLM2_HUB_ID)) if is_smollm2 else Path(source).expanduser()
+    name, is_gguf = path.as_posix(), path.suffix.lower() == ".gguf"
+    if not path.exists() and (is_gguf or "/" not in name):  # a misspelt name should not lead to a download
+        raise BaseModelError(f"no base at {source!r}", hint=HINT)
+    try:
+        return _of_file(path) if is_gguf else _of_model(name)
+    except BaseModelError:
+        raise
+    except Exception as error:  # what untrusted files make gguf and transformers raise has no common class
+        line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BaseModelError(f"cannot read {source}: {line}", hint=HINT) from error
+
+
+def architecture_of(config: PretrainedConfig, source: object) -> tuple[Architecture, PreTrainedModel]:
+    """Return the architecture of a configuration, and a model of it on the meta device.
+
+    Raises:
+        BaseModelError: its architecture is not supported.
+    """
+    name = _supported(LLAMACPP_NAMES.get(config.model_type, config.model_type), source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tensor_names = names(name, config.num_hidden_layers)
+    shapes = {
+        tensor_name: tuple(weight.shape)
+        for path, weight in model.named_parameters()  # a tied weight appears once, as the embedding
+        if (tensor_name := tensor_names.get_name(path, try_suffixes=(".weight",)))
+    }
+    heads = config.num_attention_heads
+    return Architecture(name, heads, getattr(config, "num_key_value_heads", None) or heads, shapes), model
+
+
+def _of_file(file: Path) -> Architecture:
+    from gguf import Keys
+
+    reader = _header_reader(file)
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return field.contents() if field else None
+
+    name = _supported(value(Keys.General.ARCHITECTURE), file)
+    heads = value(Keys.Attention.HEAD_COUNT.format(arch=name))
+    shapes = {
+        tensor.name: tuple(int(n) for n in reversed(tensor.shape))
+        for tensor in reader.tensors
+        if tensor.name.endswith(".weight")
+    }
+    return Architecture(name, heads, value(Keys.Attention.HEAD_COUNT_KV.format(arch=name)) or heads, shapes)
+
+
+def _header_reader(file: Path) -> "GGUFReader":
+    """Return gguf's reader of a file, past the arrays of its vocabulary, whose items take gguf ten seconds."""
+    from gguf import GGUFReader, GGUFValueType
+
+    class HeaderReader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind = GGUFValueType(self._get(orig_offs, "<u4")[0])
+            count = int(self._get(orig_offs + 4, "<u8")[0])
+            offset = orig_offs + 12
+            if kind == GGUFValueType.STRING:
+                content = memoryview(self.data)
+                for _ in range(count):
+                    length = content[offset : offset + 8]
+                    if len(length) < 8:
+                        raise ValueError("it is cut short")
+                    offset += 8 + int.from_bytes(length, "little")
+            else:
+                offset += count * self.gguf_scalar_to_np[kind]().itemsize
+            return offset - orig_offs, [], [], [GGUFValueType.ARRAY, kind]
+
+    return HeaderReader(file)
+
+
+def _of_model(source: str) -> Architecture:
+    with quiet():
+        architecture, _ = architecture_of(AutoConfig.from_pretrained(source, trust_remote_code=False), source)
+    return architecture
+
+
+def _supported(name: str | None, source: object) -> str:
+    if name in REORDERED | PLAIN:
+        return str(name)
+    raise BaseModelError(
+        f"cannot export for architecture {name} of {source}",
+        hint=f"Supported: {', '.join(sorted(REORDERED | PLAIN))}. For others, use `loradeck merge`.",
+    )
