@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny random Llama with a byte-level tokenizer, a SentencePiece tokenizer, the real SmolLM2-135M."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no test may reach for the network
@@ -102,6 +103,23 @@ def tiny_folder(tmp_path: Path, tiny: LlamaForCausalLM, tiny_tokenizer: PreTrain
     folder = tmp_path / "tiny"
     tiny.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bpe_folder(tmp_path: Path, tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The tiny model, with a tokenizer that has a merge: llama.cpp reads none without."""
+    definition = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    definition["model"]["vocab"]["th"] = len(tiny_tokenizer)
+    definition["model"]["merges"] = [["t", "h"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)),
+        **{name: str(getattr(tiny_tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token")},
+        chat_template=CHAT_TEMPLATE,
+    )
+    folder = tmp_path / "bpe"
+    tiny.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

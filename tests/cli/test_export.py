@@ -19,12 +19,12 @@ def header(file: str) -> dict[str, object]:
 
 
 def test_an_adapter_becomes_a_file(run: Callable, tiny_folder: Path, adapters: Path) -> None:
-    for flags in ([], ["--to", "gguf", "--dtype", "float16"]):
+    for flags in ([], ["--to", "gguf", "--quant", "f16"]):
         output = f"poet{len(flags)}.gguf"
         ran = run("export", "adapters/poet", "-o", output, "--base", tiny_folder, *flags)
         assert ran.code == 0, ran.err
         assert f"{output}: " in ran.out
-        assert f"14 modules, alpha 32, {flags[-1] if flags else 'float32'}" in ran.out
+        assert f"14 modules, alpha 32, {flags[-1] if flags else 'f32'}" in ran.out
         assert f"--lora {output}" in ran.out
         assert header(output).items() >= {"general.architecture": "llama", "adapter.lora.alpha": 32.0}.items()
     assert Path("poet4.gguf").stat().st_size < Path("poet0.gguf").stat().st_size
@@ -136,3 +136,34 @@ def write(writer: "gguf.GGUFWriter") -> None:
 def rewrite(folder: Path, **settings: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("written", [[], ["-a", "adapters/poet"], ["-a", "adapters/poet*0.7+adapters/pirate*-0.3"]])
+def test_a_model_becomes_a_file(run: Callable, bpe_folder: Path, adapters: Path, written: list[str]) -> None:
+    ran = run("export", bpe_folder, "-o", "model.gguf", *written, "--quant", "q4_0")
+    assert ran.code == 0, ran.err
+    assert "try: llama-cli -m model.gguf" in ran.out
+    assert header("model.gguf")["general.type"] == "model"
+    assert run("export", "model.gguf", "-o", "again.gguf").code == 0  # a GGUF file is a base too
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapters/poet", "-a", "adapters/poet"], "Give the base first"),
+        (["adapters/poet", "--quant", "q4_0"], "an adapter alone has f32 or f16, not q4_0"),
+        (["bpe", "--base", "bpe"], "is not an adapter's folder"),
+        (["bpe", "-a", "nowhere"], "nowhere"),
+        (["bpe", "-a", "adapters/cut"], "adapters/cut"),
+        (["bpe", "-a", "adapters/poet*x"], "invalid blend"),
+        (["nowhere"], "no base at 'nowhere'"),
+        (["bpe", "--quant", "q3"], "Invalid value"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said(
+    run: Callable, bpe_folder: Path, adapters: Path, arguments: list[str], message: str
+) -> None:
+    ran = run("export", *arguments, "-o", "model.gguf")
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert not Path("model.gguf").exists()
+    assert run("export", "bpe", "-o", "nowhere/model.gguf").code == 2

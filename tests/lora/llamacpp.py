@@ -8,6 +8,7 @@ and nothing else.
 
 import json
 import sys
+import urllib.request
 
 import xllamacpp
 
@@ -25,8 +26,7 @@ def main() -> None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["adapter"], 1.0)]
     server = xllamacpp.Server(params)
     if "texts" in asked:
-        requests = [{"content": text, "add_special": True, "parse_special": True} for text in asked["texts"]]
-        json.dump([server.handle_tokenize(request)["tokens"] for request in requests], sys.stdout)
+        json.dump([tokenize(server.listening_address, text) for text in asked["texts"]], sys.stdout)
         return
     answers = []
     for prompt in asked["prompts"]:
@@ -42,6 +42,13 @@ def main() -> None:
             [[step["id"], {each["id"]: each["logprob"] for each in step["top_logprobs"]}] for step in content]
         )
     json.dump(answers, sys.stdout)
+
+
+def tokenize(address: str, text: str) -> list[int]:
+    body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    request = urllib.request.Request(f"{address}/tokenize", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)["tokens"]
 
 
 if __name__ == "__main__":

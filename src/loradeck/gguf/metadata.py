@@ -20,7 +20,7 @@ WINDOWED = frozenset({"gemma2", "gemma3", "phi3"})  # llama.cpp has a sliding wi
 GEMMA = frozenset({"gemma", "gemma2", "gemma3"})  # their norms multiply by 1 + weight; llama.cpp's by the weight
 EVERY = {"gemma2": 2, "gemma3": 6}  # in llama.cpp's code: every n-th layer attends to everything
 ROPE_TYPES = ("default", "linear", "llama3")
-ACTIVATIONS = {name: ("gelu_pytorch_tanh",) for name in GEMMA}
+ACTIVATIONS = dict.fromkeys(GEMMA, ("gelu_pytorch_tanh",))
 LOCAL_THETA = 10_000.0  # the RoPE base of gemma3's windowed layers, in llama.cpp's code
 SMOLLM3_INTERVAL = 4  # in llama.cpp's code: every fourth layer has no RoPE
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from loradeck.base.fingerprint import fingerprint_of
 from loradeck.base.load import load_tokenizer, local_folder, quiet
@@ -34,7 +34,9 @@ from loradeck.ops.layer_kinds import LayerKind
 if TYPE_CHECKING:
     import numpy as np
 
-COARSE = frozenset({"q5_1", "q5_0", "q4_1", "q4_0"})  # for these the embedding and the head, which suffer most, are in q8_0
+COARSE = frozenset(
+    {"q5_1", "q5_0", "q4_1", "q4_0"}
+)  # for these the embedding and the head, which suffer most, are in q8_0
 FACTORS = "rope_freqs.weight"
 
 
@@ -187,6 +189,7 @@ def _entries(model: Model, merge: Merge) -> Iterator[Entry]:
     base = model.architecture
     table = names(base.name, base.blocks)
     parameters = {path: tuple(parameter.shape) for path, parameter in model.skeleton.named_parameters()}
+    head = _head(model.skeleton)
     unknown: list[str] = []
     if (factors := metadata.rope_factors(model.config, base)) is not None:
         yield Entry(FACTORS, tuple(factors.shape), lambda: factors)
@@ -196,11 +199,9 @@ def _entries(model: Model, merge: Merge) -> Iterator[Entry]:
             unknown.append(path)
             continue
         yield Entry(name, shape, partial(_value, model, merge, path, path.rpartition(".")[0], name))
-        head = _head(model.skeleton)
-        if name == EMBEDDING and head not in (None, *(each.rpartition(".")[0] for each in parameters)):
-            # The head shares the embedding's weight, unless an adapter changes one of them.
-            if {path.rpartition(".")[0], head} & merge.kinds.keys():
-                yield Entry(HEAD, shape, partial(_value, model, merge, path, str(head), HEAD))
+        shared = name == EMBEDDING and f"{head}.weight" not in parameters
+        if shared and {path.rpartition(".")[0], head} & merge.kinds.keys():  # an adapter changes one of the two
+            yield Entry(HEAD, shape, partial(_value, model, merge, path, str(head), HEAD))
     if unknown:
         raise UnsupportedError(f"llama.cpp's {base.name} has no such weights", unknown)
 

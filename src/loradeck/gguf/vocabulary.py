@@ -69,6 +69,8 @@ def _definition(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if definition["model"].get("type") != "BPE":
         kind = definition["model"].get("type", type(tokenizer).__name__)
         raise UnsupportedError(f"cannot export the tokenizer: it is {kind}, not BPE")
+    if not definition["model"]["merges"]:
+        raise UnsupportedError("cannot export the tokenizer: it has no merges, and llama.cpp needs some")
     return definition
 
 
