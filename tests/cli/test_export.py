@@ -167,3 +167,14 @@ def test_what_is_wrong_with_a_model_is_said(
     assert (ran.code, message in ran.err) == (2, True), ran.err
     assert not Path("model.gguf").exists()
     assert run("export", "bpe", "-o", "nowhere/model.gguf").code == 2
+
+
+def test_a_header_is_read_past_its_vocabulary(run: Callable, bpe_folder: Path) -> None:
+    assert run("export", bpe_folder, "-o", "model.gguf").code == 0
+    whole, header = gguf.GGUFReader("model.gguf"), architecture._header_reader(Path("model.gguf"))
+    assert [(each.name, each.data_offset) for each in header.tensors] == [
+        (each.name, each.data_offset) for each in whole.tensors
+    ]
+    assert header.fields.keys() == whole.fields.keys()
+    assert header.fields["llama.block_count"].contents() == 2
+    assert len(header.fields["tokenizer.ggml.tokens"].parts) < 10  # of its 260 tokens none

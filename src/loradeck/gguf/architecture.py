@@ -87,7 +87,7 @@ def _header_reader(file: Path) -> "GGUFReader":
             count = int(self._get(orig_offs + 4, "<u8")[0])
             offset = orig_offs + 12
             if kind == GGUFValueType.STRING:
-                content = memoryview(self.data)
+                content = self.data.data
                 for _ in range(count):
                     length = content[offset : offset + 8]
                     if len(length) < 8:

@@ -23,7 +23,7 @@ REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LETTERS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN = r"[^\r\n\p{{L}}\p{{N}}]?{0}*{1}+|[^\r\n\p{{L}}\p{{N}}]?{0}+{1}*".format(*LETTERS)
 # How a text is split before BPE -> llama.cpp's name for it (llm_tokenizer_bpe in its src/llama-vocab.cpp).
-SPLITS = {
+SPLITS: dict[tuple[str, ...], str] = {
     ("gpt-2",): "gpt-2",
     ("digits", "gpt-2"): "smollm",
     (f"{CONTRACTIONS}|{WORDS}|\\p{{N}}{{1,3}}|{REST}",): "dbrx",
@@ -59,8 +59,11 @@ def add_vocabulary(
         writer.add_token_merges([" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges])
     writer.add_token_types(types)
     _add_special_tokens(writer, tokenizer, generation, size)
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+    elif template is not None:
+        writer.add_chat_template(template)
 
 
 def _definition(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
