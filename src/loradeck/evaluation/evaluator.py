@@ -57,7 +57,8 @@ def evaluate(
         entries |= adapters
     else:
         entries |= {name: name for name in adapters if name != BASE}
-    examples = examples[: config.limit]
+    if config.limit is not None:
+        examples = [*islice(examples, config.limit)]  # type: ignore[assignment]
     if not examples:
         raise DataError("there are no examples to evaluate on", hint="Give at least one.")
     progress = on_progress or (lambda *_: None)
