@@ -13,6 +13,8 @@ from loradeck.errors import ConfigError
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+TEMPLATE_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's names for the roles of chat templates
+SYSTEM_ROLES = ("system", "developer")
 CONTEXT = 16  # tokens before a text that can change how it is decoded
 
 
@@ -53,20 +55,61 @@ def encode_chat(
     Raises:
         ConfigError: the base has no chat template, or the template rejects the messages.
     """
+    ids = _apply(tokenizer, messages, tools, tokenize=True, add_generation_prompt=add_generation_prompt, **variables)
+    return cast("list[int]", ids)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+    /,
+    **variables: Any,
+) -> str:
+    """Return a conversation as the chat template writes it, for comparisons: a model reads what `encode_chat` returns.
+
+    Raises:
+        ConfigError: as `encode_chat`.
+    """
+    return str(_apply(tokenizer, messages, tools, tokenize=False, **variables))
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None,
+    /,
+    **settings: Any,
+) -> Any:
     if tokenizer.chat_template is None:
         raise ConfigError(
             "the base's tokenizer has no chat template for messages",
             hint="Give the prompt as a string, or use a base tuned for chat.",
         )
-    settings: dict[str, Any] = {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
     try:
-        ids = tokenizer.apply_chat_template([*map(dict, messages)], return_dict=False, **settings)
+        return tokenizer.apply_chat_template(_turns(messages), return_dict=False, tools=tools, **settings)
     except Exception as error:  # a template is an untrusted program and can fail in any way
         raise ConfigError(
             f"the base's chat template rejects the messages: {error}",
             hint="Use the roles, and their order, that the base was trained with.",
         ) from error
-    return cast("list[int]", ids)
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages in the roles of chat templates: a developer's are the system's, a function's those of a tool.
+
+    A developer's message beside one of the system's becomes part of it: templates expect one.
+    """
+    turns: list[dict[str, Any]] = []
+    previous = ""
+    for message in messages:
+        role = message.get("role")
+        if role in SYSTEM_ROLES and previous in SYSTEM_ROLES and "developer" in (role, previous):
+            turns[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            turns.append({**message, "role": TEMPLATE_ROLES.get(str(role), role)})
+        previous = str(role)
+    return turns
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
