@@ -13,6 +13,8 @@ LoradeckError            all of them; has a message, the problems found and a hi
 ├── TrainingError        a run cannot start, resume or go on
 ├── BusyError            the engine takes no request now: its queue is full, or it is shutting down
 └── RequestError         one request failed; others went on
+    ├── LogitsError      the logits of its adapters, or its bias, leave no token to choose
+    └── LateError        it was not done in time
 """
 
 from collections.abc import Sequence
@@ -101,3 +103,11 @@ class BusyError(LoradeckError):
 
 class RequestError(LoradeckError):
     """One request failed; others went on."""
+
+
+class LogitsError(RequestError):
+    """The logits of a request leave no token to choose: they are NaN or Inf, or a bias rules all out."""
+
+
+class LateError(RequestError):
+    """A request was not done in time."""

@@ -15,6 +15,8 @@ from loradeck.errors import (
     AdapterNameError,
     BusyError,
     ConfigError,
+    LateError,
+    LogitsError,
     LoradeckError,
     RouteError,
     UnknownAdapterError,
@@ -32,6 +34,7 @@ TYPES = {
     422: "UnprocessableEntityError",
     429: "RateLimitError",
     503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
 }
 STATUSES: dict[type[LoradeckError], int] = {
     ConfigError: 400,
@@ -40,7 +43,10 @@ STATUSES: dict[type[LoradeckError], int] = {
     UnknownAdapterError: 404,
     AdapterError: 422,  # the adapter exists, and a retry will not fix it
     BusyError: 429,
+    LogitsError: 422,
+    LateError: 504,
 }
+DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients send a 504 again otherwise
 
 
 class HttpError(LoradeckError):
@@ -95,6 +101,8 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
                 text, param = f"{error.message}\nGET /v1/models lists the models.", "model"
             if isinstance(error, BusyError):
                 headers = {"retry-after": str(math.ceil(error.retry_after))}
+            if isinstance(error, LateError):  # once more, it would take as long
+                headers = DO_NOT_RETRY
         case HTTPException():
             status, text, headers = error.status_code, error.detail, dict(error.headers or {})
         case ClientDisconnect():
@@ -102,7 +110,7 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
         case _:
             status, text = 500, "Internal server error; the server's log has the details."
     if store:
-        text = text.replace(f"{store}/", "").replace(store, "the store")
+        text = text.replace(f"{store}/", "").replace(f"the store {store}", "the store").replace(store, "the store")
     return ErrorInfo(text, error_type or TYPES.get(status) or _type_of(status), param, status), headers
 
 

@@ -87,7 +87,7 @@ def _apply(
             hint="Give the prompt as a string, or use a base tuned for chat.",
         )
     try:
-        return tokenizer.apply_chat_template(_turns(messages), return_dict=False, tools=tools, **settings)
+        return tokenizer.apply_chat_template(_turns(messages), **{**settings, "tools": tools, "return_dict": False})
     except Exception as error:  # a template is an untrusted program and can fail in any way
         raise ConfigError(
             f"the base's chat template rejects the messages: {error}",
