@@ -105,6 +105,8 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
                 headers = DO_NOT_RETRY
         case HTTPException():
             status, text, headers = error.status_code, error.detail, dict(error.headers or {})
+            if status == 405:
+                text += f"; this route takes {headers.get('Allow', '')}."
         case ClientDisconnect():
             status, text = CLIENT_CLOSED_REQUEST, "The client closed the connection."
         case _:

@@ -14,6 +14,7 @@ from loradeck.api.errors import HttpError
 from loradeck.api.responses import JSON
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
+MAX_WEIGHT = 1e6  # of an adapter; beyond it float32 has no digits left for what the base computes
 MAX_STOP_STRINGS = 256  # each is looked for at every token; OpenAI takes four, vLLM any number
 MAX_STOP_LENGTH = 4096  # characters
 
@@ -22,6 +23,7 @@ TokenId: TypeAlias = NonNegativeInt
 Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 NonEmptyStr: TypeAlias = Annotated[str, Meta(min_length=1)]
+Weight: TypeAlias = Annotated[float, Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 StopString: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Unsupported: TypeAlias = Mapping[str, tuple[Any, ...]]
 """Fields that would change what an answer means, each with the values that change nothing and are accepted."""
@@ -34,7 +36,7 @@ class LoraScale(msgspec.Struct):
     """llama.cpp's way to select an adapter: its id in `GET /lora-adapters`, and its weight."""
 
     id: NonNegativeInt
-    scale: float
+    scale: Weight
 
 
 class StreamOptions(msgspec.Struct):

@@ -79,15 +79,16 @@ def _apply(
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None,
     /,
-    **settings: Any,
+    **variables: Any,
 ) -> Any:
     if tokenizer.chat_template is None:
         raise ConfigError(
             "the base's tokenizer has no chat template for messages",
             hint="Give the prompt as a string, or use a base tuned for chat.",
         )
+    settings: dict[str, Any] = {**variables, "tools": tools}
     try:
-        return tokenizer.apply_chat_template(_turns(messages), **{**settings, "tools": tools, "return_dict": False})
+        return tokenizer.apply_chat_template(_turns(messages), return_dict=False, **settings)
     except Exception as error:  # a template is an untrusted program and can fail in any way
         raise ConfigError(
             f"the base's chat template rejects the messages: {error}",

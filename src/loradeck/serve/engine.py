@@ -202,18 +202,26 @@ class Engine:
 
     # ---- checks
 
-    def _in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
-        """Return the tokens that the model has logits for; some tokenizers have more."""
-        return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Check that the base has these tokens.
 
-    def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
-        used = {*tokens, *sampling.logit_bias, *sampling.stop_token_ids}
+        Raises:
+            ConfigError: an unknown token id.
+        """
+        used = {*tokens}
         unknown = used - self._in_vocabulary(used)
         if unknown:
             raise ConfigError(
                 f"unknown token id {min(unknown)}; the base has {self._runner.vocabulary}",
                 hint="Use the base's own tokenizer.",
             )
+
+    def _in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that the model has logits for; some tokenizers have more."""
+        return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
+
+    def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
+        self.check_tokens([*tokens, *sampling.logit_bias, *sampling.stop_token_ids])
         if not tokens:
             raise ConfigError("the prompt is empty", hint="Give at least one token.")
         if len(tokens) + min(sampling.max_tokens, 1) > self._longest:
