@@ -1,6 +1,7 @@
 """The server with openai's client, litellm and schemathesis; many clients at once, and clients that leave."""
 
 import asyncio
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -220,6 +221,28 @@ def test_a_client_that_leaves_frees_its_rows(server: LocalServer, stream: bool) 
             gate.open()
             aborted = b'vllm:request_success_total{finished_reason="abort",model_name="tiny"} 4.0'
             await until(lambda: aborted in state.metrics.read())
+
+    with server.listening() as (url, state):
+        asyncio.run(main(url, state))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_closes_its_side_has_left(server: LocalServer, stream: bool) -> None:
+    """The end of its side is all that a server sees of a client that closes its socket while it waits."""
+    gate = StepGate(server.engine)
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 100, "ignore_eos": True, "stream": stream})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def main(url: str, state: ServerState) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write((head + body).encode())
+        await until(lambda: state.live)
+        writer.write_eof()
+        await until(lambda: not state.live)
+        gate.open()
+        assert b"data" not in await reader.read()
+        writer.close()
 
     with server.listening() as (url, state):
         asyncio.run(main(url, state))
