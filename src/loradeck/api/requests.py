@@ -17,6 +17,7 @@ MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 MAX_WEIGHT = 1e6  # of an adapter; beyond it float32 has no digits left for what the base computes
 MAX_STOP_STRINGS = 256  # each is looked for at every token; OpenAI takes four, vLLM any number
 MAX_STOP_LENGTH = 4096  # characters
+MAGICS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # how compressed data begins; no JSON does
 
 NonNegativeInt: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]
 TokenId: TypeAlias = NonNegativeInt
@@ -228,18 +229,20 @@ async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise HttpError(415, f"The content-type of a request must be {JSON}.")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding != "identity":
-        raise HttpError(
-            415,
-            f"Unsupported content-encoding {encoding[:128]!r}.",
-            hint="Send the body without compression.",
-            headers={"accept-encoding": "identity"},
-        )
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
             raise HttpError(413, f"The request body is larger than {max_bytes} bytes.")
+    if encoding == "identity":
+        encoding = next((name for magic, name in MAGICS.items() if body.startswith(magic)), encoding)
+    if encoding != "identity":
+        raise HttpError(
+            415,
+            f"The body is compressed with {encoding[:128]!r}.",
+            hint="Send it without a content-encoding.",
+            headers={"accept-encoding": "identity"},
+        )
     try:
         fields = coercion(kind)(msgspec.json.decode(body))
         value = msgspec.convert(fields, kind, str_keys=True)
