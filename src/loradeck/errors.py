@@ -13,8 +13,8 @@ LoradeckError            all of them; has a message, the problems found and a hi
 ├── TrainingError        a run cannot start, resume or go on
 ├── BusyError            the engine takes no request now: its queue is full, or it is shutting down
 └── RequestError         one request failed; others went on
-    ├── LogitsError      the logits of its adapters, or its bias, leave no token to choose
-    └── LateError        it was not done in time
+    ├── LogitsError           its logits leave no token to choose
+    └── RequestTimeoutError   it was not done in time
 """
 
 from collections.abc import Sequence
@@ -106,8 +106,8 @@ class RequestError(LoradeckError):
 
 
 class LogitsError(RequestError):
-    """The logits of a request leave no token to choose: they are NaN or Inf, or a bias rules all out."""
+    """The logits of a request leave no token to choose: they are NaN or Inf, or its bias rules all out."""
 
 
-class LateError(RequestError):
+class RequestTimeoutError(RequestError):
     """A request was not done in time."""

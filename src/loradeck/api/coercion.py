@@ -1,12 +1,13 @@
 """JSON as clients of other languages write it: 4.0 for 4, and null for a field that is left out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, TypeAlias
 
 import msgspec
 
 Coerce: TypeAlias = Callable[[Any], Any]
+CHANGEABLE = frozenset({float, list, dict})
 
 
 @cache
@@ -44,16 +45,27 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _may_change(values: Iterable[Any]) -> bool:
+    """Return whether a coercion may change any of these; a prompt of a million token ids is looked through quickly."""
+    return not CHANGEABLE.isdisjoint(map(type, values))
+
+
 def _list_coercion(item: Coerce) -> Coerce:
     if item is _unchanged:
         return item
-    return lambda value: [item(part) for part in value] if isinstance(value, list) else value
+    return lambda value: [item(part) for part in value] if isinstance(value, list) and _may_change(value) else value
 
 
 def _dict_coercion(item: Coerce) -> Coerce:
     if item is _unchanged:
         return item
-    return lambda value: {key: item(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    def coerce(value: Any) -> Any:
+        if not isinstance(value, dict) or not _may_change(value.values()):
+            return value
+        return {key: item(part) for key, part in value.items()}
+
+    return coerce
 
 
 def _struct_coercion(fields: tuple[msgspec.inspect.Field, ...]) -> Coerce:

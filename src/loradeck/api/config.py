@@ -37,9 +37,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         problems = [
-            f"{name}={value!r}"
-            for name, value in values.items()
-            if not isinstance(value, tuple) and value is not None and not value > 0
+            f"{name}={value!r}" for name, value in values.items() if isinstance(value, int | float) and not value > 0
         ]
         if problems:
             raise ConfigError("invalid server configuration", problems, hint="Give numbers above 0.")

@@ -15,9 +15,9 @@ from loradeck.errors import (
     AdapterNameError,
     BusyError,
     ConfigError,
-    LateError,
     LogitsError,
     LoradeckError,
+    RequestTimeoutError,
     RouteError,
     UnknownAdapterError,
 )
@@ -44,7 +44,7 @@ STATUSES: dict[type[LoradeckError], int] = {
     AdapterError: 422,  # the adapter exists, and a retry will not fix it
     BusyError: 429,
     LogitsError: 422,
-    LateError: 504,
+    RequestTimeoutError: 504,
 }
 DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients send a 504 again otherwise
 
@@ -101,7 +101,7 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
                 text, param = f"{error.message}\nGET /v1/models lists the models.", "model"
             if isinstance(error, BusyError):
                 headers = {"retry-after": str(math.ceil(error.retry_after))}
-            if isinstance(error, LateError):  # once more, it would take as long
+            if isinstance(error, RequestTimeoutError):  # once more, it would take as long
                 headers = DO_NOT_RETRY
         case HTTPException():
             status, text, headers = error.status_code, error.detail, dict(error.headers or {})

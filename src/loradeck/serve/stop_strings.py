@@ -1,6 +1,7 @@
 """The text of an answer as its tokens arrive, up to the first stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +31,7 @@ class StopFilter:
         self.stopped = False
         self._detokenizer = Detokenizer(tokenizer, context)
         self._specials = _special_tokens(tokenizer) if stops else {}
-        named = [stop for stop in stops if any(special in stop for special in self._specials.values())]
+        named = _that_name(self._specials.values(), stops)
         self._text = _Search(stops)  # what the client reads; a model may also spell a special token's name out
         self._tokens = _Search(named)  # the same, with special tokens
         self._held = ""
@@ -98,8 +99,15 @@ class _Search:
         self._exempt = max(0, self._exempt - length)
 
 
+@lru_cache(maxsize=8)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _that_name(tokens: Iterable[str], stops: Sequence[str]) -> list[str]:
+    text = "\0".join(stops)
+    used = [token for token in tokens if token in text]  # of thousands
+    return [stop for stop in stops if any(token in stop for token in used)]
 
 
 def _overlap(text: str, stop: str) -> int:
