@@ -20,8 +20,8 @@ from loradeck.api.requests import (
 )
 from loradeck.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo, json_response
 from loradeck.api.state import ServerState, state_of
-from loradeck.base.chat_template import PLAIN_ROLES, ignored_tools, reads_role
-from loradeck.base.text import TEMPLATE_ROLES, check_ids, encode_chat
+from loradeck.base.chat_template import PLAIN_ROLES, TEMPLATE_ROLES, encode_chat, ignored_tools, reads_role
+from loradeck.base.text import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,15 +1,40 @@
-"""What a chat template has a place for. Many leave tools out without a word, or write any role as its own name."""
+"""Conversations as a chat template writes them.
+
+Many templates leave tools out without a word, or write any role as its own name: hence `ignored_tools`, `reads_role`.
+"""
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from loradeck.base.text import TEMPLATE_ROLES, Message, render_chat
+from loradeck.errors import ConfigError
 
+Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 PLAIN_ROLES = ("system", "user", "assistant")
+TEMPLATE_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's names for the roles of chat templates
+SYSTEM_ROLES = ("system", "developer")
 CALL, RESULT = "\ue000", "\ue001"  # for private use: they mark the calls and results that a template writes
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+    /,
+    *,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> list[int]:
+    """Return the token ids of a conversation as the chat template renders it; `variables` are the template's.
+
+    Raises:
+        ConfigError: the base has no chat template, or the template rejects the messages.
+    """
+    ids = _apply(tokenizer, messages, tools, tokenize=True, add_generation_prompt=add_generation_prompt, **variables)
+    return cast("list[int]", ids)
 
 
 def reads_role(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
@@ -35,10 +60,11 @@ def ignored_tools(
     results = sum(map(_is_result, messages))
     if not (tools or calls or results):
         return None
-    text = render_chat(tokenizer, messages, tools, **variables)
-    if tools and text == render_chat(tokenizer, messages, None, **variables):
+    render = partial(_apply, tokenizer, tokenize=False, **variables)
+    text = render(messages, tools)
+    if tools and text == render(messages, None):
         return "tools"
-    marked = render_chat(tokenizer, [_mark(message) for message in messages], tools, **variables)
+    marked = render([_mark(message) for message in messages], tools)
     if marked.count(CALL) - text.count(CALL) < calls:
         return "tool calls"
     if marked.count(RESULT) - text.count(RESULT) < results or (results and not reads_role(tokenizer, "tool")):
@@ -52,9 +78,51 @@ def _is_result(message: Message) -> bool:
 
 def _mark(message: Message) -> dict[str, Any]:
     """Return a message with a mark in the name of each function that it calls, or in a tool's result."""
-    calls = [
-        {**call, "function": {**call["function"], "name": f"{call['function']['name']}{CALL}"}}
-        for call in message.get("tool_calls") or ()
-    ]
     content = f"{message['content']}{RESULT}" if _is_result(message) else message["content"]
+    calls = [_mark_call(call) for call in message.get("tool_calls") or ()]
     return {**message, "content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def _mark_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _mark_call(call["function"])}
+    return {**call, "name": f"{call.get('name', '')}{CALL}"}
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None,
+    /,
+    **variables: Any,
+) -> Any:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "the base's tokenizer has no chat template for messages",
+            hint="Give the prompt as a string, or use a base tuned for chat.",
+        )
+    settings: dict[str, Any] = {**variables, "tools": tools}
+    try:
+        return tokenizer.apply_chat_template(_turns(messages), return_dict=False, **settings)
+    except Exception as error:  # a template is an untrusted program and can fail in any way
+        raise ConfigError(
+            f"the base's chat template rejects the messages: {error}",
+            hint="Use the roles, and their order, that the base was trained with.",
+        ) from error
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages in the roles of chat templates: a developer's are the system's, a function's those of a tool.
+
+    A developer's message beside one of the system's becomes part of it: templates expect one.
+    """
+    turns: list[dict[str, Any]] = []
+    previous = ""
+    for message in messages:
+        role = message.get("role")
+        if role in SYSTEM_ROLES and previous in SYSTEM_ROLES and "developer" in (role, previous):
+            turns[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            turns.append({**message, "role": TEMPLATE_ROLES.get(str(role), role)})
+        previous = str(role)
+    return turns

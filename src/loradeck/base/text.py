@@ -3,18 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from loradeck.base.chat_template import Message, encode_chat, ignored_tools
 from loradeck.errors import ConfigError
 
-Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
-TEMPLATE_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's names for the roles of chat templates
-SYSTEM_ROLES = ("system", "developer")
 CONTEXT = 16  # tokens before a text that can change how it is decoded
 
 
@@ -25,7 +23,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     are returned as they are.
 
     Raises:
-        ConfigError: invalid messages, messages without a chat template or refused by it, an unknown id, or no token.
+        ConfigError: invalid messages; no chat template for them, or one that rejects them or ignores their tool calls;
+            an unknown id, or no token.
     """
     if isinstance(prompt, str):
         message = {"role": "user", "content": prompt}
@@ -35,82 +34,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     else:
         messages = cast("Sequence[Message]", prompt)
         _check(messages)
+        if ignored := ignored_tools(tokenizer, messages, None):
+            raise ConfigError(
+                f"the base's chat template ignores {ignored}", hint="Leave them out, or use another base."
+            )
         ids = encode_chat(tokenizer, messages)
     if not ids:
         raise ConfigError("the prompt is empty", hint="Give at least one token.")
     return cast("list[int]", ids)  # other types are for batches
-
-
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None = None,
-    /,
-    *,
-    add_generation_prompt: bool = True,
-    **variables: Any,
-) -> list[int]:
-    """Return the token ids of a conversation as the chat template renders it; `variables` are the template's.
-
-    Raises:
-        ConfigError: the base has no chat template, or the template rejects the messages.
-    """
-    ids = _apply(tokenizer, messages, tools, tokenize=True, add_generation_prompt=add_generation_prompt, **variables)
-    return cast("list[int]", ids)
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None = None,
-    /,
-    **variables: Any,
-) -> str:
-    """Return a conversation as the chat template writes it, for comparisons: a model reads what `encode_chat` returns.
-
-    Raises:
-        ConfigError: as `encode_chat`.
-    """
-    return str(_apply(tokenizer, messages, tools, tokenize=False, **variables))
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None,
-    /,
-    **variables: Any,
-) -> Any:
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            "the base's tokenizer has no chat template for messages",
-            hint="Give the prompt as a string, or use a base tuned for chat.",
-        )
-    settings: dict[str, Any] = {**variables, "tools": tools}
-    try:
-        return tokenizer.apply_chat_template(_turns(messages), return_dict=False, **settings)
-    except Exception as error:  # a template is an untrusted program and can fail in any way
-        raise ConfigError(
-            f"the base's chat template rejects the messages: {error}",
-            hint="Use the roles, and their order, that the base was trained with.",
-        ) from error
-
-
-def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages in the roles of chat templates: a developer's are the system's, a function's those of a tool.
-
-    A developer's message beside one of the system's becomes part of it: templates expect one.
-    """
-    turns: list[dict[str, Any]] = []
-    previous = ""
-    for message in messages:
-        role = message.get("role")
-        if role in SYSTEM_ROLES and previous in SYSTEM_ROLES and "developer" in (role, previous):
-            turns[-1]["content"] += f"\n\n{message['content']}"
-        else:
-            turns.append({**message, "role": TEMPLATE_ROLES.get(str(role), role)})
-        previous = str(role)
-    return turns
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
