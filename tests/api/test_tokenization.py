@@ -141,6 +141,12 @@ def test_roles_that_the_template_does_not_know_are_refused(
     assert text(tools_tokenizer, USER, ChatMessage("ipython", "8")) == "hi!8"
 
 
+def test_a_template_of_several_knows_the_roles_of_each(tools_tokenizer: PreTrainedTokenizerFast) -> None:
+    tools_tokenizer.chat_template = {"default": WITH_TOOLS, "rag": "{{ 'documents' }}"}  # type: ignore[assignment]
+    history = [ChatMessage("assistant", tool_calls=[CALL]), ChatMessage("tool", "8"), ChatMessage("documents", "d")]
+    assert text(tools_tokenizer, USER, *history).endswith("[8]d:d")
+
+
 def test_a_refusal_is_the_assistants_content(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert "assistant\nNo." in text(tiny_tokenizer, USER, ChatMessage("assistant", refusal="No."), USER)
 

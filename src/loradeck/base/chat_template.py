@@ -39,7 +39,10 @@ def encode_chat(
 
 def reads_role(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
     """Return whether the chat template is made for a role: for `tool` and the like, it must name it."""
-    return role in PLAIN_ROLES or re.search(rf"(['\"]){re.escape(role)}\1", str(tokenizer.chat_template)) is not None
+    template = tokenizer.chat_template
+    sources = template.values() if isinstance(template, dict) else [str(template)]  # some have several
+    name = re.compile(rf"(['\"]){re.escape(role)}\1")
+    return role in PLAIN_ROLES or any(name.search(source) for source in sources)
 
 
 def ignored_tools(
