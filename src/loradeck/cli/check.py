@@ -1,10 +1,13 @@
 """`loradeck check`: a dataset's form, sizes and problems, before training."""
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from loradeck.cli.display.text import columns, print_json, printable
 from loradeck.cli.options import AsJson
+from loradeck.dataset.config import DataConfig
 from loradeck.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from loradeck.dataset.check import Duplicate, Report
     from loradeck.dataset.record import Span
 
+READING = DataConfig()
 DUPLICATES = 3  # printed by name; --json has them all
 CHARACTERS = 1000  # printed of each part of the first example
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -24,6 +28,7 @@ def check(
     *,
     base: str | None = None,
     max_length: int = TrainConfig.max_length,
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     as_json: AsJson = False,
 ) -> int:
     """Check a dataset: its form, size, mask and problems.
@@ -43,7 +48,7 @@ def check(
         from loradeck.base.load import load_tokenizer
 
         tokenizer = load_tokenizer(base)
-    report = check_dataset(dataset, tokenizer, max_length)
+    report = check_dataset(dataset, tokenizer, max_length, reading)
     if as_json:
         print_json(report)
     else:

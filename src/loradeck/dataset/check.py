@@ -13,6 +13,7 @@ from typing import Self
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example, Preference
 from loradeck.dataset.reader import DatasetReader, ParsedRow
 from loradeck.dataset.record import PreferencePair, Record, Span, TokenIds
@@ -78,7 +79,12 @@ class Report(msgspec.Struct):
     """Everything that training would refuse, each as `file:line: path: what`."""
 
 
-def check_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Report:
+def check_dataset(
+    source: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    config: DataConfig | None = None,
+) -> Report:
     """Read a dataset as training would, past its invalid records. Without a tokenizer, count characters.
 
     Raises:
@@ -86,7 +92,7 @@ def check_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase | None,
         ConfigError: max_length is below 2.
     """
     files = find(source)
-    reader = DatasetReader(files, tokenizer, max_length)
+    reader = DatasetReader(files, tokenizer, max_length, config or DataConfig())
     report = Report(str(source), splits={split: SplitReport() for split in files.rows})
     seen: dict[str, dict[bytes, str]] = {split: {} for split in files.rows}
     train_prompts: dict[bytes, str] = {}

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example, Preference
 from loradeck.dataset.reader import DatasetReader, Examples
 from loradeck.dataset.record import EXPECTED
@@ -39,7 +40,9 @@ class Dataset:
         return isinstance(self.train[0], Preference)
 
 
-def read_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def read_dataset(
+    source: Path | str, tokenizer: PreTrainedTokenizerBase, max_length: int, config: DataConfig | None = None
+) -> Dataset:
     """Read a file, a folder with splits, or a dataset of the hub; blank lines are ignored.
 
     Raises:
@@ -48,7 +51,7 @@ def read_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase, max_len
         ConfigError: max_length is below 2.
     """
     files = find(source)
-    reader = DatasetReader(files, tokenizer, max_length)
+    reader = DatasetReader(files, tokenizer, max_length, config or DataConfig())
     splits: dict[str, list[Any]] = {split: [] for split in SPLITS}
     for row in reader.rows():
         splits[row.split] += row.examples

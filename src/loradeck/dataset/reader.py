@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example, Preference, examples, stop_tokens
 from loradeck.dataset.record import PAIRS, Record, parse
 from loradeck.dataset.source import Row, Source, Split
@@ -32,6 +33,7 @@ class DatasetReader:
     source: Source
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
+    config: DataConfig = field(default_factory=DataConfig)
     problems: list[str] = field(default_factory=list)
     learns_to_stop: dict[str, bool] = field(default_factory=dict)
     """By form, in order of appearance: whether a training example of it is trained on a stop token."""
