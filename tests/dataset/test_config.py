@@ -34,6 +34,8 @@ def test_without_columns_nothing_is_renamed() -> None:
         ({"columns": "prompt="}, "must map our names"),
         ({"columns": ["prompt"]}, "must map our names"),
         ({"columns": {"prompt": 1}}, "must map our names"),
+        ({"columns": "question=prompt"}, "'question' is no key of a record\nWrite prompt=question"),
+        ({"columns": "prom=question"}, "'prom' is no key of a record\nThere are "),
         ({"encoding": "cp-none"}, "unknown encoding 'cp-none'"),
         ({"encoding": 7}, "unknown encoding 7"),
         ({"skip_long": "yes"}, "skip_long must be true or false"),

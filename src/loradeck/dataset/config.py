@@ -5,8 +5,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loradeck.dataset.record import FORMS
 from loradeck.errors import ConfigError
 
+KEYS = sorted({key for form, _ in FORMS for key in form.__struct_encode_fields__})
 HINT = 'Write prompt=question,completion=answer, or {"prompt": "question", "completion": "answer"}.'
 
 
@@ -57,4 +59,8 @@ def _mapping(columns: object) -> dict[str, str]:
         return {}
     if not isinstance(columns, Mapping) or not all(isinstance(n, str) and n for pair in columns.items() for n in pair):
         raise ConfigError(f"columns must map our names to the dataset's, not {columns!r:.80}", hint=HINT)
+    for ours, theirs in columns.items():
+        if ours not in KEYS:
+            hint = f"Write {theirs}={ours}." if theirs in KEYS else f"There are {', '.join(KEYS)}."
+            raise ConfigError(f"columns: {ours!r:.40} is no key of a record", hint=hint)
     return dict(columns)
