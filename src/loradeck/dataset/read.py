@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.finding import error_of
 from loradeck.dataset.reader import DatasetReader, Examples
 from loradeck.dataset.record import EXPECTED
 from loradeck.dataset.source import SPLITS, find
@@ -33,6 +34,8 @@ class Dataset:
     test: Examples
     sha256: str
     """Of the bytes of its files; of its rows if they come from the hub."""
+    notes: tuple[str, ...] = ()
+    """What is passed over, left out, or read otherwise than written."""
 
     @property
     def preferences(self) -> bool:
@@ -46,8 +49,8 @@ def read_dataset(
     """Read a file, a folder with splits, or a dataset of the hub; blank lines are ignored.
 
     Raises:
-        DataError: it cannot be read, a split is empty, or records are invalid: each is a problem,
-            `file:line: path: what`.
+        DataError: it cannot be read, a split is empty, or records are invalid: each cause is a problem, with the
+            number of records and the first of them, `file:line: path: what`.
         ConfigError: max_length is below 2.
     """
     files = find(source)
@@ -55,12 +58,10 @@ def read_dataset(
     splits: dict[str, list[Any]] = {split: [] for split in SPLITS}
     for row in reader.rows():
         splits[row.split] += row.examples
-    if reader.problems:
-        count = len(reader.problems)
-        raise DataError(
-            f"{source} has {count} problem{'s' * (count > 1)} and cannot be trained on", reader.problems, hint=HINT
-        )
-    return Dataset(str(source), ", ".join(reader.learns_to_stop), **splits, sha256=files.sha256)
+    if problems := reader.problems.list():
+        raise error_of(str(source), problems, HINT)
+    form, notes = ", ".join(reader.learns_to_stop), reader.notes()
+    return Dataset(str(source), form, **splits, sha256=files.sha256, notes=notes)
 
 
 def held_out(examples: ExamplesT, ratio: float, seed: int) -> tuple[ExamplesT, ExamplesT]:
