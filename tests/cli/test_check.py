@@ -67,7 +67,8 @@ def test_json(run: Callable, folder: Path) -> None:
     assert report["splits"]["train"]["duplicates"] == [{"place": "train.jsonl:2", "of": "train.jsonl:1"}]
     assert report["splits"]["test"]["lengths"] is None
     assert report["first"] == [[["Hi", False], ["Ahoy", True]]]
-    assert [problem[:13] for problem in report["problems"]] == ["test.jsonl:1:"]
+    [problem] = report["problems"]
+    assert (problem["first"], problem["records"]) == (["test.jsonl:1"], 1)
 
 
 def test_a_missing_dataset_is_an_error(run: Callable) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loradeck.dataset.message import Message
 from loradeck.dataset.record import Conversation, Span
-from loradeck.dataset.template import PLACEHOLDER, end_of_turn, sequences
+from loradeck.dataset.template import PLACEHOLDER, marks, sequences
 from loradeck.errors import DataError
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -144,7 +144,7 @@ def test_a_system_message_that_moves_gets_a_sequence_for_each_answer(tiny_tokeni
 
 def test_tool_calls_are_trained_on_and_their_results_are_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     talk = [HI, CALL, Message("tool", "sunny", name="weather"), AHOY]
-    assert trained(render(tiny_tokenizer, LLAMA, talk, TOOLS)) == [
+    assert trained(render(tiny_tokenizer, LLAMA, talk)) == [
         ['{"name": "weather", "parameters": {"in": "Rome"}}<|eot_id|>', "Ahoy<|eot_id|>"]
     ]
     first, second = render(tiny_tokenizer, QWEN, talk, TOOLS)
@@ -199,4 +199,4 @@ def test_the_end_of_a_turn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     other = copy.deepcopy(tiny_tokenizer)
     for template, mark in ((GEMMA, "<end_of_turn>"), (QWEN, "<|im_end|>"), (None, "")):
         other.chat_template = template
-        assert end_of_turn(other) == mark
+        assert marks(other).end == mark

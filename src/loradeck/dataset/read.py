@@ -7,15 +7,16 @@ from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.finding import error_of
 from loradeck.dataset.reader import DatasetReader
 from loradeck.dataset.record import EXPECTED
 from loradeck.dataset.source import SPLITS, Position, find
 from loradeck.dataset.token_file import StoredExamples, TokenFile
-from loradeck.errors import DataError
 
 HINT = f"Each record has {EXPECTED}."
-Examples: TypeAlias = StoredExamples[Example] | StoredExamples[Preference]
+SplitExamples: TypeAlias = StoredExamples[Example] | StoredExamples[Preference]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,14 @@ class Dataset:
     form: str
     """How its records are written: messages, prompt and completion, alpaca, sharegpt, text, tokens, preference pairs;
     several are separated by commas."""
-    train: Examples
-    valid: Examples
+    train: SplitExamples
+    valid: SplitExamples
     """Empty if there is no such split."""
-    test: Examples
+    test: SplitExamples
     sha256: str
     """Of the bytes of its files; of its rows if they come from the hub."""
+    notes: tuple[str, ...] = ()
+    """What is passed over, left out, or read otherwise than written."""
 
     @property
     def preferences(self) -> bool:
@@ -44,8 +47,8 @@ def read_dataset(
     source: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    config: DataConfig | None = None,
     *,
-    encoding: str | None = None,
     on_read: Callable[[Position], None] | None = None,
 ) -> Dataset:
     """Read a file, a folder with splits, or a dataset of the hub; blank lines are ignored.
@@ -53,12 +56,13 @@ def read_dataset(
     `on_read` is called after each record.
 
     Raises:
-        DataError: it cannot be read, a split is empty, the disk is full, or records are invalid: each is a problem,
-            `file:line: path: what`.
+        DataError: it cannot be read, a split is empty, the disk is full, or records are invalid: each cause is a
+            problem, with the number of records and the first of them, `file:line: path: what`.
         ConfigError: max_length is below 2.
     """
-    files = find(source, encoding)
-    reader = DatasetReader(files, tokenizer, max_length)
+    config = config or DataConfig()
+    files = find(source, config.encoding)
+    reader = DatasetReader(files, tokenizer, max_length, config)
     file = TokenFile()
     ends = dict.fromkeys(SPLITS, 0)
     for row in reader.rows():
@@ -67,15 +71,13 @@ def read_dataset(
         ends[row.split] = len(file)
         if on_read:
             on_read(files.position)
-    if reader.problems:
-        count = len(reader.problems)
-        raise DataError(
-            f"{source} has {count} problem{'s' * (count > 1)} and cannot be trained on", reader.problems, hint=HINT
-        )
-    splits: dict[str, Examples] = {}
+    if problems := reader.problems.list():
+        raise error_of(str(source), problems, HINT)
+    form, notes = ", ".join(reader.learns_to_stop), reader.notes()
+    splits: dict[str, SplitExamples] = {}
     start = 0
     for split in SPLITS:
         stop = max(start, ends[split])
         splits[split] = file.examples(range(start, stop))
         start = stop
-    return Dataset(str(source), ", ".join(reader.learns_to_stop), **splits, sha256=files.sha256)
+    return Dataset(str(source), form, **splits, sha256=files.sha256, notes=notes)
