@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype
 from loradeck.cli.process import quick_imports
@@ -126,7 +127,8 @@ def carry_out(
 
     console = Console()
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
-    run = Run(recipe, output, base)
+    with reading_progress() as on_read:
+        run = Run(recipe, output, base, on_read=on_read)
     run.answer = answerer(base, run)
     examples: list[object] = []  # the trials of a sweep share one
     for name in run.data:
