@@ -11,7 +11,7 @@ from loradeck.dataset.config import DataConfig
 from loradeck.dataset.control import likely_tokens
 from loradeck.dataset.example import Example, Preference, TooLongError, examples, stop_tokens
 from loradeck.dataset.finding import Finding, Findings
-from loradeck.dataset.record import PAIRS, Record, conversations, parse
+from loradeck.dataset.record import PAIRS, Record, parse
 from loradeck.dataset.source import Row, Source, Split
 from loradeck.errors import ConfigError, DataError
 
@@ -111,7 +111,7 @@ class DatasetReader:
         """Return a record's examples, None if it is to be left out, and the remarks on it."""
         remarks: set[str] = set()
         if self.tokenizer is None:
-            tokens = {token for each in conversations(record) for token in likely_tokens(each)}
+            tokens = likely_tokens(record)
             return [], {f"holds {token} within a message, which looks like a control token" for token in tokens}
         fold, skip = self.config.fold_system, self.config.skip_long
         try:
