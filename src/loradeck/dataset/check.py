@@ -98,8 +98,9 @@ def check_dataset(
         DataError: it cannot be found.
         ConfigError: max_length is below 2.
     """
-    files = find(source)
-    reader = DatasetReader(files, tokenizer, max_length, config or DataConfig())
+    config = config or DataConfig()
+    files = find(source, config.encoding)
+    reader = DatasetReader(files, tokenizer, max_length, config)
     report = Report(str(source), splits={split: SplitReport() for split in files.rows})
     seen: dict[str, dict[bytes, str]] = {split: {} for split in files.rows}
     train_prompts: dict[bytes, str] = {}
