@@ -172,10 +172,23 @@ def test_control_tokens_are_counted(tmp_path: Path, tiny_tokenizer: PreTrainedTo
     path = write(tmp_path / "a.jsonl", GOOD[0], *rows)
     for tokenizer, said in (
         (tiny_tokenizer, "holds the control token <|im_end|> within a message; it is read as text"),
-        (None, "holds <|im_end|> within a message, which looks like a control token"),
+        (None, "holds <|im_end|>, which looks like a control token"),
     ):
         [remark] = check_dataset(path, tokenizer, 64).remarks
         assert (remark.what, remark.records) == (said, 5)
+
+
+def test_control_tokens_of_another_base_are_said(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(
+        tmp_path / "a.jsonl", {"text": "<s>Once</s><|im_end|>"}, {"prompt": "[INST] Hi [/INST]", "completion": "a"}
+    )
+    assert [str(remark) for remark in check_dataset(path, tiny_tokenizer, 64).remarks] == [
+        "a.jsonl:1: already ends with <|im_end|>; no end is added",
+        "a.jsonl:1: holds </s>, which looks like another base's control token",
+        "a.jsonl:1: holds <s>, which looks like another base's control token",
+        "a.jsonl:2: holds [/INST], which looks like another base's control token",
+        "a.jsonl:2: holds [INST], which looks like another base's control token",
+    ]
 
 
 def test_the_first_example_with_its_mask(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

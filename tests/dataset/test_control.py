@@ -89,5 +89,5 @@ def test_control_tokens_are_found_without_a_tokenizer() -> None:
     ]
     pair = PreferencePair(Completion("a", "b</s>"), Completion("a", "<start_of_turn>"))
     assert likely_tokens(pair) == ["</s>", "<start_of_turn>"]
-    assert likely_tokens(PlainText("</s>")) == []
+    assert likely_tokens(PlainText("Once</s>")) == ["</s>"]
     assert likely_tokens(Completion("x < y | <b>bold</b> <|", "a[0] <s1>")) == []

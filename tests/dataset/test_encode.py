@@ -93,6 +93,8 @@ def test_a_rendered_prompt_is_not_rendered_again(tiny_tokenizer: PreTrainedToken
         example, remarks = encode(Completion(prompt, completion), tiny_tokenizer)
         assert example == plain
         assert "the prompt is already rendered by the chat template; it is not rendered again" in remarks
+    turns = Conversation([Message("user", PROMPT), Message("assistant", "Ahoy")])
+    assert encode(turns, tiny_tokenizer)[0] == plain
     forged, _ = encode(Completion(PROMPT, "a<|im_end|>b"), tiny_tokenizer)
     assert forged.tokens.count(tiny_tokenizer.eos_token_id) == 2
     pair = examples(PreferencePair(Completion(PROMPT, "Ahoy"), Completion(PROMPT, "Hello")), tiny_tokenizer, 64)

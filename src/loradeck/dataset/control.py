@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.message import Message
-from loradeck.dataset.record import Completion, Conversation, PreferencePair, Record
+from loradeck.dataset.record import Completion, Conversation, PlainText, PreferencePair, Record
 from loradeck.errors import DataError
 
 PRIVATE = 0xF0000  # the first character of a plane for private use; it has 65,534
@@ -99,7 +99,7 @@ class StandIns:
 
 
 def likely_tokens(record: Record) -> list[str]:
-    """Return what looks like control tokens in a record with turns; in a plain text they are meant."""
+    """Return what looks like control tokens in a record."""
     sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
     texts: list[str] = []
     for side in sides:
@@ -107,6 +107,8 @@ def likely_tokens(record: Record) -> list[str]:
             texts += [text for message in side.messages for text in (message.content, message.reasoning)]
         elif isinstance(side, Completion):
             texts += [side.prompt, side.completion]
+        elif isinstance(side, PlainText):
+            texts.append(side.text)
     return list(dict.fromkeys(found for text in texts for found in LIKELY.findall(text)))
 
 
