@@ -96,7 +96,7 @@ def test_invalid_records_do_not_stop_the_check(tmp_path: Path, tiny_tokenizer: P
 
 
 def test_a_problem_is_told_once_for_each_cause(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    rows: list[object] = [{"question": f"q{n}", "answer": "a"} for n in range(100)]
+    rows: list[object] = [{"question": f"q{n}", "answer": "a"} | ({"id": n} if n % 2 else {}) for n in range(100)]
     rows += [{"messages": [GOOD[0]] * n + [{"role": "user", "content": ""}]} for n in range(4)]
     rows += [{"text": n} for n in range(2)]
     path = write(tmp_path / "a.jsonl", GOOD[0], *rows)
