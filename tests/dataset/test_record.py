@@ -453,7 +453,7 @@ def test_columns_are_suggested_in_the_words_of_the_door(keys: list[str], flag: s
     with pytest.raises(DataError) as caught:
         parse(line(**record))
     assert all(f"'{key}'" in caught.value.message for key in keys) or "chosen" in keys
-    assert caught.value.cli == flag
+    assert caught.value.cli == f'{flag}, or in a run file columns = "{flag.removeprefix("--columns ")}"'
     columns = dict(pair.split("=") for pair in flag.removeprefix("--columns ").split(","))
     assert (
         caught.value.python

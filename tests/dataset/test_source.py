@@ -222,3 +222,10 @@ def test_the_size_of_a_record_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     assert next(rows).content == b'{"text": "b"}'
     with pytest.raises(DataError, match=r"a.json:2: \$: has more than 50 bytes"):
         next(rows)
+
+
+def test_records_on_one_line_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, {"a": 2},\n{"a": 3}, {"a": 4}, {"a": 5}]')
+    [rows] = find(path).rows.values()
+    assert [row.location for row in rows] == ["a.json:1", "a.json:1[1]", "a.json:2", "a.json:2[1]", "a.json:2[2]"]

@@ -35,8 +35,9 @@ def check(
 ) -> int:
     """Check a dataset: its form, size, mask and problems.
 
-    The exit code is 1 if there are problems. Duplicate records, and records
-    that are also in the training split, are listed but are not problems.
+    The exit code is 1 if there are problems. What is passed over or left out,
+    duplicate records, and records that are also in the training split, are
+    listed but are not problems.
 
     Args:
         dataset: A file, a folder with train, valid and test, or a hub id.

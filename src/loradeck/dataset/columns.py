@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from loradeck.errors import DataError
 
 SHOWN = 12  # columns named in an error
@@ -80,15 +82,25 @@ def unknown_form(what: str, keys: Mapping[str, Any], columns: Mapping[str, str])
 def with_suggestion(error: DataError, names: Sequence[str]) -> DataError:
     """Return an error about a missing column with the setting that names it, in the words of Python and of the CLI."""
     mapping = guess(names) or {"prompt": "COLUMN", "completion": "COLUMN"}
-    return DataError(error.message, hint="Name the columns:", python=as_python(mapping), cli=as_flag(mapping))
+    cli = f"{as_flag(mapping)}, or in a run file columns = {_quoted(as_text(mapping))}"
+    return DataError(error.message, hint="Name the columns:", python=as_python(mapping), cli=cli)
 
 
 def as_python(columns: Mapping[str, str]) -> str:
     """Return columns as an argument of read_dataset."""
-    pairs = ", ".join(f'"{ours}": {theirs!r}'.replace("'", '"') for ours, theirs in columns.items())
+    pairs = ", ".join(f'"{ours}": {_quoted(theirs)}' for ours, theirs in columns.items())
     return f"DataConfig(columns={{{pairs}}})"
 
 
 def as_flag(columns: Mapping[str, str]) -> str:
     """Return columns as a flag."""
-    return "--columns " + shlex.quote(",".join(f"{ours}={theirs}" for ours, theirs in columns.items()))
+    return "--columns " + shlex.quote(as_text(columns))
+
+
+def as_text(columns: Mapping[str, str]) -> str:
+    """Return columns as the text that DataConfig reads."""
+    return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+
+
+def _quoted(text: str) -> str:
+    return msgspec.json.encode(text).decode()

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.message import Message
-from loradeck.dataset.record import Conversation
+from loradeck.dataset.record import Completion, Conversation, PlainText, PreferencePair, Record
 from loradeck.errors import DataError
 
 PRIVATE = 0xF0000  # the first character of a plane for private use; it has 65,534
@@ -98,9 +98,17 @@ class StandIns:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def likely_tokens(conversation: Conversation) -> list[str]:
-    """Return what looks like control tokens in a conversation's messages."""
-    texts = [text for message in conversation.messages for text in (message.content, message.reasoning)]
+def likely_tokens(record: Record) -> list[str]:
+    """Return what looks like control tokens in a record."""
+    sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
+    texts: list[str] = []
+    for side in sides:
+        if isinstance(side, Conversation):
+            texts += [text for message in side.messages for text in (message.content, message.reasoning)]
+        elif isinstance(side, Completion):
+            texts += [side.prompt, side.completion]
+        elif isinstance(side, PlainText):
+            texts.append(side.text)
     return list(dict.fromkeys(found for text in texts for found in LIKELY.findall(text)))
 
 

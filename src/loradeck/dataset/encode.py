@@ -42,8 +42,6 @@ class Encoder:
         """
         chat = self.tokenizer.chat_template is not None
         if isinstance(record, Completion) and chat:
-            if (answer := marks(self.tokenizer).answer) and record.prompt.rstrip().endswith(answer):
-                return [self._rendered(record)]
             record = Conversation([Message("user", record.prompt), Message("assistant", record.completion)])
         match record:
             case Conversation() if not chat:
@@ -67,6 +65,8 @@ class Encoder:
     def _conversation(self, conversation: Conversation) -> list[Encoded]:
         template, control = marks(self.tokenizer), control_pattern(self.tokenizer)
         messages = conversation.messages
+        if len(messages) == 2 and not conversation.tools and self._is_rendered(messages[0].content):
+            return [self._rendered(messages[0].content, messages[1].content)]
         if self.fold_system and not template.places_system:
             messages = fold_system(messages)
         if template.begin and messages[0].content.lstrip().startswith(template.begin):
@@ -90,13 +90,17 @@ class Encoder:
         conversation = stand_ins.replace_in(replace(conversation, messages=messages))
         return [self._tokenize(spans, stand_ins) for spans in sequences(self.tokenizer, conversation)]
 
-    def _rendered(self, record: Completion) -> Encoded:
+    def _is_rendered(self, prompt: str) -> bool:
+        answer = marks(self.tokenizer).answer
+        return bool(answer) and prompt.rstrip().endswith(answer)
+
+    def _rendered(self, prompt: str, completion: str) -> Encoded:
         """Encode a prompt that the chat template has already rendered, and its completion."""
         self.remarks.add("the prompt is already rendered by the chat template; it is not rendered again")
         template, stand_ins = marks(self.tokenizer), StandIns(self.tokenizer)
-        begin = "" if record.prompt.startswith(template.begin) else template.begin
-        completion = stand_ins.replace(self._without_end(record.completion))
-        prompt = stand_ins.replace(begin + record.prompt, control=False)
+        begin = "" if prompt.startswith(template.begin) else template.begin
+        completion = stand_ins.replace(self._without_end(completion))
+        prompt = stand_ins.replace(begin + prompt, control=False)
         return self._tokenize([Span(prompt, trained=False), Span(completion + template.end, trained=True)], stand_ins)
 
     def _without_end(self, answer: str) -> str:

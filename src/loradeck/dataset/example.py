@@ -18,7 +18,7 @@ from loradeck.errors import DataError
 LONG = {
     "hint": "Or leave out the long records:",
     "python": "DataConfig(skip_long=True)",
-    "cli": "--skip-long",
+    "cli": "--skip-long, or in a run file skip_long = true",
 }
 
 

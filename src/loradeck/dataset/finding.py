@@ -8,6 +8,7 @@ import msgspec
 from loradeck.errors import DataError
 
 FIRST = 3  # places that are kept
+VARYING = re.compile(r"(?<=the keys are ).*|\d+")  # from record to record, though the cause is the same
 
 
 class Finding(msgspec.Struct, omit_defaults=True):
@@ -42,8 +43,8 @@ class Findings:
         self._findings: dict[str, Finding] = {}
 
     def add(self, finding: Finding, location: str = "") -> None:
-        """Count a record, at `file:line`, under a finding's cause. Numbers in it differ from record to record."""
-        finding = self._findings.setdefault(re.sub(r"\d+", "0", finding.what), finding)
+        """Count a record, at `file:line`, under a finding's cause."""
+        finding = self._findings.setdefault(VARYING.sub("", finding.what), finding)
         if location:
             finding.records += 1
             finding.first += [location] * (len(finding.first) < FIRST)

@@ -8,10 +8,10 @@ from typing import TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.config import DataConfig
-from loradeck.dataset.control import likely_tokens
+from loradeck.dataset.control import control_tokens, likely_tokens
 from loradeck.dataset.example import Example, Preference, TooLongError, examples, stop_tokens
 from loradeck.dataset.finding import Finding, Findings
-from loradeck.dataset.record import PAIRS, Record, conversations, parse
+from loradeck.dataset.record import PAIRS, Record, parse
 from loradeck.dataset.source import Row, Source, Split
 from loradeck.errors import ConfigError, DataError
 
@@ -109,10 +109,11 @@ class DatasetReader:
 
     def _tokenized(self, record: Record) -> tuple[Examples | None, set[str]]:
         """Return a record's examples, None if it is to be left out, and the remarks on it."""
-        remarks: set[str] = set()
+        tokens = likely_tokens(record)
         if self.tokenizer is None:
-            tokens = {token for each in conversations(record) for token in likely_tokens(each)}
-            return [], {f"holds {token} within a message, which looks like a control token" for token in tokens}
+            return [], {f"holds {token}, which looks like a control token" for token in tokens}
+        others = [token for token in tokens if token not in control_tokens(self.tokenizer)]
+        remarks = {f"holds {token}, which looks like another base's control token" for token in others}
         fold, skip = self.config.fold_system, self.config.skip_long
         try:
             tokenized = examples(record, self.tokenizer, self.max_length, fold_system=fold, remarks=remarks)

@@ -319,16 +319,11 @@ def _record(keys: Json, columns: Mapping[str, str]) -> Record:
         if error.message.startswith("$.prompt: is missing"):
             raise with_suggestion(error, [*keys]) from error
         raise in_source_names(error, columns) from error
-    messages = [message for each in conversations(record) for message in each.messages]
+    sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
+    messages = [message for side in sides if isinstance(side, Conversation) for message in side.messages]
     unused = [*unused_keys(renamed, form.__struct_encode_fields__), *replaced_keys(keys, columns)]
     unused += [key for message in messages for key in message.unused]
     return replace(record, unused=tuple(dict.fromkeys(unused)))
-
-
-def conversations(record: Record) -> list[Conversation]:
-    """Return the conversations that a record holds: one, two of a preference pair, or none."""
-    sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
-    return [side for side in sides if isinstance(side, Conversation)]
 
 
 def _side(content: str | Json | list[Json], role: str, path: str) -> list[Message]:

@@ -43,7 +43,10 @@ HINT = f"Give a file ({FORMS}), a folder with train, valid and test of these, or
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record as JSON, or the error of reading it; and its location, `file:line`."""
+    """One record as JSON, or the error of reading it; and its location, `file:line`.
+
+    Records on one line are `file:line`, `file:line[1]`, `file:line[2]` and so on.
+    """
 
     location: str
     content: bytes | DataError
@@ -206,8 +209,11 @@ def _read_file(path: Path, encoding: str | None, on_read: Callable[[int], None])
         else:
             with open_utf8(path, encoding, on_read) as file:
                 if suffix.startswith(JSON):
+                    line = index = 0
                     for number, content in json_file.read(file, str(path)):
-                        yield Row(f"{path.name}:{number}", content)
+                        index = index + 1 if number == line else 0  # of the record within its line
+                        line = number
+                        yield Row(f"{path.name}:{line}" + (f"[{index}]" if index else ""), content)
                 else:
                     yield from _read_table(path.name, delimited.read(file, str(path)))
     except OSError as error:

@@ -49,6 +49,8 @@ class Plan:
     """Settings, each with its value and the reason for it."""
     first: list[Span]
     """The first example's text in spans that are trained on, or not."""
+    notes: tuple[str, ...] = ()
+    """What of the dataset is passed over, left out, or read otherwise than written."""
 
     @property
     def ratio(self) -> float:
@@ -67,6 +69,7 @@ def plan(run: Run, name: str) -> Plan:
         adapter_bytes=bank[name].nbytes,
         base_bytes=sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes,
         form=split.dataset.form,
+        notes=split.dataset.notes,
         examples=len(split.train),
         valid=len(split.valid),
         truncated=sizes.truncated,
