@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype
 from loradeck.cli.process import quick_imports
 from loradeck.cli.writers import Kind
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 # The fields of LoraConfig that are flags; patterns for single modules are for run files and Python.
 FLAGS = re.compile("^(lora|r|lora_alpha|lora_dropout|target_modules|use_rslora)$")
-LORA, RECIPE, SHARED = LoraConfig(), TrainConfig(), PassConfig()
+DEFAULTS = READING, LORA, RECIPE, SHARED = DataConfig(), LoraConfig(), TrainConfig(), PassConfig()
 ANSWER_TOKENS = 48
 
 
@@ -38,6 +40,7 @@ def train(
     /,
     *,
     output: Annotated[Path, Parameter(alias="-o")],
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     lora: Annotated[LoraConfig, Parameter(name="*", parse=FLAGS)] = LORA,
     recipe: Annotated[TrainConfig, Parameter(name="*")] = RECIPE,
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
@@ -70,7 +73,7 @@ def train(
         overwrite: Replace an existing adapter or run.
     """
     if base is not None and base.endswith(".toml") and dataset is None:
-        if (lora, recipe, shared, valid, last_layers, dtype) != (LORA, RECIPE, SHARED, None, None, "auto"):
+        if (reading, lora, recipe, shared, valid, last_layers, dtype) != (*DEFAULTS, None, None, "auto"):
             raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
         run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:
@@ -79,6 +82,7 @@ def train(
             data=resolve(dataset),
             valid=valid and resolve(valid),
             last_layers=last_layers,
+            reading=reading,
             lora=suffixes(lora),
             train=recipe,
         )
@@ -123,7 +127,8 @@ def carry_out(
 
     console = Console()
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
-    run = Run(recipe, output, base)
+    with reading_progress() as on_read:
+        run = Run(recipe, output, base, on_read=on_read)
     run.answer = answerer(base, run)
     examples: list[object] = []  # the trials of a sweep share one
     for name in run.data:
@@ -243,6 +248,7 @@ def check_same(recipe: RunRecipe, stored: RunRecipe) -> None:
         problems.append("the adapters' names differ")
     else:
         for job, old in zip(recipe.jobs, stored.jobs, strict=True):
+            problems += _differences(job.reading, old.reading)
             problems += _differences(job.lora, old.lora) + _differences(job.train, old.train)
             problems += _differences(job, old, ("last_layers",))
             problems += [
