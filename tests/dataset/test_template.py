@@ -143,10 +143,10 @@ def test_a_system_message_that_moves_gets_a_sequence_for_each_answer(tiny_tokeni
 
 
 def test_tool_calls_are_trained_on_and_their_results_are_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    talk = [HI, CALL, Message("tool", "sunny", name="weather"), AHOY]
-    assert trained(render(tiny_tokenizer, LLAMA, talk)) == [
+    assert trained(render(tiny_tokenizer, LLAMA, [HI, CALL, BYE, AHOY])) == [
         ['{"name": "weather", "parameters": {"in": "Rome"}}<|eot_id|>', "Ahoy<|eot_id|>"]
     ]
+    talk = [HI, CALL, Message("tool", "sunny", name="weather"), AHOY]
     first, second = render(tiny_tokenizer, QWEN, talk, TOOLS)
     assert trained([first, second]) == [
         ['<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call><|im_end|>'],
@@ -167,7 +167,7 @@ def test_a_message_of_weight_0_is_context(tiny_tokenizer: PreTrainedTokenizerFas
     [
         (DEEPSEEK, TALK, "message 2, assistant: the chat template renders the messages before it differently"),
         (GEMMA, [Message("system", "Pirate."), *TALK], "refuses it: 'System role not supported'"),
-        (GEMMA, [HI, CALL, Message("tool", "sunny"), AHOY], "message 2, assistant: .* rewrites its tool calls"),
+        (GEMMA, [HI, CALL, Message("tool", "sunny"), AHOY], "the base's chat template ignores tool calls"),
         (LLAMA, [HI, Message("assistant", "Ahoy", "greet")], "message 2, assistant: .* its content and reasoning"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", TALK, "marks no end of a turn"),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", TALK, "message 2, .* rewrites its content"),
@@ -190,9 +190,14 @@ def test_a_template_that_would_give_a_wrong_mask_is_refused(
 
 def test_tools_without_a_place_in_the_template_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     for template in (LLAMA, GEMMA, MISTRAL):
-        with pytest.raises(DataError, match=r"\$\.tools: the base's chat template ignores tools"):
+        with pytest.raises(DataError, match="the base's chat template ignores tools"):
             render(tiny_tokenizer, template, TALK, TOOLS)
     assert render(tiny_tokenizer, QWEN, TALK, TOOLS)
+
+
+def test_tool_messages_are_refused_where_a_template_writes_any_role(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="the base's chat template ignores tool messages"):
+        render(tiny_tokenizer, LLAMA, [HI, CALL, Message("tool", "sunny", name="weather"), AHOY])
 
 
 def test_a_system_message_that_the_template_forbids_or_drops_is_refused_with_a_way_out(

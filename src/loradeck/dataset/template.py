@@ -13,9 +13,10 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.base.chat_template import ignored_tools
 from loradeck.dataset.message import Json, Message
 from loradeck.dataset.record import Conversation, Span
-from loradeck.errors import DataError
+from loradeck.errors import ConfigError, DataError
 
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # rendered as an answer, to see what the template writes around it
 ONE_OF = "leave them out, or use another base"
@@ -35,8 +36,8 @@ def sequences(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
     """
     spans: list[Span] = []
     rendered = ""
-    if conversation.tools and not _places_tools(tokenizer, conversation):
-        raise DataError(f"$.tools: the base's chat template ignores tools; {ONE_OF}")
+    if ignored := _ignored_tools(tokenizer, conversation):
+        raise DataError(f"$: the base's chat template ignores {ignored}; {ONE_OF}")
     for index, message in enumerate(conversation.messages):
         if not message.trained:
             continue
@@ -149,14 +150,12 @@ def _check(where: str, message: Message, answer: str) -> None:
         raise DataError(f"{where}: the chat template drops or rewrites its {lost}; {ONE_OF}")
 
 
-def _places_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> bool:
-    """Whether the text before the first answer is another with the tools than without."""
-    index = next(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
-    with_tools, without = (
-        _render(tokenizer, conversation.messages[:index], tools, add_generation_prompt=True)
-        for tools in (conversation.tools, None)
-    )
-    return with_tools != without
+def _ignored_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str | None:
+    try:
+        messages = [message.for_template() for message in conversation.messages]
+        return ignored_tools(tokenizer, messages, conversation.tools)
+    except ConfigError:  # the template rejects the messages, which the turns below say more exactly
+        return None
 
 
 def _no_system(message: str) -> DataError:
