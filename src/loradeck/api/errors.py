@@ -31,6 +31,7 @@ TYPES = {
     415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
+    CLIENT_CLOSED_REQUEST: "ClientClosedRequestError",
     503: "ServiceUnavailableError",
 }
 STATUSES: dict[type[LoradeckError], int] = {
@@ -102,7 +103,7 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
         case _:
             status, text = 500, "Internal server error; the server's log has the details."
     if store:
-        text = text.replace(f"{store}/", "").replace(store, "the store")
+        text = text.replace(f"{store}/", "").replace(f"the store {store}", "the store").replace(store, "the store")
     return ErrorInfo(text, error_type or TYPES.get(status) or _type_of(status), param, status), headers
 
 

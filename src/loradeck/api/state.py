@@ -1,9 +1,11 @@
 """What a server's routes share: the engine, the API keys, and the requests in progress."""
 
+import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from starlette.requests import Request as HttpRequest
 
@@ -35,6 +37,7 @@ class ServerState:
     draining: bool = field(init=False, default=False)
     started: int = field(init=False, default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
+    _locks: "WeakValueDictionary[str, asyncio.Lock]" = field(init=False, default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
         self.adapter_ids = AdapterIds(self.engine.store)
@@ -56,6 +59,10 @@ class ServerState:
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`; identifies the base's weights."""
         return f"fp_{self.engine.base.fingerprint[:10]}"
+
+    def lock(self, name: str) -> asyncio.Lock:
+        """Return the lock of those who load an adapter under this name."""
+        return self._locks.setdefault(name, asyncio.Lock())
 
     def release(self, generations: "Iterable[Generation]") -> None:
         """Cancel those that have not finished, and forget them all."""

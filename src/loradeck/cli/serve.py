@@ -100,7 +100,7 @@ def usable(engine: "Engine") -> str | None:
     """Return the name of an adapter that fits the base, or None if none of the first few does. Load nothing."""
     for stored in engine.store.latest()[:ATTEMPTS] if engine.store else ():
         try:
-            engine.adapter_cache.check(stored.spec)
+            engine.adapter_cache.check(stored)
         except LoradeckError:
             continue
         return stored.name
