@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from loradeck import Adapter, AdapterStore, LoraConfig, __version__
+from loradeck.api.catalogue import Catalogue
 from loradeck.api.metrics import Metrics
 
 from .conftest import TIMEOUT, LocalServer, random_adapter
@@ -244,6 +245,50 @@ def test_paths_that_cannot_be_read_are_no_errors_of_the_server(server: LocalServ
         assert server.request(LOAD, {"lora_name": "x", "lora_path": path}).status_code in (404, 422)
 
 
+@pytest.mark.parametrize("kind", ["other shapes", "another base", "NaN", "another lm_head", "cut short", "too large"])
+def test_adapters_that_cannot_be_served_are_not_listed(
+    server: LocalServer, store: AdapterStore, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither as models nor as llama.cpp's adapters; the log has the reason, once."""
+    server.engine.adapter_cache.budget = 100_000
+    server.engine.adapter_cache.bank.model.fingerprint = server.engine.base.fingerprint
+    unusable_adapter(store.folder / "broken", kind)
+
+    async def test(client: Any) -> list[list[str]]:
+        models = [(await client.get("/v1/models")).json()["data"] for _ in range(2)]
+        assert (await client.get("/v1/models/broken")).status_code == (400 if kind == "too large" else 422)
+        shutil.rmtree(store.folder / "broken")
+        random_adapter(9).save(store.folder / "broken")
+        return [
+            [model["id"] for model in listed] for listed in (*models, (await client.get("/v1/models")).json()["data"])
+        ]
+
+    assert server.run(test) == [["tiny", "pirate", "poet", "team-a"]] * 2 + [
+        ["tiny", "broken", "pirate", "poet", "team-a"]
+    ]
+    warnings = [record.getMessage() for record in caplog.records if "cannot be served" in record.msg]
+    assert len(warnings) == (0 if kind == "cut short" else 1)  # the check at the start names unreadable ones
+    unusable_adapter(store.folder / "broken", kind)
+    assert [adapter["path"] for adapter in server.request("/lora-adapters").json()] == ["pirate", "poet", "team-a"]
+
+
+def test_the_start_names_what_cannot_be_served(
+    server: LocalServer, store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a+b", "team=x", "a,b", "x@y", "c:d"):
+        random_adapter(9).save(store.folder / name)
+    unusable_adapter(store.folder / "cut", "cut short")
+    for number in range(15):
+        unusable_adapter(store.folder / f"nan{number:02}", "NaN")
+    Catalogue(server.engine.adapter_cache).log_problems()
+    skipped, cut, *nans, rest = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert skipped == "skipped 5 folders, because no adapter can have their names: a+b, a,b, c:d, team=x, x@y"
+    assert cut.startswith("cut cannot be served: ")
+    assert len(nans) == 12
+    assert all("NaN or Inf" in warning for warning in nans)
+    assert rest == "3 more adapters cannot be served"
+
+
 def test_llamacpp_scales(server: LocalServer) -> None:
     async def test(client: Any) -> list[str]:
         assert (await client.get("/lora-adapters")).json() == [
@@ -296,7 +341,7 @@ def test_metrics(server: LocalServer) -> None:
     assert counts["loradeck_adapter_generation_tokens_total", "<blend>"] == 6
     assert counts["loradeck_adapter_time_to_first_token_seconds_count", "poet"] == 2
     assert counts["loradeck_adapter_loads_total",] == 3
-    assert counts["loradeck_adapter_evictions_total",] == 0
+    assert counts["loradeck_adapter_evictions_total",] == counts["loradeck_adapter_load_failures_total",] == 0
     assert counts["loradeck_adapter_resident_bytes",] > 0
     assert counts["loradeck_adapter_load_seconds_total",] > 0
     assert counts["loradeck_adapter_loaded", "poet", "false", "device"] == 2

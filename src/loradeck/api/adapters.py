@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 async def list_models(request: Request) -> Response:
-    """List the base, and the latest version of each adapter that the key may use."""
+    """List the base, and the latest version of each adapter that fits it and that the key may use."""
     return json_response(ModelList(await run_sync(_list_models, state_of(request), request.state.key)))
 
 
@@ -52,8 +52,7 @@ async def get_model(request: Request) -> Response:
 
 
 def _list_models(state: ServerState, key: ApiKey) -> list[ModelCard]:
-    store = state.engine.store
-    latest = [stored for stored in store.latest() if key.may_use(stored.name)] if store else []
+    latest = [stored for stored in state.catalogue.usable() if key.may_use(stored.name)]
     residents = _residents(state)
     return [
         _base_card(state, state.names.base),
@@ -73,6 +72,7 @@ def _get_model(state: ServerState, key: ApiKey, name: str) -> ModelCard:
     if store is None or selection.label not in dict(selection.weights):  # a blend, or a scaled adapter
         raise _unknown_model(name)
     stored = store.find(selection.label)
+    state.engine.adapter_cache.check(stored)
     return _adapter_card(state, name, stored, _residents(state), sha256=stored.sha256())
 
 
@@ -237,10 +237,11 @@ async def set_lora_scales(request: Request) -> Response:
 
 def _list_lora_adapters(state: ServerState, key: ApiKey) -> list[LoraAdapter]:
     scales = state.adapter_ids.scales
+    usable = {stored.name for stored in state.catalogue.usable() if key.may_use(stored.name)}
     return [
         LoraAdapter(number, name, scales.get(name, 0.0))
         for number, name in state.adapter_ids.names().items()
-        if key.may_use(name)
+        if name in usable
     ]
 
 

@@ -22,6 +22,7 @@ from loradeck.api.chat import create_chat_completion
 from loradeck.api.completions import create_completion
 from loradeck.api.config import ServerConfig
 from loradeck.api.errors import error_handler, shutting_down
+from loradeck.api.middleware import RequestMiddleware
 from loradeck.api.openapi import Operation, openapi_document
 from loradeck.api.state import ServerState, state_of
 from loradeck.errors import LoradeckError
@@ -89,7 +90,7 @@ def app(
     """
     state = ServerState(engine, metrics, keys or ApiKeys(), config or ServerConfig())
     handle_error = error_handler(state.store_path)
-    middleware = []
+    middleware = [Middleware(RequestMiddleware, state, handle_error)]
     if not state.keys:
         middleware.append(Middleware(TrustedHostMiddleware, [*state.config.hosts], www_redirect=False))
     if state.config.origins:
@@ -99,7 +100,7 @@ def app(
     application = Starlette(
         routes=[operation.route for operation in OPERATIONS],
         middleware=middleware,
-        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect, Exception), handle_error),
+        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect), handle_error),
     )
     application.state.server = state
     return application

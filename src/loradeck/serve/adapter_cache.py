@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import RLock
 from typing import Literal, TypeAlias
 
@@ -18,6 +19,7 @@ import torch
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
+from loradeck.lora.compatibility import why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
 from loradeck.serve import threads
 from loradeck.serve.config import EngineConfig
@@ -201,13 +203,22 @@ class AdapterCache:
     # ---- by hand
 
     def check(self, stored: Stored) -> None:
-        """Check that an adapter fits the base and the budget, by its headers; nothing is loaded.
+        """Check that an adapter fits the base and the budget. Its values are read, in a loader's thread, but not kept.
 
         Raises:
-            AdapterError, ConfigError: as `load`.
+            AdapterError, ConfigError, BusyError: as `load`.
         """
         self._check_size([stored])
-        self.bank.check(stored.path)
+        files = self.bank.check(stored.path)
+        if stored.recorded_sha256 and not files.copies:
+            return  # publishing has read its values
+        check_copy = partial(why_not_a_copy, self.bank.model)
+        try:
+            self._loaders.submit(Adapter.from_files, files, check_copy=check_copy).result()
+        except (CancelledError, RuntimeError):  # `close` was called
+            if self._closed:
+                raise _shutting_down() from None
+            raise
 
     def load(self, adapter: str | Stored) -> None:
         """Load an adapter onto the device and wait for it.
