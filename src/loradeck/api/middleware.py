@@ -42,11 +42,13 @@ class RequestMiddleware:
         request = Request(scope)
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID, ""))
         status: int | None = None
+        self._state.unanswered += 1
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                self._state.unanswered -= 1
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
@@ -58,6 +60,7 @@ class RequestMiddleware:
             log.error("request %(id)s failed", {"id": request_id}, exc_info=error)
             await self._on_error(request, error)(scope, receive, send_with_id)
         finally:
+            self._state.unanswered -= status is None
             self._log(request, {"id": request_id, "status": status, "seconds": time.monotonic() - started}, started)
 
     def _until_shutdown(self, receive: Receive) -> Receive:

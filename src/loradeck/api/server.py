@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,11 @@ log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """Serves an application on one socket. The first SIGTERM or SIGINT lets running requests finish."""
 
-    def __init__(self, app: "Starlette", sock: socket.socket) -> None:
+    def __init__(self, app: "Starlette", sock: socket.socket, on_ready: Callable[[], object] = lambda: None) -> None:
+        """`on_ready` is called once signals and connections are handled."""
         self._state: ServerState = app.state.server
         self._socket = sock
+        self._on_ready = on_ready
         super().__init__(
             uvicorn.Config(
                 app,
@@ -47,6 +50,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections, and look for adapters that cannot be served."""
         await super().startup(sockets)
+        self._on_ready()
         self._check = asyncio.create_task(asyncio.to_thread(self._state.catalogue.log_problems))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -57,7 +61,7 @@ class Server(uvicorn.Server):
             {"running": len(self._state.live), "seconds": drain},
         )
         self._state.stop_reading()
-        draining = asyncio.create_task(asyncio.to_thread(self._state.drain, drain))
+        draining = asyncio.create_task(self._drain(started + drain))
         closing = asyncio.create_task(super().shutdown(sockets))
         await asyncio.wait((draining, closing), return_when=asyncio.FIRST_COMPLETED)
         if closing.done():  # all answers are sent, or a second signal came
@@ -71,6 +75,12 @@ class Server(uvicorn.Server):
         await asyncio.gather(draining, closing)
         await asyncio.wait((self._check,))
         log.info("shut down after %(seconds).1f s", {"seconds": time.monotonic() - started})
+
+    async def _drain(self, deadline: float) -> None:
+        """Wait for all that runs to be answered."""
+        await asyncio.to_thread(self._state.drain, deadline - time.monotonic())
+        while self._state.unanswered and time.monotonic() < deadline and not self.force_exit:  # such as a slow load
+            await asyncio.sleep(0.05)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Shut down gracefully at the first signal, at once at the second. The process then exits by itself."""

@@ -38,6 +38,8 @@ class ServerState:
     live: "set[Generation]" = field(init=False, default_factory=set)
     """Generations that a client waits for."""
     draining: bool = field(init=False, default=False)
+    unanswered: int = field(init=False, default=0)
+    """Requests whose response has not begun."""
     started: int = field(init=False, default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
     _reading: set[asyncio.Timeout] = field(init=False, default_factory=set)

@@ -77,16 +77,19 @@ def serve(
             metrics = Metrics(loaded.name, config.top_adapters)
             with Engine(loaded, store, engine, observer=metrics) as running:
                 hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
-                server = Server(app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts)), address)
+                application = app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts))
                 url = url_of(address)
                 example = curl(url, running, has_keys=bool(api_keys))
-                seconds = time.perf_counter() - start
-                adapter_count = f"{count} adapter{'s' * (count != 1)}"
-                ready = f"{loaded.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
-                print(printable(ready), flush=True)
                 settings = {"weights": weights, "keys": len(api_keys), **asdict(engine), **asdict(config)}
-                _log_start(running, url, count, settings)
-                server.serve_forever()
+
+                def announce() -> None:
+                    adapter_count = f"{count} adapter{'s' * (count != 1)}"
+                    seconds = time.perf_counter() - start
+                    ready = f"{loaded.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
+                    print(printable(ready), flush=True)
+                    _log_start(running, url, count, settings)
+
+                Server(application, address, announce).serve_forever()
 
 
 def _log_start(engine: "Engine", url: str, adapters: int, settings: Mapping[str, object]) -> None:
