@@ -210,7 +210,7 @@ def test_a_version_is_not_published_again(server: LocalServer, store: AdapterSto
     (tmp_path / "store link").symlink_to(store.folder)
     shutil.copytree(own, tmp_path / "copy")
     paths = [
-        "poet", "poet@2", f"{own}", f"{own}/", f"{own}/.", f"{own}//", f"{own}/../{own.name}", f"{tmp_path}/link",
+        "poet", "poet@2", f"{store.folder}/poet", f"{store.folder}/poet/", f"{own}", f"{own}/", f"{own}/.", f"{own}//", f"{own}/../{own.name}", f"{tmp_path}/link",
         f"{tmp_path}/store link/{own.name}", f"{tmp_path}/copy",
     ]  # fmt: skip
     for path in paths:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,10 +184,9 @@ def _publish(state: ServerState, name: str, source: "Stored") -> None:
 
 def _source(store: "AdapterStore", name: str, path: str) -> "Stored":
     """Return the adapter of a `lora_path`: one of the store, or that of an absolute path on this machine."""
-    try:
-        return store.find(path)
-    except UnknownAdapterError:
-        source = Path(path)
+    source = Path(path)
+    with suppress(UnknownAdapterError):
+        return store.find(source.name if source.parent == store.folder else path)
     try:
         if source.is_absolute() and source.is_dir():
             return read_stored(name, 0, source, None)
