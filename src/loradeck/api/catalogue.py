@@ -38,7 +38,7 @@ class Catalogue:
             self._errors = {
                 stored: before[stored] if stored in before else self._error(stored) for stored in self._store.latest()
             }
-            _warn({stored.spec: error for stored, error in self._errors.items() if error and stored not in before})
+            _warn({stored.path.name: error for stored, error in self._errors.items() if error and stored not in before})
             return [stored for stored, error in self._errors.items() if error is None]
 
     def log_problems(self) -> None:

@@ -215,10 +215,10 @@ class AdapterCache:
         check_copy = partial(why_not_a_copy, self.bank.model)
         try:
             self._loaders.submit(Adapter.from_files, files, check_copy=check_copy).result()
-        except (CancelledError, RuntimeError):  # `close` was called
-            if self._closed:
-                raise _shutting_down() from None
+        except LoradeckError:
             raise
+        except (Exception, CancelledError) as error:
+            raise _shutting_down() if self._closed else _unexpected(stored, error) from error
 
     def load(self, adapter: str | Stored) -> None:
         """Load an adapter onto the device and wait for it.
@@ -267,11 +267,8 @@ class AdapterCache:
             residents = [resident for resident in self._residents.values() if condition(resident)]
             for resident in residents:
                 resident.evict_when_idle = True
-                if resident.tier == "memory":
-                    self._residents.pop(resident.sha256)
-                elif resident.idle:
+                if resident.tier == "memory" or resident.idle:
                     self._drop(resident)
-                log.info("unloaded %(adapter)s: %(bytes)d bytes", resident.log_fields)
         return bool(residents)
 
     def close(self) -> None:
@@ -348,8 +345,7 @@ class AdapterCache:
         """Take an adapter off the device. It stays in memory if there is room beside those that are not `wanted`."""
         self.evictions += 1
         adapter = self.bank[resident.sha256]
-        self._drop(resident)
-        log.info("evicted %(adapter)s: %(bytes)d bytes", resident.log_fields)
+        self._drop(resident, "evicted")
         if resident.nbytes > self.memory_budget:
             return
         resident.host_copy = adapter.to("cpu")
@@ -366,10 +362,12 @@ class AdapterCache:
             excess -= resident.nbytes
             self._residents.pop(resident.sha256)
 
-    def _drop(self, resident: Resident) -> None:
-        self.bank.unload(resident.sha256)
+    def _drop(self, resident: Resident, event: str = "unloaded") -> None:
+        if resident.tier == "device":
+            self.bank.unload(resident.sha256)
         self._residents.pop(resident.sha256)
         resident.evict_when_idle = False
+        log.info(f"{event} %(adapter)s: %(bytes)d bytes", resident.log_fields)
 
 
 def _shutting_down() -> BusyError:
@@ -385,8 +383,10 @@ def _load_error(resident: Resident, error: Exception) -> LoradeckError:
         {**resident.log_fields, "error": str(error)},
         exc_info=error if is_bug or log.isEnabledFor(logging.DEBUG) else None,
     )
-    if isinstance(error, LoradeckError):
-        return error
+    return _unexpected(resident.stored, error) if is_bug else error
+
+
+def _unexpected(stored: Stored, error: BaseException) -> AdapterError:
     return AdapterError(
-        f"{resident.spec} could not be loaded: {error}", hint="Try again; if it fails again, publish it anew."
+        f"{stored.spec} could not be loaded: {error}", hint="Try again; if it fails again, publish it anew."
     )
