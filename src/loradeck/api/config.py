@@ -1,6 +1,7 @@
 """The server's configuration. Light to import: the command line reads its flags from it."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from loradeck.errors import ConfigError
 
@@ -33,6 +34,10 @@ class ServerConfig:
     """Accepted Host headers besides localhost's when no keys are set (guards against DNS rebinding)."""
     origins: tuple[str, ...] = ()
     """Origins of the web pages that may use this server (CORS)."""
+    log_format: Literal["text", "json"] = "text"
+    """Format of the log, which goes to stderr: one line per event."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important events to log: debug adds tracebacks of errors, warning leaves out requests that succeed."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -33,6 +33,7 @@ TYPES = {
     415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
+    CLIENT_CLOSED_REQUEST: "ClientClosedRequestError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
 }
@@ -119,7 +120,8 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
 def error_handler(store: str) -> Callable[[Request, Exception], Response]:
     """Return the application's exception handler; `store` as in `error_info`."""
 
-    def handle(_: Request, error: Exception) -> Response:
+    def handle(request: Request, error: Exception) -> Response:
+        request.state.error = error  # for the log
         info, headers = error_info(error, store)
         return json_response(ErrorResponse(info), info.code, headers)
 

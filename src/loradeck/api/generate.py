@@ -204,6 +204,7 @@ async def respond(
     """Return the response to a request; the generations are released when it is sent or the client disconnects."""
     state = state_of(request)
     n = body.n or 1
+    request.state.generations, request.state.n = generations, n  # for the log
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
 
@@ -211,6 +212,7 @@ async def respond(
             return msgspec.json.encode(form.usage_event(_usage(generations, n))) if include_usage else b""
 
         def error_data(error: Exception) -> bytes:
+            request.state.error = error  # for the log
             info, _ = error_info(error, state.store_path)
             return msgspec.json.encode(ErrorResponse(info))
 

@@ -62,11 +62,15 @@ class AdapterFiles:
     @property
     def parameters(self) -> int:
         """Number of trained values."""
-        return sum(
-            (entry.end - entry.begin) // ITEM_BYTES[entry.dtype]
-            for key, (_, entry) in self.entries.items()
-            if key not in self.copies
-        )
+        return sum((entry.end - entry.begin) // ITEM_BYTES[entry.dtype] for entry in self._trained())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the trained values."""
+        return sum(entry.end - entry.begin for entry in self._trained())
+
+    def _trained(self) -> list[Entry]:
+        return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
 
 
 def is_adapter(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Self, SupportsIndex
 from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
 from loradeck.base.weights import shared_copy
+from loradeck.blend import format_blend
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.sampling import Sampler, SamplingParams, Token
@@ -120,8 +121,16 @@ class Engine:
         prompt = _token_ids(tokens)
         self._check(prompt, sampling)
         key, adapters = self.adapter_cache.resolve(entry)
+        versions = format_blend((adapters[sha256].spec, weight) for sha256, weight in key)
         request = Request(
-            prompt, sampling, key, uuid.uuid4().hex, adapter=adapter, tenant=tenant, arrived=time.monotonic()
+            prompt,
+            sampling,
+            key,
+            uuid.uuid4().hex,
+            adapter=adapter,
+            versions=versions,
+            tenant=tenant,
+            arrived=time.monotonic(),
         )
         text = StopFilter(
             self.base.tokenizer, sampling.stop, prompt if continues else (), min_tokens=sampling.min_tokens
