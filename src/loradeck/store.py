@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import msgspec
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder
-from loradeck.lora.names import check_name
+from loradeck.lora.names import check_name, valid_name
 from loradeck.lora.peft import CARD, CONFIG
 from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
 
@@ -39,6 +39,7 @@ class AdapterStore:
     def __init__(self, folder: str | Path) -> None:
         """Open a store; the first `publish` creates its folder."""
         self.folder = Path(folder).absolute()
+        self._answers: dict[Stored, AdapterError | None] = {}  # of the last check
 
     # ---- queries
 
@@ -48,7 +49,7 @@ class AdapterStore:
         Raises:
             AdapterError: the store's folder cannot be read.
         """
-        return sorted(name for name in self._catalogue() if _is_valid(name))
+        return sorted(name for name in self._catalogue() if why_not_served(name) is None)
 
     def versions(self, name: str) -> list[int]:
         """Return the numbers of an adapter's versions, the latest last.
@@ -84,7 +85,7 @@ class AdapterStore:
         """
         adapters = []
         for name, numbers in sorted(self._catalogue().items()):
-            if _is_valid(name):
+            if why_not_served(name) is None:
                 with suppress(AdapterError, UnknownAdapterError):
                     adapters.append(self._stored_now(name, name, max(numbers)))
         return adapters
@@ -98,13 +99,38 @@ class AdapterStore:
         problems: dict[str, LoradeckError] = {}
         for name, numbers in self._catalogue().items():
             for path, number in ((self._path(name, number), number) for number in numbers):
+                error = why_not_served(name)
                 try:
-                    check_name(name)
-                    self._stored(name, number)
-                except (AdapterError, AdapterNameError) as error:
-                    if is_adapter(path):  # else another process removed it in between
-                        problems[path.name] = error
+                    if error is None:
+                        self._stored(name, number)
+                except AdapterError as unusable:
+                    error = unusable
+                if error is not None and is_adapter(path):  # else another process removed it in between
+                    problems[path.name] = error
         return problems
+
+    def skipped(self) -> dict[str, LoradeckError]:
+        """Return why an adapter's folder is skipped, by its name: requests could not name it. Reads no adapter.
+
+        Raises:
+            AdapterError: the store's folder cannot be read.
+        """
+        return {name: error for name in sorted(self._catalogue()) if (error := why_not_served(name))}
+
+    def misfits(self, check: Callable[[Path], object]) -> dict[str, AdapterError]:
+        """Return why the latest version of an adapter cannot be used on a base, by its name.
+
+        `check` is `bank.check`, which compares headers and fingerprints. Its answers are kept while the files stay
+        the same.
+
+        Raises:
+            AdapterError: the store's folder cannot be read.
+        """
+        answers: dict[Stored, AdapterError | None] = {}
+        for stored in self.latest():
+            answers[stored] = self._answers[stored] if stored in self._answers else _why_not(check, stored.path)
+        self._answers = answers
+        return {stored.name: error for stored, error in answers.items() if error is not None}
 
     # ---- changes
 
@@ -190,7 +216,7 @@ class AdapterStore:
     def _remove(self, name: str, numbers: list[int]) -> None:
         with self._changing():
             for number in numbers:  # oldest first, so that `latest` never goes back
-                _remove_adapter(self._path(name, number))
+                remove_adapter(self._path(name, number))
             # The highest record stays, because the next number follows it.
             for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:
                 self._record(name, number).unlink(missing_ok=True)
@@ -233,11 +259,11 @@ class AdapterStore:
         raise UnknownAdapterError(f"{name!r} has no version {which[:20]!r}", hint=f"The latest are: {latest}.")
 
     def _versions(self, name: str) -> list[int]:
-        if not _is_valid(name):
+        if why_not_served(name):
             return []
         while True:
             folders = (folder for folder in self._folders() if folder.partition("@")[0] == name)
-            listed = {number: self._path(name, number) for other, number in map(_split, folders) if other == name}
+            listed = {number: self._path(name, number) for other, number in map(split_spec, folders) if other == name}
             numbers = sorted(number for number, path in listed.items() if is_adapter(path))
             if all(os.path.lexists(path) for number, path in listed.items() if number not in numbers):
                 return numbers
@@ -250,14 +276,14 @@ class AdapterStore:
         except FileNotFoundError:
             return []
         specs = (file.removesuffix(".json") for file in files if file.startswith(f"{name}@"))
-        return sorted(number for other, number in map(_split, specs) if other == name and number)
+        return sorted(number for other, number in map(split_spec, specs) if other == name and number)
 
     def _catalogue(self) -> dict[str, list[int]]:
         """Return the version numbers of every adapter by name, including invalid names."""
         catalogue: dict[str, list[int]] = {}
         changed: set[str] = set()
         for folder in self._folders():
-            path, (name, number) = self.folder / folder, _split(folder)
+            path, (name, number) = self.folder / folder, split_spec(folder)
             if not folder.startswith(".") and is_adapter(path):
                 catalogue.setdefault(name, []).append(number)
             elif not os.path.lexists(path):  # removed since the folder was listed; a newer version may be there
@@ -274,21 +300,40 @@ class AdapterStore:
             raise AdapterError(f"the store {self.folder} cannot be read: {error.strerror}", hint=hint) from error
 
 
-def _split(spec: str) -> tuple[str, int]:
+def split_spec(spec: str) -> tuple[str, int]:
     """Return a folder's name and number; without a valid number all of it is the name, and "@" makes it invalid."""
     name, _, number = spec.partition("@")
     return (name, int(number)) if NUMBER.fullmatch(number) else (spec, 0)
 
 
-def _is_valid(name: str) -> bool:
+def latest_versions(folders: Iterable[str]) -> set[str]:
+    """Return which of these folders' names are the ones that their adapters' names stand for."""
+    latest: dict[str, int] = {}
+    for folder in folders:
+        name, number = split_spec(folder)
+        latest[name] = max(number, latest.get(name, 0))
+    return {f"{name}@{number}" if number else name for name, number in latest.items()}
+
+
+def why_not_served(folder: str) -> AdapterNameError | None:
+    """Return why requests cannot name the adapter of a folder of this name, with a name that would do."""
+    name, _ = split_spec(folder)
     try:
         check_name(name)
-    except AdapterNameError:
-        return False
-    return True
+    except AdapterNameError as error:
+        return AdapterNameError(error.message, hint=f"Rename the folder, for example to {valid_name(name)!r}.")
+    return None
 
 
-def _remove_adapter(folder: Path) -> None:
+def _why_not(check: Callable[[Path], object], folder: Path) -> AdapterError | None:
+    try:
+        check(folder)
+    except AdapterError as error:
+        return error
+    return None
+
+
+def remove_adapter(folder: Path) -> None:
     """Move the folder away in one rename; if it holds other files too, move only the adapter's, its config first."""
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
