@@ -98,7 +98,7 @@ class AdapterStore:
         """
         problems: dict[str, LoradeckError] = {}
         for name, numbers in self._catalogue().items():
-            for path, number in ((self._path(name, number), number) for number in numbers):
+            for path, number in ((self.path(name, number), number) for number in numbers):
                 error = why_not_served(name)
                 try:
                     if error is None:
@@ -188,7 +188,7 @@ class AdapterStore:
         card = [CARD] if (source / CARD).is_file() else []
         number, record = self._claim(name)
         try:
-            with new_folder(self._path(name, number)) as new:
+            with new_folder(self.path(name, number)) as new:
                 for file in files + card:
                     shutil.copyfile(source / file, new / file)
                 if digest_of(new, files) != digest:
@@ -210,13 +210,13 @@ class AdapterStore:
             record = self._record(name, number)
             with suppress(FileExistsError):
                 record.touch(exist_ok=False)
-                if not self._path(name, number).exists():
+                if not self.path(name, number).exists():
                     return number, record
 
     def _remove(self, name: str, numbers: list[int]) -> None:
         with self._changing():
             for number in numbers:  # oldest first, so that `latest` never goes back
-                remove_adapter(self._path(name, number))
+                remove_adapter(self.path(name, number))
             # The highest record stays, because the next number follows it.
             for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:
                 self._record(name, number).unlink(missing_ok=True)
@@ -230,21 +230,22 @@ class AdapterStore:
 
     # ---- files
 
-    def _path(self, name: str, number: int) -> Path:
+    def path(self, name: str, number: int) -> Path:
+        """Return the folder of a version, whether it is there or not; number 0 is the unpublished folder."""
         return self.folder / (f"{name}@{number}" if number else name)
 
     def _record(self, name: str, number: int) -> Path:
         return self.folder / RECORDS / f"{name}@{number}.json"
 
     def _stored(self, name: str, number: int) -> Stored:
-        return read_stored(name, number, self._path(name, number), self._record(name, number) if number else None)
+        return read_stored(name, number, self.path(name, number), self._record(name, number) if number else None)
 
     def _stored_now(self, spec: str, name: str, number: int) -> Stored:
         """Read a version that `spec` was resolved to, or resolve it again if the version was removed since."""
         try:
             return self._stored(name, number)
         except AdapterError:
-            if is_adapter(self._path(name, number)):
+            if is_adapter(self.path(name, number)):
                 raise
         return self.find(spec)
 
@@ -263,7 +264,7 @@ class AdapterStore:
             return []
         while True:
             folders = (folder for folder in self._folders() if folder.partition("@")[0] == name)
-            listed = {number: self._path(name, number) for other, number in map(split_spec, folders) if other == name}
+            listed = {number: self.path(name, number) for other, number in map(split_spec, folders) if other == name}
             numbers = sorted(number for number, path in listed.items() if is_adapter(path))
             if all(os.path.lexists(path) for number, path in listed.items() if number not in numbers):
                 return numbers
@@ -333,13 +334,27 @@ def _why_not(check: Callable[[Path], object], folder: Path) -> AdapterError | No
     return None
 
 
+def is_store(folder: Path) -> bool:
+    """Return whether a folder is empty or holds adapters, and is none itself."""
+    if not folder.is_dir() or is_adapter(folder):
+        return False
+    inside = [*folder.iterdir()]
+    return not inside or any(path.name == RECORDS or is_adapter(path) for path in inside)
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter that are there, in the order in which to remove them."""
+    files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
+    return [file for file in files if file.is_symlink() or file.is_file()]
+
+
 def remove_adapter(folder: Path) -> None:
     """Move the folder away in one rename; if it holds other files too, move only the adapter's, its config first."""
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
         suppress(FileNotFoundError),
     ):
-        files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
+        files = adapter_files(folder)
         if folder.is_symlink() or set(folder.iterdir()) <= set(files):
             folder.rename(Path(aside) / folder.name)
         else:

@@ -36,24 +36,25 @@ def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: 
     folders = _folders(folder)
     latest = latest_versions(path.name for path in folders)
     summaries: list[Summary] = []
-    marks: list[bool] = []
+    reasons: list[str | None] = []  # why they cannot be served
     broken: list[dict[str, str]] = []
-    refused: list[dict[str, str]] = []
     for path in _watched(folders):
         try:
             summary = summarise(read_folder(path))
         except AdapterError as error:
             if is_adapter(path):
-                broken.append({"name": path.resolve().name, "folder": str(path), "error": _line(error)})
+                broken.append({"name": path.resolve().name, "folder": str(path), "error": first_line(error)})
             continue
         summaries.append(summary)
-        marks.append(summary.name in latest)
-        if error := why_not_served(summary.name) or why_not_loaded(path):
-            reason = f"{_line(error)}. {error.hint}" if error.hint else _line(error)
-            refused.append({"name": summary.name, "folder": str(path), "error": reason})
+        error = why_not_served(summary.name) or why_not_loaded(path)
+        reasons.append(error and " ".join(str(error).splitlines()))
+    marks = [each.name in latest for each in summaries]
     if as_json:
-        rows = [{**asdict(each), "latest": mark} for each, mark in zip(summaries, marks, strict=True)]
-        print_json({"adapters": rows, "broken": broken, "cannot_be_served": refused})
+        rows = [
+            {**asdict(each), "latest": mark, "cannot_be_served": reason}
+            for each, mark, reason in zip(summaries, marks, reasons, strict=True)
+        ]
+        print_json({"adapters": rows, "broken": broken})
         return
     if summaries:
         print(table(summaries, marks))
@@ -61,8 +62,9 @@ def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: 
         print(f"no adapters in {folder}")
     for each in broken:
         print(printable(f"{each['name']} is invalid: {each['error']}"))
-    for each in refused:
-        print(printable(f"{each['name']} cannot be served: {each['error']}"))
+    for summary, reason in zip(summaries, reasons, strict=True):
+        if reason:
+            print(printable(f"{summary.name} cannot be served: {reason}"))
 
 
 def table(summaries: "Sequence[Summary]", marks: Iterable[bool]) -> str:
@@ -107,7 +109,8 @@ def _add(heads: list[str], rows: list[list[str]], head: str, cells: Iterable[str
         row.append(cell)
 
 
-def _line(error: LoradeckError) -> str:
+def first_line(error: LoradeckError) -> str:
+    """Return an error without its hint."""
     return str(error).partition("\n")[0]
 
 

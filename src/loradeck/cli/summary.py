@@ -79,7 +79,7 @@ def summarise(listing: AdapterFiles) -> Summary:
     """Return an adapter's line of `loradeck ls`."""
     key = (listing.sites, [header.entries for header in listing.headers])
     shape = _SHAPES.get(key, lambda: _shape(listing))
-    name = listing.folder.name.strip(".") and listing.folder.name or listing.folder.resolve().name
+    name = listing.folder.name if listing.folder.name.strip(".") else listing.folder.resolve().name
     provenance = listing.origin.provenance
     return Summary(
         name=name,
