@@ -47,7 +47,7 @@ def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: 
             continue
         summaries.append(summary)
         error = why_not_served(summary.name) or why_not_loaded(path)
-        reasons.append(error and " ".join(str(error).splitlines()))
+        reasons.append(" ".join(str(error).splitlines()) if error else None)
     marks = [each.name in latest for each in summaries]
     if as_json:
         rows = [

@@ -93,7 +93,7 @@ def read_folder(folder: str | Path) -> AdapterFiles:
         UnsupportedError: the adapter uses a feature that is not supported.
         AdapterError: with every problem found in the folder.
     """
-    folder = Path(folder)
+    folder = folder if isinstance(folder, Path) else Path(folder)
     config, origin = read_config(folder)
     try:
         headers: tuple[Header, ...] = (read_header(folder / TENSORS),)

@@ -20,8 +20,8 @@ from loradeck.lora.memo import Memo
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER = 16 << 20
-START = 1 << 14  # bytes; holds the headers of small adapters
-METADATA = b'{"__metadata__":{'
+START = 1 << 16  # bytes; holds the headers of most adapters
+METADATA = '{"__metadata__":{'
 DECODER = json.JSONDecoder()
 DAMAGED = "Copy or download the file again; if it is a pickle, load it once in PEFT and save it as safetensors."
 
@@ -63,39 +63,37 @@ def read_header(path: Path) -> Header:
             raise AdapterError(f"{path} is not a safetensors file, or its header is truncated", hint=DAMAGED)
         if len(start) < 8 + length:
             start, _ = read_start(path, 8 + length)
-        text = start[8 : 8 + length]
     except FileNotFoundError:
         raise
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        metadata, tensors = _split(text)
+        metadata, tensors = _split(str(memoryview(start)[8 : 8 + length], "utf-8"))
         size = total - 8 - length
-        entries = _CHECKED.get((tensors, size), lambda: _entries(path, _decode(tensors), size))
+        entries = _CHECKED.get((tensors, size), lambda: _entries(path, _decode("{" + tensors), size))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} has an invalid header: {error}", hint=DAMAGED) from error
     metadata = {str(key): str(value) for key, value in metadata.items()}
     return Header(path, entries, metadata, 8 + length, size, status.st_mtime)
 
 
-_CHECKED: Memo[tuple[bytes, int], dict[str, Entry]] = Memo(64)
+_CHECKED: Memo[tuple[str, int], dict[str, Entry]] = Memo(64)
 
 
-def _split(text: bytes) -> tuple[Mapping[str, object], bytes]:
-    """Return a header's metadata and the rest of the header, which is the same for adapters of one shape.
+def _split(text: str) -> tuple[Mapping[str, object], str]:
+    """Return a header's metadata, and what follows it there, which is the same for adapters of one shape.
 
     All common writers put the metadata first: then the rest, of some hundred tensors, need not be decoded to find it.
     """
     if text.startswith(METADATA):
-        document = text.decode()
-        metadata, end = DECODER.raw_decode(document, len(METADATA) - 1)
-        if document.startswith(',"', end):
-            return metadata, b"{" + document[end + 1 :].encode()
+        metadata, end = DECODER.raw_decode(text, len(METADATA) - 1)
+        if text.startswith(',"', end):
+            return metadata, text[end + 1 :]
     table = _decode(text)
-    return table.pop("__metadata__", {}), msgspec.json.encode(table)
+    return table.pop("__metadata__", {}), msgspec.json.encode(table).decode().removeprefix("{")
 
 
-def _decode(text: bytes) -> dict[str, dict[str, object]]:
+def _decode(text: str) -> dict[str, dict[str, object]]:
     return msgspec.json.decode(text, type=dict[str, dict[str, object]])
 
 
