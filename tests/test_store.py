@@ -513,38 +513,14 @@ def test_a_folder_with_an_invalid_name_is_reported(store: AdapterStore, source: 
 def test_what_is_skipped_is_told_with_a_name_that_would_do(
     store: AdapterStore, source: Path, name: str, better: str
 ) -> None:
-    """Without reading any adapter, a damaged one included."""
     shutil.copytree(source, store.folder / name)
     shutil.copytree(source, store.folder / "poet")
-    cut(store.folder / name)
-    skipped = store.skipped()
-    assert [*skipped] == [name]
-    assert skipped[name].hint == f"Rename the folder, for example to {better!r}."
-    assert str(store.problems()[name]) == str(skipped[name])
+    problems = store.problems()
+    assert [*problems] == [name]
+    assert problems[name].hint == f"Rename the folder, for example to {better!r}."
     (store.folder / name).rename(store.folder / better)
-    assert store.skipped() == {}
+    assert store.problems() == {}
     assert store.names() == sorted([better, "poet"])
-
-
-def test_adapters_that_do_not_fit_a_base_are_told(store: AdapterStore, tiny: LlamaForCausalLM) -> None:
-    """The latest versions are checked, each once while its files stay the same."""
-    bank, asked = Bank(tiny), []
-
-    def check(folder: Path) -> None:
-        asked.append(folder.name)
-        bank.check(folder)
-
-    store.publish("poet", adapter(2))
-    store.publish("wide", adapter(2, width=48))
-    store.publish("wide", adapter(3, width=32))
-    for _ in range(2):
-        (name,), (error,) = zip(*store.misfits(check).items(), strict=True)
-        assert name == "wide"
-        assert "needs A (3, 64) and B (64, 3) here" in str(error)
-    assert sorted(asked) == ["poet@1", "wide@2"]
-    store.publish("wide", adapter(3))
-    assert store.misfits(check) == {}
-    assert sorted(asked) == ["poet@1", "wide@2", "wide@3"]
 
 
 def test_a_pipe_in_an_adapters_folder_does_not_block_the_store(store: AdapterStore) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,6 @@ class AdapterStore:
     def __init__(self, folder: str | Path) -> None:
         """Open a store; the first `publish` creates its folder."""
         self.folder = Path(folder).absolute()
-        self._answers: dict[Stored, AdapterError | None] = {}  # of the last check
 
     # ---- queries
 
@@ -108,29 +107,6 @@ class AdapterStore:
                 if error is not None and is_adapter(path):  # else another process removed it in between
                     problems[path.name] = error
         return problems
-
-    def skipped(self) -> dict[str, LoradeckError]:
-        """Return why an adapter's folder is skipped, by its name: requests could not name it. Reads no adapter.
-
-        Raises:
-            AdapterError: the store's folder cannot be read.
-        """
-        return {name: error for name in sorted(self._catalogue()) if (error := why_not_served(name))}
-
-    def misfits(self, check: Callable[[Path], object]) -> dict[str, AdapterError]:
-        """Return why the latest version of an adapter cannot be used on a base, by its name.
-
-        `check` is `bank.check`, which compares headers and fingerprints. Its answers are kept while the files stay
-        the same.
-
-        Raises:
-            AdapterError: the store's folder cannot be read.
-        """
-        answers: dict[Stored, AdapterError | None] = {}
-        for stored in self.latest():
-            answers[stored] = self._answers[stored] if stored in self._answers else _why_not(check, stored.path)
-        self._answers = answers
-        return {stored.name: error for stored, error in answers.items() if error is not None}
 
     # ---- changes
 
@@ -316,6 +292,15 @@ def latest_versions(folders: Iterable[str]) -> set[str]:
     return {f"{name}@{number}" if number else name for name, number in latest.items()}
 
 
+def versions_beside(folder: Path) -> list[str]:
+    """Return the names of the folders of all versions of an adapter, if this is the folder of one."""
+    name, _ = split_spec(folder.resolve().name)
+    if not is_adapter(folder) or why_not_served(name):
+        return []
+    store = AdapterStore(folder.resolve().parent)
+    return [store.path(name, number).name for number in store.versions(name)]
+
+
 def why_not_served(folder: str) -> AdapterNameError | None:
     """Return why requests cannot name the adapter of a folder of this name, with a name that would do."""
     name, _ = split_spec(folder)
@@ -323,14 +308,6 @@ def why_not_served(folder: str) -> AdapterNameError | None:
         check_name(name)
     except AdapterNameError as error:
         return AdapterNameError(error.message, hint=f"Rename the folder, for example to {valid_name(name)!r}.")
-    return None
-
-
-def _why_not(check: Callable[[Path], object], folder: Path) -> AdapterError | None:
-    try:
-        check(folder)
-    except AdapterError as error:
-        return error
     return None
 
 

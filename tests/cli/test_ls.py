@@ -93,6 +93,33 @@ def test_the_latest_version_is_marked(run: Callable, adapters: Path) -> None:
     assert [each["version"] for each in report if each["name"].startswith("pirate")] == [0, 1]
 
 
+def test_of_one_folder_it_is_known_whether_it_is_the_latest(run: Callable, adapters: Path) -> None:
+    """A damaged version is the latest too: requests get its error, never an older version."""
+    store = AdapterStore(adapters)
+    for _ in range(2):
+        store.publish("poet", adapters / "poet")
+    for folder, mark in (("poet", "older"), ("poet@1", "older"), ("poet@2", "latest")):
+        (row,) = json.loads(run("ls", adapters / folder, "--json").out)["adapters"]
+        assert (row["name"], row["latest"]) == (folder, mark == "latest")
+    (adapters / "poet@2" / "adapter_config.json").write_text("{")
+    assert [each["name"] for each in json.loads(run("ls", "--json").out)["adapters"] if each["latest"]] == ["pirate"]
+
+
+def test_a_name_that_is_not_utf8(run: Callable, adapters: Path) -> None:
+    for name in ("poet", "cut"):
+        (adapters / name).rename(adapters / os.fsdecode(name.encode() + b"\xff"))
+    report = json.loads(run("ls", "--json").out)
+    assert [each["name"] for each in report["adapters"]] == ["pirate", "poet?"]
+    assert [each["name"] for each in report["broken"]] == ["cut?"]
+    assert report["adapters"][1]["cannot_be_served"].startswith("invalid name: ")
+    assert "poet? cannot be served" in run("ls").out
+
+
+def test_long_texts_of_strangers_stay_on_their_line(run: Callable, adapters: Path) -> None:
+    record(adapters / "poet", dataset="two\nlines " + "long " * 99)
+    assert len(run("ls").out.splitlines()) == 4
+
+
 def test_what_training_recorded_is_shown(run: Callable, adapters: Path) -> None:
     """Values that are no numbers, as a stranger's file may have them, are left out."""
     record(adapters / "poet", dataset="poems.jsonl", loss="0.41238", validation_loss="0.5", steps="20", tokens="a lot")

@@ -3,17 +3,18 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loradeck.cli.display.text import columns, format_list, format_size, print_json, printable
 from loradeck.cli.options import AsJson
-from loradeck.errors import AdapterError, LoradeckError
+from loradeck.errors import AdapterError
 
 if TYPE_CHECKING:
     from loradeck.cli.summary import Summary
 
+CELL = 60  # characters
 MANY = 2000  # folders; more take long enough on a slow disk to show how far the listing is
 
 
@@ -28,50 +29,42 @@ def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: 
         base: Load every adapter on this base, and say which do not fit it or
             hold NaN: a folder, a hub id, a .gguf file, or smollm2-135m.
     """
-    from loradeck.cli.summary import Summary, summarise
+    from loradeck.cli import summary
     from loradeck.lora.manifest import is_adapter, read_folder
-    from loradeck.store import latest_versions, why_not_served
+    from loradeck.store import latest_versions, versions_beside, why_not_served
 
     why_not_loaded = _loading(base) if base else lambda _: None
-    folders = _folders(folder)
-    latest = latest_versions(path.name for path in folders)
-    summaries: list[Summary] = []
-    reasons: list[str | None] = []  # why they cannot be served
+    summaries: list[summary.Summary] = []
     broken: list[dict[str, str]] = []
-    for path in _watched(folders):
+    for path in _watched(_folders(folder)):
         try:
-            summary = summarise(read_folder(path))
+            line = summary.summarise(read_folder(path))
         except AdapterError as error:
             if is_adapter(path):
-                broken.append({"name": path.resolve().name, "folder": str(path), "error": first_line(error)})
+                broken.append(summary.broken(path, error))
             continue
-        summaries.append(summary)
-        error = why_not_served(summary.name) or why_not_loaded(path)
-        reasons.append(" ".join(str(error).splitlines()) if error else None)
-    marks = [each.name in latest for each in summaries]
+        error = why_not_served(line.name) or why_not_loaded(path)
+        reason = " ".join(str(error).splitlines()) if error else None
+        summaries.append(replace(line, cannot_be_served=reason) if reason else line)
+    names = [*(each.name for each in summaries), *(each["name"] for each in broken), *versions_beside(folder)]
+    latest = latest_versions(names)
+    summaries = [replace(each, latest=each.name in latest) for each in summaries]
     if as_json:
-        rows = [
-            {**asdict(each), "latest": mark, "cannot_be_served": reason}
-            for each, mark, reason in zip(summaries, marks, reasons, strict=True)
-        ]
-        print_json({"adapters": rows, "broken": broken})
+        print_json({"adapters": summaries, "broken": broken})
         return
     if summaries:
-        print(table(summaries, marks))
+        print(table(summaries))
     elif not broken:
         print(f"no adapters in {folder}")
     for each in broken:
         print(printable(f"{each['name']} is invalid: {each['error']}"))
-    for summary, reason in zip(summaries, reasons, strict=True):
-        if reason:
-            print(printable(f"{summary.name} cannot be served: {reason}"))
+    for each in summaries:
+        if each.cannot_be_served:
+            print(printable(f"{each.name} cannot be served: {each.cannot_be_served}"))
 
 
-def table(summaries: "Sequence[Summary]", marks: Iterable[bool]) -> str:
-    """Return summaries as a table; what only some adapters have, versions and results, has a column where one has it.
-
-    `marks` says which of them is what its name stands for.
-    """
+def table(summaries: "Sequence[Summary]") -> str:
+    """Return summaries as a table; versions and results have a column if any adapter has them."""
     heads = ["name", "r", "alpha", "targets", "modules", "parameters", "size", "base"]
     rows = [
         [
@@ -82,14 +75,14 @@ def table(summaries: "Sequence[Summary]", marks: Iterable[bool]) -> str:
             f"{each.modules}",
             f"{each.parameters:,}",
             format_size(each.bytes),
-            each.base or "not recorded",
+            _cell(each.base or "not recorded"),
         ]
         for each in summaries
     ]
     right = {1, 2, 4, 5, 6}
     versions = any(each.version for each in summaries)
     if versions:
-        _add(heads, rows, "version", ("latest" if mark else "older" for mark in marks))
+        _add(heads, rows, "version", ("latest" if each.latest else "older" for each in summaries))
     for key, head in (("loss", "loss"), ("validation_loss", "valid loss"), ("accuracy", "accuracy")):
         numbers = [each.results.get(key) for each in summaries]
         if any(number is not None for number in numbers):
@@ -97,21 +90,22 @@ def table(summaries: "Sequence[Summary]", marks: Iterable[bool]) -> str:
             _add(heads, rows, head, ("-" if number is None else f"{number:.4g}" for number in numbers))
     datasets = any(each.dataset for each in summaries)
     if datasets:
-        _add(heads, rows, "dataset", (each.dataset or "-" for each in summaries))
+        _add(heads, rows, "dataset", (_cell(each.dataset or "-") for each in summaries))
     if versions or datasets or any(each.results for each in summaries):
         _add(heads, rows, "date", (each.date[:10] for each in summaries))
     return columns([heads, *rows], right=right)
+
+
+def _cell(text: str) -> str:
+    """Return a text of a stranger's file on one line, and not too long for a table."""
+    line = " ".join(text.split())
+    return line if len(line) <= CELL else f"{line[: CELL - 3]}..."
 
 
 def _add(heads: list[str], rows: list[list[str]], head: str, cells: Iterable[str]) -> None:
     heads.append(head)
     for row, cell in zip(rows, cells, strict=True):
         row.append(cell)
-
-
-def first_line(error: LoradeckError) -> str:
-    """Return an error without its hint."""
-    return str(error).partition("\n")[0]
 
 
 def _loading(base: str) -> Callable[[Path], AdapterError | None]:

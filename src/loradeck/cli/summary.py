@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from loradeck.errors import AdapterError
 from loradeck.lora.manifest import AdapterFiles, TargetModule
 from loradeck.lora.memo import Memo
 from loradeck.lora.safetensors_io import Entry
@@ -47,7 +48,11 @@ class Summary:
     results: Mapping[str, float]
     """How its training went, as far as it is recorded: see RESULTS."""
     date: str
-    """When its tensors were written, in ISO 8601."""
+    """When its tensors were written, in local time."""
+    latest: bool = False
+    """Whether its name stands for this version."""
+    cannot_be_served: str | None = None
+    """Why not, and how to mend it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +87,8 @@ def summarise(listing: AdapterFiles) -> Summary:
     name = listing.folder.name if listing.folder.name.strip(".") else listing.folder.resolve().name
     provenance = listing.origin.provenance
     return Summary(
-        name=name,
-        folder=str(listing.folder),
+        name=_readable(name),
+        folder=_readable(str(listing.folder)),
         version=split_spec(name)[1],
         r=shape.r,
         lora_alpha=listing.config.lora_alpha,
@@ -94,14 +99,14 @@ def summarise(listing: AdapterFiles) -> Summary:
         base=listing.origin.base_model,
         dataset=provenance.get("dataset"),
         results={key: number for key in RESULTS if (number := _number(provenance.get(key))) is not None},
-        date=written(listing),
+        date=_written(listing),
     )
 
 
-def written(listing: AdapterFiles) -> str:
-    """Return when an adapter's tensors were written, in local time."""
-    seconds = max(header.modified for header in listing.headers)
-    return datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
+def broken(folder: Path, error: AdapterError) -> dict[str, str]:
+    """Return the line of an adapter that cannot be read."""
+    what = {"name": folder.resolve().name, "folder": str(folder), "error": str(error).partition("\n")[0]}
+    return {key: _readable(text) for key, text in what.items()}
 
 
 def kinds(sites: Iterable[tuple[str, TargetModule]]) -> list[Kind]:
@@ -130,6 +135,16 @@ def _shape(listing: AdapterFiles) -> Shape:
         modules=len(listing.sites),
         parameters=listing.parameters,
     )
+
+
+def _written(listing: AdapterFiles) -> str:
+    seconds = max(header.modified for header in listing.headers)
+    return datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
+
+
+def _readable(path: str) -> str:
+    """Return a path with question marks for bytes that are not UTF-8."""
+    return path.encode("utf-8", "replace").decode()
 
 
 def _number(text: str | None) -> float | None:
