@@ -19,7 +19,7 @@ def store(adapters: Path) -> AdapterStore:
 def test_all_versions_are_listed(run: Callable, store: AdapterStore) -> None:
     rows = [line.split() for line in run("versions", "adapters/poet").out.splitlines()]
     assert [row[0] for row in rows[1:]] == ["poet", "poet@1", "poet@2", "poet@3"]
-    assert [row[-2] for row in rows] == ["version", "older", "older", "older", "latest"]
+    assert [row[-2] for row in rows] == ["version", "unpublished", "older", "older", "latest"]
     assert [row[1] for row in rows[1:]] == ["4", "4", "8", "4"]
 
 
@@ -35,6 +35,8 @@ def test_json(run: Callable, store: AdapterStore) -> None:
 def test_an_unknown_name_is_an_error(run: Callable, store: AdapterStore) -> None:
     ran = run("versions", "adapters/poe")
     assert (ran.code, "There are: poet" in ran.err) == (2, True)
+    ran = run("versions", "adapters")
+    assert (ran.code, "adapters is a folder of adapters" in ran.err) == (2, True)
     ran = run("versions", "nowhere/poet")
     assert (ran.code, "nowhere cannot be read" in ran.err) == (2, True)
 

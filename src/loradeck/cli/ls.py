@@ -44,7 +44,7 @@ def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: 
                 broken.append(summary.broken(path, error))
             continue
         error = why_not_served(line.name) or why_not_loaded(path)
-        reason = " ".join(str(error).splitlines()) if error else None
+        reason = ". ".join(str(error).splitlines()) if error else None
         summaries.append(replace(line, cannot_be_served=reason) if reason else line)
     names = [*(each.name for each in summaries), *(each["name"] for each in broken), *versions_beside(folder)]
     latest = latest_versions(names)
@@ -82,7 +82,7 @@ def table(summaries: "Sequence[Summary]") -> str:
     right = {1, 2, 4, 5, 6}
     versions = any(each.version for each in summaries)
     if versions:
-        _add(heads, rows, "version", ("latest" if each.latest else "older" for each in summaries))
+        _add(heads, rows, "version", (_state(each) for each in summaries))
     for key, head in (("loss", "loss"), ("validation_loss", "valid loss"), ("accuracy", "accuracy")):
         numbers = [each.results.get(key) for each in summaries]
         if any(number is not None for number in numbers):
@@ -94,6 +94,12 @@ def table(summaries: "Sequence[Summary]") -> str:
     if versions or datasets or any(each.results for each in summaries):
         _add(heads, rows, "date", (each.date[:10] for each in summaries))
     return columns([heads, *rows], right=right)
+
+
+def _state(line: "Summary") -> str:
+    if line.latest:
+        return "latest"
+    return "older" if line.version else "unpublished"
 
 
 def _cell(text: str) -> str:

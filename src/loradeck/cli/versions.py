@@ -17,8 +17,12 @@ def versions(name: Path, /, *, as_json: AsJson = False) -> None:
     from loradeck.cli import summary
     from loradeck.cli.ls import table
     from loradeck.lora.manifest import read_folder
-    from loradeck.store import AdapterStore, split_spec
+    from loradeck.store import AdapterStore, is_store, split_spec
 
+    if is_store(name):
+        raise AdapterError(
+            f"{name} is a folder of adapters", hint=f"Give one of them: `loradeck ls {name}` lists them."
+        )
     own, _ = split_spec(name.name)
     store = AdapterStore(name.parent)
     numbers = store.versions(own)
