@@ -32,7 +32,7 @@ def test_json(run: Callable, adapters: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "name", "message"),
     [
-        ("adapters/nobody", "store/poet", "no adapter in"),
+        ("adapters/nobody", "store/poet", "adapters/nobody is not a folder"),
         ("nowhere/poet", "store/poet", "nowhere/poet is not a folder"),
         ("adapters/cut", "store/poet", "adapters/cut"),
         ("adapters/poet", "poet", "poet does not name an adapter in a store"),

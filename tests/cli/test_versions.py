@@ -46,4 +46,4 @@ def test_a_name_shows_its_latest_version(run: Callable, store: AdapterStore) -> 
     assert run("show", "adapters/poet").out.splitlines()[0] == "poet@3"
     assert json.loads(run("show", "adapters/poet", "--json").out)["version"] == 3
     ran = run("show", "adapters/poe")
-    assert (ran.code, "There are: poet" in ran.err) == (2, True)
+    assert (ran.code, "adapters/poe is not a folder" in ran.err) == (2, True)

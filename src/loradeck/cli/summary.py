@@ -4,13 +4,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from loradeck.errors import AdapterError
+from loradeck.errors import AdapterError, UnknownAdapterError
 from loradeck.lora.manifest import AdapterFiles, TargetModule
 from loradeck.lora.memo import Memo
 from loradeck.lora.safetensors_io import Entry
@@ -69,15 +70,16 @@ class Kind:
 
 
 def locate(adapter: Path) -> Path:
-    """Return an adapter's folder: the path itself, or for STORE/NAME or STORE/NAME@latest that of the latest version.
+    """Return an adapter's folder: for STORE/NAME or STORE/NAME@latest that of the latest version, else the path itself.
 
     Raises:
-        UnknownAdapterError: neither is there; the hint lists close names.
         AdapterError: the latest version is unusable.
     """
     if os.path.isdir(adapter) or not os.path.isdir(adapter.parent):  # noqa: PTH112 (Path.is_dir may raise)
         return adapter
-    return AdapterStore(adapter.parent).find(adapter.name).path
+    with suppress(UnknownAdapterError):
+        return AdapterStore(adapter.parent).find(adapter.name).path
+    return adapter
 
 
 def summarise(listing: AdapterFiles) -> Summary:

@@ -260,8 +260,8 @@ class Bank:
         weighted = [tuple((self[name], weight) for name, weight in weights_of(entry)) for entry in entries]
         if any(weighted):
             self._check_unmerged()
-        kept = kept_of(logits_to_keep, sizes)
         packed = lengths is not None
+        kept = kept_of(logits_to_keep, sizes if packed else ())
         route = Route.of(self, self._working_sets, weighted, sizes, packed=packed, logits_to_keep=kept)
         return opened(route, self._enter, self._leave)
 
