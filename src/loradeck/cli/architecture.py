@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loradeck.base.load import HINT, SMOLLM2, SMOLLM2_HUB_ID, quiet, smollm2_file
 from loradeck.errors import BaseModelError
-from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names
+from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names, text_path
 
 # transformers' model_type -> llama.cpp's name, if they differ (conversion/ in llama.cpp)
 LLAMACPP_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
@@ -59,14 +59,15 @@ def _of_model(source: str) -> Architecture:
         name = _supported(LLAMACPP_NAMES.get(config.model_type, config.model_type), source)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    tensor_names = names(name, config.num_hidden_layers)
+    text = config.get_text_config()  # a multimodal base's language model
+    tensor_names = names(name, text.num_hidden_layers)
     shapes = {
         tensor_name: tuple(weight.shape)
         for path, weight in model.named_parameters()  # a tied weight appears once, as the embedding
-        if (tensor_name := tensor_names.get_name(path, try_suffixes=(".weight",)))
+        if (tensor_name := tensor_names.get_name(text_path(path), try_suffixes=(".weight",)))
     }
-    heads = config.num_attention_heads
-    return Architecture(name, heads, getattr(config, "num_key_value_heads", None) or heads, shapes)
+    heads = text.num_attention_heads
+    return Architecture(name, heads, getattr(text, "num_key_value_heads", None) or heads, shapes)
 
 
 def _supported(name: str | None, source: object) -> str:

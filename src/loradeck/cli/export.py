@@ -2,12 +2,16 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from loradeck.cli.display.text import format_size, printable
 from loradeck.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loradeck.lora.adapter import Adapter
+    from loradeck.lora.manifest import AdapterFiles
 
 
 def export(
@@ -29,7 +33,8 @@ def export(
         output: A new file.
         to: The format; gguf is llama.cpp's.
         base: A folder, a hub id, a .gguf file, or smollm2-135m; by default the one
-            that the adapter names. Its weights are not read.
+            that the adapter names. Its weights are read only if the adapter has
+            copies of them, as PEFT saves for the head and the embedding.
         dtype: The dtype of the file's tensors.
     """
     if find_spec("gguf") is None:
@@ -39,13 +44,30 @@ def export(
 
     from loradeck.cli import architecture
     from loradeck.lora import gguf
-    from loradeck.lora.adapter import Adapter
+    from loradeck.lora.manifest import read_folder
 
-    loaded = Adapter.load(adapter)
-    source = base or loaded.origin.base_model
+    files = read_folder(adapter)
+    source = base or files.origin.base_model
     if source is None:
         raise ConfigError(f"{adapter} does not name its base", hint="Give it with --base.")
-    alpha = gguf.export(loaded, architecture.read_architecture(source), output, dtype=dtype)
+    shapes = architecture.read_architecture(source)
+    loaded = _load(files, source)
+    alpha = gguf.export(loaded, shapes, output, dtype=dtype)
     file_size = format_size(output.stat().st_size)
     print(printable(f"{output}: {file_size}, {len(loaded.sites)} modules, alpha {alpha:g}, {dtype}"))
     print(printable(f"try: llama-cli -m BASE.gguf --lora {output}"))
+
+
+def _load(files: "AdapterFiles", source: str) -> "Adapter":
+    """Read the adapter; copies of the base's weights are compared with the base in their own dtype."""
+    from functools import partial
+
+    from loradeck.base.load import Base
+    from loradeck.lora.adapter import DTYPES, Adapter
+    from loradeck.lora.compatibility import why_not_a_copy
+
+    if not files.copies:
+        return Adapter.from_files(files)
+    _, copy = files.entries[files.copies[0]]
+    base = Base.load(source, dtype=DTYPES[copy.dtype], device="cpu")
+    return Adapter.from_files(files, check_copy=partial(why_not_a_copy, base.model))

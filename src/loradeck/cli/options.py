@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from cyclopts import Parameter
 
 AsJson: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print JSON and nothing else.")]
+Yes: TypeAlias = Annotated[bool, Parameter(alias="-y", help="Do not ask.")]
 Dtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     Parameter(help="The base's dtype; auto is bfloat16 if the device computes in it, else float32."),

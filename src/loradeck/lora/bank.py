@@ -21,7 +21,7 @@ from loradeck.lora.layer import LoraLayer
 from loradeck.lora.manifest import AdapterFiles, TargetModule, read_folder
 from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name, default_name
-from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
+from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, kept_of, opened, weights_of
 from loradeck.lora.working_set import WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
 
@@ -239,13 +239,18 @@ class Bank:
     # ---- routes and merging
 
     def route(
-        self, rows: RouteEntry | Sequence[RouteEntry], *, lengths: Sequence[int] | None = None
+        self,
+        rows: RouteEntry | Sequence[RouteEntry],
+        *,
+        lengths: Sequence[int] | None = None,
+        logits_to_keep: Sequence[int] | None = None,
     ) -> AbstractContextManager[None]:
         """Route each row of the batch through its own adapters, in this thread, until the block ends.
 
         `rows` is one entry for the whole batch, or a list with one per row: a name, None for the base, or
-        {name: weight}. With `lengths`, each entry is a segment of that many tokens of one packed row. Rows that are
-        multiplied (beams, return sequences) keep their entry. Routes nest; the innermost applies.
+        {name: weight}. With `lengths`, each entry is a segment of that many tokens of one packed row; give also
+        how many of each segment's tokens reach the output head if a `logits_to_keep` of the model selects some. Rows
+        that are multiplied (beams, return sequences) keep their entry. Routes nest; the innermost applies.
 
         Raises:
             UnknownAdapterError: a name is not resident.
@@ -255,7 +260,9 @@ class Bank:
         weighted = [tuple((self[name], weight) for name, weight in weights_of(entry)) for entry in entries]
         if any(weighted):
             self._check_unmerged()
-        route = Route.of(self, self._working_sets, weighted, sizes, packed=lengths is not None)
+        packed = lengths is not None
+        kept = kept_of(logits_to_keep, sizes if packed else ())
+        route = Route.of(self, self._working_sets, weighted, sizes, packed=packed, logits_to_keep=kept)
         return opened(route, self._enter, self._leave)
 
     def merge(self, entry: str | Blend) -> None:
@@ -320,9 +327,11 @@ class Bank:
         return self._fitting.get(sites, lambda: compatibility.layer_kinds(self.model, adapted, sites, what))
 
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
+        head = targets.output_head(self.model)
         for path, kind in kinds.items():
             if path not in self._layers:
-                self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), kind, self._open)
+                module = self.model.get_submodule(path)
+                self._layers[path] = LoraLayer(self, path, module, kind, self._open, is_head=module is head)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         if device != torch.device("cpu"):
             adapter.to(device)

@@ -72,6 +72,11 @@ def names(architecture: str, blocks: int) -> "TensorNameMap":
     return gguf.get_tensor_name_map(kinds[architecture], blocks)
 
 
+def text_path(path: str) -> str:
+    """Return a module's path in the language model, which is all that llama.cpp has of a multimodal base here."""
+    return path.replace("language_model.", "", 1)
+
+
 def export(
     adapter: Adapter, base: Architecture, file: Path, *, dtype: Literal["float32", "float16"] = "float32"
 ) -> float:
@@ -131,7 +136,7 @@ def _weights(sites: Mapping[str, TargetModule], base: Architecture) -> dict[str,
     weights: dict[str, str] = {}
     problems: list[str] = []
     for path, site in sites.items():
-        name = table.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        name = table.get_name(f"{text_path(path)}.weight", try_suffixes=(".weight",))
         problem = _why_not(name, site, base)
         if name is None or problem:
             problems.append(f"{path} {problem}")

@@ -10,8 +10,10 @@ from typing import Any
 
 import msgspec
 
+from loradeck.disk import read_start
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError
 from loradeck.lora.config import LoraConfig, shorten
+from loradeck.lora.memo import Memo
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_CONFIG = 4 << 20  # bytes; enough for one pattern per module of a large model
@@ -82,7 +84,20 @@ def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
         AdapterError: the file is missing, not JSON, or invalid.
     """
     path = folder / CONFIG
-    table = _read(path)
+    content = _read(path)
+    return _PARSED.get(content, lambda: _parse(path, content))
+
+
+_PARSED: Memo[bytes, tuple[LoraConfig, Origin]] = Memo(64)
+
+
+def _parse(path: Path, content: bytes) -> tuple[LoraConfig, Origin]:
+    try:
+        table = msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise AdapterError(
+            f"{path} is not a JSON object: {error}", hint="Download or save the adapter again."
+        ) from None
     if table.get("peft_type") != "LORA":
         raise UnsupportedError(
             f"{path} has peft_type {table.get('peft_type')!r}; only LORA adapters are supported", hint=RETRAIN
@@ -127,24 +142,20 @@ class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
     try:
         size = path.stat().st_size
-        if not path.is_file():  # opening a pipe would block
-            raise AdapterError(f"{path} is not a file")
         if size > MAX_CONFIG:
             raise AdapterError(f"{path} has {size} bytes, more than the limit of {MAX_CONFIG}")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return read_start(path, size + 1)[0]
     except FileNotFoundError:
         hint = f"An adapter's folder contains {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
         what = "is not a folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
         raise AdapterError(f"{path.parent} {what}", hint=hint) from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
-        raise AdapterError(
-            f"{path} is not a JSON object: {error}", hint="Download or save the adapter again."
-        ) from None
+    except ValueError as error:  # a null byte in the path
+        raise AdapterError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) -> bytes:
