@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,6 +124,22 @@ def test_a_max_length_of_one_is_refused(tmp_path: Path, tiny_tokenizer: PreTrain
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     with pytest.raises(ConfigError, match="max_length must be at least 2, not 1"):
         read_dataset(tmp_path / "a.jsonl", tiny_tokenizer, 1)
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    def peak(records: int) -> int:
+        path = tmp_path / f"{records}.jsonl"
+        path.write_bytes(msgspec.json.encode({"text": "a" * 200}) + b"\n")
+        path.write_bytes(path.read_bytes() * records)
+        tracemalloc.start()
+        dataset = read_dataset(path, tiny_tokenizer, 256)
+        assert sum(len(example.tokens) for example in dataset.train) == 201 * records
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(10)  # what is made once
+    assert peak(6000) - peak(2000) < 1_500_000  # buffers; the tokens of 4000 records alone would take 12 MB
 
 
 keys = st.sampled_from(["text", "prompt", "completion", "messages", "role", "content", "id", "chosen", "rejected"])

@@ -142,7 +142,7 @@ class _Utf8(io.RawIOBase):
         excerpt = content[max(begin, start - SHOWN) : start + SHOWN].partition(b"\n")[0].decode("cp1252", "replace")
         return DataError(
             f"{what}; as cp1252, the encoding of Windows, it reads {excerpt.strip()!r}",
-            hint="If that is right, name it, else the encoding that the file was written in:",
+            hint="If that looks right, name this encoding, else the one that the file was written in:",
             python='DataConfig(encoding="cp1252").',
             cli="--encoding cp1252.",
         )
