@@ -179,7 +179,7 @@ def _route(bank: "Bank | None", adapters: "RouteEntry | Sequence[RouteEntry]") -
     if bank is not None:
         return bank.route(adapters)
     if adapters is not None:
-        raise RouteError("adapters are given, but no bank that holds them", hint="Give the bank, or adapters=None.")
+        raise RouteError("adapters are given, but no bank that holds them", python="Give the bank, or adapters=None.")
     return nullcontext()
 
 

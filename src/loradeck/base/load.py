@@ -139,7 +139,9 @@ def _check(source: str) -> None:
     if find_adapter_config_file(source):
         raise BaseModelError(
             f"{source} is an adapter, not a base",
-            hint="Give its base here, and the adapter as --adapter FOLDER; in Python, to bank.load(folder).",
+            hint="Give its base here, and load the adapter onto it.",
+            python="Base.load(base), then bank.load(folder).",
+            cli="As in: loradeck generate BASE PROMPT --adapter FOLDER",
         )
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -147,7 +149,8 @@ def _check(source: str) -> None:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BaseModelError(
             f"{source} has no *.safetensors; pickled weights are not read because they can run code",
-            hint="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
+            hint='If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as Model; '
+            "Model.from_pretrained('OLD').save_pretrained('NEW')\"",
         )
 
 

@@ -103,7 +103,7 @@ class Chat:
                 elif line:
                     self.answer(line)
             except LoradeckError as error:
-                print(printable(f"{error}"))
+                print(printable(error.report()))
 
     @property
     def speaker(self) -> str:

@@ -47,7 +47,7 @@ def demo(*, adapters: Path = Path("adapters"), quick: bool = False, seed: int = 
     try:
         base = Base.load(BASE)
     except BaseModelError as error:
-        print(printable(f"{error}\nThe demo ends here; `loradeck doctor` says more."))
+        print(printable(f"{error.report()}\nThe demo ends here; `loradeck doctor` says more."))
         return
     real_story(console, base, adapters, quick=quick, seed=seed)
 

@@ -57,7 +57,7 @@ class LoraConfig:
         problems = self._problems()
         if problems:
             raise ConfigError(
-                "invalid LoraConfig", problems, hint="See `loradeck train --help`, or help(LoraConfig) in Python."
+                "invalid LoraConfig", problems, python="See help(LoraConfig).", cli="See `loradeck train --help`."
             )
 
     def _problems(self) -> list[str]:

@@ -27,9 +27,7 @@ WITHOUT_EFFECT = frozenset({
 
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
-CONVERT = (
-    "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=…) makes a plain LoRA."
-)
+CONVERT = "PEFT converts it to a plain LoRA: see path_initial_model_for_weight_conversion in its documentation."
 REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_dora": (bool, "is DoRA, whose magnitudes rescale the base", RETRAIN),
     "bias": (lambda v: v not in (None, "none"), "trains biases of the base itself", RETRAIN),
@@ -136,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise AdapterError(f"{path} has {size} bytes, more than the limit of {MAX_CONFIG}")
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
-        hint = f"An adapter's folder contains {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
+        hint = f"An adapter's folder contains {CONFIG} and {TENSORS}, as PEFT writes them too."
         what = "is not a folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
         raise AdapterError(f"{path.parent} {what}", hint=hint) from None
     except OSError as error:

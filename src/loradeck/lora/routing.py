@@ -95,7 +95,7 @@ def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:
         return ((entry, 1.0),)
     if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
         raise RouteError(
-            f"invalid entry of a route: {entry!r}", hint="An entry is an adapter's name, None, or {name: weight}."
+            f"invalid entry of a route: {entry!r}", python="An entry is an adapter's name, None, or {name: weight}."
         )
     for name, weight in entry.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= float_info.max:
