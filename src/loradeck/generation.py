@@ -84,7 +84,7 @@ def _sequences(
 ) -> list[TokenSequence]:
     """Encode the prompts; the longest one bounds the tokens of all answers."""
     rows = [encode(base.tokenizer, prompt) for prompt in prompts]
-    length = _length(base, rows, max_new_tokens)
+    length = answer_length(base, rows, max_new_tokens)
     return [
         TokenSequence(
             row,
@@ -183,8 +183,12 @@ def _route(bank: "Bank | None", adapters: "RouteEntry | Sequence[RouteEntry]") -
     return nullcontext()
 
 
-def _length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """Return the number of tokens to generate: `max_new_tokens`, or fewer if the context has room for fewer."""
+def answer_length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Return the number of tokens to generate: `max_new_tokens`, or fewer if the context has room for fewer.
+
+    Raises:
+        ConfigError: `max_new_tokens` is below 1, or a row leaves no room in the context.
+    """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}", hint="Give 1 or more.")
     if base.context is None:

@@ -166,7 +166,7 @@ def _masked(folder: Path) -> None:
     [
         (_no_config, "not a transformers model: it has no config.json"),
         (_no_weights, r"no \*.safetensors"),
-        (_only_pickle, r"pickled weights[\s\S]*save_pretrained\(new\)"),
+        (_only_pickle, r"pickled weights[\s\S]*save_pretrained\('NEW'\)"),
         (_pickle_beside_an_adapter, "model.safetensors"),
         (_adapter, r"an adapter, not a base[\s\S]*bank.load"),
         (_adapter_inside, "an adapter, not a base"),

@@ -12,7 +12,9 @@ from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
+from loradeck.cli.display.encoding import accept_any_text
 from loradeck.cli.display.text import printable
+from loradeck.cli.options import STDIN
 from loradeck.errors import LoradeckError
 
 VERBS = (
@@ -58,7 +60,10 @@ for order, verb in enumerate(VERBS):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
-    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    tokens = [*(sys.argv[1:] if arguments is None else arguments)]
+    options = tokens[: tokens.index("--")] if "--" in tokens else tokens
+    tokens[: len(options)] = [STDIN if token == "-" else token for token in options]  # cyclopts takes it for an option
+    accept_any_text()
     try:
         if not tokens or tokens[0] in app.help_flags:
             app.resolved_commands()  # the list of verbs shows the first help line of each

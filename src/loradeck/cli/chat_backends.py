@@ -1,5 +1,6 @@
 """What answers in a chat: a base in this process, or a server."""
 
+import difflib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from loradeck.blend import format_blend
 from loradeck.cli import blend
 from loradeck.cli.options import Adapters, Dtype, SamplingOptions, Weights
-from loradeck.errors import ConfigError
+from loradeck.errors import ConfigError, UnknownAdapterError
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
@@ -47,7 +48,7 @@ class Local:
 
     @classmethod
     def load(
-        cls, base: str, dtype: Dtype, weights: Weights, adapters: Adapters
+        cls, base: str, dtype: Dtype, weights: Weights, adapters: Adapters, *, any_base: bool = False
     ) -> "tuple[Local, list[blend.Blend | None]]":
         """Load a base and adapters onto it; return also the argument of `bank.route` for each adapter."""
         blend.check(adapters)
@@ -62,7 +63,7 @@ class Local:
                 hint="Use a base tuned for chat, or continue a text with `loradeck generate`.",
             )
         bank = Bank(loaded.model)
-        return cls(loaded, bank), blend.load(bank, adapters)
+        return cls(loaded, bank), blend.load(bank, adapters, any_base=any_base)
 
     @property
     def name(self) -> str:
@@ -85,7 +86,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Remote:
-    """A server and the names of its models, the base first. The server checks an adapter when it is to answer."""
+    """A server and the names of its models, the base first."""
 
     client: "OpenAIClient"
     models: list[str]
@@ -97,7 +98,18 @@ class Remote:
     def names(self) -> list[str]:
         return self.models[1:]
 
-    def switch(self, _: "RouteEntry", /) -> str:
+    def switch(self, entry: "RouteEntry", /) -> str:
+        names = entry if isinstance(entry, Mapping) else [entry or self.models[0]]
+        for name in names:
+            model = name.partition("@")[0]  # a server lists no versions
+            if model not in self.models:
+                self.models[:] = self.client.models()  # it may have been added since
+            if model not in self.models:
+                close = difflib.get_close_matches(model, self.names(), n=3)
+                raise UnknownAdapterError(
+                    f"the server has no adapter {name!r}",
+                    hint=f"Did you mean {' or '.join(close)}?" if close else "",
+                )
         return "from the next turn on"
 
     def stream(self, messages: list[dict[str, str]], entry: "RouteEntry", sampling: SamplingOptions) -> Iterator[str]:

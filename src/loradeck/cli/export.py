@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from loradeck.cli.display.text import format_size, printable
+from loradeck.cli.output import check_writable
 from loradeck.errors import ConfigError
 
 
@@ -36,11 +37,14 @@ def export(
         raise ConfigError(f"export to {to} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
     if output.exists():
         raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
+    check_writable(output)
 
     from loradeck.cli import architecture
+    from loradeck.cli.adapter_folder import read_adapter
     from loradeck.lora import gguf
     from loradeck.lora.adapter import Adapter
 
+    read_adapter(adapter)
     loaded = Adapter.load(adapter)
     source = base or loaded.origin.base_model
     if source is None:

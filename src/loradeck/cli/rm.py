@@ -12,7 +12,9 @@ from loradeck.errors import AdapterError, ConfigError
 FILES = ("adapter_config.json", "adapter_model*.safetensors*", "README.md")
 
 
-def rm(adapters: list[Path], /, *, yes: Annotated[bool, Parameter(alias="-y")] = False) -> int:
+def rm(
+    *adapters: Annotated[Path, Parameter(required=True)], yes: Annotated[bool, Parameter(alias="-y")] = False
+) -> int:
     """Remove adapters from the disk, after asking.
 
     A folder that contains other files stays, with these files.
