@@ -45,8 +45,9 @@ def hints(name: str) -> Iterator[tuple[Path, int, str]]:
         yield path, value.lineno, text_of(value)
     for path, tree in TREES.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id in names for to in node.targets):
-                if isinstance(node.value, ast.Constant | ast.JoinedStr) and text_of(node.value) != "None":
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr):
+                assigned = {to.id for to in node.targets if isinstance(to, ast.Name)}
+                if assigned & names and text_of(node.value) != "None":
                     yield path, node.lineno, text_of(node.value)
 
 

@@ -37,6 +37,6 @@ class WordWrap:
         if self._column and self._column + cell_len(part) > self.width:
             part = part.lstrip()
             self._column = cell_len(part)
-            return f"\n{part}"
+            return f"\n{part}" if part else ""
         self._column += cell_len(part)
         return part
