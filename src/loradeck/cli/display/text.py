@@ -37,7 +37,7 @@ def columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
     limit = terminal_width()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if limit and sum(widths) + len(GAP) * (len(widths) - 1) > limit:
-        widths[0] = widths[0] if 0 in right else min(widths[0], max(LEAST, limit // 2))
+        widths[0] = widths[0] if 0 in right else min(widths[0], max(LEAST, 2 * limit // 3))
         room = max(LEAST, limit - widths[0] - len(GAP))
         widths[1:] = [width if index in right else min(width, room) for index, width in enumerate(widths[1:], start=1)]
     parts = [part for block in _blocks(widths, limit) for part in ("", *_lines(rows, widths, block, right))]
