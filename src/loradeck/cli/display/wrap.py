@@ -30,11 +30,10 @@ class WordWrap:
         return self._place(held)
 
     def _place(self, part: str) -> str:
-        assert self.width is not None or not part
         if part == "\n":
             self._column = 0
             return part
-        if self._column and self._column + cell_len(part) > self.width:
+        if self.width is not None and self._column and self._column + cell_len(part) > self.width:
             part = part.lstrip()
             self._column = cell_len(part)
             return f"\n{part}" if part else ""
