@@ -72,8 +72,6 @@ def chat(
         blends: Sequence[blend.Blend | None] = [blend.parse(text) for text in adapters]
         client = OpenAIClient(server, key)
         backend: ChatBackend = Remote(client, client.models())
-        for each in blends:
-            backend.switch(each)
     else:
         assert base is not None
         cap_kernel_cache()
@@ -137,7 +135,7 @@ class Chat:
                 print("conversation reset")
             case ["/help"]:
                 print(HELP)
-                print(printable(f"adapters: {_listed(self.backend.names()) or 'none'}"))
+                print(printable(_listed(self.backend.names()) or "no adapter"))
             case _:
                 raise ConfigError(f"unknown command {line!r}", hint="/help lists the commands.")
 

@@ -86,7 +86,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Remote:
-    """A server and the names of its models, the base first."""
+    """A server and the names of its models, the base first. The server checks an adapter when it is to answer."""
 
     client: "OpenAIClient"
     models: list[str]
@@ -98,23 +98,22 @@ class Remote:
     def names(self) -> list[str]:
         return self.models[1:]
 
-    def switch(self, entry: "RouteEntry", /) -> str:
-        names = entry if isinstance(entry, Mapping) else [entry or self.models[0]]
-        for name in names:
-            model = name.partition("@")[0]  # a server lists no versions
-            if model not in self.models:
-                self.models[:] = self.client.models()  # it may have been added since
-            if model not in self.models:
-                close = difflib.get_close_matches(model, self.names(), n=3)
-                raise UnknownAdapterError(
-                    f"the server has no adapter {name!r}",
-                    hint=f"Did you mean {' or '.join(close)}?" if close else "",
-                )
+    def switch(self, _: "RouteEntry", /) -> str:
         return "from the next turn on"
 
     def stream(self, messages: list[dict[str, str]], entry: "RouteEntry", sampling: SamplingOptions) -> Iterator[str]:
         options = asdict(sampling)
-        return self.client.stream(self._model(entry), messages, max_tokens=options.pop("max_new_tokens"), **options)
+        try:
+            yield from self.client.stream(
+                self._model(entry), messages, max_tokens=options.pop("max_new_tokens"), **options
+            )
+        except UnknownAdapterError as error:
+            raise UnknownAdapterError(error.message, hint=self._close(entry)) from error
+
+    def _close(self, entry: "RouteEntry") -> str:
+        wanted = entry if isinstance(entry, Mapping) else [entry or ""]
+        close = [name for each in wanted for name in difflib.get_close_matches(each, self.names(), n=3) if name != each]
+        return f"Did you mean {' or '.join(dict.fromkeys(close))}?" if close else "/help lists the adapters."
 
     def _model(self, entry: "RouteEntry") -> str:
         return format_blend(entry.items()) if isinstance(entry, Mapping) else entry or self.models[0]
