@@ -68,11 +68,18 @@ def generate(
         rows = [encode(loaded.tokenizer, with_system(prompt, system)) for prompt in given]
         generation.answer_length(loaded, rows, sampling.max_new_tokens)  # raises for all before the first is answered
         for start in range(0, len(rows), batch_size):
-            status.update(f"{start} of {len(rows)} prompts answered")
+            done = f"{start} of {len(rows)} prompts answered"
             batch = slice(start, start + batch_size)
             seed = None if sampling.seed is None else sampling.seed + start
             options = asdict(replace(sampling, seed=seed))
-            new = generation.generate(loaded, bank, rows[batch], entries[batch], **options)
+            new = generation.generate(
+                loaded,
+                bank,
+                rows[batch],
+                entries[batch],
+                **options,
+                on_step=lambda count, done=done: status.update(f"{done}, {count} tokens of the next"),
+            )
             answers += new
             if not as_json:
                 heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in zip(given, names, strict=True)]
