@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
@@ -16,8 +19,8 @@ GREEDY = SamplingOptions()
 def generate(
     base: str,
     /,
-    *texts: str,
-    prompts: str | None = None,
+    *prompts: str,
+    file: Annotated[str | None, Parameter(name="--prompts", metavar="FILE")] = None,
     system: System = None,
     adapters: Adapters = (),
     any_base: AnyBase = False,
@@ -35,13 +38,13 @@ def generate(
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
-        texts: Prompts; `-` reads them from standard input. Put `--` before one that begins with a dash.
-        prompts: A file of prompts: one on each line, or .jsonl with `prompt` or `messages` in each record.
+        prompts: Prompts; `-` reads them from standard input. Put `--` before one that begins with a dash.
+        file: A file of prompts: one on each line, or .jsonl with `prompt` or `messages` in each record.
         batch_size: Prompts that are answered at a time.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}", hint="Give 1 or more.")
-    given = read_prompts(texts, prompts)
+    given = read_prompts(prompts, file)
     names = [*(adapters or [blend.NONE])]
     if len(names) == 1:
         names *= len(given)
