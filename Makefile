@@ -50,7 +50,7 @@ endef
 # torch comes first and pinned: the plain name takes gigabytes of CUDA packages on a machine without a GPU.
 .venv/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("loradeck needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	@echo 'Setting up .venv, once: two to five minutes, most of them for torch (190 MB)'
+	@echo 'Setting up .venv, once: a few minutes, most of them for torch (190 MB)'
 	@$(PYTHON) -m venv .venv
 	$(call install,pip,'pip>=25.1')  # the first with dependency groups
 	$(call install,torch,-c constraints.txt torch)
