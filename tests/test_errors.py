@@ -12,7 +12,8 @@ from loradeck.errors import SHOWN, BusyError, ConfigError, LoradeckError
 
 SOURCE = Path(loradeck.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-COMMAND = re.compile(r"python -c \".*\"|/blend .*", re.DOTALL)  # of the shell, for every door; of the chat
+# Commands of the shell, for every door, and of the chat.
+COMMAND = re.compile(r"python -c \".*\"|pip install .*|/blend .*", re.DOTALL)
 PYTHON = re.compile(r"\w\(|\b\w+=\S|\b(bank|base|engine|torch|adapter)\.[a-z_]+|\b(None|True|False)\b|\bdef |\bimport ")
 FLAG = re.compile(r"(?<!\S)[(`']?--?[a-z]")
 
