@@ -74,7 +74,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         new.chmod(0o777 & ~_umask())
         yield new
+        mask = _umask()
         for file in new.rglob("*"):
+            if not file.is_symlink():  # some libraries make files that only their owner may read
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
             _sync(file)
         if path.exists():
             _carry_over(path, new)

@@ -18,7 +18,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_good_dataset(run: Callable, folder: Path) -> None:
+def test_a_good_dataset(run: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     ran = run("check", folder)
     assert (ran.code, ran.err) == (0, "")
     lines = [line.split() for line in ran.out.splitlines()]

@@ -49,7 +49,7 @@ def test_without_a_terminal_it_needs_yes(run: Callable, adapters: Path) -> None:
 def test_on_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch, adapters: Path, answer: str, stays: bool) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: answer)
-    assert rm([adapters / "poet"]) == int(stays)
+    assert rm(adapters / "poet") == int(stays)
     assert (adapters / "poet").exists() == stays
 
 

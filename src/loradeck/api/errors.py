@@ -93,11 +93,11 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
     param, error_type = None, ""
     match error:
         case HttpError():
-            status, text, headers = error.status, str(error), error.headers
+            status, text, headers = error.status, error.text("http"), error.headers
             param, error_type = error.param, error.error_type
         case LoradeckError():
             status = next((code for base, code in STATUSES.items() if isinstance(error, base)), 500)
-            text = str(error)
+            text = error.text("http")
             if isinstance(error, UnknownAdapterError):  # its hint lists names that this client may not know
                 text, param = f"{error.message}\nGET /v1/models lists the models.", "model"
             if isinstance(error, BusyError):

@@ -95,8 +95,11 @@ def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
         ConfigError: the address cannot be used, or other machines could reach it although no keys are set.
     """
     if not has_keys and not is_loopback(host):
-        hint = "Give --keys FILE, or listen on 127.0.0.1."
-        raise ConfigError(f"without API keys, anyone who reaches {host} could control the server", hint=hint)
+        raise ConfigError(
+            f"without API keys, anyone who reaches {host} could control the server",
+            hint="Listen on 127.0.0.1, or give a file of API keys.",
+            cli="As in --keys FILE.",
+        )
     try:
         if not 0 <= port < 1 << 16:
             raise OverflowError("a port is a number from 0 to 65535")

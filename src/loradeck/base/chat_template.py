@@ -102,7 +102,7 @@ def _apply(
     if tokenizer.chat_template is None:
         raise ConfigError(
             "the base's tokenizer has no chat template for messages",
-            hint="Give the prompt as a string, or use a base tuned for chat.",
+            hint="Give the prompt as one text, without roles or a system prompt, or use a base tuned for chat.",
         )
     settings: dict[str, Any] = {**variables, "tools": tools}
     try:

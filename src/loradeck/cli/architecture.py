@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loradeck.base.load import HINT, SMOLLM2, SMOLLM2_HUB_ID, quiet, smollm2_file
+from loradeck.base import SMOLLM2, is_hub_id
+from loradeck.base.load import quiet, smollm2_file
+from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.errors import BaseModelError
 from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names, text_path
 
@@ -23,8 +25,10 @@ def read_architecture(source: str) -> Architecture:
     is_smollm2 = source in (SMOLLM2, SMOLLM2_HUB_ID)
     path = (smollm2_file() or Path(SMOLLM2_HUB_ID)) if is_smollm2 else Path(source).expanduser()
     name, is_gguf = path.as_posix(), path.suffix.lower() == ".gguf"
-    if not path.exists() and (is_gguf or "/" not in name):  # a misspelt name should not lead to a download
-        raise BaseModelError(f"no base at {source!r}", hint=HINT)
+    if not path.exists():
+        if is_gguf or not is_hub_id(name):
+            raise BaseModelError(f"no base at {source!r}", hint=close_names(source) or HINT)
+        name = reach(name)
     try:
         return _of_file(path) if is_gguf else _of_model(name)
     except BaseModelError:

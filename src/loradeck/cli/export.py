@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from loradeck.cli.display.text import format_size, printable
+from loradeck.cli.output import check_writable
 from loradeck.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,12 +42,13 @@ def export(
         raise ConfigError(f"export to {to} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
     if output.exists():
         raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
+    check_writable(output)
 
     from loradeck.cli import architecture
+    from loradeck.cli.adapter_folder import read_adapter
     from loradeck.lora import gguf
-    from loradeck.lora.manifest import read_folder
 
-    files = read_folder(adapter)
+    files = read_adapter(adapter)
     source = base or files.origin.base_model
     if source is None:
         raise ConfigError(f"{adapter} does not name its base", hint="Give it with --base.")

@@ -3,13 +3,16 @@
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Yes
 from loradeck.errors import AdapterError, ConfigError
 
 
-def rm(adapters: list[Path], /, *, yes: Yes = False) -> int:
+def rm(*adapters: Annotated[Path, Parameter(required=True)], yes: Yes = False) -> int:
     """Remove adapters from the disk, after asking.
 
     A published adapter is removed with all its versions by its name, as in

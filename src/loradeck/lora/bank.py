@@ -42,7 +42,7 @@ class Bank:
         """
         self._host = host(model)
         if hasattr(self._host, RESIDENTS):
-            raise LoradeckError("this model already has a bank", hint="Use that bank, or call its detach() first.")
+            raise LoradeckError("this model already has a bank", python="Use that bank, or call its detach() first.")
         self.model = model
         self._working_sets = WorkingSets()
         self._residents = AdapterContainer(self._moved)
@@ -98,7 +98,7 @@ class Bank:
         adapter = self[name]
         if not adapter.trainable:
             raise AdapterError(
-                f"{name!r} is frozen", hint="Load it with bank.load(folder, trainable=True) to train it."
+                f"{name!r} is frozen", python="Load it with bank.load(folder, trainable=True) to train it."
             )
         return adapter.parameters()
 
@@ -320,7 +320,7 @@ class Bank:
 
     def _check_unmerged(self) -> None:
         if self._unmerged:
-            raise RouteError("adapters are merged into the base", hint="Call bank.unmerge() first.")
+            raise RouteError("adapters are merged into the base", python="Call bank.unmerge() first.")
 
     def _fit(self, sites: Mapping[str, TargetModule], what: str) -> dict[str, LayerKind]:
         adapted = {path: layer.kind for path, layer in self._layers.items()}

@@ -146,7 +146,7 @@ def _weights(sites: Mapping[str, TargetModule], base: Architecture) -> dict[str,
         raise UnsupportedError(
             "llama.cpp cannot take this adapter on this base",
             problems,
-            hint="Give its own base with --base, train it without these modules, or merge it: `loradeck merge`.",
+            hint="Give the base it was trained on, train it without these modules, or merge it: `loradeck merge`.",
         )
     return weights
 

@@ -67,7 +67,7 @@ class LoraLayer:
         if len(routes) != 1:
             raise RouteError(
                 f"{self.path} is recomputed in the backward pass (gradient checkpointing), outside of any route",
-                hint="Call backward() inside the route; inside bank.route(None) for the base alone.",
+                python="Call backward() inside the route; inside bank.route(None) for the base alone.",
             )
         return routes[0]
 
@@ -84,7 +84,8 @@ class LoraLayer:
             raise RouteError(
                 f"{self.path} is recomputed in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",
-                hint="Set adapter.dropout.seed at each forward, or lora_dropout=0, or turn gradient checkpointing off.",
+                hint="Turn lora_dropout or gradient checkpointing off.",
+                python="Or set adapter.dropout.seed before each forward.",
             )
 
     def detach(self) -> None:

@@ -187,7 +187,7 @@ def _sites(
         raise AdapterError(
             f"{folder} is incomplete or inconsistent",
             problems,
-            hint="Save the adapter again with PEFT or `bank.save`; nothing was loaded.",
+            hint="Train or save the adapter again; nothing was loaded.",
         )
     return sites, tuple(copies)
 

@@ -98,7 +98,9 @@ def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:
         return ((entry, 1.0),)
     if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
         raise RouteError(
-            f"invalid entry of a route: {entry!r}", hint="An entry is an adapter's name, None, or {name: weight}."
+            f"invalid entry of a route: {entry!r}",
+            hint="An entry is an adapter's name, a blend, or nothing for the base.",
+            python="As in 'poet', {'poet': 0.7, 'pirate': 0.3} and None.",
         )
     for name, weight in entry.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= float_info.max:

@@ -244,5 +244,5 @@ def _token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
     try:
         return [operator.index(token) for token in prompt]
     except TypeError as error:
-        hint = "Encode a text with loradeck.base.text.encode(base.tokenizer, text)."
-        raise ConfigError("a prompt is a list of token ids", hint=hint) from error
+        python = "Encode a text with loradeck.base.text.encode(base.tokenizer, text)."
+        raise ConfigError("a prompt is a list of token ids", python=python) from error

@@ -117,7 +117,7 @@ def _check(config: object, rules: Mapping[str, tuple[bool, str]]) -> None:
     ]
     if problems:
         name = type(config).__name__
-        raise ConfigError(f"invalid {name}", problems, hint=f"See `loradeck train --help`, or help({name}) in Python.")
+        raise ConfigError(f"invalid {name}", problems, python=f"See help({name}).", cli="See `loradeck train --help`.")
 
 
 def _is_integer(value: object, least: int = 1) -> bool:

@@ -25,7 +25,9 @@ def trials(job: JobRecipe, rates: Sequence[float], ranks: Sequence[int]) -> tupl
     pairs = [*product(rates or [None], ranks or [None])]
     if len(set(pairs)) < max(2, len(pairs)):
         raise ConfigError(
-            "a sweep needs at least two different trials", hint="Give several: --lr 1e-4,3e-4 --r 4,16, or one of them."
+            "a sweep needs at least two different trials",
+            hint="Give several learning rates, or ranks, or both.",
+            cli="As in --lr 1e-4,3e-4 --r 4,16.",
         )
     return tuple(_trial(job, rate, r) for rate, r in pairs)
 
