@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from loradeck.cli.train import suffixes
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import read_folder
+from loradeck.train.history import read_history
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,11 @@ def test_it_trains_and_saves_and_says_what_to_try(run: Callable, tiny_folder: Pa
     assert ran.out.endswith(f"try: loradeck generate {tiny_folder} 'Hello!' --adapter out/new\n")
     listing = read_folder("out/new")
     assert (listing.config.r, set(listing.config.target_modules)) == (2, {"q_proj", "v_proj"})
-    assert listing.origin.provenance.keys() >= {"base_fingerprint", "chat_template_sha256", "data_sha256", "steps"}
+    record = listing.origin.provenance
+    assert record.keys() >= {"base_fingerprint", "chat_template_sha256", "data_sha256"}
+    assert (record["dataset"], record["objective"], record["steps"]) == ("lines.jsonl", "sft", "4")
+    last = read_history(Path("out/new"))["new"].steps[-1]
+    assert (record["tokens"], record["loss"]) == (f"{last.tokens}", f"{last.loss:.4f}")
     tensors = Path("out/new/adapter_model.safetensors").read_bytes()
     assert run("train", tiny_folder, dataset, "-o", "out/again", *flags).code == 0
     assert Path("out/again/adapter_model.safetensors").read_bytes() == tensors
@@ -122,6 +127,10 @@ def test_a_run_file_trains_all_its_adapters(run: Callable, tiny_folder: Path, da
     assert "preference pairs" in ran.out
     assert "best validation loss" in ran.out
     assert all("layers.1." in path for path in read_folder("out/dpo").sites)
+    record = read_folder("out/dpo").origin.provenance
+    assert record["objective"] == "dpo"
+    assert record.keys() >= {"accuracy", "margin", "loss"}
+    assert "validation_loss" in read_folder("out/sft").origin.provenance
     assert read_folder("out/sft").config.r == 2
     card = Path("out/sft/README.md").read_text()
     assert "lines.jsonl" in card

@@ -50,6 +50,24 @@ class Progress:
     end: End | None = None
 
 
+@dataclass(slots=True)
+class Sums:
+    """What is added up over the units of a step or an evaluation."""
+
+    loss: float = 0.0
+    margin: float = 0.0
+    """DPO's."""
+    correct: int = 0
+    """Pairs with a margin above 0."""
+
+    def add(self, losses: Tensor, margins: Tensor | None) -> None:
+        """Add the losses and margins of some units."""
+        self.loss += float(losses.detach().sum())
+        if margins is not None:
+            self.margin += float(margins.detach().sum())
+            self.correct += int((margins > 0).sum())
+
+
 class Job:
     """An adapter, its examples, its settings and its optimizer."""
 
@@ -66,7 +84,7 @@ class Job:
         self.name, self.adapter, self.config = name, adapter, config
         self.train, self.valid = train, valid
         preferences = isinstance(train[0], Preference)
-        self.objective: Objective = DPO(config.dpo_beta) if preferences else SFT()
+        self.objective: Objective = DPO(config.dpo_beta, config.rpo_alpha) if preferences else SFT()
         self.schedule = Schedule.of(config, len(train), model, preferences=preferences)
         self.eval_every = config.eval_every or math.ceil(self.schedule.steps / EVALUATIONS)
         self.optimizer = _optimizer(adapter, config)
@@ -74,7 +92,7 @@ class Job:
         self.best: dict[str, Tensor] = {}
         """The adapter's tensors at the lowest validation loss."""
         self._sampler: BatchSampler[Example | Preference] = BatchSampler(train, config.batch_size, seed=config.seed)
-        self._loss, self._correct = 0.0, 0
+        self._sums = Sums()
 
     @property
     def running(self) -> bool:
@@ -95,10 +113,9 @@ class Job:
             text = f"{self.config.seed} {self.progress.step} {index}"
             self.adapter.dropout.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
-    def add_losses(self, losses: Tensor, correct: Tensor | None) -> None:
+    def add_losses(self, losses: Tensor, margins: Tensor | None) -> None:
         """Add the losses of some units of the current step."""
-        self._loss += float(losses.detach().sum())
-        self._correct += 0 if correct is None else int(correct.sum())
+        self._sums.add(losses, margins)
 
     def update(self, units: Sequence[Unit], pass_start: float, clock: Callable[[], float]) -> Step:
         """Take an optimizer step with the accumulated gradients. `clock` gives the run's seconds, as `pass_start`.
@@ -108,8 +125,8 @@ class Job:
         """
         config, progress = self.config, self.progress
         count = self.objective.count(units)
-        loss, accuracy = self._loss / count, self._correct / count
-        self._loss, self._correct = 0.0, 0
+        sums, self._sums = self._sums, Sums()
+        loss = sums.loss / count
         parameters = [*self.adapter.parameters()]
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         rate = self.schedule(progress.step)
@@ -140,7 +157,7 @@ class Job:
             tokens=progress.tokens,
             supervised=count,
             memory=_resident_bytes(),
-            accuracy=accuracy if self.objective.needs_reference else None,
+            **self._preference(sums, count),
         )
 
     @property
@@ -149,13 +166,13 @@ class Job:
         step = self.progress.step
         return bool(self.valid) and (step % self.eval_every == 0 or step == self.schedule.steps)
 
-    def record_evaluation(self, loss: float, correct: int, count: int, seconds: float) -> Evaluation:
+    def record_evaluation(self, sums: "Sums", count: int, seconds: float) -> Evaluation:
         """Record a validation loss, a sum over `count`, and keep a copy of the adapter if it is the lowest.
 
         Raises:
             TrainingError: the loss is NaN or infinite.
         """
-        progress, mean = self.progress, loss / count
+        progress, mean = self.progress, sums.loss / count
         if not math.isfinite(mean):
             raise TrainingError(
                 f"training {self.name!r} diverged at step {progress.step}: the validation loss is {mean}",
@@ -173,7 +190,13 @@ class Job:
             loss=mean,
             tokens=count,
             best=best,
-            accuracy=correct / count if self.objective.needs_reference else None,
+            **self._preference(sums, count),
+        )
+
+    def _preference(self, sums: "Sums", count: int) -> dict[str, float]:
+        """Return DPO's accuracy and mean margin, nothing for SFT."""
+        return (
+            {"accuracy": sums.correct / count, "margin": sums.margin / count} if self.objective.needs_reference else {}
         )
 
     def end_reason(self) -> tuple[EndReason, str] | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from datetime import date
 from importlib.metadata import version
 from typing import Any
 
@@ -75,13 +76,15 @@ def _outcome(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End)
             "steps": f"{last.step:,} of {last.steps:,}",
             "tokens read": f"{last.tokens:,}",
             f"{_counted(last)} trained on": f"{sum(step.supervised for step in steps):,}",
-            "time": f"{end.seconds:,.0f} s",
+            "time": f"{end.seconds:,.0f} s, until {date.today().isoformat()}",
             "training loss": f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}, "
             f"lowest {lowest.loss:.4f} at step {lowest.step}",
         }
     evaluation = next((each for each in reversed(evaluations) if each.step == end.kept), None)
     if evaluation:
-        accuracy = f", accuracy {evaluation.accuracy:.1%}" if evaluation.accuracy is not None else ""
+        accuracy = ""
+        if evaluation.accuracy is not None and evaluation.margin is not None:
+            accuracy = f", accuracy {evaluation.accuracy:.1%}, margin {evaluation.margin:.2f}"
         count = f"{evaluation.tokens:,} {_counted(evaluation)}"
         rows["validation loss"] = f"{evaluation.loss:.4f} at the kept step, over {count}{accuracy}"
     else:

@@ -184,9 +184,10 @@ class Run:
             end=end,
         )
         job.adapter.describe(
+            dataset=Path(data.dataset.name).name,
             data_sha256=data.dataset.sha256,
             chat_template_sha256=chat_template_hash(self.base.tokenizer) or "none",
-            steps=str(end.kept),
+            **_results(job, history),
         )
         job.adapter.save(folder, notes=notes)
 
@@ -215,6 +216,27 @@ class Run:
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _results(job: Job, history: JobHistory) -> dict[str, str]:
+    """Return how a job went, for the metadata of its adapter; without times, so that equal runs give equal files."""
+    progress = job.progress
+    assert progress.end is not None
+    kept = progress.end.kept
+    evaluation = next((each for each in reversed(history.evaluations) if each.step == kept), None)
+    judged = evaluation or next((each for each in reversed(history.steps) if each.step == kept), None)
+    numbers = {
+        "loss": progress.losses[-1],
+        "validation_loss": evaluation and evaluation.loss,
+        "accuracy": judged and judged.accuracy,
+        "margin": judged and judged.margin,
+    }
+    return {
+        "objective": "dpo" if job.objective.needs_reference else "sft",
+        "steps": f"{kept}",
+        "tokens": f"{progress.tokens}",
+        **{name: f"{number:.4f}" for name, number in numbers.items() if number is not None},
+    }
 
 
 def _load(job: JobRecipe, read: Callable[[str, int], Dataset]) -> JobData:

@@ -23,7 +23,7 @@ from loradeck.lora.bank import Bank
 from loradeck.train.batching import split_units
 from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.events import AnyEvent, End, EndReason, Listener
-from loradeck.train.job import Job
+from loradeck.train.job import Job, Sums
 from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training
 from loradeck.train.objective import Unit
@@ -188,8 +188,8 @@ class Trainer:
             total = torch.zeros((), device=self.base.model.device)
             for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                 job = micro_batch.job
-                unit_losses, correct = job.objective.losses(job_losses, reference)
-                job.add_losses(unit_losses, correct)
+                unit_losses, margins = job.objective.losses(micro_batch.units, job_losses, reference)
+                job.add_losses(unit_losses, margins)
                 total = total + unit_losses.sum() / counts[job]
             total.backward()
 
@@ -197,19 +197,17 @@ class Trainer:
     def evaluate(self, jobs: Sequence[Job]) -> None:
         """Measure the validation losses of some running jobs and emit them."""
         units = {job: job.valid_units() for job in jobs}
-        sums, corrects = dict.fromkeys(jobs, 0.0), dict.fromkeys(jobs, 0)
+        sums = {job: Sums() for job in jobs}
         with evaluation(self.base.model):
             for batch in self._batches(units):
                 references = self._reference_losses(batch)
                 with self._example_losses(batch) as losses:
                     for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                         job = micro_batch.job
-                        unit_losses, correct = job.objective.losses(job_losses, reference)
-                        sums[job] += float(unit_losses.sum())
-                        corrects[job] += 0 if correct is None else int(correct.sum())
+                        sums[job].add(*job.objective.losses(micro_batch.units, job_losses, reference))
         for job in jobs:
             count = job.objective.count(units[job])
-            self._emit_or_end(job, partial(job.record_evaluation, sums[job], corrects[job], count, self.seconds))
+            self._emit_or_end(job, partial(job.record_evaluation, sums[job], count, self.seconds))
         self._on_evaluated([job for job in jobs if job.running])
 
     @torch.no_grad()
