@@ -1,10 +1,21 @@
 """Options that several verbs share, each written once: a dataclass field or alias is the flag and its help."""
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from cyclopts import Parameter
+
+TYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
+"""The arguments of the command, as they were typed."""
+
+
+def is_typed(name: str) -> bool:
+    """Return whether the flag of a setting was typed, be its value the default or not."""
+    flag = "--" + name.strip("_").replace("_", "-")
+    return any(token.partition("=")[0] == flag for token in TYPED.get())
+
 
 AsJson: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print JSON and nothing else.")]
 Dtype: TypeAlias = Annotated[

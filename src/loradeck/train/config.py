@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from cyclopts import Parameter
 
 from loradeck.errors import ConfigError
 
@@ -18,7 +20,7 @@ class TrainConfig:
         ConfigError: naming every invalid value.
     """
 
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, Parameter(alias="--lr")] = None
     """Peak learning rate of A and B; left out, it follows from the base's width (see train.schedule)."""
     epochs: int = 3
     """How often the dataset is trained on."""

@@ -88,9 +88,13 @@ class Job:
         self.schedule = Schedule.of(config, len(train), model, preferences=preferences)
         self.eval_every = config.eval_every or math.ceil(self.schedule.steps / EVALUATIONS)
         self.optimizer = _optimizer(adapter, config)
+        self.reference: str | None = None
+        """The resident adapter that DPO compares with; None for the base."""
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         """The adapter's tensors at the lowest validation loss."""
+        self.last: dict[str, Tensor] = {}
+        """Those of the last step, once the job has ended with the best ones."""
         self._sampler: BatchSampler[Example | Preference] = BatchSampler(train, config.batch_size, seed=config.seed)
         self._sums = Sums()
 
@@ -98,6 +102,16 @@ class Job:
     def running(self) -> bool:
         """Whether it has not ended."""
         return self.progress.end is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has taken all its steps; more of them may be asked for later."""
+        return self.progress.end is not None and self.progress.end.reason == "finished"
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it has taken all the steps of an earlier schedule, and its present one has more."""
+        return self.finished and self.progress.step < self.schedule.steps
 
     def units(self) -> list[Unit]:
         """Return what the next step trains on."""
@@ -208,21 +222,25 @@ class Job:
             return "early stop", f"{progress.waiting} evaluations without a loss below {progress.best_loss:.4f}"
         return None
 
-    @torch.no_grad()
     def finish(self, reason: EndReason, detail: str, seconds: float) -> End:
         """End the job; its adapter becomes the best by validation loss, else stays the last."""
         progress = self.progress
         kept_step = progress.best_step if self.best else progress.step
-        for key, tensor in self.adapter.tensors():
-            if key in self.best:
-                tensor.copy_(self.best[key])
-        self.best = {}
+        self.keep_best()
         if self.adapter.dropout is not None:
             self.adapter.dropout.seed = None
         progress.end = End(
             job=self.name, step=progress.step, seconds=seconds, reason=reason, kept=kept_step, detail=detail
         )
         return progress.end
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """Replace the adapter's tensors by the best ones, if there are any; `last` has the replaced ones."""
+        if self.best:
+            self.last = {key: tensor.detach().clone() for key, tensor in self.adapter.tensors()}
+            for key, tensor in self.adapter.tensors():
+                tensor.copy_(self.best[key])
 
 
 def _optimizer(adapter: Adapter, config: TrainConfig) -> AdamW:

@@ -50,6 +50,7 @@ class SFT:
 
     def losses(self, units: Sequence[Unit], losses: Tensor, reference: Tensor | None) -> tuple[Tensor, None]:
         assert reference is None
+        assert len(losses) == len(units)
         return losses, None
 
 

@@ -32,6 +32,8 @@ class JobRecipe:
     """A file, a folder with train, valid and test, or a hub id."""
     valid: str | None = None
     """A dataset to validate on, instead of the dataset's own validation split."""
+    from_: str | None = None
+    """The folder of an adapter to go on from, with its settings, instead of a new one. Its key is `from`."""
     last_layers: int | None = None
     """Adapt only the last N layers of the base: less time and memory, as gradients flow no further back."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -83,13 +85,21 @@ class RunRecipe:
             {"base": self.base, "dtype": self.dtype, "sweep": self.sweep or None, **asdict(self.shared)}
         )
         jobs = [
-            _without_unset({**asdict(job), **asdict(job.lora), **asdict(job.train), "lora": None, "train": None})
+            _without_unset(
+                {
+                    **{name.rstrip("_"): value for name, value in asdict(job).items()},
+                    **asdict(job.lora),
+                    **asdict(job.train),
+                    "lora": None,
+                    "train": None,
+                }
+            )
             for job in self.jobs
         ]
         return tomli_w.dumps({**shared, "adapter": jobs})
 
 
-JOB_KEYS = {f.name for f in fields(JobRecipe)} - {"lora", "train"}
+JOB_KEYS = {f.name.rstrip("_") for f in fields(JobRecipe)} - {"lora", "train"}
 LORA_KEYS, TRAIN_KEYS = ({f.name for f in fields(config)} for config in (LoraConfig, TrainConfig))
 KEYS = JOB_KEYS | LORA_KEYS | TRAIN_KEYS
 
@@ -148,12 +158,16 @@ def _job(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]
     if len(problems) > before or lora is None or train is None:
         return None
     values: dict[str, Any] = {key: value for key, value in table.items() if key in JOB_KEYS}
-    values |= {key: resolve(table[key], folder) for key in ("data", "valid") if isinstance(table.get(key), str)}
+    values |= {key: resolve(table[key], folder) for key in SOURCES if isinstance(table.get(key), str)}
+    values["from_"] = values.pop("from", None)  # `from` is a word of Python
     try:
         return JobRecipe(**values, lora=lora, train=train)
     except LoradeckError as error:
         problems.append(f"{where}: {error.message}")
         return None
+
+
+SOURCES = ("data", "valid", "from")
 
 
 def resolve(source: str, folder: Path = Path()) -> str:

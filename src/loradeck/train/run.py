@@ -24,9 +24,14 @@ from loradeck.dataset.read import Dataset, held_out, read_dataset
 from loradeck.dataset.reader import Examples
 from loradeck.disk import write_file
 from loradeck.lora.bank import Bank
+from loradeck.lora.config import LoraConfig
+from loradeck.lora.init import stamp
+from loradeck.lora.peft import Origin
+from loradeck.stored import digest_of, files_of
 from loradeck.train import checkpoint, events
 from loradeck.train.events import AnyEvent, End, Listener, Sample
 from loradeck.train.history import METRICS, JobHistory, read_history
+from loradeck.train.inputs import read_parent
 from loradeck.train.job import Job
 from loradeck.train.mode import evaluation
 from loradeck.train.model_card import training_section
@@ -82,18 +87,36 @@ class Run:
             return read_dataset(source, base.tokenizer, max_length)
 
         self.data: dict[str, JobData] = {}
+        self.parents: dict[str, str] = {}
+        """The sha256 of the adapter that a job goes on from."""
         layers = base.model.config.get_text_config().num_hidden_layers
         jobs = []
         for job_recipe in recipe.jobs:
             name, config = job_recipe.name, job_recipe.train
             data = self.data[name] = _load(job_recipe, read)
-            generator = torch.Generator().manual_seed(config.seed)
-            self.bank.add(name, job_recipe.adapter_config(layers), generator=generator)
+            if job_recipe.from_ is None:
+                generator = torch.Generator().manual_seed(config.seed)
+                self.bank.add(name, job_recipe.adapter_config(layers), generator=generator)
+            else:
+                job_recipe = replace(job_recipe, lora=self._load_parent(job_recipe))
             job = self.trainer.add(name, data.train, config, valid=data.valid)
             resolved = replace(config, learning_rate=job.schedule.peak, eval_every=job.eval_every)
             jobs.append(replace(job_recipe, train=resolved))
         self.recipe = replace(recipe, jobs=tuple(jobs))
         """With every default filled in."""
+
+    def _load_parent(self, job: JobRecipe) -> LoraConfig:
+        """Load the adapter that a job goes on from, record it, and return its config."""
+        assert job.from_ is not None
+        files = read_parent(job)
+        self.bank.load(files.folder, job.name, trainable=True)
+        self.parents[job.name] = digest_of(files.folder, files_of(files))
+        adapter = self.bank[job.name]
+        # What the parent's metadata says of its training is not true of this adapter.
+        adapter.origin = replace(adapter.origin, metadata=Origin().metadata, written=None)
+        stamp(self.base.model, adapter)
+        adapter.describe(parent=files.folder.name, parent_sha256=self.parents[job.name])
+        return adapter.config
 
     def adapter_folder(self, name: str) -> Path:
         """Return the folder of a job's adapter."""
@@ -111,6 +134,9 @@ class Run:
     def resume(self) -> int:
         """Restore the newest checkpoint, or begin anew if there is none; return the number of passes restored.
 
+        A job that is finished goes on if the recipe now has more steps for it: with its optimizer's state, the next
+        examples, and the learning rates that the schedule of the new total has from this step on.
+
         Raises:
             TrainingError: the base or a dataset has changed, or the checkpoint is damaged.
         """
@@ -119,11 +145,12 @@ class Run:
             self.begin()
             return 0
         state = checkpoint.read(paths[-1])
-        checkpoint.restore(self.trainer, paths[-1], state, data=self._data_hashes())
+        checkpoint.restore(self.trainer, paths[-1], state, data=self._data_hashes(), parents=self.parents)
         for name, size in state.files.items():  # what was written later is about to be written again
             path = self.folder / name
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
+        write_file(self.folder / RUN_FILE, self.recipe.toml().encode())
         return state.passes
 
     def train(self, each_pass: Callable[[Trainer], None] | None = None) -> None:
@@ -145,6 +172,7 @@ class Run:
             self.trainer,
             self.folder / CHECKPOINTS,
             data=self._data_hashes(),
+            parents=self.parents,
             files={name: path.stat().st_size for name, path in paths.items() if path.exists()},
             keep=self.recipe.shared.keep_checkpoints,
         )
@@ -168,6 +196,7 @@ class Run:
             return
         history = read_history(self.folder).get(name, JobHistory())
         data = self.data[name]
+        parent = next(each.from_ for each in self.recipe.jobs if each.name == name)
         notes = training_section(
             base=job.adapter.origin.base_model or self.base.name,
             source=self.base.name,
@@ -177,6 +206,7 @@ class Run:
                 "examples": f"{len(data.train):,} to train on, {len(data.valid):,} to validate on",
                 "sha256": data.dataset.sha256[:16],
             },
+            parent=parent and Path(parent).name,
             lora=job.adapter.config,
             recipe=job.config,
             steps=history.steps,

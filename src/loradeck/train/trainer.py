@@ -19,6 +19,7 @@ from torch import Tensor
 from loradeck.base.load import Base
 from loradeck.dataset.example import Example, Preference
 from loradeck.errors import ConfigError, DataError, TrainingError
+from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.train.batching import split_units
 from loradeck.train.config import PassConfig, TrainConfig
@@ -101,6 +102,9 @@ class Trainer:
     ) -> Job:
         """Add a job for the resident adapter `name`; it joins at the next pass.
 
+        The reference of preference pairs is the adapter as it is now. Unless that is still the base, a frozen copy of
+        it stays in the bank, as `name.reference`, until the job ends.
+
         Raises:
             DataError: there are no examples.
             ConfigError: an example is longer than the base's context, or the adapter already has a job.
@@ -120,6 +124,9 @@ class Trainer:
                 f"the longest example has {longest} tokens; the context of {self.base.name} is {self.base.context}",
                 hint=f"Set max_length to {self.base.context} or less.",
             )
+        if job.objective.needs_reference and not _is_new(job.adapter):
+            job.reference = f"{name}.reference"
+            self.bank.add(job.reference, job.adapter.copy(trainable=False))
         self.jobs[name] = job
         return job
 
@@ -212,19 +219,28 @@ class Trainer:
 
     @torch.no_grad()
     def _reference_losses(self, batch: Sequence[MicroBatch]) -> list[Tensor | None]:
-        """Return the base's losses for each micro-batch whose objective needs them, else None."""
+        """Return the reference's losses for each micro-batch whose objective needs them, else None."""
         compared = [micro_batch for micro_batch in batch if micro_batch.job.objective.needs_reference]
         if not compared:
             return [None] * len(batch)
-        with self._example_losses(compared, base_only=True) as losses:
+        with self._example_losses(compared, of_reference=True) as losses:
             references = iter(losses)
         return [next(references) if micro_batch.job.objective.needs_reference else None for micro_batch in batch]
 
     @contextmanager
-    def _example_losses(self, batch: Sequence[MicroBatch], *, base_only: bool = False) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the losses of each micro-batch's examples, through its job's adapter; backward belongs inside."""
+    def _example_losses(
+        self, batch: Sequence[MicroBatch], *, of_reference: bool = False
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the losses of each micro-batch's examples, through its job's adapter; backward belongs inside.
+
+        `of_reference` yields those of the reference instead.
+        """
         examples = [example for micro_batch in batch for example in micro_batch.examples]
-        names = [None if base_only else micro_batch.job.name for micro_batch in batch for _ in micro_batch.examples]
+        names = [
+            micro_batch.job.reference if of_reference else micro_batch.job.name
+            for micro_batch in batch
+            for _ in micro_batch.examples
+        ]
         lengths = [len(example.tokens) for example in examples] if self._losses.packed else None
         with self.bank.route(names, lengths=lengths), self._losses.of(examples) as losses:
             yield losses.split([len(micro_batch.examples) for micro_batch in batch])
@@ -239,6 +255,9 @@ class Trainer:
             self._emit(event)
 
     def _end(self, job: Job, reason: EndReason, detail: str) -> None:
+        if job.reference is not None:
+            self.bank.unload(job.reference)
+            job.reference = None
         self._emit(job.finish(reason, detail, self.seconds))
 
     @contextmanager
@@ -258,6 +277,11 @@ class Trainer:
                 signal.signal(signal.SIGINT, previous)
             for job in self.jobs.values():
                 job.optimizer.zero_grad()
+
+
+def _is_new(adapter: Adapter) -> bool:
+    """Whether an adapter does not change the base's output: A or B of every pair is zero."""
+    return not any(bool(a.any()) and bool(b.any()) for a, b in map(adapter.pair, adapter.sites))
 
 
 @dataclass(frozen=True, slots=True)
