@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-SUITES = ("adapters", "train", "serve", "base", "emulated", "ops", "quality", "soak", "peers")
+SUITES = ("adapters", "train", "serve", "base", "emulated", "ops", "quality", "preferences", "soak", "peers")
 USAGE = f"""usage: python -m benchmarks SUITE [OPTIONS]
 
 SUITE is one of {", ".join(SUITES)}: it measures and writes benchmarks/results/SUITE.*.json; --help describes it.

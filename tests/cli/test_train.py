@@ -325,6 +325,28 @@ def test_an_adapter_of_another_base_is_not_gone_on_from(
     assert not Path("child").exists()
 
 
+def test_a_loss_that_falls_without_a_change_of_the_answers_is_said(
+    run: Callable, tiny_folder: Path, dataset: Path
+) -> None:
+    note = "but the answers to 2 sample prompts are still the base's; try a higher learning rate, or more epochs"
+    flags = ["--epochs", 40, "--batch-size", 2, "--valid", "lines.jsonl", "--eval-every", 40]
+    ran = run("train", tiny_folder, dataset, "-o", "out", *flags, "--lr", 3e-2)
+    assert ran.code == 0, ran.err
+    assert "still the base's" not in ran.out, "its answers are learned"
+    write_pairs(Path("pairs.jsonl"))
+    flags = ["--epochs", 20, "--batch-size", 4, "--rpo-alpha", 0, "--dpo-beta", 5000, "--lr", 1e-7]
+    ran = run("train", tiny_folder, "pairs.jsonl", "-o", "unchanged", *flags)
+    assert ran.code == 0, ran.err
+    losses = [step.loss for step in read_history(Path("unchanged"))["unchanged"].steps]
+    assert losses[-1] < 0.9 * losses[0]
+    said = f"the loss fell from {losses[0]:.3f} to {losses[-1]:.3f}, {note}"
+    assert ran.out.count(said) == 2, "in the view and at the end"
+    assert read_history(Path("unchanged"))["unchanged"].end.detail == said
+    assert f"accuracy {1:.0%}, margin" in ran.out
+    ran = run("train", tiny_folder, "pairs.jsonl", "-o", "unasked", *flags, "--samples", 0)
+    assert "still the base's" not in ran.out
+
+
 def test_an_adapter_that_diverges_is_reported_and_not_saved(
     run: Callable, tiny: LlamaForCausalLM, tiny_folder: Path, dataset: Path
 ) -> None:

@@ -45,8 +45,9 @@ def sweep(
 ) -> int:
     """Try learning rates and ranks in one pass, and keep the best.
 
-    Every rate is tried at every rank. At regular steps the worse half of the
-    trials, by validation loss, is stopped; the rest run to the end. The folder
+    Every rate is tried at every rank. At regular steps after the warm-up
+    the worse half of the trials, by validation loss, is stopped; the rest run
+    to the end. The folder
     then contains the best adapter. If the dataset has no validation examples, a
     tenth of it is held out.
 
@@ -61,7 +62,7 @@ def sweep(
         resume: Resume the sweep in the folder.
         overwrite: Replace an existing adapter or run.
     """
-    from loradeck.train.sweep import HELD_OUT, Halving, trials
+    from loradeck.train.sweep import HELD_OUT, halve, trials
 
     if resume:
         arguments = (base, dataset, lr, r, lora, recipe, shared, valid, dtype)
@@ -84,8 +85,7 @@ def sweep(
         )
         jobs = trials(job, numbers("--lr", lr, float), numbers("--r", r, int))
         run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=jobs, sweep=True)
-    halving = Halving()
-    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, listener=halving.on_event, each_pass=halving)
+    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, each_pass=halve)
     return 0 if dry_run else conclude(run, run_recipe.base)
 
 

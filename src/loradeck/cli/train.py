@@ -128,7 +128,6 @@ def carry_out(
     resume: bool = False,
     dry_run: bool = False,
     log: Kind | None = None,
-    listener: "Listener | None" = None,
     each_pass: "Callable[[Trainer], None] | None" = None,
 ) -> "Run":
     """Run a recipe in a folder and return the run; a dry run only prints its plan."""
@@ -137,7 +136,7 @@ def carry_out(
     with quick_imports():
         from loradeck.base.load import Base
         from loradeck.cli.display.live_view import plan_table, progress
-        from loradeck.cli.display.plan import plan
+        from loradeck.cli.display.plan import plan, trial_columns
         from loradeck.cli.writers import metric_writer
         from loradeck.train.inputs import check_inputs
         from loradeck.train.run import Run
@@ -147,15 +146,15 @@ def carry_out(
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
     run = Run(recipe, output, base)
     run.answer = answerer(base, run)
-    examples: list[object] = []  # the trials of a sweep share one
-    for name in run.data:
-        job_plan = plan(run, name)
-        console.print(plan_table(job_plan, example=job_plan.first not in examples))
-        examples.append(job_plan.first)
+    names = list(run.data)
+    for name in names[:1] if recipe.sweep else names:
+        console.print(plan_table(plan(run, name)))
+    if recipe.sweep:
+        print(f"\n{len(names)} trials, each as above except for:\n{trial_columns(run)}")
     if dry_run:
         return run
     with ExitStack() as stack:
-        listeners = [listener] if listener else []
+        listeners: list[Listener] = []
         if log is not None:
             listeners.append(stack.enter_context(metric_writer(log, output)))
         if resume:
@@ -216,7 +215,10 @@ def outcome(progress: "Progress") -> str:
     assert end is not None
     validation = f", best validation loss {best:.4f} at step {end.kept}" if best else ""
     steps = f"{end.step} step{'s' * (end.step != 1)}"
-    return f"{end.reason} after {steps}, loss {losses[0]:.3f} -> {losses[-1]:.3f}{validation}"
+    preference = ""
+    if progress.accuracy is not None and progress.margin is not None:
+        preference = f", accuracy {progress.accuracy:.0%}, margin {progress.margin:.1f}"
+    return f"{end.reason} after {steps}, loss {losses[0]:.3f} -> {losses[-1]:.3f}{preference}{validation}"
 
 
 def say_finished(recipe: RunRecipe, folder: Path) -> bool:

@@ -99,7 +99,7 @@ class PassConfig:
     keep_checkpoints: int = 2
     """Checkpoints to keep; older ones are removed."""
     samples: int = 2
-    """Validation prompts that each adapter answers at each evaluation; 0 for none."""
+    """Validation prompts that each adapter answers at each evaluation, and prompts at its end; 0 for none."""
 
     def __post_init__(self) -> None:
         _check(

@@ -42,6 +42,12 @@ class Progress:
     """Tokens read, without padding."""
     losses: list[float] = field(default_factory=list)
     """Of each step."""
+    accuracy: float | None = None
+    """DPO: of the last step."""
+    margin: float | None = None
+    """DPO: of the last step."""
+    validation: dict[int, float] = field(default_factory=dict)
+    """Validation losses by step."""
     best_loss: float | None = None
     """The lowest validation loss."""
     best_step: int = 0
@@ -158,6 +164,8 @@ class Job:
         progress.step += 1
         progress.tokens += sum(len(example.tokens) for unit in units for example in unit)
         progress.losses.append(loss)
+        preference = self._preference(sums, count)
+        progress.accuracy, progress.margin = preference.get("accuracy"), preference.get("margin")
         seconds = clock()
         return Step(
             job=self.name,
@@ -171,7 +179,7 @@ class Job:
             tokens=progress.tokens,
             supervised=count,
             memory=_resident_bytes(),
-            **self._preference(sums, count),
+            **preference,
         )
 
     @property
@@ -192,6 +200,7 @@ class Job:
                 f"training {self.name!r} diverged at step {progress.step}: the validation loss is {mean}",
                 hint="Lower learning_rate.",
             )
+        progress.validation[progress.step] = mean
         best = progress.best_loss is None or mean < progress.best_loss
         progress.waiting = 0 if best else progress.waiting + 1
         if best:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
 import torch
 
 from loradeck.base.load import Base
@@ -40,8 +41,10 @@ from loradeck.train.trainer import Trainer
 
 SAMPLES, CHECKPOINTS = "samples.jsonl", "checkpoints"
 
-# Answers prompts: (adapter names, prompt tokens), one of each per row -> texts.
-Answer: TypeAlias = Callable[[Sequence[str], Sequence[list[int]]], list[str]]
+FELL = 0.9  # of its first value: then a loss has fallen
+
+# Answers prompts: (adapter names, or None for the base, and prompt tokens), one of each per row -> texts.
+Answer: TypeAlias = Callable[[Sequence[str | None], Sequence[list[int]]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,8 @@ class Run:
 
     def _record(self, event: AnyEvent) -> None:
         """Write an event to its file, save the adapter of a job that ended, and pass the event on."""
+        if isinstance(event, End) and event.reason in ("finished", "early stop"):
+            event = self._noted(event)
         with (self.folder / (SAMPLES if isinstance(event, Sample) else METRICS)).open("ab") as file:
             file.write(events.encode(event))
         if isinstance(event, End):
@@ -243,6 +248,26 @@ class Run:
                     answer=answer,
                 )
             )
+
+    def _noted(self, end: End) -> End:
+        """Return a job's end with a note if its loss fell, but its answers are still the base's."""
+        job = self.trainer.jobs[end.job]
+        first, last = job.progress.losses[0], job.progress.losses[-1]
+        examples = (self.data[end.job].valid or self.data[end.job].train)[: self.recipe.shared.samples]
+        if last > FELL * first or not examples or self.answer is None:
+            return end
+        prompts = [_prompt_and_answer(example)[0] for example in examples]
+        names = [name for name in (end.job, None) for _ in prompts]
+        with evaluation(self.base.model):
+            answers = self.answer(names, prompts * 2)
+        if answers[: len(prompts)] != answers[len(prompts) :]:
+            return end
+        note = (
+            f"the loss fell from {first:.3f} to {last:.3f}, but the answers to {len(prompts)} sample prompts are still "
+            "the base's; try a higher learning rate, or more epochs"
+        )
+        job.progress.end = msgspec.structs.replace(end, detail="; ".join(filter(None, (end.detail, note))))
+        return job.progress.end
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
