@@ -33,6 +33,7 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m benchmarks base
 	$(BIN)/python -m benchmarks emulated
 	$(BIN)/python -m benchmarks ops
+	$(BIN)/python -m benchmarks busy
 	$(if $(PEERS),$(BIN)/python -m benchmarks peers $(PEERS))
 	$(BIN)/python -m benchmarks soak
 	$(BIN)/python -m benchmarks preferences

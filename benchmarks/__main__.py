@@ -3,7 +3,9 @@
 import sys
 from importlib import import_module
 
-SUITES = ("adapters", "train", "serve", "base", "emulated", "ops", "quality", "preferences", "soak", "peers")
+from loradeck.base.openmp import limit_spinning
+
+SUITES = ("adapters", "train", "serve", "base", "emulated", "ops", "busy", "quality", "preferences", "soak", "peers")
 USAGE = f"""usage: python -m benchmarks SUITE [OPTIONS]
 
 SUITE is one of {", ".join(SUITES)}: it measures and writes benchmarks/results/SUITE.*.json; --help describes it.
@@ -15,6 +17,7 @@ def main() -> None:
     if name == "report":
         import_module("benchmarks.report").main(arguments)
     elif name in SUITES:
+        limit_spinning()  # as the `loradeck` command does
         import_module(f"benchmarks.suites.{name}").main(arguments)
     else:
         print(USAGE)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loradeck import Adapter, LoraConfig
+from loradeck import Adapter, AdapterStore, LoraConfig
 from loradeck.base.frozen import FrozenLinear
 
 
@@ -92,6 +93,16 @@ class RandomAdapters:
             scale = strength * self._norms[path] / (rows * config.r) ** 0.5 / config.scaling(path, config.r)
             pairs[path] = a.to(dtype), (b * scale).to(dtype)
         return Adapter.of(config, pairs)
+
+
+def random_store(
+    model: nn.Module, folder: Path, *, count: int, r: int, dtype: torch.dtype = torch.float32
+) -> AdapterStore:
+    """Return a store of the adapters a0, a1, … on all linear layers."""
+    store, adapters = AdapterStore(folder), RandomAdapters(model)
+    for i in range(count):
+        store.publish(f"a{i}", adapters.make(i, LoraConfig(r=r), dtype=dtype))
+    return store
 
 
 def _norm(layer: nn.Linear) -> float:

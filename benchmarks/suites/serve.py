@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 from benchmarks.figures import PERCENT, Figure, Suite, Table
 from benchmarks.harness import Run, alternate, parser
-from benchmarks.models import RandomAdapters
+from benchmarks.models import random_store
 from benchmarks.workloads import Arrival, popularity, trace
-from loradeck import AdapterStore, Base, LoraConfig
+from loradeck import AdapterStore, Base
 from loradeck.base.load import SMOLLM2
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.sampling import SamplingParams
@@ -333,16 +332,6 @@ def cold(base: Base, folder: Path, rounds: int) -> dict[str, float]:
 
 
 # ---- adapters and PEFT
-
-
-def random_store(
-    model: nn.Module, folder: Path, *, count: int, r: int, dtype: torch.dtype = torch.float32
-) -> AdapterStore:
-    """Return a store of the adapters a0, a1, … on all linear layers."""
-    store, adapters = AdapterStore(folder), RandomAdapters(model)
-    for i in range(count):
-        store.publish(f"a{i}", adapters.make(i, LoraConfig(r=r), dtype=dtype))
-    return store
 
 
 @contextmanager

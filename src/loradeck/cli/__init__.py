@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
+from loradeck.base.openmp import limit_spinning
 from loradeck.cli.display.text import printable
 from loradeck.cli.options import TYPED
 from loradeck.errors import LoradeckError
@@ -60,6 +61,7 @@ for order, verb in enumerate(VERBS):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
+    limit_spinning()
     TYPED.set(tokens)
     try:
         if not tokens or tokens[0] in app.help_flags:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from loradeck.base.openmp import VARIABLES
 from loradeck.cli.display.text import columns, format_size, print_json
 from loradeck.cli.options import AsJson
 from loradeck.disk import cache_folder
@@ -26,6 +27,7 @@ def doctor(*, as_json: AsJson = False) -> int:
         "python": _python,
         **{name: lambda name=name: _version(name) for name in PACKAGES},
         "cpu": _cpu,
+        "threads": _threads,
         "gpu": _gpu,
         "packed weights": _packed_weights,
         "int8 weights": _int8_weights,
@@ -71,7 +73,16 @@ def _cpu() -> str:
 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and later
     features = sorted(name for name, value in capabilities.items() if value is True and name.startswith(CPU_FEATURES))
-    return f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {' '.join(features) or 'features unknown'}"
+    return " ".join(features) or "features unknown"
+
+
+def _threads() -> str:
+    """Return how many threads compute, and the variables that say so and how they wait (docs/threads.md)."""
+    import torch
+
+    names = ("OMP_NUM_THREADS", *VARIABLES)
+    settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    return ", ".join([f"{torch.get_num_threads()} of {os.cpu_count()} cores", *settings])
 
 
 def _gpu() -> str:

@@ -1,0 +1,187 @@
+"""What is left of a rate beside another busy process, as torch's OpenMP threads wait by default and as ours do.
+
+    python -m benchmarks busy [--rounds 7] [--only training generation serving] [--spins 0 100 10000]
+
+training    steps of 4 short examples, through one adapter
+generation  one prompt through one adapter, by `generate`
+serving     16 requests through 4 adapters in one batch, by the engine
+
+The other process is one endless loop. Each setting is a process of its own; they take turns, alone and then beside the
+loop, which is stopped in between. --spins adds settings that spin that often.
+"""
+
+import multiprocessing
+import operator
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from benchmarks.figures import Figure, Suite, Table
+from benchmarks.harness import Run, parser, seconds
+from benchmarks.models import RandomAdapters, random_store
+from benchmarks.workloads import docstring_examples, training_steps
+from loradeck import Bank, Base, LoraConfig, generate
+from loradeck.base import SMOLLM2
+from loradeck.base.openmp import SPINS, VARIABLES
+from loradeck.sampling import SamplingParams
+from loradeck.serve.config import EngineConfig
+from loradeck.serve.engine import Engine
+
+PARTS = ("training", "generation", "serving")
+DEFAULT = "torch's default"
+OURS = f"loradeck, {SPINS:,} spins"
+TOKENS = 8
+ROWS, ADAPTERS = 16, 4
+BATCH = 4  # examples
+LONGEST = 96  # tokens of an example
+PROMPT = "Tell a story about a ship and its crew."
+
+SUITE = Suite(
+    "busy",
+    "A busy machine",
+    "SmolLM2-135M, r=8, all linear layers, beside one endless loop",
+    tuple(
+        Table(
+            f"{part.capitalize()}",
+            (part, "{column}", "{row}"),
+            (
+                Figure("alone (tokens/s)"),
+                Figure("beside a busy process (tokens/s)"),
+                Figure(
+                    "kept beside a busy process", unit="×", target="≥ 0.45",
+                    headline=f"{part} beside a busy process, relative to its rate alone",
+                ),
+                Figure("alone, relative to torch's default", unit="×", target="≥ 0.97"),
+            ),
+        )
+        for part in PARTS
+    ),
+    """
+- *kept*: the rate beside the loop over the same setting's rate alone, as medians. On two cores a third process leaves
+  two thirds of the machine at best, and half to a team of two threads that share a core with it.
+- The targets are ours; torch's default stands beside them.
+""",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parser(SUITE, __doc__, rounds=7, parts=PARTS)
+    options.add_argument("--spins", type=int, nargs="+", default=[], help="more settings to measure")
+    run = Run(SUITE, options, arguments)
+    settings: dict[str, int | None] = {DEFAULT: None, OURS: SPINS}
+    settings |= {f"{spins:,} spins": spins for spins in run.options.spins}
+    for part in run.options.only:
+        with busy_process() as loop, ExitStack() as running:
+            workers = {name: running.enter_context(worker(part, spins)) for name, spins in settings.items()}
+            run.add(part, rates(workers, loop, run.options.rounds))
+    run.end()
+
+
+def rates(
+    workers: Mapping[str, Callable[[], float]], loop: subprocess.Popen[bytes], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Return each setting's figures; a worker returns the tokens per second of one turn."""
+    alone: dict[str, list[float]] = {name: [] for name in workers}
+    beside: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, rate in workers.items():
+            alone[name].append(rate())
+        loop.send_signal(signal.SIGCONT)
+        for name, rate in workers.items():
+            beside[name].append(rate())
+        loop.send_signal(signal.SIGSTOP)
+    return {
+        name: {
+            "alone (tokens/s)": statistics.median(alone[name]),
+            "beside a busy process (tokens/s)": statistics.median(beside[name]),
+            "kept beside a busy process": statistics.median(beside[name]) / statistics.median(alone[name]),
+            "alone, relative to torch's default": statistics.median(map(operator.truediv, alone[name], alone[DEFAULT])),
+        }
+        for name in workers
+    }
+
+
+@contextmanager
+def busy_process() -> Generator[subprocess.Popen[bytes]]:
+    """Start an endless loop, and stop it until it is told to continue."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as loop:
+        loop.send_signal(signal.SIGSTOP)
+        try:
+            yield loop
+        finally:
+            loop.kill()
+
+
+@contextmanager
+def worker(part: str, spins: int | None) -> Generator[Callable[[], float]]:
+    """Start a process whose threads spin that often; each call does one turn of work in it."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    if spins is not None:
+        os.environ[VARIABLES[0]] = str(spins)
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=work, args=(part, theirs), daemon=True)
+    process.start()
+    theirs.close()
+
+    def turn() -> float:
+        ours.send(None)
+        return float(ours.recv())
+
+    try:
+        turn()  # packs and compiles
+        yield turn
+    finally:
+        ours.close()
+        process.join()
+
+
+def work(part: str, connection: Connection) -> None:
+    """Answer every message with the tokens per second of one turn, until the connection is closed."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, turn = WORK[part](Path(folder))
+        with suppress(EOFError):
+            while True:
+                connection.recv()
+                connection.send(tokens / seconds(turn))
+    os._exit(0)  # without waiting for an engine's threads
+
+
+def training(folder: Path) -> tuple[int, Callable[[], object]]:
+    base = Base.load(SMOLLM2, weights="packed")
+    RandomAdapters(base.model).make(0, LoraConfig(r=8)).save(folder / "a")
+    examples = [each for each in docstring_examples(base) if len(each.tokens) <= LONGEST][:BATCH]
+    steps = training_steps(base, folder / "a", [examples], BATCH, 1_000_000)
+    return sum(len(each.tokens) for each in examples), partial(next, steps)
+
+
+def generation(_: Path) -> tuple[int, Callable[[], object]]:
+    base = Base.load(SMOLLM2, weights="packed")
+    bank = Bank(base.model)
+    bank.add("a", RandomAdapters(base.model).make(0, LoraConfig(r=8)))
+    return TOKENS, partial(generate, base, bank, [PROMPT], "a", max_new_tokens=TOKENS)
+
+
+def serving(folder: Path) -> tuple[int, Callable[[], object]]:
+    base = Base.load(SMOLLM2, weights="packed")
+    engine = Engine(base, random_store(base.model, folder, count=ADAPTERS, r=8), EngineConfig(max_rows=ROWS))
+    prompts = [base.tokenizer(PROMPT)["input_ids"]] * ROWS
+    names = [f"a{row % ADAPTERS}" for row in range(ROWS)]
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    return ROWS * TOKENS, partial(engine.generate, prompts, names, params)
+
+
+WORK: Mapping[str, Callable[[Path], tuple[int, Callable[[], object]]]] = {
+    "training": training,
+    "generation": generation,
+    "serving": serving,
+}
