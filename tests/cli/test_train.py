@@ -74,6 +74,33 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Callable, tiny_folder
     assert sorted(Path().iterdir()) == before
 
 
+def test_a_dataset_with_other_columns_trains(run: Callable, tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    rows = [{"Question": each["prompt"], "Answer": each["completion"], "id": 7} for each in LINES]
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {"Question": "x" * 90, "Answer": "y"}]))
+    ran = run("train", tiny_folder, path, "-o", "out/new", "--max-steps", 1, "--max-length", 64)
+    assert ran.code == 2
+    assert "(in 3 records: also qa.jsonl:2, qa.jsonl:3)" in ran.err
+    columns = "prompt=Question,completion=Answer"
+    assert f"Name the columns: --columns {columns}" in ran.err
+    flags = ["--columns", columns, "--skip-long", "--max-steps", 1, "--max-length", 64]
+    ran = run("train", tiny_folder, path, "-o", "out/new", *flags)
+    assert ran.code == 0, ran.err
+    assert "passed over: id (in 2)" in ran.out
+    assert "qa.jsonl:3: left out: longer than 64 tokens" in ran.out
+    ran = run("train", tiny_folder, path, "-o", "out/new", *flags[:2], "--resume")
+    assert ran.code == 0
+    ran = run("train", tiny_folder, path, "-o", "out/new", "--columns", "prompt=Answer,completion=Question", "--resume")
+    assert "columns is {'prompt': 'Answer', 'completion': 'Question'}, the run has" in ran.err
+    tensors = Path("out/new/adapter_model.safetensors").read_bytes()
+    Path("run.toml").write_text(
+        f'base = "{tiny_folder}"\n[[adapter]]\nname = "file"\ndata = "qa.jsonl"\nmax_steps = 1\nmax_length = 64\n'
+        "skip_long = true\n[adapter.columns]\nprompt = 'Question'\ncompletion = 'Answer'\n"
+    )
+    assert run("train", "run.toml", "-o", "out/file").code == 0
+    assert Path("out/file/adapter_model.safetensors").read_bytes() == tensors
+
+
 def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     flags = ["--r", 2, "--epochs", 3, "--batch-size", 1]
     assert run("train", tiny_folder, dataset, "-o", "whole", *flags).code == 0

@@ -11,7 +11,8 @@ from cyclopts import Parameter
 
 from loradeck.cli.display.text import columns, printable
 from loradeck.cli.options import Dtype
-from loradeck.cli.train import LORA, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
+from loradeck.cli.train import DEFAULTS, LORA, READING, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
@@ -34,6 +35,7 @@ def sweep(
     output: Annotated[Path, Parameter(alias="-o")],
     lr: str | None = None,
     r: str | None = None,
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     lora: Annotated[LoraConfig, Parameter(name="*", parse=LORA_FLAGS)] = LORA,
     recipe: Annotated[TrainConfig, Parameter(name="*", parse=RECIPE_FLAGS)] = RECIPE,
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
@@ -65,8 +67,8 @@ def sweep(
     from loradeck.train.sweep import HELD_OUT, halve, trials
 
     if resume:
-        arguments = (base, dataset, lr, r, lora, recipe, shared, valid, dtype)
-        if arguments != (None, None, None, None, LORA, RECIPE, SHARED, None, "auto"):
+        arguments = (base, dataset, lr, r, reading, lora, recipe, shared, valid, dtype)
+        if arguments != (None, None, None, None, *DEFAULTS, None, "auto"):
             raise ConfigError("--resume takes no other settings", hint="Resume with only --output and --resume.")
         run_recipe = read_run(output, sweep=True)
     elif base is None or dataset is None:
@@ -80,6 +82,7 @@ def sweep(
             name=output.resolve().name,
             data=resolve(dataset),
             valid=valid and resolve(valid),
+            reading=reading,
             lora=suffixes(lora),
             train=recipe,
         )

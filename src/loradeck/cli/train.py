@@ -13,6 +13,7 @@ from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype, is_typed
 from loradeck.cli.process import quick_imports
 from loradeck.cli.writers import Kind
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # The fields of LoraConfig that are flags; patterns for single modules are for run files and Python.
 FLAGS = re.compile("^(lora|r|lora_alpha|lora_dropout|target_modules|use_rslora)$")
-LORA, RECIPE, SHARED = LoraConfig(), TrainConfig(), PassConfig()
+DEFAULTS = READING, LORA, RECIPE, SHARED = DataConfig(), LoraConfig(), TrainConfig(), PassConfig()
 EXTENDED = ("epochs", "max_steps")  # what --resume may raise
 RECIPE_NAMES = tuple(field.name for field in fields(TrainConfig) if field.name not in EXTENDED)
 ANSWER_TOKENS = 48
@@ -41,6 +42,7 @@ def train(
     /,
     *,
     output: Annotated[Path, Parameter(alias="-o")],
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     lora: Annotated[LoraConfig, Parameter(name="*", parse=FLAGS)] = LORA,
     recipe: Annotated[TrainConfig, Parameter(name="*")] = RECIPE,
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
@@ -77,7 +79,8 @@ def train(
         overwrite: Replace an existing adapter or run.
     """
     if base is not None and base.endswith(".toml") and dataset is None:
-        if (lora, recipe, shared, valid, from_, last_layers, dtype) != (LORA, RECIPE, SHARED, None, None, None, "auto"):
+        given = (reading, lora, recipe, shared, valid, from_, last_layers, dtype)
+        if given != (*DEFAULTS, None, None, None, "auto"):
             raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
         run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:
@@ -87,6 +90,7 @@ def train(
             valid=valid and resolve(valid),
             from_=from_ and resolve(from_),
             last_layers=last_layers,
+            reading=reading,
             lora=suffixes(lora),
             train=recipe,
         )
@@ -99,6 +103,7 @@ def train(
                 valid=valid and resolve(valid),
                 from_=from_ and resolve(from_),
                 last_layers=last_layers,
+                reading=reading,
                 lora=suffixes(lora),
                 train=recipe,
             )
@@ -296,6 +301,7 @@ def check_same(recipe: RunRecipe, stored: RunRecipe) -> None:
         problems.append("the adapters' names differ")
     else:
         for job, old in zip(recipe.jobs, stored.jobs, strict=True):
+            problems += _differences(job.reading, old.reading)
             problems += _differences(job.lora, old.lora) + _differences(job.train, old.train, RECIPE_NAMES)
             problems += _differences(job, old, ("last_layers",))
             problems += [

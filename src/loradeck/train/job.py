@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,9 +123,9 @@ class Job:
         """Return what the next step trains on."""
         return [self.objective.unit(example) for example in self._sampler[self.progress.step]]
 
-    def valid_units(self) -> list[Unit]:
-        """Return what an evaluation runs on."""
-        return [self.objective.unit(example) for example in self.valid]
+    def valid_units(self) -> Iterator[Unit]:
+        """Yield what an evaluation runs on."""
+        return (self.objective.unit(example) for example in self.valid)
 
     def seed_dropout(self, index: int) -> None:
         """Make the next forward's dropout masks depend on the seed, the step and the micro-batch's index alone."""

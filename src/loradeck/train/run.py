@@ -20,9 +20,11 @@ import torch
 
 from loradeck.base.load import Base
 from loradeck.base.text import chat_template_hash
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
-from loradeck.dataset.read import Dataset, held_out, read_dataset
-from loradeck.dataset.reader import Examples
+from loradeck.dataset.held_out import held_out
+from loradeck.dataset.read import Dataset, SplitExamples, read_dataset
+from loradeck.dataset.source import Position
 from loradeck.disk import write_file
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
@@ -52,8 +54,8 @@ class JobData:
     """A job's dataset, and its examples to train and to validate on."""
 
     dataset: Dataset
-    train: Examples
-    valid: Examples
+    train: SplitExamples
+    valid: SplitExamples
 
 
 class Run:
@@ -72,8 +74,12 @@ class Run:
         *,
         answer: Answer | None = None,
         on_event: Listener | None = None,
+        on_read: Callable[[Position], None] | None = None,
     ) -> None:
-        """Read the datasets and create the adapters. Nothing is written before `begin` or `resume`."""
+        """Read the datasets, with a call of `on_read` after each record, and create the adapters.
+
+        Nothing is written into the folder before `begin` or `resume`.
+        """
         self.folder, self.base, self.bank = folder, base, Bank(base.model)
         self.answer, self.on_event = answer, on_event or (lambda _: None)
         self.trainer = Trainer(
@@ -86,8 +92,8 @@ class Run:
         )
 
         @cache
-        def read(source: str, max_length: int) -> Dataset:
-            return read_dataset(source, base.tokenizer, max_length)
+        def read(source: str, max_length: int, config: DataConfig) -> Dataset:
+            return read_dataset(source, base.tokenizer, max_length, config, on_read=on_read)
 
         self.data: dict[str, JobData] = {}
         self.parents: dict[str, str] = {}
@@ -294,11 +300,11 @@ def _results(job: Job, history: JobHistory) -> dict[str, str]:
     }
 
 
-def _load(job: JobRecipe, read: Callable[[str, int], Dataset]) -> JobData:
-    dataset = read(job.data, job.train.max_length)
+def _load(job: JobRecipe, read: Callable[[str, int, DataConfig], Dataset]) -> JobData:
+    dataset = read(job.data, job.train.max_length, job.reading)
     train, valid = dataset.train, dataset.valid
     if job.valid is not None:
-        other = read(job.valid, job.train.max_length)
+        other = read(job.valid, job.train.max_length, job.reading)
         valid = other.valid or other.train
     elif not valid and job.train.valid_ratio:
         train, valid = held_out(train, job.train.valid_ratio, job.train.seed)

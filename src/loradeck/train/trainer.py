@@ -7,17 +7,18 @@ through its own adapter, and the base is computed for all of them at once.
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import count, zip_longest
 
 import torch
 from torch import Tensor
 
 from loradeck.base.load import Base
 from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.token_file import Sizes
 from loradeck.errors import ConfigError, DataError, TrainingError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
@@ -117,8 +118,7 @@ class Trainer:
             raise ConfigError(f"{name!r} already has a job", hint="One job trains one adapter.")
         self.bank.parameters(name)
         job = Job(name, self.bank[name], train, config, self.base.model.config, valid=valid)
-        units = map(job.objective.unit, (*train, *valid))
-        longest = max(len(example.tokens) for unit in units for example in unit)
+        longest = max(Sizes.of(examples).longest for examples in (train, valid) if examples)
         if self.base.context is not None and longest > self.base.context:
             raise ConfigError(
                 f"the longest example has {longest} tokens; the context of {self.base.name} is {self.base.context}",
@@ -168,10 +168,10 @@ class Trainer:
             if job.running and (reason := job.end_reason()):
                 self._end(job, *reason)
 
-    def _batches(self, units: dict[Job, list[Unit]]) -> Iterator[list[MicroBatch]]:
+    def _batches(self, units: Mapping[Job, Iterable[Unit]]) -> Iterator[list[MicroBatch]]:
         """Split each job's units into micro-batches, regardless of its neighbours, and batch those of several jobs."""
         micro_batches = [
-            [MicroBatch(job, index, group) for index, group in enumerate(split_units(job_units, self.max_tokens))]
+            map(partial(MicroBatch, job), count(), split_units(job_units, self.max_tokens))
             for job, job_units in units.items()
         ]
         # A batch has at most one micro-batch of a job: dropout is seeded by the micro-batch's index.
@@ -203,18 +203,17 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, jobs: Sequence[Job]) -> None:
         """Measure the validation losses of some running jobs and emit them."""
-        units = {job: job.valid_units() for job in jobs}
-        sums = {job: Sums() for job in jobs}
+        sums, counts = {job: Sums() for job in jobs}, dict.fromkeys(jobs, 0)
         with evaluation(self.base.model):
-            for batch in self._batches(units):
+            for batch in self._batches({job: job.valid_units() for job in jobs}):
                 references = self._reference_losses(batch)
                 with self._example_losses(batch) as losses:
                     for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                         job = micro_batch.job
                         sums[job].add(*job.objective.losses(micro_batch.units, job_losses, reference))
+                        counts[job] += job.objective.count(micro_batch.units)
         for job in jobs:
-            count = job.objective.count(units[job])
-            self._emit_or_end(job, partial(job.record_evaluation, sums[job], count, self.seconds))
+            self._emit_or_end(job, partial(job.record_evaluation, sums[job], counts[job], self.seconds))
         self._on_evaluated([job for job in jobs if job.running])
 
     @torch.no_grad()

@@ -242,6 +242,7 @@ def plan_table(plan: Plan) -> RenderableType:
         f"{plan.ratio:.1%} of the base's {plan.base_bytes / 1e6:,.0f} MB",
         "examples": f"{plan.examples:,} ({plan.form}), at most {plan.longest:,} tokens, {plan.truncated:,} "
         f"truncated; {plan.valid:,} for validation",
+        **({"data": "\n".join(map(_excerpt, plan.notes))} if plan.notes else {}),
         "tokens": f"{plan.tokens:,} per epoch, of which {plan.supervised:,} are learned",
         "steps": f"{plan.schedule.steps:,} of {plan.batch_size:,} examples",
         "learning rate": f"{plan.schedule.peak:.2g}, {plan.schedule.decay} after "
