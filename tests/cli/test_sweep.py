@@ -76,6 +76,10 @@ def test_a_sweep_is_resumed_as_one(run: Callable, tiny_folder: Path, dataset: Pa
     assert ran.code == 2
     assert "--resume takes no other settings" in ran.err
     assert run("sweep", "-o", "best", "--resume").code == 0
+    ran = run("sweep", "-o", "best", "--resume")
+    assert ran.code == 0
+    assert ran.out.startswith("best: finished, the adapter of lr")
+    assert ran.out.count("\n") == 1, "no plan, no base"
     for name in ("", "lr0.001", "lr0.01", "lr0.0001"):
         tensors = [Path(root, name, "adapter_model.safetensors").read_bytes() for root in ("best", "whole/best")]
         assert tensors[0] == tensors[1]
