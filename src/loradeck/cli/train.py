@@ -235,12 +235,17 @@ def say_finished(recipe: RunRecipe, folder: Path) -> bool:
     state = checkpoint.finished(folder / CHECKPOINTS)
     if state is None:
         return False
+    resume = shlex.join(["loradeck", "train", "--output", str(folder), "--resume"])
     for job in recipe.jobs:
         progress = state.jobs[job.name]
-        more = f"--max-steps {2 * job.train.max_steps}" if job.train.max_steps else f"--epochs {2 * job.train.epochs}"
-        command = f"{shlex.join(['loradeck', 'train', '--output', str(folder), '--resume'])} {more}"
         what = f"{folder}: " if len(recipe.jobs) == 1 else f"{folder}: {job.name}: "
-        print(printable(f"{what}{outcome(progress) if progress.losses else 'ended'}; to train on: {command}"))
+        what += outcome(progress) if progress.losses else "ended before the first step"
+        if progress.end and progress.end.reason == "finished":
+            steps = job.train.max_steps
+            what += f"; to train on: {resume} " + (
+                f"--max-steps {2 * steps}" if steps else f"--epochs {2 * job.train.epochs}"
+            )
+        print(printable(what))
     return True
 
 
