@@ -25,6 +25,7 @@ SUITES: tuple[Suite, ...] = tuple(
         "serve",
         "peers",
         "train",
+        "data",
         "base",
         "emulated",
         "ops",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import columns, print_json, printable
 from loradeck.cli.options import AsJson
 from loradeck.dataset.config import DataConfig
@@ -50,7 +51,8 @@ def check(
         from loradeck.base.load import load_tokenizer
 
         tokenizer = load_tokenizer(base)
-    report = check_dataset(dataset, tokenizer, max_length, reading)
+    with reading_progress() as on_read:
+        report = check_dataset(dataset, tokenizer, max_length, reading, on_read=on_read)
     if as_json:
         print_json(report)
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype, is_typed
 from loradeck.cli.process import quick_imports
@@ -149,7 +150,8 @@ def carry_out(
     check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
     console = Console()
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
-    run = Run(recipe, output, base)
+    with reading_progress() as on_read:
+        run = Run(recipe, output, base, on_read=on_read)
     run.answer = answerer(base, run)
     names = list(run.data)
     for name in names[:1] if recipe.sweep else names:

@@ -4,7 +4,7 @@ Valid records are measured whatever is wrong with the others.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -18,7 +18,7 @@ from loradeck.dataset.example import Example, Preference
 from loradeck.dataset.finding import Finding
 from loradeck.dataset.reader import DatasetReader, ParsedRow
 from loradeck.dataset.record import PreferencePair, Record, Span, TokenIds
-from loradeck.dataset.source import find
+from loradeck.dataset.source import Position, find
 
 
 class Duplicate(msgspec.Struct, frozen=True, rename={"location": "place"}):
@@ -91,8 +91,12 @@ def check_dataset(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     config: DataConfig | None = None,
+    *,
+    on_read: Callable[[Position], None] | None = None,
 ) -> Report:
     """Read a dataset as training would, past its invalid records. Without a tokenizer, count characters.
+
+    `on_read` is called after each record.
 
     Raises:
         DataError: it cannot be found.
@@ -125,6 +129,8 @@ def check_dataset(
             split.leaked.append(Duplicate(row.location, of))
         elif (of := train_prompts.get(prompt)) and not spans[0].trained:
             split.prompts.append(Duplicate(row.location, of))
+        if on_read:
+            on_read(files.position)
     for name, sizes in lengths.items():
         report.splits[name].lengths = Lengths.of(sizes) if sizes else None
     forms = [*reader.learns_to_stop]
