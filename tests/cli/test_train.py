@@ -273,7 +273,18 @@ def test_it_goes_on_from_an_adapter(run: Callable, tiny_folder: Path, dataset: P
 def test_dpo_from_an_adapter_compares_with_that_adapter(run: Callable, tiny_folder: Path, dataset: Path) -> None:
     write_pairs(Path("pairs.jsonl"))
     assert run("train", tiny_folder, dataset, "-o", "sft", "--lr", 3e-2, "--epochs", 9).code == 0
-    flags = ["--rpo-alpha", 0, "--batch-size", 4, "--max-steps", 4, "--checkpoint-every", 2, "--valid", "pairs.jsonl"]
+    flags = [
+        "--dpo-sft-weight",
+        0,
+        "--batch-size",
+        4,
+        "--max-steps",
+        4,
+        "--checkpoint-every",
+        2,
+        "--valid",
+        "pairs.jsonl",
+    ]
     assert run("train", tiny_folder, "pairs.jsonl", "-o", "dpo", "--from", "sft", *flags).code == 0
     first, second, *_ = read_history(Path("dpo"))["dpo"].steps
     assert first.loss == pytest.approx(math.log(2), abs=1e-6)
@@ -361,7 +372,7 @@ def test_a_loss_that_falls_without_a_change_of_the_answers_is_said(
     assert ran.code == 0, ran.err
     assert "still the base's" not in ran.out, "its answers are learned"
     write_pairs(Path("pairs.jsonl"))
-    flags = ["--epochs", 20, "--batch-size", 4, "--rpo-alpha", 0, "--dpo-beta", 5000, "--lr", 1e-7]
+    flags = ["--epochs", 20, "--batch-size", 4, "--dpo-sft-weight", 0, "--dpo-beta", 5000, "--lr", 1e-7]
     ran = run("train", tiny_folder, "pairs.jsonl", "-o", "unchanged", *flags)
     assert ran.code == 0, ran.err
     losses = [step.loss for step in read_history(Path("unchanged"))["unchanged"].steps]

@@ -19,9 +19,9 @@ def test_sft_counts_supervised_tokens() -> None:
     assert (losses.tolist(), margins) == ([2.0, 5.0], None)
 
 
-@pytest.mark.parametrize(("beta", "rpo_alpha"), [(0.1, 0.0), (2.0, 0.0), (0.1, 1.5)])
-def test_dpo_is_its_formula(beta: float, rpo_alpha: float) -> None:
-    objective = DPO(beta, rpo_alpha)
+@pytest.mark.parametrize(("beta", "dpo_sft_weight"), [(0.1, 0.0), (2.0, 0.0), (0.1, 1.5)])
+def test_dpo_is_its_formula(beta: float, dpo_sft_weight: float) -> None:
+    objective = DPO(beta, dpo_sft_weight)
     units = [objective.unit(Preference(ONE, OTHER)), objective.unit(Preference(OTHER, ONE))]
     assert units == [(ONE, OTHER), (OTHER, ONE)]
     assert objective.count(units) == 2
@@ -32,7 +32,10 @@ def test_dpo_is_its_formula(beta: float, rpo_alpha: float) -> None:
     margin = beta * ((one - start_one) - (other - start_other))
     chosen = [-one / 2, -other / 1]  # per token: ONE has two that are trained on, OTHER one
     assert losses.tolist() == pytest.approx(
-        [math.log(1 + math.exp(-each)) + rpo_alpha * nll for each, nll in zip((margin, -margin), chosen, strict=True)]
+        [
+            math.log(1 + math.exp(-each)) + dpo_sft_weight * nll
+            for each, nll in zip((margin, -margin), chosen, strict=True)
+        ]
     )
     assert margins is not None
     assert margins.tolist() == pytest.approx([margin, -margin])

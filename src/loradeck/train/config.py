@@ -44,7 +44,7 @@ class TrainConfig:
     """B's learning rate over A's (LoRA+, arXiv:2402.12354, which found 4 to 16 best)."""
     dpo_beta: float = 0.1
     """For preference pairs: how strongly the adapter is kept close to its start (DPO, arXiv:2305.18290)."""
-    rpo_alpha: float = 1.0
+    dpo_sft_weight: float = 1.0
     """For preference pairs: weight of the loss on the chosen answers, beside DPO's (RPO, arXiv:2404.19733); 0 for DPO
     alone."""
     valid_ratio: float = 0.0
@@ -73,7 +73,7 @@ class TrainConfig:
                 "seed": (_is_integer(self.seed, least=0), "an integer of at least 0"),
                 "loraplus_lr_ratio": (_is_positive(self.loraplus_lr_ratio), "a number above 0"),
                 "dpo_beta": (_is_positive(self.dpo_beta), "a number above 0"),
-                "rpo_alpha": (_is_number(self.rpo_alpha), "a number of at least 0"),
+                "dpo_sft_weight": (_is_number(self.dpo_sft_weight), "a number of at least 0"),
                 "valid_ratio": (_is_number(self.valid_ratio) and self.valid_ratio < 1, "a number from 0 to below 1"),
                 "eval_every": (self.eval_every is None or _is_integer(self.eval_every), "an integer of at least 1"),
                 "patience": (self.patience is None or _is_integer(self.patience), "an integer of at least 1"),

@@ -90,7 +90,7 @@ class Job:
         self.name, self.adapter, self.config = name, adapter, config
         self.train, self.valid = train, valid
         preferences = isinstance(train[0], Preference)
-        self.objective: Objective = DPO(config.dpo_beta, config.rpo_alpha) if preferences else SFT()
+        self.objective: Objective = DPO(config.dpo_beta, config.dpo_sft_weight) if preferences else SFT()
         self.schedule = Schedule.of(config, len(train), model, preferences=preferences)
         self.eval_every = config.eval_every or math.ceil(self.schedule.steps / EVALUATIONS)
         self.optimizer = _optimizer(adapter, config)

@@ -57,7 +57,7 @@ class SFT:
 class DPO:
     """Direct preference optimization (arXiv:2305.18290, equation 7), averaged over pairs.
 
-    -log σ(margin) + α · -log p(chosen) / tokens of chosen
+    -log σ(margin) + w · -log p(chosen) / tokens of chosen
     margin = β · ((log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected)))
 
     The second term is RPO's (arXiv:2404.19733): without it both answers may become less likely, the chosen one only by
@@ -66,8 +66,8 @@ class DPO:
 
     needs_reference = True
 
-    def __init__(self, beta: float, rpo_alpha: float) -> None:
-        self.beta, self.rpo_alpha = beta, rpo_alpha
+    def __init__(self, beta: float, sft_weight: float) -> None:
+        self.beta, self.sft_weight = beta, sft_weight
 
     def unit(self, example: Example | Preference) -> Unit:
         assert isinstance(example, Preference)
@@ -81,4 +81,4 @@ class DPO:
         rewards = self.beta * (reference - losses).view(-1, 2)  # log p is minus the loss
         margins = rewards[:, 0] - rewards[:, 1]
         tokens = losses.new_tensor([chosen.supervised for chosen, _ in units])
-        return -F.logsigmoid(margins) + self.rpo_alpha * losses[::2] / tokens, margins
+        return -F.logsigmoid(margins) + self.sft_weight * losses[::2] / tokens, margins

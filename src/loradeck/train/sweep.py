@@ -46,7 +46,7 @@ def rungs(steps: int, warmup: int, count: int) -> set[int]:
     They halve the steps after the warm-up: until then a trial with a larger rate is ahead only for being further.
     """
     rounds = (count - 1).bit_length()
-    return {warmup + max(1, (steps - warmup) // 2**rounds) * 2**n for n in range(rounds)}
+    return {warmup + max(2**n, (steps - warmup) * 2**n // 2**rounds) for n in range(rounds)}
 
 
 def smoothed(losses: Mapping[int, float], warmup: int) -> float:
