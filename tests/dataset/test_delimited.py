@@ -41,13 +41,6 @@ def test_columns_without_a_name_may_be_several() -> None:
         read("a,a\n1,2\n")
 
 
-def test_cells_that_hold_lists_are_json() -> None:
-    assert read('messages,labels,tools\n"[{""role"": ""user""}]",[1],\n[,positive,\n') == [
-        (2, {"messages": [{"role": "user"}], "labels": [1], "tools": ""}),
-        (3, "$.messages: invalid JSON: Input data was truncated"),
-    ]
-
-
 def test_a_bad_row_does_not_hide_the_others() -> None:
     rows = read('prompt,completion\na,b,c\n\nd,e\n"f" x,g\nh,i\n')
     assert "has 3 cells for 2 columns" in str(rows[0][1])

@@ -409,6 +409,20 @@ def test_padding_would_be_read_as_text() -> None:
     assert "$.attention_mask: has zeros" in refusal(input_ids=[0, 5], labels=[-100, 5], attention_mask=[0, 1])
 
 
+def test_a_cell_of_a_table_holds_a_list_as_json() -> None:
+    turns = msgspec.json.encode([USER, REPLY]).decode()
+    talk = Conversation([ASKED, ANSWERED])
+    assert parse(line(messages=turns, labels="positive")) == talk
+    assert parse(line(dialog=f" {turns}"), {"messages": "dialog"}) == talk
+    assert parse(line(conversations=turns)) == talk
+    assert parse(line(tokens="[5, 6]", labels="[-100, 6]")) == TokenIds([5, 6], [-100, 6])
+    history = parse(line(instruction="Bye", output="Fair winds", history='[["Hi", "Ahoy"]]'))
+    assert isinstance(history, Conversation)
+    assert history.messages[:2] == [ASKED, ANSWERED]
+    assert parse(line(text="[1, 2")) == PlainText("[1, 2")
+    assert refusal(messages="[,").startswith("$.messages: invalid JSON: ")
+
+
 def test_columns_of_other_names() -> None:
     columns = {"prompt": "Question", "completion": "Answer"}
     record = parse(line(Question="Hi", Answer="Ahoy", prompt="old", id=7), columns)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,12 +29,10 @@ LIKELY = re.compile(r"<\|\w{1,32}\|>|\[/?INST\]|<(?:start|end)_of_turn>|</?s>|<[
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Return the tokens that a tokenizer finds in a text before it splits it into words, with their ids."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    names = {*special, *tokenizer.all_special_tokens} - {""}
-    return {
-        name: int(tokenizer.convert_tokens_to_ids(name))
-        for name in sorted(names, key=len, reverse=True)
-        if not WRITTEN_BY_MODELS.fullmatch(name)
-    }
+    found = {*special, *tokenizer.all_special_tokens} - {""}
+    names = sorted((name for name in found if not WRITTEN_BY_MODELS.fullmatch(name)), key=len, reverse=True)
+    ids = cast("list[int]", tokenizer.convert_tokens_to_ids(names))
+    return dict(zip(names, ids, strict=True))
 
 
 @lru_cache(maxsize=8)

@@ -7,16 +7,12 @@ from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
 
-import msgspec
-
 from loradeck.dataset.json_file import RECORD_BYTES
 from loradeck.errors import DataError
 
 SUFFIXES = (".csv", ".tsv")
 DELIMITERS = (",", ";", "\t", "|")
 SEPARATOR = re.compile(r"sep=([^\w\s\"]|\t)\r?\n")  # the first line of some files for Excel
-# A cell is text; in these columns it is JSON.
-JSON_COLUMNS = ("messages", "conversations", "tools", "history", "tokens", "input_ids", "labels", "attention_mask")
 
 
 def read(file: BufferedReader, name: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
@@ -65,11 +61,4 @@ def _columns(head: str, delimiter: str) -> int:
 def _record(columns: list[str], row: list[str]) -> dict[str, Any] | DataError:
     if len(row) != len(columns):
         return DataError(f"$: has {len(row)} cells for {len(columns)} columns; quote cells that contain delimiters")
-    record: dict[str, Any] = dict(zip(columns, row, strict=True))
-    for column in JSON_COLUMNS:
-        try:
-            if (cell := record.get(column, "").strip()).startswith("["):
-                record[column] = msgspec.json.decode(cell)
-        except (msgspec.DecodeError, RecursionError) as error:
-            return DataError(f"$.{column}: invalid JSON: {error}")
-    return record
+    return dict(zip(columns, row, strict=True))

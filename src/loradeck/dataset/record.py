@@ -4,7 +4,7 @@ However a file writes it, a record is one of five things: a conversation, a prom
 token ids, or a preference pair (two answers to one prompt).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, takewhile
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from loradeck.dataset.message import (
     Json,
     Message,
     convert,
+    decode,
     text_of,
     to_message,
     to_messages,
@@ -29,6 +30,7 @@ from loradeck.errors import DataError
 
 UNSUPERVISED = -100  # torch.nn.functional.cross_entropy's ignore_index
 PAIRS = "preference pairs"
+LISTS = ("messages", "conversations", "history", "tokens", "input_ids", "labels", "attention_mask")
 EXPECTED = "messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen and rejected"
 
 
@@ -314,7 +316,7 @@ def _record(keys: Json, columns: Mapping[str, str]) -> Record:
         raise unknown_form(f"$: unknown form; expected {EXPECTED}", keys, columns)
     try:
         check_record(renamed, plain=form in (_RawText, _RawTokens))
-        record: Record = convert(renamed, form, "$").to_record()
+        record: Record = convert(_with_lists(renamed, form.__struct_encode_fields__), form, "$").to_record()
     except DataError as error:
         if error.message.startswith("$.prompt: is missing"):
             raise with_suggestion(error, [*keys]) from error
@@ -324,6 +326,16 @@ def _record(keys: Json, columns: Mapping[str, str]) -> Record:
     unused = [*unused_keys(renamed, form.__struct_encode_fields__), *replaced_keys(keys, columns)]
     unused += [key for message in messages for key in message.unused]
     return replace(record, unused=tuple(dict.fromkeys(unused)))
+
+
+def _with_lists(keys: Json, names: Collection[str]) -> Json:
+    """Return a record with its lists decoded; a cell of a table holds a list as JSON."""
+    return {
+        key: decode(value, list[Any], f"$.{key}")
+        if key in LISTS and key in names and isinstance(value, str) and value.lstrip().startswith("[")
+        else value
+        for key, value in keys.items()
+    }
 
 
 def _side(content: str | Json | list[Json], role: str, path: str) -> list[Message]:
