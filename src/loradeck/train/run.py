@@ -264,7 +264,7 @@ class Run:
             return end
         prompts = [_prompt_and_answer(example)[0] for example in examples]
         names = [name for name in (end.job, None) for _ in prompts]
-        with evaluation(self.base.model):
+        with evaluation(self.base.model), torch.no_grad():
             answers = self.answer(names, prompts * 2)
         if answers[: len(prompts)] != answers[len(prompts) :]:
             return end
