@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -130,7 +131,7 @@ class Encoder:
         last = spans[-1]
         mark = self._end_of(last.text)
         tokens, labels = self._tokenize([*spans[:-1], last._replace(text=last.text.rstrip()) if mark else last])
-        begin = self._begin()
+        begin = _begin(self.tokenizer)
         if begin and tokens[: len(begin)] == begin:
             self.remarks.add("already begins with the begin-of-text token; it is not added twice")
             tokens, labels = tokens[len(begin) :], labels[len(begin) :]
@@ -139,12 +140,6 @@ class Encoder:
             self.remarks.add(f"already ends with {mark}; no end is added")
             return tokens, labels
         return [*tokens, end], [*labels, end]
-
-    def _begin(self) -> list[int]:
-        """Return the tokens with which the tokenizer begins every text."""
-        text = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a")["input_ids"]
-        return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(text)] == text), [])
 
     def _tokenize(self, spans: Iterable[Span], stand_ins: StandIns | None = None) -> Encoded:
         """Tokenize span after span; of a conversation, which has `stand_ins`, only `max_length` + 1 tokens.
@@ -169,6 +164,14 @@ class Encoder:
         if stand_ins is not None and stand_ins.texts:
             return stand_ins.tokenize(text)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # else it warns of long texts
+
+
+@lru_cache(maxsize=8)
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens with which the tokenizer begins every text."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(text)] == text), [])
 
 
 def _chunks(tokens: list[int], labels: list[int], max_length: int) -> list[tuple[list[int], list[int]]]:

@@ -55,18 +55,17 @@ class Findings:
 
 
 def error_of(name: str, problems: list[Finding], hint: str) -> DataError:
-    """Return the error of a dataset with problems; `hint` is for those that bring no hint of their own."""
+    """Return the error of a dataset with problems; `hint` is for those that bring none of their own."""
     count, records = len(problems), sum(problem.records for problem in problems)
     where = f" in {records:,} records" if records > count else ""
-    hints = dict.fromkeys(problem.hint or hint for problem in problems)
     python, cli = (
-        " ".join(dict.fromkeys(word for problem in problems if (word := getattr(problem, door))))
+        " ".join(dict.fromkeys(f"{problem.hint} {getattr(problem, door)}".strip() for problem in problems)).strip()
         for door in ("python", "cli")
     )
     return DataError(
         f"{name} has {count} problem{'s' * (count > 1)}{where} and cannot be trained on",
         [str(problem) for problem in problems],
-        hint=" ".join(hints),
+        hint="" if all(problem.hint for problem in problems) else hint,
         python=python,
         cli=cli,
     )

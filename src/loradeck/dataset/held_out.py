@@ -24,13 +24,18 @@ def held_out(examples: E, ratio: float, seed: int) -> tuple[E, E]:
     """
     if not 0 < ratio < 1:
         raise ConfigError(f"the ratio to hold out must be between 0 and 1, not {ratio!r:.40}")
-    first, sizes = _groups(_hashes(examples))
-    groups = array("I", np.arange(len(sizes), dtype=np.uint32)[sizes > 0].tobytes())
+    held = _chosen(*_groups(_hashes(examples)), ratio, seed)
+    return examples.at(_indices(~held)), examples.at(_indices(held))
+
+
+def _chosen(first: NDArray[np.uint32], sizes: NDArray[np.uint32], ratio: float, seed: int) -> NDArray[np.bool_]:
+    """Say of each example whether it is held out, by groups of equal ones."""
+    groups = _indices(sizes > 0)
     if len(groups) < 2:
         raise DataError("all examples are equal, so none can be held out", hint="Give more examples.")
-    limit = min(max(1, round(ratio * len(examples))), len(examples) - 1)
+    limit = min(max(1, round(ratio * len(first))), len(first) - 1)
     random.Random(f"held out {seed}").shuffle(groups)  # a string seeds alike in every process
-    held = np.zeros(len(sizes), np.bool_)
+    held = np.zeros(len(first), np.bool_)
     count = 0
     for group in groups:
         if count + sizes[group] <= limit:
@@ -40,9 +45,13 @@ def held_out(examples: E, ratio: float, seed: int) -> tuple[E, E]:
             break
     if not count:
         held[min(groups, key=lambda group: sizes[group])] = True
-    is_held = held[first]
-    train, valid = (array("I", np.flatnonzero(side).astype(np.uint32).tobytes()) for side in (~is_held, is_held))
-    return examples.at(train), examples.at(valid)
+    return held[first]
+
+
+def _indices(mask: NDArray[np.bool_]) -> "array[int]":
+    indices = array("I")
+    indices.frombytes(np.arange(len(mask), dtype=np.uint32)[mask].view(np.uint8).data)
+    return indices
 
 
 def _hashes(examples: StoredExamples[Any]) -> NDArray[np.uint64]:
@@ -55,8 +64,7 @@ def _hashes(examples: StoredExamples[Any]) -> NDArray[np.uint64]:
 
 
 def _groups(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Group equal hashes: return for each the first that equals it; and for each the size of its group, or 0 if it is
-    not the first of one."""
+    """Return for each hash the first that equals it; and how many equal it, or 0 if it is not the first of them."""
     first, sizes = np.zeros(len(hashes), np.uint32), np.zeros(len(hashes), np.uint32)
     buckets = hashes.view(np.uint8)[:: hashes.itemsize]  # sorted one after the other, which needs less memory
     for bucket in np.unique(buckets):
