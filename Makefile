@@ -39,6 +39,7 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m benchmarks busy
 	$(if $(PEERS),$(BIN)/python -m benchmarks peers $(PEERS))
 	$(BIN)/python -m benchmarks soak
+	$(BIN)/python -m benchmarks preferences
 	$(BIN)/python -m benchmarks quality
 	$(BIN)/python -m benchmarks report
 

@@ -33,7 +33,7 @@ MAY = {
     "base": GROUND,
     "generation": {"lora", "base", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
-    "train": {"dataset", "lora", "ops", "base", *GROUND},
+    "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},
     "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},
     "api": {"serve", "sampling", "store", "stored", "lora", "base", *GROUND},
     "cli": {"api", "serve", "store", "generation", "train", "dataset", "base", "lora", "ops", "toy", "demo", *GROUND},

@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from loradeck.base.openmp import limit_spinning
 from loradeck.cli.display.encoding import accept_any_text
 from loradeck.cli.display.text import printable
-from loradeck.cli.options import STDIN
+from loradeck.cli.options import STDIN, TYPED
 from loradeck.errors import LoradeckError
 
 VERBS = (
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = _tokens(sys.argv[1:] if arguments is None else arguments)
     accept_any_text()
     limit_spinning()
+    TYPED.set(tokens)
     try:
         if not tokens or tokens[0] in app.help_flags:
             app.resolved_commands()  # the list of verbs shows the first help line of each

@@ -8,7 +8,15 @@ from cyclopts import Parameter
 
 from loradeck.errors import ConfigError
 
-STDIN = "/dev/stdin"  # what a lone `-` on the command line becomes
+STDIN = "/dev/stdin"  # what a lone `-` on the command line becomesTYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
+"""The arguments of the command, as they were typed."""
+
+
+def is_typed(name: str) -> bool:
+    """Return whether the flag of a setting was typed, be its value the default or not."""
+    flag = "--" + name.strip("_").replace("_", "-")
+    return any(token.partition("=")[0] == flag for token in TYPED.get())
+
 
 AsJson: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print JSON and nothing else.")]
 Yes: TypeAlias = Annotated[bool, Parameter(alias="-y", help="Do not ask.")]

@@ -33,6 +33,8 @@ class JobRecipe:
     """A file, a folder with train, valid and test, or a hub id."""
     valid: str | None = None
     """A dataset to validate on, instead of the dataset's own validation split."""
+    from_: str | None = None
+    """The folder of an adapter to go on from, with its settings, instead of a new one. Its key is `from`."""
     last_layers: int | None = None
     """Adapt only the last N layers of the base: less time and memory, as gradients flow no further back."""
     reading: DataConfig = field(default_factory=DataConfig)
@@ -84,12 +86,21 @@ class RunRecipe:
         shared = _without_unset(
             {"base": self.base, "dtype": self.dtype, "sweep": self.sweep or None, **asdict(self.shared)}
         )
-        jobs = [_without_unset({**asdict(job), **dict.fromkeys(CONFIGS), **_config_values(job)}) for job in self.jobs]
+        jobs = [
+            _without_unset(
+                {
+                    **{name.rstrip("_"): value for name, value in asdict(job).items()},
+                    **dict.fromkeys(CONFIGS),
+                    **_config_values(job),
+                }
+            )
+            for job in self.jobs
+        ]
         return tomli_w.dumps({**shared, "adapter": jobs})
 
 
 CONFIGS: dict[str, type] = {"reading": DataConfig, "lora": LoraConfig, "train": TrainConfig}  # fields of JobRecipe
-JOB_KEYS = {f.name for f in fields(JobRecipe)} - CONFIGS.keys()
+JOB_KEYS = {f.name.rstrip("_") for f in fields(JobRecipe)} - CONFIGS.keys()
 KEYS = JOB_KEYS.union(*({f.name for f in fields(config)} for config in CONFIGS.values()))
 
 
@@ -149,12 +160,16 @@ def _job(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]
     if len(problems) > before:
         return None
     values: dict[str, Any] = {key: value for key, value in table.items() if key in JOB_KEYS}
-    values |= {key: resolve(table[key], folder) for key in ("data", "valid") if isinstance(table.get(key), str)}
+    values |= {key: resolve(table[key], folder) for key in SOURCES if isinstance(table.get(key), str)}
+    values["from_"] = values.pop("from", None)  # `from` is a word of Python
     try:
         return JobRecipe(**values, **configs)
     except LoradeckError as error:
         problems.append(f"{where}: {error.message}")
         return None
+
+
+SOURCES = ("data", "valid", "from")
 
 
 def resolve(source: str, folder: Path = Path()) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, dataclass, fields
 
+from loradeck.cli.display.text import columns
 from loradeck.dataset.record import Span
 from loradeck.dataset.token_file import Sizes
 from loradeck.lora.config import LoraConfig
@@ -81,6 +82,16 @@ def plan(run: Run, name: str) -> Plan:
         settings=_settings(next(each.lora for each in run.recipe.jobs if each.name == name), job.config),
         first=job.objective.unit(split.train[0])[0].spans(run.base.tokenizer),
     )
+
+
+def trial_columns(run: Run) -> str:
+    """Return what the trials of a sweep differ in, a line each."""
+    rows = [("trial", "learning rate", "r", "parameters")]
+    for recipe in run.recipe.jobs:
+        parameters = sum(parameter.numel() for parameter in run.bank.parameters(recipe.name))
+        rate = run.trainer.jobs[recipe.name].schedule.peak
+        rows.append((recipe.name, f"{rate:.2g}", f"{recipe.lora.r}", f"{parameters:,}"))
+    return columns(rows, right={1, 2, 3})
 
 
 def _settings(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[str, str]]:
