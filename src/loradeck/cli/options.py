@@ -8,7 +8,8 @@ from cyclopts import Parameter
 
 from loradeck.errors import ConfigError
 
-STDIN = "/dev/stdin"  # what a lone `-` on the command line becomesTYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
+STDIN = "/dev/stdin"  # what a lone `-` on the command line becomes
+TYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
 """The arguments of the command, as they were typed."""
 
 
