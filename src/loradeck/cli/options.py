@@ -1,6 +1,7 @@
 """Options that several verbs share, each written once: a dataclass field or alias is the flag and its help."""
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
