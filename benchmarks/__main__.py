@@ -5,7 +5,20 @@ from importlib import import_module
 
 from loradeck.base.openmp import limit_spinning
 
-SUITES = ("adapters", "train", "serve", "base", "emulated", "ops", "busy", "quality", "soak", "peers")
+SUITES = (
+    "adapters",
+    "train",
+    "preferences",
+    "data",
+    "serve",
+    "base",
+    "emulated",
+    "ops",
+    "busy",
+    "quality",
+    "soak",
+    "peers",
+)
 USAGE = f"""usage: python -m benchmarks SUITE [OPTIONS]
 
 SUITE is one of {", ".join(SUITES)}: it measures and writes benchmarks/results/SUITE.*.json; --help describes it.

@@ -20,7 +20,20 @@ from benchmarks.harness import RESULTS, ROOT
 
 SUITES: tuple[Suite, ...] = tuple(
     import_module(f"benchmarks.suites.{name}").SUITE
-    for name in ("adapters", "serve", "peers", "train", "base", "emulated", "ops", "busy", "soak", "quality")
+    for name in (
+        "adapters",
+        "serve",
+        "peers",
+        "train",
+        "data",
+        "base",
+        "emulated",
+        "ops",
+        "busy",
+        "soak",
+        "preferences",
+        "quality",
+    )
 )
 DOCS = ROOT / "docs"
 WRITTEN = "written by `python -m benchmarks report`"

@@ -33,7 +33,7 @@ MAY = {
     "base": GROUND,
     "generation": {"lora", "base", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
-    "train": {"dataset", "lora", "ops", "base", *GROUND},
+    "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},
     "gguf": {"lora", "ops", "base", *GROUND},
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
     "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},

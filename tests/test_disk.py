@@ -93,6 +93,20 @@ def test_new_folder_with_its_parents(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "y").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+def test_what_is_in_a_new_folder_has_the_usual_permissions(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "it") as new:
+        for mode in (0o600, 0o755):
+            (new / f"{mode}").write_text("")
+            (new / f"{mode}").chmod(mode)
+        (new / "inside").mkdir(0o700)
+        (new / "link").symlink_to("nowhere")
+    (tmp_path / "usual").touch()
+    (tmp_path / "folder").mkdir()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "it").iterdir() if not path.is_symlink()}
+    assert modes.pop("inside") == (tmp_path / "folder").stat().st_mode
+    assert {*modes.values()} == {(tmp_path / "usual").stat().st_mode}
+
+
 def test_new_folder_does_not_appear_until_it_is_complete(tmp_path: Path) -> None:
     with new_folder(tmp_path / "it") as new:
         (new / "one").write_text("1")

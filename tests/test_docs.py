@@ -114,6 +114,26 @@ def test_the_readmes_python_runs(
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
+def test_the_trainers_example_runs_as_printed(
+    tiny: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = Base(tiny, tiny_tokenizer, "tiny", "tiny", fingerprint(tiny))
+    monkeypatch.setattr(Base, "load", lambda name: base)
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "training.md"
+    (example,) = blocks(page, "python")
+    exec(compile(example, page, "exec"), {})
+    out = capsys.readouterr().out
+    steps = [line for line in out.splitlines() if line.startswith("Step(")]
+    assert sum("job='pirate'" in step for step in steps) == 20
+    assert sum("job='polite'" in step for step in steps) == 5
+    assert (tmp_path / "adapters" / "pirate" / "adapter_model.safetensors").exists()
+
+
 def test_the_example_makes_the_calls_of_the_seven_lines() -> None:
     def calls(code: str) -> set[str]:
         return {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}

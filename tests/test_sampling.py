@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -84,6 +87,108 @@ def test_bias_and_early_stops(logits: torch.Tensor) -> None:
     assert sample(logits, early, stops=[best]) == [Token(third)]
     early.tokens.append(third)
     assert sample(logits, early, stops=[best]) == [Token(best, ends=True)]
+
+
+class ReadCounts(dict):
+    """A mapping that counts how often it is read."""
+
+    reads = 0
+
+    def __iter__(self) -> Any:
+        self.reads += 1
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.reads += 1
+        return super().items()
+
+    def values(self) -> Any:
+        self.reads += 1
+        return super().values()
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_bias_is_read_once(logits: torch.Tensor) -> None:
+    bias = ReadCounts(dict.fromkeys(range(V), 1.0))
+    own = sequence(logit_bias=bias, temperature=1.0, seed=1)
+    own.tokens.append(sample(logits, own)[0].id)
+    reads = bias.reads
+    for _ in range(3):
+        own.tokens.append(sample(logits, own)[0].id)
+    assert bias.reads == reads
+
+
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [
+        ({"logit_bias": {1: 1.0}}, {"logit_bias": dict.fromkeys(range(V), 1.0)}),
+        ({"min_tokens": 99, "stop_token_ids": {1}}, {"min_tokens": 99, "stop_token_ids": {*range(V - 1)}}),
+    ],
+)
+def test_a_step_does_the_same_work_for_any_number_of_tokens(logits: torch.Tensor, few: dict, many: dict) -> None:
+    counts = set()
+    for sampling in (few, many):
+        own = sequence(**sampling)
+        own.tokens.append(sample(logits, own)[0].id)
+        with Operations() as operations:
+            sample(logits, own)
+        counts.add(operations.count)
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_a_step_does_the_same_work_however_long_the_answer(logits: torch.Tensor, penalty: str) -> None:
+    own = sequence([*range(500)], **{penalty: 1.5})
+    counts = set()
+    for _ in range(3):
+        own.tokens.append(sample(logits, own)[0].id)
+        with Operations() as operations:
+            sample(logits, own)
+        counts.add(operations.count)
+        own.tokens += range(500, 900)
+        sample(logits, own)
+    assert len(counts) == 1
+
+
+@given(data=st.data())
+def test_bias_and_penalties_are_those_of_the_definition(data: st.DataObject) -> None:
+    size, token = 12, st.integers(0, 11)
+    prompt = data.draw(st.lists(token, min_size=1, max_size=8))
+    penalty = st.sampled_from([0.0, 0.5, -1.25])
+    sampling = SamplingParams(
+        logit_bias=data.draw(st.dictionaries(token, st.sampled_from([-3.0, 0.25, 9.0]), max_size=4)),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 0.5, 2.0])),
+        presence_penalty=data.draw(penalty),
+        frequency_penalty=data.draw(penalty),
+        min_tokens=data.draw(st.integers(0, 4)),
+        stop_token_ids=data.draw(st.frozensets(token, max_size=3)),
+    )
+    own = TokenSequence(prompt, sampling)
+    sampler = Sampler(frozenset({2}))
+    for step in range(6):
+        logits = torch.randn(size, generator=torch.Generator().manual_seed(step)) * 3
+        expected = logits.double()
+        for key, bias in sampling.logit_bias.items():
+            expected[key] += bias
+        for key in {*own.tokens}:
+            expected[key] *= sampling.repetition_penalty if expected[key] <= 0 else 1 / sampling.repetition_penalty
+        for key, count in Counter(own.tokens[len(prompt) :]).items():
+            expected[key] -= sampling.presence_penalty + count * sampling.frequency_penalty
+        for key in sampling.stop_token_ids | {2} if step < sampling.min_tokens else ():
+            expected[key] = float("-inf")
+        torch.testing.assert_close(sampler._adjust(logits, own).double(), expected, atol=1e-5, rtol=1e-5)
+        own.tokens += data.draw(st.lists(token, min_size=1, max_size=1))
 
 
 def test_random_numbers_are_a_sequences_own(logits: torch.Tensor) -> None:

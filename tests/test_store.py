@@ -506,6 +506,23 @@ def test_a_folder_with_an_invalid_name_is_reported(store: AdapterStore, source: 
         store.find(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [("a+b", "a-b"), ("team:x", "team-x"), ("x@y", "x-y"), ("a=b", "a-b"), ("a,b", "a-b"), ("x@", "x-"), (" é ", "é")],
+)
+def test_what_is_skipped_is_told_with_a_name_that_would_do(
+    store: AdapterStore, source: Path, name: str, better: str
+) -> None:
+    shutil.copytree(source, store.folder / name)
+    shutil.copytree(source, store.folder / "poet")
+    problems = store.problems()
+    assert [*problems] == [name]
+    assert problems[name].hint == f"Rename the folder, for example to {better!r}."
+    (store.folder / name).rename(store.folder / better)
+    assert store.problems() == {}
+    assert store.names() == sorted([better, "poet"])
+
+
 def test_a_pipe_in_an_adapters_folder_does_not_block_the_store(store: AdapterStore) -> None:
     (store.folder / "poet").mkdir(parents=True)
     os.mkfifo(store.folder / "poet" / "adapter_config.json")

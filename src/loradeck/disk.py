@@ -1,9 +1,11 @@
-"""Atomic writes: after a kill -9, a file or folder is the old one or the new one. Also the cache folder."""
+"""Atomic writes: after a kill -9, a file or folder is the old one or the new one. Also the cache folder, and reading
+the start of a file."""
 
 import ctypes
 import errno
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 UMASK = Lock()
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -21,6 +24,25 @@ def cache_folder() -> Path:
 
     folder = os.environ.get("LORADECK_CACHE")
     return Path(folder).expanduser() if folder else platformdirs.user_cache_path("loradeck", appauthor=False)
+
+
+def read_start(path: Path, most: int) -> tuple[bytes, os.stat_result]:
+    """Return the first `most` bytes of a file, and its status. In a few calls: listings read thousands of files.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file; a pipe is not waited for.
+    """
+    handle = os.open(path, os.O_RDONLY | NO_WAITING)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a file")
+        content = os.read(handle, most)
+        while len(content) < min(most, status.st_size) and (more := os.read(handle, most - len(content))):
+            content += more
+    finally:
+        os.close(handle)
+    return content, status
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -62,7 +84,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         new.chmod(0o777 & ~_umask())
         yield new
+        mask = _umask()
         for file in new.rglob("*"):
+            if not file.is_symlink():  # some libraries make files that only their owner may read
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
             _sync(file)
         if path.exists():
             _carry_over(path, new)

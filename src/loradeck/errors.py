@@ -13,42 +13,63 @@ LoradeckError            all of them; has a message, the problems found and a hi
 ├── TrainingError        a run cannot start, resume or go on
 ├── BusyError            the engine takes no request now: its queue is full, or it is shutting down
 └── RequestError         one request failed; others went on
+    ├── LogitsError           its logits leave no token to choose
+    └── RequestTimeoutError   it was not done in time
 """
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
+Door: TypeAlias = Literal["python", "cli", "http"]  # where an error is shown
 SHOWN = 12  # problems in the text of an error; `.problems` has them all
 
 
 class LoradeckError(Exception):
     """Base class: what is wrong, every problem found, and how to fix it.
 
-    `str(error)` is the message with its problems on one line, and the hint, if there is one, on the next.
+    `str(error)` is the message with its problems on one line, and the hint, if there is one, on the next, in Python's
+    words; the command line and the server show the same error in theirs.
 
     Attributes:
         message: What is wrong, in one line.
         problems: Each problem found; empty if there is only one, which is then the message.
-        hint: How to fix it, in one sentence; empty if there is nothing to add.
+        hint: How to fix it, in words that suit Python, the command line and HTTP; empty if there is nothing to add.
+        python: What to add to the hint in Python, such as an argument.
+        cli: What to add to it on the command line, such as a flag.
     """
 
-    def __init__(self, message: str, problems: Sequence[str] = (), *, hint: str = "") -> None:
+    def __init__(
+        self, message: str, problems: Sequence[str] = (), *, hint: str = "", python: str = "", cli: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.problems = tuple(problems)
         self.hint = hint
+        self.python = python
+        self.cli = cli
 
     def __str__(self) -> str:
-        return self._text(": ", "; ")
+        return self.text("python")
+
+    def text(self, door: Door) -> str:
+        """Return the message with its problems on one line, and the hint in a door's words on the next."""
+        return self._text(door, ": ", "; ")
 
     def report(self) -> str:
-        """Return the text for a terminal: as `str`, but several problems each on their own line."""
-        return self._text(":\n  ", "\n  ") if len(self.problems) > 1 else str(self)
+        """Return the text for a terminal: several problems each on their own line."""
+        return self._text("cli", ":\n  ", "\n  ") if len(self.problems) > 1 else self.text("cli")
 
-    def _text(self, first: str, between: str) -> str:
+    def hint_for(self, door: Door) -> str:
+        """Return the hint in a door's words."""
+        words = {"python": self.python, "cli": self.cli, "http": ""}[door]
+        return f"{self.hint} {words}".strip()
+
+    def _text(self, door: Door, first: str, between: str) -> str:
         rest = len(self.problems) - SHOWN
         parts = [*self.problems[:SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
         text = self.message + (first + between.join(parts) if parts else "")
-        return f"{text}\n{self.hint}" if self.hint else text
+        hint = self.hint_for(door)
+        return f"{text}\n{hint}" if hint else text
 
 
 class ConfigError(LoradeckError):
@@ -101,3 +122,11 @@ class BusyError(LoradeckError):
 
 class RequestError(LoradeckError):
     """One request failed; others went on."""
+
+
+class LogitsError(RequestError):
+    """The logits of a request leave no token to choose: they are NaN or Inf, or its bias rules all out."""
+
+
+class RequestTimeoutError(RequestError):
+    """A request was not done in time."""

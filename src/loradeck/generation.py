@@ -1,6 +1,6 @@
 """Text from prompts, each through its own adapter: a whole batch at once, or one answer as a stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,15 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Return one completion per prompt, computed as one batch, without the token that ended its turn.
 
     A prompt is a string or a list of messages. `adapters` is one entry for the whole batch (a name, `{name: weight}`,
     or None for the base alone) or a list with one entry per prompt. A temperature of 0 takes the likeliest token;
     above it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
-    repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context.
+    repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context. `on_step` is
+    called after each step with the number of tokens that the longest answer has.
 
     Raises:
         ConfigError: no prompt, an empty one, one longer than the context, or a number out of its bounds.
@@ -51,8 +53,9 @@ def generate(
             hint="Give one entry per prompt, or one for all.",
         )
     sequences = _sequences(base, prompts, max_new_tokens, temperature, top_p, seed)
-    for _ in _steps(base, bank, sequences, adapters):
-        pass
+    for count, _ in enumerate(_steps(base, bank, sequences, adapters), start=1):
+        if on_step is not None:
+            on_step(count)
     return [decode(base.tokenizer, sequence.tokens[len(sequence.prompt) :]) for sequence in sequences]
 
 
@@ -84,7 +87,7 @@ def _sequences(
 ) -> list[TokenSequence]:
     """Encode the prompts; the longest one bounds the tokens of all answers."""
     rows = [encode(base.tokenizer, prompt) for prompt in prompts]
-    length = _length(base, rows, max_new_tokens)
+    length = answer_length(base, rows, max_new_tokens)
     return [
         TokenSequence(
             row,
@@ -179,12 +182,16 @@ def _route(bank: "Bank | None", adapters: "RouteEntry | Sequence[RouteEntry]") -
     if bank is not None:
         return bank.route(adapters)
     if adapters is not None:
-        raise RouteError("adapters are given, but no bank that holds them", hint="Give the bank, or adapters=None.")
+        raise RouteError("adapters are given, but no bank that holds them", python="Give the bank, or adapters=None.")
     return nullcontext()
 
 
-def _length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """Return the number of tokens to generate: `max_new_tokens`, or fewer if the context has room for fewer."""
+def answer_length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Return the number of tokens to generate: `max_new_tokens`, or fewer if the context has room for fewer.
+
+    Raises:
+        ConfigError: `max_new_tokens` is below 1, or a row leaves no room in the context.
+    """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}", hint="Give 1 or more.")
     if base.context is None:

@@ -8,14 +8,13 @@ N sequences   V vocabulary
 
 import math
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from loradeck.errors import ConfigError, RequestError
+from loradeck.errors import ConfigError, LogitsError
 
 CANDIDATES = 1024  # the likeliest tokens that top_p looks at before it looks at all
 COLD = 1e-5  # a lower temperature counts as 0: logits divided by it may overflow, and only ties would differ
@@ -104,6 +103,8 @@ class TokenSequence:
     """The prompt, then the answer."""
     rng: random.Random | None = field(init=False, default=None)
     """Created with the first token that is drawn."""
+    adjustment: "Adjustment | None" = field(init=False, default=None)
+    """Created with the first token that is chosen from changed logits."""
 
     def __post_init__(self) -> None:
         self.tokens = [*self.prompt]
@@ -112,6 +113,68 @@ class TokenSequence:
     def generated(self) -> int:
         """The answer's tokens."""
         return len(self.tokens) - len(self.prompt)
+
+
+class Adjustment:
+    """What changes one sequence's logits: bias, penalties, and stop tokens that come too early.
+
+    Its tensors are built once, so that a step costs the same with any number of biased or repeated tokens.
+    """
+
+    def __init__(self, sequence: TokenSequence, logits: Tensor, stop_ids: frozenset[int]) -> None:
+        """Read what does not change; `logits` (V,) give the size and the device."""
+        self._read = 0  # tokens of the sequence that are counted
+        self._bias: tuple[Tensor, Tensor] | None = None
+        self._early = self._seen = self._counts = None
+        sampling, device = sequence.sampling, logits.device
+        if sampling.logit_bias:
+            ids = torch.tensor([*sampling.logit_bias], device=device)
+            self._bias = ids, torch.tensor([*sampling.logit_bias.values()], dtype=logits.dtype, device=device)
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(len(logits), dtype=torch.bool, device=device)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._counts = torch.zeros_like(logits)
+        if sampling.min_tokens:
+            early = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | stop_ids
+            self._early = torch.tensor([*early], dtype=torch.long, device=device)
+
+    @staticmethod
+    def changes(sequence: TokenSequence) -> bool:
+        """Return whether the next token is chosen from other logits than the model's."""
+        sampling = sequence.sampling
+        return bool(
+            sampling.logit_bias
+            or sampling.repetition_penalty != 1
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sequence.generated < sampling.min_tokens
+        )
+
+    def apply(self, logits: Tensor, sequence: TokenSequence) -> Tensor:
+        """Return the changed logits (V,) of the sequence's next token."""
+        sampling = sequence.sampling
+        self._count_new_tokens(sequence)
+        logits = logits.clone()
+        if self._bias is not None:
+            logits.index_add_(0, *self._bias)
+        if self._seen is not None:
+            penalty = sampling.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._seen, penalised, logits)
+        if self._counts is not None:
+            logits -= sampling.presence_penalty * (self._counts > 0) + sampling.frequency_penalty * self._counts
+        if self._early is not None and sequence.generated < sampling.min_tokens:
+            logits[self._early] = -math.inf
+        return logits
+
+    def _count_new_tokens(self, sequence: TokenSequence) -> None:
+        tokens, answer = sequence.tokens, len(sequence.prompt)
+        if self._seen is not None and self._read < len(tokens):
+            self._seen[torch.tensor(tokens[self._read :], device=self._seen.device)] = True
+        if self._counts is not None and (new := tokens[max(answer, self._read) :]):
+            ids = torch.tensor(new, device=self._counts.device)
+            self._counts.index_add_(0, ids, torch.ones_like(ids, dtype=self._counts.dtype))
+        self._read = len(tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +219,7 @@ class Sampler:
         adjusted = self._adjust(logits, sequence)
         best, likeliest = adjusted.max(-1)
         if float(best) == -math.inf:
-            raise RequestError("every token is ruled out", hint="Ask with a smaller logit_bias.")
+            raise LogitsError("every token is ruled out", hint="Ask with a smaller logit_bias.")
         token = int(likeliest) if sampling.temperature < COLD else _draw(adjusted, sequence)
         ends = self._is_stop(token, sampling)
         if sampling.logprobs is None:
@@ -165,23 +228,11 @@ class Sampler:
         return Token(token, float(logprobs[token]), top_logprobs(logprobs, sampling.logprobs), ends)
 
     def _adjust(self, logits: Tensor, sequence: TokenSequence) -> Tensor:
-        """Apply the bias and the penalties, and rule out stop tokens that come too early."""
-        sampling = sequence.sampling
-        logits = logits.clone()
-        for token, bias in sampling.logit_bias.items():
-            logits[token] += bias
-        if sampling.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
-            penalty = sampling.repetition_penalty
-            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            counts = Counter(sequence.tokens[len(sequence.prompt) :])
-            for token, count in counts.items():
-                logits[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
-        if sequence.generated < sampling.min_tokens:
-            early = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | self.stop_ids
-            logits[torch.tensor(sorted(early), dtype=torch.long, device=logits.device)] = -math.inf
-        return logits
+        if not Adjustment.changes(sequence):
+            return logits
+        if sequence.adjustment is None:
+            sequence.adjustment = Adjustment(sequence, logits, self.stop_ids)
+        return sequence.adjustment.apply(logits, sequence)
 
     def _is_stop(self, token: int, sampling: SamplingParams) -> bool:
         return token in sampling.stop_token_ids or (token in self.stop_ids and not sampling.ignore_eos)
@@ -191,10 +242,10 @@ def check_finite(largest: float) -> None:
     """Check the largest of some logits.
 
     Raises:
-        RequestError: one of them is NaN or +Inf, or all are -Inf.
+        LogitsError: one of them is NaN or +Inf, or all are -Inf.
     """
     if not math.isfinite(largest):
-        raise RequestError("the model's logits are NaN or Inf", hint="Ask without the adapter, or with a lower scale.")
+        raise LogitsError("the model's logits are NaN or Inf", hint="Ask without the adapter, or with a lower scale.")
 
 
 def top_logprobs(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
@@ -208,14 +259,7 @@ def top_logprobs(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
 def _is_greedy(sequence: TokenSequence) -> bool:
     """Say whether the next token is the likeliest one and nothing else is asked about it."""
     sampling = sequence.sampling
-    return (
-        sampling.temperature == 0
-        and sampling.logprobs is None
-        and not sampling.logit_bias
-        and sampling.repetition_penalty == 1
-        and not (sampling.presence_penalty or sampling.frequency_penalty)
-        and sampling.min_tokens <= sequence.generated
-    )
+    return sampling.temperature == 0 and sampling.logprobs is None and not Adjustment.changes(sequence)
 
 
 def _draw(logits: Tensor, sequence: TokenSequence) -> int:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import msgspec
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder
-from loradeck.lora.names import check_name
+from loradeck.lora.names import check_name, valid_name
 from loradeck.lora.peft import CARD, CONFIG
 from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
 
@@ -48,7 +48,7 @@ class AdapterStore:
         Raises:
             AdapterError: the store's folder cannot be read.
         """
-        return sorted(name for name in self._catalogue() if _is_valid(name))
+        return sorted(name for name in self._catalogue() if why_not_served(name) is None)
 
     def versions(self, name: str) -> list[int]:
         """Return the numbers of an adapter's versions, the latest last.
@@ -84,7 +84,7 @@ class AdapterStore:
         """
         adapters = []
         for name, numbers in sorted(self._catalogue().items()):
-            if _is_valid(name):
+            if why_not_served(name) is None:
                 with suppress(AdapterError, UnknownAdapterError):
                     adapters.append(self._stored_now(name, name, max(numbers)))
         return adapters
@@ -97,13 +97,15 @@ class AdapterStore:
         """
         problems: dict[str, LoradeckError] = {}
         for name, numbers in self._catalogue().items():
-            for path, number in ((self._path(name, number), number) for number in numbers):
+            for path, number in ((self.path(name, number), number) for number in numbers):
+                error = why_not_served(name)
                 try:
-                    check_name(name)
-                    self._stored(name, number)
-                except (AdapterError, AdapterNameError) as error:
-                    if is_adapter(path):  # else another process removed it in between
-                        problems[path.name] = error
+                    if error is None:
+                        self._stored(name, number)
+                except AdapterError as unusable:
+                    error = unusable
+                if error is not None and is_adapter(path):  # else another process removed it in between
+                    problems[path.name] = error
         return problems
 
     # ---- changes
@@ -162,7 +164,7 @@ class AdapterStore:
         card = [CARD] if (source / CARD).is_file() else []
         number, record = self._claim(name)
         try:
-            with new_folder(self._path(name, number)) as new:
+            with new_folder(self.path(name, number)) as new:
                 for file in files + card:
                     shutil.copyfile(source / file, new / file)
                 if digest_of(new, files) != digest:
@@ -184,13 +186,13 @@ class AdapterStore:
             record = self._record(name, number)
             with suppress(FileExistsError):
                 record.touch(exist_ok=False)
-                if not self._path(name, number).exists():
+                if not self.path(name, number).exists():
                     return number, record
 
     def _remove(self, name: str, numbers: list[int]) -> None:
         with self._changing():
             for number in numbers:  # oldest first, so that `latest` never goes back
-                _remove_adapter(self._path(name, number))
+                remove_adapter(self.path(name, number))
             # The highest record stays, because the next number follows it.
             for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:
                 self._record(name, number).unlink(missing_ok=True)
@@ -204,21 +206,22 @@ class AdapterStore:
 
     # ---- files
 
-    def _path(self, name: str, number: int) -> Path:
+    def path(self, name: str, number: int) -> Path:
+        """Return the folder of a version, whether it is there or not; number 0 is the unpublished folder."""
         return self.folder / (f"{name}@{number}" if number else name)
 
     def _record(self, name: str, number: int) -> Path:
         return self.folder / RECORDS / f"{name}@{number}.json"
 
     def _stored(self, name: str, number: int) -> Stored:
-        return read_stored(name, number, self._path(name, number), self._record(name, number) if number else None)
+        return read_stored(name, number, self.path(name, number), self._record(name, number) if number else None)
 
     def _stored_now(self, spec: str, name: str, number: int) -> Stored:
         """Read a version that `spec` was resolved to, or resolve it again if the version was removed since."""
         try:
             return self._stored(name, number)
         except AdapterError:
-            if is_adapter(self._path(name, number)):
+            if is_adapter(self.path(name, number)):
                 raise
         return self.find(spec)
 
@@ -233,11 +236,11 @@ class AdapterStore:
         raise UnknownAdapterError(f"{name!r} has no version {which[:20]!r}", hint=f"The latest are: {latest}.")
 
     def _versions(self, name: str) -> list[int]:
-        if not _is_valid(name):
+        if why_not_served(name):
             return []
         while True:
             folders = (folder for folder in self._folders() if folder.partition("@")[0] == name)
-            listed = {number: self._path(name, number) for other, number in map(_split, folders) if other == name}
+            listed = {number: self.path(name, number) for other, number in map(split_spec, folders) if other == name}
             numbers = sorted(number for number, path in listed.items() if is_adapter(path))
             if all(os.path.lexists(path) for number, path in listed.items() if number not in numbers):
                 return numbers
@@ -250,14 +253,14 @@ class AdapterStore:
         except FileNotFoundError:
             return []
         specs = (file.removesuffix(".json") for file in files if file.startswith(f"{name}@"))
-        return sorted(number for other, number in map(_split, specs) if other == name and number)
+        return sorted(number for other, number in map(split_spec, specs) if other == name and number)
 
     def _catalogue(self) -> dict[str, list[int]]:
         """Return the version numbers of every adapter by name, including invalid names."""
         catalogue: dict[str, list[int]] = {}
         changed: set[str] = set()
         for folder in self._folders():
-            path, (name, number) = self.folder / folder, _split(folder)
+            path, (name, number) = self.folder / folder, split_spec(folder)
             if not folder.startswith(".") and is_adapter(path):
                 catalogue.setdefault(name, []).append(number)
             elif not os.path.lexists(path):  # removed since the folder was listed; a newer version may be there
@@ -274,27 +277,61 @@ class AdapterStore:
             raise AdapterError(f"the store {self.folder} cannot be read: {error.strerror}", hint=hint) from error
 
 
-def _split(spec: str) -> tuple[str, int]:
+def split_spec(spec: str) -> tuple[str, int]:
     """Return a folder's name and number; without a valid number all of it is the name, and "@" makes it invalid."""
     name, _, number = spec.partition("@")
     return (name, int(number)) if NUMBER.fullmatch(number) else (spec, 0)
 
 
-def _is_valid(name: str) -> bool:
+def latest_versions(folders: Iterable[str]) -> set[str]:
+    """Return which of these folders' names are the ones that their adapters' names stand for."""
+    latest: dict[str, int] = {}
+    for folder in folders:
+        name, number = split_spec(folder)
+        latest[name] = max(number, latest.get(name, 0))
+    return {f"{name}@{number}" if number else name for name, number in latest.items()}
+
+
+def versions_beside(folder: Path) -> list[str]:
+    """Return the names of the folders of all versions of an adapter, if this is the folder of one."""
+    name, _ = split_spec(folder.resolve().name)
+    if not is_adapter(folder) or why_not_served(name):
+        return []
+    store = AdapterStore(folder.resolve().parent)
+    return [store.path(name, number).name for number in store.versions(name)]
+
+
+def why_not_served(folder: str) -> AdapterNameError | None:
+    """Return why requests cannot name the adapter of a folder of this name, with a name that would do."""
+    name, _ = split_spec(folder)
     try:
         check_name(name)
-    except AdapterNameError:
+    except AdapterNameError as error:
+        return AdapterNameError(error.message, hint=f"Rename the folder, for example to {valid_name(name)!r}.")
+    return None
+
+
+def is_store(folder: Path) -> bool:
+    """Return whether a folder is empty or holds adapters, and is none itself."""
+    if not folder.is_dir() or is_adapter(folder):
         return False
-    return True
+    inside = [*folder.iterdir()]
+    return not inside or any(path.name == RECORDS or is_adapter(path) for path in inside)
 
 
-def _remove_adapter(folder: Path) -> None:
+def adapter_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter that are there, in the order in which to remove them."""
+    files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
+    return [file for file in files if file.is_symlink() or file.is_file()]
+
+
+def remove_adapter(folder: Path) -> None:
     """Move the folder away in one rename; if it holds other files too, move only the adapter's, its config first."""
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
         suppress(FileNotFoundError),
     ):
-        files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
+        files = adapter_files(folder)
         if folder.is_symlink() or set(folder.iterdir()) <= set(files):
             folder.rename(Path(aside) / folder.name)
         else:

@@ -39,6 +39,10 @@ class Facts:
     """The last parts of its modules' paths."""
     nbytes: int
     """Of all tensors."""
+    parameters: int
+    """Number of trained values."""
+    parameter_bytes: int
+    """Of the trained values: those of copies of the base's weights are never kept in memory."""
     base_model: str | None
     base_fingerprint: str | None
     """See `Base.fingerprint`; None if the adapter does not record one."""
@@ -159,6 +163,8 @@ def _facts(path: Path, _: Stamp) -> Facts:
         lora_alpha=listing.config.lora_alpha,
         targets=tuple(sorted({module.rpartition(".")[2] for module in listing.sites})),
         nbytes=listing.nbytes,
+        parameters=listing.parameters,
+        parameter_bytes=listing.parameter_bytes,
         base_model=listing.origin.base_model,
         base_fingerprint=listing.origin.provenance.get("base_fingerprint"),
     )

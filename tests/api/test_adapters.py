@@ -1,13 +1,18 @@
 """Models, loading and unloading adapters, llama.cpp's scales, the small routes, and the metrics."""
 
+import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
 
-from loradeck import AdapterStore, __version__
+from loradeck import Adapter, AdapterStore, LoraConfig, __version__
+from loradeck.api.catalogue import Catalogue
 from loradeck.api.metrics import Metrics
 
 from .conftest import TIMEOUT, LocalServer, random_adapter
@@ -104,6 +109,186 @@ def test_a_folder_outside_the_store_is_published(server: LocalServer, store: Ada
     assert chat(server, model="alias") == chat(server, model="poet@1")
 
 
+def unusable_adapter(folder: Path, kind: str) -> Path:
+    """A folder from which no adapter of the tiny base can be loaded."""
+    adapter = random_adapter(9, r=60 if kind == "too large" else 2)
+    if kind == "other shapes":
+        path = "model.layers.0.self_attn.q_proj"
+        adapter = Adapter.of(LoraConfig(r=2, target_modules=["q_proj"]), {path: (torch.ones(2, 32), torch.ones(64, 2))})
+    if kind == "another base":
+        adapter.describe(base_fingerprint="0" * 64)
+    adapter.save(folder)
+    file = folder / "adapter_model.safetensors"
+    tensors, metadata = load_file(file), {"format": "pt"}
+    if kind == "NaN":
+        next(iter(tensors.values()))[0, 0] = torch.nan
+        save_file(tensors, file, metadata)
+    if kind == "a missing tensor":
+        tensors.popitem()
+        save_file(tensors, file, metadata)
+    if kind == "another lm_head":
+        save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(260, 64)}, file, metadata)
+    if kind == "cut short":
+        file.write_bytes(file.read_bytes()[:-4])
+    if kind == "no config":
+        (folder / "adapter_config.json").unlink()
+    return folder
+
+
+def contents(server: LocalServer, store: AdapterStore) -> tuple[object, ...]:
+    """What a failed load may not change: the store, the adapters in memory, the list of models."""
+    versions = {name: store.versions(name) for name in store.names()}
+    models = server.request("/v1/models").json()["data"]
+    return versions, server.engine.adapter_cache.bank.names(), [(model["id"], model["root"]) for model in models]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "other shapes",
+        "another base",
+        "NaN",
+        "a missing tensor",
+        "another lm_head",
+        "cut short",
+        "no config",
+        "too large",
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_leaves_nothing_behind(
+    server: LocalServer, store: AdapterStore, tmp_path: Path, kind: str, inplace: bool
+) -> None:
+    server.engine.adapter_cache.budget = 100_000
+    server.engine.adapter_cache.bank.model.fingerprint = server.engine.base.fingerprint
+    folder = unusable_adapter(tmp_path / "elsewhere", kind)
+    chat(server, model="poet")
+    before = contents(server, store)
+    body = {"lora_name": "poet" if inplace else "new", "lora_path": str(folder), "load_inplace": inplace}
+    failure = server.request(LOAD, body)
+    assert failure.status_code == (400 if kind == "too large" else 422), failure.text
+    assert contents(server, store) == before
+    shutil.rmtree(folder)
+    random_adapter(9).save(folder)
+    assert server.request(LOAD, body).status_code == 200
+    assert store.versions(body["lora_name"])[-1] == (3 if inplace else 1)
+
+
+def test_a_store_that_cannot_be_changed_leaves_nothing_in_memory(
+    server: LocalServer, store: AdapterStore, tmp_path: Path
+) -> None:
+    folder = random_adapter(9).save(tmp_path / "elsewhere")
+    before = contents(server, store)
+    shutil.rmtree(store.folder / ".versions")
+    (store.folder / ".versions").touch()  # publishing needs a folder here
+    failure = server.request(LOAD, {"lora_name": "new", "lora_path": str(folder)})
+    assert failure.status_code == 422
+    assert "the store cannot be changed" in failure.json()["error"]["message"]
+    assert "the store the store" not in failure.text
+    assert contents(server, store) == before
+
+
+@pytest.mark.parametrize("folders", [1, 2])
+def test_of_concurrent_loads_of_one_name_one_succeeds(
+    server: LocalServer, store: AdapterStore, tmp_path: Path, folders: int
+) -> None:
+    paths = [str(random_adapter(seed).save(tmp_path / str(seed))) for seed in range(folders)]
+
+    async def test(client: Any) -> list[int]:
+        bodies = [{"lora_name": "new", "lora_path": paths[number % folders]} for number in range(8)]
+        answers = await asyncio.gather(*(client.post(LOAD, json=body) for body in bodies))
+        return sorted(answer.status_code for answer in answers)
+
+    assert server.run(test) == [200] + [400] * 7
+    assert store.versions("new") == [1]
+    assert server.engine.adapter_cache.bank.names() == [store.find("new").sha256()]
+
+
+def test_a_version_is_not_published_again(server: LocalServer, store: AdapterStore, tmp_path: Path) -> None:
+    own = store.find("poet").path
+    (tmp_path / "link").symlink_to(own)
+    (tmp_path / "store link").symlink_to(store.folder)
+    shutil.copytree(own, tmp_path / "copy")
+    paths = [
+        "poet", "poet@2", f"{store.folder}/poet", f"{store.folder}/poet/", f"{own}", f"{own}/", f"{own}/.", f"{own}//", f"{own}/../{own.name}", f"{tmp_path}/link",
+        f"{tmp_path}/store link/{own.name}", f"{tmp_path}/copy",
+    ]  # fmt: skip
+    for path in paths:
+        body = {"lora_name": "poet", "lora_path": path}
+        assert server.request(LOAD, {**body, "load_inplace": True}).status_code == 200
+        assert server.request(LOAD, body).status_code == 400  # it is loaded
+        assert server.request(UNLOAD, body).status_code == 200
+        assert server.request(LOAD, body).status_code == 200
+    assert store.versions("poet") == [1, 2]
+    old = {"lora_name": "poet", "lora_path": str(store.find("poet@1").path), "load_inplace": True}
+    assert server.request(LOAD, old).status_code == 200  # back to the first version
+    assert store.find("poet@3").sha256() == store.find("poet@1").sha256()
+
+
+def test_an_adapter_whose_files_are_gone_can_be_unloaded(server: LocalServer, store: AdapterStore) -> None:
+    for name in ("poet", "pirate"):
+        assert server.request(LOAD, {"lora_name": name}).status_code == 200
+    shutil.rmtree(store.find("poet").path)
+    shutil.rmtree(store.find("poet").path)  # the version before
+    assert server.request(UNLOAD, {"lora_name": "poet"}).status_code == 200
+    assert server.engine.adapter_cache.bank.names() == [store.find("pirate").sha256()]
+    assert server.request(UNLOAD, {"lora_name": "poet"}).status_code == 404
+    shutil.rmtree(store.folder)
+    assert server.request(UNLOAD, {"lora_name": "pirate"}).status_code == 200
+    assert server.engine.adapter_cache.bank.names() == []
+
+
+def test_paths_that_cannot_be_read_are_no_errors_of_the_server(server: LocalServer, tmp_path: Path) -> None:
+    for path in ("/" + "a" * 5000, "/a\0b", "a\0b", str(tmp_path / "loop"), "/" + "a/" * 3000):
+        (tmp_path / "loop").unlink(missing_ok=True)
+        (tmp_path / "loop").symlink_to("loop")
+        assert server.request(LOAD, {"lora_name": "x", "lora_path": path}).status_code in (404, 422)
+
+
+@pytest.mark.parametrize("kind", ["other shapes", "another base", "NaN", "another lm_head", "cut short", "too large"])
+def test_adapters_that_cannot_be_served_are_not_listed(
+    server: LocalServer, store: AdapterStore, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither as models nor as llama.cpp's adapters; the log has the reason, once."""
+    server.engine.adapter_cache.budget = 100_000
+    server.engine.adapter_cache.bank.model.fingerprint = server.engine.base.fingerprint
+    unusable_adapter(store.folder / "broken", kind)
+
+    async def test(client: Any) -> list[list[str]]:
+        models = [(await client.get("/v1/models")).json()["data"] for _ in range(2)]
+        assert (await client.get("/v1/models/broken")).status_code == (400 if kind == "too large" else 422)
+        shutil.rmtree(store.folder / "broken")
+        random_adapter(9).save(store.folder / "broken")
+        return [
+            [model["id"] for model in listed] for listed in (*models, (await client.get("/v1/models")).json()["data"])
+        ]
+
+    assert server.run(test) == [["tiny", "pirate", "poet", "team-a"]] * 2 + [
+        ["tiny", "broken", "pirate", "poet", "team-a"]
+    ]
+    warnings = [record.getMessage() for record in caplog.records if "cannot be served" in record.msg]
+    assert len(warnings) == (0 if kind == "cut short" else 1)  # the check at the start names unreadable ones
+    unusable_adapter(store.folder / "broken", kind)
+    assert [adapter["path"] for adapter in server.request("/lora-adapters").json()] == ["pirate", "poet", "team-a"]
+
+
+def test_the_start_names_what_cannot_be_served(
+    server: LocalServer, store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a+b", "team=x", "a,b", "x@y", "c:d"):
+        random_adapter(9).save(store.folder / name)
+    unusable_adapter(store.folder / "cut", "cut short")
+    for number in range(15):
+        unusable_adapter(store.folder / f"nan{number:02}", "NaN")
+    Catalogue(server.engine.adapter_cache).log_problems()
+    skipped, cut, *nans, rest = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert skipped == "skipped 5 folders, because no adapter can have their names: a+b, a,b, c:d, team=x, x@y"
+    assert cut.startswith("cut cannot be served: ")
+    assert len(nans) == 12
+    assert all("NaN or Inf" in warning for warning in nans)
+    assert rest == "3 more adapters cannot be served"
+
+
 def test_llamacpp_scales(server: LocalServer) -> None:
     async def test(client: Any) -> list[str]:
         assert (await client.get("/lora-adapters")).json() == [
@@ -156,7 +341,7 @@ def test_metrics(server: LocalServer) -> None:
     assert counts["loradeck_adapter_generation_tokens_total", "<blend>"] == 6
     assert counts["loradeck_adapter_time_to_first_token_seconds_count", "poet"] == 2
     assert counts["loradeck_adapter_loads_total",] == 3
-    assert counts["loradeck_adapter_evictions_total",] == 0
+    assert counts["loradeck_adapter_evictions_total",] == counts["loradeck_adapter_load_failures_total",] == 0
     assert counts["loradeck_adapter_resident_bytes",] > 0
     assert counts["loradeck_adapter_load_seconds_total",] > 0
     assert counts["loradeck_adapter_loaded", "poet", "false", "device"] == 2

@@ -1,6 +1,7 @@
 """The server with openai's client, litellm and schemathesis; many clients at once, and clients that leave."""
 
 import asyncio
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from schemathesis.specs.openapi.checks import (
 
 from loradeck.api.app import OPERATIONS, app
 from loradeck.api.auth import ApiKey, ApiKeys
+from loradeck.api.config import ServerConfig
 from loradeck.api.server import is_loopback, listen, url_of
 from loradeck.api.state import ServerState
+from loradeck.api.streaming import PING, _EventSender
 from loradeck.errors import ConfigError
 
 from .conftest import TIMEOUT, URL, LocalServer, StepGate, until
@@ -89,6 +92,34 @@ def test_openai_over_a_socket(url: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("library", ["openai", "litellm"])
+def test_clients_read_past_pings(server: LocalServer, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Each step waits for a ping of the stream."""
+    gate = StepGate(server.engine)
+    send = _EventSender.send
+
+    async def send_and_step(sender: _EventSender, body: bytes, *, more: bool = True) -> None:
+        await send(sender, body, more=more)
+        gate.allow(body == PING)
+
+    monkeypatch.setattr(_EventSender, "send", send_and_step)
+    greedy: Any = {"messages": MESSAGES, "max_tokens": 6, "temperature": 0, "stream": True}
+    pinging = server.configured(config=ServerConfig(ping=0.002))
+    with (
+        pinging.listening() as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT) as client,
+    ):
+        chunks: Any
+        if library == "openai":
+            chunks = client.chat.completions.create(model="poet", **greedy)
+        else:
+            chunks = litellm_completion(client, model="openai/poet", **greedy)
+        text = "".join([chunk.choices[0].delta.content or "" for chunk in chunks])
+        gate.open()
+        answer = client.chat.completions.create(model="poet", **{**greedy, "stream": False})
+        assert text == answer.choices[0].message.content
+
+
 def test_openai_with_a_wrong_key(server: LocalServer) -> None:
     async def test(client: httpx.AsyncClient) -> None:
         stranger = openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key="wrong", http_client=client, max_retries=0)
@@ -96,6 +127,17 @@ def test_openai_with_a_wrong_key(server: LocalServer) -> None:
             await stranger.models.list()
 
     server.configured(keys=ApiKeys([ApiKey("a", "0" * 64)])).run(test)
+
+
+def litellm_completion(client: openai.OpenAI, **request: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, and those of its dependencies
+        import litellm
+
+        # litellm never closes what it opens itself: an event loop if there is none.
+        with asyncio.Runner() as runner:
+            asyncio.set_event_loop(runner.get_loop())
+            return list(litellm.completion(client=client, **request))
 
 
 def test_litellm(url: str) -> None:
@@ -179,6 +221,28 @@ def test_a_client_that_leaves_frees_its_rows(server: LocalServer, stream: bool) 
             gate.open()
             aborted = b'vllm:request_success_total{finished_reason="abort",model_name="tiny"} 4.0'
             await until(lambda: aborted in state.metrics.read())
+
+    with server.listening() as (url, state):
+        asyncio.run(main(url, state))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_closes_its_side_has_left(server: LocalServer, stream: bool) -> None:
+    """The end of its side is all that a server sees of a client that closes its socket while it waits."""
+    gate = StepGate(server.engine)
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 100, "ignore_eos": True, "stream": stream})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def main(url: str, state: ServerState) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write((head + body).encode())
+        await until(lambda: state.live)
+        writer.write_eof()
+        await until(lambda: not state.live)
+        gate.open()
+        assert b"data" not in await reader.read()
+        writer.close()
 
     with server.listening() as (url, state):
         asyncio.run(main(url, state))

@@ -1,15 +1,23 @@
 """Errors: statuses, bodies in vLLM's shape, headers; what keys may do, and what web pages may."""
 
+import asyncio
 import hashlib
+import socket
 from typing import Any
 
+import httpx
+import openai
 import pytest
+import torch
 
-from loradeck import AdapterStore
+from loradeck import AdapterStore, Base
 from loradeck.api.auth import ApiKey, ApiKeys
 from loradeck.api.config import ServerConfig
+from loradeck.api.metrics import Metrics
+from loradeck.serve.config import EngineConfig
+from loradeck.serve.engine import Engine
 
-from .conftest import LocalServer
+from .conftest import TIMEOUT, LocalServer, random_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +51,13 @@ def test_an_unknown_adapter_is_404_and_never_the_base(server: LocalServer, model
         (CHAT, {**REQUEST, "model": "poet*"}, 400, "model"),
         (CHAT, {**REQUEST, "messages": []}, 400, "messages"),
         (CHAT, {**REQUEST, "messages": [{"role": "user", "content": "x" * 300}]}, 400, "prompt"),
-        (CHAT, {**REQUEST, "logit_bias": {"999": 1}}, 400, None),
+        (CHAT, {**REQUEST, "logit_bias": {"999": 1}}, 400, "logit_bias"),
+        (TEXT, {"prompt": "a", "stop_token_ids": [1, 999]}, 400, "stop_token_ids"),
+        (CHAT, {**REQUEST, "model": "poet*1e30"}, 400, "model"),
+        (CHAT, {**REQUEST, "model": "poet*-1e39+pirate"}, 400, "model"),
+        (CHAT, {**REQUEST, "adapter_id": "poet*1e39"}, 400, "adapter_id"),
+        (CHAT, {**REQUEST, "lora": [{"id": 0, "scale": 1e39}]}, 400, "lora[0].scale"),
+        ("/lora-adapters", [{"id": 0, "scale": 1e39}], 400, "[0].scale"),
         (CHAT, {**REQUEST, "tools": [{"type": "function"}]}, 400, "tools"),
         (TEXT, {"prompt": []}, 400, "prompt"),
         (TEXT, {}, 400, "prompt"),
@@ -69,7 +83,151 @@ def test_errors_have_vllms_shape(server: LocalServer, path: str, body: Any, stat
 
 
 def test_a_405_lists_the_allowed_methods(server: LocalServer) -> None:
-    assert "GET" in server.request("/v1/models", {}).headers["allow"]
+    answer = server.request("/v1/models", {})
+    assert "GET" in answer.headers["allow"]
+    assert "GET" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "Did you mean /v1/chat/completions?"),
+        ("/v1/v1/chat/completions", "Did you mean /v1/chat/completions?"),
+        ("/v1/chat/completion", "Did you mean /v1/chat/completions?"),
+        ("/v1/model", "Did you mean /v1/models?"),
+        ("/tokenise", "Did you mean /tokenize?"),
+        ("/api/generate", "GET /openapi.json lists the routes."),
+        ("/" + "v1/chat/" * 500, "GET /openapi.json lists the routes."),
+    ],
+)
+def test_an_unknown_route_names_the_close_one(server: LocalServer, path: str, hint: str) -> None:
+    for body in ({}, None):
+        answer = server.request(path, body)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == f"There is no route {path[:128]}.\n{hint}"
+
+
+def test_an_unknown_adapter_names_the_close_ones_that_the_key_may_use(server: LocalServer) -> None:
+    guarded = server.configured(keys=KEYS)
+
+    def message(model: str, key: str) -> str:
+        answer = guarded.request(CHAT, {**REQUEST, "model": model}, key=key)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+        return str(answer.json()["error"]["message"])
+
+    assert message("pirat", "kr").endswith("Did you mean pirate?")
+    assert message("tiny:poet*0.5+pirat*0.5", "kr").endswith("Did you mean pirate?")
+    assert message("team-aa", "ka").endswith("Did you mean team-a?")
+    assert message("poet@9", "kr").endswith("GET /v1/models lists the models.")
+    assert message("team-pirate", "ka").endswith("Did you mean team-a?")  # no word of pirate
+    assert str(server.engine.store.folder) not in message("pirat", "kr")
+
+
+# ---- failures that a client must not repeat
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_logits_that_are_nan_are_a_422_and_no_neighbours_concern(
+    server: LocalServer, store: AdapterStore, stream: bool
+) -> None:
+    huge = random_adapter(7)
+    with torch.no_grad():
+        for parameter in huge.parameters():
+            parameter *= 1e30
+    store.publish("huge", huge)
+    body = {**REQUEST, "max_tokens": 8, "temperature": 0}
+    alone = server.request(CHAT, {**body, "model": "poet"}).json()["choices"][0]["message"]
+
+    async def test(client: httpx.AsyncClient) -> list[httpx.Response]:
+        bodies = [{**body, "model": model} for model in ("poet", "poet")]
+        bodies.insert(1, {**body, "model": "huge", "stream": stream})
+        return await asyncio.gather(*(client.post(CHAT, json=each) for each in bodies))
+
+    first, failed, last = server.run(test)
+    assert failed.status_code == 422
+    assert "NaN or Inf" in failed.json()["error"]["message"]
+    assert [answer.json()["choices"][0]["message"] for answer in (first, last)] == [alone] * 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_late_request_is_a_504_that_openais_client_sends_once(
+    base: Base, store: AdapterStore, metrics: Metrics, stream: bool
+) -> None:
+    with Engine(base, store, EngineConfig(timeout=1e-9), observer=metrics) as engine:
+        requests: list[httpx.Request] = []
+
+        async def count(request: httpx.Request) -> None:
+            requests.append(request)
+
+        async def test(client: httpx.AsyncClient) -> None:
+            client.event_hooks["request"].append(count)
+            tool = openai.AsyncOpenAI(base_url=f"{client.base_url}/v1", api_key="none", http_client=client)
+            with pytest.raises(openai.InternalServerError, match="not done within") as caught:
+                await tool.chat.completions.create(model="poet", messages=REQUEST["messages"], stream=stream)
+            assert caught.value.status_code == 504
+
+        LocalServer(engine, metrics).run(test)
+    assert len(requests) == 1
+
+
+# ---- hosts
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]", 200),
+        ("[::1]:8000", 200),
+        ("docker.internal:8000", 200),
+        ("a.b.test", 200),
+        ("host.docker.internal", 400),
+        ("b.test", 400),
+        ("evil.example", 400),
+        ("localhost.evil.example", 400),
+        ("[::1].evil.example", 400),
+        ("", 400),
+    ],
+)
+def test_the_hosts_that_are_served_without_keys(server: LocalServer, host: str, status: int) -> None:
+    configured = server.configured(config=ServerConfig(hosts=("docker.internal", "*.b.test")))
+    answer = configured.run(lambda client: client.get("/health", headers={"host": host}))
+    assert answer.status_code == status
+    if status == 400:
+        assert answer.json()["error"]["type"] == "BadRequestError"
+        assert "--hosts" in answer.json()["error"]["message"]
+
+
+def exchange(url: str, request: str) -> tuple[bytes, bytes]:
+    """Send raw bytes; return the head and the body of the answer, up to where the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT) as connection:
+        connection.sendall(request.replace("\n", "\r\n").encode())
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head, body
+
+
+def test_raw_requests(server: LocalServer) -> None:
+    post = f"POST {CHAT} HTTP/1.1\nHost: localhost\nContent-Type: application/json\nConnection: close\n"
+    chunked = f"{post}Transfer-Encoding: chunked\n"
+    body = "2\n{}\n0\n\n"
+    with server.listening() as (url, _):
+        head, text = exchange(url, "GET /v1/models HTTP/1.0\n\n")  # no Host header
+        assert head.startswith(b"HTTP/1.1 200")
+        assert b"poet" in text
+        head, text = exchange(url, "GET /v1/models HTTP/1.0\nHost: evil.example\n\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert b"--hosts" in text
+        head, _ = exchange(url, f"{chunked}\n{body}")
+        assert head.startswith(b"HTTP/1.1 400")  # for {}
+        head, text = exchange(url, f"{chunked.replace('Connection: close', 'X: y')}Content-Length: 2\n\n{body}")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert b"content-length or a transfer-encoding" in text
 
 
 def test_a_damaged_adapter_is_a_422(server: LocalServer, store: AdapterStore) -> None:
@@ -101,6 +259,42 @@ def test_request_ids_are_sent_back(server: LocalServer) -> None:
     success, failure, without = server.run(test)
     assert (success, failure) == ("first", "second")
     assert len(without) == 32
+
+
+@pytest.mark.parametrize(
+    ("sent", "used"),
+    [
+        (b"a\x1b[31mb", "a[31mb"),
+        (b"a b\tc", "abc"),
+        (b"id=1 status='200'", "id1status200"),
+        (b"x" * 4000, "x" * 128),
+        ("é".encode() + b"\xff-1", "-1"),
+    ],
+)
+def test_request_ids_have_no_more_than_an_id_needs(server: LocalServer, sent: bytes, used: str) -> None:
+    async def test(client: Any) -> str:
+        return str((await client.get("/health", headers={b"x-request-id": sent})).headers["x-request-id"])
+
+    assert server.run(test) == used
+
+
+def test_a_bug_is_a_500_and_its_traceback_is_in_the_log(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(client: Any) -> Any:
+        return await client.post(CHAT, json=REQUEST, headers={"x-request-id": "mine"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine, "submit", lambda *_, **__: 1 // 0)
+        response = server.run(test)
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] == "mine"
+    assert response.json()["error"]["type"] == "InternalServerError"
+    assert "division" not in response.text
+    bug, line = caplog.records[-2:]
+    assert bug.exc_info[0] is ZeroDivisionError
+    assert (bug.args["id"], line.args["id"], line.args["status"]) == ("mine", "mine", 500)
+    assert line.args["error"].startswith("ZeroDivisionError")
 
 
 # ---- keys

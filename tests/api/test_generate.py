@@ -217,6 +217,75 @@ def test_the_length_of_an_answer(server: LocalServer) -> None:
     assert limited["usage"]["completion_tokens"] == 5
 
 
+def test_the_length_of_an_answer_that_names_none(server: LocalServer, base: Base) -> None:
+    endless = {**CHAT_REQUEST, "max_tokens": None, "ignore_eos": True}
+    configured = server.configured(config=ServerConfig(default_max_tokens=7))
+
+    def length(where: LocalServer, **fields: Any) -> int:
+        return int(where.request(CHAT, {**endless, **fields}).json()["usage"]["completion_tokens"])
+
+    assert length(configured) == 7
+    assert length(configured, max_tokens=9) == 9
+    assert base.model.generation_config is not None
+    base.model.generation_config.max_new_tokens = 11  # as a base's own generation_config.json may say
+    assert length(server) == 11
+    assert length(configured) == 7
+    assert length(server, max_tokens=12) == 12
+    texts = {"prompt": "a", "max_tokens": None, "ignore_eos": True}
+    assert configured.request(TEXT, texts).json()["usage"]["completion_tokens"] == 16  # OpenAI's, for completions
+
+
+def test_stop_strings_of_special_tokens(server: LocalServer, base: Base) -> None:
+    start = base.tokenizer.bos_token_id
+    forced = {"temperature": 0, "max_tokens": 4, "logit_bias": {str(start): 100}}
+    stops = {"stop": "<|im_start|>"}, {"stop": ["\0no", "<|im_start|>"]}, {"stop_token_ids": [start]}
+    for stop in (*stops, {"stop": "<|im_start|><|im_start|>"}):
+        completion = server.request(TEXT, {"prompt": "a", **forced, **stop}).json()
+        assert (text_of(completion), completion["choices"][0]["finish_reason"]) == ("", "stop")
+        assert completion["usage"]["completion_tokens"] == (1 if stop in stops else 2)
+        assert "".join(e["choices"][0]["text"] for e in server.events(TEXT, {"prompt": "a", **forced, **stop})) == ""
+
+
+def test_many_stop_strings(server: LocalServer) -> None:
+    text = text_of(server.request(TEXT, TEXT_REQUEST).json())
+    stops = [f"\0{number}" for number in range(255)]
+    completion = server.request(TEXT, {**TEXT_REQUEST, "stop": [*stops, text[3:5]]}).json()
+    assert (text_of(completion), completion["choices"][0]["finish_reason"]) == (text.partition(text[3:5])[0], "stop")
+
+
+def test_numbers_and_nulls_as_other_languages_write_them(server: LocalServer) -> None:
+    expected = server.request(CHAT, CHAT_REQUEST).json()
+    body = {
+        **CHAT_REQUEST,
+        "max_tokens": 8.0,
+        "n": 1.0,
+        "top_k": None,
+        "stop": None,
+        "stream_options": None,
+        "seed": 3.0,
+    }
+    assert text_of(server.request(CHAT, body).json()) == text_of(expected)
+    *_, last = server.events(CHAT, {**body, "stream_options": {"include_usage": None}})
+    assert "usage" not in last
+
+
+def test_a_developers_message_is_the_systems(server: LocalServer) -> None:
+    def answer(*roles: str) -> Any:
+        messages = [{"role": role, "content": "Rhyme."} for role in roles] + CHAT_REQUEST["messages"]
+        completion = server.request(CHAT, {**CHAT_REQUEST, "messages": messages}).json()
+        return text_of(completion), completion["usage"]["prompt_tokens"]
+
+    assert answer("developer") == answer("system")
+
+
+def test_a_large_bias(server: LocalServer) -> None:
+    word = "b"
+    number = server.request("/tokenize", {"prompt": word}).json()["tokens"][0]
+    bias = {str(token): 100 if token == number else -100 for token in range(259)}
+    completion = server.request(TEXT, {**TEXT_REQUEST, "logit_bias": bias, "n": 2}).json()
+    assert [choice["text"] for choice in completion["choices"]] == [word * 8] * 2
+
+
 def test_stop_tokens(server: LocalServer) -> None:
     text = text_of(server.request(TEXT, TEXT_REQUEST).json())
     ids = server.request("/tokenize", {"prompt": text}).json()["tokens"]

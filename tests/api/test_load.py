@@ -94,9 +94,9 @@ def test_a_failure_during_a_stream_is_its_last_event(gated: Callable[..., Any]) 
 
     lines, late = during_a_stream(*gated(), test)
     assert "not done within" in lines[-2]
-    assert '"code":500' in lines[-2]
+    assert '"code":504' in lines[-2]
     assert lines[-1] == "data: [DONE]"
-    assert late.status_code == 500
+    assert (late.status_code, late.headers["x-should-retry"]) == (504, "false")
 
 
 def test_a_server_that_shuts_down_finishes_its_streams(gated: Callable[..., Any]) -> None:

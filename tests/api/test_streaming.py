@@ -68,9 +68,30 @@ def test_pings_break_a_silence() -> None:
             await send_event(b"late")
 
         body = await connection.run(after_two_pings, ping=0.002)
-        assert body.startswith(b": ping\n\n: ping\n\n")
+        assert body.startswith(b": ping\n: ping\n")
         assert body.endswith(b"data: [DONE]\n\n")
         assert body.replace(PING, b"") == b"data: late\n\ndata: [DONE]\n\n"
+
+    asyncio.run(main())
+
+
+def test_a_ping_is_no_event_for_a_client_that_ends_one_at_every_empty_line() -> None:
+    """The specification takes an empty line without data for nothing; openai-go took it for an event without data."""
+
+    async def main() -> None:
+        connection = Connection()
+
+        async def slow(send_event: SendEvent) -> None:
+            for data in (b"a", b"b"):
+                pings = connection.body.count(PING)
+                while connection.body.count(PING) == pings:
+                    await asyncio.sleep(0.001)
+                await send_event(data)
+
+        body = await connection.run(slow, ping=0.002)
+        assert body.count(PING) >= 2
+        events = [[line for line in event.split(b"\n") if line[:1] != b":"] for event in body.split(b"\n\n")[:-1]]
+        assert events == [[b"data: a"], [b"data: b"], [b"data: [DONE]"]]
 
     asyncio.run(main())
 

@@ -45,6 +45,21 @@ def test_messages_keep_their_order(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     ]
 
 
+def test_a_developer_is_the_system(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    user = {"role": "user", "content": "hi"}
+    texts = {
+        role: encode(tiny_tokenizer, [{"role": role, "content": "Rhyme."}, user]) for role in ("system", "developer")
+    }
+    assert texts["system"] == texts["developer"]
+
+
+def test_tools_that_the_template_ignores_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for message in ({"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "8"}):
+        with pytest.raises(ConfigError, match="ignores tool"):
+            encode(tiny_tokenizer, [{"role": "user", "content": "hi"}, message])
+
+
 def test_without_a_template_a_string_is_plain_text(plain: PreTrainedTokenizerFast) -> None:
     assert encode(plain, "hi") == ids_of(plain, "hi")
 

@@ -18,7 +18,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_good_dataset(run: Callable, folder: Path) -> None:
+def test_a_good_dataset(run: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     ran = run("check", folder)
     assert (ran.code, ran.err) == (0, "")
     lines = [line.split() for line in ran.out.splitlines()]
@@ -67,7 +68,45 @@ def test_json(run: Callable, folder: Path) -> None:
     assert report["splits"]["train"]["duplicates"] == [{"place": "train.jsonl:2", "of": "train.jsonl:1"}]
     assert report["splits"]["test"]["lengths"] is None
     assert report["first"] == [[["Hi", False], ["Ahoy", True]]]
-    assert [problem[:13] for problem in report["problems"]] == ["test.jsonl:1:"]
+    [problem] = report["problems"]
+    assert (problem["first"], problem["records"]) == (["test.jsonl:1"], 1)
+
+
+def test_columns_are_suggested_and_the_suggestion_works(run: Callable, tmp_path: Path) -> None:
+    records = [{"Question": f"q{n}", "Answer": "a", "id": n} for n in range(30)]
+    (tmp_path / "qa.json").write_text(json.dumps(records, indent=1))
+    ran = run("check", "qa.json")
+    assert ran.code == 1
+    assert len(ran.out.splitlines()) < 10
+    assert "the keys are 'Question', 'Answer', 'id' (in 30 records: also " in ran.out
+    flag = "--columns prompt=Question,completion=Answer"
+    assert f"1 problem in 30 records: fix or remove these records. Name the columns: {flag}, or in a run" in ran.out
+    ran = run("check", "qa.json", *flag.split())
+    assert ran.code == 0
+    assert "passed over: id (in 30 records)\nno problems\n" in ran.out
+    report = json.loads(run("check", "qa.json", *flag.split(), "--json").out)
+    assert report["passed_over"][0] == {"what": "id", "records": 30, "first": report["passed_over"][0]["first"]}
+
+
+def test_columns_that_cannot_be_guessed_are_named(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "tickets.csv").write_text("id,subject,body\n" + "1,help,it broke\n" * 120)
+    out = run("check", "tickets.csv").out
+    assert "the keys are 'id', 'subject', 'body' (in 120 records: also tickets.csv:3, tickets.csv:4, …)" in out
+    assert "Name the columns: --columns prompt=COLUMN,completion=COLUMN" in out
+    assert run("check", "tickets.csv", "--columns", "prompt=subject,completion=body").code == 0
+    assert run("check", "tickets.csv", "--columns", "subject=prompt").err == (
+        "loradeck: columns: 'subject' is no key of a record\nWrite prompt=subject.\n"
+    )
+
+
+def test_long_records_are_left_out_and_counted(run: Callable, tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD + json.dumps({"prompt": "x" * 90, "completion": "y"}))
+    ran = run("check", "a.jsonl", "--base", tiny_folder, "--max-length", "64")
+    assert ran.code == 1
+    assert "Or leave out the long records: --skip-long" in ran.out
+    ran = run("check", "a.jsonl", "--base", tiny_folder, "--max-length", "64", "--skip-long")
+    assert ran.code == 0
+    assert "a.jsonl:2: left out: longer than 64 tokens\nno problems\n" in ran.out
 
 
 def test_a_missing_dataset_is_an_error(run: Callable) -> None:

@@ -1,15 +1,28 @@
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
 import pytest
-from transformers import LlamaForCausalLM
+import safetensors.torch
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
 
 from loradeck.base.load import SMOLLM2, SMOLLM2_HUB_ID, SMOLLM2_PACKAGE, smollm2_file
 from loradeck.gguf import architecture
+from loradeck.lora.adapter import Adapter
 
 gguf = pytest.importorskip("gguf", reason="needs pip install gguf")
 
@@ -41,6 +54,56 @@ def test_an_adapter_of_the_embedding_needs_a_head_of_its_own(
     assert ran.code == 2
     assert "model.embed_tokens shares its weight" in ran.err
     assert not Path("tied.gguf").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # PEFT says it of its own default
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pefts_copies_of_the_head_and_the_embedding_are_left_out(
+    run: Callable, tmp_path: Path, tiny: LlamaForCausalLM, tiny_folder: Path, dtype: torch.dtype
+) -> None:
+    poet = save_with_peft(tiny.to(dtype), tmp_path / "poet", ["lm_head", "embed_tokens", "q_proj"])
+    tensors = safetensors.torch.load_file(poet / "adapter_model.safetensors")
+    copies = {key for key in tensors if key.endswith("base_layer.weight")}
+    assert len(copies) == 2
+    ran = run("export", poet, "-o", "poet.gguf", "--base", tiny_folder)
+    assert ran.code == 0, ran.err
+    written = {each.name: each for each in gguf.GGUFReader("poet.gguf").tensors}
+    weights = ("output", "token_embd", *(f"blk.{layer}.attn_q" for layer in range(2)))
+    assert written.keys() == {f"{weight}.weight.lora_{half}" for weight in weights for half in "ab"}
+    head = torch.from_numpy(written["output.weight.lora_b"].data.copy())
+    assert torch.equal(head, tensors["base_model.model.lm_head.lora_B.weight"].float())
+
+
+def test_a_copy_that_was_trained_is_refused(
+    run: Callable, tmp_path: Path, tiny: LlamaForCausalLM, tiny_folder: Path
+) -> None:
+    with torch.no_grad():
+        tiny.lm_head.weight[7, 7] += 0.5  # after tiny_folder was written
+    poet = save_with_peft(tiny, tmp_path / "poet", ["lm_head"])
+    ran = run("export", poet, "-o", "poet.gguf", "--base", tiny_folder)
+    assert (ran.code, "base_layer.weight differs from this base's weight" in ran.err) == (2, True), ran.err
+    assert not Path("poet.gguf").exists()
+
+
+def test_a_multimodal_base_is_its_language_model(
+    run: Callable, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base, folder = multimodal(), tmp_path / "gemma"
+    base.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    poet = save_with_peft(base, tmp_path / "poet", r".*language_model.*\.(q_proj|down_proj)")
+    ran = run("export", poet, "-o", "poet.gguf", "--base", folder)
+    assert ran.code == 0, ran.err
+    assert header("poet.gguf")["general.architecture"] == "gemma3"
+    written = {each.name: torch.from_numpy(each.data.copy()) for each in gguf.GGUFReader("poet.gguf").tensors}
+    weights = [f"blk.{layer}.{name}" for layer in range(2) for name in ("attn_q", "ffn_down")]
+    assert written.keys() == {f"{weight}.weight.lora_{half}" for weight in weights for half in "ab"}
+    a, b = Adapter.load(poet).pair("model.language_model.layers.1.mlp.down_proj")
+    assert torch.equal(written["blk.1.ffn_down.weight.lora_a"], a)
+    assert torch.equal(written["blk.1.ffn_down.weight.lora_b"], b)
+    both = save_with_peft(multimodal(), tmp_path / "both", ["q_proj"])
+    ran = run("export", both, "-o", "both.gguf", "--base", folder)
+    assert (ran.code, "self_attn.q_proj is not a weight of this gemma3 base" in ran.err) == (2, True), ran.err
 
 
 def test_the_base_that_the_adapter_names_is_the_default(run: Callable, tiny_folder: Path, adapters: Path) -> None:
@@ -77,7 +140,7 @@ def test_an_existing_file_stays(run: Callable, tiny_folder: Path, adapters: Path
     [
         ("tinyy", "no base at 'tinyy'"),
         ("nowhere/base.gguf", "no base at 'nowhere/base.gguf'"),
-        ("some/repository", "cannot read some/repository: "),
+        ("some/repository", "some/repository is not in the cache, and HF_HUB_OFFLINE is set"),
         ("adapters/poet", "cannot read adapters/poet: "),
         ("torn.gguf", "cannot read torn.gguf: "),
         ("headless.gguf", "cannot read headless.gguf: blk.0.attn_q.weight has 64 rows, and None heads"),
@@ -124,6 +187,26 @@ def test_without_the_package_it_says_how_to_get_it(
     ran = run("export", "adapters/poet", "-o", "poet.gguf")
     assert ran.code == 2
     assert "pip install 'loradeck[gguf]'" in ran.err
+
+
+def multimodal() -> Gemma3ForConditionalGeneration:
+    text = Gemma3TextConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def save_with_peft(model: PreTrainedModel, folder: Path, targets: str | list[str]) -> Path:
+    with warnings.catch_warnings():  # what PEFT says of its own doings is not our matter here
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        adapted.save_pretrained(folder)
+    return folder
 
 
 def write(writer: "gguf.GGUFWriter") -> None:

@@ -32,8 +32,8 @@ def step(number: int, job: str = "poet", **changes: Any) -> Step:
     return msgspec.structs.replace(event, **changes)
 
 
-def evaluation(number: int, loss: float, *, best: bool) -> Evaluation:
-    return Evaluation(job="poet", step=number, seconds=2.0 * number, loss=loss, tokens=7, best=best)
+def evaluation(number: int, loss: float, *, best: bool, **more: float) -> Evaluation:
+    return Evaluation(job="poet", step=number, seconds=2.0 * number, loss=loss, tokens=7, best=best, **more)
 
 
 END = End(job="poet", step=60, seconds=121.0, reason="early stop", kept=40, detail="no better for 2 evaluations")
@@ -85,10 +85,15 @@ def test_a_job_that_ended_shows_the_reason() -> None:
     assert rendered(state)[1].endswith("early stop, kept 40")
 
 
-def test_preferences_show_their_accuracy() -> None:
+def test_preferences_show_their_accuracy_and_margin_by_name() -> None:
     state = ProgressState()
-    state.update(step(4, accuracy=0.75))
-    assert "1.000 75%" in rendered(state)[1]
+    state.update(step(4, accuracy=0.75, margin=2.125))
+    head, row, _ = rendered(state)
+    assert head.split() == ["job", "step", "loss", "validation", "accuracy", "margin", "rate", "tokens/s", "left"]
+    assert "1.000                   75%     2.1  0.0003" in row
+    lines = output([step(1, accuracy=0.75, margin=2.125), evaluation(1, 1.5, best=True, accuracy=1.0, margin=-0.25)])
+    assert "loss 4.000 · accuracy 75%, margin 2.1" in lines
+    assert "validation loss 1.500, best so far · accuracy 100%, margin -0.2" in lines
 
 
 def test_running_jobs_are_shown_first() -> None:
@@ -107,6 +112,24 @@ def test_the_bars_fit_the_width(width: int) -> None:
     lines = rendered(state, width)
     assert len(lines) == 3
     assert max(map(len, lines[:2])) <= width
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
+@pytest.mark.parametrize("preferences", [False, True])
+def test_a_narrow_table_leaves_columns_out_and_breaks_no_number(width: int, preferences: bool) -> None:
+    state = ProgressState({"a-name-that-is-long": 123_456})
+    more = {"accuracy": 0.97, "margin": 12.3} if preferences else {}
+    for number in (88_888, 88_889):
+        event = step(number, "a-name-that-is-long", steps=123_456, learning_rate=1.25e-4, **more)
+        state.update(event)
+    state.update(msgspec.structs.replace(evaluation(88_889, 11.125, best=True), job="a-name-that-is-long"))
+    head, row, *_ = rendered(state, width)
+    assert max(len(head), len(row)) <= width
+    whole = {"88889/123456", "0.000", "11.125", "★", "0.00013", "500", "19:12:14", "97%", "12.3"}
+    assert {cell for cell in row.split() if not cell.startswith("a-name")} - set("▁▂▃▄▅▆▇█") <= whole | {"█▁"}
+    assert "88889/123456" in row
+    assert "0.000" in row
+    assert width < 120 or head.split()[-4:-1] == ["margin" if preferences else "validation", "rate", "tokens/s"]
 
 
 def test_the_last_drawing_shows_every_job() -> None:

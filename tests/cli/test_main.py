@@ -1,16 +1,20 @@
+import importlib
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 
 import loradeck
 from loradeck import cli
-from loradeck.cli import VERBS, main
+from loradeck.cli import VERBS, _tokens, main
+from loradeck.cli.options import STDIN
 from loradeck.errors import DataError
 
 # Runs commands in one process and prints the exit code of each, and whether torch is imported after it.
@@ -50,6 +54,19 @@ def test_verbs_are_the_modules_that_define_a_function_of_their_name() -> None:
         if re.search(rf"^def {path.stem}\(", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     }
     assert verbs == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_lists_of_arguments_go_on_after_options(verb: str) -> None:
+    """cyclopts ends a positional-only list at the first option; *arguments it collects from anywhere."""
+    function = getattr(importlib.import_module(f"loradeck.cli.{verb}"), verb)
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            assert get_origin(parameter.annotation) not in (list, tuple, Sequence)
+
+
+def test_a_dash_is_standard_input_and_after_two_dashes_a_dash() -> None:
+    assert _tokens(["generate", "base", "-", "--", "-"]) == ["generate", "base", STDIN, "--", "-"]
 
 
 def test_every_verb_is_listed_with_a_line_of_help(run: Callable) -> None:

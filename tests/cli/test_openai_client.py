@@ -72,7 +72,7 @@ def stream_of(*pieces: str | None, end: bytes = b"data: [DONE]\n\n") -> bytes:
 
 
 def test_a_conversation_with_our_server(run: Callable, url: str) -> None:
-    typed = "Hi\n/adapter pirate\nAnd now?\n/blend poet=0.7 pirate=0.3\nAnd now?\n/base\n/help\n/adapter nobody\nHi\n/base\nHi\n"
+    typed = "Hi\n/adapter pirate\nAnd now?\n/blend poet=0.7 pirate=0.3\nAnd now?\n/base\n/help\n/adapter piratte\nHi\n/base\nHi\n"
     flags = ["--server", f"{url}/v1/", "--key", "secret", "-a", "poet*0.5", "--max-new-tokens", 4, "--seed", 1]
     ran = run("chat", *flags, typed=typed)
     assert ran.code == 0, ran.err
@@ -80,9 +80,33 @@ def test_a_conversation_with_our_server(run: Callable, url: str) -> None:
     assert ran.out.count("poet=0.5 > ") == 2
     for speaker in ("pirate", "poet=0.7 pirate=0.3", "base"):
         assert f"{speaker}, from the next turn on\n{speaker} > " in ran.out
-    assert "is named 'nobody'\nGET /v1/models" in ran.out
-    assert "GET /v1/models lists the models." in ran.out
+    assert "is named 'piratte'\nDid you mean pirate?\npiratte > " in ran.out
     assert ran.out.endswith("base > \n")
+
+
+def test_many_adapters_are_counted(run: Callable) -> None:
+    models = json.dumps({"data": [{"id": name} for name in ("base", *(f"a{i}" for i in range(1234)))]}).encode()
+    with fake_server(models) as (url, _):
+        ran = run("chat", "--server", url, typed="/help\n")
+    listed = "1,234 adapters: a0, a1, a2, a3, a4, a5, a6, a7 and 1,226 more"
+    assert f"base on {url} with {listed}; /help lists the commands\n" in ran.out
+    assert f"/quit                 leave; so does the end of input\n{listed}\n" in ran.out
+
+
+def test_a_system_prompt_stays_before_the_conversation(run: Callable) -> None:
+    bodies = [b'{"data": [{"id": "base"}]}', *[stream_of("a")] * 3]
+    with fake_server(*bodies) as (url, requests):
+        assert run("chat", "--server", url, "--system", "Be short.", typed="Hi\nMore\n/reset\nAgain\n").code == 0
+    conversations = [[turn["content"] for turn in body["messages"]] for _, body, _ in requests[1:]]
+    assert conversations == [["Be short.", "Hi"], ["Be short.", "Hi", "a", "More"], ["Be short.", "Again"]]
+
+
+def test_answers_break_at_words(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = ["Arrr, the sa", "lt in the", " sea be from the wind", ", matey"]
+    with fake_server(b'{"data": [{"id": "base"}]}', stream_of(*pieces)) as (url, _):
+        monkeypatch.setenv("COLUMNS", "20")
+        ran = run("chat", "--server", url, typed="Hi\n")
+    assert "Arrr, the salt in\nthe sea be from the\nwind, matey\n" in ran.out
 
 
 def test_a_server_gets_the_weights_of_a_blend_in_full(run: Callable) -> None:
@@ -112,6 +136,7 @@ def test_the_key_may_come_from_the_environment(run: Callable, url: str, monkeypa
         (["chat"], "either a base or a server"),
         (["chat", "base", "--server", "http://127.0.0.1:1"], "either a base or a server"),
         (["chat", "--server", "http://127.0.0.1:1"], "cannot reach"),
+        (["chat", "--server", "http://127.0.0.1:1", "--temperature", "0", "--top-p", "0.5"], "--top-p needs a temp"),
         (["chat", "--server", "file:///etc/passwd"], "invalid server URL"),
         (["chat", "--server", "http://127.0.0.1:1", "-a", "poet*much"], "invalid blend"),
     ],

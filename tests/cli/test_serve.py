@@ -1,8 +1,11 @@
 """`loradeck serve` as a process: its first lines, its curl command, and SIGTERM."""
 
+import hashlib
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -70,7 +73,138 @@ def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -
         assert events[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in events[-2]
         assert process.wait(300) == 0
-        assert process.stderr.read() == ""
+        problems = [line for line in process.stderr if " INFO " not in line]
+        assert len(problems) == 1
+        assert "cut cannot be served" in problems[0]
+
+
+@contextmanager
+def posting(url: str, path: str, framing: str) -> Iterator[socket.socket]:
+    """A connection on which the server has begun to read a request's body, which is `framing` long."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+        headers = f"Host: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n{framing}"
+        client.sendall(f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode())
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        yield client
+
+
+class Log:
+    """Reads the log of a process while it runs."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._process = process
+        self.lines: list[str] = []
+
+    def until(self, text: str) -> str:
+        """Read on up to a line with this text; fails if the log ends before."""
+        for line in self._process.stderr:
+            self.lines.append(line)
+            if text in line:
+                return line
+        raise AssertionError(f"no line with {text!r} among {self.lines}")
+
+    def rest(self) -> list[str]:
+        return [*self.lines, *self._process.stderr]
+
+
+def test_the_log_tells_what_happened(tiny_folder: Path, adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "poet", adapters / "a+b")
+    shutil.copytree(adapters / "poet", tmp_path / "other")
+    (tmp_path / "keys.toml").write_text(f'[ops]\nsha256 = "{hashlib.sha256(b"secret").hexdigest()}"\ncontrol = true\n')
+    flags = [
+        "--adapters",
+        adapters,
+        "--log-format",
+        "json",
+        "--keys",
+        tmp_path / "keys.toml",
+        "--adapter-bytes",
+        45_000,
+    ]
+    with serving(tiny_folder, *flags) as (process, (_, curl)):
+        log, url = Log(process), re.search(r"http://\S+:\d+", curl)[0]
+        log.until("a+b")
+        with httpx.Client(base_url=url, timeout=300, headers={"authorization": "Bearer secret"}) as client:
+
+            def complete(identity: str, **fields: Any) -> httpx.Response:
+                body = {"prompt": "a secret prompt", "max_tokens": 3, "ignore_eos": True, **fields}
+                return client.post("/v1/completions", json=body, headers={"x-request-id": identity})
+
+            assert complete("one", model="poet", n=2).status_code == 200
+            assert complete("two", model="pirate*0.5").status_code == 200
+            assert complete("three", model="nobody").status_code == 404
+            body = {"lora_name": "new", "lora_path": str(tmp_path / "other")}
+            assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+            assert client.post("/v1/unload_lora_adapter", json=body).status_code == 200
+            assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 0
+        entries = [json.loads(line) for line in log.rest()]
+    assert all(entry.keys() >= {"time", "level", "logger", "message"} for entry in entries)
+    assert not [entry for entry in entries if "secret" in str(entry)]
+    requests = {entry["id"]: entry for entry in entries if "id" in entry}
+    one, two, three = (requests[identity] for identity in ("one", "two", "three"))
+    assert one.items() >= {
+        "method": "POST", "path": "/v1/completions", "status": 200, "key": "ops", "model": "tiny", "adapter": "poet@0",
+        "prompt_tokens": 15, "generated_tokens": 6, "finish": "length", "client": "127.0.0.1",
+    }.items()  # fmt: skip
+    assert 0 < one["first_token_seconds"] < one["seconds"]
+    assert (two["adapter"], two["generated_tokens"]) == ("pirate@0*0.5", 3)
+    assert (three["status"], three["error"].partition(" is named")[2]) == (404, " 'nobody'")
+    assert [entry["status"] for entry in entries if entry.get("path") == "/v1/models"] == [401]
+    messages = [entry["message"] for entry in entries]
+    for text in ("serving tiny in float32 on http", "loaded poet@0 in", "evicted poet@0: ", "published new@1 from",
+                 "unloaded new@1: ", "shutting down: 0 answers", "shut down after"):  # fmt: skip
+        assert [message for message in messages if text in message], text
+    problems = [(entry.get("folders"), entry.get("adapter")) for entry in entries if entry["level"] == "warning"]
+    assert problems == [("a+b", None), (None, "cut")]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_client_that_goes_away_is_one_quiet_line(tiny_folder: Path, complete: bool) -> None:
+    body = b'{"prompt": "Once", "max_tokens": 240, "ignore_eos": true, "n": 128}'
+    with serving(tiny_folder) as (process, (_, curl)):
+        log, url = Log(process), re.search(r"http://\S+:\d+", curl)[0]
+        with posting(url, "/v1/completions", f"Content-Length: {len(body)}") as client:
+            client.sendall(body if complete else body[:10])
+        assert " INFO POST /v1/completions " in log.until("status=499")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 0
+        assert [line for line in log.rest() if " INFO " not in line] == []
+
+
+def test_a_shutdown_waits_for_no_unfinished_request(tiny_folder: Path) -> None:
+    """It waits for answers in progress only: clients may have sent nothing, half a request, or half a body."""
+    with serving(tiny_folder, "--drain", 600) as (process, (_, curl)):
+        log, url = Log(process), re.search(r"http://\S+:\d+", curl)[0]
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with (
+            socket.create_connection(address),
+            socket.create_connection(address) as half,
+            posting(url, "/v1/completions", "Content-Length: 1000") as unfinished,
+            posting(url, "/v1/load_lora_adapter", "Transfer-Encoding: chunked") as chunked,
+        ):
+            half.sendall(b"POST /v1/comp")
+            unfinished.sendall(b'{"prompt": "On')
+            chunked.sendall(b"5\r\n{")
+            process.send_signal(signal.SIGTERM)
+            assert b"503 Service Unavailable" in unfinished.recv(1000)
+            assert b"503 Service Unavailable" in chunked.recv(1000)
+            assert process.wait(300) == 0
+        assert not [line for line in log.rest() if "Traceback" in line or " ERROR " in line]
+
+
+def test_a_shutdown_waits_seconds_for_a_client_that_does_not_read(tiny_folder: Path) -> None:
+    body = b'{"prompt": "Once", "max_tokens": 240, "ignore_eos": true, "n": 128, "stream": true, "logprobs": 5}'
+    with serving(tiny_folder, "--drain", 600) as (process, (_, curl)):
+        url = re.search(r"http://\S+:\d+", curl)[0]
+        with posting(url, "/v1/completions", f"Content-Length: {len(body)}") as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(body)
+            assert b"200 OK" in client.recv(100)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(300) == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_second_signal_ends_it_at_once(tiny_folder: Path) -> None:

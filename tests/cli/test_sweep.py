@@ -26,7 +26,7 @@ def test_successive_halving_stops_the_worse_half(run: Callable, tiny_folder: Pat
     history = read_history(Path("best"))
     assert history.keys() == {f"lr{lr}-r{r}" for lr in ("1e-06", "0.01", "1e-05") for r in (2, 4)}
     ends = {name: track.end for name, track in history.items() if track.end}
-    assert sorted(end.step for end in ends.values()) == [2, 2, 2, 4, 8, 16]
+    assert sorted(end.step for end in ends.values()) == [3, 3, 3, 5, 9, 16]
     assert sorted(end.reason for end in ends.values()) == ["finished"] + ["stopped"] * 5
     (winner,) = [name for name, end in ends.items() if end.reason == "finished"]
     assert winner.startswith("lr0.01")
@@ -41,11 +41,18 @@ def test_successive_halving_stops_the_worse_half(run: Callable, tiny_folder: Pat
     assert run("generate", tiny_folder, "3?", "--adapter", "best", "--max-new-tokens", 2).code == 0
 
 
-def test_a_dry_run_shows_the_first_example_once(run: Callable, tiny_folder: Path, dataset: Path) -> None:
-    ran = run("sweep", tiny_folder, dataset, "-o", "best", "--lr", "1e-3,1e-2", "--dry-run")
+def test_a_dry_run_prints_the_plan_once(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    flags = ["--lr", "1e-3,1e-2,2e-2", "--r", "2,4", "--dry-run"]
+    ran = run("sweep", tiny_folder, dataset, "-o", "best", *flags)
     assert ran.code == 0, ran.err
-    assert ran.out.count("of the base's") == 2
-    assert ran.out.count("The first example:") == 1
+    for once in ("of the base's", "The first example:", "warm-up", "6 trials, each as above except for:"):
+        assert ran.out.count(once) == 1
+    rows = [line.split() for line in ran.out.splitlines()]
+    sizes = {row[0]: row[1:] for row in rows if row and row[0].startswith("lr")}
+    assert {name: cells[:2] for name, cells in sizes.items()} == {
+        f"lr{rate}-r{r}": [rate, str(r)] for rate in ("0.001", "0.01", "0.02") for r in (2, 4)
+    }
+    assert sizes["lr0.02-r2"][2] != sizes["lr0.02-r4"][2], "the number of parameters"
 
 
 def test_losses_at_a_halving_are_fresh(run: Callable, tiny_folder: Path, dataset: Path) -> None:
@@ -69,6 +76,10 @@ def test_a_sweep_is_resumed_as_one(run: Callable, tiny_folder: Path, dataset: Pa
     assert ran.code == 2
     assert "--resume takes no other settings" in ran.err
     assert run("sweep", "-o", "best", "--resume").code == 0
+    ran = run("sweep", "-o", "best", "--resume")
+    assert ran.code == 0
+    assert ran.out.startswith("best: finished, the adapter of lr")
+    assert ran.out.count("\n") == 1, "no plan, no base"
     for name in ("", "lr0.001", "lr0.01", "lr0.0001"):
         tensors = [Path(root, name, "adapter_model.safetensors").read_bytes() for root in ("best", "whole/best")]
         assert tensors[0] == tensors[1]

@@ -5,6 +5,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loradeck.dataset.check import Duplicate, Lengths, check_dataset
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.read import read_dataset
 from loradeck.errors import DataError
 
@@ -86,12 +87,108 @@ def test_invalid_records_do_not_stop_the_check(tmp_path: Path, tiny_tokenizer: P
     report = check_dataset(path, tiny_tokenizer, 64)
     with pytest.raises(DataError) as caught:
         read_dataset(path, tiny_tokenizer, 64)
-    assert report.problems == list(caught.value.problems)
-    assert [problem.partition(": ")[0] for problem in report.problems] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
+    assert [*map(str, report.problems)] == list(caught.value.problems)
+    assert [problem.first[0] for problem in report.problems] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
     assert report.splits["train"].records == 2
     invalid = check_dataset(write(path, {}), tiny_tokenizer, 64)
     assert (invalid.form, invalid.splits["train"].lengths, invalid.first) == ("none", None, [])
     assert len(invalid.problems) == 1
+
+
+def test_a_problem_is_told_once_for_each_cause(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows: list[object] = [{"question": f"q{n}", "answer": "a"} | ({"id": n} if n % 2 else {}) for n in range(100)]
+    rows += [{"messages": [GOOD[0]] * n + [{"role": "user", "content": ""}]} for n in range(4)]
+    rows += [{"text": n} for n in range(2)]
+    path = write(tmp_path / "a.jsonl", GOOD[0], *rows)
+    unknown, empty, no_role, wrong = check_dataset(path, tiny_tokenizer, 64).problems
+    assert (unknown.records, unknown.first) == (100, ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"])
+    assert "the keys are 'question', 'answer'" in unknown.what
+    assert unknown.cli.startswith("--columns prompt=question,completion=answer")
+    assert (no_role.records, empty.records, wrong.records) == (3, 1, 2)
+    assert str(wrong) == "a.jsonl:106: $.text: Expected `str`, got `int` (in 2 records: also a.jsonl:107)"
+    with pytest.raises(DataError) as caught:
+        read_dataset(path, tiny_tokenizer, 64)
+    assert caught.value.message == f"{path} has 4 problems in 106 records and cannot be trained on"
+    assert len(caught.value.problems) == 4
+    assert 'DataConfig(columns={"prompt": "question", "completion": "answer"})' in str(caught.value)
+    assert "--columns prompt=question,completion=answer" in caught.value.report()
+
+
+def test_columns_are_mapped(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path / "a.jsonl", {"Question": "Hi", "Answer": "Ahoy", "id": 7})
+    config = DataConfig(columns={"prompt": "Question", "completion": "Answer"})
+    dataset = read_dataset(path, tiny_tokenizer, 64, config)
+    assert [*dataset.train] == [*read_dataset(write(tmp_path / "b.jsonl", GOOD[0]), tiny_tokenizer, 64).train]
+    assert dataset.notes == ("passed over: id (in 1)",)
+    assert check_dataset(path, tiny_tokenizer, 64, config).problems == []
+
+
+def test_long_records_are_left_out_on_request(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    long = [{"prompt": "x" * 90, "completion": "y"}, {"prompt": "x", "completion": "y" * 90}]
+    path = write(tmp_path / "a.jsonl", *GOOD[:2], *long, {"text": "x" * 90})
+    cut = check_dataset(path, tiny_tokenizer, 64)
+    assert [problem.first for problem in cut.problems] == [["a.jsonl:3"]]
+    assert "--skip-long" in cut.problems[0].cli
+    config = DataConfig(skip_long=True)
+    report = check_dataset(path, tiny_tokenizer, 64, config)
+    part = report.splits["train"]
+    assert (report.problems, part.records, part.skipped, part.truncated) == ([], 3, 2, 0)
+    assert [str(remark) for remark in report.remarks] == [
+        "a.jsonl:3: left out: longer than 64 tokens (in 2 records: also a.jsonl:4)"
+    ]
+    assert part.lengths is not None
+    assert part.lengths.max <= 64
+    assert "left out: longer than 64 tokens (in 2 records" in read_dataset(path, tiny_tokenizer, 64, config).notes[0]
+    write(path, *long)
+    [nothing] = check_dataset(path, tiny_tokenizer, 64, config).problems
+    assert nothing.what == "train: nothing is left within 64 tokens; raise it"
+
+
+def test_a_pair_with_a_long_side_is_left_out(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = {"prompt": "Hi", "chosen": "Ahoy", "rejected": "Hello"}
+    path = write(tmp_path / "a.jsonl", pair, pair | {"rejected": "x" * 90}, pair | {"prompt": "x" * 90})
+    dataset = read_dataset(path, tiny_tokenizer, 64, DataConfig(skip_long=True))
+    assert len(dataset.train) == 1
+
+
+def test_what_is_passed_over_is_named_with_its_count(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [GOOD[0] | {"context": "x", "id": n} for n in range(12)]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy", "reasoning": "greet"}]
+    path = write(tmp_path / "a.jsonl", *rows, {"messages": turns})
+    for tokenizer in (None, tiny_tokenizer):
+        report = check_dataset(path, tokenizer, 64)
+        assert [(each.what, each.records, each.first[0]) for each in report.unused] == [
+            ("context", 12, "a.jsonl:1"),
+            ("id", 12, "a.jsonl:1"),
+            ("messages[].reasoning", 1, "a.jsonl:13"),
+        ]
+    assert read_dataset(path, tiny_tokenizer, 64).notes == (
+        "passed over: context (in 12), id (in 12), messages[].reasoning (in 1)",
+    )
+
+
+def test_control_tokens_are_counted(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"{n} <|im_end|>", "completion": "Ahoy"} for n in range(5)]
+    path = write(tmp_path / "a.jsonl", GOOD[0], *rows)
+    for tokenizer, said in (
+        (tiny_tokenizer, "holds the control token <|im_end|> within a message; it is read as text"),
+        (None, "holds <|im_end|>, which looks like a control token"),
+    ):
+        [remark] = check_dataset(path, tokenizer, 64).remarks
+        assert (remark.what, remark.records) == (said, 5)
+
+
+def test_control_tokens_of_another_base_are_said(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(
+        tmp_path / "a.jsonl", {"text": "<s>Once</s><|im_end|>"}, {"prompt": "[INST] Hi [/INST]", "completion": "a"}
+    )
+    assert [str(remark) for remark in check_dataset(path, tiny_tokenizer, 64).remarks] == [
+        "a.jsonl:1: already ends with <|im_end|>; no end is added",
+        "a.jsonl:1: holds </s>, which looks like another base's control token",
+        "a.jsonl:1: holds <s>, which looks like another base's control token",
+        "a.jsonl:2: holds [/INST], which looks like another base's control token",
+        "a.jsonl:2: holds [INST], which looks like another base's control token",
+    ]
 
 
 def test_the_first_example_with_its_mask(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -187,7 +187,7 @@ def test_a_byte_order_mark_is_ignored() -> None:
             line(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
             "$.messages[0].content[0].type: unsupported type 'image_url'; only text",
         ),
-        (line(messages=[USER, REPLY | {"train": False}]), '$.messages[1].train: is not supported; write "weight": 0'),
+        (line(messages=[USER, REPLY | {"train": False}]), "$.messages: has no assistant message to train on"),
         (line(messages=[USER, REPLY | {"weight": 0.5}]), "$.messages[1].weight: must be 0 or 1, not 0.5"),
         (line(messages=[USER | {"weight": 1}, REPLY]), "$.messages[0].weight: is 1, but only assistant messages"),
         (line(messages=[USER, REPLY | {"tool_calls": [{}]}]), "$.messages[1].tool_calls[0]: names no function"),
@@ -199,8 +199,8 @@ def test_a_byte_order_mark_is_ignored() -> None:
         (line(messages=[USER, REPLY], tools="weather"), "$.tools: invalid JSON"),
         (line(messages=[USER, REPLY], tools=[1]), "$.tools[0]: Expected `object`, got `int`"),
         (
-            line(conversations=[{"from": "bot", "value": "x"}]),
-            "$.conversations[0].from: unknown role 'bot'; expected one of system, h",
+            line(conversations=[{"from": "robot", "value": "x"}]),
+            "$.conversations[0].from: unknown role 'robot'; expected one of system, h",
         ),
         (
             line(conversations=[{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]),
@@ -232,6 +232,249 @@ def test_an_error_names_the_path(bad: bytes, said: str) -> None:
         parse(bad)
     assert said in caught.value.message
     assert len(caught.value.message) < 300
+
+
+# A record of each form, with two answers where it can hold them.
+RECORDS: dict[str, dict[str, object]] = {
+    "messages": {"messages": [USER, REPLY, BYE, FAIR]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ahoy"}]},
+    "alpaca": {"instruction": "Hi", "output": "Ahoy"},
+    "prompt and completion": {"prompt": "Hi", "completion": "Ahoy"},
+    "completion in messages": {"prompt": [USER], "completion": [REPLY]},
+    "preference pairs": {"prompt": "Hi", "chosen": "Ahoy", "rejected": "Hello"},
+    "preference pairs in messages": {"chosen": [USER, REPLY], "rejected": [USER, REPLY | {"content": "Hello"}]},
+    "text": {"text": "Once"},
+    "tokens": {"tokens": [1, 2], "labels": [1, 2]},
+}
+WITH_TURNS = [form for form in RECORDS if form not in ("text", "tokens")]
+WEIGHTS = ("weight", "loss", "train", "training", "train_on_turn", "trainable", "loss_weight")
+
+
+def refusal(**keys: object) -> str:
+    with pytest.raises(DataError) as caught:
+        parse(line(**keys))
+    return caught.value.message
+
+
+@pytest.mark.parametrize("key", WEIGHTS)
+@pytest.mark.parametrize("value", [False, 0, 0.0, "false"])
+def test_an_answer_marked_as_not_to_learn_is_context(key: str, value: object) -> None:
+    expected = [False, False, False, True]
+    record = parse(line(messages=[USER, REPLY | {key: value}, BYE | {key: value}, FAIR | {key: True}]))
+    assert isinstance(record, Conversation)
+    assert [message.trained for message in record.messages] == expected
+    names = {"user": "human", "assistant": "gpt"}
+    turns = [{"from": names[each["role"]], "value": each["content"]} for each in (USER, REPLY, BYE, FAIR)]
+    turns[1][key] = value  # type: ignore[assignment]
+    record = parse(line(conversations=turns))
+    assert isinstance(record, Conversation)
+    assert [message.trained for message in record.messages] == expected
+
+
+@pytest.mark.parametrize("form", RECORDS)
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        *((key, value, f"$.{key}: says not to train on this record") for key in WEIGHTS for value in (False, 0)),
+        ("weight", 0.5, "$.weight: must be 0 or 1, not 0.5"),
+        ("loss_mask", [0, 1], "$.loss_mask: is not supported"),
+        ("train_detail", [{"begin_offset": 0}], "$.train_detail: is not supported"),
+        ("label", False, "$.label: KTO is not supported"),
+        ("label", "False", "$.label: KTO is not supported"),
+        ("kto_tag", False, "$.kto_tag: KTO is not supported"),
+        ("images", ["a.png"], "$.images: is not text"),
+        ("audio", {"path": "a.wav"}, "$.audio: is not text"),
+        ("videos", ["a.mp4"], "$.videos: is not text"),
+    ],
+)
+def test_a_record_that_is_not_to_be_learned_is_refused_in_every_form(
+    form: str, key: str, value: object, said: str
+) -> None:
+    assert said in refusal(**RECORDS[form], **{key: value})
+
+
+@pytest.mark.parametrize("form", RECORDS)
+def test_what_says_that_a_record_is_good_changes_nothing(form: str) -> None:
+    marks = {"weight": 1, "loss": True, "label": True, "kto_tag": "true", "images": [], "audio": None, "loss_mask": ""}
+    record = parse(line(**RECORDS[form], **marks))
+    assert (record, record.unused) == (parse(line(**RECORDS[form])), ())
+
+
+def test_a_class_of_a_text_is_no_judgement() -> None:
+    assert parse(line(text="Once", label=0)).unused == ("label",)
+    assert "KTO" in refusal(prompt="Hi", completion="Ahoy", label=0)
+
+
+@pytest.mark.parametrize("key", ["loss_mask", "train_detail", "images"])
+def test_a_message_with_marks_that_are_not_supported_is_refused(key: str) -> None:
+    assert f"$.messages[1].{key}: is not" in refusal(messages=[USER, REPLY | {key: [1]}])
+    assert f"$.chosen[1].{key}: is not" in refusal(chosen=[USER, REPLY | {key: [1]}], rejected=[USER, FAIR])
+
+
+def test_marks_that_contradict_each_other_are_refused() -> None:
+    assert "$.messages[1]: weight and loss contradict" in refusal(messages=[USER, REPLY | {"weight": 1, "loss": False}])
+
+
+@pytest.mark.parametrize("form", WITH_TURNS)
+@pytest.mark.parametrize(
+    "system", ["Be a pirate.", [{"type": "text", "text": "Be a pirate."}], [{"text": "Be a "}, {"text": "pirate."}]]
+)
+def test_a_system_prompt_beside_the_turns_is_read_in_every_form(form: str, system: object) -> None:
+    record = parse(line(**RECORDS[form], system=system))
+    sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
+    for side in sides:
+        assert isinstance(side, Conversation)
+        assert side.messages[:2] == [Message("system", "Be a pirate."), ASKED]
+    assert record.unused == ()
+    assert parse(line(**RECORDS[form], system=" ")) == parse(line(**RECORDS[form]))
+
+
+def test_two_system_prompts_are_refused_unless_they_are_the_same() -> None:
+    turns = [{"role": "system", "content": "Be brief."}, USER, REPLY]
+    assert parse(line(messages=turns, system="Be brief.")) == parse(line(messages=turns))
+    assert "$.system: differs from the system message" in refusal(messages=turns, system="Be a pirate.")
+
+
+@pytest.mark.parametrize("form", WITH_TURNS)
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools_are_read_in_every_form(form: str, key: str) -> None:
+    record = parse(line(**RECORDS[form], **{key: [WEATHER]}))
+    sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
+    assert [side.tools for side in sides if isinstance(side, Conversation)] == [[TOOL]] * len(sides)
+    assert "$.functions: stands beside tools" in refusal(**RECORDS[form], tools=[WEATHER], functions=[WEATHER])
+
+
+def test_calls_as_openai_used_to_write_them() -> None:
+    call = {"name": "weather", "arguments": '{"in": "Rome"}'}
+    says = {"role": "function", "name": "weather", "content": "sunny"}
+    for content in (None, "", "Let me see."):
+        record = parse(
+            line(messages=[USER, {"role": "assistant", "content": content, "function_call": call}, says, FAIR])
+        )
+        assert isinstance(record, Conversation)
+        assert record.messages[1:3] == [
+            Message("assistant", content or "", tool_calls=[CALLED]),
+            Message("tool", "sunny", name="weather"),
+        ]
+    assert parse(line(messages=[USER, REPLY | {"function_call": None}])) == Conversation([ASKED, ANSWERED])
+    both = REPLY | {"function_call": call, "tool_calls": [CALLED]}
+    assert "has both tool_calls and function_call" in refusal(messages=[USER, both])
+
+
+@pytest.mark.parametrize("empty", ["", None, [], " \n\t"])
+def test_an_empty_user_message_is_refused_in_every_form(empty: object) -> None:
+    nothing = {"role": "user", "content": empty}
+    for keys in (
+        {"messages": [nothing, REPLY]},
+        {"messages": [USER, REPLY, nothing, FAIR]},
+        {"conversations": [{"from": "human", "value": empty}, {"from": "gpt", "value": "Ahoy"}]},
+        {"prompt": [nothing], "completion": [REPLY]},
+        {"prompt": [nothing], "chosen": [REPLY], "rejected": [FAIR]},
+        {"chosen": [nothing, REPLY], "rejected": [nothing, FAIR]},
+    ):
+        assert "is empty" in refusal(**keys)
+
+
+def test_an_empty_turn_of_a_history_is_refused() -> None:
+    assert refusal(instruction="Hi", output="Ahoy", history=[["x", " "]]) == "$.history[0][1]: is empty"
+    assert refusal(instruction="Hi", output="Ahoy", history=[["x", "y"], ["", "y"]]) == "$.history[1][0]: is empty"
+
+
+@pytest.mark.parametrize("form", RECORDS)
+def test_other_keys_are_named_as_passed_over(form: str) -> None:
+    others = {"documents": ["x"], "context": "y", "suffix": "z", "id": 0, "note": None, "tags": []}
+    assert parse(line(**RECORDS[form], **others)).unused == ("documents", "context", "suffix", "id")
+
+
+def test_other_keys_of_messages_are_named_too() -> None:
+    turns = [USER | {"id": 1}, REPLY | {"reasoning": "greet", "weight": 1}]
+    assert parse(line(messages=turns, input="x")).unused == ("input", "messages[].id", "messages[].reasoning")
+    assert parse(line(prompt="Hi", completion=turns[1])).unused == ("completion.reasoning",)
+    pair = parse(line(chosen=turns, rejected=[turns[0], FAIR]))
+    assert pair.unused == ("chosen[].id", "chosen[].reasoning")
+
+
+def test_developer_is_system() -> None:
+    turns = [{"role": "developer", "content": "Be brief."}, USER, REPLY]
+    assert parse(line(messages=turns)) == Conversation([Message("system", "Be brief."), ASKED, ANSWERED])
+
+
+@pytest.mark.parametrize("name", ["gpt", "chatgpt", "bing", "bard", "model", "bot", "assistant"])
+def test_the_assistant_has_many_names_in_sharegpt(name: str) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": name, "value": "Ahoy"}]
+    assert parse(line(conversations=turns)) == Conversation([ASKED, ANSWERED])
+
+
+def test_padding_would_be_read_as_text() -> None:
+    assert "$.attention_mask: has zeros" in refusal(input_ids=[0, 5], labels=[-100, 5], attention_mask=[0, 1])
+
+
+def test_a_cell_of_a_table_holds_a_list_as_json() -> None:
+    turns = msgspec.json.encode([USER, REPLY]).decode()
+    talk = Conversation([ASKED, ANSWERED])
+    assert parse(line(messages=turns, labels="positive")) == talk
+    assert parse(line(dialog=f" {turns}"), {"messages": "dialog"}) == talk
+    assert parse(line(conversations=turns)) == talk
+    assert parse(line(tokens="[5, 6]", labels="[-100, 6]")) == TokenIds([5, 6], [-100, 6])
+    history = parse(line(instruction="Bye", output="Fair winds", history='[["Hi", "Ahoy"]]'))
+    assert isinstance(history, Conversation)
+    assert history.messages[:2] == [ASKED, ANSWERED]
+    assert parse(line(text="[1, 2")) == PlainText("[1, 2")
+    assert refusal(messages="[,").startswith("$.messages: invalid JSON: ")
+
+
+def test_columns_of_other_names() -> None:
+    columns = {"prompt": "Question", "completion": "Answer"}
+    record = parse(line(Question="Hi", Answer="Ahoy", prompt="old", id=7), columns)
+    assert record == Completion("Hi", "Ahoy")
+    assert record.unused == ("id", "prompt")
+    for keys, said in (
+        ({"Question": "Hi", "Answer": " "}, "$.Answer: is empty"),
+        ({"Question": 1, "Answer": "Ahoy"}, "$.Question: Expected"),
+        (
+            {"Query": "Hi", "Answer": "Ahoy"},
+            "$: has no 'Question', which columns names; the keys are 'Query', 'Answer'",
+        ),
+    ):
+        with pytest.raises(DataError) as caught:
+            parse(line(**keys), columns)
+        assert caught.value.message.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("keys", "flag"),
+    [
+        (["question", "answer"], "--columns prompt=question,completion=answer"),
+        (["id", "QUESTION", "ANSWER"], "--columns prompt=QUESTION,completion=ANSWER"),
+        (["instruction", "response"], "--columns prompt=instruction,completion=response"),
+        (["input", "output"], "--columns prompt=input,completion=output"),
+        (["query", "response"], "--columns prompt=query,completion=response"),
+        (["Problem", "Solution"], "--columns prompt=Problem,completion=Solution"),
+        (["prompt", "response"], "--columns completion=response"),
+        (["Instruction", "Input", "Output"], "--columns instruction=Instruction,input=Input,output=Output"),
+        (["instruction", "context", "response", "category"], "--columns input=context,output=response"),
+        (
+            ["system_prompt", "question", "response"],
+            "--columns prompt=question,completion=response,system=system_prompt",
+        ),
+        (["system", "question", "chosen", "rejected"], "--columns prompt=question"),
+        (["Messages"], "--columns messages=Messages"),
+        (["ticket", "subject", "body"], "--columns prompt=COLUMN,completion=COLUMN"),
+    ],
+)
+def test_columns_are_suggested_in_the_words_of_the_door(keys: list[str], flag: str) -> None:
+    record: dict[str, object] = {key: [USER, REPLY] if key == "Messages" else f"a {key}" for key in keys}
+    with pytest.raises(DataError) as caught:
+        parse(line(**record))
+    assert all(f"'{key}'" in caught.value.message for key in keys) or "chosen" in keys
+    assert caught.value.cli == f'{flag}, or in a run file columns = "{flag.removeprefix("--columns ")}"'
+    columns = dict(pair.split("=") for pair in flag.removeprefix("--columns ").split(","))
+    assert (
+        caught.value.python
+        == f"DataConfig(columns={msgspec.json.format(msgspec.json.encode(columns), indent=0).decode()})"
+    )
+    if "COLUMN" not in flag:
+        assert parse(line(**record), columns)
 
 
 def test_spans_without_a_tokenizer() -> None:

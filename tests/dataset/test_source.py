@@ -1,6 +1,8 @@
 import csv
+import gzip
 import hashlib
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -9,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loradeck.dataset import source
+from loradeck.dataset import json_file, source
 from loradeck.dataset.source import find
+from loradeck.dataset.text_file import ZSTD_MODULE
 from loradeck.errors import DataError
+
+zstd = import_module(ZSTD_MODULE)
 
 ROWS = [{"prompt": "Hi", "completion": 'Ahoy,\n"matey"'}, {"prompt": "Bye", "completion": "Fair winds"}]
 
@@ -62,41 +67,6 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, place
     assert find(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_json_under_data_and_json_lines_in_a_json_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(b'\xef\xbb\xbf{"version": 1,\n"data":\n[{"a": 1}, {"a": 1},\n\n{"a":\n2}, {"a": 3}]}')
-    assert [place for place, _ in read(path)] == ["a.json:3", "a.json:3", "a.json:5", "a.json:6"]
-    path.write_bytes(b'{"a": 1}\n{"a": 2}\n')
-    assert read(path) == [("a.json:1", {"a": 1}), ("a.json:2", {"a": 2})]
-    path.write_bytes(b'[{"a": 1}')
-    with pytest.raises(DataError, match="is not valid JSON"):
-        read(path)
-
-
-def test_cells_that_hold_lists_are_json(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text('messages,labels,tools\n"[{""role"": ""user""}]",[1],\n[,positive,\n')
-    assert read(path) == [
-        ("a.csv:2", {"messages": [{"role": "user"}], "labels": [1], "tools": ""}),
-        ("a.csv:3", "$.messages: invalid JSON: Input data was truncated"),
-    ]
-
-
-def test_a_bad_row_does_not_hide_the_others(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_bytes(b'\xef\xbb\xbfprompt,completion\na,b,c\n\nd,e\n"f" x,g\nh,i\n')
-    rows = read(path)
-    assert rows[0][0] == "a.csv:2"
-    assert "has 3 cells for 2 columns" in str(rows[0][1])
-    assert rows[1] == ("a.csv:4", {"prompt": "d", "completion": "e"})
-    assert rows[2][0] == "a.csv:5"
-    assert "cannot be read from here on" in str(rows[2][1])
-    assert len(rows) == 3
-    path.write_text("a,a\n1,2\n")
-    with pytest.raises(DataError, match="two columns of one name"):
-        read(path)
-
-
 def test_what_arrow_fills_in_is_taken_out(tmp_path: Path) -> None:
     turns = [{"arguments": {"city": "Rome"}}, {"arguments": {"n": 1}}]
     path = write(tmp_path / "a.parquet", [{"messages": turns, "tools": None}, {"messages": turns, "tools": "[]"}])
@@ -145,9 +115,57 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
         find(tmp_path / "two")
 
 
+def test_a_name_within_a_folder_that_is_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data" / "mine.jsonl")
+    with pytest.raises(DataError, match="data/nope cannot be read: no such file or folder") as caught:
+        find("data/nope")
+    assert "hub" not in caught.value.message
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    tries: list[object] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: tries.append(name))
+    with pytest.raises(DataError, match=r"no such file or folder: nobody/nothing; .* does not answer") as caught:
+        find("nobody/nothing")
+    assert not tries
+    assert "HF_HUB_OFFLINE=1" in caught.value.hint
+
+
 def test_a_hub_dataset_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nobody/nothing is no file or folder here, and as a dataset of the hub it"):
+    with pytest.raises(
+        DataError, match="no such file or folder: nobody/nothing; as a dataset of the hub it cannot be loaded"
+    ):
         find("nobody/nothing:main")
+
+
+def test_text_files_may_be_compressed(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "valid.json", "test.csv"):
+        plain = write(tmp_path / name)
+        pack, suffix = (gzip.compress, ".gz") if name != "valid.json" else (zstd.compress, ".zst")
+        (tmp_path / f"{name}{suffix}").write_bytes(pack(plain.read_bytes()))
+        plain.unlink()
+    found = find(tmp_path)
+    assert {split: [msgspec.json.decode(row.content) for row in rows] for split, rows in found.rows.items()} == {
+        "train": ROWS, "valid": ROWS, "test": ROWS
+    }  # fmt: skip
+    assert read(tmp_path, "valid")[1][0] == "valid.json.zst:6"
+    assert found.sha256 == hashlib.sha256(b"".join(file.read_bytes() for file in found.files)).hexdigest()
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match=r"train.jsonl and train.jsonl.gz could both be the train split"):
+        find(tmp_path)
+
+
+def test_how_far_it_was_read(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "valid.parquet", "test.csv"):
+        write(tmp_path / name)
+    found = find(tmp_path)
+    assert (found.position.done, found.position.total) == (0, sum(file.stat().st_size for file in found.files))
+    done = [found.position.done for rows in found.rows.values() for _ in rows]
+    assert done == sorted(done)
+    assert found.position.done == found.position.total
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "saved", "owner/name"])
@@ -190,17 +208,24 @@ def test_a_missing_file_or_one_of_another_kind_is_refused(tmp_path: Path) -> Non
         read(tmp_path / "a.parquet")
 
 
-def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "LINE_BYTES", 50)
+def test_the_size_of_a_record_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_file, "RECORD_BYTES", 50)
     long = [{"text": "a" * 1000}, {"text": "b"}]
-    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
         (_, problem), (_, row) = read(write(tmp_path / name, long))
         assert problem == "$: has more than 50 bytes; split it into several records"
         assert row == {"text": "b"}
-    monkeypatch.setattr(source, "DATASET_BYTES", 900)
-    with pytest.raises(DataError, match=r"a.jsonl has [\d,]+ bytes, more than 900"):
-        find(tmp_path / "a.jsonl")
-    small = write(tmp_path / "small.parquet", [{"text": "a" * 40}] * 40)
-    monkeypatch.setattr(source, "DATASET_BYTES", small.stat().st_size)
-    with pytest.raises(DataError, match="as JSON"):
-        read(small)
+    # In an array nothing says where the next one begins.
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "b"}},\n{{"text": "{"a" * (1 << 20)}')
+    rows = iter(find(path).rows["train"])
+    assert next(rows).content == b'{"text": "b"}'
+    with pytest.raises(DataError, match=r"a.json:2: \$: has more than 50 bytes"):
+        next(rows)
+
+
+def test_records_on_one_line_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, {"a": 2},\n{"a": 3}, {"a": 4}, {"a": 5}]')
+    [rows] = find(path).rows.values()
+    assert [row.location for row in rows] == ["a.json:1", "a.json:1[1]", "a.json:2", "a.json:2[1]", "a.json:2[2]"]

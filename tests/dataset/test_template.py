@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loradeck.dataset.message import Message
 from loradeck.dataset.record import Conversation, Span
-from loradeck.dataset.template import PLACEHOLDER, end_of_turn, sequences
+from loradeck.dataset.template import PLACEHOLDER, fold_system, marks, sequences
 from loradeck.errors import DataError
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -143,10 +143,10 @@ def test_a_system_message_that_moves_gets_a_sequence_for_each_answer(tiny_tokeni
 
 
 def test_tool_calls_are_trained_on_and_their_results_are_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    talk = [HI, CALL, Message("tool", "sunny", name="weather"), AHOY]
-    assert trained(render(tiny_tokenizer, LLAMA, talk, TOOLS)) == [
+    assert trained(render(tiny_tokenizer, LLAMA, [HI, CALL, BYE, AHOY])) == [
         ['{"name": "weather", "parameters": {"in": "Rome"}}<|eot_id|>', "Ahoy<|eot_id|>"]
     ]
+    talk = [HI, CALL, Message("tool", "sunny", name="weather"), AHOY]
     first, second = render(tiny_tokenizer, QWEN, talk, TOOLS)
     assert trained([first, second]) == [
         ['<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call><|im_end|>'],
@@ -167,7 +167,7 @@ def test_a_message_of_weight_0_is_context(tiny_tokenizer: PreTrainedTokenizerFas
     [
         (DEEPSEEK, TALK, "message 2, assistant: the chat template renders the messages before it differently"),
         (GEMMA, [Message("system", "Pirate."), *TALK], "refuses it: 'System role not supported'"),
-        (GEMMA, [HI, CALL, Message("tool", "sunny"), AHOY], "message 2, assistant: .* rewrites its tool calls"),
+        (GEMMA, [HI, CALL, Message("tool", "sunny"), AHOY], "the base's chat template ignores tool calls"),
         (LLAMA, [HI, Message("assistant", "Ahoy", "greet")], "message 2, assistant: .* its content and reasoning"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", TALK, "marks no end of a turn"),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", TALK, "message 2, .* rewrites its content"),
@@ -188,6 +188,50 @@ def test_a_template_that_would_give_a_wrong_mask_is_refused(
         render(tiny_tokenizer, template, messages)
 
 
+def test_tools_without_a_place_in_the_template_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    for template in (LLAMA, GEMMA, MISTRAL):
+        with pytest.raises(DataError, match="the base's chat template ignores tools"):
+            render(tiny_tokenizer, template, TALK, TOOLS)
+    assert render(tiny_tokenizer, QWEN, TALK, TOOLS)
+
+
+def test_tool_messages_are_refused_where_a_template_writes_any_role(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="the base's chat template ignores tool messages"):
+        render(tiny_tokenizer, LLAMA, [HI, CALL, Message("tool", "sunny", name="weather"), AHOY])
+
+
+def test_a_system_message_that_the_template_forbids_or_drops_is_refused_with_a_way_out(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    drops = "{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}" + ASK
+    for template, said in ((GEMMA, "refuses it: 'System role"), (drops, "drops the system message")):
+        with pytest.raises(DataError, match=said) as caught:
+            render(tiny_tokenizer, template, [Message("system", "Pirate."), *TALK])
+        assert caught.value.hint_for("python").endswith("DataConfig(fold_system=True)")
+        assert "--fold-system" in caught.value.hint_for("cli")
+
+
+def test_what_a_template_writes_around_contents(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    other = copy.deepcopy(tiny_tokenizer)
+    for template, begin, answer, places_system in (
+        (LLAMA, "<|im_start|>", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>", True),
+        (QWEN, "", "<|im_end|>\n<|im_start|>assistant", True),
+        (GEMMA, "", "<end_of_turn>\n<start_of_turn>model", False),
+        (MISTRAL, "<|im_start|>", "[/INST]", True),
+        ("{{ 1 / 0 }}", "", "", True),
+    ):
+        other.chat_template = template
+        found = marks(other)
+        assert (found.begin, found.answer, found.places_system) == (begin, answer, places_system)
+
+
+def test_a_system_message_goes_into_the_users() -> None:
+    assert fold_system([Message("system", "Pirate."), *TALK]) == [Message("user", "Pirate.\n\nHi"), *TALK[1:]]
+    late = [HI, AHOY, Message("system", "Pirate."), Message("system", " "), Message("system", "Brief."), BYE, FAIR]
+    assert fold_system(late) == [HI, AHOY, Message("user", "Pirate.\n\nBrief.\n\nBye"), FAIR]
+    assert fold_system(TALK) == TALK
+
+
 def test_the_placeholder_may_appear_in_a_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     spans = render(
         tiny_tokenizer, LLAMA, [Message("user", PLACEHOLDER), Message("assistant", f"{PLACEHOLDER}{PLACEHOLDER}")]
@@ -199,4 +243,4 @@ def test_the_end_of_a_turn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     other = copy.deepcopy(tiny_tokenizer)
     for template, mark in ((GEMMA, "<end_of_turn>"), (QWEN, "<|im_end|>"), (None, "")):
         other.chat_template = template
-        assert end_of_turn(other) == mark
+        assert marks(other).end == mark

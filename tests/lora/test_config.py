@@ -1,11 +1,14 @@
 """The recipe of an adapter: which values can be, and what they mean for a module."""
 
+import inspect
 import math
 import pickle
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig as PeftConfig
 from peft.utils.other import get_pattern_key
 
 from loradeck import LoraConfig
@@ -42,6 +45,30 @@ def test_what_cannot_be_is_refused(wrong):
         LoraConfig(**wrong)
     assert next(iter(wrong)) in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+THEIRS = {field.name for field in fields(PeftConfig)} - {field.name for field in fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("name", sorted(THEIRS))
+def test_a_setting_of_peft_that_is_not_supported_is_refused_by_its_name(name):
+    with pytest.raises(ConfigError, match=f"LoraConfig does not support .*{name}='x' ") as caught:
+        LoraConfig(r=4, **{name: "x"})
+    assert caught.value.hint == "Leave these out."
+
+
+def test_a_setting_of_peft_that_is_turned_off_asks_for_nothing():
+    off = {"bias": "none", "use_dora": False, "modules_to_save": None, "lora_bias": False}
+    assert LoraConfig(r=4, **off) == LoraConfig(r=4)
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(modules_to_save=["lm_head"], use_dora=True, bias="all", init_lora_weights="pissa")
+    assert len(caught.value.problems) == 4
+
+
+def test_an_argument_that_nobody_knows_is_a_type_error_as_everywhere_in_python():
+    with pytest.raises(TypeError, match="rank"):
+        LoraConfig(rank=4)
+    assert [*inspect.signature(LoraConfig).parameters] == [field.name for field in fields(LoraConfig)]
 
 
 def test_every_problem_is_in_one_error():

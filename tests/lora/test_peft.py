@@ -238,6 +238,36 @@ class TestTheirsToOurs:
         assert got.dtype == torch.bfloat16
         assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max()
 
+    @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("a_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_pairs_of_two_dtypes(self, a_dtype, base, tmp_path):
+        """Some trainers save A and B each in a dtype of its own: routed, trained, merged and combined."""
+        b_dtype = torch.float32 if a_dtype == torch.bfloat16 else torch.bfloat16
+        config = PeftConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"])
+        _, folder = write_with_peft(made(llama).to(base), tmp_path / "a", config)
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+        cast = {
+            key: tensor.to(a_dtype if "_A" in key else b_dtype) for key, tensor in tensors.items() if "lora_" in key
+        }
+        safetensors.torch.save_file(tensors | cast, folder / TENSORS, {"format": "pt"})
+        wanted = outputs(PeftModel.from_pretrained(made(llama).to(base), folder))
+        bank = Bank(made(llama).to(base))
+        bank.load(folder)
+        bank.load(folder, "trained", trainable=True)
+        bank.combine({"a": 0.5, "trained": 0.5}, name="both")
+        with bank.route("trained"):
+            logits = bank.model(IDS).logits
+            logits.float().sum().backward()
+        assert all(parameter.grad.dtype == parameter.dtype for parameter in bank.parameters("trained"))
+        found = [logits.detach()]
+        for name in ("a", "both"):
+            with bank.route(name):
+                found.append(outputs(bank.model))
+        bank.merge("a")
+        found.append(outputs(bank.model))
+        for got in found:
+            assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
     @pytest.mark.parametrize(
         "settings",
         [{"init_lora_weights": init} for init in ("gaussian", "orthogonal", True, False)]

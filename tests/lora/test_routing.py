@@ -182,6 +182,31 @@ class TestPackedRows:
         with pytest.raises(RouteError, match="lengths"):
             bank.route(["poet", "tiny"], lengths=lengths)
 
+    @pytest.mark.parametrize("kept", [[1, 1, 1], [3, 0, 2], [0, 0, 0], [3, 7, 4]], ids=str)
+    def test_tokens_that_reach_the_head(self, bank, ids, kept):
+        """The model's logits_to_keep selects them; `tiny` adapts the head, which the tokens of others pass too."""
+        lengths, entries = [3, 7, 4], ["tiny", "poet", {"tiny": 0.5, "pirate": 0.2}]
+        parts = [ids[i : i + 1, :length] for i, length in enumerate(lengths)]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        selected = [i for end, count in zip(ends, kept, strict=True) for i in range(end - count, end)]
+        with torch.no_grad(), bank.route(entries, lengths=lengths, logits_to_keep=kept):
+            together = bank.model(
+                torch.cat(parts, dim=1), position_ids=positions, use_cache=False,
+                logits_to_keep=torch.tensor(selected, dtype=torch.long),
+            ).logits  # fmt: skip
+        alone = [logits(bank, part, entry) for part, entry in zip(parts, entries, strict=True)]
+        assert close(
+            together, torch.cat([part[:, part.shape[1] - n :] for part, n in zip(alone, kept, strict=True)], 1)
+        )
+
+    @pytest.mark.parametrize("kept", [[], [1], [1, 1, 1], [4, 0], [-1, 1], [1.0, 1.0], [None, 1], 1])
+    def test_counts_that_do_not_go_with_the_segments(self, bank, kept):
+        with pytest.raises(RouteError, match="logits_to_keep"):
+            bank.route(["poet", "tiny"], lengths=[3, 4], logits_to_keep=kept)
+        with pytest.raises(RouteError, match="logits_to_keep"):
+            bank.route(["poet", "tiny"], logits_to_keep=[1, 1])
+
     @pytest.mark.parametrize("lengths", [[3, 5], [6, 7], [14, 14]])
     def test_lengths_that_do_not_fit_the_tokens(self, bank, ids, lengths):
         with (

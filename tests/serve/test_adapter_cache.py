@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loradeck import AdapterStore, Bank, Base
 from loradeck.base.weights import shared_copy
@@ -89,6 +90,32 @@ def test_adapters_take_a_base_in_bfloat16_for_theirs(base: Base, store: AdapterS
         assert {parameter.dtype for parameter in own.parameters()} == {dtype}
         assert adapter_cache.nbytes == own.nbytes == store.find("a1").facts.nbytes / share
         adapter_cache.close()
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("copies", [False, True])
+def test_adapters_are_counted_as_they_are_loaded(
+    base: Base, store: AdapterStore, base_dtype: torch.dtype, file_dtype: torch.dtype, copies: bool
+) -> None:
+    """In the dtype and without the copies of the base's weights that PEFT saves, before they are loaded and after."""
+    model = copy.deepcopy(base.model).to(base_dtype)
+    file = store.find("a1").path / "adapter_model.safetensors"
+    tensors = {key: tensor.to(file_dtype) for key, tensor in load_file(file).items()}
+    head = {"base_model.model.lm_head.weight": model.lm_head.weight.clone()} if copies else {}
+    save_file({**tensors, **head}, file, {"format": "pt"})
+    values = sum(tensor.numel() for tensor in tensors.values())
+    nbytes = values * (torch.bfloat16 if base_dtype == torch.bfloat16 else file_dtype).itemsize
+    for room, fits in ((nbytes, True), (nbytes - 1, False)):
+        adapter_cache = AdapterCache(Bank(model), store, EngineConfig(adapter_bytes=room), lambda: None)
+        if fits:
+            adapter_cache.load("a1")
+            assert adapter_cache.nbytes == adapter_cache.bank[sha(store, "a1")].nbytes == nbytes
+        else:
+            with pytest.raises(ConfigError, match=f"a1@1 takes {nbytes} bytes, more than adapter_bytes={room}"):
+                adapter_cache.load("a1")
+        adapter_cache.close()
+        adapter_cache.bank.detach()
 
 
 def test_what_is_in_use_stays(adapter_cache: AdapterCache) -> None:

@@ -1,23 +1,26 @@
 """A step's logits are those of a plain forward, however its rows lie and whatever else is computed."""
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from loradeck import Adapter, Bank, Base
-from loradeck.base.weights import shared_copy
+from loradeck.base.weights import Weights, prepare, shared_copy
 from loradeck.errors import BaseModelError, LoradeckError
 from loradeck.sampling import SamplingParams
 from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.model_runner import ModelRunner
 from loradeck.serve.request import Key, Request, Scheduled
 
-from .conftest import MODELS, TARGETS, VOCABULARY, adapter
+from .conftest import MODELS, SHAPE, TARGETS, VOCABULARY, adapter
 
 ALL = SamplingParams(prompt_logprobs=0)  # logits of every position
 
@@ -110,6 +113,51 @@ def test_only_the_logits_that_are_asked_for_are_computed(base: Base) -> None:
     assert [len(logits) for logits in step(runner, cache, (own, 5), (other, 3))] == [0, 3]
     assert [len(logits) for logits in step(runner, cache, (own, 4), (other, 1))] == [1, 1]
     assert [len(logits) for logits in step(runner, cache, (request([7, 8, 9], sampling=SamplingParams()), 2))] == [0]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("weights", ["plain", "packed"])
+def test_an_adapter_of_the_head_applies_to_the_tokens_that_reach_it(
+    weights: Weights, tied: bool, tmp_path: Path
+) -> None:
+    """The head gets the scored tokens only, in some steps none, and rows through several adapters."""
+    wide = {**SHAPE, "vocab_size": 1024, "tie_word_embeddings": tied}  # large enough for its head to be packed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**wide)).eval().requires_grad_(False)
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18, 19], [20, 21, 22]]
+    names = ["head", "inner", None, "both"]
+    targets = {"head": ["lm_head"], "inner": ["q_proj", "up_proj"], "both": ["lm_head", "down_proj", "embed_tokens"]}
+    with warnings.catch_warnings(), torch.no_grad():  # what PEFT says of its own doings is not our matter here
+        warnings.simplefilter("ignore")
+        for seed, (name, modules) in enumerate(targets.items()):
+            torch.manual_seed(seed)
+            config = LoraConfig(r=3 + seed, target_modules=modules, init_lora_weights=False)
+            get_peft_model(shared_copy(model), config).save_pretrained(tmp_path / name)
+        expected = [
+            (PeftModel.from_pretrained(shared_copy(model), tmp_path / name) if name else model)(
+                torch.tensor([row])
+            ).logits[0]
+            for name, row in zip(names, rows, strict=True)
+        ]
+    prepare(model, weights)
+    runner = ModelRunner(shared_copy(model))
+    for name in targets:
+        runner.bank.load(tmp_path / name)
+    cache = KVCache(runner.layout, 1 << 24)
+    sampling = [SamplingParams(), SamplingParams(), ALL, SamplingParams()]
+    requests = [
+        request(row, ((name, 1.0),) if name else (), own) for row, name, own in zip(rows, names, sampling, strict=True)
+    ]
+    found: list[list[torch.Tensor]] = [[] for _ in rows]
+    for counts in ((3, 0, 0, 2), (2, 4, 0, 0), (1, 0, 3, 1), (0, 0, 2, 0)):
+        works = [(own, count) for own, count in zip(requests, counts, strict=True) if count]
+        for (own, _), logits in zip(works, step(runner, cache, *works), strict=True):
+            found[requests.index(own)].append(logits)
+    for i, (own, logits) in enumerate(zip(requests, found, strict=True)):
+        assert not own.pending
+        wanted = expected[i] if own.sampling is ALL else expected[i][-1:]
+        torch.testing.assert_close(torch.cat(logits), wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---- what cannot be served

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from loradeck.errors import RequestError
+from loradeck.errors import LogitsError, RequestError
 from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve.request import Request, Scheduled
 from loradeck.serve.sampler import StepResult, sample
@@ -51,5 +51,5 @@ def test_each_request_has_its_own_result() -> None:
     batch = [Scheduled(own, own.pending) for own in requests]
     first, *failed, last = sample(SAMPLER, [logits, nan, nan.expand(2, -1), logits, logits], batch)
     assert first == last == StepResult(token=Token(int(logits.argmax())))
-    assert [type(result.error) for result in failed] == [RequestError] * 3
+    assert [type(result.error) for result in failed] == [LogitsError, LogitsError, RequestError]
     assert "out of bounds" in str(failed[2].error)

@@ -46,6 +46,74 @@ def test_special_tokens_are_no_text(tiny_tokenizer: PreTrainedTokenizerFast) -> 
     assert "".join(pieces_of(StopFilter(tiny_tokenizer, ["<|im_end|>"]), [*ids_of(tiny_tokenizer, "a"), end])) == "a"
 
 
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+def ids_with_specials(tokenizer: PreTrainedTokenizerFast, *parts: str) -> list[int]:
+    return [
+        token
+        for part in parts
+        for token in ([tokenizer.convert_tokens_to_ids(part)] if part in (START, END) else ids_of(tokenizer, part))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stop", "parts", "text"),
+    [
+        (START, ["ab", START, "c"], "ab"),
+        (f"\n{START}user", ["ab\n", START, "user", "c"], "ab"),
+        (f"\n{START}user", ["ab\n", START, "uses"], None),
+        (f"b{START}", ["abb", START, "c"], "ab"),
+        (f"{START}b", ["a", START, "c", START, "b"], "ac"),
+        (START + END, ["a", START, "b", START, END], "ab"),
+        (START, ["ab", END, "c"], None),
+        ("bc", ["ab", START, "cd"], "a"),  # as the client reads it
+        (START, list("a" + START + "b"), "a"),  # spelt out
+    ],
+)
+def test_a_stop_string_may_name_special_tokens(
+    tiny_tokenizer: PreTrainedTokenizerFast, stop: str, parts: list[str], text: str | None
+) -> None:
+    ids = ids_with_specials(tiny_tokenizer, *parts)
+    stream = StopFilter(tiny_tokenizer, ["\0no", stop])
+    pieces = pieces_of(stream, ids)
+    assert stream.stopped == (text is not None)
+    everything = "".join(part for part in parts if part not in (START, END))
+    assert "".join(pieces) == (everything if text is None else text)
+
+
+def test_a_special_token_does_not_stop_within_the_first_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = ids_with_specials(tiny_tokenizer, "a", START, "b", START, "c")
+    stream = StopFilter(tiny_tokenizer, [START], min_tokens=2)
+    assert "".join(pieces_of(stream, ids)) == "ab"
+    assert stream.stopped
+
+
+@given(
+    parts=st.lists(st.sampled_from(["a", "b", START, END])),
+    stops=st.lists(st.lists(st.sampled_from(["a", "b", START, END]), min_size=1, max_size=3).map("".join), max_size=3),
+)
+def test_the_text_ends_before_the_first_stop_string_of_text_and_special_tokens(
+    tiny_tokenizer: PreTrainedTokenizerFast, parts: list[str], stops: list[str]
+) -> None:
+    stream = StopFilter(tiny_tokenizer, stops)
+    kept = "".join(pieces_of(stream, ids_with_specials(tiny_tokenizer, *parts)))
+    for count in range(1, len(parts) + 1):
+        read = "".join(parts[:count])
+        shown = read.replace(START, "").replace(END, "")
+        named = [stop for stop in stops if "<" in stop]
+        if any(stop in read for stop in named) or any(stop in shown for stop in stops):
+            assert stream.stopped
+            starts = [
+                len(read[: read.find(stop)].replace(START, "").replace(END, "")) for stop in named if stop in read
+            ]
+            starts += [shown.find(stop) for stop in stops if stop in shown]
+            assert kept == shown[: min(starts)]
+            return
+    assert not stream.stopped
+    assert kept == "".join(parts).replace(START, "").replace(END, "")
+
+
 def test_a_text_that_goes_on_keeps_its_space(spaced_tokenizer: PreTrainedTokenizerFast) -> None:
     before, word = ids_of(spaced_tokenizer, "a"), ids_of(spaced_tokenizer, "b")
     assert StopFilter(spaced_tokenizer).push(word[0]) == "b"

@@ -19,6 +19,7 @@ INVALID = {
     "seed": [-1, 1.0, 2**64],
     "loraplus_lr_ratio": [0, -1, math.nan, "2"],
     "dpo_beta": [0, -0.1, None],
+    "dpo_sft_weight": [-0.1, math.nan, None],
     "valid_ratio": [-0.1, 1, math.nan],
     "eval_every": [0, 1.5],
     "patience": [0, True],

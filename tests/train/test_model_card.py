@@ -70,7 +70,7 @@ def test_the_outcome() -> None:
     assert cells["kept"] == "the adapter of step 2"
     assert cells["steps"] == "3 of 8"
     assert (cells["tokens read"], cells["tokens trained on"]) == ("3,000", "1,200")
-    assert cells["time"] == "3,600 s"
+    assert re.fullmatch(r"3,600 s, until \d{4}-\d\d-\d\d", cells["time"])
     assert cells["training loss"] == "4.0000 at step 1, 2.0000 at step 3, lowest 1.5000 at step 2"
     assert cells["validation loss"] == "1.7500 at the kept step, over 1,234 tokens"
 
@@ -111,10 +111,10 @@ def test_a_run_without_a_step_has_no_losses() -> None:
 
 
 def test_preferences_have_an_accuracy() -> None:
-    rated = Evaluation(job="poet", step=2, seconds=21, loss=0.5, tokens=9, best=True, accuracy=0.75)
+    rated = Evaluation(job="poet", step=2, seconds=21, loss=0.5, tokens=9, best=True, accuracy=0.75, margin=1.5)
     steps = [msgspec.structs.replace(step, accuracy=0.5) for step in STEPS]
     cells = rows(section(steps=steps, evaluations=[rated]))
-    assert cells["validation loss"] == "0.5000 at the kept step, over 9 pairs, accuracy 75.0%"
+    assert cells["validation loss"] == "0.5000 at the kept step, over 9 pairs, accuracy 75.0%, margin 1.50"
     assert cells["pairs trained on"] == "1,200"
 
 

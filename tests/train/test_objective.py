@@ -15,28 +15,33 @@ def test_sft_counts_supervised_tokens() -> None:
     objective = SFT()
     units = [objective.unit(ONE), objective.unit(OTHER)]
     assert objective.count(units) == 3
-    losses, correct = objective.losses(torch.tensor([2.0, 5.0]), None)
-    assert (losses.tolist(), correct) == ([2.0, 5.0], None)
+    losses, margins = objective.losses(units, torch.tensor([2.0, 5.0]), None)
+    assert (losses.tolist(), margins) == ([2.0, 5.0], None)
 
 
-@pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_dpo_is_its_formula(beta: float) -> None:
-    objective = DPO(beta)
+@pytest.mark.parametrize(("beta", "dpo_sft_weight"), [(0.1, 0.0), (2.0, 0.0), (0.1, 1.5)])
+def test_dpo_is_its_formula(beta: float, dpo_sft_weight: float) -> None:
+    objective = DPO(beta, dpo_sft_weight)
     units = [objective.unit(Preference(ONE, OTHER)), objective.unit(Preference(OTHER, ONE))]
     assert units == [(ONE, OTHER), (OTHER, ONE)]
     assert objective.count(units) == 2
-    chosen, rejected, base_chosen, base_rejected = -2.0, -5.0, -2.5, -4.0  # log-probabilities
-    losses = torch.tensor([-chosen, -rejected, -rejected, -chosen])
-    reference = torch.tensor([-base_chosen, -base_rejected, -base_rejected, -base_chosen])
-    losses, correct = objective.losses(losses, reference)
-    margin = (chosen - base_chosen) - (rejected - base_rejected)
-    expected = [-math.log(1 / (1 + math.exp(-beta * each))) for each in (margin, -margin)]
-    assert losses.tolist() == pytest.approx(expected)
-    assert correct is not None
-    assert correct.tolist() == [True, False]
+    one, other, start_one, start_other = -2.0, -5.0, -2.5, -4.0  # log-probabilities
+    losses = torch.tensor([-one, -other, -other, -one])
+    reference = torch.tensor([-start_one, -start_other, -start_other, -start_one])
+    losses, margins = objective.losses(units, losses, reference)
+    margin = beta * ((one - start_one) - (other - start_other))
+    chosen = [-one / 2, -other / 1]  # per token: ONE has two that are trained on, OTHER one
+    assert losses.tolist() == pytest.approx(
+        [
+            math.log(1 + math.exp(-each)) + dpo_sft_weight * nll
+            for each, nll in zip((margin, -margin), chosen, strict=True)
+        ]
+    )
+    assert margins is not None
+    assert margins.tolist() == pytest.approx([margin, -margin])
 
 
-def test_dpo_of_the_base_itself_is_log_two() -> None:
+def test_dpo_at_its_start_is_log_two() -> None:
     same = torch.tensor([3.0, 4.0])
-    losses, _ = DPO(0.1).losses(same, same)
+    losses, _ = DPO(0.1, 0.0).losses([(ONE, OTHER)], same, same)
     assert losses.tolist() == pytest.approx([math.log(2)])

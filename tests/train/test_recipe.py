@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import AdapterNameError, ConfigError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
@@ -74,6 +75,7 @@ def test_a_recipe_that_is_written_is_read_back(tmp_path: Path) -> None:
                 data='C:\\a "b"\n',
                 valid="elsewhere",
                 last_layers=2,
+                reading=DataConfig(columns={"prompt": "The question"}, encoding="cp1252", skip_long=True),
                 lora=LoraConfig(r=3, rank_pattern={"q_proj": 9}, exclude_modules=["a", "b"], use_rslora=True),
                 train=TrainConfig(learning_rate=1.2345678901234567e-5, patience=3, valid_ratio=0.1, eval_every=7),
             ),
@@ -82,6 +84,13 @@ def test_a_recipe_that_is_written_is_read_back(tmp_path: Path) -> None:
         sweep=True,
     )
     assert read_recipe(write(tmp_path, recipe.toml())) == recipe
+
+
+def test_columns_are_a_table_or_a_text(tmp_path: Path) -> None:
+    for columns in ('"prompt=question, completion=answer"', '{ prompt = "question", completion = "answer" }'):
+        text = f'base = "x"\n[[adapter]]\nname = "a"\ndata = "x"\nfold_system = true\ncolumns = {columns}'
+        [job] = read_recipe(write(tmp_path, text)).jobs
+        assert job.reading == DataConfig(columns="prompt=question,completion=answer", fold_system=True)
 
 
 def test_every_problem_is_named(tmp_path: Path) -> None:

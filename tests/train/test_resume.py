@@ -1,13 +1,14 @@
 """A run that is killed at any moment resumes to the same bits; Ctrl-C ends it after a step; two runs are the same."""
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import pytest
 
 from loradeck.base.load import Base
 from loradeck.errors import TrainingError
+from loradeck.lora.adapter import Adapter
 from loradeck.train import checkpoint
 from loradeck.train.events import AnyEvent, End, Evaluation, Sample
-from loradeck.train.recipe import read_recipe
+from loradeck.train.history import read_history
+from loradeck.train.recipe import RunRecipe, read_recipe
 from loradeck.train.run import Run
+from loradeck.train.schedule import Schedule
 
 pytestmark = pytest.mark.slow
 
@@ -227,6 +231,69 @@ def test_a_finished_run_has_nothing_to_do(stopped: Path, base: Base) -> None:
     assert not run.trainer.running
     run.train()
     assert outcome(stopped) == before
+
+
+def test_a_finished_run_is_extended_by_the_rule(folder: Path, base: Base) -> None:
+    """As a run whose schedule becomes that of the new total at the step reached: bits of adapters and events."""
+    recipe = read_recipe(folder / "run.toml")
+    longer = {"one": 40, "two": 20}
+
+    def extended(recipe: RunRecipe) -> RunRecipe:
+        jobs = [replace(job, train=replace(job.train, max_steps=longer[job.name])) for job in recipe.jobs]
+        return replace(recipe, jobs=tuple(jobs))
+
+    run = Run(recipe, folder / "whole-run", base)
+    run.begin()
+    schedules = {
+        name: Schedule.of(job.config, len(job.train), base.model.config) for name, job in run.trainer.jobs.items()
+    }
+    for name, job in run.trainer.jobs.items():  # both schedules in one run: the old total's, then the new one's
+        old, new = schedules[name], replace(schedules[name], steps=longer[name], warmup=math.ceil(longer[name] / 10))
+        job.schedule = Both(old, new)  # type: ignore[assignment]
+    run.train()
+    whole = adapters(folder / "whole-run")
+    rates = {n: [step.learning_rate for step in h.steps] for n, h in read_history(folder / "whole-run").items()}
+    run.bank.detach()
+
+    run = Run(recipe, folder / "out", base)
+    run.begin()
+    run.train()
+    assert {name: job.progress.step for name, job in run.trainer.jobs.items()} == {"one": 24, "two": 13}
+    before = adapters(folder / "out")
+    run.bank.detach()
+    run = Run(extended(read_recipe(folder / "out" / "run.toml")), folder / "out", base)
+    run.resume()
+    run.train()
+    assert {name: job.progress.step for name, job in run.trainer.jobs.items()} == longer
+    history = read_history(folder / "out")
+    assert {n: [step.learning_rate for step in h.steps] for n, h in history.items()} == rates
+    assert adapters(folder / "out") == whole
+    assert whole["two"] != before["two"]
+    assert read_recipe(folder / "out" / "run.toml").jobs[0].train.max_steps == 40, "to resume it again"
+    run.bank.detach()
+    fewer = read_recipe(folder / "out" / "run.toml")
+    fewer = replace(fewer, jobs=tuple(replace(job, train=replace(job.train, max_steps=5)) for job in fewer.jobs))
+    with pytest.raises(TrainingError, match="one: it has taken 40 steps already, more than 5"):
+        Run(fewer, folder / "out", base).resume()
+
+
+class Both:
+    """Two schedules, the second from the first one's end on."""
+
+    def __init__(self, old: Schedule, new: Schedule) -> None:
+        self.old, self.new = old, new
+        self.steps, self.peak = new.steps, new.peak
+
+    def __call__(self, step: int) -> float:
+        return (self.old if step < self.old.steps else self.new)(step)
+
+
+def adapters(run: Path) -> dict[str, dict[str, list[float]]]:
+    return {name: tensors(run / name) for name in ("one", "two")}
+
+
+def tensors(folder: Path) -> dict[str, list[float]]:
+    return {key: tensor.flatten().tolist() for key, tensor in Adapter.load(folder).tensors()}
 
 
 def test_without_a_checkpoint_it_begins_anew(stopped: Path, base: Base) -> None:

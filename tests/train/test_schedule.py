@@ -58,5 +58,19 @@ def test_the_automatic_rate_of_an_unknown_family_and_of_a_short_run() -> None:
     assert "fewer than 100 steps" in reason
 
 
+def test_pairs_take_a_lower_rate_the_longer_the_run() -> None:
+    """A quarter of SFT's up to 100 steps, a twentieth from 500 on, and a given rate as it is."""
+
+    def ratio(steps: int) -> float:
+        config = TrainConfig(max_steps=steps)
+        pairs, sft = (Schedule.of(config, 9, GPT2Config(), preferences=each).peak for each in (True, False))
+        return pairs / sft
+
+    assert [ratio(steps) for steps in (1, 24, 100, 200, 500, 9000)] == pytest.approx(
+        [0.25, 0.25, 0.25, 0.125, 0.05, 0.05]
+    )
+    assert Schedule.of(TrainConfig(learning_rate=0.1), 9, GPT2Config(), preferences=True).peak == 0.1
+
+
 def test_a_given_rate_is_used() -> None:
     assert (schedule().peak, schedule().reason) == (1.0, "as given")

@@ -200,9 +200,8 @@ def test_the_loss_of_preferences_begins_at_log_two_and_falls(
     base: Base, bank: Bank, random_pairs: Callable, tiny: LlamaForCausalLM
 ) -> None:
     trainer = Trainer(base, bank)
-    job = trainer.add(
-        "one", random_pairs(4, 1), TrainConfig(learning_rate=1e-2, batch_size=4, max_steps=30, dpo_beta=0.5)
-    )
+    config = TrainConfig(learning_rate=1e-2, batch_size=4, max_steps=30, dpo_beta=0.5, dpo_sft_weight=0)
+    job = trainer.add("one", random_pairs(4, 1), config)
     for _ in trainer:
         pass
     assert job.progress.losses[0] == pytest.approx(0.693147, abs=1e-5)

@@ -1,6 +1,8 @@
 """Models and adapters: OpenAI's list, vLLM's routes to load and unload, llama.cpp's scales."""
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,9 @@ from loradeck.api.responses import (
     json_response,
 )
 from loradeck.api.state import ServerState, state_of
-from loradeck.errors import UnknownAdapterError
+from loradeck.errors import AdapterError, UnknownAdapterError
+from loradeck.lora.names import check_name
+from loradeck.stored import read_stored
 
 if TYPE_CHECKING:
     from loradeck.serve.adapter_cache import Resident
@@ -32,12 +36,14 @@ if TYPE_CHECKING:
 
 INVALID_USER_INPUT = "InvalidUserInput"  # vLLM's error type
 
+log = logging.getLogger(__name__)
+
 
 # ---- models
 
 
 async def list_models(request: Request) -> Response:
-    """List the base, and the latest version of each adapter that the key may use."""
+    """List the base, and the latest version of each adapter that fits it and that the key may use."""
     return json_response(ModelList(await run_sync(_list_models, state_of(request), request.state.key)))
 
 
@@ -47,8 +53,7 @@ async def get_model(request: Request) -> Response:
 
 
 def _list_models(state: ServerState, key: ApiKey) -> list[ModelCard]:
-    store = state.engine.store
-    latest = [stored for stored in store.latest() if key.may_use(stored.name)] if store else []
+    latest = [stored for stored in state.catalogue.usable() if key.may_use(stored.name)]
     residents = _residents(state)
     return [
         _base_card(state, state.names.base),
@@ -68,6 +73,7 @@ def _get_model(state: ServerState, key: ApiKey, name: str) -> ModelCard:
     if store is None or selection.label not in dict(selection.weights):  # a blend, or a scaled adapter
         raise _unknown_model(name)
     stored = store.find(selection.label)
+    state.engine.adapter_cache.check(stored)
     return _adapter_card(state, name, stored, _residents(state), sha256=stored.sha256())
 
 
@@ -121,11 +127,12 @@ def _unknown_model(name: str) -> HttpError:
 
 
 async def load_adapter(request: Request) -> Response:
-    """Load an adapter; a folder from outside the store is published there first."""
+    """Load an adapter; a folder from outside the store is published there once it is loaded."""
     request.state.key.check_control()
     state = state_of(request)
     body = await read_body(request, LoadAdapterRequest, state.config.max_body_bytes)
-    await run_sync(_load_adapter, state, body)
+    async with state.lock(body.lora_name):
+        await run_sync(_load_adapter, state, body)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -134,40 +141,57 @@ async def unload_adapter(request: Request) -> Response:
     request.state.key.check_control()
     state = state_of(request)
     body = await read_body(request, UnloadAdapterRequest, state.config.max_body_bytes)
-    await run_sync(_unload_adapter, state, body.lora_name)
+    if not await run_sync(state.engine.adapter_cache.unload, body.lora_name):
+        raise HttpError(404, f"The adapter {body.lora_name[:128]!r} is not loaded.", param="lora_name")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
-    store, name = _store(state), body.lora_name
-    path = body.lora_path or name
-    if path in (name, str(store.folder / name)):
-        if not body.load_inplace and _is_loaded(state, name):
-            raise HttpError(
-                400, f"The adapter {name!r} is already loaded.", param="lora_name", error_type=INVALID_USER_INPUT
-            )
+    """Load an adapter. If this fails, the store and the adapters in memory are as before."""
+    store, cache, name = _store(state), state.engine.adapter_cache, body.lora_name
+    source = _source(store, name, body.lora_path or name)
+    is_latest, exists = _is_latest(store, name, source), name in store.names()
+    if not body.load_inplace and is_latest and cache.tier(source.sha256()) == "device":
+        raise _taken(f"The adapter {name!r} is already loaded.")
+    if not body.load_inplace and exists and not is_latest:
+        raise _taken(f"The name {name!r} is taken.", hint="load_inplace=true publishes the next version of it.")
+    if is_latest:
+        cache.load(source)
     else:
-        source = _source_folder(store, path)
-        if not body.load_inplace and name in store.names():
-            raise HttpError(
-                400,
-                f"The name {name!r} is taken.",
-                param="lora_name",
-                error_type=INVALID_USER_INPUT,
-                hint="load_inplace=true publishes the next version of it.",
-            )
-        store.publish(name, source)
-    state.engine.adapter_cache.load(name)
+        check_name(name)
+        _publish(state, name, source)
 
 
-def _source_folder(store: "AdapterStore", path: str) -> Path:
-    """Return the folder of a `lora_path`: an adapter of the store, or an absolute path on this machine."""
+def _publish(state: ServerState, name: str, source: "Stored") -> None:
+    """Load an adapter, then publish it: nobody sees a version that cannot be used."""
+    store, cache, sha256 = _store(state), state.engine.adapter_cache, source.sha256()
+    was_loaded = cache.tier(sha256) == "device"
+    cache.load(source)
+    version: Stored | None = None
     try:
-        return store.find(path).path
-    except UnknownAdapterError:
-        source = Path(path)
-    if source.is_absolute() and source.is_dir():
-        return source
+        version = store.publish(name, source.path)
+        if version.sha256() != sha256:
+            raise AdapterError(f"{source.path} changed while it was loaded", hint="Load it again.")
+        cache.load(version)
+    except BaseException:
+        if version is not None:
+            store.remove(version.spec)
+        if not was_loaded:
+            cache.discard(sha256)
+        raise
+    log.info("published %(adapter)s from %(path)s", {"adapter": version.spec, "path": str(source.path)})
+
+
+def _source(store: "AdapterStore", name: str, path: str) -> "Stored":
+    """Return the adapter of a `lora_path`: one of the store, or that of an absolute path on this machine."""
+    source = Path(path)
+    with suppress(UnknownAdapterError):
+        return store.find(source.name if source.parent == store.folder else path)
+    try:
+        if source.is_absolute() and source.is_dir():
+            return read_stored(name, 0, source, None)
+    except OSError as error:  # such as a path that is too long
+        raise AdapterError(f"{path[:200]!r} cannot be read: {error.strerror}") from error
     raise HttpError(
         404,
         f"There is no adapter at {path[:200]!r}.",
@@ -176,14 +200,16 @@ def _source_folder(store: "AdapterStore", path: str) -> Path:
     )
 
 
-def _unload_adapter(state: ServerState, name: str) -> None:
-    if not _is_loaded(state, name):
-        raise HttpError(404, f"The adapter {name[:128]!r} is not loaded.", param="lora_name")
-    state.engine.adapter_cache.unload(name)
+def _is_latest(store: "AdapterStore", name: str, source: "Stored") -> bool:
+    """Return whether an adapter has the content of a name's latest version, wherever it comes from."""
+    try:
+        return store.find(name).sha256() == source.sha256()
+    except (UnknownAdapterError, AdapterError):
+        return False
 
 
-def _is_loaded(state: ServerState, spec: str) -> bool:
-    return state.engine.adapter_cache.tier(_store(state).find(spec).sha256()) == "device"
+def _taken(message: str, *, hint: str = "") -> HttpError:
+    return HttpError(400, message, param="lora_name", error_type=INVALID_USER_INPUT, hint=hint)
 
 
 def _store(state: ServerState) -> "AdapterStore":
@@ -211,10 +237,11 @@ async def set_lora_scales(request: Request) -> Response:
 
 def _list_lora_adapters(state: ServerState, key: ApiKey) -> list[LoraAdapter]:
     scales = state.adapter_ids.scales
+    usable = {stored.name for stored in state.catalogue.usable() if key.may_use(stored.name)}
     return [
         LoraAdapter(number, name, scales.get(name, 0.0))
         for number, name in state.adapter_ids.names().items()
-        if key.may_use(name)
+        if name in usable
     ]
 
 

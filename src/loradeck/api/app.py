@@ -1,5 +1,6 @@
 """The HTTP application: the list of its routes, and the middleware that every request passes."""
 
+import difflib
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from loradeck.api import adapters, tokenization
 from loradeck.api import requests as req
@@ -21,8 +22,10 @@ from loradeck.api.auth import ApiKeys, AuthMiddleware
 from loradeck.api.chat import create_chat_completion
 from loradeck.api.completions import create_completion
 from loradeck.api.config import ServerConfig
-from loradeck.api.errors import error_handler, shutting_down
+from loradeck.api.errors import HttpError, error_handler, shutting_down
 from loradeck.api.evaluate import evaluate
+from loradeck.api.host import HostMiddleware
+from loradeck.api.middleware import RequestMiddleware
 from loradeck.api.openapi import Operation, openapi_document
 from loradeck.api.state import ServerState, state_of
 from loradeck.errors import LoradeckError
@@ -31,6 +34,8 @@ from loradeck.evaluation.report import Report
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
     from loradeck.serve.engine import Engine
+
+MAX_PATH = 128  # characters of an unknown path that are looked at
 
 
 async def get_health(request: Request) -> Response:
@@ -56,6 +61,13 @@ async def get_openapi(_: Request) -> Response:
     return Response(DOCUMENT, media_type=res.JSON)
 
 
+async def unknown_route(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+    """Refuse a path that no route has."""
+    close = difflib.get_close_matches(scope["path"][:MAX_PATH], PATHS, n=1, cutoff=0.7)
+    hint = f"Did you mean {close[0]}?" if close else "GET /openapi.json lists the routes."
+    raise HttpError(404, f"There is no route {scope['path'][:MAX_PATH]}.", hint=hint)
+
+
 OPERATIONS = [
     Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
@@ -74,6 +86,7 @@ OPERATIONS = [
     Operation("GET", "/metrics", get_metrics),
     Operation("GET", "/openapi.json", get_openapi, None, dict),
 ]
+PATHS = [operation.route.path_format for operation in OPERATIONS]
 DOCUMENT = msgspec.json.encode(openapi_document(OPERATIONS))
 
 
@@ -82,7 +95,8 @@ def app(
 ) -> Starlette:
     """Return the OpenAI-compatible application of an engine.
 
-    Without keys every client may do everything, so the application answers only to the Host headers of `config`.
+    Without keys every client may do everything, so the application answers only for this machine's own names and for
+    the hosts of `config`.
 
     Args:
         engine: The engine that answers.
@@ -92,9 +106,8 @@ def app(
     """
     state = ServerState(engine, metrics, keys or ApiKeys(), config or ServerConfig())
     handle_error = error_handler(state.store_path)
-    middleware = []
-    if not state.keys:
-        middleware.append(Middleware(TrustedHostMiddleware, [*state.config.hosts], www_redirect=False))
+    hosts = ["*"] if state.keys else state.config.hosts
+    middleware = [Middleware(RequestMiddleware, state, handle_error), Middleware(HostMiddleware, hosts, handle_error)]
     if state.config.origins:
         origins = [*state.config.origins]
         middleware.append(Middleware(CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]))
@@ -102,7 +115,8 @@ def app(
     application = Starlette(
         routes=[operation.route for operation in OPERATIONS],
         middleware=middleware,
-        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect, Exception), handle_error),
+        exception_handlers=dict.fromkeys((LoradeckError, HTTPException, ClientDisconnect), handle_error),
     )
+    application.router.default = unknown_route
     application.state.server = state
     return application

@@ -10,7 +10,6 @@ A keys file is TOML, one table per key:
 
 import hashlib
 import hmac
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,17 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loradeck.api.errors import HttpError
 from loradeck.errors import ConfigError
 
 PUBLIC_PATHS = frozenset({"/health", "/version", "/openapi.json"})
-REQUEST_ID = "x-request-id"
-MAX_REQUEST_ID = 128  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +76,8 @@ class ApiKeys:
     def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
         self._keys = tuple(keys)
 
-    def __bool__(self) -> bool:
-        return bool(self._keys)
+    def __len__(self) -> int:
+        return len(self._keys)
 
     @classmethod
     def load(cls, path: str | Path) -> "ApiKeys":
@@ -130,7 +127,7 @@ class ApiKeys:
 
 
 class AuthMiddleware:
-    """Sets `request.state.key`, and sends each request's id back in the response."""
+    """Sets `request.state.key`."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, on_error: Callable[[Request, Exception], Response]) -> None:
         self._app = app
@@ -140,18 +137,11 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers = Headers(scope=scope)
-        request_id = headers.get(REQUEST_ID, "")[:MAX_REQUEST_ID] or secrets.token_hex(16)
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
-
         app = self._app
         if scope["path"] not in PUBLIC_PATHS:
             try:
-                scope.setdefault("state", {})["key"] = self._keys.authenticate(headers.get("authorization"))
+                authorization = Headers(scope=scope).get("authorization")
+                scope.setdefault("state", {})["key"] = self._keys.authenticate(authorization)
             except HttpError as error:
                 app = self._on_error(Request(scope), error)
-        return await app(scope, receive, send_with_id)
+        return await app(scope, receive, send)

@@ -45,6 +45,7 @@ async def create_chat_completion(request: Request) -> Response | EventStream:
 
 def _submit(state: ServerState, key: ApiKey, body: ChatCompletionRequest) -> "list[Generation]":
     selection = generate.select_adapters(state, key, body)
+    generate.check_tokens(state, body)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
     prompt = encode_messages(state.engine.base.tokenizer, body)

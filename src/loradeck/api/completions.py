@@ -39,6 +39,7 @@ async def create_completion(request: Request) -> Response | EventStream:
 def _submit(state: ServerState, key: ApiKey, body: CompletionRequest) -> "tuple[list[Generation], list[str]]":
     """Return the generations, and for each the text of its prompt if the answer repeats it."""
     selection = generate.select_adapters(state, key, body)
+    generate.check_tokens(state, body)
     prompts = encode_prompts(state.engine.base.tokenizer, body.prompt, special=body.add_special_tokens is not False)
     requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prompt_logprobs = body.logprobs if body.echo else None

@@ -1,6 +1,7 @@
 """The server's configuration. Light to import: the command line reads its flags from it."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from loradeck.errors import ConfigError
 
@@ -19,6 +20,8 @@ class ServerConfig:
     """Maximum number of tokens in a prompt; the base's context is a limit too."""
     max_output: int = 1 << 20
     """Maximum number of tokens in an answer; a request that asks for more gets this many."""
+    default_max_tokens: int | None = None
+    """Maximum number of tokens in a chat's answer if the request names none; by default, the rest of the context."""
     max_choices: int = 128
     """Maximum number of answers to one request: its prompts times `n`."""
     max_eval_rows: int = 4096
@@ -29,15 +32,19 @@ class ServerConfig:
     """Seconds that running requests have to finish when the server shuts down."""
     top_adapters: int = 100
     """Maximum number of adapters with metrics of their own; the others are counted together."""
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
-    """Accepted Host headers when no keys are set (guards against DNS rebinding)."""
+    hosts: tuple[str, ...] = ()
+    """Accepted Host headers besides localhost's when no keys are set (guards against DNS rebinding)."""
     origins: tuple[str, ...] = ()
     """Origins of the web pages that may use this server (CORS)."""
+    log_format: Literal["text", "json"] = "text"
+    """Format of the log, which goes to stderr: one line per event."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important events to log: debug adds tracebacks of errors, warning leaves out requests that succeed."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         problems = [
-            f"{name}={value!r}" for name, value in values.items() if not isinstance(value, tuple) and not value > 0
+            f"{name}={value!r}" for name, value in values.items() if isinstance(value, int | float) and not value > 0
         ]
         if problems:
             raise ConfigError("invalid server configuration", problems, hint="Give numbers above 0.")

@@ -15,7 +15,9 @@ from loradeck.errors import (
     AdapterNameError,
     BusyError,
     ConfigError,
+    LogitsError,
     LoradeckError,
+    RequestTimeoutError,
     RouteError,
     UnknownAdapterError,
 )
@@ -31,7 +33,9 @@ TYPES = {
     415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
+    CLIENT_CLOSED_REQUEST: "ClientClosedRequestError",
     503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
 }
 STATUSES: dict[type[LoradeckError], int] = {
     ConfigError: 400,
@@ -40,7 +44,10 @@ STATUSES: dict[type[LoradeckError], int] = {
     UnknownAdapterError: 404,
     AdapterError: 422,  # the adapter exists, and a retry will not fix it
     BusyError: 429,
+    LogitsError: 422,
+    RequestTimeoutError: 504,
 }
+DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients send a 504 again otherwise
 
 
 class HttpError(LoradeckError):
@@ -86,30 +93,35 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
     param, error_type = None, ""
     match error:
         case HttpError():
-            status, text, headers = error.status, str(error), error.headers
+            status, text, headers = error.status, error.text("http"), error.headers
             param, error_type = error.param, error.error_type
         case LoradeckError():
             status = next((code for base, code in STATUSES.items() if isinstance(error, base)), 500)
-            text = str(error)
+            text = error.text("http")
             if isinstance(error, UnknownAdapterError):  # its hint lists names that this client may not know
                 text, param = f"{error.message}\nGET /v1/models lists the models.", "model"
             if isinstance(error, BusyError):
                 headers = {"retry-after": str(math.ceil(error.retry_after))}
+            if isinstance(error, RequestTimeoutError):  # once more, it would take as long
+                headers = DO_NOT_RETRY
         case HTTPException():
             status, text, headers = error.status_code, error.detail, dict(error.headers or {})
+            if status == 405:
+                text += f"; this route takes {headers.get('Allow', '')}."
         case ClientDisconnect():
             status, text = CLIENT_CLOSED_REQUEST, "The client closed the connection."
         case _:
             status, text = 500, "Internal server error; the server's log has the details."
     if store:
-        text = text.replace(f"{store}/", "").replace(store, "the store")
+        text = text.replace(f"{store}/", "").replace(f"the store {store}", "the store").replace(store, "the store")
     return ErrorInfo(text, error_type or TYPES.get(status) or _type_of(status), param, status), headers
 
 
 def error_handler(store: str) -> Callable[[Request, Exception], Response]:
     """Return the application's exception handler; `store` as in `error_info`."""
 
-    def handle(_: Request, error: Exception) -> Response:
+    def handle(request: Request, error: Exception) -> Response:
+        request.state.error = error  # for the log
         info, headers = error_info(error, store)
         return json_response(ErrorResponse(info), info.code, headers)
 

@@ -1,5 +1,6 @@
 """What both kinds of generation share: submitting a request to the engine, and responding, whole or as a stream."""
 
+import difflib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loradeck.api.auth import ApiKey
-from loradeck.api.errors import HttpError, error_info, shutting_down
+from loradeck.api.errors import HttpError, error_info, invalid_field, shutting_down
 from loradeck.api.model_name import AdapterSelection
 from loradeck.api.requests import GenerationRequest
 from loradeck.api.responses import ErrorResponse, FinishReason, PromptTokensDetails, Usage, json_response
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import EventStream, SendEvent, run_until_disconnect
-from loradeck.errors import BusyError
+from loradeck.errors import BusyError, UnknownAdapterError
 from loradeck.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     FinishedGeneration: TypeAlias = tuple[Generation, Sequence[TextChunk]]
 
 SEEDS = 2**64
+MAX_NAME = 128  # characters of an unknown name that are compared
 SAMPLING_FIELDS = (  # those that GenerationRequest and SamplingParams share
     "min_tokens",
     "temperature",
@@ -78,8 +80,21 @@ def select_adapters(state: ServerState, key: ApiKey, request: GenerationRequest)
     return selection
 
 
+def check_tokens(state: ServerState, request: GenerationRequest) -> None:
+    """Check the token ids of a request, besides its prompt's.
+
+    Raises:
+        HttpError: 400 with the field's name, an unknown id.
+    """
+    for field in ("logit_bias", "stop_token_ids"):
+        with invalid_field(field):
+            state.engine.check_tokens(getattr(request, field) or ())
+
+
 def max_tokens(state: ServerState, prompt: Sequence[int], requested: int | None) -> int:
     """Return how many tokens the answer to a prompt may have: as many as requested, within the limits.
+
+    If nothing is requested, as many as the server's configuration, or else the base's, says; or else all that fit.
 
     Raises:
         HttpError: 400, the prompt leaves no room in the base's context.
@@ -91,7 +106,10 @@ def max_tokens(state: ServerState, prompt: Sequence[int], requested: int | None)
             f"The prompt has {len(prompt)} tokens; with the answer, at most {context} fit into the base's context."
         )
         raise HttpError(400, message, param="prompt")
-    return min(room, state.config.max_output, room if requested is None else requested)
+    if requested is None:
+        settings = state.engine.base.model.generation_config
+        requested = state.config.default_max_tokens or getattr(settings, "max_new_tokens", None) or room
+    return min(room, state.config.max_output, requested)
 
 
 def sampling_params(
@@ -155,8 +173,21 @@ def submit(
         state.release(generations)
         if state.shutting_down and isinstance(error, BusyError):
             raise shutting_down() from error
+        if isinstance(error, UnknownAdapterError):
+            raise _unknown_adapter(state, key, selection, error) from error
         raise
     return generations
+
+
+def _unknown_adapter(
+    state: ServerState, key: ApiKey, selection: AdapterSelection, error: UnknownAdapterError
+) -> HttpError:
+    """Return a 404 that names the adapters of a similar name that the key may use."""
+    names = {name for name in (state.engine.store.names() if state.engine.store else ()) if key.may_use(name)}
+    unknown = [name for name in selection.names if name not in names]
+    close = [name for word in unknown for name in difflib.get_close_matches(word[:MAX_NAME], names)]
+    hint = f"Did you mean {' or '.join(close[:3])}?" if close else "GET /v1/models lists the models."
+    return HttpError(404, error.message, param="model", hint=hint)
 
 
 def _with_seed(params: SamplingParams, number: int) -> SamplingParams:
@@ -173,6 +204,7 @@ async def respond(
     """Return the response to a request; the generations are released when it is sent or the client disconnects."""
     state = state_of(request)
     n = body.n or 1
+    request.state.generations, request.state.n = generations, n  # for the log
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
 
@@ -180,6 +212,7 @@ async def respond(
             return msgspec.json.encode(form.usage_event(_usage(generations, n))) if include_usage else b""
 
         def error_data(error: Exception) -> bytes:
+            request.state.error = error  # for the log
             info, _ = error_info(error, state.store_path)
             return msgspec.json.encode(ErrorResponse(info))
 

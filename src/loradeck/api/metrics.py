@@ -151,6 +151,7 @@ class Metrics(Collector):
         yield loaded
         yield GaugeMetricFamily("loradeck_adapter_resident_bytes", "On the device.", adapters.nbytes)
         yield CounterMetricFamily("loradeck_adapter_loads", "Adapters loaded.", adapters.loads)
+        yield CounterMetricFamily("loradeck_adapter_load_failures", "Loads that failed.", adapters.load_failures)
         yield CounterMetricFamily("loradeck_adapter_load_seconds", "Time spent loading.", adapters.load_seconds)
         yield CounterMetricFamily("loradeck_adapter_evictions", "Adapters evicted.", adapters.evictions)
 

@@ -3,14 +3,13 @@
 `poet` · `smollm2-135m:poet` · `poet@2` · `poet*0.7+pirate*0.3` · "" or the base's name: the base alone
 """
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeck.api.errors import HttpError, invalid_field
-from loradeck.api.requests import GenerationRequest, LoraScale
+from loradeck.api.requests import MAX_WEIGHT, GenerationRequest, LoraScale
 from loradeck.blend import format_blend, parse_blend
 
 if TYPE_CHECKING:
@@ -138,15 +137,16 @@ def _blend(parts: Sequence[tuple[str, float]], param: str) -> AdapterSelection:
     """Return the selection of a blend; the weights of an adapter that is named twice add up.
 
     Raises:
-        HttpError: 400, too many adapters, one without a name, or a weight that is not finite.
+        HttpError: 400, too many adapters, one without a name, or a weight that is too large.
     """
     weights: dict[str, float] = {}
     for spec, weight in parts:
         weights[spec] = weights.get(spec, 0.0) + weight
         if not spec.partition("@")[0]:
             raise HttpError(400, f"Invalid adapter name {spec[:128]!r}.", param=param)
-        if not math.isfinite(weights[spec]):
-            raise HttpError(400, f"The weight of {spec[:128]!r} is not finite.", param=param)
+        if not abs(weights[spec]) <= MAX_WEIGHT:
+            message = f"The weight of {spec[:128]!r} is {weights[spec]:g}; it may be up to {MAX_WEIGHT:g}."
+            raise HttpError(400, message, param=param)
     if len(weights) > MAX_BLEND:
         raise HttpError(400, f"A blend of {len(weights)} adapters; the maximum is {MAX_BLEND}.", param=param)
     return AdapterSelection(tuple(sorted(weights.items())))

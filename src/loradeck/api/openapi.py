@@ -64,7 +64,7 @@ def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error:
     if operation.body is not None:
         statuses |= {400, 413, 415}
     if isinstance(operation.body, type) and issubclass(operation.body, GenerationRequest):
-        statuses |= {404, 422, 429, 503}
+        statuses |= {404, 422, 429, 503, 504}
         content["text/event-stream"] = dict[str, Any]()  # OpenAPI 3.1 has no schema for events
     description: dict[str, Any] = {
         "summary": operation.handler.__doc__,

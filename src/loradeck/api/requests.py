@@ -9,18 +9,24 @@ import msgspec
 from msgspec import Meta
 from starlette.requests import Request
 
+from loradeck.api.coercion import coercion
 from loradeck.api.errors import HttpError
 from loradeck.api.responses import JSON
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
-MAX_STOP_STRINGS = 4  # OpenAI's limit
 MAX_EVAL_ADAPTERS = 256
+MAX_WEIGHT = 1e6  # of an adapter; beyond it float32 has no digits left for what the base computes
+MAX_STOP_STRINGS = 256  # each is looked for at every token; OpenAI takes four, vLLM any number
+MAX_STOP_LENGTH = 4096  # characters
+MAGICS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # how compressed data begins; no JSON does
 
 NonNegativeInt: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]
 TokenId: TypeAlias = NonNegativeInt
 Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 NonEmptyStr: TypeAlias = Annotated[str, Meta(min_length=1)]
+Weight: TypeAlias = Annotated[float, Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+StopString: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Unsupported: TypeAlias = Mapping[str, tuple[Any, ...]]
 """Fields that would change what an answer means, each with the values that change nothing and are accepted."""
 
@@ -32,7 +38,7 @@ class LoraScale(msgspec.Struct):
     """llama.cpp's way to select an adapter: its id in `GET /lora-adapters`, and its weight."""
 
     id: NonNegativeInt
-    scale: float
+    scale: Weight
 
 
 class StreamOptions(msgspec.Struct):
@@ -63,7 +69,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
-    stop: NonEmptyStr | Annotated[list[NonEmptyStr], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    """A stop string may name special tokens, alone or within other text."""
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -97,15 +104,38 @@ class TextPart(msgspec.Struct):
     text: str
 
 
+class FunctionCall(msgspec.Struct):
+    """A function that the assistant called."""
+
+    name: NonEmptyStr
+    arguments: str | dict[str, Any] = ""
+    """JSON, as OpenAI writes it in a string."""
+
+
+class ToolCall(msgspec.Struct):
+    """A call of a function; OpenAI's other kinds of tools are not supported."""
+
+    function: FunctionCall
+    id: str = ""
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(msgspec.Struct):
     """One message of a conversation, as the chat template reads it."""
 
     role: str
+    """The role `developer` is `system`; `function` is `tool`."""
     content: str | list[TextPart] | None = None
+    refusal: str | None = None
+    """The assistant's content when it refused."""
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
+    """Refused, as messages of tools are, if the base's chat template leaves them out."""
+    function_call: FunctionCall | None = None
+    """OpenAI's older form of one tool call."""
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    audio: None = None
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
@@ -119,14 +149,15 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     """Input of the chat template; refused if the template ignores them. Answers stay text."""
     tool_choice: Literal["none", "auto"] | None = None
     """`none` leaves the tools out of the prompt. Nothing forces the model to call one."""
+    functions: list[dict[str, Any]] | None = None
+    """OpenAI's older form of `tools`, and the next one of `tool_choice`."""
+    function_call: Literal["none", "auto"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     unsupported: ClassVar[Unsupported] = {
         **GenerationRequest.unsupported,
-        "functions": ([],),
-        "function_call": ("none",),
         "modalities": (["text"], []),
         "audio": (),
         "web_search_options": (),
@@ -207,20 +238,32 @@ class EvaluateRequest(msgspec.Struct, kw_only=True):
 async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
     """Return a request's JSON body as a `kind`; unknown fields are ignored.
 
+    A whole number may be written as 4.0, and null means a field's default.
+
     Raises:
-        HttpError: 415, its content type is not JSON; 413, it has more than `max_bytes`; 400 with the name of the field,
-            it is invalid or sets one of the kind's `unsupported` fields.
+        HttpError: 415, its content type is not JSON or it is compressed; 413, it has more than `max_bytes`; 400 with
+            the name of the field, it is invalid or sets one of the kind's `unsupported` fields.
     """
     # Any other content type can be sent to a server on the loopback by a web page, without a CORS preflight.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise HttpError(415, f"The content-type of a request must be {JSON}.")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
             raise HttpError(413, f"The request body is larger than {max_bytes} bytes.")
+    if encoding == "identity":
+        encoding = next((name for magic, name in MAGICS.items() if body.startswith(magic)), encoding)
+    if encoding != "identity":
+        raise HttpError(
+            415,
+            f"The body is compressed with {encoding[:128]!r}.",
+            hint="Send it without a content-encoding.",
+            headers={"accept-encoding": "identity"},
+        )
     try:
-        fields = msgspec.json.decode(body)
+        fields = coercion(kind)(msgspec.json.decode(body))
         value = msgspec.convert(fields, kind, str_keys=True)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         if str(error) == "Input data was truncated":  # msgspec's words for an empty body too

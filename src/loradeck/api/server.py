@@ -2,7 +2,10 @@
 
 import asyncio
 import ipaddress
+import logging
 import socket
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,22 +20,26 @@ if TYPE_CHECKING:
 
 GRACE = 5  # seconds after the drain, for the last bytes to leave
 
+log = logging.getLogger(__name__)
+
 
 class Server(uvicorn.Server):
     """Serves an application on one socket. The first SIGTERM or SIGINT lets running requests finish."""
 
-    def __init__(self, app: "Starlette", sock: socket.socket) -> None:
+    def __init__(self, app: "Starlette", sock: socket.socket, on_ready: Callable[[], object] = lambda: None) -> None:
+        """`on_ready` is called once signals and connections are handled."""
         self._state: ServerState = app.state.server
         self._socket = sock
+        self._on_ready = on_ready
         super().__init__(
             uvicorn.Config(
                 app,
-                log_level="warning",
+                log_config=None,
+                access_log=False,
                 lifespan="off",
                 ws="none",
                 proxy_headers=False,
                 server_header=False,
-                timeout_graceful_shutdown=round(self._state.config.drain) + GRACE,
             )
         )
 
@@ -40,13 +47,40 @@ class Server(uvicorn.Server):
         """Serve until a signal or `should_exit`, and the running requests have finished."""
         self.run(sockets=[self._socket])
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, and look for adapters that cannot be served."""
+        await super().startup(sockets)
+        self._on_ready()
+        self._check = asyncio.create_task(asyncio.to_thread(self._state.catalogue.log_problems))
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and let the running ones finish."""
-        drain = asyncio.create_task(asyncio.to_thread(self._state.drain, self._state.config.drain))
-        await super().shutdown(sockets)
-        if self.force_exit:
+        started, drain = time.monotonic(), self._state.config.drain
+        log.info(
+            "shutting down: %(running)d answers in progress have %(seconds)g s",
+            {"running": len(self._state.live), "seconds": drain},
+        )
+        self._state.stop_reading()
+        draining = asyncio.create_task(self._drain(started + drain))
+        closing = asyncio.create_task(super().shutdown(sockets))
+        await asyncio.wait((draining, closing), return_when=asyncio.FIRST_COMPLETED)
+        if closing.done():  # all answers are sent, or a second signal came
             self._state.release([*self._state.live])
-        await drain
+        else:
+            await asyncio.wait((closing,), timeout=GRACE)
+        for connection in [*self.server_state.connections]:  # of clients that do not read their answers
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait([*self.server_state.tasks], timeout=GRACE)
+        await asyncio.gather(draining, closing)
+        await asyncio.wait((self._check,))
+        log.info("shut down after %(seconds).1f s", {"seconds": time.monotonic() - started})
+
+    async def _drain(self, deadline: float) -> None:
+        """Wait for all that runs to be answered."""
+        await asyncio.to_thread(self._state.drain, deadline - time.monotonic())
+        while self._state.unanswered and time.monotonic() < deadline and not self.force_exit:  # such as a slow load
+            await asyncio.sleep(0.05)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Shut down gracefully at the first signal, at once at the second. The process then exits by itself."""
@@ -61,8 +95,11 @@ def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
         ConfigError: the address cannot be used, or other machines could reach it although no keys are set.
     """
     if not has_keys and not is_loopback(host):
-        hint = "Give --keys FILE, or listen on 127.0.0.1."
-        raise ConfigError(f"without API keys, anyone who reaches {host} could control the server", hint=hint)
+        raise ConfigError(
+            f"without API keys, anyone who reaches {host} could control the server",
+            hint="Listen on 127.0.0.1, or give a file of API keys.",
+            cli="As in --keys FILE.",
+        )
     try:
         if not 0 <= port < 1 << 16:
             raise OverflowError("a port is a number from 0 to 65535")

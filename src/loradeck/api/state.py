@@ -1,13 +1,17 @@
 """What a server's routes share: the engine, the API keys, and the requests in progress."""
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from starlette.requests import Request as HttpRequest
 
 from loradeck.api.auth import ApiKeys
+from loradeck.api.catalogue import Catalogue
 from loradeck.api.config import ServerConfig
 from loradeck.api.logprobs import LogprobFormatter
 from loradeck.api.model_name import AdapterIds, ModelNames
@@ -29,16 +33,22 @@ class ServerState:
     config: ServerConfig = field(default_factory=ServerConfig)
     adapter_ids: AdapterIds = field(init=False)
     names: ModelNames = field(init=False)
+    catalogue: Catalogue = field(init=False)
     logprobs: LogprobFormatter = field(init=False)
     live: "set[Generation]" = field(init=False, default_factory=set)
     """Generations that a client waits for."""
     draining: bool = field(init=False, default=False)
+    unanswered: int = field(init=False, default=0)
+    """Requests whose response has not begun."""
     started: int = field(init=False, default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
+    _reading: set[asyncio.Timeout] = field(init=False, default_factory=set)
+    _locks: "WeakValueDictionary[str, asyncio.Lock]" = field(init=False, default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
         self.adapter_ids = AdapterIds(self.engine.store)
         self.names = ModelNames(self.engine.base, self.adapter_ids)
+        self.catalogue = Catalogue(self.engine.adapter_cache)
         self.logprobs = LogprobFormatter(self.engine.base.tokenizer)
         self.metrics.watch(self.engine, self._live_requests)
 
@@ -57,11 +67,36 @@ class ServerState:
         """OpenAI's `system_fingerprint`; identifies the base's weights."""
         return f"fp_{self.engine.base.fingerprint[:10]}"
 
+    def lock(self, name: str) -> asyncio.Lock:
+        """Return the lock of those who load an adapter under this name."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
     def release(self, generations: "Iterable[Generation]") -> None:
         """Cancel those that have not finished, and forget them all."""
         for generation in generations:
             generation.cancel()
             self.live.discard(generation)
+
+    @asynccontextmanager
+    async def reading_body(self) -> AsyncIterator[None]:
+        """Read a part of a request's body, unless the server shuts down before it arrives.
+
+        Raises:
+            TimeoutError: the server shuts down.
+        """
+        async with asyncio.timeout(0 if self.draining else None) as timeout:
+            self._reading.add(timeout)
+            try:
+                yield
+            finally:
+                self._reading.discard(timeout)
+
+    def stop_reading(self) -> None:
+        """Take no more requests, not even those that are arriving. To be called in the event loop."""
+        self.draining = True
+        self.catalogue.close()
+        for timeout in self._reading:
+            timeout.reschedule(0)
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, give the running ones this long to finish, and cancel the rest."""

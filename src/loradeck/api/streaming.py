@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-PING = b": ping\n\n"
+PING = b": ping\n"  # no empty line: some clients read one as the end of an event without data
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

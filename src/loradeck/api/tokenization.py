@@ -2,9 +2,9 @@
 
 import inspect
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import msgspec
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,14 +15,18 @@ from loradeck.api.requests import (
     ChatMessage,
     DetokenizeRequest,
     TokenizeRequest,
+    ToolCall,
     read_body,
 )
 from loradeck.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo, json_response
 from loradeck.api.state import ServerState, state_of
-from loradeck.base.text import check_ids, encode_chat
+from loradeck.base.chat_template import PLAIN_ROLES, TEMPLATE_ROLES, encode_chat, ignored_tools, reads_role
+from loradeck.base.text import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ROLES = (*PLAIN_ROLES, *TEMPLATE_ROLES, "tool")
 
 
 # ---- routes
@@ -101,7 +105,8 @@ def encode_messages(
     """Return the token ids of a conversation, up to where the answer begins.
 
     Raises:
-        HttpError: 400, the base has no chat template, or the template rejects the messages or ignores the tools.
+        HttpError: 400, the base has no chat template, or the template rejects the messages, knows no such role, or
+            leaves out tools, their calls or their results.
     """
     variables = request.chat_template_kwargs or {}
     reserved = variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters
@@ -117,31 +122,62 @@ def encode_messages(
             hint="Set one of them to false.",
         )
     settings = {**variables, "add_generation_prompt": begin, "continue_final_message": extend}
+    _check_roles(tokenizer, request.messages or ())
     messages = [_template_message(message) for message in request.messages or ()]
-    tools = request.tools if getattr(request, "tool_choice", None) != "none" else None
+    tools = _tools(request)
     with invalid_field("messages"):
-        ids = encode_chat(tokenizer, messages, tools or None, **settings)
-        tools_ignored = bool(tools) and ids == encode_chat(tokenizer, messages, None, **settings)
-    if tools_ignored:
-        raise HttpError(400, "The base's chat template ignores tools.", param="tools")
+        ids = encode_chat(tokenizer, messages, tools, **settings)
+        ignored = ignored_tools(tokenizer, messages, tools, **settings)
+    if ignored is not None:
+        param = "messages" if ignored != "tools" else "tools" if request.tools else "functions"
+        raise HttpError(400, f"The base's chat template ignores {ignored}.", param=param)
     return ids
+
+
+def _check_roles(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatMessage]) -> None:
+    for index, message in enumerate(messages):
+        if message.role not in ROLES and not reads_role(tokenizer, message.role):
+            raise HttpError(
+                400,
+                f"The base's chat template knows no role {message.role[:64]!r}.",
+                param=f"messages[{index}].role",
+                hint=f"The roles are {', '.join(ROLES)}.",
+            )
+
+
+def _tools(request: ChatCompletionRequest | TokenizeRequest) -> list[dict[str, Any]] | None:
+    """Return the tools that are part of the prompt."""
+    if not isinstance(request, ChatCompletionRequest):
+        return request.tools or None
+    if "none" in (request.tool_choice, request.function_call):
+        return None
+    functions = [{"type": "function", "function": function} for function in request.functions or ()]
+    return [*(request.tools or ()), *functions] or None
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:
     """Return a message as chat templates read it: its content one text, the arguments of its tool calls objects."""
-    fields = {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
-    content = message.content or ""
-    fields["content"] = content if isinstance(content, str) else "\n".join(part.text for part in content)  # as vLLM
-    if message.tool_calls is not None:
-        fields["tool_calls"] = [_template_call(call) for call in message.tool_calls]
-    return fields
+    content = message.content or message.refusal or ""
+    calls = [*(message.tool_calls or ())]
+    if message.function_call is not None:
+        calls.append(ToolCall(message.function_call))
+    fields = {
+        "role": message.role,
+        "content": content if isinstance(content, str) else "\n".join(part.text for part in content),  # as vLLM
+        "name": message.name,
+        "tool_calls": [_template_call(call) for call in calls] or None,
+        "tool_call_id": message.tool_call_id,
+        "reasoning_content": message.reasoning_content,
+    }
+    return {name: value for name, value in fields.items() if value is not None}  # some templates test for a key
 
 
-def _template_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except (ValueError, RecursionError) as error:
-        raise HttpError(400, f"Invalid JSON in the arguments of a tool call: {error}", param="messages") from error
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    arguments = call.function.arguments or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise HttpError(400, f"Invalid JSON in the arguments of a tool call: {error}", param="messages") from error
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})

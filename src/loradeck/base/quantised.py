@@ -26,7 +26,7 @@ class _NoStateDict(nn.Module):
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         raise UnsupportedError(
             "the weights of a base loaded in int8 can be neither saved nor replaced",
-            hint="Load the base with weights='plain'.",
+            hint="Load the base with plain weights.",
         )
 
     _load_from_state_dict = _save_to_state_dict

@@ -3,15 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from loradeck.base.chat_template import Message, encode_chat, ignored_tools
 from loradeck.errors import ConfigError
 
-Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 CONTEXT = 16  # tokens before a text that can change how it is decoded
 
@@ -23,7 +23,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     are returned as they are.
 
     Raises:
-        ConfigError: invalid messages, messages without a chat template or refused by it, an unknown id, or no token.
+        ConfigError: invalid messages; no chat template for them, or one that rejects them or ignores their tool calls;
+            an unknown id, or no token.
     """
     if isinstance(prompt, str):
         message = {"role": "user", "content": prompt}
@@ -33,40 +34,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     else:
         messages = cast("Sequence[Message]", prompt)
         _check(messages)
+        if ignored := ignored_tools(tokenizer, messages, None):
+            raise ConfigError(
+                f"the base's chat template ignores {ignored}", hint="Leave them out, or use another base."
+            )
         ids = encode_chat(tokenizer, messages)
     if not ids:
         raise ConfigError("the prompt is empty", hint="Give at least one token.")
     return cast("list[int]", ids)  # other types are for batches
-
-
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None = None,
-    /,
-    *,
-    add_generation_prompt: bool = True,
-    **variables: Any,
-) -> list[int]:
-    """Return the token ids of a conversation as the chat template renders it; `variables` are the template's.
-
-    Raises:
-        ConfigError: the base has no chat template, or the template rejects the messages.
-    """
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            "the base's tokenizer has no chat template for messages",
-            hint="Give the prompt as a string, or use a base tuned for chat.",
-        )
-    settings: dict[str, Any] = {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
-    try:
-        ids = tokenizer.apply_chat_template([*map(dict, messages)], return_dict=False, **settings)
-    except Exception as error:  # a template is an untrusted program and can fail in any way
-        raise ConfigError(
-            f"the base's chat template rejects the messages: {error}",
-            hint="Use the roles, and their order, that the base was trained with.",
-        ) from error
-    return cast("list[int]", ids)
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:

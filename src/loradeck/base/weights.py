@@ -62,7 +62,7 @@ def _quantise(model: PreTrainedModel) -> None:
     if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(
             f"int8 weights need a CPU and bfloat16 or float32; this base is in {model.dtype} on {model.device}",
-            hint="Use weights='plain', or device='cpu' and another dtype.",
+            hint="Use plain weights, or bfloat16 or float32 on a CPU.",
         )
     embedding = model.get_input_embeddings()
     shared: dict[int, list[nn.Module]] = {}
@@ -74,7 +74,7 @@ def _quantise(model: PreTrainedModel) -> None:
     if 2 * sum(group[0].get_parameter("weight").numel() for group in groups) < model.num_parameters():
         raise ConfigError(
             f"most weights of this {type(model).__name__} are outside nn.Linear and would not become int8",
-            hint="Use weights='packed' or 'plain'.",
+            hint="Use packed or plain weights.",
         )
     for group in groups:
         weight, scales = quantise(group[0].get_parameter("weight"))

@@ -13,7 +13,9 @@ from importlib.metadata import version
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
 from loradeck.base.openmp import limit_spinning
+from loradeck.cli.display.encoding import accept_any_text
 from loradeck.cli.display.text import printable
+from loradeck.cli.options import STDIN, TYPED
 from loradeck.errors import LoradeckError
 
 VERBS = (
@@ -28,6 +30,9 @@ VERBS = (
     "serve",
     "ls",
     "show",
+    "publish",
+    "versions",
+    "prune",
     "diff",
     "merge",
     "export",
@@ -60,8 +65,10 @@ for order, verb in enumerate(VERBS):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
-    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    tokens = _tokens(sys.argv[1:] if arguments is None else arguments)
+    accept_any_text()
     limit_spinning()
+    TYPED.set(tokens)
     try:
         if not tokens or tokens[0] in app.help_flags:
             app.resolved_commands()  # the list of verbs shows the first help line of each
@@ -77,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it at exit
         return 141
     return code if isinstance(code, int) else 0
+
+
+def _tokens(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the name of standard input for `-`, which cyclopts would take for an option."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [STDIN if text == "-" else text for text in arguments[:end]] + [*arguments[end:]]
 
 
 def _usage_error(error: CycloptsError) -> str:

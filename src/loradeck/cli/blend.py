@@ -41,17 +41,16 @@ def check(texts: Iterable[str]) -> None:
         ConfigError: invalid blend.
         AdapterError: a folder is not a complete adapter.
     """
-    from loradeck.lora.manifest import read_folder
+    from loradeck.cli.adapter_folder import read_adapter
 
-    for text in texts:
-        for folder in parse(text):
-            read_folder(folder)
+    for folder in dict.fromkeys(folder for text in texts for folder in parse(text)):
+        read_adapter(folder)
 
 
-def load(bank: "Bank", texts: Iterable[str]) -> list[Blend | None]:
+def load(bank: "Bank", texts: Iterable[str], *, any_base: bool = False) -> list[Blend | None]:
     """Load each folder once; return the argument of `bank.route` for each text.
 
-    An adapter is named as by `bank.load`, or `poet-2` if that name is taken.
+    An adapter is named as by `bank.load`, or `poet-2` if that name is taken. `any_base` is as in `bank.load`.
 
     Raises:
         ConfigError: invalid blend.
@@ -64,7 +63,7 @@ def load(bank: "Bank", texts: Iterable[str]) -> list[Blend | None]:
         for folder, weight in parse(text).items():
             path = Path(folder).resolve()
             if path not in names:
-                names[path] = bank.load(folder, _free_name(bank, default_name(path)))
+                names[path] = bank.load(folder, _free_name(bank, default_name(path)), any_base=any_base)
             blend[names[path]] = blend.get(names[path], 0.0) + weight
         blends.append(blend or None)
     return blends

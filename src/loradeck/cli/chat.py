@@ -10,13 +10,15 @@ from cyclopts import Parameter
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
 from loradeck.cli.chat_backends import ChatBackend, Local, Remote
-from loradeck.cli.display.text import printable
-from loradeck.cli.options import Adapters, Dtype, SamplingOptions, Weights
+from loradeck.cli.display.text import printable, terminal_width
+from loradeck.cli.display.wrap import WordWrap
+from loradeck.cli.options import Adapters, AnyBase, Dtype, SamplingOptions, System, Weights
 from loradeck.errors import ConfigError, LoradeckError
 
 if TYPE_CHECKING:
     from loradeck.lora.routing import RouteEntry
 
+SHOWN = 8  # names of adapters in a line
 HELP = """\
 /adapter NAME         answer with this adapter
 /blend a=0.7 b=0.3    answer with several, at these weights
@@ -44,7 +46,9 @@ def chat(
     *,
     server: str | None = None,
     key: Annotated[str, Parameter(env_var="LORADECK_KEY", show_default=False)] = "",
+    system: System = None,
     adapters: Adapters = (),
+    any_base: AnyBase = False,
     sampling: ChatSampling = SAMPLING,
     dtype: Dtype = "auto",
     weights: Weights = "packed",
@@ -71,11 +75,11 @@ def chat(
     else:
         assert base is not None
         cap_kernel_cache()
-        backend, blends = Local.load(base, dtype, weights, adapters)
-    print(printable(f"{backend.name} with {', '.join(backend.names()) or 'no adapter'}; /help lists the commands"))
+        backend, blends = Local.load(base, dtype, weights, adapters, any_base=any_base)
+    print(printable(f"{backend.name} with {_listed(backend.names()) or 'no adapter'}; /help lists the commands"))
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` line editing
-    Chat(backend, sampling, blends[0] or None if blends else None).run()
+    Chat(backend, sampling, blends[0] or None if blends else None, system).run()
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Chat:
     backend: ChatBackend
     sampling: SamplingOptions
     entry: "RouteEntry" = None
+    system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def run(self) -> None:
@@ -103,7 +108,7 @@ class Chat:
                 elif line:
                     self.answer(line)
             except LoradeckError as error:
-                print(printable(f"{error}"))
+                print(printable(error.report()))
 
     @property
     def speaker(self) -> str:
@@ -130,7 +135,7 @@ class Chat:
                 print("conversation reset")
             case ["/help"]:
                 print(HELP)
-                print(printable(f"adapters: {', '.join(self.backend.names()) or 'none'}"))
+                print(printable(_listed(self.backend.names()) or "no adapter"))
             case _:
                 raise ConfigError(f"unknown command {line!r}", hint="/help lists the commands.")
 
@@ -147,13 +152,21 @@ class Chat:
             LoradeckError: the conversation exceeds the context, or the server refuses; the messages stay as they were.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        answer = ""
+        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
+        answer, wrap = "", WordWrap(terminal_width())
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in self.backend.stream(messages, self.entry, self.sampling):
+            for piece in self.backend.stream([*opening, *messages], self.entry, self.sampling):
                 answer += piece
-                print(printable(piece), end="", flush=True)
-        print()
+                print(wrap.push(printable(piece)), end="", flush=True)
+        print(wrap.rest())
         self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the names, or the number of many with the first few."""
+    if len(names) <= SHOWN:
+        return ", ".join(names)
+    return f"{len(names):,} adapters: {', '.join(names[:SHOWN])} and {len(names) - SHOWN:,} more"
 
 
 def _blend(parts: list[str]) -> dict[str, float]:

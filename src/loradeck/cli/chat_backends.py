@@ -1,5 +1,6 @@
 """What answers in a chat: a base in this process, or a server."""
 
+import difflib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from loradeck.blend import format_blend
 from loradeck.cli import blend
 from loradeck.cli.options import Adapters, Dtype, SamplingOptions, Weights
-from loradeck.errors import ConfigError
+from loradeck.errors import ConfigError, UnknownAdapterError
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
@@ -47,7 +48,7 @@ class Local:
 
     @classmethod
     def load(
-        cls, base: str, dtype: Dtype, weights: Weights, adapters: Adapters
+        cls, base: str, dtype: Dtype, weights: Weights, adapters: Adapters, *, any_base: bool = False
     ) -> "tuple[Local, list[blend.Blend | None]]":
         """Load a base and adapters onto it; return also the argument of `bank.route` for each adapter."""
         blend.check(adapters)
@@ -62,7 +63,7 @@ class Local:
                 hint="Use a base tuned for chat, or continue a text with `loradeck generate`.",
             )
         bank = Bank(loaded.model)
-        return cls(loaded, bank), blend.load(bank, adapters)
+        return cls(loaded, bank), blend.load(bank, adapters, any_base=any_base)
 
     @property
     def name(self) -> str:
@@ -102,7 +103,17 @@ class Remote:
 
     def stream(self, messages: list[dict[str, str]], entry: "RouteEntry", sampling: SamplingOptions) -> Iterator[str]:
         options = asdict(sampling)
-        return self.client.stream(self._model(entry), messages, max_tokens=options.pop("max_new_tokens"), **options)
+        try:
+            yield from self.client.stream(
+                self._model(entry), messages, max_tokens=options.pop("max_new_tokens"), **options
+            )
+        except UnknownAdapterError as error:
+            raise UnknownAdapterError(error.message, hint=self._close(entry)) from error
+
+    def _close(self, entry: "RouteEntry") -> str:
+        wanted = entry if isinstance(entry, Mapping) else [entry or ""]
+        close = [name for each in wanted for name in difflib.get_close_matches(each, self.names(), n=3) if name != each]
+        return f"Did you mean {' or '.join(dict.fromkeys(close))}?" if close else "/help lists the adapters."
 
     def _model(self, entry: "RouteEntry") -> str:
         return format_blend(entry.items()) if isinstance(entry, Mapping) else entry or self.models[0]

@@ -1,10 +1,14 @@
 """`loradeck check`: a dataset's form, sizes and problems, before training."""
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from cyclopts import Parameter
+
+from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import columns, print_json, printable
 from loradeck.cli.options import AsJson
+from loradeck.dataset.config import DataConfig
 from loradeck.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
     from loradeck.dataset.check import Duplicate, Report
     from loradeck.dataset.record import Span
 
+READING = DataConfig()
+PROBLEMS = 20  # printed; --json has them all
 DUPLICATES = 3  # printed by name; --json has them all
 CHARACTERS = 1000  # printed of each part of the first example
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -24,12 +30,14 @@ def check(
     *,
     base: str | None = None,
     max_length: int = TrainConfig.max_length,
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     as_json: AsJson = False,
 ) -> int:
     """Check a dataset: its form, size, mask and problems.
 
-    The exit code is 1 if there are problems. Duplicate records, and records
-    that are also in the training split, are listed but are not problems.
+    The exit code is 1 if there are problems. What is passed over or left out,
+    duplicate records, and records that are also in the training split, are
+    listed but are not problems.
 
     Args:
         dataset: A file, a folder with train, valid and test, or a hub id.
@@ -43,7 +51,8 @@ def check(
         from loradeck.base.load import load_tokenizer
 
         tokenizer = load_tokenizer(base)
-    report = check_dataset(dataset, tokenizer, max_length)
+    with reading_progress() as on_read:
+        report = check_dataset(dataset, tokenizer, max_length, reading, on_read=on_read)
     if as_json:
         print_json(report)
     else:
@@ -69,15 +78,28 @@ def _print(report: "Report") -> None:
         console.print(f"\n[bold]The first {which}[/]: what is read, and what is learned")
         console.print(mask(example), soft_wrap=True)
     print()
-    for problem in report.problems:
-        print(printable(problem))
+    for line in _notes(report):
+        print(printable(line))
+    for problem in report.problems[:PROBLEMS]:
+        print(printable(str(problem)))
+    if len(report.problems) > PROBLEMS:
+        print(f"and {len(report.problems) - PROBLEMS:,} more")
     if not report.problems:
         print("no problems")
         return
+    from loradeck.dataset.finding import error_of
     from loradeck.dataset.read import HINT
 
-    count = len(report.problems)
-    print(f"{count} problem{'s' * (count > 1)}: fix or remove these records. {HINT}")
+    error = error_of(report.name, report.problems, HINT)
+    count, records = len(report.problems), sum(problem.records for problem in report.problems)
+    where = f" in {records:,} records" if records > count else ""
+    print(f"{count} problem{'s' * (count > 1)}{where}: fix or remove these records. {error.hint_for('cli')}")
+
+
+def _notes(report: "Report") -> list[str]:
+    """Return what is passed over, left out, or read otherwise than written, in lines."""
+    keys = ", ".join(f"{each.what} (in {each.records:,} record{'s' * (each.records != 1)})" for each in report.unused)
+    return [*([f"passed over: {keys}"] if keys else []), *map(str, report.remarks)]
 
 
 def _table(report: "Report") -> str:

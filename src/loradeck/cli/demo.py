@@ -3,6 +3,8 @@
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 FIRST, SECOND = "pirate", "json"  # adapters, and datasets of the package
 MADE_BY = "loradeck demo"  # in the provenance of adapters that the demo may replace
+INTERVAL = 2  # seconds between two lines of progress where there is no terminal
 ROUNDS = 20  # of each measurement; the median is printed
 BASE = "smollm2-135m"
 
@@ -39,17 +42,36 @@ def demo(*, adapters: Path = Path("adapters"), quick: bool = False, seed: int = 
     from rich.console import Console
 
     console = Console(highlight=False)
+    with working(console, "loading torch and transformers"):
+        from loradeck.base.load import Base
     toy_story(console)
-
-    from loradeck.base.load import Base
-
     console.print(f"\n[bold]2. A real base[/]: {BASE}")
     try:
-        base = Base.load(BASE)
+        with working(console, "loading it: a few seconds; up to a minute the first time, which unpacks it"):
+            base = Base.load(BASE)
     except BaseModelError as error:
-        print(printable(f"{error}\nThe demo ends here; `loradeck doctor` says more."))
+        print(printable(f"{error.report()}\nThe demo ends here; `loradeck doctor` says more."))
         return
     real_story(console, base, adapters, quick=quick, seed=seed)
+
+
+@contextmanager
+def working(console: "Console", text: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, with a spinner on a terminal; yield a function that shows how far it is."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        with console.status(text) as status:
+            yield status.update
+        return
+    print(f"   {text}", flush=True)
+    last = time.monotonic()
+
+    def update(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= INTERVAL:
+            print(f"   {text}", flush=True)
+            last = time.monotonic()
+
+    yield update
 
 
 def check_replaceable(folder: Path) -> None:
@@ -125,7 +147,8 @@ def real_story(console: "Console", base: "Base", adapters: Path, *, quick: bool,
         print(printable(f"   saved in {adapters / name}: {format_size(nbytes)}, {share}"))
 
     console.print("\n[bold]3. Back from disk[/]")
-    load, switch = measure(bank, adapters)
+    with working(console, f"loading each {ROUNDS // 2} times, switching {ROUNDS} times"):
+        load, switch = measure(bank, adapters)
     print(f"   one adapter loads in {load * 1e3:.1f} ms; 16 rows switch adapters in {switch * 1e6:.0f} µs")
     print(f"   (medians of {ROUNDS})")
 
@@ -201,7 +224,15 @@ def answers(console: "Console", base: "Base", bank: "Bank", *, quick: bool) -> N
     rows = [(prompt, entry) for prompt in prompts for entry in columns.values()]
     start = time.perf_counter()
     max_new_tokens = 8 if quick else 40
-    texts = generate(base, bank, [row[0] for row in rows], [row[1] for row in rows], max_new_tokens=max_new_tokens)
+    with working(console, f"answering {len(rows)} prompts at once") as update:
+        texts = generate(
+            base,
+            bank,
+            [row[0] for row in rows],
+            [row[1] for row in rows],
+            max_new_tokens=max_new_tokens,
+            on_step=lambda count: update(f"answering {len(rows)} prompts at once: {count} of {max_new_tokens} tokens"),
+        )
     seconds = time.perf_counter() - start
     table = Table(show_lines=True)
     for head in ("", *columns):

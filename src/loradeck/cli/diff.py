@@ -26,10 +26,10 @@ def diff(
         headers: Compare only settings and modules, which is instant.
         modules: Print a line for every module, not for every kind of module.
     """
+    from loradeck.cli.adapter_folder import read_adapter
     from loradeck.cli.summary import config, pattern
-    from loradeck.lora.manifest import read_folder
 
-    one, two = read_folder(first), read_folder(second)
+    one, two = read_adapter(first), read_adapter(second)
     settings = _differences(
         {"base": one.origin.base_model, **config(one)}, {"base": two.origin.base_model, **config(two)}
     )

@@ -8,20 +8,21 @@ from cyclopts import Parameter
 
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
+from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import columns, print_json, printable
 from loradeck.cli.options import Adapters, AsJson, Dtype, Weights
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import DataError
 from loradeck.evaluation.config import EvalConfig
 from loradeck.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from loradeck.dataset.read import Dataset
-    from loradeck.dataset.reader import Examples
+    from loradeck.dataset.read import Dataset, SplitExamples
     from loradeck.dataset.source import Split
     from loradeck.evaluation.evaluator import OnProgress
     from loradeck.evaluation.report import AdapterReport, Report
 
-CONFIG = EvalConfig()
+CONFIG, READING = EvalConfig(), DataConfig()
 HEADER = ("adapter", "loss", "perplexity", "exact match", "pattern", "accuracy", "margin")
 
 
@@ -33,6 +34,7 @@ def eval(
     adapters: Adapters = (),
     split: Literal["train", "valid", "test"] | None = None,
     config: Annotated[EvalConfig, Parameter(name="*")] = CONFIG,
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     max_length: int = TrainConfig.max_length,
     dtype: Dtype = "auto",
     weights: Weights = "packed",
@@ -56,7 +58,8 @@ def eval(
     from loradeck.base.load import Base, load_tokenizer
     from loradeck.dataset.read import read_dataset
 
-    data = read_dataset(dataset, load_tokenizer(base), max_length)
+    with reading_progress() as on_read:
+        data = read_dataset(dataset, load_tokenizer(base), max_length, reading, on_read=on_read)
     chosen, examples = _split(data, split)
 
     from loradeck.evaluation.evaluator import BASE, evaluate
@@ -80,13 +83,13 @@ def eval(
             print(printable(f"[{name}] {answer}"))
 
 
-def _split(data: "Dataset", name: "Split | None") -> "tuple[Split, Examples]":
+def _split(data: "Dataset", name: "Split | None") -> "tuple[Split, SplitExamples]":
     """Return the split to evaluate on, and its examples.
 
     Raises:
         DataError: the dataset has no such split.
     """
-    splits: dict[Split, Examples] = {"test": data.test, "valid": data.valid, "train": data.train}
+    splits: dict[Split, SplitExamples] = {"test": data.test, "valid": data.valid, "train": data.train}
     present = [split for split, examples in splits.items() if examples]
     if name is not None and name not in present:
         raise DataError(f"{data.name} has no {name} split", hint=f"It has {' and '.join(present)}.")

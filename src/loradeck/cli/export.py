@@ -3,13 +3,18 @@
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from loradeck.cli import blend
 from loradeck.cli.display.text import format_size, printable
+from loradeck.cli.output import check_writable
 from loradeck.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loradeck.lora.adapter import Adapter
+    from loradeck.lora.manifest import AdapterFiles
 
 ADAPTER_DTYPES: dict[str, Literal["float32", "float16"]] = {"f32": "float32", "f16": "float16"}
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -41,7 +46,8 @@ def export(
         quant: The type of the file's weights; by default q8_0 for a model, f32 for an adapter,
             which has f32 or f16.
         base: The base of an adapter that is exported alone; by default the one that the
-            adapter names. Its weights are not read.
+            adapter names. Its weights are read only if the adapter has copies of them, as
+            PEFT saves for the head and the embedding.
     """
     from loradeck.lora.manifest import is_adapter
 
@@ -51,6 +57,7 @@ def export(
         raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"{output} cannot be written: there is no folder {output.parent}", hint="Create it first.")
+    check_writable(output)
     if is_adapter(Path(source)):
         if adapter is not None:
             raise ConfigError(
@@ -75,18 +82,35 @@ def _export_adapter(folder: Path, output: Path, base: str | None, quant: Quant) 
             hint=f"To quantise base and adapter together: loradeck export BASE --adapter {folder} --quant {quant}.",
         )
 
+    from loradeck.cli.adapter_folder import read_adapter
     from loradeck.gguf import architecture
     from loradeck.lora import gguf
-    from loradeck.lora.adapter import Adapter
 
-    loaded = Adapter.load(folder)
-    source = base or loaded.origin.base_model
+    files = read_adapter(folder)
+    source = base or files.origin.base_model
     if source is None:
         raise ConfigError(f"{folder} does not name its base", hint="Give it with --base.")
-    alpha = gguf.export(loaded, architecture.read_architecture(source), output, dtype=dtype)
+    shapes = architecture.read_architecture(source)
+    loaded = _load(files, source)
+    alpha = gguf.export(loaded, shapes, output, dtype=dtype)
     file_size = format_size(output.stat().st_size)
     print(printable(f"{output}: {file_size}, {len(loaded.sites)} modules, alpha {alpha:g}, {quant}"))
     print(printable(f"try: llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}"))
+
+
+def _load(files: "AdapterFiles", source: str) -> "Adapter":
+    """Read the adapter; copies of the base's weights are compared with the base in their own dtype."""
+    from functools import partial
+
+    from loradeck.base.load import Base
+    from loradeck.lora.adapter import DTYPES, Adapter
+    from loradeck.lora.compatibility import why_not_a_copy
+
+    if not files.copies:
+        return Adapter.from_files(files)
+    _, copy = files.entries[files.copies[0]]
+    base = Base.load(source, dtype=DTYPES[copy.dtype], device="cpu")
+    return Adapter.from_files(files, check_copy=partial(why_not_a_copy, base.model))
 
 
 def _export_model(base: str, output: Path, adapter: str | None, quant: Quant) -> None:

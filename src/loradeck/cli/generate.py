@@ -1,11 +1,16 @@
-"""`loradeck generate`: answer prompts in one batch, each with its own adapter."""
+"""`loradeck generate`: answer prompts in batches, each with its own adapter."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
 from loradeck.cli.display.text import print_json, printable
-from loradeck.cli.options import Adapters, AsJson, Dtype, SamplingOptions, Weights
+from loradeck.cli.options import Adapters, AnyBase, AsJson, Dtype, SamplingOptions, System, Weights
+from loradeck.cli.prompts import read_prompts, title, with_system
 from loradeck.errors import ConfigError
 
 GREEDY = SamplingOptions()
@@ -13,49 +18,81 @@ GREEDY = SamplingOptions()
 
 def generate(
     base: str,
-    prompts: list[str],
     /,
-    *,
+    *prompts: str,
+    file: Annotated[str | None, Parameter(name="--prompts", metavar="FILE")] = None,
+    system: System = None,
     adapters: Adapters = (),
+    any_base: AnyBase = False,
     sampling: SamplingOptions = GREEDY,
+    batch_size: int = 32,
     dtype: Dtype = "auto",
     weights: Weights = "packed",
     as_json: AsJson = False,
 ) -> None:
-    """Answer prompts in one batch, each with its own adapter.
+    """Answer prompts in batches, each with its own adapter.
 
     ADAPTER is a folder, a blend such as adapters/poet*0.7+adapters/pirate*0.3,
     or `none` for the base. Give one for all prompts, or one for each prompt in
-    the same order.
+    the same order. Prompts can also come through a pipe, one on each line.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
-        prompts: One or more; put `--` before a prompt that begins with a dash.
+        prompts: Prompts; `-` reads them from standard input. Put `--` before one that begins with a dash.
+        file: A file of prompts: one on each line, or .jsonl with `prompt` or `messages` in each record.
+        batch_size: Prompts that are answered at a time.
     """
-    if sampling.top_p != GREEDY.top_p and sampling.temperature == 0:
-        raise ConfigError("--top-p needs a temperature above 0", hint="Add --temperature, such as 0.7.")
-    texts = [*(adapters or [blend.NONE])]
-    if len(texts) == 1:
-        texts *= len(prompts)
-    if len(texts) != len(prompts):
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}", hint="Give 1 or more.")
+    given = read_prompts(prompts, file)
+    names = [*(adapters or [blend.NONE])]
+    if len(names) == 1:
+        names *= len(given)
+    if len(names) != len(given):
         raise ConfigError(
-            f"the numbers of adapters and prompts differ: {len(adapters)} and {len(prompts)}",
+            f"the numbers of adapters and prompts differ: {len(adapters)} and {len(given)}",
             hint="Give --adapter once for all prompts, or once for each; `none` is the base.",
         )
-    blend.check(texts)
+    blend.check(names)
+
+    from rich.console import Console
 
     from loradeck import generation
     from loradeck.base.load import Base
+    from loradeck.base.text import encode
     from loradeck.lora.bank import Bank
 
     cap_kernel_cache()
-    loaded = Base.load(base, dtype=dtype, weights=weights)
-    bank = Bank(loaded.model)
-    answers = generation.generate(loaded, bank, prompts, blend.load(bank, texts), **asdict(sampling))
-    rows = list(zip(prompts, texts, answers, strict=True))
+    answers: list[str] = []
+    with Console(stderr=True).status(f"loading {printable(base)}") as status:
+        loaded = Base.load(base, dtype=dtype, weights=weights)
+        bank = Bank(loaded.model)
+        entries = blend.load(bank, names, any_base=any_base)
+        rows = [encode(loaded.tokenizer, with_system(prompt, system)) for prompt in given]
+        generation.answer_length(loaded, rows, sampling.max_new_tokens)  # raises for all before the first is answered
+        for start in range(0, len(rows), batch_size):
+            done = f"{start} of {len(rows)} prompts answered"
+            batch = slice(start, start + batch_size)
+            seed = None if sampling.seed is None else sampling.seed + start
+            options = asdict(replace(sampling, seed=seed))
+            new = generation.generate(
+                loaded,
+                bank,
+                rows[batch],
+                entries[batch],
+                **options,
+                on_step=lambda count, done=done: status.update(f"{done}, {count} tokens of the next"),
+            )
+            answers += new
+            if not as_json:
+                heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in zip(given, names, strict=True)]
+                _print(heads[batch] if len(rows) > 1 else [""], new, first=start == 0)
     if as_json:
-        print_json([{"prompt": prompt, "adapter": text, "answer": answer} for prompt, text, answer in rows])
-    elif len(rows) == 1:
-        print(printable(answers[0]))
-    else:
-        print(printable("\n\n".join(f"> {prompt}  [{text}]\n{answer}" for prompt, text, answer in rows)))
+        results = zip(given, names, answers, strict=True)
+        print_json([{"prompt": prompt, "adapter": name, "answer": answer} for prompt, name, answer in results])
+
+
+def _print(heads: Sequence[str], answers: Sequence[str], *, first: bool) -> None:
+    """Print answers with a line between them, also after those of the batch before."""
+    text = "\n\n".join(head + answer for head, answer in zip(heads, answers, strict=True))
+    print(printable(text if first else f"\n{text}"), flush=True)

@@ -8,14 +8,23 @@ from cyclopts import Parameter
 
 from loradeck.cli import blend
 from loradeck.cli.display.text import format_size, printable
-from loradeck.cli.options import Dtype
+from loradeck.cli.options import AnyBase, Dtype
+from loradeck.cli.output import check_writable
 from loradeck.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias="-o")], dtype: Dtype = "auto") -> None:
+def merge(
+    base: str,
+    adapter: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(alias="-o")],
+    any_base: AnyBase = False,
+    dtype: Dtype = "auto",
+) -> None:
     """Merge an adapter or a blend into its base, as a new model.
 
     The result is a complete transformers model with its tokenizer. Its weights
@@ -35,9 +44,10 @@ def merge(base: str, adapter: str, /, *, output: Annotated[Path, Parameter(alias
     if adapter == blend.NONE:
         raise ConfigError("there is no adapter to merge", hint="Give an adapter's folder instead of `none`.")
     blend.check([adapter])
+    check_writable(output)
     loaded = Base.load(base, dtype=dtype)
     bank = Bank(loaded.model)
-    (weights,) = blend.load(bank, [adapter])
+    (weights,) = blend.load(bank, [adapter], any_base=any_base)
     assert weights is not None
     bank.merge(weights)
     untie(loaded.model)

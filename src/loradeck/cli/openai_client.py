@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from loradeck.errors import ConfigError, RequestError
+from loradeck.errors import ConfigError, RequestError, UnknownAdapterError
 
 DATA, DONE = b"data:", b"[DONE]"
 TIMEOUT = 600  # seconds without a byte
@@ -47,6 +47,7 @@ class OpenAIClient:
         """Yield an answer in pieces as they arrive. Closing the iterator closes the connection, which ends the answer.
 
         Raises:
+            UnknownAdapterError: the server has no such model.
             RequestError: the server cannot be reached, refuses, or fails before the end.
         """
         options = {name: value for name, value in sampling.items() if value is not None}
@@ -71,7 +72,10 @@ class OpenAIClient:
             return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             with error:
-                raise RequestError(_error_message(error.read()) or f"{url}: {error.code} {error.reason}") from error
+                message = _error_message(error.read())
+            if error.code == 404 and message and body:  # the server's hint is for those who write requests
+                raise UnknownAdapterError(message.partition("\n")[0]) from error
+            raise RequestError(message or f"{url}: {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise RequestError(f"cannot reach {self.url}: {reason}", hint="Check that the server runs.") from error

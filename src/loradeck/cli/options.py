@@ -1,12 +1,27 @@
 """Options that several verbs share, each written once: a dataclass field or alias is the flag and its help."""
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from cyclopts import Parameter
 
+from loradeck.errors import ConfigError
+
+STDIN = "/dev/stdin"  # what a lone `-` on the command line becomes
+TYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
+"""The arguments of the command, as they were typed."""
+
+
+def is_typed(name: str) -> bool:
+    """Return whether the flag of a setting was typed, be its value the default or not."""
+    flag = "--" + name.strip("_").replace("_", "-")
+    return any(token.partition("=")[0] == flag for token in TYPED.get())
+
+
 AsJson: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print JSON and nothing else.")]
+Yes: TypeAlias = Annotated[bool, Parameter(alias="-y", help="Do not ask.")]
 Dtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     Parameter(help="The base's dtype; auto is bfloat16 if the device computes in it, else float32."),
@@ -22,12 +37,20 @@ Adapters: TypeAlias = Annotated[
     Sequence[str],
     Parameter(name=["--adapter", "-a"], metavar="ADAPTER", show_default=False, help="Can be given several times."),
 ]
+AnyBase: TypeAlias = Annotated[bool, Parameter(help="Accept adapters that were trained on another base.")]
+System: TypeAlias = Annotated[
+    str | None, Parameter(help="A system prompt, before every conversation that has none of its own.")
+]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """The sampling arguments of loradeck.generation."""
+    """The sampling arguments of loradeck.generation.
+
+    Raises:
+        ConfigError: `top_p` is given, and the temperature is 0.
+    """
 
     max_new_tokens: int = 128
     """Maximum tokens of an answer."""
@@ -37,3 +60,7 @@ class SamplingOptions:
     """Sample from the most likely tokens whose probabilities add up to this; needs a temperature above 0."""
     seed: int | None = None
     """Makes sampling reproducible."""
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0 and self.top_p != type(self).top_p:
+            raise ConfigError("--top-p needs a temperature above 0", hint="Add --temperature, such as 0.7.")

@@ -1,5 +1,6 @@
 """`loradeck rm`: remove adapters from the disk, and only the files of an adapter."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,68 +8,69 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from loradeck.cli.display.text import format_size, printable
+from loradeck.cli.options import Yes
 from loradeck.errors import AdapterError, ConfigError
 
-FILES = ("adapter_config.json", "adapter_model*.safetensors*", "README.md")
 
-
-def rm(adapters: list[Path], /, *, yes: Annotated[bool, Parameter(alias="-y")] = False) -> int:
+def rm(*adapters: Annotated[Path, Parameter(required=True)], yes: Yes = False) -> int:
     """Remove adapters from the disk, after asking.
 
-    A folder that contains other files stays, with these files.
+    A published adapter is removed with all its versions by its name, as in
+    adapters/poet, or one version at a time, as in adapters/poet@2. A folder that
+    contains other files stays, with these files.
 
     Args:
-        adapters: Adapters' folders.
-        yes: Do not ask.
+        adapters: Adapters' folders, or names in a store.
     """
-    files_of = {folder: _adapter_files(folder) for folder in adapters}
-    for folder, files in files_of.items():
-        print(printable(f"{folder}  {format_size(sum(file.stat().st_size for file in files))}"))
-    if not yes and not _confirmed(len(files_of)):
+    from loradeck.store import remove_adapter
+
+    folders = list(dict.fromkeys(folder for adapter in adapters for folder in _folders(adapter)))
+    for folder in folders:
+        print(printable(f"{folder}  {format_size(size_of(folder))}"))
+    if not yes and not confirmed("remove this adapter?" if len(folders) == 1 else f"remove these {len(folders)}?"):
         print("nothing was removed")
         return 1
-    for folder, files in files_of.items():
-        _remove(folder.absolute(), [file.absolute() for file in files])
+    for folder in folders:
+        try:
+            remove_adapter(folder.absolute())
+        except OSError as error:
+            raise AdapterError(f"cannot remove {folder}: {error.strerror}") from error
     print("removed")
     return 0
 
 
-def _adapter_files(folder: Path) -> list[Path]:
-    if folder.is_symlink():
-        raise AdapterError(f"{folder} is a symbolic link", hint=f"Give its target: {folder.resolve()}")
-    files = [file for name in FILES for file in sorted(folder.glob(name)) if file.is_file()]
-    if not any(file.name.startswith("adapter_") for file in files):
-        raise AdapterError(
-            f"{folder} is not an adapter's folder", hint="`loradeck ls` lists the adapters; nothing was removed."
-        )
-    return files
+def size_of(folder: Path) -> int:
+    """Return the bytes of the files that a removal takes away."""
+    from loradeck.store import adapter_files
+
+    return sum(file.lstat().st_size for file in adapter_files(folder))
 
 
-def _confirmed(count: int) -> bool:
-    if not sys.stdin.isatty():
-        raise ConfigError("there is no terminal to ask on", hint="Pass --yes; nothing was removed.")
-    what = "this adapter" if count == 1 else f"these {count} adapters"
-    return input(f"remove {what}? [y/N] ").strip().lower() in ("y", "yes")
-
-
-def _remove(folder: Path, files: list[Path]) -> None:
-    """Rename the folder away if it holds nothing else, or its files, the configuration first; then delete them.
+def confirmed(question: str) -> bool:
+    """Ask on the terminal.
 
     Raises:
-        AdapterError: the folder cannot be changed.
+        ConfigError: there is none.
     """
-    import shutil
-    import tempfile
+    if not sys.stdin.isatty():
+        raise ConfigError("there is no terminal to ask on", hint="Pass --yes; nothing was removed.")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
-    try:
-        trash = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            if set(folder.iterdir()) == set(files):
-                folder.rename(trash / folder.name)
-            else:
-                for file in files:
-                    file.rename(trash / file.name)
-        finally:
-            shutil.rmtree(trash)
-    except OSError as error:
-        raise AdapterError(f"cannot remove {folder}: {error.strerror}") from error
+
+def _folders(adapter: Path) -> list[Path]:
+    """Return an adapter's folder, or the folders of all versions of a name in a store, the oldest first."""
+    from loradeck.lora.manifest import is_adapter
+    from loradeck.store import AdapterStore, why_not_served
+
+    adapter = Path(os.path.normpath(adapter))
+    if adapter.is_symlink():
+        raise AdapterError(f"{adapter} is a symbolic link", hint=f"Give its target: {adapter.resolve()}")
+    if "@" not in adapter.name and not why_not_served(adapter.name) and adapter.parent.is_dir():
+        store = AdapterStore(adapter.parent)
+        if adapter.name in store.names():
+            return [adapter.parent / store.path(adapter.name, number).name for number in store.versions(adapter.name)]
+    if not is_adapter(adapter):
+        raise AdapterError(
+            f"{adapter} is not an adapter's folder", hint="`loradeck ls` lists the adapters; nothing was removed."
+        )
+    return [adapter]

@@ -1,7 +1,10 @@
 """`loradeck serve`: one base and a store of adapters behind OpenAI's API."""
 
+import logging
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 ENGINE, SERVER = EngineConfig(), ServerConfig()
 ATTEMPTS = 8  # adapters to try for the example
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -40,7 +45,7 @@ def serve(
     A request's `model` selects the adapter: its name, name@version, or a blend
     such as poet*0.7+pirate*0.3. An adapter is loaded on its first request, also
     if it was added to the folder later. Ctrl-C and SIGTERM let running requests
-    finish. See docs/serving.md.
+    finish. The log, one line per request, goes to stderr. See docs/serving.md.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
@@ -62,22 +67,46 @@ def serve(
         cap_kernel_cache()
         with quick_imports():
             from loradeck.api.app import app
+            from loradeck.api.log import logging_to
             from loradeck.api.metrics import Metrics
             from loradeck.base.load import Base
             from loradeck.serve.engine import Engine
 
-        loaded = Base.load(base, dtype=dtype, weights=weights)
-        metrics = Metrics(loaded.name, config.top_adapters)
-        with Engine(loaded, store, engine, observer=metrics) as running:
-            hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
-            server = Server(app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts)), address)
-            url = url_of(address)
-            example = curl(url, running, has_keys=bool(api_keys))
-            seconds = time.perf_counter() - start
-            adapter_count = f"{count} adapter{'s' * (count != 1)}"
-            ready = f"{loaded.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
-            print(printable(ready), flush=True)
-            server.serve_forever()
+        with logging_to(sys.stderr, config):
+            loaded = Base.load(base, dtype=dtype, weights=weights)
+            metrics = Metrics(loaded.name, config.top_adapters)
+            with Engine(loaded, store, engine, observer=metrics) as running:
+                hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
+                application = app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts))
+                url = url_of(address)
+                example = curl(url, running, has_keys=bool(api_keys))
+                settings = {"weights": weights, "keys": len(api_keys), **asdict(engine), **asdict(config)}
+
+                def announce() -> None:
+                    adapter_count = f"{count} adapter{'s' * (count != 1)}"
+                    seconds = time.perf_counter() - start
+                    ready = f"{loaded.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
+                    print(printable(ready), flush=True)
+                    _log_start(running, url, count, settings)
+
+                Server(application, address, announce).serve_forever()
+
+
+def _log_start(engine: "Engine", url: str, adapters: int, settings: Mapping[str, object]) -> None:
+    base, store = engine.base, engine.store
+    log.info(
+        "serving %(base)s in %(dtype)s on %(url)s with %(adapters)d adapters: at most %(max_rows)d rows, "
+        "%(adapter_bytes)d bytes of adapters, %(kv_cache_bytes)d of the KV cache, %(max_waiting)d waiting",
+        {
+            "base": base.name,
+            "source": base.source,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "url": url,
+            "store": str(store.folder) if store else None,
+            "adapters": adapters,
+            **settings,
+        },
+    )
 
 
 def curl(url: str, engine: "Engine", *, has_keys: bool) -> str:
@@ -100,7 +129,7 @@ def usable(engine: "Engine") -> str | None:
     """Return the name of an adapter that fits the base, or None if none of the first few does. Load nothing."""
     for stored in engine.store.latest()[:ATTEMPTS] if engine.store else ():
         try:
-            engine.adapter_cache.check(stored.spec)
+            engine.adapter_cache.check(stored)
         except LoradeckError:
             continue
         return stored.name

@@ -7,15 +7,15 @@ from loradeck.cli.options import AsJson
 
 
 def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
-    """Show an adapter: its settings, modules and provenance.
+    """Show an adapter: its settings, modules and provenance, and its training's results.
 
     Args:
-        adapter: An adapter's folder.
+        adapter: An adapter's folder, or its name in a store, as in adapters/poet.
     """
-    from loradeck.cli.summary import config, kinds, summarise
+    from loradeck.cli.summary import config, kinds, locate, summarise
     from loradeck.lora.manifest import read_folder
 
-    listing = read_folder(adapter)
+    listing = read_folder(locate(adapter))
     head, groups, settings = summarise(listing), kinds(listing.sites.items()), config(listing)
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
     provenance = dict(sorted(listing.origin.provenance.items()))
@@ -24,12 +24,15 @@ def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
             {
                 "name": head.name,
                 "folder": head.folder,
+                "version": head.version,
+                "date": head.date,
                 "base": head.base,
                 "parameters": head.parameters,
                 "bytes": head.bytes,
                 "dtypes": dtypes,
                 "config": settings,
                 "kinds": groups,
+                "results": head.results,
                 "provenance": provenance,
             }
         )
@@ -39,6 +42,7 @@ def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
         "base": head.base or "not recorded",
         "size": f"{format_size(head.bytes)}: {head.parameters:,} parameters in {', '.join(dtypes)}, "
         f"{head.modules} modules",
+        "written": head.date,
         **{key: format_value(value) for key, value in settings.items()},
         **provenance,
     }

@@ -1,12 +1,33 @@
 """A summary of an adapter's folder from its headers, without torch."""
 
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
+from loradeck.errors import AdapterError, UnknownAdapterError
 from loradeck.lora.manifest import AdapterFiles, TargetModule
+from loradeck.lora.memo import Memo
+from loradeck.lora.safetensors_io import Entry
+from loradeck.store import AdapterStore, split_spec
+
+RESULTS = ("loss", "validation_loss", "accuracy", "margin", "steps", "tokens")  # as training records them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What adapters of equal modules have in common."""
+
+    r: list[int]
+    targets: list[str]
+    modules: int
+    parameters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +36,8 @@ class Summary:
 
     name: str
     folder: str
+    version: int
+    """0 for a folder that was never published."""
     r: list[int]
     lora_alpha: float
     targets: list[str]
@@ -22,6 +45,15 @@ class Summary:
     parameters: int
     bytes: int
     base: str | None
+    dataset: str | None
+    results: Mapping[str, float]
+    """How its training went, as far as it is recorded: see RESULTS."""
+    date: str
+    """When its tensors were written, in local time."""
+    latest: bool = False
+    """Whether its name stands for this version."""
+    cannot_be_served: str | None = None
+    """Why not, and how to mend it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +69,46 @@ class Kind:
     b_shape: tuple[int, ...]
 
 
+def locate(adapter: Path) -> Path:
+    """Return an adapter's folder: for STORE/NAME or STORE/NAME@latest that of the latest version, else the path itself.
+
+    Raises:
+        AdapterError: the latest version is unusable.
+    """
+    if os.path.isdir(adapter) or not os.path.isdir(adapter.parent):  # noqa: PTH112 (Path.is_dir may raise)
+        return adapter
+    with suppress(UnknownAdapterError):
+        return AdapterStore(adapter.parent).find(adapter.name).path
+    return adapter
+
+
 def summarise(listing: AdapterFiles) -> Summary:
     """Return an adapter's line of `loradeck ls`."""
+    key = (listing.sites, [header.entries for header in listing.headers])
+    shape = _SHAPES.get(key, lambda: _shape(listing))
+    name = listing.folder.name if listing.folder.name.strip(".") else listing.folder.resolve().name
+    provenance = listing.origin.provenance
     return Summary(
-        name=listing.folder.resolve().name,
-        folder=str(listing.folder),
-        r=sorted({site.r for site in listing.sites.values()}),
+        name=_readable(name),
+        folder=_readable(str(listing.folder)),
+        version=split_spec(name)[1],
+        r=shape.r,
         lora_alpha=listing.config.lora_alpha,
-        targets=sorted({path.rpartition(".")[2] for path in listing.sites}),
-        modules=len(listing.sites),
-        parameters=listing.parameters,
+        targets=shape.targets,
+        modules=shape.modules,
+        parameters=shape.parameters,
         bytes=listing.nbytes,
         base=listing.origin.base_model,
+        dataset=provenance.get("dataset"),
+        results={key: number for key in RESULTS if (number := _number(provenance.get(key))) is not None},
+        date=_written(listing),
     )
+
+
+def broken(folder: Path, error: AdapterError) -> dict[str, str]:
+    """Return the line of an adapter that cannot be read."""
+    what = {"name": folder.resolve().name, "folder": str(folder), "error": str(error).partition("\n")[0]}
+    return {key: _readable(text) for key, text in what.items()}
 
 
 def kinds(sites: Iterable[tuple[str, TargetModule]]) -> list[Kind]:
@@ -66,3 +125,34 @@ def pattern(path: str) -> str:
 def config(listing: AdapterFiles) -> dict[str, Any]:
     """Return an adapter's settings, without the empty ones."""
     return {key: value for key, value in asdict(listing.config).items() if value not in (None, (), {}, "")}
+
+
+_SHAPES: Memo[tuple[dict[str, TargetModule], list[dict[str, Entry]]], Shape] = Memo(64)
+
+
+def _shape(listing: AdapterFiles) -> Shape:
+    return Shape(
+        r=sorted({site.r for site in listing.sites.values()}),
+        targets=sorted({path.rpartition(".")[2] for path in listing.sites}),
+        modules=len(listing.sites),
+        parameters=listing.parameters,
+    )
+
+
+def _written(listing: AdapterFiles) -> str:
+    seconds = max(header.modified for header in listing.headers)
+    return datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
+
+
+def _readable(path: str) -> str:
+    """Return a path with question marks for bytes that are not UTF-8."""
+    return path.encode("utf-8", "replace").decode()
+
+
+def _number(text: str | None) -> float | None:
+    """Return a number of an adapter's metadata, which may come from a stranger; None if it is none."""
+    try:
+        number = float(text or "nan")
+    except ValueError:
+        return None
+    return number if isfinite(number) else None

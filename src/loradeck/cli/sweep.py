@@ -11,7 +11,8 @@ from cyclopts import Parameter
 
 from loradeck.cli.display.text import columns, printable
 from loradeck.cli.options import Dtype
-from loradeck.cli.train import LORA, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
+from loradeck.cli.train import DEFAULTS, LORA, READING, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
@@ -34,6 +35,7 @@ def sweep(
     output: Annotated[Path, Parameter(alias="-o")],
     lr: str | None = None,
     r: str | None = None,
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     lora: Annotated[LoraConfig, Parameter(name="*", parse=LORA_FLAGS)] = LORA,
     recipe: Annotated[TrainConfig, Parameter(name="*", parse=RECIPE_FLAGS)] = RECIPE,
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
@@ -45,8 +47,9 @@ def sweep(
 ) -> int:
     """Try learning rates and ranks in one pass, and keep the best.
 
-    Every rate is tried at every rank. At regular steps the worse half of the
-    trials, by validation loss, is stopped; the rest run to the end. The folder
+    Every rate is tried at every rank. At regular steps after the warm-up
+    the worse half of the trials, by validation loss, is stopped; the rest run
+    to the end. The folder
     then contains the best adapter. If the dataset has no validation examples, a
     tenth of it is held out.
 
@@ -61,13 +64,15 @@ def sweep(
         resume: Resume the sweep in the folder.
         overwrite: Replace an existing adapter or run.
     """
-    from loradeck.train.sweep import HELD_OUT, Halving, trials
+    from loradeck.train.sweep import HELD_OUT, halve, trials
 
     if resume:
-        arguments = (base, dataset, lr, r, lora, recipe, shared, valid, dtype)
-        if arguments != (None, None, None, None, LORA, RECIPE, SHARED, None, "auto"):
+        arguments = (base, dataset, lr, r, reading, lora, recipe, shared, valid, dtype)
+        if arguments != (None, None, None, None, *DEFAULTS, None, "auto"):
             raise ConfigError("--resume takes no other settings", hint="Resume with only --output and --resume.")
         run_recipe = read_run(output, sweep=True)
+        if say_finished(output):
+            return 0
     elif base is None or dataset is None:
         raise ConfigError(
             "a base and a dataset are needed", hint="loradeck sweep BASE DATASET -o FOLDER --lr 1e-4,3e-4"
@@ -79,14 +84,29 @@ def sweep(
             name=output.resolve().name,
             data=resolve(dataset),
             valid=valid and resolve(valid),
+            reading=reading,
             lora=suffixes(lora),
             train=recipe,
         )
         jobs = trials(job, numbers("--lr", lr, float), numbers("--r", r, int))
         run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=jobs, sweep=True)
-    halving = Halving()
-    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, listener=halving.on_event, each_pass=halving)
+    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, each_pass=halve)
     return 0 if dry_run else conclude(run, run_recipe.base)
+
+
+def say_finished(folder: Path) -> bool:
+    """If a sweep is finished and its best adapter published, say so; return whether it is so."""
+    from loradeck.lora.manifest import is_adapter
+    from loradeck.train import checkpoint
+    from loradeck.train.run import CHECKPOINTS
+
+    state = checkpoint.finished(folder / CHECKPOINTS)
+    if state is None or not is_adapter(folder):
+        return False
+    losses = {name: job.best_loss for name, job in state.jobs.items() if job.best_loss is not None}
+    name = min(losses, key=lambda name: losses[name])
+    print(printable(f"{folder}: finished, the adapter of {name} with a validation loss of {losses[name]:.4f}"))
+    return True
 
 
 def conclude(run: "Run", base: str) -> int:

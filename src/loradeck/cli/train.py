@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
-from loradeck.cli.options import Dtype
+from loradeck.cli.options import Dtype, is_typed
 from loradeck.cli.process import quick_imports
 from loradeck.cli.writers import Kind
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import AdapterError, ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import PassConfig, TrainConfig
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
 
     from loradeck.base.load import Base
     from loradeck.train.events import AnyEvent, Listener
+    from loradeck.train.job import Progress
     from loradeck.train.run import Answer, Run
     from loradeck.train.trainer import Trainer
 
 # The fields of LoraConfig that are flags; patterns for single modules are for run files and Python.
 FLAGS = re.compile("^(lora|r|lora_alpha|lora_dropout|target_modules|use_rslora)$")
-LORA, RECIPE, SHARED = LoraConfig(), TrainConfig(), PassConfig()
+DEFAULTS = READING, LORA, RECIPE, SHARED = DataConfig(), LoraConfig(), TrainConfig(), PassConfig()
+EXTENDED = ("epochs", "max_steps")  # what --resume may raise
+RECIPE_NAMES = tuple(field.name for field in fields(TrainConfig) if field.name not in EXTENDED)
 ANSWER_TOKENS = 48
 
 
@@ -38,10 +43,12 @@ def train(
     /,
     *,
     output: Annotated[Path, Parameter(alias="-o")],
+    reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     lora: Annotated[LoraConfig, Parameter(name="*", parse=FLAGS)] = LORA,
     recipe: Annotated[TrainConfig, Parameter(name="*")] = RECIPE,
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
     valid: str | None = None,
+    from_: str | None = None,
     last_layers: int | None = None,
     dtype: Dtype = "auto",
     log: Kind | None = None,
@@ -56,13 +63,16 @@ def train(
     once (docs/training.md). --target-modules takes comma-separated names of
     modules, such as q_proj,v_proj, or one of the values below. Ctrl-C stops
     after the current step and saves a checkpoint; --resume continues from the
-    last checkpoint, also after a crash, with the same result bit for bit.
+    last checkpoint, also after a crash, with the same result bit for bit. With
+    more --epochs or --max-steps it trains a finished run on.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m; or a run file.
         dataset: A file, a folder with train, valid and test, or a hub id.
         output: The run's folder, whose name is that of a single adapter.
         valid: A dataset for validation.
+        from_: The folder of an adapter to go on from, with its settings,
+            instead of a new one.
         last_layers: Adapt only the last N layers.
         log: Also write metrics for this program.
         dry_run: Print the plan without training.
@@ -70,7 +80,8 @@ def train(
         overwrite: Replace an existing adapter or run.
     """
     if base is not None and base.endswith(".toml") and dataset is None:
-        if (lora, recipe, shared, valid, last_layers, dtype) != (LORA, RECIPE, SHARED, None, None, "auto"):
+        given = (reading, lora, recipe, shared, valid, from_, last_layers, dtype)
+        if given != (*DEFAULTS, None, None, None, "auto"):
             raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
         run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:
@@ -78,25 +89,40 @@ def train(
             name=output.resolve().name,
             data=resolve(dataset),
             valid=valid and resolve(valid),
+            from_=from_ and resolve(from_),
             last_layers=last_layers,
+            reading=reading,
             lora=suffixes(lora),
             train=recipe,
         )
         run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=(job,))
     elif resume and base is None:
-        run_recipe = None
+        stored = read_run(output, sweep=False)
+        jobs = [
+            replace(
+                job,
+                valid=valid and resolve(valid),
+                from_=from_ and resolve(from_),
+                last_layers=last_layers,
+                reading=reading,
+                lora=suffixes(lora),
+                train=recipe,
+            )
+            for job in stored.jobs
+        ]
+        run_recipe = replace(stored, dtype=dtype, shared=shared, jobs=tuple(jobs))
     else:
         raise ConfigError(
             "a base and a dataset are needed", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER"
         )
     if resume:
         stored = read_run(output, sweep=False)
-        if run_recipe is not None:
-            check_same(run_recipe, stored)
-        run_recipe = stored
+        check_same(run_recipe, stored)
+        run_recipe = extended(stored, run_recipe)
+        if run_recipe == stored and say_finished(stored, output):
+            return 0
     else:
         check_output(output, overwrite=overwrite)
-    assert run_recipe is not None
     run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, log=log)
     return 0 if dry_run else conclude(run, run_recipe.base)
 
@@ -108,7 +134,6 @@ def carry_out(
     resume: bool = False,
     dry_run: bool = False,
     log: Kind | None = None,
-    listener: "Listener | None" = None,
     each_pass: "Callable[[Trainer], None] | None" = None,
 ) -> "Run":
     """Run a recipe in a folder and return the run; a dry run only prints its plan."""
@@ -117,28 +142,35 @@ def carry_out(
     with quick_imports():
         from loradeck.base.load import Base
         from loradeck.cli.display.live_view import plan_table, progress
-        from loradeck.cli.display.plan import plan
+        from loradeck.cli.display.plan import plan, trial_columns
         from loradeck.cli.writers import metric_writer
+        from loradeck.train.inputs import check_inputs
         from loradeck.train.run import Run
 
+    check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
     console = Console()
     base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
-    run = Run(recipe, output, base)
+    with reading_progress() as on_read:
+        run = Run(recipe, output, base, on_read=on_read)
     run.answer = answerer(base, run)
-    examples: list[object] = []  # the trials of a sweep share one
-    for name in run.data:
-        job_plan = plan(run, name)
-        console.print(plan_table(job_plan, example=job_plan.first not in examples))
-        examples.append(job_plan.first)
+    names = list(run.data)
+    for name in names[:1] if recipe.sweep else names:
+        console.print(plan_table(plan(run, name)))
+    if recipe.sweep:
+        print(f"\n{len(names)} trials, each as above except for:\n{trial_columns(run)}")
     if dry_run:
         return run
     with ExitStack() as stack:
-        listeners = [listener] if listener else []
+        listeners: list[Listener] = []
         if log is not None:
             listeners.append(stack.enter_context(metric_writer(log, output)))
         if resume:
             passes = run.resume()
             print(printable(f"resumed {output} after {passes} pass{'es' * (passes != 1)}"))
+            for job in run.trainer.running:
+                step, steps = job.progress.step, job.schedule.steps
+                rate = f"{job.schedule(step):.2g}"
+                print(printable(f"{job.name}: next is step {step + 1} of {steps}, at a learning rate of {rate}"))
         else:
             run.begin()
         steps = {name: job.schedule.steps for name, job in run.trainer.jobs.items()}
@@ -166,14 +198,10 @@ def conclude(run: "Run", base: str) -> int:
     for name, progress in results.items():
         end = progress.end
         assert end is not None
-        folder, losses = run.adapter_folder(name), progress.losses
+        folder = run.adapter_folder(name)
         if end.kept and folder.joinpath("adapter_config.json").exists():
-            best = progress.best_loss
-            validation = f", best validation loss {best:.4f} at step {end.kept}" if best else ""
-            steps = f"{end.step} step{'s' * (end.step != 1)}"
-            line = f"{end.reason} after {steps}, loss {losses[0]:.3f} -> {losses[-1]:.3f}{validation}"
-            print(printable(f"{folder}: {format_size(run.bank[name].nbytes)}, {line}"))
-        if end.detail or not losses:
+            print(printable(f"{folder}: {format_size(run.bank[name].nbytes)}, {outcome(progress)}"))
+        if end.detail or not progress.losses:
             print(printable(f"{name}: {end.reason}: {end.detail or 'before the first step; nothing was saved'}"))
     seconds = run.trainer.seconds
     tokens = sum(progress.tokens for progress in results.values())
@@ -186,6 +214,41 @@ def conclude(run: "Run", base: str) -> int:
     adapter = str(run.adapter_folder(next(iter(results))))
     print(printable("try: " + shlex.join(["loradeck", "generate", base, "Hello!", "--adapter", adapter])))
     return 0
+
+
+def outcome(progress: "Progress") -> str:
+    """Return how a job that took a step ended, in words."""
+    end, losses, best = progress.end, progress.losses, progress.best_loss
+    assert end is not None
+    validation = f", best validation loss {best:.4f} at step {end.kept}" if best else ""
+    steps = f"{end.step} step{'s' * (end.step != 1)}"
+    preference = ""
+    if progress.accuracy is not None and progress.margin is not None:
+        preference = f", accuracy {progress.accuracy:.0%}, margin {progress.margin:.1f}"
+    return f"{end.reason} after {steps}, loss {losses[0]:.3f} -> {losses[-1]:.3f}{preference}{validation}"
+
+
+def say_finished(recipe: RunRecipe, folder: Path) -> bool:
+    """If all jobs of a run have ended, say what they gave and how to train on; return whether it is so."""
+    with quick_imports():
+        from loradeck.train import checkpoint
+        from loradeck.train.run import CHECKPOINTS
+
+    state = checkpoint.finished(folder / CHECKPOINTS)
+    if state is None:
+        return False
+    resume = shlex.join(["loradeck", "train", "--output", str(folder), "--resume"])
+    for job in recipe.jobs:
+        progress = state.jobs[job.name]
+        what = f"{folder}: " if len(recipe.jobs) == 1 else f"{folder}: {job.name}: "
+        what += outcome(progress) if progress.losses else "ended before the first step"
+        if progress.end and progress.end.reason == "finished":
+            steps = job.train.max_steps
+            what += f"; to train on: {resume} " + (
+                f"--max-steps {2 * steps}" if steps else f"--epochs {2 * job.train.epochs}"
+            )
+        print(printable(what))
+    return True
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -233,7 +296,9 @@ def read_run(folder: Path, *, sweep: bool) -> RunRecipe:
 
 
 def check_same(recipe: RunRecipe, stored: RunRecipe) -> None:
-    """Refuse to resume a run with other settings; a setting left at its default counts as the same.
+    """Refuse to resume a run with other settings than the number of epochs or steps.
+
+    A setting that was not given counts as the same.
 
     Raises:
         ConfigError: names each setting that differs, with both values.
@@ -243,11 +308,16 @@ def check_same(recipe: RunRecipe, stored: RunRecipe) -> None:
         problems.append("the adapters' names differ")
     else:
         for job, old in zip(recipe.jobs, stored.jobs, strict=True):
-            problems += _differences(job.lora, old.lora) + _differences(job.train, old.train)
+            problems += _differences(job.reading, old.reading)
+            problems += _differences(job.lora, old.lora) + _differences(job.train, old.train, RECIPE_NAMES)
             problems += _differences(job, old, ("last_layers",))
             problems += [
                 f"{key} is {new!r}, the run has {before!r}"
-                for key, new, before in (("dataset", job.data, old.data), ("valid", job.valid, old.valid))
+                for key, new, before in (
+                    ("dataset", job.data, old.data),
+                    ("valid", job.valid, old.valid),
+                    ("from", job.from_, old.from_),
+                )
                 if new is not None and (before is None or Path(new).resolve() != Path(before).resolve())
             ]
     if problems:
@@ -263,8 +333,34 @@ def _differences(new: Any, old: Any, names: tuple[str, ...] = ()) -> list[str]:
     return [
         f"{name} is {getattr(new, name)!r}, the run has {getattr(old, name)!r}"
         for name in names or defaults
-        if getattr(new, name) not in (getattr(old, name), defaults[name])
+        if getattr(new, name) != getattr(old, name) and (getattr(new, name) != defaults[name] or is_typed(name))
     ]
+
+
+def extended(stored: RunRecipe, recipe: RunRecipe) -> RunRecipe:
+    """Return a stored run with the epochs or steps that were given, if they are not its own.
+
+    Raises:
+        ConfigError: they are fewer.
+    """
+    jobs = [
+        replace(job, train=_extended(job.train, new.train)) for job, new in zip(stored.jobs, recipe.jobs, strict=True)
+    ]
+    return replace(stored, jobs=tuple(jobs))
+
+
+def _extended(old: TrainConfig, new: TrainConfig) -> TrainConfig:
+    if new.max_steps is not None:
+        name, config = "max_steps", replace(old, max_steps=new.max_steps)
+    elif new.epochs != RECIPE.epochs or is_typed("epochs"):
+        name, config = "epochs", replace(old, max_steps=None, epochs=new.epochs)
+    else:
+        return old
+    if (getattr(old, name) or 0) > getattr(config, name):
+        raise ConfigError(
+            f"{name} is {getattr(config, name)}, the run has {getattr(old, name)} already", hint="Give more of them."
+        )
+    return config
 
 
 def suffixes(config: LoraConfig) -> LoraConfig:

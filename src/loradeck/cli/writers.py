@@ -47,10 +47,14 @@ def metric_writer(kind: Kind, folder: Path) -> Iterator[Listener]:
 def _numbers(event: AnyEvent, before: Step | None) -> dict[str, float]:
     numbers: dict[str, float | None] = {}
     if isinstance(event, Step):
-        numbers = {name: getattr(event, name) for name in ("loss", "accuracy", "learning_rate", "grad_norm")}
+        numbers = {name: getattr(event, name) for name in ("loss", "accuracy", "margin", "learning_rate", "grad_norm")}
         numbers["tokens_per_second"] = tokens_per_second((before, event)) if before else None
     elif isinstance(event, Evaluation):
-        numbers = {"validation_loss": event.loss, "validation_accuracy": event.accuracy}
+        numbers = {
+            "validation_loss": event.loss,
+            "validation_accuracy": event.accuracy,
+            "validation_margin": event.margin,
+        }
     return {name: value for name, value in numbers.items() if value is not None}
 
 

@@ -4,7 +4,7 @@ Valid records are measured whatever is wrong with the others.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Self
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.finding import Finding
 from loradeck.dataset.reader import DatasetReader, ParsedRow
 from loradeck.dataset.record import PreferencePair, Record, Span, TokenIds
-from loradeck.dataset.source import find
+from loradeck.dataset.source import Position, find
 
 
 class Duplicate(msgspec.Struct, frozen=True, rename={"location": "place"}):
@@ -55,6 +57,8 @@ class SplitReport(msgspec.Struct, rename={"supervised": "learned"}):
     """The part of `total` that is trained on."""
     truncated: int = 0
     """Examples truncated to max_length."""
+    skipped: int = 0
+    """Records left out because they are longer than max_length."""
     duplicates: list[Duplicate] = []
     """Records that this split holds twice."""
     leaked: list[Duplicate] = []
@@ -63,7 +67,7 @@ class SplitReport(msgspec.Struct, rename={"supervised": "learned"}):
     """Records whose prompt is also in the training split, with another answer."""
 
 
-class Report(msgspec.Struct):
+class Report(msgspec.Struct, rename={"unused": "passed_over"}):
     """What `check_dataset` returns; as JSON it is the output of `loradeck check --json`."""
 
     name: str
@@ -74,19 +78,33 @@ class Report(msgspec.Struct):
     splits: dict[str, SplitReport] = {}
     first: list[list[Span]] = []
     """The first example in spans; for a preference pair, the chosen one and the rejected one."""
-    problems: list[str] = []
-    """Everything that training would refuse, each as `file:line: path: what`."""
+    unused: list[Finding] = []
+    """The keys that are passed over."""
+    remarks: list[Finding] = []
+    """What is left out, read otherwise than written, or held twice."""
+    problems: list[Finding] = []
+    """Everything that training would refuse."""
 
 
-def check_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Report:
+def check_dataset(
+    source: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    config: DataConfig | None = None,
+    *,
+    on_read: Callable[[Position], None] | None = None,
+) -> Report:
     """Read a dataset as training would, past its invalid records. Without a tokenizer, count characters.
+
+    `on_read` is called after each record.
 
     Raises:
         DataError: it cannot be found.
         ConfigError: max_length is below 2.
     """
-    files = find(source)
-    reader = DatasetReader(files, tokenizer, max_length)
+    config = config or DataConfig()
+    files = find(source, config.encoding)
+    reader = DatasetReader(files, tokenizer, max_length, config)
     report = Report(str(source), splits={split: SplitReport() for split in files.rows})
     seen: dict[str, dict[bytes, str]] = {split: {} for split in files.rows}
     train_prompts: dict[bytes, str] = {}
@@ -111,11 +129,17 @@ def check_dataset(source: Path | str, tokenizer: PreTrainedTokenizerBase | None,
             split.leaked.append(Duplicate(row.location, of))
         elif (of := train_prompts.get(prompt)) and not spans[0].trained:
             split.prompts.append(Duplicate(row.location, of))
+        if on_read:
+            on_read(files.position)
     for name, sizes in lengths.items():
         report.splits[name].lengths = Lengths.of(sizes) if sizes else None
     forms = [*reader.learns_to_stop]
     report.unit = "tokens" if tokenizer or forms == ["tokens"] else "characters"
-    report.form, report.problems = ", ".join(forms) or "none", reader.problems
+    report.form = ", ".join(forms) or "none"
+    for split_name, count in reader.skipped.items():
+        report.splits[split_name].skipped = count
+    report.unused, report.remarks = reader.unused.list(), reader.remarks.list()
+    report.problems = reader.problems.list()
     return report
 
 

@@ -3,16 +3,20 @@
 Files write messages as OpenAI does (`role` and `content`) or as ShareGPT does (`from` and `value`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
+from loradeck.dataset.marker import WEIGHTS, is_empty, is_known, read_weight
 from loradeck.errors import DataError
 
+T = TypeVar("T")
+
 ROLES = ("system", "user", "assistant", "tool")
-# The names in ShareGPT's files, as LLaMA-Factory reads them.
+OPENAI = {role: role for role in ROLES} | {"developer": "system", "function": "tool"}
+# The names in ShareGPT's files, as LLaMA-Factory, Axolotl and FastChat read them.
 SHAREGPT = {
     "system": "system",
     "human": "user",
@@ -22,7 +26,17 @@ SHAREGPT = {
     "function_call": "assistant",
     "observation": "tool",
     "tool": "tool",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "tool_call": "assistant",
+    "function_response": "tool",
+    "tool_response": "tool",
 }
+CALLS = ("function_call", "tool_call")  # in ShareGPT's files, messages whose value is calls as JSON
 Json: TypeAlias = dict[str, Any]
 
 
@@ -40,6 +54,8 @@ class Message:
     tool_call_id: str | None = None
     weight: int = 1
     """0 for an assistant message that is context only."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the file that are passed over, as `messages[].key`."""
 
     @property
     def trained(self) -> bool:
@@ -66,8 +82,11 @@ class Message:
 class ContentPart(msgspec.Struct, frozen=True):
     """A part of a message's content; only type text is supported."""
 
-    type: str
+    type: str = "text"
     text: str | None = None
+
+
+Content: TypeAlias = str | list[ContentPart] | None
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -101,37 +120,39 @@ class RawMessage(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     """A message as a file writes it."""
 
     role: str | None = None
-    content: str | list[ContentPart] | None = None
+    content: Content = None
     from_: str | None = None
-    value: str | None = None
+    value: Content = None
     reasoning_content: str | None = None
     thinking: str | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    weight: float | None = None
-    train: bool | None = None  # declared in order to refuse it: ignored, the message would be trained on all the same
 
     def to_message(self, path: str) -> Message:
         """Return the message in the form used here; `path` is its JSON path, for errors.
 
         Raises:
-            DataError: an unknown role, a content that is not text, or an empty assistant message.
+            DataError: an unknown role, a content that is not text, or an empty message.
         """
         if self.role is not None and self.from_ is not None:
             raise DataError(f"{path}: has both role and from; keep one")
-        key, roles = ("from", SHAREGPT) if self.from_ is not None else ("role", dict.fromkeys(ROLES))
+        key, roles = ("from", SHAREGPT) if self.from_ is not None else ("role", OPENAI)
         name = self.from_ if self.from_ is not None else self.role
         if name is None:
             raise DataError(f"{path}.role: is missing; expected one of {', '.join(ROLES)}")
         if name not in roles:
-            raise DataError(f"{path}.{key}: unknown role {name!r:.24}; expected one of {', '.join(roles)}")
-        role = roles[name] or name
-        calls, content = self.tool_calls or [], self._content(path)
-        if name == "function_call":
-            calls, content = decode_list(content, ToolCall, f"{path}.value"), ""
-        if role == "assistant" and not content.strip() and not calls:
-            raise DataError(f"{path}.{'content' if key == 'role' else 'value'}: is empty")
+            shown = ", ".join(ROLES if roles is OPENAI else SHAREGPT)
+            raise DataError(f"{path}.{key}: unknown role {name!r:.24}; expected one of {shown}")
+        role = roles[name]
+        calls = self._calls(path)
+        at = "content" if self.value is None and (self.from_ is None or self.content is not None) else "value"
+        content = text_of(self.content if at == "content" else self.value, f"{path}.{at}")
+        if self.from_ in CALLS:
+            calls, content = decode_list(content, ToolCall, f"{path}.{at}"), ""
+        if role in ("user", "assistant") and not content.strip() and not calls:
+            raise DataError(f"{path}.{at}: is empty")
         if role != "assistant" and calls:
             raise DataError(f"{path}.tool_calls: only the assistant calls tools")
         return Message(
@@ -141,45 +162,86 @@ class RawMessage(msgspec.Struct, frozen=True, rename={"from_": "from"}):
             [call.for_template(f"{path}.tool_calls[{index}]") for index, call in enumerate(calls)],
             self.name,
             self.tool_call_id,
-            self._weight(path, role),
         )
 
-    def _content(self, path: str) -> str:
-        if self.from_ is not None:
-            return self.value or ""
-        if not isinstance(self.content, list):
-            return self.content or ""
-        for index, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
-                raise DataError(f"{path}.content[{index}].type: unsupported type {part.type!r:.24}; only text is")
-        return "".join(part.text or "" for part in self.content)
-
-    def _weight(self, path: str, role: str) -> int:
-        if self.train is not None:
-            raise DataError(f'{path}.train: is not supported; write "weight": 0 for a message not to train on')
-        if self.weight not in (None, 0, 1):
-            raise DataError(f"{path}.weight: must be 0 or 1, not {self.weight:g}")
-        if self.weight == 1 and role != "assistant":
-            raise DataError(f"{path}.weight: is 1, but only assistant messages are trained on")
-        return int(role != "assistant" or self.weight != 0)
+    def _calls(self, path: str) -> list[ToolCall]:
+        if self.function_call is None:
+            return self.tool_calls or []
+        if self.tool_calls:
+            raise DataError(f"{path}: has both tool_calls and function_call; keep one")
+        return [ToolCall(self.function_call)]
 
 
-def to_messages(raw: Sequence[RawMessage], path: str) -> list[Message]:
+KNOWN = set(RawMessage.__struct_encode_fields__)
+
+
+def to_message(raw: Json, path: str, name: str) -> Message:
+    """Return a file's message in the form used here.
+
+    `path` is its JSON path, for errors; `name` that of any like it, for its keys that are passed over.
+
+    Raises:
+        DataError: as RawMessage.to_message; or it is marked in a way that is not supported.
+    """
+    message = convert(raw, RawMessage, path).to_message(path)
+    weight = read_weight(raw, path)
+    if weight == 1 and message.role != "assistant":
+        key = next(key for key in raw if key in WEIGHTS and not is_empty(raw[key]))
+        raise DataError(f"{path}.{key}: is 1, but only assistant messages are trained on")
+    context = message.role == "assistant" and weight == 0
+    unused = unused_keys(raw, KNOWN)
+    return replace(message, weight=0 if context else 1, unused=tuple(f"{name}.{key}" for key in unused))
+
+
+def to_messages(raw: Sequence[Json], path: str) -> list[Message]:
     """Return a file's messages in the form used here; `path` is the list's JSON path, for errors."""
-    return [message.to_message(f"{path}[{index}]") for index, message in enumerate(raw)]
+    name = path.removeprefix("$.")
+    return [to_message(message, f"{path}[{index}]", f"{name}[]") for index, message in enumerate(raw)]
 
 
-def tools(declared: list[Json] | str | None) -> list[Json] | None:
+def unused_keys(raw: Json, known: Collection[str]) -> list[str]:
+    """Return the keys that are passed over though they hold something."""
+    return [key for key, value in raw.items() if key not in known and not is_known(key, value) and not is_empty(value)]
+
+
+def text_of(content: Content, path: str) -> str:
+    """Return the text of a content, which files also write as a list of parts.
+
+    Raises:
+        DataError: a part is not text.
+    """
+    if not isinstance(content, list):
+        return content or ""
+    for index, part in enumerate(content):
+        if part.type != "text" or part.text is None:
+            raise DataError(f"{path}[{index}].type: unsupported type {part.type!r:.24}; only text is")
+    return "".join(part.text or "" for part in content)
+
+
+def tools(declared: list[Json] | str | None, key: str) -> list[Json] | None:
     """Return a conversation's tools in OpenAI's shape; files also write bare functions, or one JSON string.
 
     Raises:
-        DataError: invalid JSON.
+        DataError: invalid JSON; the error names `key`.
     """
     if isinstance(declared, str):
-        declared = decode_list(declared, Json, "$.tools") if declared.strip() else None
+        declared = decode_list(declared, Json, f"$.{key}") if declared.strip() else None
     if not declared:
         return None
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in declared]
+
+
+def convert(raw: object, type_: type[T], path: str) -> T:
+    """Convert decoded JSON to a type.
+
+    Raises:
+        DataError: it is not of this type.
+    """
+    try:
+        return msgspec.convert(raw, type_)
+    except msgspec.ValidationError as error:
+        what, _, at = str(error).partition(" - at ")
+        raise DataError(f"{path}{at.strip('`').removeprefix('$')}: {what}") from error
 
 
 def decode(text: str, type_: Any, path: str) -> Any:

@@ -1,12 +1,16 @@
 """Read a dataset's rows into records and examples, past those that are invalid."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from loradeck.dataset.example import Example, Preference, examples, stop_tokens
+from loradeck.dataset.config import DataConfig
+from loradeck.dataset.control import control_tokens, likely_tokens
+from loradeck.dataset.example import Example, Preference, TooLongError, examples, stop_tokens
+from loradeck.dataset.finding import Finding, Findings
 from loradeck.dataset.record import PAIRS, Record, parse
 from loradeck.dataset.source import Row, Source, Split
 from loradeck.errors import ConfigError, DataError
@@ -27,12 +31,19 @@ class ParsedRow:
 
 @dataclass(slots=True)
 class DatasetReader:
-    """Yields a dataset's valid records, and collects the problems of the others."""
+    """Yields a dataset's valid records, and collects the problems of the others and what else is to be said."""
 
     source: Source
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
-    problems: list[str] = field(default_factory=list)
+    config: DataConfig = field(default_factory=DataConfig)
+    problems: Findings = field(default_factory=Findings)
+    unused: Findings = field(default_factory=Findings)
+    """The keys that are passed over."""
+    remarks: Findings = field(default_factory=Findings)
+    """What is left out, read otherwise than written, or held twice."""
+    skipped: Counter[Split] = field(default_factory=Counter)
+    """The number of records that are left out as too long."""
     learns_to_stop: dict[str, bool] = field(default_factory=dict)
     """By form, in order of appearance: whether a training example of it is trained on a stop token."""
     stop_tokens: frozenset[int] = frozenset()
@@ -49,34 +60,70 @@ class DatasetReader:
         """Yield the valid records, split after split; `problems` is complete once they are exhausted."""
         for split, rows in self.source.rows.items():
             row = None
+            valid = 0
             try:
                 for row in rows:
                     try:
-                        yield self._parsed(split, row)
+                        if parsed := self._parsed(split, row):
+                            valid += 1
+                            yield parsed
                     except DataError as error:
-                        self.problems.append(f"{row.location}: {error.message}")
+                        self.problems.add(Finding.of(error), row.location)
                 if row is None:
-                    self.problems.append(f"{split}: is empty")
+                    self.problems.add(Finding(f"{split}: is empty"))
+                elif not valid and self.skipped[split]:
+                    self.problems.add(Finding(f"{split}: nothing is left within {self.max_length} tokens; raise it"))
             except DataError as error:  # about the file as a whole
-                self.problems.append(error.message)
+                self.problems.add(Finding.of(error))
         if self.tokenizer is not None:
             marks = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_tokens))
-            self.problems += [
-                f"train: no example of {form} learns to stop; some must end, within {self.max_length} tokens, with "
-                f"{' or '.join(marks) or 'an end of text, which this tokenizer lacks'}, and train on it"
-                for form, learns in self.learns_to_stop.items()
-                if not learns
-            ]
+            for form in (form for form, learns in self.learns_to_stop.items() if not learns):
+                what = (
+                    f"train: no example of {form} learns to stop; some must end, within {self.max_length} tokens, with "
+                    f"{' or '.join(marks) or 'an end of text, which this tokenizer lacks'}, and train on it"
+                )
+                self.problems.add(Finding(what))
 
-    def _parsed(self, split: Split, row: Row) -> ParsedRow:
+    def notes(self) -> tuple[str, ...]:
+        """Return what is to be said of a dataset without problems, in lines."""
+        keys = ", ".join(f"{each.what} (in {each.records:,})" for each in self.unused.list())
+        return (*([f"passed over: {keys}"] if keys else []), *map(str, self.remarks.list()))
+
+    def _parsed(self, split: Split, row: Row) -> ParsedRow | None:
+        """Return a row's record and examples; None if it is left out as too long."""
         if isinstance(row.content, DataError):
             raise row.content
-        record, forms = parse(row.content), self.learns_to_stop
+        record, forms = parse(row.content, self.config.source_columns), self.learns_to_stop
         if forms and (record.form == PAIRS) != (PAIRS in forms):
             raise DataError(f"$: {record.form} cannot be mixed with {', '.join(forms)}; make two datasets")
-        tokenized: Examples = [] if self.tokenizer is None else examples(record, self.tokenizer, self.max_length)
+        for key in record.unused:
+            self.unused.add(Finding(key), row.location)
+        tokenized, remarks = self._tokenized(record)
+        for remark in sorted(remarks):
+            self.remarks.add(Finding(remark), row.location)
+        if tokenized is None:
+            self.skipped[split] += 1
+            return None
         forms[record.form] = forms.get(record.form, split != "train") or any(map(self._stops, tokenized))
         return ParsedRow(split, row.location, record, tokenized)
+
+    def _tokenized(self, record: Record) -> tuple[Examples | None, set[str]]:
+        """Return a record's examples, None if it is to be left out, and the remarks on it."""
+        tokens = likely_tokens(record)
+        if self.tokenizer is None:
+            return [], {f"holds {token}, which looks like a control token" for token in tokens}
+        others = [token for token in tokens if token not in control_tokens(self.tokenizer)]
+        remarks = {f"holds {token}, which looks like another base's control token" for token in others}
+        fold, skip = self.config.fold_system, self.config.skip_long
+        try:
+            tokenized = examples(record, self.tokenizer, self.max_length, fold_system=fold, remarks=remarks)
+        except TooLongError:
+            if not skip:
+                raise
+            tokenized = None
+        if skip and (tokenized is None or any(example.truncated for example in tokenized)):
+            return None, {f"left out: longer than {self.max_length} tokens"}
+        return tokenized, remarks
 
     def _stops(self, example: Example | Preference) -> bool:
         answer = example.chosen if isinstance(example, Preference) else example

@@ -4,18 +4,33 @@ However a file writes it, a record is one of five things: a conversation, a prom
 token ids, or a preference pair (two answers to one prompt).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, takewhile
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from loradeck.dataset.message import Json, Message, RawMessage, to_messages, tools
+from loradeck.dataset.columns import in_source_names, rename, replaced_keys, unknown_form, with_suggestion
+from loradeck.dataset.marker import check_record
+from loradeck.dataset.message import (
+    Content,
+    Json,
+    Message,
+    convert,
+    decode,
+    text_of,
+    to_message,
+    to_messages,
+    tools,
+    unused_keys,
+)
 from loradeck.errors import DataError
 
 UNSUPERVISED = -100  # torch.nn.functional.cross_entropy's ignore_index
 PAIRS = "preference pairs"
+LISTS = ("messages", "conversations", "history", "tokens", "input_ids", "labels", "attention_mask")
 EXPECTED = "messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen and rejected"
 
 
@@ -33,6 +48,7 @@ class Conversation:
     messages: list[Message]
     tools: list[Json] | None = None
     form: str = field(default="messages", compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     def spans(self) -> list[Span]:
         """Return the record as text, without a tokenizer."""
@@ -47,6 +63,7 @@ class Completion:
     prompt: str
     completion: str
     form: str = field(default="prompt and completion", compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     def spans(self) -> list[Span]:
         """Return the record as text, without a tokenizer."""
@@ -59,6 +76,7 @@ class PlainText:
 
     text: str
     form: str = field(default="text", compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     def spans(self) -> list[Span]:
         """Return the record as text, without a tokenizer."""
@@ -72,6 +90,7 @@ class TokenIds:
     tokens: list[int]
     labels: list[int]
     form: str = field(default="tokens", compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     def spans(self) -> list[Span]:
         """Return the ids as text, separated by spaces."""
@@ -87,6 +106,7 @@ class PreferencePair:
     chosen: Conversation | Completion
     rejected: Conversation | Completion
     form: str = field(default=PAIRS, compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     def spans(self) -> list[Span]:
         """Return the prompt, the chosen answer and the rejected one as text."""
@@ -98,58 +118,90 @@ class PreferencePair:
 Record: TypeAlias = Conversation | Completion | PlainText | TokenIds | PreferencePair
 
 
-class _RawMessages(msgspec.Struct, frozen=True):
-    messages: list[RawMessage]
+class _RawTurns(msgspec.Struct, frozen=True, kw_only=True):
+    """What can stand beside the turns of a record, in every form that has turns."""
+
+    system: Content = None
     tools: list[Json] | str | None = None
+    functions: list[Json] | str | None = None  # OpenAI's older name
+
+    @property
+    def has_context(self) -> bool:
+        """Whether there is something that only a chat template can place."""
+        return bool(self._system() or self._tools())
+
+    def conversation(self, messages: list[Message], path: str) -> Conversation:
+        """Return a conversation of these messages, with the system message and the tools.
+
+        Raises:
+            DataError: it begins with an answer, has nothing to train on, or has two system messages.
+        """
+        if messages and messages[0].role == "assistant":
+            raise DataError(f"{path}[0].role: a conversation cannot begin with the assistant")
+        if not any(message.trained for message in messages):
+            raise DataError(f"{path}: has no assistant message to train on")
+        system = self._system()
+        if system and messages[0].role != "system":
+            messages = [Message("system", system), *messages]
+        elif system and messages[0].content != system:
+            raise DataError("$.system: differs from the system message; keep one")
+        return Conversation(messages, self._tools())
+
+    def _system(self) -> str:
+        system = text_of(self.system, "$.system")
+        return system if system.strip() else ""
+
+    def _tools(self) -> list[Json] | None:
+        declared, functions = tools(self.tools, "tools"), tools(self.functions, "functions")
+        if declared and functions:
+            raise DataError("$.functions: stands beside tools; keep one")
+        return declared or functions
+
+
+class _RawMessages(_RawTurns, frozen=True, kw_only=True):
+    messages: list[Json]
 
     def to_record(self) -> Record:
-        return _conversation(to_messages(self.messages, "$.messages"), self.tools, "$.messages")
+        return self.conversation(to_messages(self.messages, "$.messages"), "$.messages")
 
 
-class _RawShareGpt(msgspec.Struct, frozen=True):
-    conversations: list[RawMessage]
-    system: str | None = None
-    tools: list[Json] | str | None = None
+class _RawShareGpt(_RawTurns, frozen=True, kw_only=True):
+    conversations: list[Json]
 
     def to_record(self) -> Record:
-        system = [Message("system", self.system)] if self.system else []
         messages = to_messages(self.conversations, "$.conversations")
-        return replace(_conversation(system + messages, self.tools, "$.conversations"), form="sharegpt")
+        return replace(self.conversation(messages, "$.conversations"), form="sharegpt")
 
 
-class _RawAlpaca(msgspec.Struct, frozen=True):
+class _RawAlpaca(_RawTurns, frozen=True, kw_only=True):
     instruction: str
     output: str
     input: str | None = None
-    system: str | None = None
     history: list[tuple[str, str]] | None = None
 
     def to_record(self) -> Record:
         # As LLaMA-Factory: the input follows the instruction on a new line; answers of the history are trained on too.
-        messages = [Message("system", self.system)] if self.system else []
         question = "\n".join(filter(None, [self.instruction, self.input]))
-        for user, assistant in [*(self.history or []), (question, self.output)]:
-            messages += [Message("user", user), Message("assistant", assistant)]
         _require_text(instruction=question, output=self.output)
-        return replace(_conversation(messages, None, "$.history"), form="alpaca")
+        messages: list[Message] = []
+        for index, (user, assistant) in enumerate(self.history or []):
+            _require_text(**{f"history[{index}][0]": user, f"history[{index}][1]": assistant})
+            messages += [Message("user", user), Message("assistant", assistant)]
+        messages += [Message("user", question), Message("assistant", self.output)]
+        return replace(self.conversation(messages, "$.history"), form="alpaca")
 
 
-class _RawCompletion(msgspec.Struct, frozen=True):
-    prompt: str | list[RawMessage]
-    completion: str | RawMessage | list[RawMessage]
-    tools: list[Json] | str | None = None
-    label: Any = None
-    kto_tag: Any = None
+class _RawCompletion(_RawTurns, frozen=True, kw_only=True):
+    prompt: str | list[Json]
+    completion: str | Json | list[Json]
 
     def to_record(self) -> Record:
-        if isinstance(self.label, bool) or self.kto_tag is not None:
-            raise DataError("$.label: KTO is not supported: a bad completion would be trained on; keep the good ones")
-        if isinstance(self.prompt, str) and isinstance(self.completion, str):
+        if isinstance(self.prompt, str) and isinstance(self.completion, str) and not self.has_context:
             _require_text(prompt=self.prompt, completion=self.completion)
             return Completion(self.prompt, self.completion)
         prompt = _as_context(_side(self.prompt, "user", "$.prompt"))
         completion = _side(self.completion, "assistant", "$.completion")
-        return replace(_conversation(prompt + completion, self.tools, "$.completion"), form="prompt and completion")
+        return replace(self.conversation(prompt + completion, "$.completion"), form="prompt and completion")
 
 
 class _RawText(msgspec.Struct, frozen=True):
@@ -164,11 +216,14 @@ class _RawTokens(msgspec.Struct, frozen=True):
     labels: list[int]
     tokens: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
     input_ids: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    attention_mask: list[int] | None = None
 
     def to_record(self) -> Record:
         key, ids = ("tokens", self.tokens) if self.tokens is not None else ("input_ids", self.input_ids or [])
         if len(ids) != len(self.labels):
             raise DataError(f"$.labels: has {len(self.labels)} items, but {key} has {len(ids)}")
+        if 0 in (self.attention_mask or ()):
+            raise DataError("$.attention_mask: has zeros; remove the padding")
         for index, (token, label) in enumerate(zip(ids, self.labels, strict=True)):
             if label not in (token, UNSUPERVISED):
                 raise DataError(
@@ -179,23 +234,24 @@ class _RawTokens(msgspec.Struct, frozen=True):
         return TokenIds(ids, self.labels)
 
 
-class _RawPreference(msgspec.Struct, frozen=True):
-    chosen: str | RawMessage | list[RawMessage]
-    rejected: str | RawMessage | list[RawMessage]
-    prompt: str | list[RawMessage] | None = None
-    conversations: list[RawMessage] | None = None
-    tools: list[Json] | str | None = None
+class _RawPreference(_RawTurns, frozen=True, kw_only=True):
+    chosen: str | Json | list[Json]
+    rejected: str | Json | list[Json]
+    prompt: str | list[Json] | None = None
+    conversations: list[Json] | None = None
 
     def to_record(self) -> Record:
-        if isinstance(self.prompt, str) and isinstance(self.chosen, str) and isinstance(self.rejected, str):
-            _require_text(prompt=self.prompt, chosen=self.chosen, rejected=self.rejected)
-            sides = [Completion(self.prompt, self.chosen), Completion(self.prompt, self.rejected)]
+        prompt, chosen, rejected = self.prompt, self.chosen, self.rejected
+        texts = isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
+        if texts and not self.has_context:
+            _require_text(prompt=prompt, chosen=chosen, rejected=rejected)
+            sides = [Completion(prompt, chosen), Completion(prompt, rejected)]
         else:
-            key = "prompt" if self.prompt is not None else "conversations"
-            prompt = _side(self.prompt if self.prompt is not None else self.conversations or [], "user", f"$.{key}")
+            key = "prompt" if prompt is not None else "conversations"
+            context = _side(prompt if prompt is not None else self.conversations or [], "user", f"$.{key}")
             sides = [
-                _conversation(messages, self.tools, f"$.{side}")
-                for side, messages in zip(("chosen", "rejected"), self._conversations(prompt), strict=True)
+                self.conversation(messages, f"$.{side}")
+                for side, messages in zip(("chosen", "rejected"), self._conversations(context), strict=True)
             ]
         if sides[0] == sides[1]:
             raise DataError("$.rejected: equals chosen, so neither is preferred")
@@ -232,21 +288,17 @@ FORMS: tuple[tuple[Any, set[str]], ...] = (
 )
 
 
-def parse(line: bytes) -> Record:
-    """Parse one line of JSON; keys that are null or not part of the form are ignored.
+def parse(line: bytes, columns: Mapping[str, str] = MappingProxyType({})) -> Record:
+    """Parse one line of JSON; keys that are null, or not part of the form, are passed over.
+
+    `columns` maps our keys to the line's, where they differ.
 
     Raises:
         DataError: the line has none of the forms. The message is `path: what`, as in `$.messages[0].role: …`.
     """
     try:
         text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        keys = [key for key, value in fields.items() if bytes(value) != b"null"]
-        form = next((form for form, required in FORMS if required <= set(keys)), None)
-        if form is None:
-            shown = ", ".join(f"{key!r:.24}" for key in keys[:5]) or "none"
-            raise DataError(f"$: unknown form; expected {EXPECTED}, but the keys are {shown}")
-        record: Record = msgspec.json.decode(text, type=form).to_record()
+        return _record(msgspec.json.decode(text, type=Json), columns)
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start} is not UTF-8") from error
     except RecursionError as error:
@@ -254,33 +306,50 @@ def parse(line: bytes) -> Record:
     except msgspec.DecodeError as error:
         what, _, path = str(error).partition(" - at ")
         raise DataError(f"{path.strip('`') or '$'}: {what}") from error
-    return record
 
 
-def _side(content: str | RawMessage | list[RawMessage], role: str, path: str) -> list[Message]:
+def _record(keys: Json, columns: Mapping[str, str]) -> Record:
+    renamed = rename(keys, columns)
+    present = {key for key, value in renamed.items() if value is not None}
+    form = next((form for form, required in FORMS if required <= present), None)
+    if form is None:
+        raise unknown_form(f"$: unknown form; expected {EXPECTED}", keys, columns)
+    try:
+        check_record(renamed, plain=form in (_RawText, _RawTokens))
+        record: Record = convert(_with_lists(renamed, form.__struct_encode_fields__), form, "$").to_record()
+    except DataError as error:
+        if error.message.startswith("$.prompt: is missing"):
+            raise with_suggestion(error, [*keys]) from error
+        raise in_source_names(error, columns) from error
+    sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
+    messages = [message for side in sides if isinstance(side, Conversation) for message in side.messages]
+    unused = [*unused_keys(renamed, form.__struct_encode_fields__), *replaced_keys(keys, columns)]
+    unused += [key for message in messages for key in message.unused]
+    return replace(record, unused=tuple(dict.fromkeys(unused)))
+
+
+def _with_lists(keys: Json, names: Collection[str]) -> Json:
+    """Return a record with its lists decoded; a cell of a table holds a list as JSON."""
+    return {
+        key: decode(value, list[Any], f"$.{key}")
+        if key in LISTS and key in names and isinstance(value, str) and value.lstrip().startswith("[")
+        else value
+        for key, value in keys.items()
+    }
+
+
+def _side(content: str | Json | list[Json], role: str, path: str) -> list[Message]:
     """Return one side of a record (prompt, completion, chosen, rejected) as messages; a string is one of `role`."""
+    name = path.removeprefix("$.")
     if isinstance(content, str):
-        _require_text(**{path.removeprefix("$."): content})
+        _require_text(**{name: content})
         return [Message(role, content)]
-    return [content.to_message(path)] if isinstance(content, RawMessage) else to_messages(content, path)
+    return [to_message(content, path, name)] if isinstance(content, dict) else to_messages(content, path)
 
 
 def _as_context(messages: Sequence[Message]) -> list[Message]:
     """Return messages of which none is trained on."""
     return [replace(message, weight=0) if message.trained else message for message in messages]
-
-
-def _conversation(messages: list[Message], declared: list[Json] | str | None, path: str) -> Conversation:
-    """Return a conversation of these messages and tools.
-
-    Raises:
-        DataError: it begins with an answer, or has nothing to train on.
-    """
-    if messages and messages[0].role == "assistant":
-        raise DataError(f"{path}[0].role: a conversation cannot begin with the assistant")
-    if not any(message.trained for message in messages):
-        raise DataError(f"{path}: has no assistant message to train on")
-    return Conversation(messages, tools(declared))
 
 
 def _require_text(**texts: str) -> None:

@@ -5,21 +5,19 @@ Every row is one line of JSON and its location, whatever kind of file it comes f
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
 from loradeck.base import is_hub_id
-from loradeck.dataset import table
+from loradeck.dataset import delimited, json_file, table
+from loradeck.dataset.text_file import open_utf8
 from loradeck.errors import DataError
-
-LINE_BYTES = 4 << 20
-DATASET_BYTES = 256 << 20  # its tokens are held in memory, at about ten times this size
 
 Split: TypeAlias = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -34,16 +32,37 @@ SPLIT_NAMES: dict[str, Split] = {
 }
 # The stem of a split's file: train, or a shard as the hub names them, train-00000-of-00002, sometimes with a hash.
 SHARD = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:-\d+-of-(\d+)(?:-[0-9a-f]+)?)?")
-SUFFIXES = (".jsonl", ".ndjson", ".json", *table.SUFFIXES)
-HINT = f"Give a file ({', '.join(SUFFIXES)}), a folder with train, valid and test of these, or owner/name of the hub."
+JSON = (".jsonl", ".ndjson", ".json")
+TEXT = (*JSON, *delimited.SUFFIXES)
+COMPRESSED = (".gz", ".zst")
+PARQUET = ".parquet"
+SUFFIXES = (*TEXT, *(text + suffix for text in TEXT for suffix in COMPRESSED), PARQUET)
+FORMS = f"{', '.join(TEXT)} (or with {' or '.join(COMPRESSED)}), {PARQUET}"
+HINT = f"Give a file ({FORMS}), a folder with train, valid and test of these, or owner/name of the hub."
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record as JSON, or the error of reading it; and its location, `file:line`."""
+    """One record as JSON, or the error of reading it; and its location, `file:line`.
+
+    Records on one line are `file:line`, `file:line[1]`, `file:line[2]` and so on.
+    """
 
     location: str
     content: bytes | DataError
+
+
+@dataclass(slots=True)
+class Position:
+    """How far the files of a dataset were read, in bytes."""
+
+    total: int = 0
+    """0 if it has no files."""
+    done: int = 0
+
+    def move(self, done: int) -> None:
+        """Set how far they were read."""
+        self.done = done
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +71,8 @@ class Source:
 
     rows: Mapping[Split, Iterable[Row]]
     files: tuple[Path, ...]
+    position: Position
+    """Of the last iteration."""
 
     @property
     def sha256(self) -> str:
@@ -77,39 +98,53 @@ class _RowReader:
         return self.read()
 
 
-def find(name: str | Path) -> Source:
-    """Find a dataset and its splits, without reading its rows.
+def find(name: str | Path, encoding: str | None = None) -> Source:
+    """Find a dataset and its splits, without reading its rows; `encoding` is that of its text files, if it is named.
 
     Raises:
-        DataError: it does not exist, has no train split, or is too large.
+        DataError: it does not exist, or has no train split.
     """
     path = Path(name).expanduser()
     try:
         if path.is_dir():
             if any((path / file).exists() for file in table.SAVED):
                 return _from_tables(path.name, table.load_saved(path))
-            return _from_files(_split_files(path))
+            return _from_files(_split_files(path), encoding)
         if path.exists():
-            return _from_files({"train": [path]})
+            return _from_files({"train": [path]}, encoding)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", hint=HINT) from error
     hub_id, _, config = path.as_posix().partition(":")
-    if path.suffix.lower() in SUFFIXES or not is_hub_id(hub_id):
+    # Within a folder that is here, a name that is not there was mistyped.
+    if _suffix(path) in SUFFIXES or path.parent.exists() or not is_hub_id(hub_id):
         raise DataError(f"{path} cannot be read: no such file or folder", hint=HINT)
     return _from_tables(hub_id, table.load_from_hub(hub_id, config or None))
 
 
-def _from_files(splits: Mapping[Split, list[Path]]) -> Source:
+def _suffix(path: Path) -> str:
+    """Return a file's suffix, in lower case and with that of its compression: .jsonl.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return "".join(suffixes[-2 if suffixes[-1:] and suffixes[-1] in COMPRESSED else -1 :])
+
+
+def _stem(path: Path) -> str:
+    return path.name[: len(path.name) - len(_suffix(path))]
+
+
+def _from_files(splits: Mapping[Split, list[Path]], encoding: str | None) -> Source:
     files = [path for split in SPLITS for path in splits.get(split, ())]
     for path in files:
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path} is none of {', '.join(SUFFIXES)}", hint=HINT)
-    size = sum(path.stat().st_size for path in files)
-    if size > DATASET_BYTES:
-        where = files[0] if len(files) == 1 else files[0].parent
-        raise DataError(f"{where} has {size:,} bytes, more than {DATASET_BYTES:,}", hint="Train on a part of it.")
-    rows = {split: _RowReader(partial(_read_files, splits[split])) for split in SPLITS if split in splits}
-    return Source(rows, tuple(files))
+        if _suffix(path) not in SUFFIXES:
+            raise DataError(f"{path} is none of {FORMS}", hint=HINT)
+    ends = [*accumulate((path.stat().st_size for path in files), initial=0)]
+    starts, position = dict(zip(files, ends, strict=False)), Position(ends[-1])
+
+    def read(paths: Sequence[Path]) -> Iterator[Row]:
+        for path in paths:
+            yield from _read_file(path, encoding, lambda count, path=path: position.move(starts[path] + count))
+
+    rows = {split: _RowReader(partial(read, splits[split])) for split in SPLITS if split in splits}
+    return Source(rows, tuple(files), position)
 
 
 def _from_tables(name: str, tables: Mapping[str, table.RecordBatches]) -> Source:
@@ -120,11 +155,11 @@ def _from_tables(name: str, tables: Mapping[str, table.RecordBatches]) -> Source
             splits.setdefault(SPLIT_NAMES[key], []).append(key)
     _check_splits(name, splits, tables)
     rows = {
-        split: _RowReader(partial(_read_table, f"{name}/{key}", partial(table.numbered, tables[key])))
+        split: _RowReader(lambda key=key: _read_table(f"{name}/{key}", table.numbered(tables[key])))
         for split in SPLITS
         for key in splits.get(split, ())
     }
-    return Source(rows, ())
+    return Source(rows, (), Position())
 
 
 def _split_files(folder: Path) -> dict[Split, list[Path]]:
@@ -134,14 +169,14 @@ def _split_files(folder: Path) -> dict[Split, list[Path]]:
     for parent in (folder, folder / "data"):
         if groups or not parent.is_dir():
             continue
-        files = sorted(path for path in parent.iterdir() if path.suffix.lower() in SUFFIXES)
+        files = sorted(path for path in parent.iterdir() if _suffix(path) in SUFFIXES)
         for path in files:
-            if shard := SHARD.fullmatch(path.stem):
-                groups.setdefault(SPLIT_NAMES[shard[1]], {}).setdefault(shard[1] + path.suffix, []).append(path)
+            if shard := SHARD.fullmatch(_stem(path)):
+                groups.setdefault(SPLIT_NAMES[shard[1]], {}).setdefault(shard[1] + _suffix(path), []).append(path)
     _check_splits(str(folder), groups, [path.name for path in files])
     splits = {split: next(iter(group.values())) for split, group in groups.items()}
     for shards in splits.values():
-        shard = SHARD.fullmatch(shards[0].stem)
+        shard = SHARD.fullmatch(_stem(shards[0]))
         if shard and len(shards) != int(shard[2] or 1):
             raise DataError(
                 f"{folder} has {len(shards)} of {shard[2] or 1} files like {shards[0].name}", hint="Copy all."
@@ -161,82 +196,34 @@ def _check_splits(name: str, splits: Mapping[Split, Iterable[str]], files: Itera
         )
 
 
-def _read_files(paths: Iterable[Path]) -> Iterator[Row]:
-    return chain.from_iterable(map(_read_file, paths))
-
-
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path, encoding: str | None, on_read: Callable[[int], None]) -> Iterator[Row]:
     """Read one file.
 
     Raises:
-        DataError: it cannot be read at all.
+        DataError: it cannot be read, or not from some line on.
     """
+    suffix = _suffix(path)
     try:
-        match path.suffix.lower():
-            case ".jsonl" | ".ndjson":
-                yield from _read_lines(path)
-            case ".json":
-                yield from _read_json(path)
-            case _:
-                yield from _read_table(path.name, partial(table.read, path))
+        if suffix == PARQUET:
+            yield from _read_table(path.name, table.numbered(table.parquet(path)))
+        else:
+            with open_utf8(path, encoding, on_read) as file:
+                if suffix.startswith(JSON):
+                    line = index = 0
+                    for number, content in json_file.read(file, str(path)):
+                        index = index + 1 if number == line else 0  # of the record within its line
+                        line = number
+                        yield Row(f"{path.name}:{line}" + (f"[{index}]" if index else ""), content)
+                else:
+                    yield from _read_table(path.name, delimited.read(file, str(path)))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=HINT) from error
+    on_read(path.stat().st_size)
 
 
-def _read_lines(path: Path) -> Iterator[Row]:
-    """Yield the lines that are not blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
-            if len(line) > LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(LINE_BYTES)
-                yield _too_long(f"{path.name}:{number}")
-            elif line.strip():
-                yield Row(f"{path.name}:{number}", line)
-
-
-class _Wrapped(msgspec.Struct, frozen=True):
-    data: list[msgspec.Raw]
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """Yield the objects of an array, or of the array under `data`; some .json files hold JSON lines."""
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    is_array = content.lstrip().startswith(b"[")
-    try:
-        document = msgspec.json.decode(content, type=list[msgspec.Raw] if is_array else _Wrapped)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        if is_array:
-            raise DataError(
-                f"{path} is not valid JSON: {error}", hint="Correct it, or write one object a line, as .jsonl."
-            ) from error
-        yield from _read_lines(path)
-        return
-    offset, number = 0, 1
-    for raw in document.data if isinstance(document, _Wrapped) else document:
-        record = bytes(raw)
-        start = content.index(record, offset)
-        number += content.count(b"\n", offset, start)
-        location = f"{path.name}:{number}"
-        yield Row(location, record) if len(record) <= LINE_BYTES else _too_long(location)
-        number += record.count(b"\n")
-        offset = start + len(record)
-
-
-def _read_table(name: str, read: Callable[[], table.NumberedRows]) -> Iterator[Row]:
+def _read_table(name: str, rows: table.NumberedRows) -> Iterator[Row]:
     """Yield the records of a table as JSON, with their row numbers."""
-    size = 0
-    for number, record in read():
-        location = f"{name}:{number}"
-        if isinstance(record, DataError):
-            yield Row(location, record)
-            continue
-        content = msgspec.json.encode(record)
-        size += len(content)
-        if size > DATASET_BYTES:  # a small file can decompress into a large one
-            raise DataError(f"{name} has more than {DATASET_BYTES:,} bytes as JSON", hint="Train on a part of it.")
-        yield Row(location, content) if len(content) <= LINE_BYTES else _too_long(location)
-
-
-def _too_long(location: str) -> Row:
-    return Row(location, DataError(f"$: has more than {LINE_BYTES:,} bytes; split it into several records"))
+    for number, record in rows:
+        content = record if isinstance(record, DataError) else msgspec.json.encode(record)
+        too_long = isinstance(content, bytes) and len(content) > json_file.RECORD_BYTES
+        yield Row(f"{name}:{number}", json_file.too_long() if too_long else content)

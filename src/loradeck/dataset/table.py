@@ -1,37 +1,23 @@
-"""Datasets in rows and columns: CSV, Parquet, and those of the `datasets` library.
+"""Tables of Arrow: Parquet files, and datasets of the `datasets` library.
 
-CSV needs no package. The rest needs `datasets`, which brings pyarrow; it is imported only here, and only when used.
+They need `datasets`, which brings pyarrow; it is imported only here, and only when used.
 """
 
-import csv
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import msgspec
-
 from loradeck.errors import DataError
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
 SAVED = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
-# A CSV cell is text; in these columns it is JSON.
-JSON_COLUMNS = ("messages", "conversations", "tools", "history", "tokens", "input_ids", "labels", "attention_mask")
-BATCH_ROWS = 1000  # rows of a table in memory at a time
+BATCH_ROWS = 100  # rows of a table in memory at a time
+BUFFER = 1 << 20  # bytes of a column that are read at a time
+HUB_SECONDS = 5.0
 EXTRA = "Run pip install 'loradeck[datasets]'."
 
 RecordBatches: TypeAlias = Callable[[], Iterator[list[dict[str, Any]]]]
 NumberedRows: TypeAlias = Iterator[tuple[int, dict[str, Any] | DataError]]
-
-
-def read(path: Path) -> NumberedRows:
-    """Yield the rows of a file with their numbers; in CSV the header is row 1, as in a spreadsheet.
-
-    Raises:
-        OSError: the file cannot be read.
-        DataError: it is not such a table.
-    """
-    return numbered(_parquet(path)) if path.suffix.lower() == ".parquet" else _csv(path)
 
 
 def numbered(batches: RecordBatches) -> NumberedRows:
@@ -59,11 +45,28 @@ def load_from_hub(hub_id: str, config: str | None) -> dict[str, RecordBatches]:
     Raises:
         DataError: the hub has no such dataset or cannot be reached, or `datasets` is not installed.
     """
-    datasets = _import("datasets", hub_id)
-    return _load(
-        f"{hub_id} is no file or folder here, and as a dataset of the hub it",
-        lambda: datasets.load_dataset(hub_id, config),
-    )
+    name = f"no such file or folder: {hub_id}; as a dataset of the hub it"
+    datasets = _import("datasets", name)
+    _require_hub(name, hub_id)
+    return _load(name, lambda: datasets.load_dataset(hub_id, config))
+
+
+def _require_hub(name: str, hub_id: str) -> None:
+    """Ask the hub for a dataset: without a network, `datasets` would go on asking for a minute.
+
+    Raises:
+        DataError: the hub does not answer.
+    """
+    hub = import_module("huggingface_hub")
+    try:
+        hub.HfApi().dataset_info(hub_id, timeout=HUB_SECONDS)
+    except (hub.errors.HfHubHTTPError, hub.errors.OfflineModeIsEnabled):
+        return  # `datasets` says what is wrong, or has a copy
+    except Exception as error:  # of the HTTP library, whichever huggingface_hub uses
+        raise DataError(
+            f"{name} cannot be loaded: {hub.constants.ENDPOINT} does not answer: {error}",
+            hint="Give a file or a folder. HF_HUB_OFFLINE=1 loads a copy that was downloaded before.",
+        ) from error
 
 
 def _load(name: str | Path, load: Callable[[], Any]) -> dict[str, RecordBatches]:
@@ -84,55 +87,23 @@ def _arrow(dataset: Any) -> RecordBatches:
     return lambda: (batch.to_pylist() for batch in dataset.with_format("arrow").iter(BATCH_ROWS))
 
 
-def _parquet(path: Path) -> RecordBatches:
-    parquet = _import("pyarrow.parquet", path)
+def parquet(path: Path) -> RecordBatches:
+    """Open a Parquet file.
+
+    Raises:
+        DataError: the package for it is not installed; or, once it is read, it is no such file.
+    """
+    library = _import("pyarrow.parquet", path)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
         try:
-            with parquet.ParquetFile(path) as file:
+            with library.ParquetFile(path, buffer_size=BUFFER) as file:
                 for batch in file.iter_batches(BATCH_ROWS):
                     yield batch.to_pylist()
         except ValueError as error:  # the base class of pyarrow's own errors
             raise DataError(f"{path} is not a Parquet file: {error}", hint="Copy it again.") from error
 
     return batches
-
-
-def _csv(path: Path) -> NumberedRows:
-    """Read a table of text; the first row names the columns."""
-    csv.field_size_limit(1 << 30)  # source.py limits the size of a record instead
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        number = 0
-        columns: list[str] = []
-        while True:
-            number += 1
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except (csv.Error, UnicodeDecodeError) as error:
-                yield number, DataError(f"$: the file cannot be read from here on: {error}")
-                return
-            if not columns:
-                columns = row
-                if len(set(columns)) != len(columns):
-                    raise DataError(f"{path} has two columns of one name", hint="Rename or remove one.")
-            elif row:
-                yield number, _record(columns, row)
-
-
-def _record(columns: list[str], row: list[str]) -> dict[str, Any] | DataError:
-    if len(row) != len(columns):
-        return DataError(f"$: has {len(row)} cells for {len(columns)} columns; quote cells that contain delimiters")
-    record: dict[str, Any] = dict(zip(columns, row, strict=True))
-    for column in JSON_COLUMNS:
-        try:
-            if (cell := record.get(column, "").strip()).startswith("["):
-                record[column] = msgspec.json.decode(cell)
-        except (msgspec.DecodeError, RecursionError) as error:
-            return DataError(f"$.{column}: invalid JSON: {error}")
-    return record
 
 
 def _without_nulls(value: Any) -> Any:

@@ -8,14 +8,18 @@ even an empty thinking block: the model should not learn to begin its answers wi
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from loradeck.base.chat_template import ignored_tools
 from loradeck.dataset.message import Json, Message
 from loradeck.dataset.record import Conversation, Span
-from loradeck.errors import DataError
+from loradeck.errors import ConfigError, DataError
 
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # rendered as an answer, to see what the template writes around it
+ONE_OF = "leave them out, or use another base"
 NO_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 THINKING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
@@ -32,6 +36,8 @@ def sequences(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
     """
     spans: list[Span] = []
     rendered = ""
+    if ignored := _ignored_tools(tokenizer, conversation):
+        raise DataError(f"$: the base's chat template ignores {ignored}; {ONE_OF}")
     for index, message in enumerate(conversation.messages):
         if not message.trained:
             continue
@@ -45,12 +51,61 @@ def sequences(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
     yield spans
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the template writes after an answer; "" if there is no template, or it writes nothing."""
-    if tokenizer.chat_template is None:
-        return ""
-    messages = [Message("user", "?"), Message("assistant", PLACEHOLDER)]
-    return _render(tokenizer, messages, None).rpartition(PLACEHOLDER)[2].rstrip()
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What a chat template writes around the contents of messages; "" where it writes nothing."""
+
+    begin: str = ""
+    """The begin-of-text token, if it stands at the beginning of the text and nowhere else."""
+    answer: str = ""
+    """After a user's message, up to where the answer begins."""
+    end: str = ""
+    """After an answer."""
+    places_system: bool = True
+    """Whether it accepts a system message and writes its content."""
+
+
+def marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    """Return what a tokenizer's template writes; nothing if there is no template, or it fails on a simple message."""
+    return _marks(tokenizer, str(tokenizer.chat_template or ""))
+
+
+@lru_cache(maxsize=8)
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> Marks:
+    if not template:
+        return Marks()
+    user, system = Message("user", "?"), Message("system", PLACEHOLDER)
+    try:
+        talk = _render(tokenizer, [user, Message("assistant", PLACEHOLDER)], None)
+        prompt = _render(tokenizer, [Message("user", PLACEHOLDER)], None, add_generation_prompt=True)
+    except DataError:  # it may accept other messages; each record reports its own
+        return Marks()
+    try:
+        places_system = PLACEHOLDER in _render(tokenizer, [system, user], None)
+    except DataError:
+        places_system = False
+    begin = str(tokenizer.bos_token or "")
+    return Marks(
+        begin=begin if begin and talk.startswith(begin) and talk.count(begin) == 1 else "",
+        answer=prompt.rpartition(PLACEHOLDER)[2].strip(),
+        end=talk.rpartition(PLACEHOLDER)[2].rstrip(),
+        places_system=places_system,
+    )
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Return messages with each system message put into the user message that follows it, before its content."""
+    folded: list[Message] = []
+    contents: list[str] = []
+    for message in messages:
+        if message.role == "system":
+            contents.append(message.content)
+        elif message.role == "user" and contents:
+            folded.append(replace(message, content="\n\n".join([*filter(str.strip, contents), message.content])))
+            contents = []
+        else:
+            folded.append(message)
+    return folded
 
 
 def _split_turn(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, index: int) -> tuple[str, str]:
@@ -58,6 +113,8 @@ def _split_turn(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, 
     before, message, tools = conversation.messages[:index], conversation.messages[index], conversation.tools
     where = f"$: message {index + 1}, {message.role}"
     prompt = _render(tokenizer, before, tools, add_generation_prompt=True)
+    if any(each.role == "system" and each.content.strip() not in prompt for each in before):
+        raise _no_system("$: the base's chat template drops the system message")
     probe = _render(tokenizer, [*before, Message("assistant", PLACEHOLDER)], tools)
     reply = _render(tokenizer, [*before, message], tools).rstrip()
     head, _, end = probe.removeprefix(prompt).partition(PLACEHOLDER)
@@ -90,7 +147,24 @@ def _check(where: str, message: Message, answer: str) -> None:
     if not complete:
         parts = [("content", content.strip()), ("reasoning", reasoning.strip()), ("tool calls", names)]
         lost = " and ".join(name for name, part in parts if part)
-        raise DataError(f"{where}: the chat template drops or rewrites its {lost}; leave them out, or use another base")
+        raise DataError(f"{where}: the chat template drops or rewrites its {lost}; {ONE_OF}")
+
+
+def _ignored_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str | None:
+    try:
+        messages = [message.for_template() for message in conversation.messages]
+        return ignored_tools(tokenizer, messages, conversation.tools)
+    except ConfigError:  # the template rejects the messages, which the turns below say more exactly
+        return None
+
+
+def _no_system(message: str) -> DataError:
+    return DataError(
+        message,
+        hint="If it has no place for a system message, put it into the user's:",
+        python="DataConfig(fold_system=True)",
+        cli="--fold-system, or in a run file fold_system = true",
+    )
 
 
 def _in_order(parts: Sequence[str], text: str) -> bool:
@@ -109,4 +183,6 @@ def _render(
     try:
         return str(tokenizer.apply_chat_template(conversation, **settings))
     except Exception as error:  # a template is a program from a stranger and can raise anything
-        raise DataError(f"$: the base's chat template refuses it: {str(error)!r:.100}") from error
+        refusal = f"$: the base's chat template refuses it: {str(error)!r:.100}"
+        system = any(message.role == "system" for message in messages)
+        raise (_no_system(refusal) if system else DataError(refusal)) from error

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from loradeck.base.load import HINT, SMOLLM2, SMOLLM2_HUB_ID, quiet, smollm2_file
+from loradeck.base import SMOLLM2, is_hub_id
+from loradeck.base.load import quiet, smollm2_file
+from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.errors import BaseModelError
-from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names
+from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names, text_path
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -26,8 +28,10 @@ def read_architecture(source: str) -> Architecture:
     is_smollm2 = source in (SMOLLM2, SMOLLM2_HUB_ID)
     path = (smollm2_file() or Path(SMOLLM2_HUB_ID)) if is_smollm2 else Path(source).expanduser()
     name, is_gguf = path.as_posix(), path.suffix.lower() == ".gguf"
-    if not path.exists() and (is_gguf or "/" not in name):  # a misspelt name should not lead to a download
-        raise BaseModelError(f"no base at {source!r}", hint=HINT)
+    if not path.exists():
+        if is_gguf or not is_hub_id(name):
+            raise BaseModelError(f"no base at {source!r}", hint=close_names(source) or HINT)
+        name = reach(name)
     try:
         return _of_file(path) if is_gguf else _of_model(name)
     except BaseModelError:
@@ -46,14 +50,15 @@ def architecture_of(config: PretrainedConfig, source: object) -> tuple[Architect
     name = _supported(LLAMACPP_NAMES.get(config.model_type, config.model_type), source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tensor_names = names(name, config.num_hidden_layers)
+    text = config.get_text_config()  # a multimodal base's language model
+    tensor_names = names(name, text.num_hidden_layers)
     shapes = {
         tensor_name: tuple(weight.shape)
         for path, weight in model.named_parameters()  # a tied weight appears once, as the embedding
-        if (tensor_name := tensor_names.get_name(path, try_suffixes=(".weight",)))
+        if (tensor_name := tensor_names.get_name(text_path(path), try_suffixes=(".weight",)))
     }
-    heads = config.num_attention_heads
-    return Architecture(name, heads, getattr(config, "num_key_value_heads", None) or heads, shapes), model
+    heads = text.num_attention_heads
+    return Architecture(name, heads, getattr(text, "num_key_value_heads", None) or heads, shapes), model
 
 
 def _of_file(file: Path) -> Architecture:

@@ -129,12 +129,16 @@ class Adapter(nn.Module):
             else:
                 problems += adapter._read_parts(files, check_copy)
             _raise(files, problems + adapter._not_finite())
+        return adapter.copy(trainable=True) if trainable else adapter
+
+    def copy(self, *, trainable: bool) -> Self:
+        """Return a copy with a parameter for each tensor; a trainable one is in at least float32, as new ones are."""
+        pairs = {path: self.pair(path) for path in self.sites}
         if trainable:
-            return cls.with_sites(
-                adapter.config, adapter.sites, {p: adapter.pair(p) for p in adapter.sites},
-                origin=adapter.origin, trainable=True,
-            )  # fmt: skip
-        return adapter
+            pairs = {path: (_float32(a), _float32(b)) for path, (a, b) in pairs.items()}
+        copy = type(self).with_sites(self.config, self.sites, pairs, origin=self.origin, trainable=trainable)
+        copy.fan_in_fan_out = self.fan_in_fan_out
+        return copy
 
     def _copy_problems(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
         shapes = {key: files.entries[key][1].shape for key in files.copies}
@@ -288,6 +292,10 @@ _SPANS: Memo[dict[str, safetensors_io.Entry], dict[str, Span]] = Memo()
 
 def _spans(entries: Mapping[str, safetensors_io.Entry], flat: str, width: int) -> dict[str, Span]:
     return {key: (flat, entry.begin // width, entry.end // width) for key, entry in entries.items()}
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _is_one_tensor(files: AdapterFiles) -> bool:

@@ -21,7 +21,7 @@ from loradeck.lora.layer import LoraLayer
 from loradeck.lora.manifest import AdapterFiles, TargetModule, read_folder
 from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name, default_name
-from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, opened, weights_of
+from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, kept_of, opened, weights_of
 from loradeck.lora.working_set import WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
 
@@ -42,7 +42,7 @@ class Bank:
         """
         self._host = host(model)
         if hasattr(self._host, RESIDENTS):
-            raise LoradeckError("this model already has a bank", hint="Use that bank, or call its detach() first.")
+            raise LoradeckError("this model already has a bank", python="Use that bank, or call its detach() first.")
         self.model = model
         self._working_sets = WorkingSets()
         self._residents = AdapterContainer(self._moved)
@@ -98,7 +98,7 @@ class Bank:
         adapter = self[name]
         if not adapter.trainable:
             raise AdapterError(
-                f"{name!r} is frozen", hint="Load it with bank.load(folder, trainable=True) to train it."
+                f"{name!r} is frozen", python="Load it with bank.load(folder, trainable=True) to train it."
             )
         return adapter.parameters()
 
@@ -239,13 +239,18 @@ class Bank:
     # ---- routes and merging
 
     def route(
-        self, rows: RouteEntry | Sequence[RouteEntry], *, lengths: Sequence[int] | None = None
+        self,
+        rows: RouteEntry | Sequence[RouteEntry],
+        *,
+        lengths: Sequence[int] | None = None,
+        logits_to_keep: Sequence[int] | None = None,
     ) -> AbstractContextManager[None]:
         """Route each row of the batch through its own adapters, in this thread, until the block ends.
 
         `rows` is one entry for the whole batch, or a list with one per row: a name, None for the base, or
-        {name: weight}. With `lengths`, each entry is a segment of that many tokens of one packed row. Rows that are
-        multiplied (beams, return sequences) keep their entry. Routes nest; the innermost applies.
+        {name: weight}. With `lengths`, each entry is a segment of that many tokens of one packed row; give also
+        how many of each segment's tokens reach the output head if a `logits_to_keep` of the model selects some. Rows
+        that are multiplied (beams, return sequences) keep their entry. Routes nest; the innermost applies.
 
         Raises:
             UnknownAdapterError: a name is not resident.
@@ -255,7 +260,9 @@ class Bank:
         weighted = [tuple((self[name], weight) for name, weight in weights_of(entry)) for entry in entries]
         if any(weighted):
             self._check_unmerged()
-        route = Route.of(self, self._working_sets, weighted, sizes, packed=lengths is not None)
+        packed = lengths is not None
+        kept = kept_of(logits_to_keep, sizes if packed else ())
+        route = Route.of(self, self._working_sets, weighted, sizes, packed=packed, logits_to_keep=kept)
         return opened(route, self._enter, self._leave)
 
     def merge(self, entry: str | Blend) -> None:
@@ -313,16 +320,18 @@ class Bank:
 
     def _check_unmerged(self) -> None:
         if self._unmerged:
-            raise RouteError("adapters are merged into the base", hint="Call bank.unmerge() first.")
+            raise RouteError("adapters are merged into the base", python="Call bank.unmerge() first.")
 
     def _fit(self, sites: Mapping[str, TargetModule], what: str) -> dict[str, LayerKind]:
         adapted = {path: layer.kind for path, layer in self._layers.items()}
         return self._fitting.get(sites, lambda: compatibility.layer_kinds(self.model, adapted, sites, what))
 
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
+        head = targets.output_head(self.model)
         for path, kind in kinds.items():
             if path not in self._layers:
-                self._layers[path] = LoraLayer(self, path, self.model.get_submodule(path), kind, self._open)
+                module = self.model.get_submodule(path)
+                self._layers[path] = LoraLayer(self, path, module, kind, self._open, is_head=module is head)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         if device != torch.device("cpu"):
             adapter.to(device)

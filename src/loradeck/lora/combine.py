@@ -100,7 +100,7 @@ def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}", hint=f"Use one of {', '.join(METHODS)}.")
     if method == "concat" and r is not None:
-        raise ConfigError("concat keeps every rank, so it takes no r", hint='Use method="svd" to lower the rank.')
+        raise ConfigError("concat keeps every rank, so it takes no r", hint="The method svd lowers the rank.")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK):
         raise ConfigError(f"r is {r}, not an integer from 1 to {MAX_RANK}")
     if not 0 < density <= 1:

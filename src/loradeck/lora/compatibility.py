@@ -54,7 +54,9 @@ def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None
         raise AdapterError(
             f"{files.folder} was trained on another base: {files.origin.base_model or 'unnamed'}, "
             f"fingerprint {trained_on[:12]}; this one has {fingerprint[:12]}",
-            hint="Load that base. If you know that this one is compatible: bank.load(folder, any_base=True) in Python.",
+            hint="Load that base.",
+            python="If you know that this one is compatible, pass any_base=True.",
+            cli="If you know that this one is compatible: `loradeck generate`, `chat` and `merge` take --any-base.",
         )
 
 

@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Generic, TypeVar
+from functools import cached_property, wraps
+from typing import Any, Generic, TypeVar
 
 from loradeck.errors import ConfigError
+from loradeck.lora.unsupported import ORIGIN, REFUSED, WITHOUT_EFFECT
 
 T = TypeVar("T")
 
@@ -16,6 +17,32 @@ PATH_LENGTH, PATTERN_LENGTH, TARGET_LENGTH = 300, 512, 16_384
 MATCH_STEPS = 20_000_000  # of a pattern on the longest path; less than a second
 
 
+def _refuse_by_name(config: type[T]) -> type[T]:
+    """Let a config's __init__ say which of PEFT's settings it does not support, where Python would raise a TypeError.
+
+    A setting that is turned off, as bias="none" is, asks for nothing and is accepted.
+    """
+    init = vars(config)["__init__"]
+
+    @wraps(init)
+    def __init__(self: T, *values: Any, **settings: Any) -> None:  # noqa: N807
+        problems = []
+        for name in sorted(settings.keys() & (REFUSED.keys() | ORIGIN | WITHOUT_EFFECT)):
+            value = settings.pop(name)
+            is_set, what, _ = REFUSED.get(name, (bool, "", ""))
+            if name in ORIGIN | WITHOUT_EFFECT:
+                problems.append(f"{name}={shorten(value)} has no equivalent here")
+            elif is_set(value):
+                problems.append(f"{name}={shorten(value)} {what}")
+        if problems:
+            raise ConfigError("LoraConfig does not support all of PEFT's settings", problems, hint="Leave these out.")
+        init(self, *values, **settings)
+
+    type.__setattr__(config, "__init__", __init__)
+    return config
+
+
+@_refuse_by_name
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """The settings of one adapter: y += scaling · B (A x), scaling = lora_alpha / r.
@@ -23,7 +50,7 @@ class LoraConfig:
     Names and meanings are PEFT's (peft.LoraConfig).
 
     Raises:
-        ConfigError: with every invalid value.
+        ConfigError: with every invalid value, or with every setting of PEFT's that is not supported.
     """
 
     r: int = 16
@@ -57,7 +84,7 @@ class LoraConfig:
         problems = self._problems()
         if problems:
             raise ConfigError(
-                "invalid LoraConfig", problems, hint="See `loradeck train --help`, or help(LoraConfig) in Python."
+                "invalid LoraConfig", problems, python="See help(LoraConfig).", cli="See `loradeck train --help`."
             )
 
     def _problems(self) -> list[str]:

@@ -72,6 +72,11 @@ def names(architecture: str, blocks: int) -> "TensorNameMap":
     return gguf.get_tensor_name_map(kinds[architecture], blocks)
 
 
+def text_path(path: str) -> str:
+    """Return a module's path in the language model, which is all that llama.cpp has of a multimodal base here."""
+    return path.replace("language_model.", "", 1)
+
+
 def export(
     adapter: Adapter, base: Architecture, file: Path, *, dtype: Literal["float32", "float16"] = "float32"
 ) -> float:
@@ -131,7 +136,7 @@ def _weights(sites: Mapping[str, TargetModule], base: Architecture) -> dict[str,
     weights: dict[str, str] = {}
     problems: list[str] = []
     for path, site in sites.items():
-        name = table.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        name = table.get_name(f"{text_path(path)}.weight", try_suffixes=(".weight",))
         problem = _why_not(name, site, base)
         if name is None or problem:
             problems.append(f"{path} {problem}")
@@ -141,7 +146,7 @@ def _weights(sites: Mapping[str, TargetModule], base: Architecture) -> dict[str,
         raise UnsupportedError(
             "llama.cpp cannot take this adapter on this base",
             problems,
-            hint="Give its own base with --base, train it without these modules, or merge it: `loradeck merge`.",
+            hint="Give the base it was trained on, train it without these modules, or merge it: `loradeck merge`.",
         )
     return weights
 

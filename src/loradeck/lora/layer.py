@@ -10,6 +10,7 @@ from loradeck.lora.routing import Route, current
 from loradeck.ops import dispatch
 from loradeck.ops.autograd import in_backward
 from loradeck.ops.layer_kinds import LayerKind
+from loradeck.ops.mapping import LoraMapping
 from loradeck.ops.weights import LayerAdapters
 
 
@@ -20,11 +21,20 @@ class LoraLayer:
     weights and code that reads `module.weight` see no difference.
     """
 
-    __slots__ = ("bank", "base", "kind", "module", "open", "path", "restored")
+    __slots__ = ("bank", "base", "is_head", "kind", "module", "open", "path", "restored")
 
-    def __init__(self, bank: object, path: str, module: nn.Module, kind: LayerKind, open_routes: set[Route]) -> None:
+    def __init__(
+        self,
+        bank: object,
+        path: str,
+        module: nn.Module,
+        kind: LayerKind,
+        open_routes: set[Route],
+        *,
+        is_head: bool = False,
+    ) -> None:
         self.bank: object | None = bank
-        self.path, self.module, self.kind, self.open = path, module, kind, open_routes
+        self.path, self.module, self.kind, self.open, self.is_head = path, module, kind, open_routes, is_head
         self.restored: Callable[..., Tensor] | None = module.__dict__.get("forward")  # set by another tool, if any
         self.base: Callable[..., Tensor] = module.forward
         module.forward = self  # type: ignore[assignment]
@@ -39,8 +49,11 @@ class LoraLayer:
         if adapters is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        self._check(x, route, adapters)
-        return dispatch.lora(x, y, adapters, route.mapping, training=self.module.training)
+        mapping = route.head_mapping if self.is_head and route.head_mapping else route.mapping
+        self._check(x, route, mapping, adapters)
+        if not mapping.total:  # no token of this step reaches the head
+            return y
+        return dispatch.lora(x, y, adapters, mapping, training=self.module.training)
 
     def _recomputed(self) -> Route | None:
         """Return the route for a layer that the backward pass computes again (gradient checkpointing).
@@ -54,24 +67,25 @@ class LoraLayer:
         if len(routes) != 1:
             raise RouteError(
                 f"{self.path} is recomputed in the backward pass (gradient checkpointing), outside of any route",
-                hint="Call backward() inside the route; inside bank.route(None) for the base alone.",
+                python="Call backward() inside the route; inside bank.route(None) for the base alone.",
             )
         return routes[0]
 
-    def _check(self, x: Tensor, route: Route, adapters: LayerAdapters) -> None:
+    def _check(self, x: Tensor, route: Route, mapping: LoraMapping, adapters: LayerAdapters) -> None:
         rows = self.kind.count(x) if route.packed else x.shape[0]
-        total = route.mapping.total
-        if rows % total or (route.packed and rows != total):
+        total = mapping.total
+        if rows != total and (route.packed or rows % total):
             unit = "tokens" if route.packed else "rows"
             raise RouteError(
                 f"{self.path} got {rows} {unit}; the route is for {total}",
                 hint="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
-        if self.module.training and in_backward() and not adapters.repeats(route.mapping.adapters):
+        if self.module.training and in_backward() and not adapters.repeats(mapping.adapters):
             raise RouteError(
                 f"{self.path} is recomputed in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",
-                hint="Set adapter.dropout.seed at each forward, or lora_dropout=0, or turn gradient checkpointing off.",
+                hint="Turn lora_dropout or gradient checkpointing off.",
+                python="Or set adapter.dropout.seed before each forward.",
             )
 
     def detach(self) -> None:

@@ -62,11 +62,15 @@ class AdapterFiles:
     @property
     def parameters(self) -> int:
         """Number of trained values."""
-        return sum(
-            (entry.end - entry.begin) // ITEM_BYTES[entry.dtype]
-            for key, (_, entry) in self.entries.items()
-            if key not in self.copies
-        )
+        return sum((entry.end - entry.begin) // ITEM_BYTES[entry.dtype] for entry in self._trained())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the trained values."""
+        return sum(entry.end - entry.begin for entry in self._trained())
+
+    def _trained(self) -> list[Entry]:
+        return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -93,9 +97,12 @@ def read_folder(folder: str | Path) -> AdapterFiles:
         UnsupportedError: the adapter uses a feature that is not supported.
         AdapterError: with every problem found in the folder.
     """
-    folder = Path(folder)
+    folder = folder if isinstance(folder, Path) else Path(folder)
     config, origin = read_config(folder)
-    headers = tuple(read_header(path) for path in _tensor_files(folder))
+    try:
+        headers: tuple[Header, ...] = (read_header(folder / TENSORS),)
+    except FileNotFoundError:
+        headers = tuple(_read_shard(path) for path in _shards(folder))
     origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers)
     order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
@@ -115,11 +122,17 @@ def _joined(headers: Sequence[Header]) -> dict[str, Entry]:
     return entries
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    if (folder / TENSORS).is_file():
-        return [folder / TENSORS]
+def _read_shard(path: Path) -> Header:
+    try:
+        return read_header(path)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the files of an adapter that is not in one file."""
     if (folder / INDEX).is_file():
-        return _shards(folder)
+        return _indexed(folder)
     if (folder / "adapter_model.bin").exists():
         raise UnsupportedError(
             f"{folder / 'adapter_model.bin'} is a pickle, which can run code when opened",
@@ -129,7 +142,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     raise AdapterError(f"{folder} holds no {TENSORS}", hint="Download or save the adapter again.")
 
 
-def _shards(folder: Path) -> list[Path]:
+def _indexed(folder: Path) -> list[Path]:
     try:
         table = msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, object])
         names = sorted(set(msgspec.convert(table.get("weight_map"), dict[str, str]).values()))
@@ -174,7 +187,7 @@ def _sites(
         raise AdapterError(
             f"{folder} is incomplete or inconsistent",
             problems,
-            hint="Save the adapter again with PEFT or `bank.save`; nothing was loaded.",
+            hint="Train or save the adapter again; nothing was loaded.",
         )
     return sites, tuple(copies)
 

@@ -30,6 +30,12 @@ def check_name(name: str) -> None:
         )
 
 
+def valid_name(name: str) -> str:
+    """Return a valid name that is close to an invalid one."""
+    plain = "".join("-" if c in RESERVED or not c.isprintable() else c for c in name)
+    return plain.strip(" .")[:MAX_NAME].rstrip(" .") or "adapter"
+
+
 def default_name(folder: Path) -> str:
     """Return the name of a folder's adapter: `poet` for poet, and for its stored version poet@2.
 

@@ -3,55 +3,23 @@
 The facts are from PEFT 0.21's source; the tests check them against PEFT itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from loradeck.disk import read_start
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError
 from loradeck.lora.config import LoraConfig, shorten
+from loradeck.lora.memo import Memo
+from loradeck.lora.unsupported import ORIGIN, REFUSED, RETRAIN, WITHOUT_EFFECT
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_CONFIG = 4 << 20  # bytes; enough for one pattern per module of a large model
 
 READ = frozenset(field.name for field in fields(LoraConfig))
-ORIGIN = frozenset({"base_model_name_or_path", "revision", "task_type"})
-# Settings of training, or PEFT's bookkeeping: the output of the trained tensors does not depend on them.
-WITHOUT_EFFECT = frozenset({
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "runtime_config",
-})  # fmt: skip
-
-BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
-RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
-CONVERT = (
-    "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=…) makes a plain LoRA."
-)
-REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "use_dora": (bool, "is DoRA, whose magnitudes rescale the base", RETRAIN),
-    "bias": (lambda v: v not in (None, "none"), "trains biases of the base itself", RETRAIN),
-    "lora_bias": (bool, "adds a bias to B", RETRAIN),
-    "modules_to_save": (bool, "replaces whole modules of the base", RETRAIN),
-    "trainable_token_indices": (bool, "replaces rows of the embedding", RETRAIN),
-    "target_parameters": (bool, "adapts bare parameters (MoE experts), not modules", RETRAIN),
-    "layer_replication": (bool, "repeats layers of the base", RETRAIN),
-    "megatron_config": (bool, "is for Megatron's parallel layers", RETRAIN),
-    "alora_invocation_tokens": (bool, "is an activated LoRA, active only after certain tokens", RETRAIN),
-    "use_qalora": (bool, "is QALoRA, whose A takes pooled inputs", RETRAIN),
-    "use_bdlora": (bool, "is a block-diagonal LoRA", RETRAIN),
-    "arrow_config": (bool, "routes between adapters by itself", RETRAIN),
-    "kasa_config": (bool, "is KaSA, which changes the base by a truncated SVD", RETRAIN),
-    "velora_config": (bool, "is VeLoRA, which saves tensors of its training too", RETRAIN),
-    "monteclora_config": (bool, "is MonteCLoRA, which samples its tensors", RETRAIN),
-    "init_lora_weights": (
-        lambda v: isinstance(v, str) and v.lower().startswith(BASE_CHANGED),
-        "was initialised from the base's weights and changed them",
-        CONVERT,
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +50,20 @@ def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
         AdapterError: the file is missing, not JSON, or invalid.
     """
     path = folder / CONFIG
-    table = _read(path)
+    content = _read(path)
+    return _PARSED.get(content, lambda: _parse(path, content))
+
+
+_PARSED: Memo[bytes, tuple[LoraConfig, Origin]] = Memo(64)
+
+
+def _parse(path: Path, content: bytes) -> tuple[LoraConfig, Origin]:
+    try:
+        table = msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise AdapterError(
+            f"{path} is not a JSON object: {error}", hint="Download or save the adapter again."
+        ) from None
     if table.get("peft_type") != "LORA":
         raise UnsupportedError(
             f"{path} has peft_type {table.get('peft_type')!r}; only LORA adapters are supported", hint=RETRAIN
@@ -127,24 +108,20 @@ class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
     try:
         size = path.stat().st_size
-        if not path.is_file():  # opening a pipe would block
-            raise AdapterError(f"{path} is not a file")
         if size > MAX_CONFIG:
             raise AdapterError(f"{path} has {size} bytes, more than the limit of {MAX_CONFIG}")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return read_start(path, size + 1)[0]
     except FileNotFoundError:
-        hint = f"An adapter's folder contains {CONFIG} and {TENSORS}, as PEFT and `bank.save` write them."
+        hint = f"An adapter's folder contains {CONFIG} and {TENSORS}, as PEFT writes them too."
         what = "is not a folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
         raise AdapterError(f"{path.parent} {what}", hint=hint) from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
-        raise AdapterError(
-            f"{path} is not a JSON object: {error}", hint="Download or save the adapter again."
-        ) from None
+    except ValueError as error:  # a null byte in the path
+        raise AdapterError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) -> bytes:

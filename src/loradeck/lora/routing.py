@@ -30,6 +30,7 @@ class Route:
     working_set: WorkingSet | None  # None: the base alone
     mapping: LoraMapping
     packed: bool  # entries are segments of tokens, not rows
+    head_mapping: LoraMapping | None = None  # of the tokens that reach the output head, where these are not all
     outer: "Route | None" = None
 
     @classmethod
@@ -41,13 +42,15 @@ class Route:
         lengths: tuple[int, ...],
         *,
         packed: bool,
+        logits_to_keep: tuple[int, ...] | None = None,
     ) -> "Route":
         """Return a route of these entries, with a working set of their adapters."""
         adapters = [adapter for entry in entries for adapter, _ in entry]
         working_set = working_sets.get(adapters) if adapters else None
         index = working_set.index if working_set else {}
         mapped = tuple(tuple((index[adapter], weight) for adapter, weight in entry) for entry in entries)
-        return cls(bank, working_set, mapping_of(mapped, lengths), packed)
+        head_mapping = None if logits_to_keep is None else mapping_of(mapped, logits_to_keep)
+        return cls(bank, working_set, mapping_of(mapped, lengths), packed, head_mapping)
 
     @property
     def members(self) -> tuple[Adapter, ...]:
@@ -95,7 +98,9 @@ def weights_of(entry: RouteEntry) -> tuple[tuple[str, float], ...]:
         return ((entry, 1.0),)
     if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
         raise RouteError(
-            f"invalid entry of a route: {entry!r}", hint="An entry is an adapter's name, None, or {name: weight}."
+            f"invalid entry of a route: {entry!r}",
+            hint="An entry is an adapter's name, a blend, or nothing for the base.",
+            python="As in 'poet', {'poet': 0.7, 'pirate': 0.3} and None.",
         )
     for name, weight in entry.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= float_info.max:
@@ -127,6 +132,26 @@ def entries_of(
             hint="Give the number of tokens of each packed segment, one per entry.",
         )
     return entries, sizes
+
+
+def kept_of(logits_to_keep: Sequence[int] | None, lengths: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return how many tokens of each segment reach the output head, None if all do.
+
+    Raises:
+        RouteError: a segment has fewer tokens, or the numbers do not match the segments.
+    """
+    if logits_to_keep is None:
+        return None
+    try:
+        kept = tuple(index(count) for count in logits_to_keep)
+    except TypeError:
+        kept = ()
+    if len(kept) != len(lengths) or not all(0 <= count <= length for count, length in zip(kept, lengths, strict=True)):
+        raise RouteError(
+            f"logits_to_keep {repr(logits_to_keep)[:60]} does not match {len(lengths)} segments",
+            hint="Give the number of tokens of each segment that reach the output head, from none to all.",
+        )
+    return kept
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ same bytes at every save. The tests compare it with the package in both directio
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import os
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,11 +14,15 @@ from pathlib import Path
 
 import msgspec
 
+from loradeck.disk import read_start
 from loradeck.errors import AdapterError
 from loradeck.lora.memo import Memo
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER = 16 << 20
+START = 1 << 16  # bytes; holds the headers of most adapters
+METADATA = '{"__metadata__":{'
+DECODER = json.JSONDecoder()
 DAMAGED = "Copy or download the file again; if it is a pickle, load it once in PEFT and save it as safetensors."
 
 
@@ -41,36 +45,56 @@ class Header:
     metadata: dict[str, str]
     body: int  # its start in the file, bytes
     size: int  # of the body, bytes
+    modified: float  # when the file was written, seconds since 1970
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file, without its tensors.
 
     Raises:
-        AdapterError: the file is missing, truncated, or does not match its header.
+        FileNotFoundError: it is missing.
+        AdapterError: it cannot be read, is truncated, or does not match its header.
     """
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would block
-            raise AdapterError(f"{path} is not a file", hint=DAMAGED)
-        with path.open("rb") as file:
-            total = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if total < 8 or length > min(total - 8, MAX_HEADER):
-                raise AdapterError(f"{path} is not a safetensors file, or its header is truncated", hint=DAMAGED)
-            text = file.read(length)
+        start, status = read_start(path, START)
+        total = status.st_size
+        length = int.from_bytes(start[:8], "little")
+        if total < 8 or length > min(total - 8, MAX_HEADER):
+            raise AdapterError(f"{path} is not a safetensors file, or its header is truncated", hint=DAMAGED)
+        if len(start) < 8 + length:
+            start, _ = read_start(path, 8 + length)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        table = msgspec.json.decode(text, type=dict[str, dict[str, object]])
+        metadata, tensors = _split(str(memoryview(start)[8 : 8 + length], "utf-8"))
+        size = total - 8 - length
+        entries = _CHECKED.get((tensors, size), lambda: _entries(path, _decode("{" + tensors), size))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} has an invalid header: {error}", hint=DAMAGED) from error
-    metadata = {str(key): str(value) for key, value in table.pop("__metadata__", {}).items()}
-    size = total - 8 - length
-    entries = _CHECKED.get((table, size), lambda: _entries(path, table, size))
-    return Header(path, entries, metadata, 8 + length, size)
+    metadata = {str(key): str(value) for key, value in metadata.items()}
+    return Header(path, entries, metadata, 8 + length, size, status.st_mtime)
 
 
-_CHECKED: Memo[tuple[dict[str, dict[str, object]], int], dict[str, Entry]] = Memo()
+_CHECKED: Memo[tuple[str, int], dict[str, Entry]] = Memo(64)
+
+
+def _split(text: str) -> tuple[Mapping[str, object], str]:
+    """Return a header's metadata, and what follows it there, which is the same for adapters of one shape.
+
+    All common writers put the metadata first: then the rest, of some hundred tensors, need not be decoded to find it.
+    """
+    if text.startswith(METADATA):
+        metadata, end = DECODER.raw_decode(text, len(METADATA) - 1)
+        if text.startswith(',"', end):
+            return metadata, text[end + 1 :]
+    table = _decode(text)
+    return table.pop("__metadata__", {}), msgspec.json.encode(table).decode().removeprefix("{")
+
+
+def _decode(text: str) -> dict[str, dict[str, object]]:
+    return msgspec.json.decode(text, type=dict[str, dict[str, object]])
 
 
 def _entries(path: Path, table: Mapping[str, dict[str, object]], size: int) -> dict[str, Entry]:

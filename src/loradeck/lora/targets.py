@@ -26,7 +26,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, LayerKind]:
     unreachable = closed(model)
     targets = config.target_modules
     if targets == "all-linear" or targets == "attention":
-        head = _head(model)
+        head = output_head(model)
         chosen = [
             path
             for path, module in modules.items()
@@ -111,7 +111,8 @@ def closed(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the module that turns hidden states into logits, None if the model names none."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return head if isinstance(head, nn.Module) else None

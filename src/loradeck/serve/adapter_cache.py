@@ -4,11 +4,13 @@ Adapters are known by the sha256 of their content, so a new version under the sa
 requests for the old one are unaffected.
 """
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import RLock
 from typing import Literal, TypeAlias
 
@@ -17,6 +19,7 @@ import torch
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
+from loradeck.lora.compatibility import why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
 from loradeck.serve import threads
 from loradeck.serve.config import EngineConfig
@@ -26,6 +29,8 @@ from loradeck.stored import Stored
 
 Tier: TypeAlias = Literal["device", "memory", "disk"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class Resident:
@@ -34,6 +39,8 @@ class Resident:
     stored: Stored
     """The version by which it was last loaded."""
     sha256: str
+    nbytes: int
+    """Bytes of its tensors in memory; not always what they take on disk."""
     tier: Tier
     last_used: float
     """In seconds since 1970."""
@@ -43,16 +50,10 @@ class Resident:
     host_copy: Adapter | None = None
     """Its tensors, in the tier memory."""
     loading: Future[LoradeckError | None] | None = None
-    loaded_bytes: int | None = None
-    """Bytes of its tensors once they are loaded; not always what they take on disk."""
 
     @property
     def spec(self) -> str:
         return self.stored.spec
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.facts.nbytes if self.loaded_bytes is None else self.loaded_bytes
 
     @property
     def pinned(self) -> bool:
@@ -67,6 +68,10 @@ class Resident:
     def idle(self) -> bool:
         """Whether it can leave the device."""
         return self.ready and not self.pins
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        return {"adapter": self.spec, "sha256": self.sha256, "bytes": self.nbytes}
 
 
 class AdapterCache:
@@ -83,6 +88,7 @@ class AdapterCache:
         # has float32's range; in float16 a weight might overflow.
         self._dtype = torch.bfloat16 if bank.model.dtype == torch.bfloat16 else None
         self.loads = 0
+        self.load_failures = 0
         self.evictions = 0
         self.load_seconds = 0.0
         self._wake = wake
@@ -111,6 +117,11 @@ class AdapterCache:
         with self._lock:
             return sum(resident.nbytes for resident in self._residents.values() if resident.tier == "device")
 
+    def size(self, stored: Stored) -> int:
+        """Return the bytes that an adapter takes once it is loaded."""
+        facts = stored.facts
+        return facts.parameter_bytes if self._dtype is None else facts.parameters * self._dtype.itemsize
+
     def resolve(self, entry: RouteEntry) -> tuple[Key, dict[str, Stored]]:
         """Return the key of a route's entry as of now, and its adapters on disk by content hash. Reads the disk.
 
@@ -127,13 +138,7 @@ class AdapterCache:
             sha256 = stored.sha256()
             adapters[sha256] = stored
             weights[sha256] = weights.get(sha256, 0.0) + weight
-        nbytes = sum(stored.facts.nbytes for stored in adapters.values())
-        if nbytes > self.budget:
-            specs = " and ".join(stored.spec for stored in adapters.values())
-            raise ConfigError(
-                f"{specs} take{'s' * (len(adapters) == 1)} {nbytes} bytes, more than adapter_bytes={self.budget}",
-                hint="Raise adapter_bytes.",
-            )
+        self._check_size(adapters.values())
         return tuple(sorted((sha256, weight) for sha256, weight in weights.items() if weight)), adapters
 
     # ---- for requests
@@ -152,7 +157,7 @@ class AdapterCache:
             missing = {sha256: stored for sha256, stored in adapters.items() if not self._on_device(sha256)}
             if not missing:
                 return True
-            excess = sum(stored.facts.nbytes for stored in missing.values()) - (self.budget - self.nbytes)
+            excess = sum(map(self.size, missing.values())) - (self.budget - self.nbytes)
             evicted = []
             for resident in sorted(self._residents.values(), key=lambda resident: resident.last_used):
                 if excess <= 0:
@@ -197,17 +202,25 @@ class AdapterCache:
 
     # ---- by hand
 
-    def check(self, spec: str) -> None:
-        """Check that an adapter fits the base and the budget, without loading it.
+    def check(self, stored: Stored) -> None:
+        """Check that an adapter fits the base and the budget. Its values are read, in a loader's thread, but not kept.
 
         Raises:
-            UnknownAdapterError, AdapterError, ConfigError: as `load`, as far as the adapter's headers show.
+            AdapterError, ConfigError, BusyError: as `load`.
         """
-        _, adapters = self.resolve(spec)
-        for stored in adapters.values():
-            self.bank.check(stored.path)
+        self._check_size([stored])
+        files = self.bank.check(stored.path)
+        if stored.recorded_sha256 and not files.copies:
+            return  # publishing has read its values
+        check_copy = partial(why_not_a_copy, self.bank.model)
+        try:
+            self._loaders.submit(Adapter.from_files, files, check_copy=check_copy).result()
+        except LoradeckError:
+            raise
+        except (Exception, CancelledError) as error:
+            raise _shutting_down() if self._closed else _unexpected(stored, error) from error
 
-    def load(self, spec: str) -> None:
+    def load(self, adapter: str | Stored) -> None:
         """Load an adapter onto the device and wait for it.
 
         Raises:
@@ -215,37 +228,48 @@ class AdapterCache:
                 leave no room.
             BusyError: the engine is shutting down.
         """
-        _, adapters = self.resolve(spec)
+        stored = self._find(adapter) if isinstance(adapter, str) else adapter
+        sha256 = stored.sha256()
+        self._check_size([stored])
         with self._lock:
             if self._closed:
                 raise _shutting_down()
-            for sha256 in adapters:
-                if sha256 in self._residents:
-                    self._residents[sha256].evict_when_idle = False
-            if not self.fetch(adapters, keep=lambda _: False):
-                raise AdapterError(f"no room for {spec} while others are in use", hint="Raise adapter_bytes.")
-            loading = [self._residents[sha256].loading for sha256 in adapters]
+            if not self.fetch({sha256: stored}, keep=lambda _: False):
+                raise AdapterError(f"no room for {stored.spec} while others are in use", hint="Raise adapter_bytes.")
+            resident = self._residents[sha256]
+            resident.evict_when_idle = False
+            loading = resident.loading
+            if loading is None:
+                resident.stored = stored  # it may have been loaded under another name
         try:
-            errors = [future.result() for future in loading if future is not None]
+            error = None if loading is None else loading.result()
         except CancelledError:
             raise _shutting_down() from None
-        for error in filter(None, errors):
+        if error is not None:
             raise error
 
-    def unload(self, name: str) -> None:
-        """Free the memory of all versions of an adapter, as soon as no running request uses them."""
+    def unload(self, name: str) -> bool:
+        """Free the memory of all versions of an adapter, as soon as no running request uses them.
+
+        Return whether there was anything to free; the files may be gone.
+        """
         latest = ""  # it may have been loaded under another name
         with suppress(LoradeckError):
             latest = self._find(name).sha256()
+        return self._unload(lambda resident: resident.stored.name == name or resident.sha256 == latest)
+
+    def discard(self, sha256: str) -> None:
+        """Free the memory of one adapter, as soon as no running request uses it."""
+        self._unload(lambda resident: resident.sha256 == sha256)
+
+    def _unload(self, condition: Callable[[Resident], bool]) -> bool:
         with self._lock:
-            for resident in [*self._residents.values()]:
-                if resident.stored.name != name and resident.sha256 != latest:
-                    continue
+            residents = [resident for resident in self._residents.values() if condition(resident)]
+            for resident in residents:
                 resident.evict_when_idle = True
-                if resident.tier == "memory":
-                    self._residents.pop(resident.sha256)
-                elif resident.idle:
+                if resident.tier == "memory" or resident.idle:
                     self._drop(resident)
+        return bool(residents)
 
     def close(self) -> None:
         """Stop loading and free all memory."""
@@ -262,13 +286,23 @@ class AdapterCache:
             raise UnknownAdapterError(f"no adapter is named {spec!r}", hint="Give the engine a store of adapters.")
         return self.store.find(spec)
 
+    def _check_size(self, adapters: Collection[Stored]) -> None:
+        nbytes = sum(map(self.size, adapters))
+        if nbytes > self.budget:
+            specs = " and ".join(stored.spec for stored in adapters)
+            raise ConfigError(
+                f"{specs} take{'s' * (len(adapters) == 1)} {nbytes} bytes, more than adapter_bytes={self.budget}",
+                hint="Raise adapter_bytes.",
+            )
+
     def _on_device(self, sha256: str) -> bool:
         """Return whether an adapter is on the device or on its way there."""
         resident = self._residents.get(sha256)
         return resident is not None and resident.tier == "device"
 
     def _start_load(self, sha256: str, stored: Stored) -> None:
-        resident = self._residents.setdefault(sha256, Resident(stored, sha256, "device", time.time()))
+        resident = Resident(stored, sha256, self.size(stored), "device", time.time())
+        resident = self._residents.setdefault(sha256, resident)
         resident.stored, resident.tier, resident.evict_when_idle = stored, "device", False
         self._failures.pop(sha256, None)  # out of date now
         resident.loading = self._loaders.submit(self._load, resident)
@@ -285,21 +319,25 @@ class AdapterCache:
                 self.bank.load(resident.stored.path, sha256)
                 if resident.stored.sha256() != sha256:  # read again, so the hash is that of what was loaded
                     raise AdapterError(f"{resident.spec} changed while it was loaded", hint="Try again.")
-                resident.loaded_bytes = self.bank[sha256].to(self._dtype).nbytes
+                self.bank[sha256].to(self._dtype)
         except Exception as error:
             failure = _load_error(resident, error)
             with self._lock:
+                self.load_failures += 1
                 if sha256 in self.bank:
                     self.bank.unload(sha256)
                 self._residents.pop(sha256)
                 self._failures[sha256] = failure
         else:
+            seconds = time.perf_counter() - started
             with self._lock:
                 self.loads += 1
-                self.load_seconds += time.perf_counter() - started
+                self.load_seconds += seconds
                 resident.loading = None
                 if resident.evict_when_idle:
                     self._drop(resident)
+            fields = {**resident.log_fields, "seconds": seconds}
+            log.info("loaded %(adapter)s in %(seconds).3f s: %(bytes)d bytes", fields)
         self._wake()
         return failure
 
@@ -307,7 +345,7 @@ class AdapterCache:
         """Take an adapter off the device. It stays in memory if there is room beside those that are not `wanted`."""
         self.evictions += 1
         adapter = self.bank[resident.sha256]
-        self._drop(resident)
+        self._drop(resident, "evicted")
         if resident.nbytes > self.memory_budget:
             return
         resident.host_copy = adapter.to("cpu")
@@ -324,10 +362,12 @@ class AdapterCache:
             excess -= resident.nbytes
             self._residents.pop(resident.sha256)
 
-    def _drop(self, resident: Resident) -> None:
-        self.bank.unload(resident.sha256)
+    def _drop(self, resident: Resident, event: str = "unloaded") -> None:
+        if resident.tier == "device":
+            self.bank.unload(resident.sha256)
         self._residents.pop(resident.sha256)
         resident.evict_when_idle = False
+        log.info(f"{event} %(adapter)s: %(bytes)d bytes", resident.log_fields)
 
 
 def _shutting_down() -> BusyError:
@@ -335,8 +375,18 @@ def _shutting_down() -> BusyError:
 
 
 def _load_error(resident: Resident, error: Exception) -> LoradeckError:
-    if isinstance(error, LoradeckError):
-        return error
+    """Log why a load failed, with a traceback if it is unexpected, and return what requests are told."""
+    is_bug = not isinstance(error, LoradeckError)
+    log.log(
+        logging.ERROR if is_bug else logging.WARNING,
+        "could not load %(adapter)s: %(error)s",
+        {**resident.log_fields, "error": str(error)},
+        exc_info=error if is_bug or log.isEnabledFor(logging.DEBUG) else None,
+    )
+    return _unexpected(resident.stored, error) if is_bug else error
+
+
+def _unexpected(stored: Stored, error: BaseException) -> AdapterError:
     return AdapterError(
-        f"{resident.spec} could not be loaded: {error}", hint="Try again; if it fails again, publish it anew."
+        f"{stored.spec} could not be loaded: {error}", hint="Try again; if it fails again, publish it anew."
     )

@@ -14,6 +14,7 @@ from typing import Self, SupportsIndex
 from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
 from loradeck.base.weights import shared_copy
+from loradeck.blend import format_blend
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.sampling import Sampler, SamplingParams, Token
@@ -120,8 +121,16 @@ class Engine:
         prompt = _token_ids(tokens)
         self._check(prompt, sampling)
         key, adapters = self.adapter_cache.resolve(entry)
+        versions = format_blend((adapters[sha256].spec, weight) for sha256, weight in key)
         request = Request(
-            prompt, sampling, key, uuid.uuid4().hex, adapter=adapter, tenant=tenant, arrived=time.monotonic()
+            prompt,
+            sampling,
+            key,
+            uuid.uuid4().hex,
+            adapter=adapter,
+            versions=versions,
+            tenant=tenant,
+            arrived=time.monotonic(),
         )
         text = StopFilter(
             self.base.tokenizer, sampling.stop, prompt if continues else (), min_tokens=sampling.min_tokens
@@ -202,18 +211,26 @@ class Engine:
 
     # ---- checks
 
-    def _in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
-        """Return the tokens that the model has logits for; some tokenizers have more."""
-        return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Check that the base has these tokens.
 
-    def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
-        used = {*tokens, *sampling.logit_bias, *sampling.stop_token_ids}
+        Raises:
+            ConfigError: an unknown token id.
+        """
+        used = {*tokens}
         unknown = used - self._in_vocabulary(used)
         if unknown:
             raise ConfigError(
                 f"unknown token id {min(unknown)}; the base has {self._runner.vocabulary}",
                 hint="Use the base's own tokenizer.",
             )
+
+    def _in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that the model has logits for; some tokenizers have more."""
+        return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
+
+    def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
+        self.check_tokens([*tokens, *sampling.logit_bias, *sampling.stop_token_ids])
         if not tokens:
             raise ConfigError("the prompt is empty", hint="Give at least one token.")
         if len(tokens) + min(sampling.max_tokens, 1) > self._longest:
@@ -227,5 +244,5 @@ def _token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
     try:
         return [operator.index(token) for token in prompt]
     except TypeError as error:
-        hint = "Encode a text with loradeck.base.text.encode(base.tokenizer, text)."
-        raise ConfigError("a prompt is a list of token ids", hint=hint) from error
+        python = "Encode a text with loradeck.base.text.encode(base.tokenizer, text)."
+        raise ConfigError("a prompt is a list of token ids", python=python) from error

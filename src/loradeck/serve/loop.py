@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from threading import Event, Thread
 
-from loradeck.errors import LoradeckError, RequestError
+from loradeck.errors import LoradeckError, RequestError, RequestTimeoutError
 from loradeck.sampling import Sampler
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.generation import Generation
@@ -121,7 +121,7 @@ class Loop:
             if request.cancelled:
                 self._end(generation, "cancelled")
             elif now - request.arrived > timeout:
-                self._end(generation, "failed", RequestError(f"not done within {timeout:g} s"))
+                self._end(generation, "failed", RequestTimeoutError(f"not done within {timeout:g} s"))
             elif errors := [failures[sha256] for sha256, _ in request.key if sha256 in failures]:
                 self._end(generation, "failed", errors[0])
 

@@ -62,7 +62,11 @@ class ModelRunner:
         with (
             torch.no_grad(),  # not inference_mode: its tensors do not record whether they were written to
             attention.step(parts),
-            self.bank.route(routes, lengths=[work.count for work in works]),
+            self.bank.route(
+                routes,
+                lengths=[work.count for work in works],
+                logits_to_keep=[work.logits_to_keep for work in works],
+            ),
         ):
             logits = self.model(
                 input_ids=torch.tensor([tokens], device=device),

@@ -18,6 +18,8 @@ class Request(TokenSequence):
     id: str = ""
     adapter: str = ""
     """The client's name for its adapters, for people and metrics; "" is the base."""
+    versions: str = ""
+    """Which versions of them it got, as in `poet@2*0.7+pirate@1*0.3`."""
     tenant: str = ""
     """An API key's name: tenants of the same adapters share them fairly."""
     arrived: float = 0.0

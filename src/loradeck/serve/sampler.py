@@ -3,6 +3,7 @@
 S positions with logits   V vocabulary
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +14,8 @@ from torch import Tensor
 from loradeck.errors import LoradeckError, RequestError
 from loradeck.sampling import Sampler, Token, check_finite, top_logprobs
 from loradeck.serve.request import Scheduled
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class StepResult:
     def failed(cls, error: Exception) -> Self:
         """Return the result of a request that failed; of an unexpected error, clients see the first line."""
         if not isinstance(error, LoradeckError):
+            log.error("a request could not be computed", exc_info=error)
             error = RequestError(f"the request could not be computed: {str(error).partition(chr(10))[0]}")
         return cls(error=error)
 

@@ -36,12 +36,22 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     jobs: dict[str, Progress]
     data: dict[str, str]
     """The sha256 of each job's dataset."""
+    parents: dict[str, str] = {}
+    """The sha256 of the adapter that a job goes on from."""
     files: dict[str, int]
     """The size in bytes of each file that the run appends to."""
     versions: dict[str, str]
 
 
-def save(trainer: Trainer, folder: Path, *, data: Mapping[str, str], files: Mapping[str, int], keep: int) -> Path:
+def save(
+    trainer: Trainer,
+    folder: Path,
+    *,
+    data: Mapping[str, str],
+    parents: Mapping[str, str],
+    files: Mapping[str, int],
+    keep: int,
+) -> Path:
     """Write a checkpoint into `folder`, atomically, and remove all but the newest `keep`."""
     path = folder / f"{trainer.passes:08}"
     state = State(
@@ -50,6 +60,7 @@ def save(trainer: Trainer, folder: Path, *, data: Mapping[str, str], files: Mapp
         fingerprint=trainer.base.fingerprint,
         jobs={name: job.progress for name, job in trainer.jobs.items()},
         data=dict(data),
+        parents=dict(parents),
         files=dict(files),
         versions={package: version(package) for package in PACKAGES},
     )
@@ -67,6 +78,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if (path / STATE).is_file())
 
 
+def finished(folder: Path) -> State | None:
+    """Return the newest state in a folder if all its jobs have ended."""
+    paths = checkpoints(folder)
+    state = read(paths[-1]) if paths else None
+    return state if state and all(job.end for job in state.jobs.values()) else None
+
+
 def read(path: Path) -> State:
     """Read a checkpoint's state.
 
@@ -80,14 +98,25 @@ def read(path: Path) -> State:
 
 
 @torch.no_grad()
-def restore(trainer: Trainer, path: Path, state: State, *, data: Mapping[str, str]) -> None:
+def restore(trainer: Trainer, path: Path, state: State, *, data: Mapping[str, str], parents: Mapping[str, str]) -> None:
     """Restore a trainer with new jobs to the state in a checkpoint.
 
     Raises:
-        TrainingError: the base, a dataset or an adapter differs from the checkpoint's, or the checkpoint is damaged.
+        TrainingError: the base, a dataset, an adapter or the one that it goes on from differs from the checkpoint's,
+            or the checkpoint is damaged.
     """
     problems = [] if state.fingerprint == trainer.base.fingerprint else ["the base is a different one"]
     problems += [f"{name}: its dataset has changed" for name in data if data[name] != state.data.get(name)]
+    problems += [
+        f"{name}: the adapter that it goes on from has changed"
+        for name in parents
+        if parents[name] != state.parents.get(name)
+    ]
+    problems += [
+        f"{name}: it has taken {state.jobs[name].step} steps already, more than {job.schedule.steps}"
+        for name, job in trainer.jobs.items()
+        if state.jobs[name].step > job.schedule.steps
+    ]
     if problems:
         raise TrainingError(
             f"{path} cannot be resumed from", problems, hint="Restore what has changed, or begin a new run."
@@ -98,14 +127,19 @@ def restore(trainer: Trainer, path: Path, state: State, *, data: Mapping[str, st
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise TrainingError(f"{path} cannot be resumed from: {name}: {error}", hint=HINT) from error
         job.progress = state.jobs[name]
+        if job.can_go_on:
+            job.progress.end = None
+        elif not job.running:
+            job.keep_best()
     trainer.passes, trainer.seconds_before = state.passes, state.seconds
 
 
 def _tensors(job: Job) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    goes_on = job.running or job.finished
     for key, parameter in job.adapter.tensors():
-        tensors[f"weight {key}"] = parameter.detach().contiguous()
-        moments = job.optimizer.state.get(parameter, {}) if job.running else {}  # type: ignore[call-overload]
+        tensors[f"weight {key}"] = job.last.get(key, parameter).detach().contiguous()
+        moments = job.optimizer.state.get(parameter, {}) if goes_on else {}  # type: ignore[call-overload]
         tensors.update({f"{name} {key}": moments[name] for name in MOMENTS if name in moments})
     tensors.update({f"best {key}": tensor for key, tensor in job.best.items()})
     return tensors

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from cyclopts import Parameter
 
 from loradeck.errors import ConfigError
 
@@ -18,7 +20,7 @@ class TrainConfig:
         ConfigError: naming every invalid value.
     """
 
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, Parameter(alias="--lr")] = None
     """Peak learning rate of A and B; left out, it follows from the base's width (see train.schedule)."""
     epochs: int = 3
     """How often the dataset is trained on."""
@@ -41,7 +43,10 @@ class TrainConfig:
     loraplus_lr_ratio: float = 1.0
     """B's learning rate over A's (LoRA+, arXiv:2402.12354, which found 4 to 16 best)."""
     dpo_beta: float = 0.1
-    """For preference pairs: how strongly the adapter is kept close to the base (DPO, arXiv:2305.18290)."""
+    """For preference pairs: how strongly the adapter is kept close to its start (DPO, arXiv:2305.18290)."""
+    dpo_sft_weight: float = 1.0
+    """For preference pairs: weight of the loss on the chosen answers, beside DPO's (RPO, arXiv:2404.19733); 0 for DPO
+    alone."""
     valid_ratio: float = 0.0
     """Share of the dataset held out for validation, if it has no validation split of its own."""
     eval_every: int | None = None
@@ -68,6 +73,7 @@ class TrainConfig:
                 "seed": (_is_integer(self.seed, least=0), "an integer of at least 0"),
                 "loraplus_lr_ratio": (_is_positive(self.loraplus_lr_ratio), "a number above 0"),
                 "dpo_beta": (_is_positive(self.dpo_beta), "a number above 0"),
+                "dpo_sft_weight": (_is_number(self.dpo_sft_weight), "a number of at least 0"),
                 "valid_ratio": (_is_number(self.valid_ratio) and self.valid_ratio < 1, "a number from 0 to below 1"),
                 "eval_every": (self.eval_every is None or _is_integer(self.eval_every), "an integer of at least 1"),
                 "patience": (self.patience is None or _is_integer(self.patience), "an integer of at least 1"),
@@ -93,7 +99,7 @@ class PassConfig:
     keep_checkpoints: int = 2
     """Checkpoints to keep; older ones are removed."""
     samples: int = 2
-    """Validation prompts that each adapter answers at each evaluation; 0 for none."""
+    """Validation prompts that each adapter answers at each evaluation, and prompts at its end; 0 for none."""
 
     def __post_init__(self) -> None:
         _check(
@@ -117,7 +123,7 @@ def _check(config: object, rules: Mapping[str, tuple[bool, str]]) -> None:
     ]
     if problems:
         name = type(config).__name__
-        raise ConfigError(f"invalid {name}", problems, hint=f"See `loradeck train --help`, or help({name}) in Python.")
+        raise ConfigError(f"invalid {name}", problems, python=f"See help({name}).", cli="See `loradeck train --help`.")
 
 
 def _is_integer(value: object, least: int = 1) -> bool:

@@ -37,7 +37,9 @@ class Step(Event, frozen=True):
     memory: int
     """Resident set of the process, in bytes."""
     accuracy: float | None = None
-    """DPO: share of the step's pairs with a higher reward for the chosen answer than for the rejected one."""
+    """DPO: share of the step's pairs with a margin above 0."""
+    margin: float | None = None
+    """DPO: mean margin, by how much more than at the start the chosen answer is preferred: see train.objective."""
 
 
 class Evaluation(Event, frozen=True):
@@ -50,6 +52,8 @@ class Evaluation(Event, frozen=True):
     best: bool
     """Whether the loss is the lowest so far."""
     accuracy: float | None = None
+    """As in Step."""
+    margin: float | None = None
     """As in Step."""
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,12 +42,36 @@ class Progress:
     """Tokens read, without padding."""
     losses: list[float] = field(default_factory=list)
     """Of each step."""
+    accuracy: float | None = None
+    """DPO: of the last step."""
+    margin: float | None = None
+    """DPO: of the last step."""
+    validation: dict[int, float] = field(default_factory=dict)
+    """Validation losses by step."""
     best_loss: float | None = None
     """The lowest validation loss."""
     best_step: int = 0
     waiting: int = 0
     """Evaluations since the best one."""
     end: End | None = None
+
+
+@dataclass(slots=True)
+class Sums:
+    """What is added up over the units of a step or an evaluation."""
+
+    loss: float = 0.0
+    margin: float = 0.0
+    """DPO's."""
+    correct: int = 0
+    """Pairs with a margin above 0."""
+
+    def add(self, losses: Tensor, margins: Tensor | None) -> None:
+        """Add the losses and margins of some units."""
+        self.loss += float(losses.detach().sum())
+        if margins is not None:
+            self.margin += float(margins.detach().sum())
+            self.correct += int((margins > 0).sum())
 
 
 class Job:
@@ -66,28 +90,42 @@ class Job:
         self.name, self.adapter, self.config = name, adapter, config
         self.train, self.valid = train, valid
         preferences = isinstance(train[0], Preference)
-        self.objective: Objective = DPO(config.dpo_beta) if preferences else SFT()
+        self.objective: Objective = DPO(config.dpo_beta, config.dpo_sft_weight) if preferences else SFT()
         self.schedule = Schedule.of(config, len(train), model, preferences=preferences)
         self.eval_every = config.eval_every or math.ceil(self.schedule.steps / EVALUATIONS)
         self.optimizer = _optimizer(adapter, config)
+        self.reference: str | None = None
+        """The resident adapter that DPO compares with; None for the base."""
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         """The adapter's tensors at the lowest validation loss."""
+        self.last: dict[str, Tensor] = {}
+        """Those of the last step, once the job has ended with the best ones."""
         self._sampler: BatchSampler[Example | Preference] = BatchSampler(train, config.batch_size, seed=config.seed)
-        self._loss, self._correct = 0.0, 0
+        self._sums = Sums()
 
     @property
     def running(self) -> bool:
         """Whether it has not ended."""
         return self.progress.end is None
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has taken all its steps; more of them may be asked for later."""
+        return self.progress.end is not None and self.progress.end.reason == "finished"
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it has taken all the steps of an earlier schedule, and its present one has more."""
+        return self.finished and self.progress.step < self.schedule.steps
+
     def units(self) -> list[Unit]:
         """Return what the next step trains on."""
         return [self.objective.unit(example) for example in self._sampler[self.progress.step]]
 
-    def valid_units(self) -> list[Unit]:
-        """Return what an evaluation runs on."""
-        return [self.objective.unit(example) for example in self.valid]
+    def valid_units(self) -> Iterator[Unit]:
+        """Yield what an evaluation runs on."""
+        return (self.objective.unit(example) for example in self.valid)
 
     def seed_dropout(self, index: int) -> None:
         """Make the next forward's dropout masks depend on the seed, the step and the micro-batch's index alone."""
@@ -95,10 +133,9 @@ class Job:
             text = f"{self.config.seed} {self.progress.step} {index}"
             self.adapter.dropout.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
-    def add_losses(self, losses: Tensor, correct: Tensor | None) -> None:
+    def add_losses(self, losses: Tensor, margins: Tensor | None) -> None:
         """Add the losses of some units of the current step."""
-        self._loss += float(losses.detach().sum())
-        self._correct += 0 if correct is None else int(correct.sum())
+        self._sums.add(losses, margins)
 
     def update(self, units: Sequence[Unit], pass_start: float, clock: Callable[[], float]) -> Step:
         """Take an optimizer step with the accumulated gradients. `clock` gives the run's seconds, as `pass_start`.
@@ -108,8 +145,8 @@ class Job:
         """
         config, progress = self.config, self.progress
         count = self.objective.count(units)
-        loss, accuracy = self._loss / count, self._correct / count
-        self._loss, self._correct = 0.0, 0
+        sums, self._sums = self._sums, Sums()
+        loss = sums.loss / count
         parameters = [*self.adapter.parameters()]
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         rate = self.schedule(progress.step)
@@ -127,6 +164,8 @@ class Job:
         progress.step += 1
         progress.tokens += sum(len(example.tokens) for unit in units for example in unit)
         progress.losses.append(loss)
+        preference = self._preference(sums, count)
+        progress.accuracy, progress.margin = preference.get("accuracy"), preference.get("margin")
         seconds = clock()
         return Step(
             job=self.name,
@@ -140,7 +179,7 @@ class Job:
             tokens=progress.tokens,
             supervised=count,
             memory=_resident_bytes(),
-            accuracy=accuracy if self.objective.needs_reference else None,
+            **preference,
         )
 
     @property
@@ -149,18 +188,19 @@ class Job:
         step = self.progress.step
         return bool(self.valid) and (step % self.eval_every == 0 or step == self.schedule.steps)
 
-    def record_evaluation(self, loss: float, correct: int, count: int, seconds: float) -> Evaluation:
+    def record_evaluation(self, sums: "Sums", count: int, seconds: float) -> Evaluation:
         """Record a validation loss, a sum over `count`, and keep a copy of the adapter if it is the lowest.
 
         Raises:
             TrainingError: the loss is NaN or infinite.
         """
-        progress, mean = self.progress, loss / count
+        progress, mean = self.progress, sums.loss / count
         if not math.isfinite(mean):
             raise TrainingError(
                 f"training {self.name!r} diverged at step {progress.step}: the validation loss is {mean}",
                 hint="Lower learning_rate.",
             )
+        progress.validation[progress.step] = mean
         best = progress.best_loss is None or mean < progress.best_loss
         progress.waiting = 0 if best else progress.waiting + 1
         if best:
@@ -173,7 +213,13 @@ class Job:
             loss=mean,
             tokens=count,
             best=best,
-            accuracy=correct / count if self.objective.needs_reference else None,
+            **self._preference(sums, count),
+        )
+
+    def _preference(self, sums: "Sums", count: int) -> dict[str, float]:
+        """Return DPO's accuracy and mean margin, nothing for SFT."""
+        return (
+            {"accuracy": sums.correct / count, "margin": sums.margin / count} if self.objective.needs_reference else {}
         )
 
     def end_reason(self) -> tuple[EndReason, str] | None:
@@ -185,21 +231,25 @@ class Job:
             return "early stop", f"{progress.waiting} evaluations without a loss below {progress.best_loss:.4f}"
         return None
 
-    @torch.no_grad()
     def finish(self, reason: EndReason, detail: str, seconds: float) -> End:
         """End the job; its adapter becomes the best by validation loss, else stays the last."""
         progress = self.progress
         kept_step = progress.best_step if self.best else progress.step
-        for key, tensor in self.adapter.tensors():
-            if key in self.best:
-                tensor.copy_(self.best[key])
-        self.best = {}
+        self.keep_best()
         if self.adapter.dropout is not None:
             self.adapter.dropout.seed = None
         progress.end = End(
             job=self.name, step=progress.step, seconds=seconds, reason=reason, kept=kept_step, detail=detail
         )
         return progress.end
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """Replace the adapter's tensors by the best ones, if there are any; `last` has the replaced ones."""
+        if self.best:
+            self.last = {key: tensor.detach().clone() for key, tensor in self.adapter.tensors()}
+            for key, tensor in self.adapter.tensors():
+                tensor.copy_(self.best[key])
 
 
 def _optimizer(adapter: Adapter, config: TrainConfig) -> AdamW:

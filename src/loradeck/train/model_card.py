@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from datetime import date
 from importlib.metadata import version
 from typing import Any
 
@@ -23,16 +24,18 @@ def training_section(
     steps: Sequence[Step],
     evaluations: Sequence[Evaluation],
     end: End,
+    parent: str | None = None,
 ) -> str:
     """Return the card's section on training: data, recipe, how it went, versions, use, limits.
 
     `base` is the base's name for transformers, `source` its name for Base.load. `data` describes the dataset in rows
     (its name, form, counts, hash); without a licence the card says that it is unknown. `steps` and `evaluations` are
-    the job's, in order, as `read_history` returns them. All text is escaped: none of it can become markup.
+    the job's, in order, as `read_history` returns them. `parent` is the adapter that it went on
+    from. All text is escaped: none of it can become markup.
     """
     parts = {
         "Data": _table({**data, "licence": data.get("licence", "unknown: see the dataset's own terms")}),
-        "Recipe": _table(_recipe(lora, recipe, steps)) + "\n\nAll other settings are loradeck's defaults.",
+        "Recipe": _table(_recipe(lora, recipe, steps, parent)) + "\n\nAll other settings are loradeck's defaults.",
         "How it went": _table(_outcome(steps, evaluations, end)),
         "Versions": _table({package: version(package) for package in PACKAGES}),
         "Use": _use(base, source),
@@ -41,9 +44,10 @@ def training_section(
     return "\n\n".join(["## Training", *(f"### {head}\n\n{part}" for head, part in parts.items())]) + "\n"
 
 
-def _recipe(lora: LoraConfig, recipe: TrainConfig, steps: Sequence[Step]) -> dict[str, str]:
+def _recipe(lora: LoraConfig, recipe: TrainConfig, steps: Sequence[Step], parent: str | None) -> dict[str, str]:
     """Return the settings that are not the defaults, and the highest learning rate of the run."""
-    rows = {
+    rows = {"goes on from": parent} if parent else {}
+    rows |= {
         field.name: _text(value)
         for config in (lora, recipe)
         for field in fields(config)
@@ -75,13 +79,15 @@ def _outcome(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End)
             "steps": f"{last.step:,} of {last.steps:,}",
             "tokens read": f"{last.tokens:,}",
             f"{_counted(last)} trained on": f"{sum(step.supervised for step in steps):,}",
-            "time": f"{end.seconds:,.0f} s",
+            "time": f"{end.seconds:,.0f} s, until {date.today().isoformat()}",
             "training loss": f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}, "
             f"lowest {lowest.loss:.4f} at step {lowest.step}",
         }
     evaluation = next((each for each in reversed(evaluations) if each.step == end.kept), None)
     if evaluation:
-        accuracy = f", accuracy {evaluation.accuracy:.1%}" if evaluation.accuracy is not None else ""
+        accuracy = ""
+        if evaluation.accuracy is not None and evaluation.margin is not None:
+            accuracy = f", accuracy {evaluation.accuracy:.1%}, margin {evaluation.margin:.2f}"
         count = f"{evaluation.tokens:,} {_counted(evaluation)}"
         rows["validation loss"] = f"{evaluation.loss:.4f} at the kept step, over {count}{accuracy}"
     else:

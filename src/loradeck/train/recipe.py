@@ -11,6 +11,7 @@ import msgspec
 import tomli_w
 
 from loradeck.base import SMOLLM2
+from loradeck.dataset.config import DataConfig
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.names import check_name
@@ -32,8 +33,11 @@ class JobRecipe:
     """A file, a folder with train, valid and test, or a hub id."""
     valid: str | None = None
     """A dataset to validate on, instead of the dataset's own validation split."""
+    from_: str | None = None
+    """The folder of an adapter to go on from, with its settings, instead of a new one. Its key is `from`."""
     last_layers: int | None = None
     """Adapt only the last N layers of the base: less time and memory, as gradients flow no further back."""
+    reading: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -83,15 +87,21 @@ class RunRecipe:
             {"base": self.base, "dtype": self.dtype, "sweep": self.sweep or None, **asdict(self.shared)}
         )
         jobs = [
-            _without_unset({**asdict(job), **asdict(job.lora), **asdict(job.train), "lora": None, "train": None})
+            _without_unset(
+                {
+                    **{name.rstrip("_"): value for name, value in asdict(job).items()},
+                    **dict.fromkeys(CONFIGS),
+                    **_config_values(job),
+                }
+            )
             for job in self.jobs
         ]
         return tomli_w.dumps({**shared, "adapter": jobs})
 
 
-JOB_KEYS = {f.name for f in fields(JobRecipe)} - {"lora", "train"}
-LORA_KEYS, TRAIN_KEYS = ({f.name for f in fields(config)} for config in (LoraConfig, TrainConfig))
-KEYS = JOB_KEYS | LORA_KEYS | TRAIN_KEYS
+CONFIGS: dict[str, type] = {"reading": DataConfig, "lora": LoraConfig, "train": TrainConfig}  # fields of JobRecipe
+JOB_KEYS = {f.name.rstrip("_") for f in fields(JobRecipe)} - CONFIGS.keys()
+KEYS = JOB_KEYS.union(*({f.name for f in fields(config)} for config in CONFIGS.values()))
 
 
 def read_recipe(path: Path | str) -> RunRecipe:
@@ -140,20 +150,26 @@ def read_recipe(path: Path | str) -> RunRecipe:
 def _job(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]) -> JobRecipe | None:
     problems += [f"{where}.{key}: {_unknown(key, KEYS)}" for key in table if key not in KEYS]
     before = len(problems)
-    lora = _convert({k: v for k, v in table.items() if k in LORA_KEYS}, LoraConfig, where, problems)
-    train = _convert({k: v for k, v in table.items() if k in TRAIN_KEYS}, TrainConfig, where, problems)
+    configs: dict[str, Any] = {}
+    for name, config in CONFIGS.items():
+        keys = {f.name for f in fields(config)}
+        configs[name] = _convert({k: v for k, v in table.items() if k in keys}, config, where, problems)
     for key in ("name", "data"):
         if not isinstance(table.get(key), str):
             problems.append(f"{where}.{key}: must be a string")
-    if len(problems) > before or lora is None or train is None:
+    if len(problems) > before:
         return None
     values: dict[str, Any] = {key: value for key, value in table.items() if key in JOB_KEYS}
-    values |= {key: resolve(table[key], folder) for key in ("data", "valid") if isinstance(table.get(key), str)}
+    values |= {key: resolve(table[key], folder) for key in SOURCES if isinstance(table.get(key), str)}
+    values["from_"] = values.pop("from", None)  # `from` is a word of Python
     try:
-        return JobRecipe(**values, lora=lora, train=train)
+        return JobRecipe(**values, **configs)
     except LoradeckError as error:
         problems.append(f"{where}: {error.message}")
         return None
+
+
+SOURCES = ("data", "valid", "from")
 
 
 def resolve(source: str, folder: Path = Path()) -> str:
@@ -183,6 +199,10 @@ def _convert(table: Mapping[str, Any], type_: type[T], where: str, problems: lis
 def _unknown(key: str, keys: set[str]) -> str:
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) if len(key) > 2 else []
     return f"unknown key{f'; did you mean {close[0]}?' if close else ''}"
+
+
+def _config_values(job: JobRecipe) -> dict[str, Any]:
+    return {key: value for name in CONFIGS for key, value in asdict(getattr(job, name)).items()}
 
 
 def _without_unset(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,18 +15,26 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
 import torch
 
 from loradeck.base.load import Base
 from loradeck.base.text import chat_template_hash
+from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
-from loradeck.dataset.read import Dataset, held_out, read_dataset
-from loradeck.dataset.reader import Examples
+from loradeck.dataset.held_out import held_out
+from loradeck.dataset.read import Dataset, SplitExamples, read_dataset
+from loradeck.dataset.source import Position
 from loradeck.disk import write_file
 from loradeck.lora.bank import Bank
+from loradeck.lora.config import LoraConfig
+from loradeck.lora.init import stamp
+from loradeck.lora.peft import Origin
+from loradeck.stored import digest_of, files_of
 from loradeck.train import checkpoint, events
 from loradeck.train.events import AnyEvent, End, Listener, Sample
 from loradeck.train.history import METRICS, JobHistory, read_history
+from loradeck.train.inputs import read_parent
 from loradeck.train.job import Job
 from loradeck.train.mode import evaluation
 from loradeck.train.model_card import training_section
@@ -35,8 +43,10 @@ from loradeck.train.trainer import Trainer
 
 SAMPLES, CHECKPOINTS = "samples.jsonl", "checkpoints"
 
-# Answers prompts: (adapter names, prompt tokens), one of each per row -> texts.
-Answer: TypeAlias = Callable[[Sequence[str], Sequence[list[int]]], list[str]]
+FELL = 0.9  # of its first value: then a loss has fallen
+
+# Answers prompts: (adapter names, or None for the base, and prompt tokens), one of each per row -> texts.
+Answer: TypeAlias = Callable[[Sequence[str | None], Sequence[list[int]]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +54,8 @@ class JobData:
     """A job's dataset, and its examples to train and to validate on."""
 
     dataset: Dataset
-    train: Examples
-    valid: Examples
+    train: SplitExamples
+    valid: SplitExamples
 
 
 class Run:
@@ -64,8 +74,12 @@ class Run:
         *,
         answer: Answer | None = None,
         on_event: Listener | None = None,
+        on_read: Callable[[Position], None] | None = None,
     ) -> None:
-        """Read the datasets and create the adapters. Nothing is written before `begin` or `resume`."""
+        """Read the datasets, with a call of `on_read` after each record, and create the adapters.
+
+        Nothing is written into the folder before `begin` or `resume`.
+        """
         self.folder, self.base, self.bank = folder, base, Bank(base.model)
         self.answer, self.on_event = answer, on_event or (lambda _: None)
         self.trainer = Trainer(
@@ -78,22 +92,40 @@ class Run:
         )
 
         @cache
-        def read(source: str, max_length: int) -> Dataset:
-            return read_dataset(source, base.tokenizer, max_length)
+        def read(source: str, max_length: int, config: DataConfig) -> Dataset:
+            return read_dataset(source, base.tokenizer, max_length, config, on_read=on_read)
 
         self.data: dict[str, JobData] = {}
+        self.parents: dict[str, str] = {}
+        """The sha256 of the adapter that a job goes on from."""
         layers = base.model.config.get_text_config().num_hidden_layers
         jobs = []
         for job_recipe in recipe.jobs:
             name, config = job_recipe.name, job_recipe.train
             data = self.data[name] = _load(job_recipe, read)
-            generator = torch.Generator().manual_seed(config.seed)
-            self.bank.add(name, job_recipe.adapter_config(layers), generator=generator)
+            if job_recipe.from_ is None:
+                generator = torch.Generator().manual_seed(config.seed)
+                self.bank.add(name, job_recipe.adapter_config(layers), generator=generator)
+            else:
+                job_recipe = replace(job_recipe, lora=self._load_parent(job_recipe))
             job = self.trainer.add(name, data.train, config, valid=data.valid)
             resolved = replace(config, learning_rate=job.schedule.peak, eval_every=job.eval_every)
             jobs.append(replace(job_recipe, train=resolved))
         self.recipe = replace(recipe, jobs=tuple(jobs))
         """With every default filled in."""
+
+    def _load_parent(self, job: JobRecipe) -> LoraConfig:
+        """Load the adapter that a job goes on from, record it, and return its config."""
+        assert job.from_ is not None
+        files = read_parent(job)
+        self.bank.load(files.folder, job.name, trainable=True)
+        self.parents[job.name] = digest_of(files.folder, files_of(files))
+        adapter = self.bank[job.name]
+        # What the parent's metadata says of its training is not true of this adapter.
+        adapter.origin = replace(adapter.origin, metadata=Origin().metadata, written=None)
+        stamp(self.base.model, adapter)
+        adapter.describe(parent=files.folder.name, parent_sha256=self.parents[job.name])
+        return adapter.config
 
     def adapter_folder(self, name: str) -> Path:
         """Return the folder of a job's adapter."""
@@ -111,6 +143,9 @@ class Run:
     def resume(self) -> int:
         """Restore the newest checkpoint, or begin anew if there is none; return the number of passes restored.
 
+        A job that is finished goes on if the recipe now has more steps for it: with its optimizer's state, the next
+        examples, and the learning rates that the schedule of the new total has from this step on.
+
         Raises:
             TrainingError: the base or a dataset has changed, or the checkpoint is damaged.
         """
@@ -119,11 +154,12 @@ class Run:
             self.begin()
             return 0
         state = checkpoint.read(paths[-1])
-        checkpoint.restore(self.trainer, paths[-1], state, data=self._data_hashes())
+        checkpoint.restore(self.trainer, paths[-1], state, data=self._data_hashes(), parents=self.parents)
         for name, size in state.files.items():  # what was written later is about to be written again
             path = self.folder / name
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
+        write_file(self.folder / RUN_FILE, self.recipe.toml().encode())
         return state.passes
 
     def train(self, each_pass: Callable[[Trainer], None] | None = None) -> None:
@@ -145,6 +181,7 @@ class Run:
             self.trainer,
             self.folder / CHECKPOINTS,
             data=self._data_hashes(),
+            parents=self.parents,
             files={name: path.stat().st_size for name, path in paths.items() if path.exists()},
             keep=self.recipe.shared.keep_checkpoints,
         )
@@ -154,6 +191,8 @@ class Run:
 
     def _record(self, event: AnyEvent) -> None:
         """Write an event to its file, save the adapter of a job that ended, and pass the event on."""
+        if isinstance(event, End) and event.reason in ("finished", "early stop"):
+            event = self._noted(event)
         with (self.folder / (SAMPLES if isinstance(event, Sample) else METRICS)).open("ab") as file:
             file.write(events.encode(event))
         if isinstance(event, End):
@@ -168,6 +207,7 @@ class Run:
             return
         history = read_history(self.folder).get(name, JobHistory())
         data = self.data[name]
+        parent = next(each.from_ for each in self.recipe.jobs if each.name == name)
         notes = training_section(
             base=job.adapter.origin.base_model or self.base.name,
             source=self.base.name,
@@ -177,6 +217,7 @@ class Run:
                 "examples": f"{len(data.train):,} to train on, {len(data.valid):,} to validate on",
                 "sha256": data.dataset.sha256[:16],
             },
+            parent=parent and Path(parent).name,
             lora=job.adapter.config,
             recipe=job.config,
             steps=history.steps,
@@ -184,9 +225,10 @@ class Run:
             end=end,
         )
         job.adapter.describe(
+            dataset=Path(data.dataset.name).name,
             data_sha256=data.dataset.sha256,
             chat_template_sha256=chat_template_hash(self.base.tokenizer) or "none",
-            steps=str(end.kept),
+            **_results(job, history),
         )
         job.adapter.save(folder, notes=notes)
 
@@ -213,15 +255,56 @@ class Run:
                 )
             )
 
+    def _noted(self, end: End) -> End:
+        """Return a job's end with a note if its loss fell, but its answers are still the base's."""
+        job = self.trainer.jobs[end.job]
+        first, last = job.progress.losses[0], job.progress.losses[-1]
+        examples = (self.data[end.job].valid or self.data[end.job].train)[: self.recipe.shared.samples]
+        if last > FELL * first or not examples or self.answer is None:
+            return end
+        prompts = [_prompt_and_answer(example)[0] for example in examples]
+        names = [name for name in (end.job, None) for _ in prompts]
+        with evaluation(self.base.model), torch.no_grad():
+            answers = self.answer(names, prompts * 2)
+        if answers[: len(prompts)] != answers[len(prompts) :]:
+            return end
+        note = (
+            f"the loss fell from {first:.3f} to {last:.3f}, but the answers to {len(prompts)} sample prompts are still "
+            "the base's; try a higher learning rate, or more epochs"
+        )
+        job.progress.end = msgspec.structs.replace(end, detail="; ".join(filter(None, (end.detail, note))))
+        return job.progress.end
+
     def _text(self, tokens: list[int]) -> str:
         return str(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _load(job: JobRecipe, read: Callable[[str, int], Dataset]) -> JobData:
-    dataset = read(job.data, job.train.max_length)
+def _results(job: Job, history: JobHistory) -> dict[str, str]:
+    """Return how a job went, for the metadata of its adapter; without times, so that equal runs give equal files."""
+    progress = job.progress
+    assert progress.end is not None
+    kept = progress.end.kept
+    evaluation = next((each for each in reversed(history.evaluations) if each.step == kept), None)
+    judged = evaluation or next((each for each in reversed(history.steps) if each.step == kept), None)
+    numbers = {
+        "loss": progress.losses[-1],
+        "validation_loss": evaluation and evaluation.loss,
+        "accuracy": judged and judged.accuracy,
+        "margin": judged and judged.margin,
+    }
+    return {
+        "objective": "dpo" if job.objective.needs_reference else "sft",
+        "steps": f"{kept}",
+        "tokens": f"{progress.tokens}",
+        **{name: f"{number:.4f}" for name, number in numbers.items() if number is not None},
+    }
+
+
+def _load(job: JobRecipe, read: Callable[[str, int, DataConfig], Dataset]) -> JobData:
+    dataset = read(job.data, job.train.max_length, job.reading)
     train, valid = dataset.train, dataset.valid
     if job.valid is not None:
-        other = read(job.valid, job.train.max_length)
+        other = read(job.valid, job.train.max_length, job.reading)
         valid = other.valid or other.train
     elif not valid and job.train.valid_ratio:
         train, valid = held_out(train, job.train.valid_ratio, job.train.seed)

@@ -7,23 +7,25 @@ through its own adapter, and the base is computed for all of them at once.
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import count, zip_longest
 
 import torch
 from torch import Tensor
 
 from loradeck.base.load import Base
 from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.token_file import Sizes
 from loradeck.errors import ConfigError, DataError, TrainingError
+from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.train.batching import split_units
 from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.events import AnyEvent, End, EndReason, Listener
-from loradeck.train.job import Job
+from loradeck.train.job import Job, Sums
 from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training
 from loradeck.train.objective import Unit
@@ -101,6 +103,9 @@ class Trainer:
     ) -> Job:
         """Add a job for the resident adapter `name`; it joins at the next pass.
 
+        The reference of preference pairs is the adapter as it is now. Unless that is still the base, a frozen copy of
+        it stays in the bank, as `name.reference`, until the job ends.
+
         Raises:
             DataError: there are no examples.
             ConfigError: an example is longer than the base's context, or the adapter already has a job.
@@ -113,13 +118,15 @@ class Trainer:
             raise ConfigError(f"{name!r} already has a job", hint="One job trains one adapter.")
         self.bank.parameters(name)
         job = Job(name, self.bank[name], train, config, self.base.model.config, valid=valid)
-        units = map(job.objective.unit, (*train, *valid))
-        longest = max(len(example.tokens) for unit in units for example in unit)
+        longest = max(Sizes.of(examples).longest for examples in (train, valid) if examples)
         if self.base.context is not None and longest > self.base.context:
             raise ConfigError(
                 f"the longest example has {longest} tokens; the context of {self.base.name} is {self.base.context}",
                 hint=f"Set max_length to {self.base.context} or less.",
             )
+        if job.objective.needs_reference and not _is_new(job.adapter):
+            job.reference = f"{name}.reference"
+            self.bank.add(job.reference, job.adapter.copy(trainable=False))
         self.jobs[name] = job
         return job
 
@@ -161,10 +168,10 @@ class Trainer:
             if job.running and (reason := job.end_reason()):
                 self._end(job, *reason)
 
-    def _batches(self, units: dict[Job, list[Unit]]) -> Iterator[list[MicroBatch]]:
+    def _batches(self, units: Mapping[Job, Iterable[Unit]]) -> Iterator[list[MicroBatch]]:
         """Split each job's units into micro-batches, regardless of its neighbours, and batch those of several jobs."""
         micro_batches = [
-            [MicroBatch(job, index, group) for index, group in enumerate(split_units(job_units, self.max_tokens))]
+            map(partial(MicroBatch, job), count(), split_units(job_units, self.max_tokens))
             for job, job_units in units.items()
         ]
         # A batch has at most one micro-batch of a job: dropout is seeded by the micro-batch's index.
@@ -188,45 +195,51 @@ class Trainer:
             total = torch.zeros((), device=self.base.model.device)
             for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                 job = micro_batch.job
-                unit_losses, correct = job.objective.losses(job_losses, reference)
-                job.add_losses(unit_losses, correct)
+                unit_losses, margins = job.objective.losses(micro_batch.units, job_losses, reference)
+                job.add_losses(unit_losses, margins)
                 total = total + unit_losses.sum() / counts[job]
             total.backward()
 
     @torch.no_grad()
     def evaluate(self, jobs: Sequence[Job]) -> None:
         """Measure the validation losses of some running jobs and emit them."""
-        units = {job: job.valid_units() for job in jobs}
-        sums, corrects = dict.fromkeys(jobs, 0.0), dict.fromkeys(jobs, 0)
+        sums, counts = {job: Sums() for job in jobs}, dict.fromkeys(jobs, 0)
         with evaluation(self.base.model):
-            for batch in self._batches(units):
+            for batch in self._batches({job: job.valid_units() for job in jobs}):
                 references = self._reference_losses(batch)
                 with self._example_losses(batch) as losses:
                     for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                         job = micro_batch.job
-                        unit_losses, correct = job.objective.losses(job_losses, reference)
-                        sums[job] += float(unit_losses.sum())
-                        corrects[job] += 0 if correct is None else int(correct.sum())
+                        sums[job].add(*job.objective.losses(micro_batch.units, job_losses, reference))
+                        counts[job] += job.objective.count(micro_batch.units)
         for job in jobs:
-            count = job.objective.count(units[job])
-            self._emit_or_end(job, partial(job.record_evaluation, sums[job], corrects[job], count, self.seconds))
+            self._emit_or_end(job, partial(job.record_evaluation, sums[job], counts[job], self.seconds))
         self._on_evaluated([job for job in jobs if job.running])
 
     @torch.no_grad()
     def _reference_losses(self, batch: Sequence[MicroBatch]) -> list[Tensor | None]:
-        """Return the base's losses for each micro-batch whose objective needs them, else None."""
+        """Return the reference's losses for each micro-batch whose objective needs them, else None."""
         compared = [micro_batch for micro_batch in batch if micro_batch.job.objective.needs_reference]
         if not compared:
             return [None] * len(batch)
-        with self._example_losses(compared, base_only=True) as losses:
+        with self._example_losses(compared, of_reference=True) as losses:
             references = iter(losses)
         return [next(references) if micro_batch.job.objective.needs_reference else None for micro_batch in batch]
 
     @contextmanager
-    def _example_losses(self, batch: Sequence[MicroBatch], *, base_only: bool = False) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the losses of each micro-batch's examples, through its job's adapter; backward belongs inside."""
+    def _example_losses(
+        self, batch: Sequence[MicroBatch], *, of_reference: bool = False
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the losses of each micro-batch's examples, through its job's adapter; backward belongs inside.
+
+        `of_reference` yields those of the reference instead.
+        """
         examples = [example for micro_batch in batch for example in micro_batch.examples]
-        names = [None if base_only else micro_batch.job.name for micro_batch in batch for _ in micro_batch.examples]
+        names = [
+            micro_batch.job.reference if of_reference else micro_batch.job.name
+            for micro_batch in batch
+            for _ in micro_batch.examples
+        ]
         lengths = [len(example.tokens) for example in examples] if self._losses.packed else None
         with self.bank.route(names, lengths=lengths), self._losses.of(examples) as losses:
             yield losses.split([len(micro_batch.examples) for micro_batch in batch])
@@ -241,6 +254,9 @@ class Trainer:
             self._emit(event)
 
     def _end(self, job: Job, reason: EndReason, detail: str) -> None:
+        if job.reference is not None:
+            self.bank.unload(job.reference)
+            job.reference = None
         self._emit(job.finish(reason, detail, self.seconds))
 
     @contextmanager
@@ -260,6 +276,11 @@ class Trainer:
                 signal.signal(signal.SIGINT, previous)
             for job in self.jobs.values():
                 job.optimizer.zero_grad()
+
+
+def _is_new(adapter: Adapter) -> bool:
+    """Whether an adapter does not change the base's output: A or B of every pair is zero."""
+    return not any(bool(a.any()) and bool(b.any()) for a, b in map(adapter.pair, adapter.sites))
 
 
 @dataclass(frozen=True, slots=True)

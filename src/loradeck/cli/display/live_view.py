@@ -1,12 +1,13 @@
 """A run in the terminal: the table of its plan, then a live view of its jobs."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from time import perf_counter
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.measure import Measurement
@@ -22,6 +23,19 @@ CHARACTERS = 600  # printed of each part of an example
 INTERVAL = 0.25  # minimum seconds between two drawings
 SHARE = 0.01  # maximum share of the time spent drawing
 MARGIN = 3  # lines besides the jobs: the header, the number of hidden jobs, the totals
+DROPPED = (
+    "rate",
+    "tokens/s",
+    "curve",
+    "margin",
+    "accuracy",
+    "left",
+    "validation",
+    "loss",
+)  # in this order, if it is narrow
+FLEXIBLE = {"job": 8, "curve": 4}  # columns that take what is left, and their least width
+WIDEST = 24  # of them
+GAP = 2  # between columns
 COLOURS = {"running": "green", "early stop": "yellow", "stopped": "yellow", "interrupted": "yellow", "diverged": "red"}
 
 
@@ -70,30 +84,64 @@ class _LiveView:
 
 def view(state: ProgressState, most: int | None = None) -> RenderableType:
     """Return a table of at most `most` jobs, a line each, and the totals of all."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("job", overflow="ellipsis", no_wrap=True, max_width=24)
-    table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("loss")  # the column that shrinks on a narrow terminal
-    for head in ("", "validation", "rate", "tokens/s"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("left", no_wrap=True)
     jobs = state.first(most)
-    for job in jobs:
-        table.add_row(
-            Text(job.name),
-            _steps(job),
-            _Bars(job),
-            _loss(job.step),
-            _validation(job.validation),
-            f"{job.step.learning_rate:.2g}" if job.step else "",
-            f"{job.tokens_per_second:,.0f}" if job.running and job.tokens_per_second is not None else "",
-            _state(job),
-        )
     rest = len(state.jobs) - len(jobs)
     more = [Text(f"and {rest} more", style="dim")] if rest else []
     memory = f"memory {_gigabytes(state.memory)}, peak {_gigabytes(state.peak)}"
     totals = f"{state.tokens_per_second:,.0f} tokens/s · {memory} · {_time(state.seconds)}"
-    return Group(table, *more, Text(totals, style="dim", no_wrap=True, overflow="ellipsis"))
+    return Group(_Jobs(jobs), *more, Text(totals, style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+class _Jobs:
+    """A table of jobs, without the columns that the width has no room for: a number is whole or absent."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.columns: dict[str, list[RenderableType]] = {
+            "job": [Text(job.name) for job in jobs],
+            "step": [_steps(job) for job in jobs],
+            "curve": [_Bars(job) for job in jobs],
+            "loss": [_loss(job.step) for job in jobs],
+            "validation": [_validation(job.validation) for job in jobs],
+            "accuracy": [_accuracy(job.step) for job in jobs],
+            "margin": [_margin(job.step) for job in jobs],
+            "rate": [f"{job.step.learning_rate:.2g}" if job.step else "" for job in jobs],
+            "tokens/s": [_speed(job) for job in jobs],
+            "left": [_state(job) for job in jobs],
+        }
+        if not any(job.step and job.step.accuracy is not None for job in jobs):
+            del self.columns["accuracy"], self.columns["margin"]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = {
+            head: max([len(head), *(cell_len(str(cell)) for cell in cells)])
+            for head, cells in self.columns.items()
+            if head not in FLEXIBLE
+        }
+        heads = [*self.columns]
+        for dropped in DROPPED:
+            least = sum(FLEXIBLE.get(head, widths.get(head, 0)) + GAP for head in heads) - GAP
+            if least <= options.max_width:
+                break
+            heads = [head for head in heads if head != dropped]
+        yield self._table(heads, widths, options.max_width)
+
+    def _table(self, heads: Sequence[str], widths: dict[str, int], width: int) -> Table:
+        room = width - sum(widths.get(head, 0) + GAP for head in heads) + GAP
+        name = max([3, *(cell_len(str(cell)) for cell in self.columns["job"])])
+        flexible = {"job": max(1, min(name, WIDEST, room - FLEXIBLE["curve"] * ("curve" in heads)))}
+        flexible["curve"] = max(1, min(WIDEST, room - flexible["job"]))
+        table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+        for head in heads:
+            table.add_column(
+                "" if head == "curve" else head,
+                justify="left" if head in FLEXIBLE or head == "left" else "right",
+                no_wrap=True,
+                overflow="ellipsis",
+                width=flexible.get(head, widths.get(head)),
+            )
+        for row in zip(*(self.columns[head] for head in heads), strict=True):
+            table.add_row(*row)
+        return table
 
 
 class _Bars:
@@ -120,12 +168,13 @@ def _line(job: Job, event: AnyEvent) -> str:
     if isinstance(event, Step):
         if event.step not in (1, event.steps) and event.step % math.ceil(event.steps / LINES):
             return ""
-        parts = [f"step {_steps(job)}", f"loss {_loss(event)}"]
+        parts = [f"step {_steps(job)}", f"loss {_loss(event)}", *_preference(event)]
         parts += [f"{job.tokens_per_second:,.0f} tokens/s"] if job.tokens_per_second is not None else []
         parts += [f"{_time(job.left)} left"] if job.left is not None else []
         return " · ".join(parts)
     if isinstance(event, Evaluation):
-        return f"step {event.step} · validation loss {_loss(event)}{', best so far' if event.best else ''}"
+        parts = [f"step {event.step}", f"validation loss {_loss(event)}{', best so far' if event.best else ''}"]
+        return " · ".join([*parts, *_preference(event)])
     if isinstance(event, End):
         detail = f" · {_excerpt(event.detail)}" if event.detail else ""
         return f"{event.reason} after step {event.step} · kept step {event.kept}{detail}"
@@ -146,9 +195,23 @@ def _steps(job: Job) -> str:
 
 
 def _loss(event: Step | Evaluation | None) -> str:
-    if event is None:
-        return ""
-    return f"{event.loss:.3f}" + (f" {event.accuracy:.0%}" if event.accuracy is not None else "")
+    return "" if event is None else f"{event.loss:.3f}"
+
+
+def _accuracy(event: Step | Evaluation | None) -> str:
+    return "" if event is None or event.accuracy is None else f"{event.accuracy:.0%}"
+
+
+def _margin(event: Step | Evaluation | None) -> str:
+    return "" if event is None or event.margin is None else f"{event.margin:.1f}"
+
+
+def _preference(event: Step | Evaluation) -> list[str]:
+    return [f"accuracy {_accuracy(event)}, margin {_margin(event)}"] if event.accuracy is not None else []
+
+
+def _speed(job: Job) -> str:
+    return f"{job.tokens_per_second:,.0f}" if job.running and job.tokens_per_second is not None else ""
 
 
 def _validation(evaluation: Evaluation | None) -> Text:
@@ -171,14 +234,15 @@ def _sample(sample: Sample) -> RenderableType:
     return Group(Text(f"{sample.job}, step {sample.step}", style="bold"), lines)
 
 
-def plan_table(plan: Plan, *, example: bool = True) -> RenderableType:
-    """Return a plan's sizes, its settings with their reasons, and with `example` its first example with its mask."""
+def plan_table(plan: Plan) -> RenderableType:
+    """Return a plan's sizes, its settings with their reasons, and its first example with its mask."""
     sizes = Table.grid(padding=(0, 2))
     rows = {
         "adapter": f"{plan.name}: {plan.trainable:,} parameters, {plan.adapter_bytes / 1e6:,.1f} MB: "
         f"{plan.ratio:.1%} of the base's {plan.base_bytes / 1e6:,.0f} MB",
         "examples": f"{plan.examples:,} ({plan.form}), at most {plan.longest:,} tokens, {plan.truncated:,} "
         f"truncated; {plan.valid:,} for validation",
+        **({"data": "\n".join(map(_excerpt, plan.notes))} if plan.notes else {}),
         "tokens": f"{plan.tokens:,} per epoch, of which {plan.supervised:,} are learned",
         "steps": f"{plan.schedule.steps:,} of {plan.batch_size:,} examples",
         "learning rate": f"{plan.schedule.peak:.2g}, {plan.schedule.decay} after "
@@ -189,8 +253,6 @@ def plan_table(plan: Plan, *, example: bool = True) -> RenderableType:
     settings = Table.grid(padding=(0, 2))
     for name, (value, reason) in plan.settings.items():
         settings.add_row(Text(name, style="bold"), Text(_excerpt(value)), Text(reason, style="dim"))
-    if not example:
-        return Group(sizes, Text(), settings, Text())
     first = Table.grid(padding=(0, 2))
     for text, learned in plan.first:
         first.add_row(Text("learned", style="green") if learned else Text("read", style="dim"), Text(_excerpt(text)))

@@ -2,7 +2,9 @@
 
 from dataclasses import MISSING, dataclass, fields
 
+from loradeck.cli.display.text import columns
 from loradeck.dataset.record import Span
+from loradeck.dataset.token_file import Sizes
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
 from loradeck.train.run import Run
@@ -48,6 +50,8 @@ class Plan:
     """Settings, each with its value and the reason for it."""
     first: list[Span]
     """The first example's text in spans that are trained on, or not."""
+    notes: tuple[str, ...] = ()
+    """What of the dataset is passed over, left out, or read otherwise than written."""
 
     @property
     def ratio(self) -> float:
@@ -59,24 +63,35 @@ def plan(run: Run, name: str) -> Plan:
     """Return the plan of one of a run's jobs."""
     job, split, bank = run.trainer.jobs[name], run.data[name], run.bank
     adapter_bytes = sum(bank[adapter].nbytes for adapter in bank.names())  # part of the model's parameters
-    documents = [document for example in split.train for document in job.objective.unit(example)]
+    sizes = Sizes.of(split.train)
     return Plan(
         name=name,
         trainable=sum(parameter.numel() for parameter in bank.parameters(name)),
         adapter_bytes=bank[name].nbytes,
         base_bytes=sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes,
         form=split.dataset.form,
+        notes=split.dataset.notes,
         examples=len(split.train),
         valid=len(split.valid),
-        truncated=sum(example.truncated for example in split.train),
-        tokens=sum(len(document.tokens) for document in documents),
-        supervised=sum(document.supervised for document in documents),
-        longest=max(len(document.tokens) for document in documents),
+        truncated=sizes.truncated,
+        tokens=sizes.tokens,
+        supervised=sizes.supervised,
+        longest=sizes.longest,
         batch_size=job.config.batch_size,
         schedule=job.schedule,
         settings=_settings(next(each.lora for each in run.recipe.jobs if each.name == name), job.config),
-        first=documents[0].spans(run.base.tokenizer),
+        first=job.objective.unit(split.train[0])[0].spans(run.base.tokenizer),
     )
+
+
+def trial_columns(run: Run) -> str:
+    """Return what the trials of a sweep differ in, a line each."""
+    rows = [("trial", "learning rate", "r", "parameters")]
+    for recipe in run.recipe.jobs:
+        parameters = sum(parameter.numel() for parameter in run.bank.parameters(recipe.name))
+        rate = run.trainer.jobs[recipe.name].schedule.peak
+        rows.append((recipe.name, f"{rate:.2g}", f"{recipe.lora.r}", f"{parameters:,}"))
+    return columns(rows, right={1, 2, 3})
 
 
 def _settings(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[str, str]]:

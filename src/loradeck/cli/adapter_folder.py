@@ -1,0 +1,43 @@
+"""An adapter's folder as an argument: its headers, or the close names of one that is not there."""
+
+import difflib
+import os
+from pathlib import Path
+
+from loradeck.errors import AdapterError
+from loradeck.lora.manifest import AdapterFiles, is_adapter, read_folder
+
+DEFAULT = Path("adapters")  # where `loradeck demo` writes, and `loradeck ls` looks
+SHOWN = 3
+
+
+def read_adapter(folder: str | Path) -> AdapterFiles:
+    """Read the headers of an adapter's folder, as read_folder does; the error of a missing one lists close names.
+
+    Raises:
+        AdapterError: the folder is not a complete adapter.
+    """
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for an invalid path
+        raise AdapterError(f"{folder} is not a folder", hint=_close(str(folder)))
+    return read_folder(Path(folder))
+
+
+def _close(folder: str) -> str:
+    """Return a hint with the adapters next to a folder, and in `adapters`, whose names are close to its own."""
+    path = Path(folder)
+    found = {each.name: str(each) for place in (DEFAULT, path.parent) for each in _adapters(place)}
+    close = difflib.get_close_matches(path.name, found, n=SHOWN, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(found[name] for name in close)}?"
+    names = sorted(found.values())
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return (
+        f"There are: {shown}." if names else "Give an adapter's folder; `loradeck train` and `loradeck demo` make one."
+    )
+
+
+def _adapters(place: Path) -> list[Path]:
+    try:
+        return [each for each in place.iterdir() if not each.name.startswith(".") and is_adapter(each)]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,41 @@
+"""`loradeck publish`: a new version of an adapter in a store."""
+
+from pathlib import Path
+
+from loradeck.cli.display.text import format_size, print_json, printable
+from loradeck.cli.options import AsJson
+from loradeck.errors import ConfigError
+
+
+def publish(adapter: Path, name: str, /, *, as_json: AsJson = False) -> None:
+    """Publish an adapter as the latest version of a name.
+
+    The adapter is read completely, then copied: its configuration, tensors and
+    card. The version does not change any more, whatever happens to its source.
+
+    Args:
+        adapter: An adapter's folder, such as that of a training run, or of an
+            older version.
+        name: The name in a store, as in adapters/poet.
+    """
+    from loradeck.cli.summary import locate
+    from loradeck.store import AdapterStore, is_store
+
+    folder = Path(name)
+    if not folder.name or "/" not in name.rstrip("/") or is_store(folder):
+        raise ConfigError(f"{name} does not name an adapter in a store", hint="Give STORE/NAME, as in adapters/poet.")
+    store = AdapterStore(folder.parent)
+    version = store.publish(folder.name, locate(adapter))
+    path = folder.parent / version.path.name
+    if as_json:
+        print_json(
+            {
+                "name": version.name,
+                "version": version.version,
+                "folder": str(path),
+                "bytes": version.facts.nbytes,
+                "sha256": version.sha256(),
+            }
+        )
+        return
+    print(printable(f"{path}: {format_size(version.facts.nbytes)}, now the latest version of {version.name}"))

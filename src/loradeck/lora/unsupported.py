@@ -1,0 +1,41 @@
+"""PEFT's settings that LoraConfig does not have: what each would change, and what to do about it.
+
+The facts are from PEFT 0.21's source.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+ORIGIN = frozenset({"base_model_name_or_path", "revision", "task_type"})
+# Settings of training, or PEFT's bookkeeping: the output of the trained tensors does not depend on them.
+WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "runtime_config",
+})  # fmt: skip
+
+BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
+CONVERT = "PEFT converts it to a plain LoRA: see path_initial_model_for_weight_conversion in its documentation."
+REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "use_dora": (bool, "is DoRA, whose magnitudes rescale the base", RETRAIN),
+    "bias": (lambda v: v not in (None, "none"), "trains biases of the base itself", RETRAIN),
+    "lora_bias": (bool, "adds a bias to B", RETRAIN),
+    "modules_to_save": (bool, "replaces whole modules of the base", RETRAIN),
+    "trainable_token_indices": (bool, "replaces rows of the embedding", RETRAIN),
+    "target_parameters": (bool, "adapts bare parameters (MoE experts), not modules", RETRAIN),
+    "layer_replication": (bool, "repeats layers of the base", RETRAIN),
+    "megatron_config": (bool, "is for Megatron's parallel layers", RETRAIN),
+    "alora_invocation_tokens": (bool, "is an activated LoRA, active only after certain tokens", RETRAIN),
+    "use_qalora": (bool, "is QALoRA, whose A takes pooled inputs", RETRAIN),
+    "use_bdlora": (bool, "is a block-diagonal LoRA", RETRAIN),
+    "arrow_config": (bool, "routes between adapters by itself", RETRAIN),
+    "kasa_config": (bool, "is KaSA, which changes the base by a truncated SVD", RETRAIN),
+    "velora_config": (bool, "is VeLoRA, which saves tensors of its training too", RETRAIN),
+    "monteclora_config": (bool, "is MonteCLoRA, which samples its tensors", RETRAIN),
+    "init_lora_weights": (
+        lambda v: isinstance(v, str) and v.lower().startswith(BASE_CHANGED),
+        "was initialised from the base's weights and changed them",
+        CONVERT,
+    ),
+}
