@@ -264,7 +264,7 @@ def test_many_clients_at_once(url: str) -> None:
 
 
 def test_without_keys_only_this_machine_can_reach_the_server() -> None:
-    with pytest.raises(ConfigError, match=r"without API keys[\s\S]*--keys FILE"):
+    with pytest.raises(ConfigError, match=r"without API keys[\s\S]*a file of API keys"):
         listen("0.0.0.0", 0, has_keys=False)
     with listen("0.0.0.0", 0, has_keys=True) as sock:
         assert url_of(sock).startswith("http://localhost:")

@@ -65,7 +65,7 @@ def test_without_a_template_a_string_is_plain_text(plain: PreTrainedTokenizerFas
 
 
 def test_without_a_template_messages_are_refused(plain: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match=r"no chat template[\s\S]*as a string"):
+    with pytest.raises(ConfigError, match=r"no chat template[\s\S]*as one text"):
         encode(plain, [{"role": "user", "content": "hi"}])
 
 

@@ -72,9 +72,12 @@ def test_json(run: Callable, folder: Path) -> None:
     assert (problem["first"], problem["records"]) == (["test.jsonl:1"], 1)
 
 
-def test_columns_are_suggested_and_the_suggestion_works(run: Callable, tmp_path: Path) -> None:
+def test_columns_are_suggested_and_the_suggestion_works(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records = [{"Question": f"q{n}", "Answer": "a", "id": n} for n in range(30)]
     (tmp_path / "qa.json").write_text(json.dumps(records, indent=1))
+    monkeypatch.setenv("COLUMNS", "200")
     ran = run("check", "qa.json")
     assert ran.code == 1
     assert len(ran.out.splitlines()) < 10

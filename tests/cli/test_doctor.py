@@ -14,9 +14,11 @@ from loradeck.ops import cpu, dispatch
 
 
 def test_it_reports_the_installation(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu.why_not_available()  # compiles, if no test did before, into the cache of all tests
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "x").write_bytes(b"0" * 1500)
     monkeypatch.setenv("LORADECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "400")
     ran = run("doctor")
     assert ran.code == 0
     facts = dict(re.split("  +", line, maxsplit=1) for line in ran.out.splitlines())

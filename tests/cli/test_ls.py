@@ -15,6 +15,11 @@ from loradeck.lora.config import LoraConfig
 from loradeck.store import AdapterStore
 
 
+@pytest.fixture(autouse=True)
+def wide(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # tables in one piece
+
+
 def test_it_lists_adapters_and_why_others_are_invalid(run: Callable, adapters: Path) -> None:
     (adapters / ".poet.half-written").mkdir()
     (adapters / "notes").mkdir()

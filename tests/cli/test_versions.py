@@ -7,6 +7,11 @@ import pytest
 from loradeck.store import AdapterStore
 
 
+@pytest.fixture(autouse=True)
+def wide(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # tables in one piece
+
+
 @pytest.fixture
 def store(adapters: Path) -> AdapterStore:
     """poet@1 to poet@3, and the folder that was published."""

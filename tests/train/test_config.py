@@ -33,7 +33,8 @@ def test_an_invalid_value_is_named(field: str, value: object) -> None:
     (problem,) = caught.value.problems
     assert problem.startswith(f"{field} must be ")
     assert problem.endswith(f", not {value!r:.40}")
-    assert caught.value.hint
+    assert caught.value.hint_for("python")
+    assert caught.value.hint_for("cli")
 
 
 def test_every_invalid_value_is_in_one_error() -> None:

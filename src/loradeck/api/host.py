@@ -46,8 +46,8 @@ class HostMiddleware:
         if not any(name == pattern or _is_within(name, pattern) for pattern in self._hosts):
             raise HttpError(
                 400,
-                f"This server does not answer for the host {(host or '')[:128]!r}.",
-                hint="Start it with --hosts HOST to allow another name, or ask for http://localhost.",
+                f"This server does not answer for the host {(host or '')[:128]!r}; its flag --hosts allows others.",
+                hint="Ask for http://localhost.",
             )
 
 

@@ -50,7 +50,7 @@ def serve(
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
         adapters: A folder of adapters' folders.
-        host: The address to listen on; addresses other than the loopback need --keys.
+        host: The address to listen on; any but the loopback needs a file of API keys.
         port: The port to listen on; 0 picks a free one.
         keys: A file of API keys with the permissions of each.
     """

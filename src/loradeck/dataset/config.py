@@ -9,7 +9,10 @@ from loradeck.dataset.record import FORMS
 from loradeck.errors import ConfigError
 
 KEYS = sorted({key for form, _ in FORMS for key in form.__struct_encode_fields__})
-HINT = 'Write prompt=question,completion=answer, or {"prompt": "question", "completion": "answer"}.'
+EXAMPLE = {
+    "python": 'Give columns={"prompt": "question", "completion": "answer"}.',
+    "cli": "Give --columns prompt=question,completion=answer, or a table columns in a run file.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,12 @@ def _mapping(columns: object) -> dict[str, str]:
         # A comma may also be part of a name: only one before the next `ours=` separates.
         pairs = [part.split("=", 1) for part in re.split(r",(?=\s*\w+\s*=)", columns) if part.strip()]
         if any(len(pair) != 2 for pair in pairs) or len({pair[0].strip() for pair in pairs}) < len(pairs):
-            raise ConfigError(f"columns {columns!r:.80} is not a list of ours=theirs, each once", hint=HINT)
+            raise ConfigError(f"columns {columns!r:.80} is not a list of ours=theirs, each once", **EXAMPLE)
         columns = {ours.strip(): theirs.strip() for ours, theirs in pairs}
     if columns is None:
         return {}
     if not isinstance(columns, Mapping) or not all(isinstance(n, str) and n for pair in columns.items() for n in pair):
-        raise ConfigError(f"columns must map our names to the dataset's, not {columns!r:.80}", hint=HINT)
+        raise ConfigError(f"columns must map our names to the dataset's, not {columns!r:.80}", **EXAMPLE)
     for ours, theirs in columns.items():
         if ours not in KEYS:
             hint = f"Write {theirs}={ours}." if theirs in KEYS else f"There are {', '.join(KEYS)}."

@@ -65,7 +65,7 @@ def _require_hub(name: str, hub_id: str) -> None:
     except Exception as error:  # of the HTTP library, whichever huggingface_hub uses
         raise DataError(
             f"{name} cannot be loaded: {hub.constants.ENDPOINT} does not answer: {error}",
-            hint="Give a file or a folder. HF_HUB_OFFLINE=1 loads a copy that was downloaded before.",
+            hint="Give a file or a folder, or set $HF_HUB_OFFLINE to load a copy that was downloaded before.",
         ) from error
 
 
