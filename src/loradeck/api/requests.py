@@ -2,6 +2,7 @@
 
 import logging
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -88,12 +89,14 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         "grammar": ("",),
         "json_schema": (),
         "bad_words": ([],),
+        "allowed_token_ids": (),
         "logits_processors": ([],),
         "truncate_prompt_tokens": (),
         "prompt_embeds": (),
         "include_stop_str_in_output": (False,),
         "skip_special_tokens": (True,),
         "prompt_logprobs": (),
+        "best_of": (0, 1),
     }
 
 
@@ -176,7 +179,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None
 
-    unsupported: ClassVar[Unsupported] = {**GenerationRequest.unsupported, "suffix": ("",), "best_of": (0, 1)}
+    unsupported: ClassVar[Unsupported] = {**GenerationRequest.unsupported, "suffix": ("",)}
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -247,7 +250,7 @@ async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
     # Any other content type can be sent to a server on the loopback by a web page, without a CORS preflight.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise HttpError(415, f"The content-type of a request must be {JSON}.")
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    encoding = request.headers.get("content-encoding", "").strip().lower() or "identity"
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -263,7 +266,7 @@ async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
             headers={"accept-encoding": "identity"},
         )
     try:
-        fields = coercion(kind)(msgspec.json.decode(body))
+        fields = coercion(kind)(msgspec.json.decode(body.removeprefix(BOM_UTF8)))  # as clients on Windows write it
         value = msgspec.convert(fields, kind, str_keys=True)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         if str(error) == "Input data was truncated":  # msgspec's words for an empty body too
