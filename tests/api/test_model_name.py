@@ -1,5 +1,7 @@
 """The names that clients give to models: every way to write them, and what is refused."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +48,11 @@ def test_an_invalid_blend_is_refused(names: ModelNames, text: str) -> None:
     with pytest.raises(HttpError) as caught:
         names.parse(text)
     assert (caught.value.status, caught.value.param) == (400, "model")
+
+
+def test_a_weight_that_is_too_large_is_shown_as_it_is(names: ModelNames) -> None:
+    with pytest.raises(HttpError, match=re.escape("The weight of 'poet' is 1000001.0; it may be up to 1,000,000.")):
+        names.parse("poet*1000001")
 
 
 def test_the_size_of_a_blend_is_limited(names: ModelNames) -> None:

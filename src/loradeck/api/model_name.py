@@ -145,7 +145,7 @@ def _blend(parts: Sequence[tuple[str, float]], param: str) -> AdapterSelection:
         if not spec.partition("@")[0]:
             raise HttpError(400, f"Invalid adapter name {spec[:128]!r}.", param=param)
         if not abs(weights[spec]) <= MAX_WEIGHT:
-            message = f"The weight of {spec[:128]!r} is {weights[spec]:g}; it may be up to {MAX_WEIGHT:g}."
+            message = f"The weight of {spec[:128]!r} is {weights[spec]}; it may be up to {MAX_WEIGHT:,.0f}."
             raise HttpError(400, message, param=param)
     if len(weights) > MAX_BLEND:
         raise HttpError(400, f"A blend of {len(weights)} adapters; the maximum is {MAX_BLEND}.", param=param)
