@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from loradeck.api.streaming import PING, EventStream, SendEvent
 
@@ -119,6 +120,21 @@ def test_a_later_error_is_an_event_and_ends_the_other_writers() -> None:
         body = await connection.run(hello_then_fail, forever)
         assert body == b"data: hello\n\ndata: broken\n\ndata: [DONE]\n\n"
         assert connection.closed == 1
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_before_the_first_event_gets_no_response() -> None:
+    async def main() -> None:
+        connection = Connection()
+
+        async def wait(_: SendEvent) -> None:
+            connection.disconnected.set()
+            await asyncio.Event().wait()
+
+        with pytest.raises(ClientDisconnect):  # so that the log has the same line as for a whole answer
+            await connection.run(wait)
+        assert (connection.sent, connection.closed) == ([], 1)
 
     asyncio.run(main())
 

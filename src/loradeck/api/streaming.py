@@ -82,6 +82,8 @@ class EventStream:
             await run_until_disconnect(receive, *(writer(sender.send_event) for writer in self._writers))
             last = self._last()
         except ClientDisconnect:
+            if not sender.started:
+                raise
             return
         except Exception as error:
             if not sender.started:
