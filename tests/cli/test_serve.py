@@ -239,6 +239,12 @@ def test_errors_are_reported_before_the_base_is_loaded(run: Callable, flags: lis
     assert "no-such-base" not in ran.err
 
 
+def test_an_adapters_own_folder_is_no_store(run: Callable, adapters: Path) -> None:
+    ran = run("serve", "no-such-base", "--adapters", adapters / "poet")
+    assert ran.code == 2
+    assert "poet is an adapter, not a folder of adapters" in ran.err
+
+
 def test_a_base_that_cannot_be_loaded_is_one_line(run: Callable) -> None:
     ran = run("serve", "./nowhere", "--port", 0)
     assert ran.code == 2

@@ -15,7 +15,7 @@ from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli.display.text import printable
 from loradeck.cli.options import Dtype, Weights
 from loradeck.cli.process import cap_allocator, quick_imports
-from loradeck.errors import LoradeckError
+from loradeck.errors import ConfigError, LoradeckError
 from loradeck.serve.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -57,11 +57,14 @@ def serve(
     start = time.perf_counter()
     from loradeck.api.auth import ApiKeys
     from loradeck.api.server import Server, listen, url_of
+    from loradeck.lora.manifest import is_adapter
     from loradeck.store import AdapterStore
 
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
+    if store and not count and is_adapter(store.folder):
+        raise ConfigError(f"{adapters} is an adapter, not a folder of adapters", hint="Give the folder that holds it.")
     with listen(host, port, has_keys=bool(api_keys)) as address:
         cap_allocator()
         cap_kernel_cache()
