@@ -67,6 +67,7 @@ def test_a_model_by_any_of_its_names(server: LocalServer, store: AdapterStore) -
     assert server.request("/v1/models/tiny:poet@1").json()["adapter"]["sha256"] == store.find("poet@1").sha256()
     for name in ("nobody", "poet@7", "poet*0.5+pirate"):
         assert server.request(f"/v1/models/{name}").status_code == 404
+    assert server.request("/v1/models/").json() == server.request("/v1/models").json()
 
 
 def test_load_and_unload(server: LocalServer) -> None:
@@ -175,7 +176,7 @@ def test_a_folder_that_cannot_be_loaded_leaves_nothing_behind(
 
 
 def test_a_store_that_cannot_be_changed_leaves_nothing_in_memory(
-    server: LocalServer, store: AdapterStore, tmp_path: Path
+    server: LocalServer, store: AdapterStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = random_adapter(9).save(tmp_path / "elsewhere")
     before = contents(server, store)
@@ -185,6 +186,7 @@ def test_a_store_that_cannot_be_changed_leaves_nothing_in_memory(
     assert failure.status_code == 422
     assert "the store cannot be changed" in failure.json()["error"]["message"]
     assert "the store the store" not in failure.text
+    assert (caplog.records[-1].levelname, caplog.records[-1].args["status"]) == ("WARNING", 422)
     assert contents(server, store) == before
 
 
@@ -223,6 +225,25 @@ def test_a_version_is_not_published_again(server: LocalServer, store: AdapterSto
     old = {"lora_name": "poet", "lora_path": str(store.find("poet@1").path), "load_inplace": True}
     assert server.request(LOAD, old).status_code == 200  # back to the first version
     assert store.find("poet@3").sha256() == store.find("poet@1").sha256()
+
+
+def test_adapters_of_the_same_content_are_loaded_and_unloaded_by_each_name(
+    server: LocalServer, store: AdapterStore
+) -> None:
+    shutil.copytree(store.find("poet").path, store.folder / "copy")
+    for name in ("poet", "copy"):
+        assert server.request(LOAD, {"lora_name": name}).status_code == 200
+        assert server.request(LOAD, {"lora_name": name}).status_code == 400  # it is loaded
+    shutil.rmtree(store.folder / "copy")
+    assert server.request(UNLOAD, {"lora_name": "copy"}).status_code == 200
+    assert server.engine.adapter_cache.bank.names() == []
+
+
+def test_the_names_of_the_base_are_taken(server: LocalServer, store: AdapterStore, tmp_path: Path) -> None:
+    folder = random_adapter(9).save(tmp_path / "elsewhere")
+    taken = server.request(LOAD, {"lora_name": "tiny", "lora_path": str(folder)})  # a request for it means the base
+    assert (taken.status_code, taken.json()["error"]["param"]) == (400, "lora_name")
+    assert "tiny" not in store.names()
 
 
 def test_an_adapter_whose_files_are_gone_can_be_unloaded(server: LocalServer, store: AdapterStore) -> None:

@@ -49,6 +49,8 @@ async def list_models(request: Request) -> Response:
 
 async def get_model(request: Request) -> Response:
     """Describe a model, by any of its names."""
+    if not request.path_params["id"]:  # the list's path with a slash at its end
+        return await list_models(request)
     return json_response(await run_sync(_get_model, state_of(request), request.state.key, request.path_params["id"]))
 
 
@@ -151,7 +153,9 @@ def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
     store, cache, name = _store(state), state.engine.adapter_cache, body.lora_name
     source = _source(store, name, body.lora_path or name)
     is_latest, exists = _is_latest(store, name, source), name in store.names()
-    if not body.load_inplace and is_latest and cache.tier(source.sha256()) == "device":
+    if state.names.parse(name) == BASE:
+        raise _taken(f"The name {name!r} is the base's.")
+    if not body.load_inplace and is_latest and _is_loaded(state, name, source.sha256()):
         raise _taken(f"The adapter {name!r} is already loaded.")
     if not body.load_inplace and exists and not is_latest:
         raise _taken(f"The name {name!r} is taken.", hint="load_inplace=true publishes the next version of it.")
@@ -206,6 +210,12 @@ def _is_latest(store: "AdapterStore", name: str, source: "Stored") -> bool:
         return store.find(name).sha256() == source.sha256()
     except (UnknownAdapterError, AdapterError):
         return False
+
+
+def _is_loaded(state: ServerState, name: str, sha256: str) -> bool:
+    """Return whether an adapter is on the device by this name; an adapter of the same content may have another."""
+    residents = [each for each in state.engine.adapter_cache.residents() if each.sha256 == sha256]
+    return any(each.tier == "device" and each.stored.name == name for each in residents)
 
 
 def _taken(message: str, *, hint: str = "") -> HttpError:

@@ -39,7 +39,7 @@ class ServerConfig:
     log_format: Literal["text", "json"] = "text"
     """Format of the log, which goes to stderr: one line per event."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least important events to log: debug adds tracebacks of errors, warning leaves out requests that succeed."""
+    """The least important events to log: debug adds tracebacks, warning leaves out successful and invalid requests."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "x-request-id"
 MAX_REQUEST_ID = 128  # characters
+OPERATORS_STATUSES = (422, 429)  # below 500, but not the client's doing: adapters, the disk, a full server
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class RequestMiddleware:
             fields["client"] = request.client.host
         text = "".join(f" {name}=%({name}){'.3f' if isinstance(fields[name], float) else 's'}" for name in fields)
         path = request.scope.get("raw_path", b"").decode("latin-1")  # with its escapes
-        failed = (fields["status"] or 500) >= 500 or "failed" in fields.get("finish", "")
+        status = fields["status"] or 500
+        failed = status >= 500 or status in OPERATORS_STATUSES or "failed" in fields.get("finish", "")
         log.log(
             logging.WARNING if failed else logging.INFO,
             f"%(method)s %(path)s{text}",
