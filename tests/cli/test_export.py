@@ -1,4 +1,6 @@
+import copy
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -199,6 +201,32 @@ def multimodal() -> Gemma3ForConditionalGeneration:
     )
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     return Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def test_a_multimodal_model_is_refused_by_name(run: Callable, tmp_path: Path, bpe_folder: Path) -> None:
+    shutil.copytree(bpe_folder, tmp_path / "both", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    multimodal().save_pretrained(tmp_path / "both")
+    ran = run("export", "both", "-o", "model.gguf")
+    assert ran.code == 2
+    assert "both is multimodal (gemma3)" in ran.err
+    assert "loradeck export ADAPTER" in ran.err
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_with_pefts_copies_is_merged(
+    run: Callable, tmp_path: Path, bpe_folder: Path, tiny: LlamaForCausalLM, tied: bool, target: str
+) -> None:
+    config = copy.deepcopy(tiny.config)
+    config.tie_word_embeddings = tied
+    base = LlamaForCausalLM(config).eval()
+    shutil.copytree(bpe_folder, tmp_path / "base", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    base.save_pretrained(tmp_path / "base")
+    adapter = save_with_peft(base, tmp_path / "new", [target, "q_proj"])
+    assert any("base_layer" in key for key in safetensors.torch.load_file(adapter / "adapter_model.safetensors"))
+    ran = run("export", "base", "-a", "new", "-o", "model.gguf", "--quant", "f32")
+    assert ran.code == 0, ran.err
 
 
 def save_with_peft(model: PreTrainedModel, folder: Path, targets: str | list[str]) -> Path:

@@ -66,6 +66,12 @@ class Model:
         try:
             with quiet():
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                if config.get_text_config() is not config:
+                    raise UnsupportedError(
+                        f"{source} is multimodal ({config.model_type}); only its adapters can be exported",
+                        hint="Convert the model with llama.cpp's convert_hf_to_gguf.py.",
+                        cli="Export the adapter alone: loradeck export ADAPTER -o FILE.",
+                    )
                 architecture, skeleton = architecture_of(config, source)
             files: dict[str, Path] = {}
             for path in sorted(folder.glob("*.safetensors")):
@@ -260,7 +266,10 @@ def _generation(folder: Path) -> GenerationConfig | None:
 
 def _why_not_a_copy(model: Model, key: str, tensor: Tensor) -> str | None:
     """As `compatibility.why_not_a_copy`, for weights in files."""
-    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    parameters = dict(model.skeleton.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in model.skeleton.named_parameters()}
+    copied = parameters.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    path = names[id(copied)] if copied is not None else ""  # of a tied head, the embedding's
     if path not in model.files:
         return "belongs to no weight of this base"
     weight = model.weight(path)
