@@ -210,3 +210,19 @@ def test_token_ids_need_no_tokenizer_to_be_counted(tmp_path: Path) -> None:
 def test_each_length_is_that_of_a_sequence() -> None:
     assert Lengths.of([7]) == Lengths(7, 7, 7, 7)
     assert Lengths.of(range(100, 0, -1)) == Lengths(1, 50, 95, 100)
+
+
+def test_broken_lines_show_where_they_break_and_are_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": NaN}\n{"text": -Infinity}\n' + '{"text": "a\x01b"}\n')
+    (problem,) = check_dataset(tmp_path / "a.jsonl", None, 64).problems
+    assert problem.what == "$: JSON is malformed: invalid character (byte 9), at 'NaN}'"
+    (tmp_path / "a.jsonl").write_text("prompt,completion\na,b\n")
+    (problem,) = check_dataset(tmp_path / "a.jsonl", None, 64).problems
+    assert problem.what == "$: JSON is malformed: invalid character (byte 0), at 'prompt,completion'"
+
+
+def test_each_key_that_is_passed_over_is_named_as_it_can_be_read(tmp_path: Path) -> None:
+    record = {"text": "a", "score1": 1, "score2": 2, "": 3, "\x1b[31m": 4}
+    (tmp_path / "a.jsonl").write_bytes(msgspec.json.encode(record))
+    unused = check_dataset(tmp_path / "a.jsonl", None, 64).unused
+    assert [finding.what for finding in unused] == ["score1", "score2", "''", "'\\x1b[31m'"]

@@ -46,3 +46,9 @@ def test_what_is_no_setting(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         DataConfig(**values)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("encoding", ["base64", "hex", "rot13", "zip", "undefined"])
+def test_a_codec_that_is_no_encoding_of_text_is_unknown(encoding: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown encoding '{encoding}'"):
+        DataConfig(encoding=encoding)

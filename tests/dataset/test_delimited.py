@@ -55,3 +55,15 @@ def test_a_quote_that_does_not_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -
     [(number, problem)] = read('text\n"' + "a" * 10_000)
     assert number == 2
     assert "field larger than field limit (100)" in str(problem)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"prompt": "a", "completion": "b"}\n', '[{"prompt": "a"}]', '\n[\n {"prompt": "a"}]']
+)
+def test_json_under_the_name_of_a_table_is_said(content: str) -> None:
+    with pytest.raises(DataError, match="is JSON, not a table"):
+        read(content)
+
+
+def test_blanks_around_the_names_of_columns_do_not_count() -> None:
+    assert read(" prompt , completion\n a , b\n") == [(2, {"prompt": " a ", "completion": " b"})]

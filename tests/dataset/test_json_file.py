@@ -101,3 +101,33 @@ def test_the_size_of_a_record_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     # An object over several lines that is too long: its first line is refused, as no object.
     found = read('{"a":\n[' + "1,\n" * 40 + "1]}\n")
     assert found[0] == (1, b'{"a":\n')
+
+
+def test_arrays_one_after_the_other_lose_no_item() -> None:
+    assert records('[{"a": 1}, {"a": 2}]\n[]\n[{"a": 3}]\n') == [(1, {"a": 1}), (1, {"a": 2}), (3, {"a": 3})]
+
+
+@pytest.mark.parametrize("rest", ['{"a": 2}', ', {"a": 2}]', '"b"'])
+@pytest.mark.parametrize("content", ['[{"a": 1}]\n', '{"data": [{"a": 1}], "end": {"a": [1]}}\n'])
+def test_what_follows_an_array_is_not_dropped(content: str, rest: str) -> None:
+    assert refused(content.replace("[{", "[\n{") + rest) == (
+        1,
+        "a.json is not valid JSON: line 3: more follows after its end",
+    )
+
+
+def test_a_line_with_an_array_under_data_is_a_record_if_others_follow() -> None:
+    lines = [{"id": 1, "data": ["Hi", "Ahoy!"]}, {"id": 2, "data": ["Bye", "Arr!"]}]
+    assert records("\n".join(map(json.dumps, lines))) == [(1, lines[0]), (2, lines[1])]
+
+
+@pytest.mark.parametrize("between", ["\r", "", ", ", " "])
+@pytest.mark.parametrize("end", ["", "\r", ",\n"])
+def test_objects_on_one_line(between: str, end: str) -> None:
+    found = records(between.join(map(json.dumps, RECORDS)) + end)
+    assert found == [(1, record) for record in RECORDS]
+
+
+@pytest.mark.parametrize("line", ['{"a": 1} x {"a": 2}', '{"a": 1}{"a"', '{"a": 1} "b"', '{"a": 1}]', '{"a": "}{'])
+def test_a_line_of_more_than_objects_is_one_record_to_refuse(line: str) -> None:
+    assert read(line + '\n{"a": 3}') == [(1, (line + "\n").encode()), (2, b'{"a": 3}')]

@@ -247,7 +247,17 @@ RECORDS: dict[str, dict[str, object]] = {
     "tokens": {"tokens": [1, 2], "labels": [1, 2]},
 }
 WITH_TURNS = [form for form in RECORDS if form not in ("text", "tokens")]
-WEIGHTS = ("weight", "loss", "train", "training", "train_on_turn", "trainable", "loss_weight")
+WEIGHTS = (
+    "weight",
+    "loss",
+    "train",
+    "training",
+    "train_on_turn",
+    "trainable",
+    "loss_weight",
+    "compute_loss",
+    "is_trainable",
+)
 
 
 def refusal(**keys: object) -> str:
@@ -279,6 +289,8 @@ def test_an_answer_marked_as_not_to_learn_is_context(key: str, value: object) ->
         ("weight", 0.5, "$.weight: must be 0 or 1, not 0.5"),
         ("loss_mask", [0, 1], "$.loss_mask: is not supported"),
         ("train_detail", [{"begin_offset": 0}], "$.train_detail: is not supported"),
+        ("completion_mask", [0, 1], "$.completion_mask: is not supported"),
+        ("assistant_masks", [0, 1], "$.assistant_masks: is not supported"),
         ("label", False, "$.label: KTO is not supported"),
         ("label", "False", "$.label: KTO is not supported"),
         ("kto_tag", False, "$.kto_tag: KTO is not supported"),
@@ -529,3 +541,22 @@ def test_the_page_on_data_shows_each_form() -> None:
     forms = list(dict.fromkeys(parse(line.encode()).form for line in lines))
     known = "preference pairs, tokens, messages, sharegpt, prompt and completion, alpaca, text"
     assert ", ".join(forms) == known
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ud83d and more", "\\uDE00 and more", "x \\ud83d\\n"])
+def test_half_of_a_surrogate_pair_is_named(half: str) -> None:
+    with pytest.raises(DataError, match=r"\\u\w{4} is half of a surrogate pair"):
+        parse(f'{{"text": "{half}"}}'.encode())
+
+
+def test_a_list_in_a_cell_that_is_not_json_has_a_hint() -> None:
+    cell = "[{'role': 'user', 'content': 'Hi'}]"  # as pandas and datasets write it
+    with pytest.raises(DataError, match="invalid JSON") as caught:
+        parse(msgspec.json.encode({"messages": cell}))
+    assert "as JSON lines" in caught.value.hint
+
+
+def test_a_pair_without_a_prompt_is_asked_for_one_alone() -> None:
+    with pytest.raises(DataError, match="prompt: is missing") as caught:
+        parse(b'{"chosen": "a", "rejected": "b"}')
+    assert caught.value.cli.startswith("--columns prompt=COLUMN, or")

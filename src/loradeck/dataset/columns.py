@@ -79,9 +79,11 @@ def unknown_form(what: str, keys: Mapping[str, Any], columns: Mapping[str, str])
     return with_suggestion(DataError(f"{what}, but the keys are {shown or 'none'}"), names)
 
 
-def with_suggestion(error: DataError, names: Sequence[str]) -> DataError:
-    """Return an error about a missing column with the setting that names it, in the words of Python and of the CLI."""
-    mapping = guess(names) or {"prompt": "COLUMN", "completion": "COLUMN"}
+def with_suggestion(
+    error: DataError, names: Sequence[str], needed: Sequence[str] = ("prompt", "completion")
+) -> DataError:
+    """Return an error about missing columns with the setting that names them, in the words of Python and of the CLI."""
+    mapping = guess(names) or dict.fromkeys(needed, "COLUMN")
     cli = f"{as_flag(mapping)}, or in a run file columns = {_quoted(as_text(mapping))}"
     return DataError(error.message, hint="Name the columns:", python=as_python(mapping), cli=cli)
 

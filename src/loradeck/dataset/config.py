@@ -1,6 +1,5 @@
 """How the records of a dataset are read."""
 
-import codecs
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ class DataConfig:
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r:.40}")
         object.__setattr__(self, "columns", _mapping(self.columns) or None)
         try:
-            codecs.lookup(self.encoding or "utf-8")
+            b"ab".decode(self.encoding or "utf-8", "ignore")  # refuses codecs for other things than text, as base64
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"unknown encoding {self.encoding!r:.40}", hint="Some are utf-8, utf-16, cp1252 and latin-1."

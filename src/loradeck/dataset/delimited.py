@@ -12,6 +12,7 @@ from loradeck.errors import DataError
 
 SUFFIXES = (".csv", ".tsv")
 DELIMITERS = (",", ";", "\t", "|")
+JSON = re.compile(r'\s*[\[{]\s*["\[{]')
 SEPARATOR = re.compile(r"sep=([^\w\s\"]|\t)\r?\n")  # the first line of some files for Excel
 
 
@@ -25,6 +26,8 @@ def read(file: BufferedReader, name: str) -> Iterator[tuple[int, dict[str, Any] 
     """
     csv.field_size_limit(RECORD_BYTES)
     head = file.peek().decode(errors="ignore")
+    if JSON.match(head):
+        raise DataError(f"{name} is JSON, not a table", hint="Rename it to end with .jsonl.")
     named = SEPARATOR.match(head)
     delimiter = named[1] if named else max(DELIMITERS, key=lambda each: _columns(head, each))
     with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
@@ -43,7 +46,7 @@ def read(file: BufferedReader, name: str) -> Iterator[tuple[int, dict[str, Any] 
             if named and number == 1:
                 continue
             if not columns:
-                columns = row
+                columns = [column.strip() for column in row]
                 names = [*filter(None, columns)]  # a spreadsheet's empty columns have no names
                 if len(set(names)) != len(names):
                     raise DataError(f"{name} has two columns of one name", hint="Rename or remove one.")

@@ -8,7 +8,7 @@ import msgspec
 from loradeck.errors import DataError
 
 FIRST = 3  # places that are kept
-VARYING = re.compile(r"(?<=the keys are ).*|\d+")  # from record to record, though the cause is the same
+VARYING = re.compile(r"(?<=the keys are ).*|, at ['\"].*|\d+")  # from record to record, though the cause is the same
 
 
 class Finding(msgspec.Struct, omit_defaults=True):
@@ -39,12 +39,15 @@ class Finding(msgspec.Struct, omit_defaults=True):
 class Findings:
     """Findings by their causes, in order of appearance."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_cause: bool = True) -> None:
+        """Group findings by their causes, or only equal ones."""
         self._findings: dict[str, Finding] = {}
+        self._by_cause = by_cause
 
     def add(self, finding: Finding, location: str = "") -> None:
         """Count a record, at `file:line`, under a finding's cause."""
-        finding = self._findings.setdefault(VARYING.sub("", finding.what), finding)
+        key = VARYING.sub("", finding.what) if self._by_cause else finding.what
+        finding = self._findings.setdefault(key, finding)
         if location:
             finding.records += 1
             finding.first += [location] * (len(finding.first) < FIRST)

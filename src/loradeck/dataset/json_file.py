@@ -1,4 +1,4 @@
-"""The records of a JSON file: objects one after the other, each on a line or over several, or the items of an array."""
+"""The records of a JSON file: objects one after the other, each on a line or over several, or the items of arrays."""
 
 import re
 from collections import deque
@@ -15,6 +15,7 @@ DEPTH = 64  # of an object over several lines
 STRING = rb'"(?:[^"\\]++|\\.)*+("|\\?\Z)'  # the first group is empty if the text ends within the string
 TOKEN = re.compile(STRING + rb"|([{\[])|([}\]])", re.DOTALL)
 BETWEEN = re.compile(rb"[\s,]*")
+BLANK = re.compile(rb"\s*")
 SCALAR = re.compile(STRING + rb'|[^\s,\[\]{}"]+', re.DOTALL)
 ARRAY = re.compile(rb"\s*:\s*\[")
 VALUE_FOLLOWS = (b",", b"[", b":")
@@ -47,7 +48,8 @@ def _array_start(head: bytes) -> int | None:
         if depth == 0 and token[0] == b"[":
             return token.end()
         if depth == 1 and token[0] == b'"data"' and (array := ARRAY.match(head, token.end())):
-            return array.end()
+            line, _, rest = head.lstrip().partition(b"\n")
+            return None if rest.strip() and _is_json(line) else array.end()
         depth += (token[2] is not None) - (token[3] is not None)
         if depth == 0:
             return None
@@ -70,11 +72,14 @@ def _lines(file: BufferedReader) -> NumberedRecords:
         if line.isspace():
             continue
         rest: list[bytes] = []
-        if not _is_json(line) and not _continue(line, waiting, file, rest):
+        if _is_json(line):
+            yield number, line
+        elif _continue(line, waiting, file, rest):
+            yield number, b"".join([line, *rest])
+            number += len(rest)
+        else:
             waiting.extendleft(reversed(rest))
-            rest = []
-        yield number, b"".join([line, *rest])
-        number += len(rest)
+            yield from ((number, record) for record in _objects(line))
 
 
 def _is_json(content: bytes) -> bool:
@@ -83,6 +88,22 @@ def _is_json(content: bytes) -> bool:
     except (msgspec.DecodeError, RecursionError):
         return False
     return True
+
+
+def _objects(line: bytes) -> list[bytes]:
+    """Return the objects on a line, as in a file whose lines end with CR; the line itself if it holds anything else."""
+    objects: list[bytes] = []
+    depth = start = end = 0
+    for token in TOKEN.finditer(line):
+        if depth == 0:
+            start = token.start()
+            if token[0] != b"{" or not BETWEEN.fullmatch(line, end, start):
+                return [line]
+        depth += (token[2] is not None) - (token[3] is not None)
+        if depth == 0:
+            end = token.end()
+            objects.append(line[start:end])
+    return objects if objects and depth == 0 and BETWEEN.fullmatch(line, end) else [line]
 
 
 def _continue(line: bytes, waiting: deque[bytes], file: BufferedReader, rest: list[bytes]) -> bool:
@@ -125,7 +146,7 @@ def _depth(line: bytes) -> int | None:
 
 
 class _Items:
-    """Reads the items of an array in chunks; at least the current one is in memory."""
+    """Reads the items of arrays one after the other, in chunks; at least the current item is in memory."""
 
     def __init__(self, file: BufferedReader, name: str) -> None:
         self.file, self.name = file, name
@@ -138,20 +159,32 @@ class _Items:
     def read(self, start: int) -> NumberedRecords:
         """Yield the items from byte `start` of the file on."""
         self._grow()
+        in_object = self.text[:start].strip() != b"["
         self._skip_to(start)
         while True:
             self._skip_to(self._end(BETWEEN))
             first = self.text[self.at : self.at + 1]
             if first == b"]":
-                return
+                self._skip_to(self.at + 1)
+                if in_object:
+                    self._skip_to(self._end_of_object(depth=1))
+                self._skip_to(self._end(BLANK))
+                if self.at == len(self.text):
+                    return
+                if in_object or self.text[self.at : self.at + 1] != b"[":
+                    raise self._invalid("more follows after its end")
+                self._skip_to(self.at + 1)
+                continue
             end = self._end_of_object() if first in (b"{", b"[") else self._end(SCALAR)
             if end == self.at:
                 what = "its array does not end" if first in (b"", b"{", b"[") else f"unexpected {first.decode()}"
-                raise DataError(
-                    f"{self.name} is not valid JSON: line {self.line}: {what}", hint="Correct it, or copy it again."
-                )
+                raise self._invalid(what)
             yield self.line, self.text[self.at : end]
             self._skip_to(end)
+
+    def _invalid(self, what: str) -> DataError:
+        message = f"{self.name} is not valid JSON: line {self.line}: {what}"
+        return DataError(message, hint="Correct it, or copy it again.")
 
     def _skip_to(self, end: int) -> None:
         self.line += self.text.count(b"\n", self.at, end)
@@ -179,9 +212,9 @@ class _Items:
             if self.at + length < len(self.text) or not self._grow():
                 return self.at + length  # after _grow, `at` is another
 
-    def _end_of_object(self) -> int:
-        """Return where the object or array ends that begins here; where it begins if it does not end."""
-        position = depth = 0  # position counts from the item's beginning
+    def _end_of_object(self, depth: int = 0) -> int:
+        """Return where the object or array ends that begins here, or `depth` levels above; here if it does not end."""
+        position = 0  # from here on
         while True:
             for token in TOKEN.finditer(self.text, self.at + position):
                 if token[1] is not None and not token[1].startswith(b'"'):

@@ -9,10 +9,32 @@ from typing import Any
 from loradeck.errors import DataError
 
 # Keys of which 0 or false means: context only.
-WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable", "train_on_turn", "learn")
+WEIGHTS = (
+    "weight",
+    "loss",
+    "loss_weight",
+    "loss_scale",
+    "train",
+    "training",
+    "trainable",
+    "train_on_turn",
+    "learn",
+    "compute_loss",
+    "is_trainable",
+)
 # Keys that choose parts of a text, or whose sense differs from program to program.
-MASKS = ("loss_mask", "mask", "masked", "train_detail", "train_details", "training_detail", "training_details")
-JUDGEMENTS = ("label", "kto_tag")  # of a whole answer, for KTO
+MASKS = (
+    "loss_mask",
+    "mask",
+    "masked",
+    "train_detail",
+    "train_details",
+    "training_detail",
+    "training_details",
+    "completion_mask",
+    "assistant_mask",
+    "assistant_masks",
+)
 MEDIA = ("image", "images", "image_url", "image_urls", "audio", "audios", "video", "videos", "pixel_values", "files")
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0}  # in a CSV file
 

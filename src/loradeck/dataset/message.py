@@ -3,6 +3,7 @@
 Files write messages as OpenAI does (`role` and `content`) or as ShareGPT does (`from` and `value`).
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
@@ -36,6 +37,10 @@ SHAREGPT = {
     "function_response": "tool",
     "tool_response": "tool",
 }
+SHOWN = 20  # characters of invalid JSON
+HALF_PAIR = re.compile(
+    r"\\u[dD][89abAB][\da-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][\da-fA-F]{2}"
+)
 CALLS = ("function_call", "tool_call")  # in ShareGPT's files, messages whose value is calls as JSON
 Json: TypeAlias = dict[str, Any]
 
@@ -244,7 +249,7 @@ def convert(raw: object, type_: type[T], path: str) -> T:
         raise DataError(f"{path}{at.strip('`').removeprefix('$')}: {what}") from error
 
 
-def decode(text: str, type_: Any, path: str) -> Any:
+def decode(text: str, type_: Any, path: str, *, hint: str = "") -> Any:
     """Decode JSON that a file holds as a string.
 
     Raises:
@@ -252,8 +257,21 @@ def decode(text: str, type_: Any, path: str) -> Any:
     """
     try:
         return msgspec.json.decode(text, type=type_)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise DataError(f"{path}: invalid JSON: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: is nested too deeply", hint=hint) from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path}: invalid JSON: {explain(error, text)}", hint=hint) from error
+
+
+def explain(error: msgspec.DecodeError, text: str) -> str:
+    """Return what is wrong with JSON, with the text at the place."""
+    what = str(error)
+    if (half := HALF_PAIR.search(text)) and ("surrogate" in what or "truncated" in what):
+        return f"{half[0]} is half of a surrogate pair, and no character"
+    if place := re.search(r"\(byte (\d+)\)", what):
+        rest = text.encode()[int(place[1]) :].decode(errors="replace").strip()
+        return f"{what}, at {rest[:SHOWN]!r}" if rest else what
+    return what
 
 
 def decode_list(text: str, type_: Any, path: str) -> list[Any]:

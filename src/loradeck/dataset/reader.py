@@ -38,7 +38,7 @@ class DatasetReader:
     max_length: int
     config: DataConfig = field(default_factory=DataConfig)
     problems: Findings = field(default_factory=Findings)
-    unused: Findings = field(default_factory=Findings)
+    unused: Findings = field(default_factory=lambda: Findings(by_cause=False))
     """The keys that are passed over."""
     remarks: Findings = field(default_factory=Findings)
     """What is left out, read otherwise than written, or held twice."""
@@ -97,7 +97,7 @@ class DatasetReader:
         if forms and (record.form == PAIRS) != (PAIRS in forms):
             raise DataError(f"$: {record.form} cannot be mixed with {', '.join(forms)}; make two datasets")
         for key in record.unused:
-            self.unused.add(Finding(key), row.location)
+            self.unused.add(Finding(key if key.strip() and key.isprintable() else repr(key)), row.location)
         tokenized, remarks = self._tokenized(record)
         for remark in sorted(remarks):
             self.remarks.add(Finding(remark), row.location)

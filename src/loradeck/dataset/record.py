@@ -20,6 +20,7 @@ from loradeck.dataset.message import (
     Message,
     convert,
     decode,
+    explain,
     text_of,
     to_message,
     to_messages,
@@ -31,6 +32,7 @@ from loradeck.errors import DataError
 UNSUPERVISED = -100  # torch.nn.functional.cross_entropy's ignore_index
 PAIRS = "preference pairs"
 LISTS = ("messages", "conversations", "history", "tokens", "input_ids", "labels", "attention_mask")
+CELL = "A list in a cell must be JSON; save the dataset as JSON lines."
 EXPECTED = "messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen and rejected"
 
 
@@ -298,13 +300,14 @@ def parse(line: bytes, columns: Mapping[str, str] = MappingProxyType({})) -> Rec
     """
     try:
         text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-        return _record(msgspec.json.decode(text, type=Json), columns)
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start} is not UTF-8") from error
+    try:
+        return _record(msgspec.json.decode(text, type=Json), columns)
     except RecursionError as error:
         raise DataError("is nested too deeply") from error
     except msgspec.DecodeError as error:
-        what, _, path = str(error).partition(" - at ")
+        what, _, path = explain(error, text).partition(" - at ")
         raise DataError(f"{path.strip('`') or '$'}: {what}") from error
 
 
@@ -319,7 +322,7 @@ def _record(keys: Json, columns: Mapping[str, str]) -> Record:
         record: Record = convert(_with_lists(renamed, form.__struct_encode_fields__), form, "$").to_record()
     except DataError as error:
         if error.message.startswith("$.prompt: is missing"):
-            raise with_suggestion(error, [*keys]) from error
+            raise with_suggestion(error, [*keys], ("prompt",)) from error
         raise in_source_names(error, columns) from error
     sides = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record,)
     messages = [message for side in sides if isinstance(side, Conversation) for message in side.messages]
@@ -331,7 +334,7 @@ def _record(keys: Json, columns: Mapping[str, str]) -> Record:
 def _with_lists(keys: Json, names: Collection[str]) -> Json:
     """Return a record with its lists decoded; a cell of a table holds a list as JSON."""
     return {
-        key: decode(value, list[Any], f"$.{key}")
+        key: decode(value, list[Any], f"$.{key}", hint=CELL)
         if key in LISTS and key in names and isinstance(value, str) and value.lstrip().startswith("[")
         else value
         for key, value in keys.items()
