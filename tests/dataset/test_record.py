@@ -294,6 +294,8 @@ def test_an_answer_marked_as_not_to_learn_is_context(key: str, value: object) ->
         ("label", False, "$.label: KTO is not supported"),
         ("label", "False", "$.label: KTO is not supported"),
         ("kto_tag", False, "$.kto_tag: KTO is not supported"),
+        ("desirable", False, "$.desirable: KTO is not supported"),
+        ("image_path", "a.png", "$.image_path: is not text"),
         ("images", ["a.png"], "$.images: is not text"),
         ("audio", {"path": "a.wav"}, "$.audio: is not text"),
         ("videos", ["a.mp4"], "$.videos: is not text"),
@@ -411,7 +413,7 @@ def test_developer_is_system() -> None:
     assert parse(line(messages=turns)) == Conversation([Message("system", "Be brief."), ASKED, ANSWERED])
 
 
-@pytest.mark.parametrize("name", ["gpt", "chatgpt", "bing", "bard", "model", "bot", "assistant"])
+@pytest.mark.parametrize("name", ["gpt", "GPT", "chatgpt", "bing", "bard", "model", "bot", "assistant"])
 def test_the_assistant_has_many_names_in_sharegpt(name: str) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": name, "value": "Ahoy"}]
     assert parse(line(conversations=turns)) == Conversation([ASKED, ANSWERED])

@@ -35,7 +35,9 @@ MASKS = (
     "assistant_mask",
     "assistant_masks",
 )
-MEDIA = ("image", "images", "image_url", "image_urls", "audio", "audios", "video", "videos", "pixel_values", "files")
+KINDS, WAYS = ("image", "audio", "video"), ("", "s", "_url", "_urls", "_path", "_paths", "_file")
+MEDIA = (*(kind + way for kind in KINDS for way in WAYS), "pixel_values", "files")
+JUDGEMENTS = ("kto_tag", "desirable")
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0}  # in a CSV file
 
 
@@ -58,7 +60,7 @@ def read_weight(keys: Mapping[str, Any], path: str) -> int | None:
             raise DataError(f"{path}.{key}: is not text; only text can be trained on")
         if key in WEIGHTS and not is_empty(value):
             weights[key] = _binary(value, f"{path}.{key}")
-        if key == "kto_tag" or (key == "label" and _is_judgement(value)):
+        if key in JUDGEMENTS or (key == "label" and _is_judgement(value)):
             _refuse_bad(value, f"{path}.{key}")
     if len(set(weights.values())) > 1:
         raise DataError(f"{path}: {' and '.join(weights)} contradict each other; keep one")
@@ -80,7 +82,7 @@ def check_record(keys: Mapping[str, Any], *, plain: bool) -> None:
 
 def is_known(key: str, value: object) -> bool:
     """Whether the functions above heed a key."""
-    return key in WEIGHTS or key == "kto_tag" or (key == "label" and _is_judgement(value))
+    return key in WEIGHTS or key in JUDGEMENTS or (key == "label" and _is_judgement(value))
 
 
 def _binary(value: object, path: str) -> int:

@@ -147,6 +147,8 @@ class RawMessage(msgspec.Struct, frozen=True, rename={"from_": "from"}):
         name = self.from_ if self.from_ is not None else self.role
         if name is None:
             raise DataError(f"{path}.role: is missing; expected one of {', '.join(ROLES)}")
+        if roles is SHAREGPT:
+            name = name.lower()  # some write Human and GPT
         if name not in roles:
             shown = ", ".join(ROLES if roles is OPENAI else SHAREGPT)
             raise DataError(f"{path}.{key}: unknown role {name!r:.24}; expected one of {shown}")
