@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,11 +66,10 @@ def as_utf8(
     on_read: Callable[[int], None] | None = None,
 ) -> Iterator[io.BufferedReader]:
     """Give the text of an open file, which errors call `path`, as `open_utf8` does."""
-    with (
-        _decompressed(path, file) as content,
-        io.BufferedReader(_Utf8(path, content, encoding, lambda: on_read and on_read(file.tell())), CHUNK) as text,
-    ):
-        yield text
+    with ExitStack() as stack:
+        content = stack.enter_context(_decompressed(path, file))
+        text = _Utf8(path, content, encoding, lambda: on_read and on_read(file.tell()))
+        yield stack.enter_context(io.BufferedReader(text, CHUNK))
 
 
 def _decompressed(path: Path | str, file: io.BufferedReader) -> Any:
