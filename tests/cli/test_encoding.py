@@ -134,7 +134,6 @@ def test_numbers_are_whole_in_narrow_terminals(
 ) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
     for command in (
-        ["ls", "adapters"],
         ["show", "adapters/poet"],
         ["diff", "adapters/poet", "adapters/pirate", "--headers"],
         ["check", "data.jsonl"],

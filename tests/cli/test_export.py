@@ -289,3 +289,9 @@ def test_a_header_is_read_past_its_vocabulary(run: Callable, bpe_folder: Path) -
     assert header.fields.keys() == whole.fields.keys()
     assert header.fields["llama.block_count"].contents() == 2
     assert len(header.fields["tokenizer.ggml.tokens"].parts) < 10  # of its 260 tokens none
+
+
+def test_an_unknown_source_has_the_close_names_of_adapters_too(run: Callable, adapters: Path) -> None:
+    ran = run("export", "adapters/piratte", "-o", "poet.gguf")
+    assert ran.code == 2
+    assert "If it is an adapter: Did you mean adapters/pirate?" in ran.err

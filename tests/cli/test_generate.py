@@ -1,3 +1,4 @@
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
 from loradeck.base.weights import CHOICES
 from loradeck.cli.options import Weights
+from loradeck.cli.prompts import read_prompts
 from loradeck.generation import generate
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
@@ -75,6 +77,18 @@ def test_prompts_come_from_a_file_and_from_a_pipe(run: Callable, tiny_folder: Pa
     assert answers(run, tiny_folder, typed="One\nTwo\n") == [first, second]
     assert answers(run, tiny_folder, "Two", "-", typed="One") == [second, first]
     assert answers(run, tiny_folder, "Two", typed="not read, as there is a prompt") == [second]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_prompts_are_lines_however_a_file_is_written(tmp_path: Path, encoding: str) -> None:
+    """A separator of Unicode does not end a line, as it does not end a record of JSON Lines."""
+    for end in ("\n", "\r\n", "\r"):
+        text = end.join(["Où?", "", "a\u2028b\x0cc"])
+        for name, content in (("a.txt", text.encode(encoding)), ("b.txt", gzip.compress(text.encode(encoding)))):
+            (tmp_path / name).write_bytes(content)
+            assert read_prompts((), str(tmp_path / name)) == ["Où?", "a\u2028b\x0cc"]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress('{"prompt": "a\u2028b"}\n'.encode(encoding)))
+    assert read_prompts((), str(tmp_path / "a.jsonl.gz")) == ["a\u2028b"]
 
 
 def test_prompts_of_a_jsonl_file_are_records(run: Callable, tiny_folder: Path, tmp_path: Path) -> None:
@@ -181,7 +195,9 @@ def test_invalid_arguments_are_refused(run: Callable, tiny_folder: Path, flags: 
     ("name", "content", "message"),
     [
         ("a.txt", b"\n \n", "a.txt has no prompt"),
-        ("a.txt", b"ok\n\xff\xfe", "a.txt is not UTF-8 text"),
+        ("a.txt", b"ok\n\xf6", "a.txt:2: byte 0xf6 is not utf-8; as cp1252, the encoding of Windows, it reads 'ö'"),
+        ("a.txt", b"ok\xf6", "Save it as UTF-8, uncompressed."),
+        ("a.txt.gz", b"\x1f\x8b", "a.txt.gz cannot be decompressed"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', "a.jsonl:2: Expected"),
         ("a.jsonl", b'{"prompt": "a"}\n\n{"text": "b"}', "a.jsonl:3: the record has no prompt"),
         ("a.jsonl", b"hello", "a.jsonl:1: JSON is malformed"),
@@ -223,7 +239,8 @@ def test_an_unknown_adapter_has_close_names(run: Callable, adapters: Path, given
         ["chat", "nowhere", "-a", f"adapters/poet*0.5+{given}*0.5"],
         ["merge", "nowhere", given, "-o", "merged"],
         ["diff", "adapters/poet", given],
-        ["export", given, "-o", "poet.gguf"],
+        ["show", given],
+        ["publish", given, "adapters/new"],
     ):
         ran = run(*command)  # before the base is looked for
         assert ran.code == 2

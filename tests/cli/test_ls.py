@@ -120,6 +120,29 @@ def test_a_name_that_is_not_utf8(run: Callable, adapters: Path) -> None:
     assert "poet? cannot be served" in run("ls").out
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_in_a_narrow_terminal_each_adapter_has_one_line(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, adapters: Path, columns: int
+) -> None:
+    record(adapters / "poet", dataset="poems.jsonl", loss="0.41238", validation_loss="0.51234", accuracy="0.75")
+    AdapterStore(adapters).publish("poet", adapters / "poet")
+    wide = run("ls").out.split()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in (("ls",), ("versions", "adapters/poet")):
+        lines = run(*command).out.splitlines()
+        table = [line for line in lines if line.startswith(("name", "pirate", "poet"))]
+        assert [line.split()[0] for line in table] in (
+            ["name", "pirate", "poet", "poet@1"],
+            ["name", "poet", "poet@1"],
+        )
+        assert all(len(line) <= columns for line in table)
+        assert {*" ".join(table).split()} <= {*wide}
+        assert "0.5123" in table[-1]
+        (note,) = [line for line in lines if line.startswith("no room for ")]
+        heads = note.removeprefix("no room for ").removesuffix("; --json has all").split(", ")
+        assert sorted([*table[0].split(), *" ".join(heads).split()]) == sorted(wide[: wide.index("pirate")])
+
+
 def test_long_texts_of_strangers_stay_on_their_line(run: Callable, adapters: Path) -> None:
     record(adapters / "poet", dataset="two\nlines " + "long " * 99)
     assert len(run("ls").out.splitlines()) == 4

@@ -18,11 +18,11 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
         AdapterError: the folder is not a complete adapter.
     """
     if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for an invalid path
-        raise AdapterError(f"{folder} is not a folder", hint=_close(str(folder)))
+        raise AdapterError(f"{folder} is not a folder", hint=close_adapters(folder))
     return read_folder(Path(folder))
 
 
-def _close(folder: str) -> str:
+def close_adapters(folder: str | Path) -> str:
     """Return a hint with the adapters next to a folder, and in `adapters`, whose names are close to its own."""
     path = Path(folder)
     found = {each.name: str(each) for place in (DEFAULT, path.parent) for each in _adapters(place)}

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from loradeck.cli import blend
+from loradeck.cli.adapter_folder import close_adapters, read_adapter
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.output import check_writable
-from loradeck.errors import ConfigError
+from loradeck.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
     from loradeck.lora.adapter import Adapter
@@ -71,7 +72,13 @@ def export(
                 f"{source} is not an adapter's folder; --base is for one that is exported alone",
                 hint=f"To merge an adapter: loradeck export {base} --adapter ADAPTER.",
             )
-        _export_model(source, output, adapter, quant or "q8_0")
+        try:
+            _export_model(source, output, adapter, quant or "q8_0")
+        except BaseModelError as error:
+            if adapter is not None or Path(source).exists():
+                raise
+            words = f"{error.hint} If it is an adapter: {close_adapters(source)}"
+            raise BaseModelError(error.message, hint=words) from error
 
 
 def _export_adapter(folder: Path, output: Path, base: str | None, quant: Quant) -> None:
@@ -82,7 +89,6 @@ def _export_adapter(folder: Path, output: Path, base: str | None, quant: Quant) 
             hint=f"To quantise base and adapter together: loradeck export BASE --adapter {folder} --quant {quant}.",
         )
 
-    from loradeck.cli.adapter_folder import read_adapter
     from loradeck.gguf import architecture
     from loradeck.lora import gguf
 

@@ -85,8 +85,9 @@ def generate(
             )
             answers += new
             if not as_json:
-                heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in zip(given, names, strict=True)]
-                _print(heads[batch] if len(rows) > 1 else [""], new, first=start == 0)
+                pairs = zip(given[batch], names[batch], strict=True)
+                heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in pairs]
+                _print(heads if len(rows) > 1 else [""], new, first=start == 0)
     if as_json:
         results = zip(given, names, answers, strict=True)
         print_json([{"prompt": prompt, "adapter": name, "answer": answer} for prompt, name, answer in results])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loradeck.cli.display.text import columns, format_list, format_size, print_json, printable
+from loradeck.cli.display.text import columns, fitting, format_list, format_size, print_json, printable
 from loradeck.cli.options import AsJson
 from loradeck.errors import AdapterError
 
@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from loradeck.cli.summary import Summary
 
 CELL = 60  # characters
+NUMBERS = {"r", "alpha", "modules", "parameters", "size", "loss", "valid loss", "accuracy"}  # aligned on the right
+DROPPED = (
+    "modules",
+    "parameters",
+    "alpha",
+    "targets",
+    "dataset",
+    "base",
+    "size",
+    "r",
+    "accuracy",
+    "loss",
+    "date",
+    "valid loss",
+)  # in this order, if it is narrow: many adapters in several tables could not be read
 MANY = 2000  # folders; more take long enough on a slow disk to show how far the listing is
 
 
@@ -64,7 +79,10 @@ def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: 
 
 
 def table(summaries: "Sequence[Summary]") -> str:
-    """Return summaries as a table; versions and results have a column if any adapter has them."""
+    """Return summaries as a table; versions and results have a column if any adapter has them.
+
+    A narrow terminal gets the columns for which it has room, and a line that names the others.
+    """
     heads = ["name", "r", "alpha", "targets", "modules", "parameters", "size", "base"]
     rows = [
         [
@@ -79,21 +97,22 @@ def table(summaries: "Sequence[Summary]") -> str:
         ]
         for each in summaries
     ]
-    right = {1, 2, 4, 5, 6}
     versions = any(each.version for each in summaries)
     if versions:
         _add(heads, rows, "version", (_state(each) for each in summaries))
     for key, head in (("loss", "loss"), ("validation_loss", "valid loss"), ("accuracy", "accuracy")):
         numbers = [each.results.get(key) for each in summaries]
         if any(number is not None for number in numbers):
-            right.add(len(heads))
             _add(heads, rows, head, ("-" if number is None else f"{number:.4g}" for number in numbers))
     datasets = any(each.dataset for each in summaries)
     if datasets:
         _add(heads, rows, "dataset", (_cell(each.dataset or "-") for each in summaries))
     if versions or datasets or any(each.results for each in summaries):
         _add(heads, rows, "date", (each.date[:10] for each in summaries))
-    return columns([heads, *rows], right=right)
+    shown = fitting([heads, *rows], DROPPED)
+    text = columns(shown, right=[at for at, head in enumerate(shown[0]) if head in NUMBERS])
+    missing = [head for head in heads if head not in shown[0]]
+    return f"{text}\nno room for {', '.join(missing)}; --json has all" if missing else text
 
 
 def _state(line: "Summary") -> str:

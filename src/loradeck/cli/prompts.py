@@ -1,21 +1,26 @@
 """The prompts of a command line: arguments, a file, or standard input.
 
 Text has a prompt on each line. JSON Lines have a record on each, with `prompt` or `messages`; a last answer of the
-assistant is left out.
+assistant is left out. Encodings that a file's first bytes show, such as UTF-16, are read, and compressed files.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
 
 from loradeck.cli.options import STDIN
+from loradeck.dataset.text_file import as_utf8
 from loradeck.errors import ConfigError, DataError
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
+RECORDS = {".jsonl", ".ndjson"}
 HINT = 'A prompt is a line of text or, in a .jsonl file, {"prompt": "…"} or {"messages": [{"role": …, "content": …}]}.'
 
 
@@ -61,26 +66,28 @@ def title(prompt: Prompt) -> str:
 def _of_file(file: str) -> Iterator[Prompt]:
     name = "standard input" if file == STDIN else file
     try:
-        content = _stdin() if file == STDIN else Path(file).read_bytes()
-        text = content.decode("utf-8-sig")
+        with _open(file) as source, as_utf8(name, source) as content:
+            text = content.read().decode()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}", hint="Give a file of prompts.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text: {error}", hint="Save it as UTF-8.") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if file == STDIN:
-        are_records = bool(lines) and all(line.startswith('{"') for _, line in lines)
-    else:
-        are_records = Path(file).suffix.lower() in (".jsonl", ".ndjson")
+    except DataError as error:
+        raise DataError(error.message, hint="Save it as UTF-8, uncompressed.") from error
+    # Not `splitlines`: a line separator of Unicode, as in copied text, ends neither a line nor a JSON record.
+    lines = [(number, line.strip()) for number, line in enumerate(re.split("\r\n?|\n", text), 1) if line.strip()]
     if not lines and file != STDIN:
         raise DataError(f"{name} has no prompt", hint=HINT)
+    are_records = bool(RECORDS.intersection(Path(file.lower()).suffixes)) or all(
+        line.startswith('{"') for _, line in lines
+    )
     for number, line in lines:
         yield _of_record(f"{name}:{number}", line) if are_records else line
 
 
-def _stdin() -> bytes:
+def _open(file: str) -> AbstractContextManager[BufferedReader]:
+    if file != STDIN:
+        return Path(file).open("rb")
     buffer = getattr(sys.stdin, "buffer", None)  # its bytes are UTF-8, whatever the locale says of the terminal
-    return buffer.read() if buffer else sys.stdin.read().encode()
+    return nullcontext(buffer or BufferedReader(BytesIO(sys.stdin.read().encode())))
 
 
 def _of_record(place: str, line: str) -> Prompt:

@@ -18,6 +18,7 @@ def publish(adapter: Path, name: str, /, *, as_json: AsJson = False) -> None:
             older version.
         name: The name in a store, as in adapters/poet.
     """
+    from loradeck.cli.adapter_folder import read_adapter
     from loradeck.cli.summary import locate
     from loradeck.store import AdapterStore, is_store
 
@@ -25,7 +26,7 @@ def publish(adapter: Path, name: str, /, *, as_json: AsJson = False) -> None:
     if not folder.name or "/" not in name.rstrip("/") or is_store(folder):
         raise ConfigError(f"{name} does not name an adapter in a store", hint="Give STORE/NAME, as in adapters/poet.")
     store = AdapterStore(folder.parent)
-    version = store.publish(folder.name, locate(adapter))
+    version = store.publish(folder.name, read_adapter(locate(adapter)).folder)
     path = folder.parent / version.path.name
     if as_json:
         print_json(

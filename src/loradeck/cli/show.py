@@ -12,10 +12,10 @@ def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
     Args:
         adapter: An adapter's folder, or its name in a store, as in adapters/poet.
     """
+    from loradeck.cli.adapter_folder import read_adapter
     from loradeck.cli.summary import config, kinds, locate, summarise
-    from loradeck.lora.manifest import read_folder
 
-    listing = read_folder(locate(adapter))
+    listing = read_adapter(locate(adapter))
     head, groups, settings = summarise(listing), kinds(listing.sites.items()), config(listing)
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
     provenance = dict(sorted(listing.origin.provenance.items()))

@@ -54,14 +54,25 @@ def open_utf8(
         OSError: it cannot be opened.
         DataError: it is compressed, and the package for that is not installed.
     """
+    with path.open("rb") as file, as_utf8(path, file, encoding, on_read) as text:
+        yield text
+
+
+@contextmanager
+def as_utf8(
+    path: Path | str,
+    file: io.BufferedReader,
+    encoding: str | None = None,
+    on_read: Callable[[int], None] | None = None,
+) -> Iterator[io.BufferedReader]:
+    """Give the text of an open file, which errors call `path`, as `open_utf8` does."""
     with ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
         content = stack.enter_context(_decompressed(path, file))
         text = _Utf8(path, content, encoding, lambda: on_read and on_read(file.tell()))
         yield stack.enter_context(io.BufferedReader(text, CHUNK))
 
 
-def _decompressed(path: Path, file: io.BufferedReader) -> Any:
+def _decompressed(path: Path | str, file: io.BufferedReader) -> Any:
     """Return what a file holds, decompressed if it is compressed, as a context."""
     head = file.peek(4)
     if GZIP.match(head):
@@ -77,7 +88,7 @@ def _decompressed(path: Path, file: io.BufferedReader) -> Any:
 class _Utf8(io.RawIOBase):
     """Encodes a file's text as UTF-8 while it is read."""
 
-    def __init__(self, path: Path, file: BinaryIO, encoding: str | None, on_chunk: Callable[[], object]) -> None:
+    def __init__(self, path: Path | str, file: BinaryIO, encoding: str | None, on_chunk: Callable[[], object]) -> None:
         self.path, self.file, self.encoding, self.on_chunk = path, file, encoding, on_chunk
         self.decoder: codecs.IncrementalDecoder | None = None
         self.line = 1

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Container, Iterator, Sequence
-from itertools import zip_longest
+from itertools import compress, zip_longest
 
 # Control characters but tab and line feed: names, configurations and answers are untrusted, and terminals obey them.
 GAP = "  "  # between columns
@@ -42,6 +42,21 @@ def columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
         widths[1:] = [width if index in right else min(width, room) for index, width in enumerate(widths[1:], start=1)]
     parts = [part for block in _blocks(widths, limit) for part in ("", *_lines(rows, widths, block, right))]
     return printable("\n".join(parts[1:]))
+
+
+def fitting(rows: Sequence[Sequence[str]], dropped: Sequence[str]) -> list[Sequence[str]]:
+    """Return rows without the columns, of those `dropped` and in its order, for which the terminal is too narrow.
+
+    The first row has the names of the columns.
+    """
+    limit = terminal_width()
+    widths = {column[0]: max(map(len, column)) for column in zip(*rows, strict=True)}
+    for head in dropped:
+        if not limit or sum(widths.values()) + len(GAP) * (len(widths) - 1) <= limit:
+            break
+        widths.pop(head, None)
+    kept = [head in widths for head in rows[0]]
+    return [[*compress(row, kept)] for row in rows]
 
 
 def _blocks(widths: Sequence[int], limit: int | None) -> Iterator[list[int]]:
