@@ -152,7 +152,7 @@ def test_any_other_exception_keeps_its_traceback(run: Callable, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("loradeck.lora.manifest.read_folder", fail)
+    monkeypatch.setattr("loradeck.cli.adapter_folder.read_adapter", fail)
     with pytest.raises(ZeroDivisionError):
         run("show", "x")
 
@@ -162,7 +162,7 @@ def test_exit_codes(run: Callable, monkeypatch: pytest.MonkeyPatch, error: BaseE
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("loradeck.lora.manifest.read_folder", fail)
+    monkeypatch.setattr("loradeck.cli.adapter_folder.read_adapter", fail)
     assert run("show", "x").code == code
 
 

@@ -56,9 +56,9 @@ def export(
         raise ConfigError(f"export to {to} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
     if output.exists():
         raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
+    check_writable(output)
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"{output} cannot be written: there is no folder {output.parent}", hint="Create it first.")
-    check_writable(output)
     if is_adapter(Path(source)):
         if adapter is not None:
             raise ConfigError(

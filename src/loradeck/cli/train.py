@@ -237,6 +237,7 @@ def say_finished(recipe: RunRecipe, folder: Path) -> bool:
     state = checkpoint.finished(folder / CHECKPOINTS)
     if state is None:
         return False
+    checkpoint.prune(folder / CHECKPOINTS, recipe.shared.keep_checkpoints)  # a kill may have come before that
     resume = shlex.join(["loradeck", "train", "--output", str(folder), "--resume"])
     for job in recipe.jobs:
         progress = state.jobs[job.name]

@@ -68,9 +68,14 @@ def save(
         for name, job in trainer.jobs.items():
             save_file(_tensors(job), new / f"{name}.safetensors")
         (new / STATE).write_bytes(msgspec.json.encode(state))
+    prune(folder, keep)
+    return path
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
