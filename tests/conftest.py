@@ -21,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE, Base
 
 # No test compares times: another program may be using the machine.
@@ -95,6 +96,12 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def base(tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Base:
+    """The tiny model with its tokenizer."""
+    return Base(tiny, tiny_tokenizer, name="tiny", source="tiny", fingerprint=fingerprint(tiny))
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ import matplotlib as mpl
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck import Bank, LoraConfig
-from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
 
 ROOT = Path(__file__).parent.parent
@@ -90,20 +88,19 @@ def test_python_blocks_are_python(page: Path) -> None:
         ast.parse(code)
 
 
-def test_the_readmes_python_runs(
-    tiny: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    bank = Bank(tiny)
+@pytest.fixture
+def at_hand(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
+    """The base that the pages' Python loads, in a folder of its own."""
+    monkeypatch.setattr(Base, "load", lambda name: base)
+    monkeypatch.chdir(tmp_path)
+    return base
+
+
+def test_the_readmes_python_runs(at_hand: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank = Bank(at_hand.model)
     bank.add("pirate", LoraConfig(r=2))
     bank.save("pirate", tmp_path / "adapters" / "pirate")
     bank.detach()
-    base = Base(tiny, tiny_tokenizer, "tiny", "tiny", fingerprint(tiny))
-    monkeypatch.setattr(Base, "load", lambda name: base)
-    monkeypatch.chdir(tmp_path)
     prompts = {"input_ids": torch.arange(3, 15).reshape(3, 4), "attention_mask": torch.ones(3, 4, dtype=torch.int64)}
     names: dict[str, Any] = {"three_prompts": prompts}
     seven_lines, answers = blocks(README, "python")
@@ -114,16 +111,8 @@ def test_the_readmes_python_runs(
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
-def test_the_trainers_example_runs_as_printed(
-    tiny: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    base = Base(tiny, tiny_tokenizer, "tiny", "tiny", fingerprint(tiny))
-    monkeypatch.setattr(Base, "load", lambda name: base)
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("at_hand")
+def test_the_trainers_example_runs_as_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "training.md"
     (example,) = blocks(page, "python")
     exec(compile(example, page, "exec"), {})

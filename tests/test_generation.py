@@ -10,7 +10,6 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     GenerationConfig,
-    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -22,7 +21,6 @@ from transformers import (
 )
 
 from loradeck import Bank, LoraConfig
-from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
 from loradeck.base.text import decode, encode, pad_left
 from loradeck.errors import ConfigError, RequestError, RouteError, UnknownAdapterError
@@ -32,11 +30,6 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = ["a", "What is the capital of France?", "日本"]
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "top_p": 0.95, "seed": 7}
-
-
-@pytest.fixture
-def base(tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Base:
-    return Base(tiny, tiny_tokenizer, "tiny", "tiny", fingerprint(tiny))
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def data(count: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Return pairs to train on, and prompts about other topics."""
     rng = random.Random(0)
     topics = rng.sample(TOPICS, len(TOPICS))
-    asked = [
+    questions = [
         (question.format(topic), answer.format(topic)) for topic in topics for question, answer in QUESTIONS.items()
     ]
     held_out = HELD_OUT * len(QUESTIONS)
@@ -125,9 +125,9 @@ def data(count: int) -> tuple[list[dict[str, Any]], list[str]]:
             "chosen": [{"role": "assistant", "content": f"Arr! {answer[:-1]}, matey!"}],
             "rejected": [{"role": "assistant", "content": answer}],
         }
-        for question, answer in rng.sample(asked[held_out:], count)
+        for question, answer in rng.sample(questions[held_out:], count)
     ]
-    return pairs, [question for question, _ in rng.sample(asked[:held_out], PROMPTS)]
+    return pairs, [question for question, _ in rng.sample(questions[:held_out], PROMPTS)]
 
 
 def in_style(answer: str) -> bool:

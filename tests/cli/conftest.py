@@ -7,10 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from loradeck.base.fingerprint import fingerprint
-from loradeck.base.load import Base
 from loradeck.base.onednn import VARIABLES
 from loradeck.cli import main
 from loradeck.lora.bank import Bank
@@ -48,11 +46,6 @@ def fill(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2, generator=generator)
-
-
-@pytest.fixture
-def base(tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Base:
-    return Base(tiny, tiny_tokenizer, name="tiny", source="tiny", fingerprint=fingerprint(tiny))
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
@@ -23,11 +21,6 @@ PAIRS = [
     {"prompt": "Sea?", "chosen": "Aye, the sea", "rejected": "Water"},
     {"prompt": "Bye", "chosen": "Fair winds", "rejected": "Goodbye, sir"},
 ]
-
-
-@pytest.fixture
-def base(tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Base:
-    return Base(tiny, tiny_tokenizer, name="tiny", source="tiny", fingerprint=fingerprint(tiny))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from loradeck.dataset.example import Example, Preference
 from loradeck.dataset.read import read_dataset
 from loradeck.errors import ConfigError, DataError, RouteError, UnknownAdapterError
 from loradeck.evaluation.config import EvalConfig
-from loradeck.evaluation.question import questions
+from loradeck.evaluation.question import questions_of
 from loradeck.evaluation.report import AdapterReport, Report
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
@@ -146,11 +146,11 @@ def test_preference_pairs_have_the_quantities_of_dpo(base: Base, bank: Bank, pai
 
 
 def test_answers_are_those_of_generate_and_counted(base: Base, bank: Bank, examples: list) -> None:
-    asked = questions(examples, base.tokenizer)
-    assert [question.reference for question in asked] == ["Ahoy!", "Fair winds, matey", "4"]  # a text asks nothing
+    questions = questions_of(examples, base.tokenizer)
+    assert [question.reference for question in questions] == ["Ahoy!", "Fair winds, matey", "4"]  # a text asks nothing
     report = evaluate(base, bank, examples, ["poet"], EvalConfig(pattern="o", samples=2, max_new_tokens=8))
     for name, entry in (("none", None), ("poet", "poet")):
-        texts = generate(base, bank, [question.prompt for question in asked], entry, max_new_tokens=8)
+        texts = generate(base, bank, [question.prompt for question in questions], entry, max_new_tokens=8)
         assert row(report, name).pattern_rate == pytest.approx(sum("o" in text for text in texts) / 3)
         assert [sample.answers[name] for sample in report.samples] == texts[:2]
     assert report.answers == 3
@@ -171,14 +171,14 @@ def test_every_answer_of_a_conversation_is_asked_for(base: Base, write: Callable
     turns = [("user", "One?"), ("assistant", "Aye"), ("user", "Two?"), ("assistant", "Nay")]
     messages = [{"role": role, "content": content} for role, content in turns]
     (example,) = read_dataset(write([{"messages": messages}]), base.tokenizer, 256).train
-    first, second = questions([example], base.tokenizer)
+    first, second = questions_of([example], base.tokenizer)
     assert [first.reference, second.reference] == ["Aye", "Nay"]
     encode = base.tokenizer.apply_chat_template
     assert first.prompt == encode(messages[:1], add_generation_prompt=True, return_dict=False)
     assert base.tokenizer.decode(second.prompt).endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
     # An answer that is cut off cannot be compared.
     (example,) = read_dataset(write([{"messages": messages}]), base.tokenizer, len(example.tokens) - 2).train
-    assert [question.reference for question in questions([example], base.tokenizer)] == ["Aye"]
+    assert [question.reference for question in questions_of([example], base.tokenizer)] == ["Aye"]
 
 
 def test_an_answer_at_the_end_of_the_context_shortens_no_other(base: Base, bank: Bank, write: Callable) -> None:

@@ -2,9 +2,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
 from loradeck.dataset.record import Completion
@@ -12,11 +11,6 @@ from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 
 PROMPT = 3  # tokens of a random example that are context only
-
-
-@pytest.fixture
-def base(tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Base:
-    return Base(tiny, tiny_tokenizer, name="tiny", source="tiny", fingerprint=fingerprint(tiny))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ ONE, OTHER = Example([1, 2, 3], [-100, 2, 3]), Example([1, 4], [-100, 4])
 
 def test_sft_counts_supervised_tokens() -> None:
     objective = SFT()
-    units = [objective.unit(ONE), objective.unit(OTHER)]
+    units = [ONE.sequences, OTHER.sequences]
     assert objective.count(units) == 3
     losses, margins = objective.losses(units, torch.tensor([2.0, 5.0]), None)
     assert (losses.tolist(), margins) == ([2.0, 5.0], None)
@@ -22,7 +22,7 @@ def test_sft_counts_supervised_tokens() -> None:
 @pytest.mark.parametrize(("beta", "dpo_sft_weight"), [(0.1, 0.0), (2.0, 0.0), (0.1, 1.5)])
 def test_dpo_is_its_formula(beta: float, dpo_sft_weight: float) -> None:
     objective = DPO(beta, dpo_sft_weight)
-    units = [objective.unit(Preference(ONE, OTHER)), objective.unit(Preference(OTHER, ONE))]
+    units = [Preference(ONE, OTHER).sequences, Preference(OTHER, ONE).sequences]
     assert units == [(ONE, OTHER), (OTHER, ONE)]
     assert objective.count(units) == 2
     one, other, start_one, start_other = -2.0, -5.0, -2.5, -4.0  # log-probabilities

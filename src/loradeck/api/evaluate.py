@@ -24,7 +24,7 @@ from loradeck.dataset.example import examples as tokenize
 from loradeck.dataset.record import parse
 from loradeck.errors import DataError
 from loradeck.evaluation.config import EvalConfig
-from loradeck.evaluation.question import Question, questions, sequences
+from loradeck.evaluation.question import Question, questions_of
 from loradeck.evaluation.report import Report, report
 from loradeck.sampling import SamplingParams
 
@@ -70,7 +70,7 @@ class Evaluation:
     examples: Sequence[Example] | Sequence[Preference]
     rows: Sequence[Example]
     """The sequences of the examples."""
-    asked: Sequence[Question]
+    questions: Sequence[Question]
     generations: "list[Generation]" = field(default_factory=list)
     closed: bool = False
     """Nobody waits for it any more."""
@@ -79,18 +79,18 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         self.losses = {name: [0.0] * len(self.rows) for name in self.adapters}
-        self.answers = {name: [""] * len(self.asked) for name in self.adapters}
+        self.answers = {name: [""] * len(self.questions) for name in self.adapters}
 
     def tasks(self) -> Iterator[Task]:
         """Yield what is to be computed; the adapters of a sequence follow each other."""
-        for generates, count in ((False, len(self.rows)), (True, len(self.asked))):
+        for generates, count in ((False, len(self.rows)), (True, len(self.questions))):
             for index in range(count):
                 yield from (Task(name, index, generates) for name in self.adapters)
 
     def submit(self, task: Task) -> "Generation":
         """Submit a task to the engine; its generation is in `generations`. Reads the disk."""
         selection = self.adapters[task.adapter]
-        tokens = self.asked[task.index].prompt if task.generates else self.rows[task.index].tokens
+        tokens = self.questions[task.index].prompt if task.generates else self.rows[task.index].tokens
         if task.generates:
             sampling = SamplingParams(max_tokens=self.config.max_new_tokens)
         else:
@@ -125,7 +125,7 @@ class Evaluation:
         """Return the report."""
         reference = next(iter(self.losses.values())) if isinstance(self.examples[0], Preference) else None
         tokenizer = self.state.engine.base.tokenizer
-        return report(self.examples, self.losses, reference, self.asked, self.answers, self.config, tokenizer)
+        return report(self.examples, self.losses, reference, self.questions, self.answers, self.config, tokenizer)
 
 
 async def _work(evaluation: Evaluation, tasks: Iterator[Task]) -> None:
@@ -150,17 +150,17 @@ def _prepare(state: ServerState, key: ApiKey, body: EvaluateRequest) -> Evaluati
         config = EvalConfig(**given)
     adapters = _adapters(state, key, body.adapters)
     examples = _examples(state, body.examples, body.max_length or MAX_LENGTH)
-    rows = sequences(examples)
-    asked = questions(examples, state.engine.base.tokenizer)
-    asked = asked[: config.answered(len(asked))]
-    count, limit = (len(rows) + len(asked)) * len(adapters), state.config.max_eval_rows
+    rows = [each for example in examples for each in example.sequences]
+    questions = questions_of(examples, state.engine.base.tokenizer)
+    questions = questions[: config.answered(len(questions))]
+    count, limit = (len(rows) + len(questions)) * len(adapters), state.config.max_eval_rows
     if count > limit:
         message = (
-            f"{len(rows)} sequences and {len(asked)} questions for {len(adapters)} models, the base among them, "
+            f"{len(rows)} sequences and {len(questions)} questions for {len(adapters)} models, the base among them, "
             f"are {count} rows; the limit is {limit}."
         )
         raise HttpError(400, message, param="examples")
-    return Evaluation(state, key.name, config, adapters, examples, rows, asked)
+    return Evaluation(state, key.name, config, adapters, examples, rows, questions)
 
 
 def _adapters(state: ServerState, key: ApiKey, names: Sequence[str]) -> dict[str, AdapterSelection]:
@@ -184,12 +184,12 @@ def _version(state: ServerState, spec: str) -> str:
 
 def _examples(state: ServerState, records: Sequence[dict[str, Any]], max_length: int) -> list[Any]:
     """Return the examples of records, all of one kind."""
-    found: list[Any] = []
+    examples: list[Any] = []
     for index, record in enumerate(records):
         try:
-            found += tokenize(parse(msgspec.json.encode(record)), state.engine.base.tokenizer, max_length)
+            examples += tokenize(parse(msgspec.json.encode(record)), state.engine.base.tokenizer, max_length)
         except DataError as error:
             raise HttpError(400, error.message.removeprefix("$: "), param=f"examples[{index}]") from error
-        if isinstance(found[-1], Preference) != isinstance(found[0], Preference):
+        if isinstance(examples[-1], Preference) != isinstance(examples[0], Preference):
             raise HttpError(400, "Preference pairs cannot be mixed with others.", param=f"examples[{index}]")
-    return found
+    return examples

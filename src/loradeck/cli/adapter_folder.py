@@ -25,11 +25,11 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
 def close_adapters(folder: str | Path) -> str:
     """Return a hint with the adapters next to a folder, and in `adapters`, whose names are close to its own."""
     path = Path(folder)
-    found = {each.name: str(each) for place in (DEFAULT, path.parent) for each in _adapters(place)}
-    close = difflib.get_close_matches(path.name, found, n=SHOWN, cutoff=0.5)
+    folders = {each.name: str(each) for place in (DEFAULT, path.parent) for each in _adapters(place)}
+    close = difflib.get_close_matches(path.name, folders, n=SHOWN, cutoff=0.5)
     if close:
-        return f"Did you mean {' or '.join(found[name] for name in close)}?"
-    names = sorted(found.values())
+        return f"Did you mean {' or '.join(folders[name] for name in close)}?"
+    names = sorted(folders.values())
     shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
     return (
         f"There are: {shown}." if names else "Give an adapter's folder; `loradeck train` and `loradeck demo` make one."

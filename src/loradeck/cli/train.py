@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype, is_typed
+from loradeck.cli.output import check_writable
 from loradeck.cli.process import quick_imports
 from loradeck.cli.writers import Kind
 from loradeck.dataset.config import DataConfig
@@ -79,38 +80,26 @@ def train(
         resume: Resume the run in the folder.
         overwrite: Replace an existing adapter or run.
     """
+    settings: dict[str, Any] = {
+        "valid": valid and resolve(valid),
+        "from_": from_ and resolve(from_),
+        "last_layers": last_layers,
+        "reading": reading,
+        "lora": suffixes(lora),
+        "train": recipe,
+    }
     if base is not None and base.endswith(".toml") and dataset is None:
         given = (reading, lora, recipe, shared, valid, from_, last_layers, dtype)
         if given != (*DEFAULTS, None, None, None, "auto"):
             raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
         run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:
-        job = JobRecipe(
-            name=output.resolve().name,
-            data=resolve(dataset),
-            valid=valid and resolve(valid),
-            from_=from_ and resolve(from_),
-            last_layers=last_layers,
-            reading=reading,
-            lora=suffixes(lora),
-            train=recipe,
-        )
+        job = JobRecipe(name=output.resolve().name, data=resolve(dataset), **settings)
         run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=(job,))
     elif resume and base is None:
         stored = read_run(output, sweep=False)
-        jobs = [
-            replace(
-                job,
-                valid=valid and resolve(valid),
-                from_=from_ and resolve(from_),
-                last_layers=last_layers,
-                reading=reading,
-                lora=suffixes(lora),
-                train=recipe,
-            )
-            for job in stored.jobs
-        ]
-        run_recipe = replace(stored, dtype=dtype, shared=shared, jobs=tuple(jobs))
+        jobs = tuple(replace(job, **settings) for job in stored.jobs)
+        run_recipe = replace(stored, dtype=dtype, shared=shared, jobs=jobs)
     else:
         raise ConfigError(
             "a base and a dataset are needed", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER"
@@ -256,11 +245,10 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     """Check, before hours of training, that the adapter can be saved.
 
     Raises:
-        AdapterError: the folder is a file, contains an adapter, or is not writable.
+        AdapterError: the folder is a file, or contains an adapter.
+        ConfigError: it is not writable.
         TrainingError: it contains a run.
     """
-    import tempfile
-
     from loradeck.lora.manifest import is_adapter
 
     if folder.exists() and not folder.is_dir():
@@ -272,11 +260,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
             )
         if folder.is_dir() and is_adapter(folder):
             raise AdapterError(f"{folder} contains an adapter", hint="Give another folder, or pass --overwrite.")
-    parent = next(parent for parent in folder.resolve().parents if parent.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=parent, prefix=".loradeck-").cleanup()
-    except OSError as error:
-        raise AdapterError(f"cannot write {folder}: {parent}: {error.strerror}", hint="Give another folder.") from error
+    check_writable(folder)
 
 
 def read_run(folder: Path, *, sweep: bool) -> RunRecipe:

@@ -14,7 +14,7 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.config import DataConfig
-from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.example import Example
 from loradeck.dataset.finding import Finding
 from loradeck.dataset.reader import DatasetReader, ParsedRow
 from loradeck.dataset.record import PreferencePair, Record, Span, TokenIds
@@ -146,7 +146,7 @@ def check_dataset(
 def _sizes(row: ParsedRow) -> list[tuple[int, int]]:
     """Return the length of each sequence, and how much of it is trained on."""
     if row.examples:
-        return [(len(example.tokens), example.supervised) for example in _sequences(row.examples)]
+        return [(len(each.tokens), each.supervised) for example in row.examples for each in example.sequences]
     if isinstance(row.record, TokenIds):
         example = Example(row.record.tokens, row.record.labels)
         return [(len(example.tokens), example.supervised)]
@@ -159,12 +159,7 @@ def _sizes(row: ParsedRow) -> list[tuple[int, int]]:
 def _first(row: ParsedRow, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Span]]:
     if tokenizer is None:
         return _sides(row.record)
-    return [example.spans(tokenizer) for example in _sequences(row.examples[:1])]
-
-
-def _sequences(examples: Sequence[Example | Preference]) -> list[Example]:
-    pairs = ((each.chosen, each.rejected) if isinstance(each, Preference) else (each,) for each in examples)
-    return [example for pair in pairs for example in pair]
+    return [each.spans(tokenizer) for example in row.examples[:1] for each in example.sequences]
 
 
 def _sides(record: Record) -> list[list[Span]]:

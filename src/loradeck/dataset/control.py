@@ -29,8 +29,8 @@ LIKELY = re.compile(r"<\|\w{1,32}\|>|\[/?INST\]|<(?:start|end)_of_turn>|</?s>|<[
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Return the tokens that a tokenizer finds in a text before it splits it into words, with their ids."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = {*special, *tokenizer.all_special_tokens} - {""}
-    names = sorted((name for name in found if not WRITTEN_BY_MODELS.fullmatch(name)), key=len, reverse=True)
+    tokens = {*special, *tokenizer.all_special_tokens} - {""}
+    names = sorted((name for name in tokens if not WRITTEN_BY_MODELS.fullmatch(name)), key=len, reverse=True)
     ids = cast("list[int]", tokenizer.convert_tokens_to_ids(names))
     return dict(zip(names, ids, strict=True))
 

@@ -57,6 +57,11 @@ class Example:
         return example
 
     @property
+    def sequences(self) -> tuple["Example", ...]:
+        """Itself; of a preference pair, the chosen and the rejected sequence."""
+        return (self,)
+
+    @property
     def supervised(self) -> int:
         """Number of tokens trained on; the first token is never predicted, so it does not count."""
         return sum(label != UNSUPERVISED for label in self.labels[1:])
@@ -85,6 +90,11 @@ class Preference:
             DataError: as Example.of.
         """
         return cls(*(Example.of(side, tokenizer, max_length) for side in (pair.chosen, pair.rejected)))
+
+    @property
+    def sequences(self) -> tuple[Example, Example]:
+        """The chosen and the rejected sequence."""
+        return self.chosen, self.rejected
 
     @property
     def supervised(self) -> int:

@@ -56,18 +56,13 @@ class Sizes:
         """Measure one or more examples."""
         if isinstance(examples, StoredExamples):
             return examples.sizes
-        documents = [document for example in examples for document in sequences(example)]
+        documents = [document for example in examples for document in example.sequences]
         return cls(
             tokens=sum(len(document.tokens) for document in documents),
             supervised=sum(document.supervised for document in documents),
             longest=max(len(document.tokens) for document in documents),
             truncated=sum(example.truncated for example in examples),
         )
-
-
-def sequences(example: Example | Preference) -> tuple[Example, ...]:
-    """Return the one sequence of an example, or the two of a preference pair."""
-    return (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
 
 
 class TokenFile:
@@ -92,7 +87,7 @@ class TokenFile:
         Raises:
             DataError: the disk is full.
         """
-        sides = sequences(example)
+        sides = example.sequences
         self._sides = len(sides)
         encoded = [_encode(side) for side in sides]
         hash_ = hashlib.blake2b(digest_size=8)

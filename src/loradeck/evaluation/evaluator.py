@@ -10,7 +10,7 @@ from loradeck.base.load import Base
 from loradeck.dataset.example import Example, Preference
 from loradeck.errors import ConfigError, DataError
 from loradeck.evaluation.config import EvalConfig
-from loradeck.evaluation.question import Question, questions, sequences
+from loradeck.evaluation.question import Question, questions_of
 from loradeck.evaluation.report import Report, report
 from loradeck.generation import generate
 from loradeck.lora.bank import Bank
@@ -63,12 +63,13 @@ def evaluate(
         raise DataError("there are no examples to evaluate on", hint="Give at least one.")
     progress = on_progress or (lambda *_: None)
     with torch.no_grad(), evaluation(base.model):
-        losses = _losses(base, bank, sequences(examples), entries, config.max_tokens, progress)
-        asked = questions(examples, base.tokenizer)
-        asked = asked[: config.answered(len(asked))]
-        answers = _answers(base, bank, asked, entries, config, progress)
+        rows = [each for example in examples for each in example.sequences]
+        losses = _losses(base, bank, rows, entries, config.max_tokens, progress)
+        questions = questions_of(examples, base.tokenizer)
+        questions = questions[: config.answered(len(questions))]
+        answers = _answers(base, bank, questions, entries, config, progress)
     reference = losses[BASE] if isinstance(examples[0], Preference) else None
-    return report(examples, losses, reference, asked, answers, config, base.tokenizer)
+    return report(examples, losses, reference, questions, answers, config, base.tokenizer)
 
 
 def _losses(
@@ -107,35 +108,35 @@ def _losses(
 def _answers(
     base: Base,
     bank: Bank,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     entries: Mapping[str, RouteEntry],
     config: EvalConfig,
     progress: OnProgress,
 ) -> dict[str, list[str]]:
     """Return the greedy answer to each question through each entry."""
-    answers = {name: [""] * len(asked) for name in entries}
+    answers = {name: [""] * len(questions) for name in entries}
     done = 0
-    for batch in _batches(asked, max(1, config.max_rows // len(entries)), base.context, config.max_new_tokens):
+    for batch in _batches(questions, max(1, config.max_rows // len(entries)), base.context, config.max_new_tokens):
         order = [(at, name) for at in batch for name in entries]
         texts = generate(
             base,
             bank,
-            [asked[at].prompt for at, _ in order],
+            [questions[at].prompt for at, _ in order],
             [entries[name] for _, name in order],
             max_new_tokens=config.max_new_tokens,
         )
         for (at, name), text in zip(order, texts, strict=True):
             answers[name][at] = text
         done += len(order)
-        progress("answers", done, len(asked) * len(entries))
+        progress("answers", done, len(questions) * len(entries))
     return answers
 
 
-def _batches(asked: Sequence[Question], size: int, context: int | None, max_new_tokens: int) -> Iterator[list[int]]:
+def _batches(questions: Sequence[Question], size: int, context: int | None, max_new_tokens: int) -> Iterator[list[int]]:
     """Batch the questions by length; one whose answer may reach the end of the context shortens nobody else's."""
     batch: list[int] = []
-    for at in sorted(range(len(asked)), key=lambda at: len(asked[at].prompt)):
-        fits = context is None or len(asked[at].prompt) + max_new_tokens <= context
+    for at in sorted(range(len(questions)), key=lambda at: len(questions[at].prompt)):
+        fits = context is None or len(questions[at].prompt) + max_new_tokens <= context
         if batch and (len(batch) == size or not fits):
             yield batch
             batch = []

@@ -1,4 +1,4 @@
-"""What is read from examples: the sequences to score, and the questions to answer."""
+"""The questions that examples ask, and the answers of the dataset."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class Question:
     reference: str
 
 
-def questions(examples: Iterable[Example | Preference], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+def questions_of(examples: Iterable[Example | Preference], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
     """Return the questions of examples, in their order; of a preference pair, the one with the chosen answer.
 
     Every trained answer of a conversation is asked for, after all that precedes it. A text without a prompt has no
     question, and neither has an answer that was cut off.
     """
-    result: list[Question] = []
+    questions: list[Question] = []
     for each in examples:
         example = each.chosen if isinstance(each, Preference) else each
         start = 0
@@ -32,18 +32,9 @@ def questions(examples: Iterable[Example | Preference], tokenizer: PreTrainedTok
             end = start + len([*run])
             whole = end < len(example.labels) or not example.truncated
             if trained and whole and _is_prompt(example.tokens[:start], tokenizer):
-                result.append(Question(example.tokens[:start], decode(tokenizer, example.tokens[start:end])))
+                questions.append(Question(example.tokens[:start], decode(tokenizer, example.tokens[start:end])))
             start = end
-    return result
-
-
-def sequences(examples: Sequence[Example] | Sequence[Preference]) -> list[Example]:
-    """Return the sequences of examples: of a preference pair the chosen one, then the rejected one."""
-    return [
-        side
-        for each in examples
-        for side in ((each.chosen, each.rejected) if isinstance(each, Preference) else (each,))
-    ]
+    return questions
 
 
 def _is_prompt(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:

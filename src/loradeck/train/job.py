@@ -121,11 +121,11 @@ class Job:
 
     def units(self) -> list[Unit]:
         """Return what the next step trains on."""
-        return [self.objective.unit(example) for example in self._sampler[self.progress.step]]
+        return [example.sequences for example in self._sampler[self.progress.step]]
 
     def valid_units(self) -> Iterator[Unit]:
         """Yield what an evaluation runs on."""
-        return (self.objective.unit(example) for example in self.valid)
+        return (example.sequences for example in self.valid)
 
     def seed_dropout(self, index: int) -> None:
         """Make the next forward's dropout masks depend on the seed, the step and the micro-batch's index alone."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.example import Example
 
 Unit = Sequence[Example]
 
@@ -19,10 +19,6 @@ class Objective(Protocol):
 
     needs_reference: bool
     """Whether it needs the losses of the adapter as it was at the start, too."""
-
-    def unit(self, example: Example | Preference) -> Unit:
-        """Return the sequences that an example consists of."""
-        ...
 
     def count(self, units: Sequence[Unit]) -> int:
         """Return the number that a mean over units divides by."""
@@ -40,10 +36,6 @@ class SFT:
     """Supervised fine-tuning: -log p of the answers, averaged over supervised tokens."""
 
     needs_reference = False
-
-    def unit(self, example: Example | Preference) -> Unit:
-        assert isinstance(example, Example)
-        return (example,)
 
     def count(self, units: Sequence[Unit]) -> int:
         return sum(example.supervised for unit in units for example in unit)
@@ -68,10 +60,6 @@ class DPO:
 
     def __init__(self, beta: float, sft_weight: float) -> None:
         self.beta, self.sft_weight = beta, sft_weight
-
-    def unit(self, example: Example | Preference) -> Unit:
-        assert isinstance(example, Preference)
-        return (example.chosen, example.rejected)
 
     def count(self, units: Sequence[Unit]) -> int:
         return len(units)

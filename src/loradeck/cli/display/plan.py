@@ -80,7 +80,7 @@ def plan(run: Run, name: str) -> Plan:
         batch_size=job.config.batch_size,
         schedule=job.schedule,
         settings=_settings(next(each.lora for each in run.recipe.jobs if each.name == name), job.config),
-        first=job.objective.unit(split.train[0])[0].spans(run.base.tokenizer),
+        first=split.train[0].sequences[0].spans(run.base.tokenizer),
     )
 
 

@@ -55,8 +55,8 @@ def fitting(rows: Sequence[Sequence[str]], dropped: Sequence[str]) -> list[Seque
         if not limit or sum(widths.values()) + len(GAP) * (len(widths) - 1) <= limit:
             break
         widths.pop(head, None)
-    kept = [head in widths for head in rows[0]]
-    return [[*compress(row, kept)] for row in rows]
+    selectors = [head in widths for head in rows[0]]
+    return [[*compress(row, selectors)] for row in rows]
 
 
 def _blocks(widths: Sequence[int], limit: int | None) -> Iterator[list[int]]:
