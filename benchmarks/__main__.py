@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from loradeck.base.openmp import limit_spinning
+from loradeck.base.openmp import share_cores
 
 SUITES = (
     "adapters",
@@ -30,7 +30,7 @@ def main() -> None:
     if name == "report":
         import_module("benchmarks.report").main(arguments)
     elif name in SUITES:
-        limit_spinning()  # as the `loradeck` command does
+        share_cores()  # as the `loradeck` command does
         import_module(f"benchmarks.suites.{name}").main(arguments)
     else:
         print(USAGE)

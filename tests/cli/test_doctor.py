@@ -23,7 +23,7 @@ def test_it_reports_the_installation(run: Callable, monkeypatch: pytest.MonkeyPa
     assert ran.code == 0
     facts = dict(re.split("  +", line, maxsplit=1) for line in ran.out.splitlines())
     assert facts["torch"] == version("torch")
-    assert facts["threads"].startswith(f"{torch.get_num_threads()} of ")
+    assert facts["threads"].startswith(f"{torch.get_num_threads()} on ")
     assert facts["cache"].endswith("cache, 1.5 kB")
     assert json.loads(run("doctor", "--json").out) == {"sound": True, **facts}
 

@@ -145,9 +145,9 @@ def _prepare(state: ServerState, key: ApiKey, body: EvaluateRequest) -> Evaluati
         HttpError: 400, an invalid field, or too much to compute; 403, the key may not use an adapter.
         UnknownAdapterError: there is no such adapter.
     """
-    given = {name: value for name in SETTINGS if (value := getattr(body, name)) is not None}
+    settings = {name: value for name in SETTINGS if (value := getattr(body, name)) is not None}
     with invalid_field("settings"):
-        config = EvalConfig(**given)
+        config = EvalConfig(**settings)
     adapters = _adapters(state, key, body.adapters)
     examples = _examples(state, body.examples, body.max_length or MAX_LENGTH)
     rows = [each for example in examples for each in example.sequences]

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
-from loradeck.base.openmp import limit_spinning
+from loradeck.base.openmp import share_cores
 from loradeck.cli.display.encoding import accept_any_text
 from loradeck.cli.display.text import printable
 from loradeck.cli.options import STDIN, TYPED
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     tokens = _tokens(sys.argv[1:] if arguments is None else arguments)
     accept_any_text()
-    limit_spinning()
+    share_cores()
     TYPED.set(tokens)
     try:
         if not tokens or tokens[0] in app.help_flags:

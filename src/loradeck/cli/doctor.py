@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from loradeck.base.openmp import VARIABLES
+from loradeck.base.openmp import why_not_shared
 from loradeck.cli.display.text import columns, format_size, print_json
 from loradeck.cli.options import AsJson
 from loradeck.disk import cache_folder
@@ -77,12 +77,11 @@ def _cpu() -> str:
 
 
 def _threads() -> str:
-    """Return how many threads compute, and the variables that say so and how they wait (docs/threads.md)."""
     import torch
 
-    names = ("OMP_NUM_THREADS", *VARIABLES)
-    settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
-    return ", ".join([f"{torch.get_num_threads()} of {os.cpu_count()} cores", *settings])
+    why = why_not_shared()
+    sharing = f"not shared with other processes ({why})" if why else "shared with other processes"
+    return f"{torch.get_num_threads()} on {os.cpu_count()} cores, {sharing}"
 
 
 def _gpu() -> str:

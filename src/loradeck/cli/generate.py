@@ -44,13 +44,13 @@ def generate(
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}", hint="Give 1 or more.")
-    given = read_prompts(prompts, file)
+    questions = read_prompts(prompts, file)
     names = [*(adapters or [blend.NONE])]
     if len(names) == 1:
-        names *= len(given)
-    if len(names) != len(given):
+        names *= len(questions)
+    if len(names) != len(questions):
         raise ConfigError(
-            f"the numbers of adapters and prompts differ: {len(adapters)} and {len(given)}",
+            f"the numbers of adapters and prompts differ: {len(adapters)} and {len(questions)}",
             hint="Give --adapter once for all prompts, or once for each; `none` is the base.",
         )
     blend.check(names)
@@ -68,7 +68,7 @@ def generate(
         loaded = Base.load(base, dtype=dtype, weights=weights)
         bank = Bank(loaded.model)
         entries = blend.load(bank, names, any_base=any_base)
-        rows = [encode(loaded.tokenizer, with_system(prompt, system)) for prompt in given]
+        rows = [encode(loaded.tokenizer, with_system(prompt, system)) for prompt in questions]
         generation.answer_length(loaded, rows, sampling.max_new_tokens)  # raises for all before the first is answered
         for start in range(0, len(rows), batch_size):
             done = f"{start} of {len(rows)} prompts answered"
@@ -85,11 +85,11 @@ def generate(
             )
             answers += new
             if not as_json:
-                pairs = zip(given[batch], names[batch], strict=True)
+                pairs = zip(questions[batch], names[batch], strict=True)
                 heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in pairs]
                 _print(heads if len(rows) > 1 else [""], new, first=start == 0)
     if as_json:
-        results = zip(given, names, answers, strict=True)
+        results = zip(questions, names, answers, strict=True)
         print_json([{"prompt": prompt, "adapter": name, "answer": answer} for prompt, name, answer in results])
 
 

@@ -89,8 +89,8 @@ def train(
         "train": recipe,
     }
     if base is not None and base.endswith(".toml") and dataset is None:
-        given = (reading, lora, recipe, shared, valid, from_, last_layers, dtype)
-        if given != (*DEFAULTS, None, None, None, "auto"):
+        flags = (reading, lora, recipe, shared, valid, from_, last_layers, dtype)
+        if flags != (*DEFAULTS, None, None, None, "auto"):
             raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
         run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:

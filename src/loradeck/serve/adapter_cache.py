@@ -16,12 +16,12 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from loradeck.base import openmp
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.compatibility import why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
-from loradeck.serve import threads
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.request import Key
 from loradeck.store import AdapterStore
@@ -96,7 +96,7 @@ class AdapterCache:
         self._residents: dict[str, Resident] = {}
         self._failures: dict[str, LoradeckError] = {}
         self._closed = False
-        self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load", threads.alone)
+        self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load", openmp.alone)
 
     # ---- state
 

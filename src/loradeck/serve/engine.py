@@ -11,6 +11,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Self, SupportsIndex
 
+from loradeck.base import openmp
 from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
 from loradeck.base.weights import shared_copy
@@ -18,7 +19,6 @@ from loradeck.blend import format_blend
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.sampling import Sampler, SamplingParams, Token
-from loradeck.serve import threads
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.generation import Generation
@@ -78,7 +78,7 @@ class Engine:
         )
         self._lock = Lock()
         self._draining = False
-        threads.release()  # the calling thread's: from now on the engine's thread computes
+        openmp.release()  # the calling thread's: from now on the engine's thread computes
         self._loop.start()
 
     @property
