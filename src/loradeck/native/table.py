@@ -1,0 +1,98 @@
+"""What a decoder computes, as numbers: everything the step needs to know of a model.
+
+    hidden[t] = embedding[token[t]] · embedding_scale
+    for each layer:
+        hidden += residual_scale · attention_out(o(attend(q(x), k(x), v(x))))       x = attention_in(hidden)
+        hidden += residual_scale · mlp_out(down(activation(gate(x)) · up(x)))       x = mlp_in(hidden)
+    logits = cap(head(norm(hidden)) · logit_scale)
+
+A norm is x / sqrt(mean(x²) + eps) · weight; one that is None leaves x as it is. cap(z) is logit_cap · tanh(z / logit_cap),
+or z. Queries and keys are normed and rotated by position; attention is the softmax of their products times `scale`, capped
+like the logits, over the tokens before, within the layer's window.
+
+H hidden size   Q query heads   K key heads   D width of a head   I intermediate size   V vocabulary   P positions
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
+Slot: TypeAlias = Literal["q", "k", "v", "o", "gate", "up", "down"]
+SLOTS: tuple[Slot, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """The rows `start` to `start + outputs` of a module's weight: one of several where a model fuses them.
+
+    `path` is the module's, from the model's root: that of the adapters that apply to it.
+    """
+
+    path: str
+    weight: Tensor
+    """(out, in) of the whole module: float32, bfloat16, float16; or int8 with `scales`."""
+    start: int
+    outputs: int
+    bias: Tensor | None = None
+    """(out,) of the whole module."""
+    scales: Tensor | None = None
+    """(out,) of the whole module, of an int8 weight."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One layer; a norm is its weight in float32, or None."""
+
+    linears: Mapping[Slot, Linear]
+    attention_in: Tensor | None
+    """(H,)"""
+    attention_out: Tensor | None
+    """(H,)"""
+    mlp_in: Tensor | None
+    """(H,)"""
+    mlp_out: Tensor | None
+    """(H,)"""
+    query_norm: Tensor | None
+    """(D,), the same for each head; or (Q · D,), over all heads together."""
+    key_norm: Tensor | None
+    """(D,) or (K · D,)."""
+    rotary: int | None
+    """Index in the table's `rotary`; None: positions do not turn this layer's queries and keys."""
+    window: int | None
+    """How many tokens back a token sees, itself included; None: all."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A model as the step computes it."""
+
+    hidden: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    eps: float
+    """Of all norms."""
+    layers: tuple[Layer, ...]
+    embedding: Tensor
+    """(V, H); the same tensor as `head.weight` where they are tied. int8 with `embedding_scales`."""
+    embedding_scales: Tensor | None
+    """(V,)"""
+    embedding_scale: float
+    norm: Tensor
+    """(H,), before the head."""
+    head: Linear
+    rotary: tuple[Callable[[int], tuple[Tensor, Tensor]], ...]
+    """Each returns for the first P positions cos and sin (P, R / 2) in float32. The first R numbers of a head are turned:
+    number d with number d + R / 2."""
+    activation: Activation
+    scale: float
+    softcap: float | None
+    """Of attention's scores."""
+    residual_scale: float
+    logit_scale: float
+    logit_cap: float | None
