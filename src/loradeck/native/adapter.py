@@ -40,18 +40,18 @@ class NativeAdapter:
                 if pair is None:
                     continue
                 paths.add(linear.path)
-                outputs, inputs = model.shapes(slot)
+                outputs, inputs = model.widths[slot]
                 same = pair.a.dtype == pair.b.dtype and pair.a.dtype in FLOATS
                 dtype = pair.a.dtype if same else torch.float32
-                a = pair.a.detach().to(dtype).reshape(pair.r, *inputs[:2])
+                a = pair.a.detach().to(dtype).reshape(pair.r, inputs.parts, inputs.size)
                 b = pair.b.detach().to(dtype)[linear.start : linear.start + linear.outputs]
-                b = pad(b.reshape(*outputs[:2], pair.r), outputs[0], outputs[2], pair.r)
+                b = pad(b.reshape(outputs.parts, outputs.size, pair.r), outputs.parts, outputs.padded, pair.r)
                 at = index * len(SLOTS) + number
                 self.ranks[at] = pair.r
                 self.pairings[at] = CPairing(
                     r=pair.r,
                     format=FORMATS[dtype],
-                    a=self._address(pad(a, pair.r, inputs[0], inputs[2])),
+                    a=self._address(pad(a, pair.r, inputs.parts, inputs.padded)),
                     b=self._address(b.reshape(-1, OUTPUTS, pair.r).transpose(1, 2)),
                     scaling=pair.scaling,
                 )

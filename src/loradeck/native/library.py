@@ -5,6 +5,7 @@ from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void
 from functools import cache
 from pathlib import Path
 
+from loradeck.native.table import SLOTS
 from loradeck.ops import compiler
 
 SOURCE = Path(__file__).with_name("step.c")
@@ -25,14 +26,13 @@ class CMatrix(Structure):
 
 
 NORMS = ("attention_in", "attention_out", "mlp_in", "mlp_out", "query_norm", "key_norm")
-MATRICES = ("qkv", "o", "mlp", "down")
 
 
 class CLayer(Structure):
     """A layer."""
 
     _fields_ = (
-        *((name, CMatrix) for name in MATRICES),
+        ("matrix", CMatrix * len(SLOTS)),
         *((name, c_void_p) for name in (*NORMS, "cos", "sin")),
         ("turned", c_int64),
         ("window", c_int64),

@@ -1,16 +1,29 @@
-"""A table's weights as the step reads them: fused matrices in blocks, padded where a width is no multiple of a block."""
+"""A table's weights as the step reads them: matrices in blocks, padded where a width is no multiple of a block."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loradeck.native.blocks import FORMATS, INPUTS, pack, pad, padded
 from loradeck.native.library import NORMS, CLayer, CMatrix, CModel, library
-from loradeck.native.table import Layer, Linear, Slot, Table
+from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
 
 HEAD_OUTPUTS = 64  # of one unit of the head
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+class Width(NamedTuple):
+    """A matrix's outputs or inputs: so many parts, each of which the step pads."""
+
+    parts: int
+    size: int
+    padded: int
+
+    @property
+    def total(self) -> int:
+        return self.parts * self.padded
 
 
 class NativeModel:
@@ -18,6 +31,7 @@ class NativeModel:
 
     Attributes:
         c: the C structure.
+        widths: outputs and inputs of each matrix of a layer.
         page_bytes: what 32 tokens of a sequence take in the KV cache.
     """
 
@@ -28,37 +42,45 @@ class NativeModel:
             ValueError: the weights have a dtype, or a mixture of them, that cannot be computed.
             OSError: the step cannot be compiled.
         """
-        self.table = table
-        self.halves = halves
-        self.head_dim = padded(table.head_dim, INPUTS)
-        self.hidden, self.intermediate = padded(table.hidden, INPUTS), padded(table.intermediate, INPUTS)
+        self.table, self.halves = table, halves
+        self.library = library(halves)
+        hidden, inter, head_dim = (
+            padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim)
+        )
         self.vocabulary = padded(table.vocabulary, HEAD_OUTPUTS)
-        self._memory: list[object] = []
+        self._hidden = Width(1, table.hidden, hidden)
+        inters = Width(1, table.intermediate, inter)
+        queries = Width(table.heads, table.head_dim, head_dim)
+        keys = Width(table.key_heads, table.head_dim, head_dim)
+        self.widths: Mapping[Slot, tuple[Width, Width]] = {
+            "q": (queries, self._hidden), "k": (keys, self._hidden), "v": (keys, self._hidden),
+            "o": (self._hidden, queries),
+            "gate": (inters, self._hidden), "up": (inters, self._hidden), "down": (self._hidden, inters),
+        }  # fmt: skip
+        self._memory: list[Tensor] = []
+        self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
         self._layers = (CLayer * len(table.layers))(*map(self._layer, table.layers))
-        self.library = library(halves)
-        dtype = self._dtype()
         tied = table.embedding is table.head.weight
         embedding = table.embedding.detach().contiguous()
-        head = self._matrix([self._rows(table.head, 1, table.vocabulary, self.vocabulary, self.hidden)], [table.head], [1])
         self.c = CModel(
             layers=len(table.layers),
-            hidden=self.hidden,
+            hidden=hidden,
             heads=table.heads,
             key_heads=table.key_heads,
-            dim=self.head_dim,
-            inter=self.intermediate,
+            dim=head_dim,
+            inter=inter,
             vocabulary=self.vocabulary,
             true_hidden=table.hidden,
             true_dim=table.head_dim,
             activation=ACTIVATIONS[table.activation],
-            cache_format=FORMATS[dtype],
+            cache_format=FORMATS[self._cache_dtype()],
             embedding_format=FORMATS[embedding.dtype],
             layer=self._layers,
             embedding=None if tied else self._address(embedding),
             embedding_scales=None if tied else self._floats(table.embedding_scales),
-            norm=self._floats(table.norm, self.hidden),
-            head=head,
+            norm=self._floats(table.norm, self._hidden),
+            head=self._matrix(table.head, Width(1, table.vocabulary, self.vocabulary), self._hidden),
             eps=table.eps,
             embedding_scale=table.embedding_scale,
             scale=table.scale,
@@ -74,114 +96,57 @@ class NativeModel:
         if positions <= self._rotary_length:
             return
         self._rotary_length = max(2 * self._rotary_length, padded(positions, 1024))
-        self._rotary = [
-            [half.float().contiguous() for half in rotary(self._rotary_length)] for rotary in self.table.rotary
-        ]
+        self._rotary = []
+        for rotary in self.table.rotary:
+            cos, sin = rotary(self._rotary_length)
+            self._rotary.append((cos.float().contiguous(), sin.float().contiguous()))
         for layer, c in zip(self.table.layers, self._layers, strict=True):
             if layer.rotary is not None:
                 cos, sin = self._rotary[layer.rotary]
                 c.cos, c.sin, c.turned = cos.data_ptr(), sin.data_ptr(), 2 * cos.shape[1]
 
-    def shapes(self, slot: Slot) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Return for a matrix's outputs and inputs: (parts, width of a part, its padded width)."""
-        table = self.table
-        hidden = (1, table.hidden, self.hidden)
-        inter = (1, table.intermediate, self.intermediate)
-        queries = (table.heads, table.head_dim, self.head_dim)
-        keys = (table.key_heads, table.head_dim, self.head_dim)
-        shapes: dict[Slot, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-            "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
-            "gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter),
-        }  # fmt: skip
-        return shapes[slot]
-
     # ---- packing
 
     def _layer(self, layer: Layer) -> CLayer:
-        matrices = {}
-        for name, slots in (("qkv", ("q", "k", "v")), ("o", ("o",)), ("mlp", ("gate", "up")), ("down", ("down",))):
-            linears = [layer.linears[slot] for slot in slots]  # type: ignore[index]
-            shapes = [self.shapes(slot) for slot in slots]  # type: ignore[arg-type]
-            weights = [
-                pad(
-                    linear.weight[linear.start : linear.start + linear.outputs].reshape(*outputs[:2], *inputs[:2]),
-                    outputs[0], outputs[2], inputs[0], inputs[2],
-                ).reshape(outputs[0] * outputs[2], inputs[0] * inputs[2])
-                for linear, (outputs, inputs) in zip(linears, shapes, strict=True)
-            ]  # fmt: skip
-            matrices[name] = self._matrix(weights, linears, [shape[0] for shape in shapes], interleaved=name == "mlp")
-        norms_all = layer.query_norm is not None and len(layer.query_norm) != self.table.head_dim
-        parts = {"query_norm": self.table.heads, "key_norm": self.table.key_heads} if norms_all else {}
-        norms = {}
-        for name in NORMS:
-            norm: Tensor | None = getattr(layer, name)
-            if norm is not None and name in ("query_norm", "key_norm"):
-                count = parts.get(name, 1)
-                norm = pad(norm.reshape(count, self.table.head_dim), count, self.head_dim).flatten()
-            norms[name] = self._floats(norm, self.hidden)
-        return CLayer(**matrices, **norms, window=layer.window or 0, norms_all=norms_all)
+        matrices = (self._matrix(layer.linears[slot], *self.widths[slot]) for slot in SLOTS)
+        queries, keys = self.widths["q"][0], self.widths["k"][0]
+        norms_all = layer.query_norm is not None and len(layer.query_norm) != queries.size
+        each = (queries, keys) if norms_all else (queries._replace(parts=1), keys._replace(parts=1))
+        norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, (*[self._hidden] * 4, *each), strict=True)}
+        return CLayer((CMatrix * len(SLOTS))(*matrices), **norms, window=layer.window or 0, norms_all=norms_all)
 
-    def _matrix(
-        self, weights: Sequence[Tensor], linears: Sequence[Linear], shapes: Sequence[tuple[int, int, int]], *,
-        interleaved: bool = False,
-    ) -> CMatrix:  # fmt: skip
-        weight = _joined(weights, interleaved)
+    def _matrix(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix:
+        rows = slice(linear.start, linear.start + linear.outputs)
+        weight = linear.weight[rows].detach()
         if weight.dtype not in FORMATS:
             raise ValueError(f"its weights are in {weight.dtype}")
         if self.halves and weight.dtype not in (torch.bfloat16, torch.int8):
             raise ValueError(f"its weights are in {weight.dtype}, not in bfloat16")
-        blocks = pack(weight)
-        return CMatrix(
-            blocks=self._address(blocks),
-            tiles=blocks.shape[0],
-            groups=blocks.shape[1],
-            format=FORMATS[weight.dtype],
-            scales=self._outputs([linear.scales for linear in linears], linears, shapes, interleaved),
-            bias=self._outputs([linear.bias for linear in linears], linears, shapes, interleaved),
+        parts = weight.reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
+        parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
+        blocks = pack(parts.reshape(outputs.total, inputs.total))
+        scales, bias = (
+            None if each is None else self._floats(each[rows], outputs) for each in (linear.scales, linear.bias)
         )
+        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[weight.dtype], scales, bias)
 
-    def _outputs(
-        self, vectors: Sequence[Tensor | None], linears: Sequence[Linear], shapes: Sequence[tuple[int, int, int]],
-        interleaved: bool,
-    ) -> int | None:  # fmt: skip
-        """Return the address of one number for each output of a matrix."""
-        if all(vector is None for vector in vectors):
-            return None
-        parts = []
-        for vector, linear, (count, width, larger) in zip(vectors, linears, shapes, strict=True):
-            part = torch.zeros(linear.outputs) if vector is None else vector[linear.start : linear.start + linear.outputs]
-            parts.append(pad(part.detach().float().reshape(count, width), count, larger).reshape(-1, 1))
-        return self._address(_joined(parts, interleaved).flatten())
-
-    def _floats(self, tensor: Tensor | None, size: int = 0) -> int | None:
+    def _floats(self, tensor: Tensor | None, width: Width | None = None) -> int | None:
+        """Return the address of one number, in float32, for each of some outputs."""
         if tensor is None:
             return None
-        tensor = tensor.detach().float()
-        return self._address(pad(tensor, max(size, padded(len(tensor), INPUTS))).contiguous())
+        width = width or Width(1, len(tensor), len(tensor))
+        return self._address(pad(tensor.detach().float().reshape(width.parts, width.size), width.parts, width.padded))
 
     def _address(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
         self._memory.append(tensor)
         return tensor.data_ptr()
 
-    def _rows(self, linear: Linear, _: int, outputs: int, larger: int, inputs: int) -> Tensor:
-        return pad(linear.weight[linear.start : linear.start + outputs].detach(), larger, inputs)
-
-    def _dtype(self) -> torch.dtype:
+    def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""
         dtypes = {linear.weight.dtype for layer in self.table.layers for linear in layer.linears.values()}
+        if torch.int8 in dtypes:
+            return torch.bfloat16 if self.halves else torch.float32
         if len(dtypes) > 1:
             raise ValueError(f"its layers mix {' and '.join(sorted(map(str, dtypes)))}")
-        (dtype,) = dtypes
-        if dtype != torch.int8:
-            return dtype
-        return torch.bfloat16 if self.halves else torch.float32
-
-
-def _joined(weights: Sequence[Tensor], interleaved: bool) -> Tensor:
-    """Return matrices (O, I) one after the other, or two of them in turns of 32 outputs."""
-    weights = [weight.detach() for weight in weights]
-    if len({weight.dtype for weight in weights}) > 1:
-        raise ValueError("it mixes dtypes in one layer")
-    if not interleaved:
-        return torch.cat([*weights])
-    return torch.stack([weight.reshape(-1, INPUTS, weight.shape[1]) for weight in weights], 1).flatten(0, 2)
+        return next(iter(dtypes))

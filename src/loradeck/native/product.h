@@ -14,7 +14,11 @@ typedef uint16_t num;
 #define ROWS 8 /* computed at once */
 #else
 typedef float num;
-#define ROWS (LANES == 16 ? 12 : 6)
+#if LANES == 16
+#define ROWS 16
+#else
+#define ROWS 6
+#endif
 #endif
 #define AHEAD 6144 /* bytes; what is read next is fetched */
 
@@ -113,27 +117,24 @@ INLINE void block_product(float *sum, i64 sum_tile, const char *block, i64 tile_
 /* The same for any number of rows; few rows of several tiles at once, for their sums do not wait for each other. */
 INLINE void blocks_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, const num *x, i64 rows, int tiles,
                            int format) {
-#define CASE(n, t) case n: block_product(sum + tile * sum_tile + row * 16, sum_tile, block + tile * tile_bytes, \
-                                         tile_bytes, x + row * 32, format, n, t); break;
+#define BLOCK_OF(n, t) block_product(sum + tile * sum_tile + row * 16, sum_tile, block + tile * tile_bytes, tile_bytes, \
+                                     x + row * 32, format, n, t)
     int tile = 0;
     i64 row = 0;
     if (rows == 1)
-        for (; tile + 4 <= tiles; tile += 4) switch (1) { CASE(1, 4) }
-    if (rows <= 3)
-        for (; tile + 2 <= tiles; tile += 2) switch (rows) { CASE(1, 2) CASE(2, 2) CASE(3, 2) }
+        for (; tile + 4 <= tiles; tile += 4) BLOCK_OF(1, 4);
+    if (rows == 2)
+        for (; tile + 2 <= tiles; tile += 2) BLOCK_OF(2, 2);
     for (; tile < tiles; tile++) {
-        for (row = 0; row + ROWS <= rows; row += ROWS) switch (1) { default: CASE(ROWS, 1) }
-        switch (rows - row) {
-            CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1)
-#if defined HALVES || LANES == 16
-            CASE(6, 1) CASE(7, 1)
+        for (row = 0; row + ROWS <= rows; row += ROWS) BLOCK_OF(ROWS, 1);
+#if ROWS > 8
+        if (rows - row >= 8) BLOCK_OF(8, 1), row += 8;
 #endif
-#if !defined HALVES && LANES == 16
-            CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1)
-#endif
-        }
+        if (rows - row >= 4) BLOCK_OF(4, 1), row += 4;
+        if (rows - row >= 2) BLOCK_OF(2, 1), row += 2;
+        if (rows - row >= 1) BLOCK_OF(1, 1);
     }
-#undef CASE
+#undef BLOCK_OF
 }
 #ifndef HALVES
 NOINLINE void widen(float *to, const char *block, int format) { /* a block to float32 */

@@ -13,7 +13,7 @@
 enum { SILU, GELU, GELU_TANH };
 
 typedef struct {
-    Matrix qkv, o, mlp, down; /* mlp: two tiles of the gate, two of up, and so on */
+    Matrix matrix[SLOTS];
     const float *attention_in, *attention_out, *mlp_in, *mlp_out; /* norms: (hidden), or null */
     const float *query_norm, *key_norm;                           /* (dim), or (heads, dim) if norms_all; or null */
     const float *cos, *sin;                                       /* (positions, turned / 2), or null */
@@ -147,7 +147,7 @@ static void queries_keys_values(Step *s, i64 layer, i64 unit, float *sum) {
     float x[D];
     for (i64 row = 0, rows; row < s->b->rows; row += rows) {
         rows = s->b->rows - row < CHUNK ? s->b->rows - row : CHUNK;
-        tiles_of(sum, rows * 16, &l->qkv, unit * tiles, (int)tiles, &s->x, row, rows);
+        tiles_of(sum, rows * 16, l->matrix + kind, head * tiles, (int)tiles, &s->x, row, rows);
         for (i64 t = 0; t < tiles; t++) expands(s, sum + t * rows * 16, layer, kind, head * tiles + t, row, rows);
         for (i64 r = 0; r < rows; r++) {
             float *to = l->norms_all && kind != V ? s->raw + ((row + r) * (m->heads + m->key_heads) + unit) * D : x;
@@ -157,7 +157,8 @@ static void queries_keys_values(Step *s, i64 layer, i64 unit, float *sum) {
     }
 }
 /* branch = x W^T of two tiles */
-static void branch(Step *s, const Matrix *w, i64 layer, i64 slot, const Panel *x, i64 unit, float *sum) {
+static void branch(Step *s, i64 layer, i64 slot, const Panel *x, i64 unit, float *sum) {
+    const Matrix *w = s->m->layer[layer].matrix + slot;
     for (i64 row = 0, rows; row < s->b->rows; row += rows) {
         rows = s->b->rows - row < CHUNK ? s->b->rows - row : CHUNK;
         tiles_of(sum, rows * 16, w, unit * 2, 2, x, row, rows);
@@ -177,8 +178,11 @@ INLINE vec activated(vec x, i64 activation) {
 static void gate_and_up(Step *s, i64 layer, i64 unit, float *sum) {
     for (i64 row = 0, rows; row < s->b->rows; row += rows) {
         rows = s->b->rows - row < CHUNK ? s->b->rows - row : CHUNK;
-        tiles_of(sum, rows * 16, &s->m->layer[layer].mlp, unit * 4, 4, &s->x, row, rows);
-        for (i64 t = 0; t < 4; t++) expands(s, sum + t * rows * 16, layer, t / 2 ? UP : GATE, unit * 2 + t % 2, row, rows);
+        for (i64 slot = GATE; slot <= UP; slot++) {
+            float *own = sum + (slot - GATE) * 2 * rows * 16;
+            tiles_of(own, rows * 16, s->m->layer[layer].matrix + slot, unit * 2, 2, &s->x, row, rows);
+            for (i64 t = 0; t < 2; t++) expands(s, own + t * rows * 16, layer, slot, unit * 2 + t, row, rows);
+        }
         for (i64 r = 0; r < rows; r++)
             for (i64 c = 0; c < 32; c += LANES) {
                 const float *gate = sum + (c / 16 * rows + r) * 16 + c % 16, *up = gate + 2 * rows * 16;
@@ -240,7 +244,7 @@ static void work(Step *s, int thread) {
             UNITS(u, blocks) { ROWS_OF_UNIT; shrinks(s, n, O, O, width, &s->attended, row, rows); }
             END(blocks);
         }
-        UNITS(u, H / 32) branch(s, &l->o, n, O, &s->attended, u, sum);
+        UNITS(u, H / 32) branch(s, n, O, &s->attended, u, sum);
         END(H / 32);
         UNITS(u, blocks) {
             ROWS_OF_UNIT;
@@ -256,7 +260,7 @@ static void work(Step *s, int thread) {
             UNITS(u, blocks) { ROWS_OF_UNIT; shrinks(s, n, DOWN, DOWN, m->inter, &s->active, row, rows); }
             END(blocks);
         }
-        UNITS(u, H / 32) branch(s, &l->down, n, DOWN, &s->active, u, sum);
+        UNITS(u, H / 32) branch(s, n, DOWN, &s->active, u, sum);
         END(H / 32);
         out_norm = l->mlp_out;
     }
