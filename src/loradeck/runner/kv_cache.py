@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from loradeck.serve.prefix_cache import BLOCK, PrefixCache
-from loradeck.serve.request import Request
+from loradeck.runner.prefix_cache import BLOCK, PrefixCache
+from loradeck.runner.request import Request
 
 MIN_CAPACITY = 128  # tokens; for smaller rows, moving costs more than the memory is worth
 Owner = TypeVar("Owner")

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from loradeck.serve.request import Key
+from loradeck.runner.request import Key
 
 BLOCK = 32  # tokens
 

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
+from loradeck.runner.kv_cache import MIN_CAPACITY, KVCache, KVLayout, LayerShape
+from loradeck.runner.prefix_cache import BLOCK
+from loradeck.runner.request import Request
 from loradeck.sampling import SamplingParams
-from loradeck.serve.kv_cache import MIN_CAPACITY, KVCache, KVLayout, LayerShape
-from loradeck.serve.prefix_cache import BLOCK
-from loradeck.serve.request import Request
 
 LAYOUT = KVLayout((LayerShape(1, 2, 2), LayerShape(2, 2, 2)), torch.float32, torch.device("cpu"))
 ROW = LAYOUT.token_bytes * MIN_CAPACITY

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loradeck.serve.prefix_cache import BLOCK, PrefixCache
+from loradeck.runner.prefix_cache import BLOCK, PrefixCache
 
 BASE, POET, HALF = (), (("poet", 1.0),), (("poet", 0.5),)
 SIZE = 2 * BLOCK * 4 * 4  # bytes of a block here: two tensors (1, 1, BLOCK, 4) of float32
