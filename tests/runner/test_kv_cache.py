@@ -116,6 +116,31 @@ def test_prefixes_have_what_rows_leave() -> None:
     check(cache)
 
 
+def test_prefixes_are_copies() -> None:
+    cache = KVCache(LAYOUT, 100 * ROW)
+    own, again = request(2 * BLOCK), request(2 * BLOCK)
+    cache.reserve(own, own.pending)
+    compute(cache, own)
+    cache.keep(own)
+    pool, row = cache.row(own)
+    for part in pool.read(row, 0, pool.capacity):
+        part.fill_(float("nan"))
+    cache.reserve(again, again.pending)
+    check(cache, again)
+
+
+def test_a_prompt_longer_than_the_room_keeps_its_beginning() -> None:
+    """Pools leave room for one block and a half."""
+    cache = KVCache(LAYOUT, ROW + 3 * BLOCK * LAYOUT.token_bytes // 2)
+    own = request(MIN_CAPACITY)
+    cache.reserve(own, own.pending)
+    compute(cache, own)
+    cache.keep(own)
+    assert cache.prefixes.nbytes == BLOCK * LAYOUT.token_bytes
+    check(cache, own)
+    assert [len(block.payload) for block in cache.prefixes.find(own)] == [4]
+
+
 def test_a_row_begins_with_what_is_known_of_its_prompt() -> None:
     cache = KVCache(LAYOUT, 100 * ROW)
     own = request(4 * BLOCK)

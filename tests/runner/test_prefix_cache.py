@@ -1,104 +1,99 @@
-"""Blocks of keys and values are found by their adapters, what came before them, and their own tokens."""
+"""Blocks are found by their adapters, what came before them, and their own tokens; held ones stay."""
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from loradeck.runner.prefix_cache import BLOCK, PrefixCache
+from loradeck.runner.prefix_cache import BLOCK, Block, PrefixCache
+from loradeck.runner.request import Request
+from loradeck.sampling import SamplingParams
 
 BASE, POET, HALF = (), (("poet", 1.0),), (("poet", 0.5),)
-SIZE = 2 * BLOCK * 4 * 4  # bytes of a block here: two tensors (1, 1, BLOCK, 4) of float32
+SIZE = 100  # bytes of a block here
 
 
-class Row:
-    """What a request has computed: each token's keys say where it stands."""
-
-    def __init__(self, length: int, label: float = 0.0) -> None:
-        self.keys = torch.arange(float(length))[None, None, :, None].expand(1, 1, length, 4) + label
-        self.reads = 0
-
-    def read(self, start: int, stop: int) -> Sequence[Tensor]:
-        self.reads += 1
-        return [self.keys[:, :, start:stop], -self.keys[:, :, start:stop]]
+def request(key, length: int, first: int = 0, **sampling) -> Request:
+    return Request([first, *range(1, length)], SamplingParams(**sampling), key)
 
 
-def tokens(length: int, first: int = 0) -> list[int]:
-    return [first, *range(1, length)]
+def keep(prefixes: PrefixCache[str], own: Request, label: str = "") -> list[Block[str]]:
+    """Keep all that a request computes, and hold it."""
+    blocks: list[Block[str]] = []
+    prefixes.keep(own, len(own.tokens), blocks, lambda index: f"{label}{index}")
+    return blocks
 
 
-def keep(prefixes: PrefixCache, key, own: list[int], room: int = 1 << 30, label: float = 0.0) -> Row:
-    row = Row(len(own), label)
-    prefixes.keep(key, own, row.read, room)
-    return row
+def found(prefixes: PrefixCache[str], own: Request) -> list[str]:
+    return [block.payload for block in prefixes.find(own)]
 
 
 def test_whole_blocks_are_found_but_for_the_last_token() -> None:
-    prefixes = PrefixCache()
-    keep(prefixes, POET, tokens(3 * BLOCK + 5))
-    assert len(prefixes.find(POET, tokens(3 * BLOCK + 5))) == 3
-    assert len(prefixes.find(POET, tokens(3 * BLOCK + 1))) == 3
-    assert len(prefixes.find(POET, tokens(3 * BLOCK))) == 2  # its last token is to be computed
-    assert len(prefixes.find(POET, tokens(BLOCK))) == 0
-    assert prefixes.hits == 8 * BLOCK
-    assert prefixes.queries == 10 * BLOCK + 6
-    blocks = prefixes.find(POET, tokens(3 * BLOCK + 5))
-    found = torch.cat([block.tensors[0] for block in blocks], dim=2)
-    assert torch.equal(found[0, 0, :, 0], torch.arange(3.0 * BLOCK))
+    prefixes = PrefixCache[str](SIZE)
+    keep(prefixes, request(POET, 3 * BLOCK + 5))
+    assert found(prefixes, request(POET, 3 * BLOCK + 5)) == ["0", "1", "2"]
+    assert found(prefixes, request(POET, 3 * BLOCK + 1)) == ["0", "1", "2"]
+    assert found(prefixes, request(POET, 3 * BLOCK)) == ["0", "1"]  # its last token is to be computed
+    assert found(prefixes, request(POET, BLOCK)) == []
+
+
+def test_a_request_starts_with_what_was_found() -> None:
+    prefixes = PrefixCache[str](SIZE)
+    keep(prefixes, request(POET, 3 * BLOCK))
+    own, again, scored = (request(POET, 3 * BLOCK, **sampling) for sampling in ({}, {}, {"prompt_logprobs": 0}))
+    again.admitted = 1.0  # what it finds may be its own
+    for each in (own, again, scored):
+        prefixes.start(each, prefixes.find(each))
+    assert [each.computed for each in (own, again, scored)] == [2 * BLOCK, 2 * BLOCK, 0]
+    assert [each.cached for each in (own, again, scored)] == [2 * BLOCK, 0, 0]
+    assert (prefixes.queries, prefixes.hits) == (6 * BLOCK, 4 * BLOCK)
 
 
 def test_nothing_is_found_under_another_key() -> None:
-    prefixes = PrefixCache()
-    for i, key in enumerate((POET, HALF, BASE)):
-        keep(prefixes, key, tokens(BLOCK), label=100.0 * i)
-    for i, key in enumerate((POET, HALF, BASE)):
-        block = prefixes.find(key, tokens(BLOCK + 1))[0]
-        assert float(block.tensors[0][0, 0, 0, 0]) == 100.0 * i
-    assert prefixes.find((("pirate", 1.0),), tokens(BLOCK + 1)) == []
-    assert prefixes.find((*POET, ("pirate", 1.0)), tokens(BLOCK + 1)) == []
+    prefixes = PrefixCache[str](SIZE)
+    for label, key in (("poet", POET), ("half", HALF), ("base", BASE)):
+        keep(prefixes, request(key, BLOCK), label)
+    for label, key in (("poet", POET), ("half", HALF), ("base", BASE)):
+        assert found(prefixes, request(key, BLOCK + 1)) == [f"{label}0"]
+    assert found(prefixes, request((("pirate", 1.0),), BLOCK + 1)) == []
+    assert found(prefixes, request((*POET, ("pirate", 1.0)), BLOCK + 1)) == []
 
 
 def test_the_same_tokens_after_others_are_others() -> None:
-    prefixes = PrefixCache()
-    keep(prefixes, POET, tokens(2 * BLOCK, first=0))
-    keep(prefixes, POET, tokens(2 * BLOCK, first=999), label=0.5)
-    own = prefixes.find(POET, [*tokens(2 * BLOCK, first=999), 1])
-    assert [float(block.tensors[0][0, 0, 0, 0]) % 1 for block in own] == [0.5, 0.5]
-    assert prefixes.find(POET, [*tokens(2 * BLOCK, first=5), 1]) == []
+    prefixes = PrefixCache[str](SIZE)
+    keep(prefixes, request(POET, 2 * BLOCK, first=0), "a")
+    keep(prefixes, request(POET, 2 * BLOCK, first=999), "b")
+    assert found(prefixes, request(POET, 2 * BLOCK + 1, first=999)) == ["b0", "b1"]
+    assert found(prefixes, request(POET, 2 * BLOCK + 1, first=5)) == []
 
 
-def test_what_is_known_is_not_copied_again() -> None:
-    prefixes = PrefixCache()
-    assert keep(prefixes, POET, tokens(4 * BLOCK)).reads == 4
-    assert keep(prefixes, POET, tokens(4 * BLOCK)).reads == 0
-    assert prefixes.nbytes == 4 * SIZE
-
-
-def test_blocks_are_copies() -> None:
-    prefixes = PrefixCache()
-    row = Row(BLOCK)
-    row.keys = row.keys.clone()
-    prefixes.keep(POET, tokens(BLOCK), row.read, 1 << 30)
-    row.keys.fill_(float("nan"))
-    assert not prefixes.find(POET, tokens(BLOCK + 1))[0].tensors[0].isnan().any()
+def test_what_is_known_is_not_made_again() -> None:
+    prefixes = PrefixCache[str](SIZE)
+    first = keep(prefixes, request(POET, 4 * BLOCK), "a")
+    second = keep(prefixes, request(POET, 5 * BLOCK), "b")
+    assert [block.payload for block in second] == ["a0", "a1", "a2", "a3", "b4"]
+    assert second[:4] == first
 
 
 def test_the_least_recently_used_give_way_the_last_of_a_prompt_first() -> None:
-    prefixes = PrefixCache()
-    keep(prefixes, POET, tokens(2 * BLOCK), 4 * SIZE)
-    keep(prefixes, BASE, tokens(2 * BLOCK), 4 * SIZE)
-    prefixes.find(POET, tokens(2 * BLOCK + 1))
-    keep(prefixes, HALF, tokens(BLOCK), 4 * SIZE)
-    assert prefixes.nbytes == 4 * SIZE
-    assert [len(prefixes.find(key, tokens(2 * BLOCK + 1))) for key in (POET, BASE, HALF)] == [2, 1, 1]
-    prefixes.shrink(0)
+    prefixes = PrefixCache[str](SIZE)
+    poet, base, half = request(POET, 2 * BLOCK + 1), request(BASE, 2 * BLOCK + 1), request(HALF, BLOCK + 1)
+    for own, label in ((poet, "poet"), (base, "base")):
+        prefixes.release(keep(prefixes, own, label))
+    blocks = prefixes.find(poet)
+    prefixes.start(poet, blocks)
+    prefixes.release(blocks)
+    prefixes.release(keep(prefixes, half, "half"))
+    assert prefixes.nbytes == 5 * SIZE
+    assert prefixes.shrink(4 * SIZE) == ["base1"]
+    assert [found(prefixes, own) for own in (poet, base, half)] == [["poet0", "poet1"], ["base0"], ["half0"]]
+    assert prefixes.shrink(0) == ["base0", "poet1", "poet0", "half0"]
     assert (prefixes.nbytes, len(prefixes._blocks)) == (0, 0)
 
 
-def test_a_prompt_longer_than_the_room_keeps_its_beginning() -> None:
-    prefixes = PrefixCache()
-    keep(prefixes, POET, tokens(5 * BLOCK), 2 * SIZE)
-    assert prefixes.nbytes <= 2 * SIZE
-    assert len(prefixes.find(POET, tokens(5 * BLOCK))) == 2
-    keep(prefixes, BASE, tokens(BLOCK), 0)
-    assert prefixes.find(BASE, tokens(BLOCK + 1)) == []
+def test_what_is_held_stays_until_the_last_one_releases_it() -> None:
+    prefixes = PrefixCache[str](SIZE)
+    long, short = request(POET, 3 * BLOCK), request(POET, BLOCK + 1)
+    first, second = keep(prefixes, long), keep(prefixes, short)
+    assert prefixes.nbytes == 0
+    prefixes.release(first)
+    assert prefixes.nbytes == 2 * SIZE
+    assert prefixes.shrink(0) == ["2", "1"]
+    assert found(prefixes, long) == ["0"]
+    prefixes.release(second)
+    assert prefixes.shrink(0) == ["0"]
