@@ -36,8 +36,9 @@ MAY = {
     "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},
     "gguf": {"lora", "ops", "base", *GROUND},
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
-    "serve": {"sampling", "store", "stored", "lora", "ops", "base", *GROUND},
-    "api": {"evaluation", "dataset", "serve", "sampling", "store", "stored", "lora", "base", *GROUND},
+    "runner": {"sampling", "lora", "ops", "base", *GROUND},
+    "serve": {"runner", "sampling", "store", "stored", "lora", "ops", "base", *GROUND},
+    "api": {"evaluation", "dataset", "serve", "runner", "sampling", "store", "stored", "lora", "base", *GROUND},
     "cli": {
         "api",
         "evaluation",

@@ -12,10 +12,10 @@ from benchmarks.soak.catalogue import Catalogue
 from benchmarks.soak.requests import Answer, Ledger, RandomRequests, Request, Resolution, Route
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
+from loradeck.runner.kv_cache import KVCache
 from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.kv_cache import KVCache
 
 PATIENCE = 600.0  # seconds after the end for requests to finish
 

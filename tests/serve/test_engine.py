@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import MODELS, VOCABULARY, adapter
 from transformers import MambaConfig, MambaForCausalLM
 
 from loradeck import AdapterStore, Bank, Base
@@ -31,7 +32,7 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.stop_strings import StopFilter
 
-from .conftest import MODELS, VOCABULARY, adapter, fill, greedy, ids, prompts, until
+from .conftest import fill, greedy, ids, prompts, until
 
 pytestmark = pytest.mark.slow
 

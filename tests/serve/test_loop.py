@@ -13,10 +13,10 @@ import pytest
 from loradeck import AdapterStore, Base
 from loradeck.errors import AdapterError, BusyError, ConfigError, RequestError
 from loradeck.lora import safetensors_io
+from loradeck.runner.request import Finish, Request
 from loradeck.sampling import SamplingParams
 from loradeck.serve.engine import Engine
 from loradeck.serve.generation import Generation
-from loradeck.serve.request import Finish, Request
 from loradeck.serve.stop_strings import StopFilter
 
 from .conftest import greedy, ids, prompts, until

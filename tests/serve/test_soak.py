@@ -11,8 +11,8 @@ from benchmarks.soak.judge import BOUND, Judge, Judgement, judge_all
 from benchmarks.soak.requests import Answer, Ledger, Request
 
 from loradeck import Base
+from loradeck.runner.prefix_cache import PrefixCache
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.prefix_cache import PrefixCache
 
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,8 @@ from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.compatibility import why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
+from loradeck.runner.request import Key
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request import Key
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
 

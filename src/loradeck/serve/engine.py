@@ -18,14 +18,14 @@ from loradeck.base.weights import shared_copy
 from loradeck.blend import format_blend
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
+from loradeck.runner.kv_cache import KVCache
+from loradeck.runner.model_runner import ModelRunner
+from loradeck.runner.request import Request
 from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.generation import Generation
-from loradeck.serve.kv_cache import KVCache
 from loradeck.serve.loop import Loop
-from loradeck.serve.model_runner import ModelRunner
-from loradeck.serve.request import Request
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.stats import Observer, Stats
 from loradeck.serve.stop_strings import StopFilter

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loradeck.serve.kv_cache import LayerShape, Pool
+from loradeck.runner.kv_cache import LayerShape, Pool
 
 NAME = "loradeck_cached"
 UNSUPPORTED = ("s_aux", "position_bias")  # additional arguments of some models' attention

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from loradeck.errors import BaseModelError
 from loradeck.lora.bank import Bank
 from loradeck.ops.dispatch import warm_up
-from loradeck.serve import attention
-from loradeck.serve.attention import Decode, Part, PromptChunk
-from loradeck.serve.kv_cache import KVCache, KVLayout
-from loradeck.serve.request import Request, Scheduled
+from loradeck.runner import attention
+from loradeck.runner.attention import Decode, Part, PromptChunk
+from loradeck.runner.kv_cache import KVCache, KVLayout
+from loradeck.runner.request import Request, Scheduled
 
 
 class ModelRunner:
