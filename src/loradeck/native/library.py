@@ -102,7 +102,7 @@ def library(halves: bool) -> ctypes.CDLL:
     Raises:
         OSError: as `compiler.load`.
     """
-    step = compiler.load(SOURCE, HALVES if halves else "")
+    step = compiler.load(SOURCE, f"-O2 {HALVES if halves else str()}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
     step.loradeck_page_bytes.restype = c_int64

@@ -5,6 +5,7 @@ them (`native`). A full page is never written to again, so requests with the sam
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loradeck.runner.page_pool import PagePool
@@ -50,6 +51,10 @@ class PagedCache:
     def table(self, request: Request) -> int:
         """Return the address of the addresses of a request's pages, until the request's next `reserve` or `keep`."""
         return self._rows[request].pages.buffer_info()[0]
+
+    def pages(self, request: Request) -> Sequence[int]:
+        """Return the addresses of a request's pages."""
+        return self._rows[request].pages
 
     def reserve(self, request: Request, tokens: int) -> bool:
         """Make room for this many tokens of a request. If there is none, return False and change nothing.
