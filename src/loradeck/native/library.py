@@ -95,6 +95,17 @@ class CBatch(Structure):
     )
 
 
+class CProduct(Structure):
+    """A product of rows with a matrix."""
+
+    _fields_ = (
+        ("w", CMatrix),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "format")),
+    )
+
+
 @cache
 def library(halves: bool) -> ctypes.CDLL:
     """Return the compiled step; with `halves` the one that multiplies in bfloat16.
@@ -102,8 +113,9 @@ def library(halves: bool) -> ctypes.CDLL:
     Raises:
         OSError: as `compiler.load`.
     """
-    step = compiler.load(SOURCE, f"-O2 {HALVES if halves else str()}")
+    step = compiler.load(SOURCE, f"-O2 {HALVES if halves else ''}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
+    step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
     step.loradeck_page_bytes.restype = c_int64
     return step

@@ -44,9 +44,7 @@ class NativeModel:
         """
         self.table, self.halves = table, halves
         self.library = library(halves)
-        hidden, inter, head_dim = (
-            padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim)
-        )
+        hidden, inter, head_dim = (padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim))
         self.vocabulary = padded(table.vocabulary, HEAD_OUTPUTS)
         self._hidden = Width(1, table.hidden, hidden)
         inters = Width(1, table.intermediate, inter)
@@ -112,7 +110,8 @@ class NativeModel:
         queries, keys = self.widths["q"][0], self.widths["k"][0]
         norms_all = layer.query_norm is not None and len(layer.query_norm) != queries.size
         each = (queries, keys) if norms_all else (queries._replace(parts=1), keys._replace(parts=1))
-        norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, (*[self._hidden] * 4, *each), strict=True)}
+        widths = (*[self._hidden] * 4, *each)
+        norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, widths, strict=True)}
         return CLayer((CMatrix * len(SLOTS))(*matrices), **norms, window=layer.window or 0, norms_all=norms_all)
 
     def _matrix(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix:
