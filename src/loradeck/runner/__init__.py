@@ -1,0 +1,1 @@
+"""One step of a model for a batch of rows, each through its own adapters."""
