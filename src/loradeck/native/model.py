@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loradeck.native.blocks import FORMATS, INPUTS, pack, pad, padded
+from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
 from loradeck.native.library import NORMS, CLayer, CMatrix, CModel, library
 from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
 
@@ -116,18 +116,31 @@ class NativeModel:
 
     def _matrix(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix:
         rows = slice(linear.start, linear.start + linear.outputs)
-        weight = linear.weight[rows].detach()
-        if weight.dtype not in FORMATS:
-            raise ValueError(f"its weights are in {weight.dtype}")
-        if self.halves and weight.dtype not in (torch.bfloat16, torch.int8):
-            raise ValueError(f"its weights are in {weight.dtype}, not in bfloat16")
-        parts = weight.reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
-        parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
-        blocks = pack(parts.reshape(outputs.total, inputs.total))
+        blocks = self._blocks(linear, outputs, inputs)
+        if blocks.dtype not in FORMATS:
+            raise ValueError(f"its weights are in {blocks.dtype}")
+        if self.halves and blocks.dtype not in (torch.bfloat16, torch.int8):
+            raise ValueError(f"its weights are in {blocks.dtype}, not in bfloat16")
         scales, bias = (
             None if each is None else self._floats(each[rows], outputs) for each in (linear.scales, linear.bias)
         )
-        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[weight.dtype], scales, bias)
+        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[blocks.dtype], scales, bias)
+
+    def _blocks(self, linear: Linear, outputs: Width, inputs: Width) -> Tensor:
+        """Return a matrix's blocks: where possible those that it lies in."""
+        rows = slice(linear.start, linear.start + linear.outputs)
+        if linear.blocks is None:
+            weight = linear.weight
+        else:
+            whole = all(width.parts == 1 or width.size == width.padded for width in (outputs, inputs))
+            if whole and linear.start % OUTPUTS == 0:
+                tiles = linear.blocks.detach()[linear.start // OUTPUTS :][: outputs.total // OUTPUTS]
+                if len(tiles) * OUTPUTS == outputs.total and tiles.is_contiguous():
+                    return tiles
+            weight = unpack(linear.blocks.detach())[:, : inputs.parts * inputs.size]
+        parts = weight[rows].detach().reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
+        parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
+        return pack(parts.reshape(outputs.total, inputs.total))
 
     def _floats(self, tensor: Tensor | None, width: Width | None = None) -> int | None:
         """Return the address of one number, in float32, for each of some outputs."""

@@ -5,12 +5,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from loradeck.native.blocks import FORMATS
+from loradeck.native.blocks import FORMATS, OUTPUTS, pad
 from loradeck.native.library import CMatrix, CProduct, library
 
 
 def product(x: Tensor, blocks: Tensor, outputs: int, bias: Tensor | None, *, halves: bool) -> Tensor:
-    """X Wᵀ + bias: x (…, I) in a floating-point dtype, blocks (O / 16, I / 32, 512), bias (O,) in float32 -> (…, O).
+    """X Wᵀ + bias: x (…, I) in a floating-point dtype, blocks (O / 16, I / 32, 512), bias (O,) -> (…, O).
 
     Raises:
         OSError: the code cannot be compiled.
@@ -18,6 +18,8 @@ def product(x: Tensor, blocks: Tensor, outputs: int, bias: Tensor | None, *, hal
     """
     items = x.reshape(-1, x.shape[-1]).contiguous()
     y = items.new_empty(len(items), outputs)
+    if bias is not None:
+        bias = pad(bias.detach().float(), blocks.shape[0] * OUTPUTS)
     matrix = CMatrix(
         blocks.data_ptr(), blocks.shape[0], blocks.shape[1], FORMATS[blocks.dtype], None,
         None if bias is None else bias.data_ptr(),

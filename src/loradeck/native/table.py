@@ -7,8 +7,9 @@
     logits = cap(head(norm(hidden)) · logit_scale)
 
 A norm is x / sqrt(mean(x²) + eps) · weight; one that is None leaves x as it is. cap(z) is z, or where there is a
-logit_cap, logit_cap · tanh(z / logit_cap). Queries and keys are normed and rotated by position; attention is the softmax
-of their products times `scale`, capped by `softcap` in the same way, over the tokens before, within the layer's window.
+logit_cap, logit_cap · tanh(z / logit_cap). Queries and keys are normed and rotated by position. Attention is the
+softmax of their products times `scale`, capped by `softcap` in the same way, over the tokens before, within the layer's
+window.
 
 H hidden size   Q query heads   K key heads   D width of a head   I intermediate size   V vocabulary   P positions
 """
@@ -40,6 +41,8 @@ class Linear:
     """(out,) of the whole module."""
     scales: Tensor | None = None
     """(out,) of the whole module, of an int8 weight."""
+    blocks: Tensor | None = None
+    """The weight in blocks, as `blocks.pack` returns it, where it lies in them already; then `weight` is empty."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,16 +1,17 @@
-"""Which runner computes a model: the compiled step where it can, transformers' modules elsewhere. Decided once, by trying."""
+"""Which runner computes a model, found by trying: the compiled step where it can, transformers' modules elsewhere."""
 
 import logging
 
 from transformers import PreTrainedModel
 
+from loradeck.runner.interface import Runner
 from loradeck.runner.model_runner import ModelRunner
 from loradeck.runner.native_runner import NativeRunner
 
 log = logging.getLogger(__name__)
 
 
-def runner_of(model: PreTrainedModel, *, enforce_eager: bool = False) -> ModelRunner | NativeRunner:
+def runner_of(model: PreTrainedModel, *, enforce_eager: bool = False) -> Runner:
     """Return the runner of a model, which is the runner's own from now on: see `base.weights.shared_copy`.
 
     Raises:

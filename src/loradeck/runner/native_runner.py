@@ -61,6 +61,10 @@ class NativeRunner:
         """Return an empty KV cache of this many bytes."""
         return PagedCache(self.native.page_bytes, budget)
 
+    def prepare(self, adapter: Adapter) -> None:
+        """Pack an adapter, so that its first step need not."""
+        self._packed(adapter)
+
     def run(self, batch: Sequence[Scheduled], cache: PagedCache) -> list[Tensor]:
         """Compute a step. Return the logits (S, V) of each scheduled request's last `logits_to_keep` tokens."""
         uses = [self._uses(work.request.key) for work in batch]

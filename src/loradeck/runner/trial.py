@@ -1,35 +1,15 @@
 """What a runner must reproduce: the logits that the model itself computes for two prompts, each alone."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
-
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from loradeck.runner.interface import Runner
 from loradeck.runner.request import Request, Scheduled
 
 LENGTHS = (7, 5)
 CHUNKS = ((4, 1), (2, 4), (1, 0))  # tokens of each prompt in one step after the other
 TOLERANCE = {torch.float32: 1e-3}  # share of the logits' norm
 HALF_TOLERANCE = 5e-2
-
-
-class Runner(Protocol):
-    """Computes batches of requests over a KV cache of its own kind."""
-
-    def new_cache(self, budget: int) -> Any:
-        """Return an empty KV cache of this many bytes."""
-        ...
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        ...
-
-    def run(self, batch: Sequence[Scheduled], cache: Any) -> list[Tensor]:
-        """Compute a step. Return the logits (S, V) of each scheduled request's last `logits_to_keep` tokens."""
-        ...
 
 
 class Trial:

@@ -65,7 +65,9 @@ class Engine:
                 hint=f"A token takes {self._runner.token_bytes} bytes.",
             )
         self._longest = min(cache.max_tokens, base.context or cache.max_tokens)
-        self.adapter_cache = AdapterCache(self._runner.bank, store, self.config, lambda: self._loop.wake())
+        self.adapter_cache = AdapterCache(
+            self._runner.bank, store, self.config, lambda: self._loop.wake(), self._runner.prepare
+        )
         self._loop = Loop(
             self._runner,
             cache,
