@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loradeck.native.blocks import FORMATS, INPUTS, pack, pad, padded
-from loradeck.native.library import NORMS, CLayer, CMatrix, CModel, library
+from loradeck.native.library import HALVES, NORMS, CLayer, CMatrix, CModel, library
 from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
 
 HEAD_OUTPUTS = 64  # of one unit of the head
@@ -43,7 +43,7 @@ class NativeModel:
             OSError: the step cannot be compiled.
         """
         self.table, self.halves = table, halves
-        self.library = library(halves)
+        self.library = library(HALVES if halves else "")
         hidden, inter, head_dim = (
             padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim)
         )
