@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loradeck.base.blocked import BlockWeight
 from loradeck.base.frozen import FrozenLinear
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear
 from loradeck.lora.layer import LoraLayer
@@ -81,7 +82,9 @@ class _Reader:
         modules: list[Any] = [*self.part(self.decoder, parts, "layers").children()]
         norm = self.norm(self.part(self.decoder, parts, "norm"))
         kinds = [self.rotary_kind(module) for module in modules]
-        rotary = {kind: self.rotary(self.part(self.decoder, parts, "rotary_emb"), kind) for kind in dict.fromkeys(kinds)}
+        rotary = {
+            kind: self.rotary(self.part(self.decoder, parts, "rotary_emb"), kind) for kind in dict.fromkeys(kinds)
+        }
 
         dtype = (embedding if scales is None else scales).dtype
         x = torch.randn(TOKENS, embedding.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -130,7 +133,7 @@ class _Reader:
             self.linear(self.part(attention, projections, "o_proj")),
             self.linear(self.part(mlp, products, "down_proj")),
         )
-        inner = down.weight.shape[1]
+        inner = down.blocked or down.stored.shape[1]
         gated = self.linears(mlp, products, "gate_up_proj", {"gate": inner, "up": inner})
         seen = self.observe(module, x, kind)
         queries, keys = (tensor[0].numel() for tensor in (seen.query, seen.key))
@@ -149,7 +152,7 @@ class _Reader:
 
     def agreed(self, table: Table, layer: Layer, seen: Observation, x: Tensor, module: nn.Module) -> Layer:
         """Return a layer's row, rotary or without, if its definition computes what the module does."""
-        exact = {each.weight.dtype for each in layer.linears.values()} == {torch.float32}
+        exact = {each.stored.dtype for each in layer.linears.values()} == {torch.float32}
         tolerance = EXACT if exact else ROUNDED
         hidden = x.float()
         inside = reference.norm(hidden, layer.attention_in, table.eps)
@@ -202,10 +205,11 @@ class _Reader:
             self.refuse(module, f"is no plain linear layer but a {type(module).__name__}")
         linear = cast("nn.Linear", module)
         scales = module.scales if isinstance(module, QuantisedLinear) else None
-        weight = dense_weight(module) if scales is None else linear.weight
+        blocked = linear.in_features if isinstance(linear.weight, BlockWeight) else 0
+        weight = linear.weight if blocked or scales is not None else dense_weight(module)
         if scales is None and not weight.is_floating_point():
             self.refuse(module, f"has a weight in {weight.dtype}")
-        return Linear(self.paths[module], weight, 0, len(weight), linear.bias, scales)
+        return Linear(self.paths[module], weight, 0, linear.out_features, linear.bias, scales, blocked)
 
     def embedding(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
         """Return weight, scales of an int8 weight, and the factor of what is looked up (Gemma's)."""
@@ -297,7 +301,9 @@ def _positions(rotary: nn.Module, like: Tensor, count: int, kind: str | None) ->
 def _same(noun: str, values: Iterable[T]) -> T:
     different = [*dict.fromkeys(values)]
     if len(different) != 1:
-        raise DescriptionError(f"its layers have different {noun}: {', '.join(map(str, different)) or 'there are none'}")
+        raise DescriptionError(
+            f"its layers have different {noun}: {', '.join(map(str, different)) or 'there are none'}"
+        )
     return different[0]
 
 
