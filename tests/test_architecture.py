@@ -30,7 +30,7 @@ MAY = {
     "lora": {"ops", *GROUND},
     "stored": {"lora", *GROUND},
     "store": {"stored", "lora", *GROUND},
-    "base": GROUND,
+    "base": {"native", *GROUND},
     "generation": {"lora", "base", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
     "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},

@@ -39,10 +39,12 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
     if weights not in CHOICES:
         raise ConfigError(f"invalid weights {weights!r}", hint=f"Use one of {', '.join(CHOICES)}.")
     if weights in ("packed", "blocks"):
-        uses, lay_out = _uses(model), pack if weights == "packed" else block
+        uses = _uses(model)
+        for lay_out in (block, pack) if weights == "blocks" else (pack,):  # what blocks cannot hold is packed
+            for module in model.modules():
+                if _is_frozen(module, nn.Linear) and uses[id(module.weight)] == 1:
+                    lay_out(cast("nn.Linear", module))
         for module in model.modules():
-            if _is_frozen(module, nn.Linear) and uses[id(module.weight)] == 1:
-                lay_out(cast("nn.Linear", module))
             if _is_frozen(module, nn.Linear):  # if it was not packed
                 upcast(cast("nn.Linear", module))
     if weights == "int8":
