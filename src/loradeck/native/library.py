@@ -107,13 +107,13 @@ class CProduct(Structure):
 
 
 @cache
-def library(halves: bool) -> ctypes.CDLL:
-    """Return the compiled step; with `halves` the one that multiplies in bfloat16.
+def library(options: str = "") -> ctypes.CDLL:
+    """Return the step compiled with these options, besides the compiler's own: with `HALVES` it multiplies in bfloat16.
 
     Raises:
         OSError: as `compiler.load`.
     """
-    step = compiler.load(SOURCE, f"-O2 {HALVES if halves else ''}")
+    step = compiler.load(SOURCE, f"-O2 {options}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)

@@ -1,13 +1,14 @@
 """A table's weights as the step reads them: matrices in blocks, padded where a width is no multiple of a block."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
-from loradeck.native.library import NORMS, CLayer, CMatrix, CModel, library
+from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded
+from loradeck.native.library import HALVES, NORMS, CLayer, CMatrix, CModel, library
 from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
 
 HEAD_OUTPUTS = 64  # of one unit of the head
@@ -43,7 +44,7 @@ class NativeModel:
             OSError: the step cannot be compiled.
         """
         self.table, self.halves = table, halves
-        self.library = library(halves)
+        self.library = library(HALVES if halves else "")
         hidden, inter, head_dim = (padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim))
         self.vocabulary = padded(table.vocabulary, HEAD_OUTPUTS)
         self._hidden = Width(1, table.hidden, hidden)
@@ -59,7 +60,7 @@ class NativeModel:
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
         self._layers = (CLayer * len(table.layers))(*map(self._layer, table.layers))
-        tied = table.embedding is table.head.weight
+        tied = table.embedding is table.head.stored
         embedding = table.embedding.detach().contiguous()
         self.c = CModel(
             layers=len(table.layers),
@@ -88,6 +89,7 @@ class NativeModel:
             logit_cap=table.logit_cap or 0.0,
         )
         self.page_bytes: int = self.library.loradeck_page_bytes(self.c)
+        self.table = _without_weights(table)
 
     def reach(self, positions: int) -> None:
         """Make the tables of cos and sin as long as a step needs them."""
@@ -129,15 +131,13 @@ class NativeModel:
     def _blocks(self, linear: Linear, outputs: Width, inputs: Width) -> Tensor:
         """Return a matrix's blocks: where possible those that it lies in."""
         rows = slice(linear.start, linear.start + linear.outputs)
-        if linear.blocks is None:
-            weight = linear.weight
-        else:
-            whole = all(width.parts == 1 or width.size == width.padded for width in (outputs, inputs))
-            if whole and linear.start % OUTPUTS == 0:
-                tiles = linear.blocks.detach()[linear.start // OUTPUTS :][: outputs.total // OUTPUTS]
-                if len(tiles) * OUTPUTS == outputs.total and tiles.is_contiguous():
-                    return tiles
-            weight = unpack(linear.blocks.detach())[:, : inputs.parts * inputs.size]
+        padded_apart = any(width.parts > 1 and width.size != width.padded for width in (outputs, inputs))
+        if linear.blocked and not padded_apart and linear.start % OUTPUTS == 0:
+            first = linear.start // OUTPUTS
+            tiles = linear.stored.detach()[first : first + outputs.total // OUTPUTS]
+            if len(tiles) * OUTPUTS == outputs.total:
+                return tiles
+        weight = linear.weight
         parts = weight[rows].detach().reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
         parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
         return pack(parts.reshape(outputs.total, inputs.total))
@@ -156,9 +156,22 @@ class NativeModel:
 
     def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""
-        dtypes = {linear.weight.dtype for layer in self.table.layers for linear in layer.linears.values()}
+        dtypes = {linear.stored.dtype for layer in self.table.layers for linear in layer.linears.values()}
         if torch.int8 in dtypes:
             return torch.bfloat16 if self.halves else torch.float32
         if len(dtypes) > 1:
             raise ValueError(f"its layers mix {' and '.join(sorted(map(str, dtypes)))}")
         return next(iter(dtypes))
+
+
+def _without_weights(table: Table) -> Table:
+    """Return a table that keeps no weights in memory."""
+    empty = torch.empty(0)
+
+    def slim(linear: Linear) -> Linear:
+        return replace(linear, stored=empty, bias=None, scales=None)
+
+    layers = (
+        replace(layer, linears={slot: slim(linear) for slot, linear in layer.linears.items()}) for layer in table.layers
+    )
+    return replace(table, layers=tuple(layers), embedding=empty, embedding_scales=None, head=slim(table.head))

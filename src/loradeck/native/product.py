@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loradeck.native.blocks import FORMATS, OUTPUTS, pad
-from loradeck.native.library import CMatrix, CProduct, library
+from loradeck.native.library import HALVES, CMatrix, CProduct, library
 
 
 def product(x: Tensor, blocks: Tensor, outputs: int, bias: Tensor | None, *, halves: bool) -> Tensor:
@@ -25,6 +25,6 @@ def product(x: Tensor, blocks: Tensor, outputs: int, bias: Tensor | None, *, hal
         None if bias is None else bias.data_ptr(),
     )  # fmt: skip
     c = CProduct(matrix, items.data_ptr(), y.data_ptr(), len(items), items.shape[1], outputs, FORMATS[items.dtype])
-    if len(items) and library(halves).loradeck_product(ctypes.byref(c), torch.get_num_threads()):
+    if len(items) and library(HALVES if halves else "").loradeck_product(ctypes.byref(c), torch.get_num_threads()):
         raise MemoryError("out of memory in a product; send fewer rows at once")
     return y.view(*x.shape[:-1], outputs)

@@ -20,6 +20,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from loradeck.native.blocks import unpack
+
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
 Slot: TypeAlias = Literal["q", "k", "v", "o", "gate", "up", "down"]
 SLOTS: tuple[Slot, ...] = ("q", "k", "v", "o", "gate", "up", "down")
@@ -33,16 +35,21 @@ class Linear:
     """
 
     path: str
-    weight: Tensor
-    """(out, in) of the whole module: float32, bfloat16, float16; or int8 with `scales`."""
+    stored: Tensor
+    """The whole module's weight: (out, in) in float32, bfloat16, float16, or int8 with `scales`; or in blocks."""
     start: int
     outputs: int
     bias: Tensor | None = None
     """(out,) of the whole module."""
     scales: Tensor | None = None
     """(out,) of the whole module, of an int8 weight."""
-    blocks: Tensor | None = None
-    """The weight in blocks, as `blocks.pack` returns it, where it lies in them already; then `weight` is empty."""
+    blocked: int = 0
+    """How many inputs a weight in blocks has; 0: it is (out, in)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole module's weight (out, in); of one in blocks a copy, with what pads its last outputs."""
+        return unpack(self.stored.detach())[:, : self.blocked] if self.blocked else self.stored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +89,7 @@ class Table:
     """Of all norms."""
     layers: tuple[Layer, ...]
     embedding: Tensor
-    """(V, H); the same tensor as `head.weight` where they are tied. int8 with `embedding_scales`."""
+    """(V, H); the same tensor as `head.stored` where they are tied. int8 with `embedding_scales`."""
     embedding_scales: Tensor | None
     """(V,)"""
     embedding_scale: float
