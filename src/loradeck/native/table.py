@@ -6,9 +6,9 @@
         hidden += residual_scale · mlp_out(down(activation(gate(x)) · up(x)))       x = mlp_in(hidden)
     logits = cap(head(norm(hidden)) · logit_scale)
 
-A norm is x / sqrt(mean(x²) + eps) · weight; one that is None leaves x as it is. cap(z) is logit_cap · tanh(z / logit_cap),
-or z. Queries and keys are normed and rotated by position; attention is the softmax of their products times `scale`, capped
-like the logits, over the tokens before, within the layer's window.
+A norm is x / sqrt(mean(x²) + eps) · weight; one that is None leaves x as it is. cap(z) is logit_cap ·
+tanh(z / logit_cap), or z. Queries and keys are normed and rotated by position; attention is the softmax of their
+products times `scale`, capped like the logits, over the tokens before, within the layer's window.
 
 H hidden size   Q query heads   K key heads   D width of a head   I intermediate size   V vocabulary   P positions
 """
@@ -87,8 +87,8 @@ class Table:
     """(H,), before the head."""
     head: Linear
     rotary: tuple[Callable[[int], tuple[Tensor, Tensor]], ...]
-    """Each returns for the first P positions cos and sin (P, R / 2) in float32. The first R numbers of a head are turned:
-    number d with number d + R / 2."""
+    """Each returns for the first P positions cos and sin (P, R / 2) in float32. The first R numbers of a head are
+    turned: number d with number d + R / 2."""
     activation: Activation
     scale: float
     softcap: float | None
