@@ -12,10 +12,10 @@ from benchmarks.soak.catalogue import Catalogue
 from benchmarks.soak.requests import Answer, Ledger, RandomRequests, Request, Resolution, Route
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
+from loradeck.runner.interface import Cache
 from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
-from loradeck.serve.kv_cache import KVCache
 
 PATIENCE = 600.0  # seconds after the end for requests to finish
 
@@ -45,7 +45,7 @@ def soak(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[L
     return ledger, figures
 
 
-def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Ledger, dict[str, float], KVCache]:
+def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Ledger, dict[str, float], Cache]:
     """Do so until the engine is closed, and return its cache too."""
     ledger, stop, memory = Ledger(), threading.Event(), MemoryTrace()
     with Engine(base, catalogue.store, limits.config) as engine:

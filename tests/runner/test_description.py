@@ -9,9 +9,9 @@ from tests.decoders import MODELS, ROPE, SIZES, SLIDING, build, text
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from loradeck.base.frozen import LayoutLinear
 from loradeck.base.load import Base
-from loradeck.base.prepacked import PackedLinear
-from loradeck.base.weights import prepare
+from loradeck.base.weights import Weights, prepare
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 from loradeck.native.reference import logits
@@ -90,8 +90,8 @@ def test_half_precision_is_described_with_its_own_tensors(name: str, dtype: torc
     kind, settings = MODELS[name]
     model = build(kind, {**SIZES, **settings}, dtype)
     table = describe(model)
-    assert table.layers[0].linears["q"].weight is model.get_decoder().layers[0].self_attn.q_proj.weight
-    assert (table.head.weight is table.embedding) == model.config.tie_word_embeddings
+    assert table.layers[0].linears["q"].stored is model.get_decoder().layers[0].self_attn.q_proj.weight
+    assert (table.head.stored is table.embedding) == model.config.tie_word_embeddings
     result, expected = logits(table, text()), logits(describe(model.float()), text())
     assert (result - expected).abs().max() <= 2e-2 * expected.abs().max()  # Gemma's scale is rounded
 
@@ -109,21 +109,23 @@ def test_int8_stays_int8() -> None:
     model = build("gemma3_text", {**SIZES, **MODELS["gemma3"][1], "tie_word_embeddings": True})
     prepare(model, "int8")
     table = describe(model)
-    assert {linear.weight.dtype for layer in table.layers for linear in layer.linears.values()} == {torch.int8}
-    assert table.embedding is table.head.weight
+    assert {linear.stored.dtype for layer in table.layers for linear in layer.linears.values()} == {torch.int8}
+    assert table.embedding is table.head.stored
     assert table.embedding_scales is table.head.scales
     assert same(model, tolerance=5e-2)
 
 
-def test_packed_weights_come_back_as_they_were() -> None:
-    model = build("llama", {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
+@pytest.mark.parametrize("weights", ["packed", "blocks"])
+def test_weights_of_another_layout_are_those_they_were(weights: Weights) -> None:
+    model = build("llama", {**SIZES, "hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 1})
     plain = describe(model)
-    prepare(model, "packed")
-    packed = describe(model)
-    if not isinstance(model.get_decoder().layers[0].mlp.up_proj, PackedLinear):
-        pytest.skip("this machine packs no float32 weights")
+    prepare(model, weights)
+    table = describe(model)
+    if not isinstance(model.get_decoder().layers[0].mlp.up_proj, LayoutLinear):
+        pytest.skip(f"this machine has no {weights} float32 weights")
     for slot, linear in plain.layers[0].linears.items():
-        assert torch.equal(packed.layers[0].linears[slot].weight, linear.weight)
+        assert torch.equal(table.layers[0].linears[slot].weight[: linear.outputs], linear.weight)
+    assert torch.equal(logits(table, text()), logits(plain, text()))
 
 
 def add_hook(model: LlamaForCausalLM) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiny_models import adapter
 
 from loradeck import AdapterStore, Bank, Base
 from loradeck.base.weights import shared_copy
@@ -18,7 +19,7 @@ from loradeck.lora import safetensors_io
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
 
-from .conftest import adapter, until
+from .conftest import until
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from loradeck.runner.request import Request
 from loradeck.serve.fair_queue import Deficits, FairQueue
-from loradeck.serve.request import Request
 
 
 def request(adapter: str = "", tenant: str = "", weight: float = 1.0) -> Request:

@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loradeck.errors import RequestError
+from loradeck.runner.request import Request
 from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.generation import Generation, TextChunk
-from loradeck.serve.request import Request
 from loradeck.serve.stop_strings import StopFilter
 
 Make = Callable[..., Generation]

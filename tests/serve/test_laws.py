@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiny_models import CONTEXT, MODELS, adapter
 
 from loradeck import AdapterStore, Base
 from loradeck.errors import RequestError
@@ -12,7 +13,7 @@ from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
-from .conftest import CONTEXT, MODELS, adapter, alone, fill, greedy, ids, logprobs, prompts
+from .conftest import alone, fill, greedy, ids, logprobs, prompts
 
 ENTRIES = [None, "a0", {"a1": 0.7, "a2": 0.3}, "a3", {"a0": -0.5}]
 SCORED = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=3)

@@ -13,10 +13,10 @@ import pytest
 from loradeck import AdapterStore, Base
 from loradeck.errors import AdapterError, BusyError, ConfigError, RequestError
 from loradeck.lora import safetensors_io
+from loradeck.runner.request import Finish, Request
 from loradeck.sampling import SamplingParams
 from loradeck.serve.engine import Engine
 from loradeck.serve.generation import Generation
-from loradeck.serve.request import Finish, Request
 from loradeck.serve.stop_strings import StopFilter
 
 from .conftest import greedy, ids, prompts, until
@@ -185,7 +185,7 @@ def test_closing_gives_the_memory_of_keys_and_values_back(serve: Serve) -> None:
     stream = engine.submit([5] * 64, None, LONG)
     next(stream)
     cache = engine._loop._cache
-    assert cache.prefixes.nbytes
+    assert cache.nbytes
     engine.close()
     assert cache.nbytes == 0
     engine.close()  # again

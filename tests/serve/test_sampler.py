@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loradeck.errors import LogitsError, RequestError
+from loradeck.runner.request import Request, Scheduled
 from loradeck.sampling import Sampler, SamplingParams, Token
-from loradeck.serve.request import Request, Scheduled
 from loradeck.serve.sampler import StepResult, sample
 
 V = 50

@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loradeck.runner.request import Key, Request
 from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request import Key, Request
 from loradeck.serve.scheduler import Scheduler
 
 

@@ -14,8 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from loradeck.runner.request import Finish, Request
     from loradeck.serve.engine import Engine
-    from loradeck.serve.request import Finish, Request
 
 # vLLM's buckets, in seconds, so that quantiles are comparable.
 # fmt: off

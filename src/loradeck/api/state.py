@@ -18,9 +18,9 @@ from loradeck.api.model_name import AdapterIds, ModelNames
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
+    from loradeck.runner.request import Request
     from loradeck.serve.engine import Engine
     from loradeck.serve.generation import Generation
-    from loradeck.serve.request import Request
 
 
 @dataclass(eq=False)

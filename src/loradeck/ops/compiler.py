@@ -31,8 +31,10 @@ FLAGS = "-std=gnu11 -O3 -fPIC -w"
 LINK_FLAGS = "-shared" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
 
 
-def load(source: Path) -> ctypes.CDLL:
-    """Return the library of a C file, compiled now unless it is in the cache.
+def load(source: Path, options: str = "") -> ctypes.CDLL:
+    """Return the library of a C file and the headers beside it, compiled now unless it is in the cache.
+
+    `options` are flags of the compiler, besides those for this CPU.
 
     The compiler is `$CC`, or the first of gcc, clang and cc that is installed.
 
@@ -40,9 +42,12 @@ def load(source: Path) -> ctypes.CDLL:
         OSError: there is no compiler, it fails, or this process has no OpenMP runtime for the library.
     """
     compiler = _compiler()
-    flags = [*FLAGS.split(), *FEATURES.get(torch.backends.cpu.get_cpu_capability(), "").split()]
+    flags = [*FLAGS.split(), *FEATURES.get(torch.backends.cpu.get_cpu_capability(), "").split(), *options.split()]
+    files = [source, *sorted(source.parent.glob("*.h"))]
     command = " ".join([*compiler, *flags, LINK_FLAGS])
-    key = hashlib.sha256(bytes(0).join([source.read_bytes(), command.encode(), platform.platform().encode()]))
+    key = hashlib.sha256(
+        bytes(0).join([*(file.read_bytes() for file in files), command.encode(), platform.platform().encode()])
+    )
     name = f"{source.stem}-{key.hexdigest()[:16]}.so"
     with TemporaryDirectory() as folder:
         library = _cache_path(name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loradeck.base.blocked import BlockWeight
 from loradeck.base.frozen import FrozenLinear
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear
 from loradeck.lora.layer import LoraLayer
@@ -75,7 +76,7 @@ class _Reader:
         modules: list[Any] = [*self.part(self.decoder, parts, "layers").children()]
         norm = self.norm(self.part(self.decoder, parts, "norm"))
         turn = self.part(self.decoder, parts, "rotary_emb")
-        kinds = [self.rotary_kind(turn, module) for module in modules]
+        kinds = self.rotary_kinds(turn, len(modules))
         rotary = {kind: self.rotary(turn, kind) for kind in dict.fromkeys(kinds)}
 
         dtype = (embedding if scales is None else scales).dtype
@@ -122,7 +123,7 @@ class _Reader:
         norms = {places[name]: self.norm(part) for name, part in parts.items() if name in places}
         o = self.linear(self.part(attention, projections, "o_proj"))
         down = self.linear(self.part(mlp, products, "down_proj"))
-        inner = down.weight.shape[1]
+        inner = down.blocked or down.stored.shape[1]
         gated = self.linears(mlp, products, "gate_up_proj", {"gate": inner, "up": inner})
         seen = self.observe(module, x, kind)
         queries, keys = (tensor[0].numel() for tensor in (seen.query, seen.key))
@@ -141,7 +142,7 @@ class _Reader:
 
     def agreed(self, table: Table, layer: Layer, seen: Observation, x: Tensor, module: nn.Module) -> Layer:
         """Return a layer's row, rotary or without, if its definition computes what the module does."""
-        exact = {each.weight.dtype for each in layer.linears.values()} == {torch.float32}
+        exact = {each.stored.dtype for each in layer.linears.values()} == {torch.float32}
         tolerance = EXACT if exact else ROUNDED
         hidden = x.float()
         inside = reference.norm(hidden, layer.attention_in, table.eps)
@@ -194,20 +195,22 @@ class _Reader:
             raise self.refusal(module, f"is no plain linear layer but a {type(module).__name__}")
         linear = cast("nn.Linear", module)
         scales = module.scales if isinstance(module, QuantisedLinear) else None
-        weight = dense_weight(module) if scales is None else linear.weight
+        blocked = linear.in_features if isinstance(linear.weight, BlockWeight) else 0
+        weight = linear.weight if blocked or scales is not None else dense_weight(module)
         if scales is None and not weight.is_floating_point():
             raise self.refusal(module, f"has a weight in {weight.dtype}")
-        return Linear(self.paths[module], weight, 0, len(weight), linear.bias, scales)
+        return Linear(self.paths[module], weight, 0, linear.out_features, linear.bias, scales, blocked)
 
     def embedding(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
         """Return weight, scales of an int8 weight, and the factor of what is looked up (Gemma's)."""
         if not isinstance(module, nn.Embedding):
             raise self.refusal(module, "is no embedding")
         scales = module.scales if isinstance(module, QuantisedEmbedding) else None
-        rows = module.weight[:TOKENS].float()
-        rows, dtype = (rows, module.weight.dtype) if scales is None else (rows * scales[:TOKENS, None], scales.dtype)
+        dtype = (module.weight if scales is None else scales).dtype
         scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(dtype))
-        if not _near(module(torch.arange(len(rows))), rows * scale, EXACT if dtype == torch.float32 else ROUNDED):
+        definition = module.weight[:TOKENS].float() * scale * (1 if scales is None else scales[:TOKENS, None])
+        tolerance = EXACT if dtype == torch.float32 else ROUNDED
+        if not _near(module(torch.arange(len(definition))), definition, tolerance):
             raise self.refusal(module, "does more than look up rows")
         return module.weight, scales, scale
 
@@ -234,10 +237,10 @@ class _Reader:
                 return name
         raise self.refusal(mlp, f"has an unknown activation, {type(function).__name__}")
 
-    def rotary_kind(self, rotary: nn.Module, layer: Any) -> str | None:
-        """Return a layer's kind of rotary embedding, if the model has several."""
+    def rotary_kinds(self, rotary: nn.Module, layers: int) -> list[str | None]:
+        """Return each layer's kind of rotary embedding; None where the model has one for all."""
         several = isinstance(getattr(rotary, "rope_type", None), dict)
-        return self.decoder.config.layer_types[layer.self_attn.layer_idx] if several else None
+        return self.decoder.config.layer_types if several else [None] * layers
 
     def rotary(self, module: Any, kind: str | None) -> Callable[[int], tuple[Tensor, Tensor]]:
         rope: Any = getattr(module, "rope_type", "default")

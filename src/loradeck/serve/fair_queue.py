@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from loradeck.serve.request import Request
+from loradeck.runner.request import Request
 
 Name = TypeVar("Name", bound=Hashable)
 Adapters = tuple[str, ...]  # without their weights: else a client could vary them for more turns

@@ -9,8 +9,8 @@ from threading import Condition
 from typing import TypeAlias
 
 from loradeck.errors import LoradeckError
+from loradeck.runner.request import Finish, Request
 from loradeck.sampling import Token
-from loradeck.serve.request import Finish, Request
 from loradeck.serve.stop_strings import StopFilter
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from threading import Event, Thread
 
 from loradeck.errors import LoradeckError, RequestError, RequestTimeoutError
+from loradeck.runner.interface import Cache, Runner
+from loradeck.runner.request import Finish, Request, Scheduled
 from loradeck.sampling import Sampler
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.generation import Generation
-from loradeck.serve.kv_cache import KVCache
-from loradeck.serve.model_runner import ModelRunner
-from loradeck.serve.request import Finish, Request, Scheduled
 from loradeck.serve.sampler import StepResult, sample
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.stats import Observer, Stats
@@ -28,8 +27,8 @@ class Loop:
 
     def __init__(
         self,
-        runner: ModelRunner,
-        cache: KVCache,
+        runner: Runner,
+        cache: Cache,
         sampler: Sampler,
         scheduler: Scheduler,
         adapter_cache: AdapterCache,

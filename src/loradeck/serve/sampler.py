@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loradeck.errors import LoradeckError, RequestError
+from loradeck.runner.request import Scheduled
 from loradeck.sampling import Sampler, Token, check_finite, top_logprobs
-from loradeck.serve.request import Scheduled
 
 log = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Protocol
 
+from loradeck.runner.request import Key, Request, Scheduled
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.fair_queue import FairQueue
-from loradeck.serve.request import Key, Request, Scheduled
 from loradeck.stored import Stored
 
 ATTEMPTS = 4  # loads tried in one step, so that thousands of waiting requests cost no time
 
 
 class Rows(Protocol):
-    """Memory for keys and values: `serve.kv_cache.KVCache`."""
+    """Memory for keys and values: `runner.interface.Cache`."""
 
     def reserve(self, request: Request, tokens: int) -> bool:
         """Make room for this many tokens of a request; False if there is none."""

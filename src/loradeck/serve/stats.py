@@ -5,8 +5,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from loradeck.serve.kv_cache import KVCache
-from loradeck.serve.request import Finish, Request
+from loradeck.runner.interface import Cache
+from loradeck.runner.request import Finish, Request
 from loradeck.serve.scheduler import Scheduler
 
 RECENT = 64  # ended requests from which the throughput is estimated
@@ -33,7 +33,7 @@ class Stats:
     """An engine's current load."""
 
     scheduler: Scheduler
-    cache: KVCache
+    cache: Cache
     _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     @property

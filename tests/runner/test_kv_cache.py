@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
+from loradeck.runner.kv_cache import MIN_CAPACITY, KVCache, KVLayout, LayerShape
+from loradeck.runner.prefix_cache import BLOCK
+from loradeck.runner.request import Request
 from loradeck.sampling import SamplingParams
-from loradeck.serve.kv_cache import MIN_CAPACITY, KVCache, KVLayout, LayerShape
-from loradeck.serve.prefix_cache import BLOCK
-from loradeck.serve.request import Request
 
 LAYOUT = KVLayout((LayerShape(1, 2, 2), LayerShape(2, 2, 2)), torch.float32, torch.device("cpu"))
 ROW = LAYOUT.token_bytes * MIN_CAPACITY
@@ -114,6 +114,31 @@ def test_prefixes_have_what_rows_leave() -> None:
         assert cache.reserve(other, 20)
     assert cache.prefixes.nbytes == 0
     check(cache)
+
+
+def test_prefixes_are_copies() -> None:
+    cache = KVCache(LAYOUT, 100 * ROW)
+    own, again = request(2 * BLOCK), request(2 * BLOCK)
+    cache.reserve(own, own.pending)
+    compute(cache, own)
+    cache.keep(own)
+    pool, row = cache.row(own)
+    for part in pool.read(row, 0, pool.capacity):
+        part.fill_(float("nan"))
+    cache.reserve(again, again.pending)
+    check(cache, again)
+
+
+def test_a_prompt_longer_than_the_room_keeps_its_beginning() -> None:
+    """Pools leave room for one block and a half."""
+    cache = KVCache(LAYOUT, ROW + 3 * BLOCK * LAYOUT.token_bytes // 2)
+    own = request(MIN_CAPACITY)
+    cache.reserve(own, own.pending)
+    compute(cache, own)
+    cache.keep(own)
+    assert cache.prefixes.nbytes == BLOCK * LAYOUT.token_bytes
+    check(cache, own)
+    assert [len(block.payload) for block in cache.prefixes.find(own)] == [4]
 
 
 def test_a_row_begins_with_what_is_known_of_its_prompt() -> None:

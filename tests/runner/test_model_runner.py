@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.tiny_models import MODELS, SHAPE, TARGETS, VOCABULARY, adapter
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from loradeck import Adapter, Bank, Base
 from loradeck.base.weights import Weights, prepare, shared_copy
 from loradeck.errors import BaseModelError, LoradeckError
+from loradeck.runner.kv_cache import KVCache
+from loradeck.runner.model_runner import ModelRunner
+from loradeck.runner.request import Key, Request, Scheduled
 from loradeck.sampling import SamplingParams
-from loradeck.serve.kv_cache import KVCache
-from loradeck.serve.model_runner import ModelRunner
-from loradeck.serve.request import Key, Request, Scheduled
-
-from .conftest import MODELS, SHAPE, TARGETS, VOCABULARY, adapter
 
 ALL = SamplingParams(prompt_logprobs=0)  # logits of every position
 

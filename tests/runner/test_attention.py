@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loradeck.serve.attention import AttentionParams, Decode, PromptChunk
-from loradeck.serve.kv_cache import KVLayout, LayerShape, Pool
+from loradeck.runner.attention import AttentionParams, Decode, PromptChunk
+from loradeck.runner.kv_cache import KVLayout, LayerShape, Pool
 
 HEADS, CAPACITY, WIDTH = 2, 16, 4
 LAYOUT = KVLayout((LayerShape(HEADS, WIDTH, WIDTH),) * 2, torch.float32, torch.device("cpu"))

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loradeck.serve.kv_cache import LayerShape, Pool
+from loradeck.runner.kv_cache import LayerShape, Pool
 
 NAME = "loradeck_cached"
 UNSUPPORTED = ("s_aux", "position_bias")  # additional arguments of some models' attention
@@ -98,16 +98,31 @@ class PromptChunk:
                 query, key, value, is_causal=True, scale=params.scale, enable_gqa=query.shape[1] != key.shape[1]
             )
             return out[0].transpose(0, 1)
-        positions = torch.arange(self.computed, end, device=query.device)[:, None]
-        mask = _bias(positions - torch.arange(end, device=query.device), params.window, query.dtype)
-        grouped = query[0].unflatten(0, (keys.shape[1], -1))  # (H, Q / H, N, D)
-        keys, values = (tensor[self.row, :, None, :end] for tensor in (keys, values))
-        shape = (-1, grouped.shape[1], -1, -1)
-        out = _attend(grouped, keys.expand(shape), values.expand(shape), mask, params)
-        return out.flatten(0, 1).transpose(0, 1)
+        return attend_all(query, keys[self.row, :, :end], values[self.row, :, :end], self.computed, params)
 
 
-Part: TypeAlias = Decode | PromptChunk
+def attend_all(query: Tensor, keys: Tensor, values: Tensor, computed: int, params: AttentionParams) -> Tensor:
+    """Query (1, Q, N, D) of tokens from position `computed` on, keys and values (H, tokens, D) of all -> (N, Q, D)."""
+    end = keys.shape[1]
+    positions = torch.arange(computed, end, device=query.device)[:, None]
+    mask = _bias(positions - torch.arange(end, device=query.device), params.window, query.dtype)
+    grouped = query[0].unflatten(0, (keys.shape[0], -1))  # (H, Q / H, N, D)
+    shape = (-1, grouped.shape[1], -1, -1)
+    out = _attend(grouped, keys[:, None].expand(shape), values[:, None].expand(shape), mask, params)
+    return out.flatten(0, 1).transpose(0, 1)
+
+
+class Part(Protocol):
+    """Tokens of a step that attend together."""
+
+    start: int
+    stop: int
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """Query (1, Q, N, D), key and value (1, H, N, D) of the N new tokens -> (N, Q, D)."""
+        ...
+
+
 _parts: ContextVar[Sequence[Part] | None] = ContextVar("loradeck_step", default=None)
 _shapes: ContextVar[dict[int, LayerShape]] = ContextVar("loradeck_shapes")
 

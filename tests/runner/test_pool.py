@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from loradeck.serve.kv_cache import KVLayout, LayerShape, Pool
+from loradeck.runner.kv_cache import KVLayout, LayerShape, Pool
 
 SMALL, WIDE = LayerShape(heads=1, key_width=4, value_width=4), LayerShape(heads=2, key_width=3, value_width=5)
 LAYOUT = KVLayout((SMALL, WIDE, SMALL), torch.float32, torch.device("cpu"))

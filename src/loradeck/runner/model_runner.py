@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loradeck.errors import BaseModelError
+from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.ops.dispatch import warm_up
-from loradeck.serve import attention
-from loradeck.serve.attention import Decode, Part, PromptChunk
-from loradeck.serve.kv_cache import KVCache, KVLayout
-from loradeck.serve.request import Request, Scheduled
+from loradeck.runner import attention
+from loradeck.runner.attention import Decode, Part, PromptChunk
+from loradeck.runner.kv_cache import KVCache, KVLayout
+from loradeck.runner.request import Scheduled
+from loradeck.runner.trial import Trial
 
 
 class ModelRunner:
@@ -32,23 +34,34 @@ class ModelRunner:
         self.bank = Bank(model)
         warm_up(model.device)
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        rng = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(self.vocabulary, (length,), generator=rng).tolist() for length in (7, 5)]
         try:
-            with torch.inference_mode():
-                expected = [
-                    model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in prompts
-                ]
+            self.trial = Trial(model)
             model.set_attn_implementation(attention.NAME)
             self.layout = self._layout()
-            self._check(prompts, expected)
+            self.trial.check(self)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
             raise _unsupported(model, str(error).partition("\n")[0]) from error
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self.layout.token_bytes
+
+    def new_cache(self, budget: int) -> KVCache:
+        """Return an empty KV cache of this many bytes."""
+        return KVCache(self.layout, budget)
+
+    def prepare(self, adapter: Adapter) -> None:
+        """Do nothing: adapters are read where the bank holds them."""
 
     def run(self, batch: Sequence[Scheduled], cache: KVCache) -> list[Tensor]:
         """Compute a step. Return the logits (S, V) of each scheduled request's last `logits_to_keep` tokens."""
         order, parts = _arrange(batch, cache)
-        works = [batch[index] for index in order]
+        pieces = dict(zip(order, self.compute([batch[index] for index in order], parts), strict=True))
+        return [pieces[index] for index in range(len(batch))]
+
+    def compute(self, works: Sequence[Scheduled], parts: Sequence[Part]) -> list[Tensor]:
+        """Compute a step whose parts are in the order of the batch. Return the logits as `run` does."""
         tokens = [
             token
             for work in works
@@ -74,8 +87,7 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=torch.tensor(keep, dtype=torch.long, device=device),
             ).logits[0]
-        pieces = dict(zip(order, logits.split([work.logits_to_keep for work in works]), strict=True))
-        return [pieces[index] for index in range(len(batch))]
+        return [*logits.split([work.logits_to_keep for work in works])]
 
     def _layout(self) -> KVLayout:
         with torch.inference_mode(), attention.observed_shapes() as shapes:
@@ -83,22 +95,6 @@ class ModelRunner:
         if sorted(shapes) != [*range(len(shapes))] or not shapes:
             raise ValueError("not all of its layers have an attention that can be replaced")
         return KVLayout(tuple(shapes[layer] for layer in sorted(shapes)), self.model.dtype, self.model.device)
-
-    def _check(self, prompts: Sequence[list[int]], expected: Sequence[Tensor]) -> None:
-        """Compare prompts that are read in chunks, side by side, with the model's logits for each alone."""
-        cache = KVCache(self.layout, self.layout.token_bytes << 10)
-        requests = [Request(prompt) for prompt in prompts]
-        tolerance = 1e-3 if self.layout.dtype == torch.float32 else 5e-2
-        for counts in ((4, 1), (2, 4), (1, 0)):
-            batch = [Scheduled(request, count) for request, count in zip(requests, counts, strict=True) if count]
-            for work in batch:
-                cache.reserve(work.request, work.request.computed + work.count)
-            for work, logits in zip(batch, self.run(batch, cache), strict=True):
-                if work.ends:
-                    alone = expected[requests.index(work.request)]
-                    if not (logits[-1] - alone).abs().max() <= tolerance * alone.abs().max():
-                        raise ValueError("batched rows differ from the same rows computed alone")
-                work.request.computed += work.count
 
 
 def _arrange(batch: Sequence[Scheduled], cache: KVCache) -> tuple[list[int], list[Part]]:

@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from loradeck.serve.prefix_cache import BLOCK, PrefixCache
-from loradeck.serve.request import Request
+from loradeck.runner.prefix_cache import BLOCK, Block, PrefixCache
+from loradeck.runner.request import Request
 
 MIN_CAPACITY = 128  # tokens; for smaller rows, moving costs more than the memory is worth
 Owner = TypeVar("Owner")
@@ -147,7 +147,7 @@ class KVCache:
         """`budget` is in bytes, for rows and prefixes together."""
         self.layout = layout
         self.budget = budget
-        self.prefixes = PrefixCache()
+        self.prefixes: PrefixCache[list[Tensor]] = PrefixCache(layout.token_bytes * BLOCK)
         self._pools: dict[int, Pool[Request]] = {}
         self._rows: dict[Request, tuple[Pool[Request], int]] = {}
 
@@ -210,12 +210,17 @@ class KVCache:
     def keep(self, request: Request) -> None:
         """Keep what a request has computed for others with the same prefix."""
         pool, row = self._rows[request]
-        self.prefixes.keep(
-            request.key,
-            request.tokens[: request.computed],
-            lambda start, stop: pool.read(row, start, stop),
-            self.budget - self.row_bytes,
-        )
+        room = self.budget - self.row_bytes
+        size = self.prefixes.block_bytes
+
+        def copy(index: int) -> list[Tensor]:
+            self.prefixes.shrink(room - (index + 1) * size)
+            return [view.clone() for view in pool.read(row, index * BLOCK, (index + 1) * BLOCK)]
+
+        blocks: list[Block[list[Tensor]]] = []
+        stop = min(request.computed, room // size * BLOCK)  # the end of a prompt does not evict its beginning
+        self.prefixes.keep(request, stop, blocks, copy)
+        self.prefixes.release(blocks)
 
     def clear(self) -> None:
         """Free all memory."""
@@ -224,15 +229,12 @@ class KVCache:
         self._pools.clear()
 
     def _restore_prefix(self, request: Request) -> None:
-        if request.sampling.prompt_logprobs is not None:
-            return  # they come from computing the prompt
         pool, row = self._rows[request]
-        blocks = self.prefixes.find(request.key, request.tokens)
+        blocks = self.prefixes.find(request)
         for index, block in enumerate(blocks):
-            pool.write(row, index * BLOCK, block.tensors)
-        request.computed = len(blocks) * BLOCK
-        if not request.admitted:  # otherwise it was preempted, and the prefix may be its own
-            request.cached = request.computed
+            pool.write(row, index * BLOCK, block.payload)
+        self.prefixes.start(request, blocks)
+        self.prefixes.release(blocks)
 
     def _remove(self, pool: Pool[Request], row: int) -> None:
         pool.remove(row, pool.owners[-1].computed)

@@ -1,0 +1,121 @@
+"""The compiled step: its C structures, and the library for each way to compute."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from loradeck.native.table import SLOTS
+from loradeck.ops import compiler
+
+SOURCE = Path(__file__).with_name("step.c")
+HALVES = "-DHALVES -mavx512bf16"
+
+
+class CMatrix(Structure):
+    """A matrix in blocks."""
+
+    _fields_ = (
+        ("blocks", c_void_p),
+        ("tiles", c_int64),
+        ("groups", c_int64),
+        ("format", c_int64),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+NORMS = ("attention_in", "attention_out", "mlp_in", "mlp_out", "query_norm", "key_norm")
+
+
+class CLayer(Structure):
+    """A layer."""
+
+    _fields_ = (
+        ("matrix", CMatrix * len(SLOTS)),
+        *((name, c_void_p) for name in (*NORMS, "cos", "sin")),
+        ("turned", c_int64),
+        ("window", c_int64),
+        ("norms_all", c_int64),
+    )
+
+
+class CModel(Structure):
+    """A model."""
+
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in (
+                "layers", "hidden", "heads", "key_heads", "dim", "inter", "vocabulary", "true_hidden", "true_dim",
+                "activation", "cache_format", "embedding_format",
+            )
+        ),
+        ("layer", POINTER(CLayer)),
+        ("embedding", c_void_p),
+        ("embedding_scales", c_void_p),
+        ("norm", c_void_p),
+        ("head", CMatrix),
+        ("eps", c_double),
+        *(
+            (name, c_float)
+            for name in ("embedding_scale", "scale", "softcap", "residual_scale", "logit_scale", "logit_cap")
+        ),
+    )  # fmt: skip
+
+
+class CPairing(Structure):
+    """An adapter's A and B at one matrix."""
+
+    _fields_ = (("r", c_int64), ("format", c_int64), ("a", c_void_p), ("b", c_void_p), ("scaling", c_float))
+
+
+class CUse(Structure):
+    """An adapter of a route, at a weight."""
+
+    _fields_ = (("pairings", POINTER(CPairing)), ("weight", c_float))
+
+
+class CRoute(Structure):
+    """The adapters of a row."""
+
+    _fields_ = (("uses", POINTER(CUse)), ("count", c_int64))
+
+
+class CBatch(Structure):
+    """The rows of a step."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("wanted", c_int64),
+        *((name, c_void_p) for name in ("tokens", "positions", "sequences", "routes", "want", "pages")),
+        ("route", POINTER(CRoute)),
+        ("ranks", c_int64),
+        ("logits", c_void_p),
+    )
+
+
+class CProduct(Structure):
+    """A product of rows with a matrix."""
+
+    _fields_ = (
+        ("w", CMatrix),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "format")),
+    )
+
+
+@cache
+def library(options: str = "") -> ctypes.CDLL:
+    """Return the step compiled with these options, besides the compiler's own: with `HALVES` it multiplies in bfloat16.
+
+    Raises:
+        OSError: as `compiler.load`.
+    """
+    step = compiler.load(SOURCE, f"-O2 {options}")
+    step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
+    step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
+    step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
+    step.loradeck_page_bytes.restype = c_int64
+    return step

@@ -1,0 +1,177 @@
+"""A table's weights as the step reads them: matrices in blocks, padded where a width is no multiple of a block."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded
+from loradeck.native.library import HALVES, NORMS, CLayer, CMatrix, CModel, library
+from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
+
+HEAD_OUTPUTS = 64  # of one unit of the head
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+class Width(NamedTuple):
+    """A matrix's outputs or inputs: so many parts, each of which the step pads."""
+
+    parts: int
+    size: int
+    padded: int
+
+    @property
+    def total(self) -> int:
+        return self.parts * self.padded
+
+
+class NativeModel:
+    """A model in the step's own memory. It does not see later changes of the table's tensors.
+
+    Attributes:
+        c: the C structure.
+        widths: outputs and inputs of each matrix of a layer.
+        page_bytes: what 32 tokens of a sequence take in the KV cache.
+    """
+
+    def __init__(self, table: Table, *, halves: bool) -> None:
+        """Pack a model. `halves`: multiply in bfloat16, in which all weights must be then, or in int8.
+
+        Raises:
+            ValueError: the weights have a dtype, or a mixture of them, that cannot be computed.
+            OSError: the step cannot be compiled.
+        """
+        self.table, self.halves = table, halves
+        self.library = library(HALVES if halves else "")
+        hidden, inter, head_dim = (padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim))
+        self.vocabulary = padded(table.vocabulary, HEAD_OUTPUTS)
+        self._hidden = Width(1, table.hidden, hidden)
+        inters = Width(1, table.intermediate, inter)
+        queries = Width(table.heads, table.head_dim, head_dim)
+        keys = Width(table.key_heads, table.head_dim, head_dim)
+        self.widths: Mapping[Slot, tuple[Width, Width]] = {
+            "q": (queries, self._hidden), "k": (keys, self._hidden), "v": (keys, self._hidden),
+            "o": (self._hidden, queries),
+            "gate": (inters, self._hidden), "up": (inters, self._hidden), "down": (self._hidden, inters),
+        }  # fmt: skip
+        self._memory: list[Tensor] = []
+        self._rotary: list[tuple[Tensor, Tensor]] = []
+        self._rotary_length = 0
+        self._layers = (CLayer * len(table.layers))(*map(self._layer, table.layers))
+        tied = table.embedding is table.head.stored
+        embedding = table.embedding.detach().contiguous()
+        self.c = CModel(
+            layers=len(table.layers),
+            hidden=hidden,
+            heads=table.heads,
+            key_heads=table.key_heads,
+            dim=head_dim,
+            inter=inter,
+            vocabulary=self.vocabulary,
+            true_hidden=table.hidden,
+            true_dim=table.head_dim,
+            activation=ACTIVATIONS[table.activation],
+            cache_format=FORMATS[self._cache_dtype()],
+            embedding_format=FORMATS[embedding.dtype],
+            layer=self._layers,
+            embedding=None if tied else self._address(embedding),
+            embedding_scales=None if tied else self._floats(table.embedding_scales),
+            norm=self._floats(table.norm, self._hidden),
+            head=self._matrix(table.head, Width(1, table.vocabulary, self.vocabulary), self._hidden),
+            eps=table.eps,
+            embedding_scale=table.embedding_scale,
+            scale=table.scale,
+            softcap=table.softcap or 0.0,
+            residual_scale=table.residual_scale,
+            logit_scale=table.logit_scale,
+            logit_cap=table.logit_cap or 0.0,
+        )
+        self.page_bytes: int = self.library.loradeck_page_bytes(self.c)
+        self.table = _without_weights(table)
+
+    def reach(self, positions: int) -> None:
+        """Make the tables of cos and sin as long as a step needs them."""
+        if positions <= self._rotary_length:
+            return
+        self._rotary_length = max(2 * self._rotary_length, padded(positions, 1024))
+        self._rotary = []
+        for rotary in self.table.rotary:
+            cos, sin = rotary(self._rotary_length)
+            self._rotary.append((cos.float().contiguous(), sin.float().contiguous()))
+        for layer, c in zip(self.table.layers, self._layers, strict=True):
+            if layer.rotary is not None:
+                cos, sin = self._rotary[layer.rotary]
+                c.cos, c.sin, c.turned = cos.data_ptr(), sin.data_ptr(), 2 * cos.shape[1]
+
+    # ---- packing
+
+    def _layer(self, layer: Layer) -> CLayer:
+        matrices = (self._matrix(layer.linears[slot], *self.widths[slot]) for slot in SLOTS)
+        queries, keys = self.widths["q"][0], self.widths["k"][0]
+        norms_all = layer.query_norm is not None and len(layer.query_norm) != queries.size
+        each = (queries, keys) if norms_all else (queries._replace(parts=1), keys._replace(parts=1))
+        widths = (*[self._hidden] * 4, *each)
+        norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, widths, strict=True)}
+        return CLayer((CMatrix * len(SLOTS))(*matrices), **norms, window=layer.window or 0, norms_all=norms_all)
+
+    def _matrix(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix:
+        rows = slice(linear.start, linear.start + linear.outputs)
+        blocks = self._blocks(linear, outputs, inputs)
+        if blocks.dtype not in FORMATS:
+            raise ValueError(f"its weights are in {blocks.dtype}")
+        if self.halves and blocks.dtype not in (torch.bfloat16, torch.int8):
+            raise ValueError(f"its weights are in {blocks.dtype}, not in bfloat16")
+        scales, bias = (
+            None if each is None else self._floats(each[rows], outputs) for each in (linear.scales, linear.bias)
+        )
+        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[blocks.dtype], scales, bias)
+
+    def _blocks(self, linear: Linear, outputs: Width, inputs: Width) -> Tensor:
+        """Return a matrix's blocks: where possible those that it lies in."""
+        rows = slice(linear.start, linear.start + linear.outputs)
+        padded_apart = any(width.parts > 1 and width.size != width.padded for width in (outputs, inputs))
+        if linear.blocked and not padded_apart and linear.start % OUTPUTS == 0:
+            first = linear.start // OUTPUTS
+            tiles = linear.stored.detach()[first : first + outputs.total // OUTPUTS]
+            if len(tiles) * OUTPUTS == outputs.total:
+                return tiles
+        weight = linear.weight
+        parts = weight[rows].detach().reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
+        parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
+        return pack(parts.reshape(outputs.total, inputs.total))
+
+    def _floats(self, tensor: Tensor | None, width: Width | None = None) -> int | None:
+        """Return the address of one number, in float32, for each of some outputs."""
+        if tensor is None:
+            return None
+        width = width or Width(1, len(tensor), len(tensor))
+        return self._address(pad(tensor.detach().float().reshape(width.parts, width.size), width.parts, width.padded))
+
+    def _address(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._memory.append(tensor)
+        return tensor.data_ptr()
+
+    def _cache_dtype(self) -> torch.dtype:
+        """Return the dtype of keys and values."""
+        dtypes = {linear.stored.dtype for layer in self.table.layers for linear in layer.linears.values()}
+        if torch.int8 in dtypes:
+            return torch.bfloat16 if self.halves else torch.float32
+        if len(dtypes) > 1:
+            raise ValueError(f"its layers mix {' and '.join(sorted(map(str, dtypes)))}")
+        return next(iter(dtypes))
+
+
+def _without_weights(table: Table) -> Table:
+    """Return a table that keeps no weights in memory."""
+    empty = torch.empty(0)
+
+    def slim(linear: Linear) -> Linear:
+        return replace(linear, stored=empty, bias=None, scales=None)
+
+    layers = (
+        replace(layer, linears={slot: slim(linear) for slot, linear in layer.linears.items()}) for layer in table.layers
+    )
+    return replace(table, layers=tuple(layers), embedding=empty, embedding_scales=None, head=slim(table.head))

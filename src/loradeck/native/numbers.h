@@ -1,0 +1,112 @@
+/* Vectors of float32, as wide as the machine's registers.
+
+   Nothing here depends on how many rows are computed together, so that a row's sums have one order. */
+#ifndef NUMBERS_H
+#define NUMBERS_H
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_4 _Pragma("clang loop unroll_count(4)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_4 _Pragma("GCC unroll 4")
+#endif
+
+#if defined __AVX512F__
+#define LANES 16
+#elif defined __AVX2__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define PARTS (16 / LANES) /* vectors that hold a tile's 16 outputs */
+
+typedef int64_t i64;
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+enum { F32, BF16, F16, I8 }; /* formats of numbers */
+static const i64 SIZES[] = {4, 2, 2, 1};
+
+INLINE vec of_bf16(words w) { return (vec)(w << 16); }
+INLINE vec of_f16(words w) {
+    vec magnitude = (vec)((w & 0x7fff) << 13) * 0x1p112f; /* its exponent is biased by 15, float32's by 127 */
+    return (vec)((words)magnitude | (w & 0x8000) << 16);
+}
+INLINE words bits_of_bf16(vec v) { /* rounded to the nearest, ties to even; a NaN stays one */
+    words b = (words)v, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16, quiet = b >> 16 | 64;
+    words nan = (words)(v != v);
+    return (quiet & nan) | (rounded & ~nan);
+}
+INLINE words bits_of_f16(vec v) { /* rounded to the nearest, ties to even; too large becomes infinite */
+    words b = (words)v, sign = b >> 16 & 0x8000, m = b & 0x7fffffff;
+    words normal = (m + 0xfff + (m >> 13 & 1) - 0x38000000) >> 13;
+    words small = (words)((vec)m + 0.5f) - 0x3f000000; /* below 2^-14 its last bit is 2^-24, as that of numbers near 0.5 */
+    words is_small = (words)((ints)m < 0x38800000), is_large = (words)((ints)m >= 0x477ff000);
+    words nan = (words)(v != v);
+    normal = (small & is_small) | (normal & ~is_small);
+    normal = (0x7c00 & is_large) | (normal & ~is_large);
+    return sign | (0x7e00 & nan) | (normal & ~nan);
+}
+
+/* LANES numbers that lie side by side */
+INLINE vec load(const void *from, int format) {
+    if (format == F32) return *(const vec *)from;
+    words w = __builtin_convertvector(*(const halves *)from, words);
+    return format == BF16 ? of_bf16(w) : of_f16(w);
+}
+INLINE float load_one(const void *from, int format) {
+    if (format == F32) return *(const float *)from;
+    words w = (words){} + *(const uint16_t *)from;
+    return format == BF16 ? of_bf16(w)[0] : of_f16(w)[0];
+}
+INLINE uint16_t half_bits(float number, int format) {
+    vec v = (vec){} + number;
+    return format == BF16 ? bits_of_bf16(v)[0] : bits_of_f16(v)[0];
+}
+
+INLINE vec zero(void) { return (vec){}; }
+INLINE vec choose(words mask, vec yes, vec no) { return (vec)((mask & (words)yes) | (~mask & (words)no)); }
+INLINE float total(vec v) { /* always in the same order */
+    float lane[LANES];
+    memcpy(lane, &v, sizeof lane);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+INLINE float largest(vec v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+/* e^x to 1e-7 of it, from 2^n e^f with |f| <= ln 2 / 2 (Cephes); below -87 it is e^-87, above 88 infinite; NaN stays NaN */
+INLINE vec exponential(vec x) {
+    vec bounded = choose((words)(x < -87.0f), zero() - 87.0f, x);
+    words over = (words)(x > 88.7f);
+    bounded = choose(over, zero(), bounded);
+    vec shifted = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are a whole number */
+    vec n = shifted - 12582912.0f, f = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = ((((f * 1.9875691500e-4f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f
+             + 1.6666665459e-1f) * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    return choose(over, zero() + INFINITY, choose((words)(x == x), (vec)((words)p + ((words)shifted << 23)), x));
+}
+INLINE vec tangent(vec x) { /* tanh */
+    vec e = exponential(x * 2.0f);
+    return choose((words)(x > 20.0f), zero() + 1.0f, (e - 1.0f) / (e + 1.0f));
+}
+INLINE vec capped(vec x, float cap) { /* a cap of 0 is none */
+    if (cap > 0) x = tangent(x / cap) * cap;
+    return x;
+}
+
+#endif

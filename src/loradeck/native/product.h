@@ -1,0 +1,200 @@
+/* Matrix products over blocks of 16 outputs x 32 inputs.
+
+   A block holds pairs of inputs: [16 pairs][16 outputs][2], so that one vector is two inputs of many outputs (of float32:
+   [16 pairs][2][16 outputs]). Weights, keys and values all lie in such blocks. A tile is the blocks of 16 outputs, one
+   after the other. What is multiplied lies in panels, [groups of 32 inputs][rows][32].
+
+   Each sum runs over the inputs in ascending order, whatever the number of rows and tiles that are computed at once. */
+#ifndef PRODUCT_H
+#define PRODUCT_H
+#include "numbers.h"
+#ifdef HALVES /* activations are multiplied in bfloat16, by the machine's own instruction */
+#include <immintrin.h>
+typedef uint16_t num;
+#define ROWS 8 /* computed at once */
+#else
+typedef float num;
+#if LANES == 16
+#define ROWS 16
+#else
+#define ROWS 6
+#endif
+#endif
+#define AHEAD 6144 /* bytes; what is read next is fetched */
+
+static const i64 BLOCK[] = {2048, 1024, 1024, 512}; /* bytes */
+
+typedef struct {
+    const char *blocks;
+    i64 tiles, groups, format;
+    const float *scales, *bias; /* of each output, or null */
+} Matrix;
+typedef struct {
+    num *numbers;
+    i64 rows;
+} Panel;
+
+INLINE num *panel_at(const Panel *p, i64 row, i64 group) { return p->numbers + (group * p->rows + row) * 32; }
+
+/* Put LANES numbers into a panel, from `column` on. */
+INLINE void put(num *to, vec v) {
+#ifdef HALVES
+    halves bits = __builtin_convertvector(bits_of_bf16(v), halves);
+    memcpy(to, &bits, sizeof bits);
+#else
+    memcpy(to, &v, sizeof v);
+#endif
+}
+/* The address of one number of a block */
+INLINE char *number_at(char *block, i64 input, i64 output, i64 format) {
+    if (format == F32) return block + (input * 16 + output) * 4;
+    return block + (input / 2 * 32 + output * 2 + input % 2) * SIZES[format];
+}
+INLINE void store_number(char *block, i64 input, i64 output, i64 format, float number) {
+    char *to = number_at(block, input, output, format);
+    if (format == F32) *(float *)to = number;
+    else *(uint16_t *)to = half_bits(number, format);
+}
+
+#ifdef HALVES
+typedef __m512i Pair[1]; /* two inputs of 16 outputs, in bfloat16 */
+INLINE void load_pair(Pair w, const char *block, int pair, int format) {
+    if (format == BF16) {
+        w[0] = _mm512_loadu_si512(block + pair * 64);
+    } else { /* I8: bfloat16 holds every integer up to 256 */
+        const __m128i *bytes = (const __m128i *)(block + pair * 32);
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
+        w[0] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+}
+INLINE void add_pair(vec sum[PARTS], const Pair w, const num *x) {
+    int32_t both;
+    memcpy(&both, x, 4);
+    sum[0] = (vec)_mm512_dpbf16_ps((__m512)sum[0], (__m512bh)w[0], (__m512bh)_mm512_set1_epi32(both));
+}
+#else
+typedef vec Pair[2 * PARTS]; /* one input of 16 outputs, then the other */
+INLINE void load_pair(Pair w, const char *block, int pair, int format) {
+    for (int n = 0; n < PARTS; n++) {
+        if (format == F32) {
+            w[n] = *(const vec *)(block + pair * 128 + n * LANES * 4);
+            w[PARTS + n] = *(const vec *)(block + pair * 128 + 64 + n * LANES * 4);
+        } else if (format == I8) {
+            ints both = __builtin_convertvector(*(const halves *)(block + pair * 32 + n * LANES * 2), ints);
+            w[n] = __builtin_convertvector(both << 24 >> 24, vec);
+            w[PARTS + n] = __builtin_convertvector(both << 16 >> 24, vec);
+        } else {
+            words both = *(const words *)(block + pair * 64 + n * LANES * 4);
+            w[n] = format == BF16 ? of_bf16(both) : of_f16(both);
+            w[PARTS + n] = format == BF16 ? (vec)(both & 0xffff0000) : of_f16(both >> 16);
+        }
+    }
+}
+INLINE void add_pair(vec sum[PARTS], const Pair w, const num *x) {
+    UNROLL for (int n = 0; n < PARTS; n++) sum[n] += w[n] * x[0];
+    UNROLL for (int n = 0; n < PARTS; n++) sum[n] += w[PARTS + n] * x[1];
+}
+#endif
+
+/* sum (tiles, rows, 16) += x (rows, 32) · block^T of each tile */
+INLINE void block_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, const num *x, int format,
+                          const int rows, const int tiles) {
+    vec s[4][ROWS][PARTS];
+    UNROLL for (int t = 0; t < tiles; t++)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int n = 0; n < PARTS; n++) s[t][r][n] = *(vec *)(sum + t * sum_tile + r * 16 + n * LANES);
+    UNROLL_4 for (int pair = 0; pair < 16; pair++)
+        UNROLL for (int t = 0; t < tiles; t++) {
+            Pair w;
+            load_pair(w, block + t * tile_bytes, pair, format);
+            UNROLL for (int r = 0; r < rows; r++) add_pair(s[t][r], w, x + r * 32 + pair * 2);
+        }
+    UNROLL for (int t = 0; t < tiles; t++)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int n = 0; n < PARTS; n++) *(vec *)(sum + t * sum_tile + r * 16 + n * LANES) = s[t][r][n];
+}
+/* The same for any number of rows; few rows of several tiles at once, for their sums do not wait for each other. */
+INLINE void blocks_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, const num *x, i64 rows, int tiles,
+                           int format) {
+#define BLOCK_OF(n, t) block_product(sum + tile * sum_tile + row * 16, sum_tile, block + tile * tile_bytes, tile_bytes, \
+                                     x + row * 32, format, n, t)
+    int tile = 0;
+    i64 row = 0;
+    if (rows == 1)
+        for (; tile + 4 <= tiles; tile += 4) BLOCK_OF(1, 4);
+    if (rows == 2)
+        for (; tile + 2 <= tiles; tile += 2) BLOCK_OF(2, 2);
+    for (; tile < tiles; tile++) {
+        for (row = 0; row + ROWS <= rows; row += ROWS) BLOCK_OF(ROWS, 1);
+#if ROWS > 8
+        if (rows - row >= 8) BLOCK_OF(8, 1), row += 8;
+#endif
+        if (rows - row >= 4) BLOCK_OF(4, 1), row += 4;
+        if (rows - row >= 2) BLOCK_OF(2, 1), row += 2;
+        if (rows - row >= 1) BLOCK_OF(1, 1);
+    }
+#undef BLOCK_OF
+}
+#ifndef HALVES
+NOINLINE void widen(float *to, const char *block, int format) { /* a block to float32 */
+    Pair w;
+    for (int pair = 0; pair < 16; pair++, to += 32) {
+        if (format == BF16) load_pair(w, block, pair, BF16);
+        else if (format == F16) load_pair(w, block, pair, F16);
+        else load_pair(w, block, pair, I8);
+        memcpy(to, w, sizeof w);
+    }
+}
+#endif
+
+INLINE void groups_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, i64 groups, i64 group_bytes,
+                           const num *x, i64 x_group, i64 rows, int tiles, int format) {
+#ifndef HALVES
+    float wide[512] __attribute__((aligned(64)));
+#endif
+    for (i64 g = 0; g < groups; g++, block += group_bytes, x += x_group) {
+        for (int t = 0; t < tiles; t++)
+            for (int c = 0; c < BLOCK[format]; c += 64) __builtin_prefetch(block + t * tile_bytes + AHEAD + c);
+#ifndef HALVES
+        if (format != F32 && rows > ROWS) {
+            for (int t = 0; t < tiles; t++) {
+                widen(wide, block + t * tile_bytes, format);
+                blocks_product(sum + t * sum_tile, sum_tile, (char *)wide, 0, x, rows, 1, F32);
+            }
+            continue;
+        }
+#endif
+        blocks_product(sum, sum_tile, block, tile_bytes, x, rows, tiles, format);
+    }
+}
+/* sum (tiles, rows, 16) += x · W^T over the given groups; `x` is the first group's rows, `x_group` the way to the next */
+NOINLINE void product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, i64 groups, i64 group_bytes,
+                      const num *x, i64 x_group, i64 rows, int tiles, i64 format) {
+#define CASE(f) case f: groups_product(sum, sum_tile, block, tile_bytes, groups, group_bytes, x, x_group, rows, tiles, f); break;
+    switch (format) {
+#ifndef HALVES
+        CASE(F32) CASE(F16)
+#endif
+        CASE(BF16) CASE(I8)
+    }
+#undef CASE
+}
+/* sum (tiles, rows, 16) = x[row : row + rows] · W^T, scaled, + bias, for `tiles` tiles from `tile` on */
+static void tiles_of(float *sum, i64 sum_tile, const Matrix *m, i64 tile, int tiles, const Panel *x, i64 row, i64 rows) {
+    const i64 block = BLOCK[m->format], tile_bytes = m->groups * block;
+    for (int t = 0; t < tiles; t++) memset(sum + t * sum_tile, 0, rows * 64);
+    product(sum, sum_tile, m->blocks + tile * tile_bytes, tile_bytes, m->groups, block, panel_at(x, row, 0),
+            x->rows * 32, rows, tiles, m->format);
+    if (!m->scales && !m->bias) return;
+    for (int t = 0; t < tiles; t++)
+        for (i64 r = 0; r < rows; r++)
+            for (int c = 0; c < 16; c++) {
+                float *s = sum + t * sum_tile + r * 16 + c;
+                const i64 output = (tile + t) * 16 + c;
+                if (m->scales) *s *= m->scales[output];
+                if (m->bias) *s += m->bias[output];
+            }
+}
+
+#endif
