@@ -32,12 +32,16 @@ MAY = {
     "store": {"stored", "lora", *GROUND},
     "native": {"ops", *GROUND},
     "base": {"native", *GROUND},
-    "generation": {"lora", "base", "sampling", *GROUND},
+    "generation": {"runner", "lora", "base", "native", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
     "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},
     "gguf": {"lora", "ops", "base", *GROUND},
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
+<<<<<<< HEAD
     "runner": {"native", "sampling", "lora", "ops", "base", *GROUND},
+=======
+    "runner": {"sampling", "lora", "base", "native", "ops", *GROUND},
+>>>>>>> native
     "serve": {"runner", "sampling", "store", "stored", "lora", "ops", "base", *GROUND},
     "api": {"evaluation", "dataset", "serve", "runner", "sampling", "store", "stored", "lora", "base", *GROUND},
     "cli": {
