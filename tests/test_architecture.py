@@ -37,7 +37,7 @@ MAY = {
     "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},
     "gguf": {"lora", "ops", "base", *GROUND},
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
-    "runner": {"native", "sampling", "lora", "ops", "base", *GROUND},
+    "runner": {"sampling", "lora", "base", "native", "ops", *GROUND},
     "serve": {"runner", "sampling", "store", "stored", "lora", "ops", "base", *GROUND},
     "api": {"evaluation", "dataset", "serve", "runner", "sampling", "store", "stored", "lora", "base", *GROUND},
     "cli": {

@@ -156,9 +156,8 @@ def _native_batch(
                         packed[name] = packed_adapter(native, bank[name])
         except ValueError:  # it adapts what the step does not know
             return None
-    return NativeBatch(
-        native, rows, [tuple((packed[name], weight) for name, weight in weights_of(entry)) for entry in entries]
-    )
+    uses = [tuple((packed[name], weight) for name, weight in weights_of(entry)) for entry in entries]
+    return NativeBatch(native, rows, uses)
 
 
 class _Batch:

@@ -74,7 +74,7 @@ def packed_adapter(model: NativeModel, adapter: Adapter) -> NativeAdapter:
 
 
 def native_model(model: PreTrainedModel) -> NativeModel | None:
-    """Return a model whose weights lie in blocks as the step reads it, without a copy; None if it cannot be computed so.
+    """Return a model as the step reads it, without a copy; None if its weights do not lie in blocks, or it cannot be.
 
     It is packed once, and again when a weight has changed: a merge does that.
     """
