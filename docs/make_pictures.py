@@ -178,7 +178,7 @@ def step(theme: Theme) -> Drawing:
     )
     picture.step(12, 42, 176, "embed", "the token's row of", "the embedding")
     picture.box(12, 126, 836, 184, dashed=True)
-    picture.text(24, 142, "for each layer; rows are normed, matrices are multiplied tile by tile", anchor="start")
+    picture.text(116, 142, "for each layer; rows are normed, matrices are multiplied tile by tile", anchor="start")
     first = [
         ("norms.h", "x = norm(hidden);", "h = A x of q, k, v"),
         ("product.h", "q, k, v = W x + B h,", "normed and turned"),
