@@ -16,7 +16,7 @@ DIGEST = hashlib.sha256(EMULATION.read_bytes()).hexdigest()[:8]
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 BUILDS = {  # the compiler's options, besides those for this machine
     "native": "",
-    "AVX2": "-mno-avx512f",
+    "AVX2": "-mno-avx512f -mtune=znver3",  # for which gcc prefers not to fuse some products
     "SSE2": "-mno-avx -mno-fma",
     "bfloat16": f"-DHALVES -include {EMULATION} -DEMULATION=0x{DIGEST}",
 }
