@@ -44,7 +44,8 @@ static const i64 SIZES[] = {4, 2, 2, 1};
 INLINE vec of_bf16(words w) { return (vec)(w << 16); }
 INLINE vec of_f16(words w) {
     vec magnitude = (vec)((w & 0x7fff) << 13) * 0x1p112f; /* its exponent is biased by 15, float32's by 127 */
-    return (vec)((words)magnitude | (w & 0x8000) << 16);
+    words special = (words)(magnitude >= 65536.0f) & 0x7f800000; /* infinite, or NaN */
+    return (vec)((words)magnitude | special | (w & 0x8000) << 16);
 }
 INLINE words bits_of_bf16(vec v) { /* rounded to the nearest, ties to even; a NaN stays one */
     words b = (words)v, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16, quiet = b >> 16 | 64;

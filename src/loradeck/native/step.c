@@ -110,7 +110,7 @@ static void norm_all_heads(Step *s, const Layer *l, i64 layer, i64 row) {
         const float *norm = kind == Q ? l->query_norm : l->key_norm;
         float *x = s->raw + (row * (m->heads + m->key_heads) + first) * m->dim;
         const float factor = inverse_rms(sum_of_squares(x, heads * m->dim), heads * m->true_dim, m->eps);
-        for (i64 i = 0; i < heads * m->dim; i++) x[i] = x[i] * factor * norm[i];
+        for (i64 i = 0; norm && i < heads * m->dim; i++) x[i] = x[i] * factor * norm[i];
         for (i64 n = 0; n < heads; n++) finish_head(s, l, layer, kind, n, row, x + n * m->dim, 1);
         first += heads;
     }
