@@ -12,7 +12,7 @@ from benchmarks.soak.catalogue import Catalogue
 from benchmarks.soak.requests import Answer, Ledger, RandomRequests, Request, Resolution, Route
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
-from loradeck.runner.kv_cache import KVCache
+from loradeck.runner.interface import Cache
 from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
@@ -45,7 +45,7 @@ def soak(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[L
     return ledger, figures
 
 
-def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Ledger, dict[str, float], KVCache]:
+def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Ledger, dict[str, float], Cache]:
     """Do so until the engine is closed, and return its cache too."""
     ledger, stop, memory = Ledger(), threading.Event(), MemoryTrace()
     with Engine(base, catalogue.store, limits.config) as engine:

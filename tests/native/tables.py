@@ -127,7 +127,11 @@ def table_of(shape: Shape) -> Table:
 
     def layer_of(number: int) -> Layer:
         there = [kind == "1" for kind in shape.norms]
-        each = {"": (0, 0), "each": (shape.head_dim,) * 2, "all": (heads * shape.head_dim, shape.key_heads * shape.head_dim)}
+        each = {
+            "": (0, 0),
+            "each": (shape.head_dim,) * 2,
+            "all": (heads * shape.head_dim, shape.key_heads * shape.head_dim),
+        }
         queries, keys = each[shape.head_norm]
         return Layer(
             linears_of(number),

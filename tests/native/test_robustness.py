@@ -1,8 +1,6 @@
 """What is broken stays where it is: numbers, threads, processes and memory."""
 
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +8,8 @@ import pytest
 import torch
 
 from loradeck.native.model import NativeModel
-from loradeck.ops.weights import LoraWeights
+from loradeck.native.step import run
+from loradeck.native.table import Table
 from tests.native.tables import FLOATS, Sequence, Shape, adapter_of, compute, table_of
 from tests.native.test_step import tokens_of
 
@@ -21,9 +20,12 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
+def table_for(halves: bool, **different: object) -> Table:
+    return table_of(Shape(**{**vars(SHAPE), "dtype": torch.bfloat16 if halves else torch.float32, **different}))
+
+
 def model_of(halves: bool, **different: object) -> NativeModel:
-    shape = Shape(**{**vars(SHAPE), "dtype": torch.bfloat16 if halves else torch.float32, **different})
-    return NativeModel(table_of(shape), halves=halves)
+    return NativeModel(table_for(halves, **different), halves=halves)
 
 
 def whole(model: NativeModel, tokens: list[int], *blend, threads: int = 1) -> torch.Tensor:
@@ -33,8 +35,9 @@ def whole(model: NativeModel, tokens: list[int], *blend, threads: int = 1) -> to
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_broken_adapter_changes_no_bit_of_others(halves, dtype, number) -> None:
-    model = model_of(halves)
-    good, broken = (adapter_of(model.table, 8, dtype, seed, missing=0) for seed in (1, 2))
+    table = table_for(halves)
+    model = NativeModel(table, halves=halves)
+    good, broken = (adapter_of(table, 8, dtype, seed, missing=0) for seed in (1, 2))
     for pair in broken.values():
         pair.a[0, 0] = number
     tokens = [tokens_of(9, 100, seed) for seed in range(6)]
@@ -50,9 +53,9 @@ def test_a_broken_adapter_changes_no_bit_of_others(halves, dtype, number) -> Non
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_broken_token_changes_no_bit_of_the_tokens_before_it(halves, number) -> None:
     """However the sequence is cut: what a later token left in the cache is not seen."""
-    model = model_of(halves)
-    model.table.embedding[7] = number
-    model = NativeModel(model.table, halves=halves)
+    table = table_for(halves)
+    table.embedding[7] = number
+    model = NativeModel(table, halves=halves)
     tokens = [3, 4, 5, 6, 7, 8, 9]
     at_once = whole(model, tokens)
     one_by_one, = compute([Sequence(model, tokens)], [[(0, 1)]] * len(tokens), 1)
@@ -64,10 +67,10 @@ def test_a_broken_token_changes_no_bit_of_the_tokens_before_it(halves, number) -
 def test_values_too_large_for_the_cache_are_infinite(halves) -> None:
     if halves:
         pytest.skip("it multiplies in bfloat16, which holds them")
-    model = model_of(halves, dtype=torch.float16)
-    for layer in model.table.layers:
-        layer.linears["v"].weight[:] = 60000.0
-    model = NativeModel(model.table, halves=halves)
+    table = table_for(halves, dtype=torch.float16)
+    for layer in table.layers:
+        layer.linears["v"].stored[:] = 60000.0
+    model = NativeModel(table, halves=halves)
     assert not whole(model, [1, 2, 3])[1:].isfinite().all()
 
 
@@ -98,11 +101,12 @@ def test_flushing_of_small_numbers_in_one_thread_changes_nothing(halves) -> None
 
 
 def test_threads_of_python_compute_at_the_same_time(halves) -> None:
-    model = model_of(halves)
+    table = table_for(halves)
+    model = NativeModel(table, halves=halves)
     tokens = [tokens_of(20 + 700 * i, 100, i) for i in range(4)]  # longer ones need longer tables of positions
     alone = [whole(model, each) for each in tokens]
     for _ in range(3):
-        fresh = NativeModel(model.table, halves=halves)
+        fresh = NativeModel(table, halves=halves)
         with ThreadPoolExecutor(4) as pool:
             results = pool.map(lambda each, model=fresh: whole(model, each, threads=2), tokens)
             assert all(equal(a, b) for a, b in zip(results, alone, strict=True))
@@ -118,14 +122,8 @@ def test_the_team_wakes_whenever_it_sleeps(halves) -> None:
             pass
         if i % 100 == 0:
             time.sleep(0.005)
-        sequence.logits.append(compute_next(sequence, 1 + i % 4))
+        sequence.logits.append(run(model, [sequence.chunk(1)], 1 + i % 4))
     assert equal(torch.cat(sequence.logits), alone)
-
-
-def compute_next(sequence: Sequence, threads: int) -> torch.Tensor:
-    from loradeck.native.step import run
-
-    return run(sequence.model, [sequence.chunk(1)], threads)
 
 
 def test_a_child_computes_after_a_fork(halves) -> None:

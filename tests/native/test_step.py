@@ -3,11 +3,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.native import oracle
+from tests.native.tables import FLOATS, Blend, Sequence, Shape, adapter_of, compute, shapes, table_of
 
 from loradeck.native.model import NativeModel
 from loradeck.native.pages import DTYPES
-from tests.native import oracle
-from tests.native.tables import FLOATS, Blend, Sequence, Shape, adapter_of, compute, shapes, table_of
 
 THREADS = st.integers(1, 5)
 RANKS = (1, 3, 8, 17, 64)
@@ -25,7 +25,7 @@ def dtype_for(shape: Shape, halves: bool) -> Shape:
 
 
 def close(logits: torch.Tensor, definition: torch.Tensor, tolerance: float) -> bool:
-    return bool((logits.double() - definition).abs().max() <= tolerance * definition.abs().max())
+    return bool((logits - definition).abs().max() <= tolerance * definition.abs().max())
 
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # by the cache's dtype
@@ -38,7 +38,7 @@ def test_it_computes_what_the_table_says(halves, shape, length, threads) -> None
     table = table_of(shape)
     model = NativeModel(table, halves=halves)
     tokens = tokens_of(length, shape.vocabulary, shape.seed)
-    logits, = compute([Sequence(model, tokens)], [[(0, length)]], threads)
+    (logits,) = compute([Sequence(model, tokens)], [[(0, length)]], threads)
     cache = DTYPES[model.c.cache_format]
     tolerance = 3e-2 if halves else TOLERANCES[cache]
     assert close(logits, oracle.logits(table, tokens, (), cache, halves), tolerance)
@@ -47,7 +47,8 @@ def test_it_computes_what_the_table_says(halves, shape, length, threads) -> None
 def blends_of(table, count: int, seed: int, broken: int | None = None) -> list[Blend]:
     """Return none, one or a blend of adapters for each of some sequences; the last ones share theirs."""
     adapters = [
-        adapter_of(table, RANKS[(seed + i) % len(RANKS)], FLOATS[(seed + i) % 3], seed + i, missing=0.2) for i in range(4)
+        adapter_of(table, RANKS[(seed + i) % len(RANKS)], FLOATS[(seed + i) % 3], seed + i, missing=0.2)
+        for i in range(4)
     ]
     choices: list[Blend] = [(), *(((adapter, 1.0),) for adapter in adapters)]
     choices += [((adapters[0], 0.5), (adapters[1], -0.7)), tuple((adapter, 0.3) for adapter in adapters)]
@@ -62,7 +63,7 @@ def test_adapters_compute_what_their_weights_add(halves, shape, length, number, 
     model = NativeModel(table, halves=halves)
     tokens = tokens_of(length, shape.vocabulary, shape.seed)
     blend = blends_of(table, 14, shape.seed)[number]
-    logits, = compute([Sequence(model, tokens, blend)], [[(0, length)]], threads)
+    (logits,) = compute([Sequence(model, tokens, blend)], [[(0, length)]], threads)
     cache = DTYPES[model.c.cache_format]
     tolerance = 3e-2 if halves else TOLERANCES[cache]
     assert close(logits, oracle.logits(table, tokens, blend, cache, halves), tolerance)
@@ -80,7 +81,8 @@ def test_a_sequence_has_the_same_bits_in_any_batch(halves, data, shape) -> None:
     random = data.draw(st.randoms(use_true_random=False))
     tokens = [tokens_of(length, shape.vocabulary, shape.seed + i) for i, length in enumerate(lengths)]
     alone = [
-        compute([Sequence(model, each, blend)], [[(0, len(each))]], 1)[0] for each, blend in zip(tokens, blends, strict=True)
+        compute([Sequence(model, each, blend)], [[(0, len(each))]], 1)[0]
+        for each, blend in zip(tokens, blends, strict=True)
     ]
     left = dict(enumerate(lengths))
     steps = []
@@ -91,6 +93,8 @@ def test_a_sequence_has_the_same_bits_in_any_batch(halves, data, shape) -> None:
             left[i] -= number
         left = {i: rest for i, rest in left.items() if rest}
     threads = data.draw(THREADS, "threads")
-    sequences = [Sequence(model, each, blend, seed=i) for i, (each, blend) in enumerate(zip(tokens, blends, strict=True))]
+    sequences = [
+        Sequence(model, each, blend, seed=i) for i, (each, blend) in enumerate(zip(tokens, blends, strict=True))
+    ]
     together = compute(sequences, steps, threads)
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(together, alone, strict=True))

@@ -16,7 +16,7 @@ from loradeck.runner.request import Key, Request
 from loradeck.sampling import SamplingParams
 
 PAGE = BLOCK * 8  # bytes: a number for each token
-PAGES = 12
+PAGES = 6
 POET, PIRATE = (("poet", 1.0),), (("pirate", 1.0),)
 Prefix: TypeAlias = tuple[Key, tuple[int, ...]]
 
@@ -266,6 +266,25 @@ def test_what_is_read_is_not_evicted() -> None:
     assert cache.prefixes.nbytes == 2 * PAGE
     assert cache.reserve(request(3 * BLOCK, PIRATE), 3 * BLOCK)
     assert cache.prefixes.nbytes == 0
+
+
+def test_a_prefix_does_not_give_way_to_the_request_that_starts_with_it() -> None:
+    cache = cache_of(4)
+    cache.release(admitted(cache, request(4 * BLOCK)))
+    own = Request([*request(2 * BLOCK).tokens, *[7] * 3 * BLOCK], key=POET)
+    assert not cache.reserve(own, own.pending)
+    assert (own.computed, cache.prefixes.nbytes, cache.prefixes.queries) == (0, 4 * PAGE, 4 * BLOCK)
+    del own.tokens[4 * BLOCK :]
+    assert cache.reserve(own, own.pending)
+    assert (own.computed, cache.prefixes.nbytes) == (2 * BLOCK, 0)
+
+
+def test_the_last_token_is_computed() -> None:
+    cache = cache_of(4)
+    cache.release(admitted(cache, request(2 * BLOCK)))
+    own = request(2 * BLOCK)
+    assert cache.reserve(own, own.pending)
+    assert own.computed == BLOCK
 
 
 def test_what_a_request_computed_itself_was_not_cached_for_it() -> None:

@@ -76,12 +76,11 @@ def test_a_base_whose_rows_cannot_be_computed_side_by_side_is_refused(base: Base
 
 def test_rows_give_way_and_come_back(serve: Serve, base: Base, store: AdapterStore) -> None:
     """A budget for two short rows: whoever came last waits again when another outgrows its place."""
-    engine = serve(kv_cache_bytes=512 * 1024)
-    assert engine._loop._cache.budget // engine._runner.layout.token_bytes == 1024
+    engine = serve()
     asked = [prompt[:40] + [9] * 60 for prompt in prompts(6, seed=3)]
     entries = ["a0", None, "a1", "a2", "a0", None]
     engine.close()
-    small = serve(kv_cache_bytes=engine._runner.layout.token_bytes * 384)
+    small = serve(kv_cache_bytes=engine._runner.token_bytes * 384)
     got = small.generate(asked, entries, SamplingParams(max_tokens=60, ignore_eos=True))
     assert all(len(tokens) == 60 for tokens in got)
     for prompt, entry, tokens in zip(asked, entries, got, strict=True):
@@ -260,7 +259,7 @@ def test_a_seed_says_the_same_whoever_is_beside_it(serve: Serve, monkeypatch: py
 
     answers = [*map(ids, serve().generate([prompt] * 3, "a1", [hot(seed) for seed in range(3)]))]  # n=3
     assert len({*map(tuple, answers)}) == 3
-    engine = serve(max_rows=3, max_step_tokens=8, kv_cache_bytes=serve()._runner.layout.token_bytes * 384)
+    engine = serve(max_rows=3, max_step_tokens=8, kv_cache_bytes=serve()._runner.token_bytes * 384)
     others = [engine.submit(own, f"a{i % 4}", hot(i)) for i, own in enumerate(prompts(6, seed=6))]
     streams = [engine.submit(prompt, "a1", hot(seed)) for seed in (2, 0, 1)]
     assert [ids(stream) for stream in streams] == [answers[2], answers[0], answers[1]]
@@ -531,7 +530,7 @@ def test_whatever_happens_every_answer_is_its_own(serve: Serve, base: Base, stor
     chance = random.Random(seed)
     nbytes = store.find("a3").facts.nbytes
     engine = serve(adapter_bytes=2 * nbytes, patience=0.05)
-    small = engine._runner.layout.token_bytes * 600
+    small = engine._runner.token_bytes * 600
     engine._loop._cache.budget = small
     asked = prompts(12, seed=seed, longest=50)
     sent = []

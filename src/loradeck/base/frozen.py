@@ -1,5 +1,6 @@
 """Linear layers that are never trained, so their weight may have any format."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,37 @@ class FrozenLinear(nn.Linear):
                 )
             return _FrozenProduct.apply(input, self)
         return self.product(input)
+
+
+class LayoutLinear(FrozenLinear):
+    """An nn.Linear whose weight lies in another layout, from which `dense` restores it bit for bit.
+
+    The weight may be replaced by a plain one; a merge does that. The layer's state_dict and a move to another dtype or
+    device use the plain one.
+    """
+
+    def lay_out(self) -> None:
+        """Bring a plain weight into the layout, in place; leave it plain where that is not possible."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Bring the weight back to nn.Linear's layout, in place."""
+        self.weight = nn.Parameter(self.dense().detach(), requires_grad=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LayoutLinear":
+        self.restore()
+        super()._apply(fn, recurse)
+        self.lay_out()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.dense()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.lay_out()
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -4,7 +4,6 @@ nn.Linear packs its weight anew at every call. The packed weight is the only cop
 for bit, and the layer's state_dict and a move to another dtype or device use that.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loradeck.base.frozen import FrozenLinear
+from loradeck.base.frozen import LayoutLinear
 from loradeck.base.self_check import Product, why_not_usable
 
 MIN_WEIGHTS = 256 * 256  # smaller layers stay plain: at 64 x 64 a packed product takes 23 µs, a plain one 7
@@ -29,7 +28,7 @@ class PackedWeight(nn.Parameter):
         return _pack_weight, (self.to_dense(),)
 
 
-class PackedLinear(FrozenLinear):
+class PackedLinear(LayoutLinear):
     """An nn.Linear with a packed weight, or with a plain one that has replaced it (a merge does that)."""
 
     def dense(self) -> Tensor:
@@ -41,19 +40,7 @@ class PackedLinear(FrozenLinear):
             return F.linear(x, self.dense(), self.bias)
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, self.bias, "none", [], "")
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "PackedLinear":
-        unpack(self)
-        super()._apply(fn, recurse)
-        pack(self)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.dense()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        unpack(self)
-        super()._load_from_state_dict(*args, **kwargs)
+    def lay_out(self) -> None:
         pack(self)
 
 
@@ -64,11 +51,6 @@ def pack(linear: nn.Linear) -> None:
     if fits and why_not_packed(weight.dtype) is None:
         linear.__class__ = PackedLinear
         linear.weight = _pack_weight(weight.detach())
-
-
-def unpack(linear: PackedLinear) -> None:
-    """Restore the layer's plain weight."""
-    linear.weight = nn.Parameter(linear.dense().detach(), requires_grad=False)
 
 
 @cache

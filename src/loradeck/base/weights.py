@@ -1,4 +1,4 @@
-"""The formats of a base's frozen weights (plain, packed, int8), and models that share them."""
+"""The formats of a base's frozen weights (plain, packed, blocks, int8), and models that share them."""
 
 from collections import Counter
 from copy import deepcopy
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loradeck.base.blocked import block
 from loradeck.base.frozen import upcast
 from loradeck.base.prepacked import pack
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear, quantise
 from loradeck.errors import ConfigError
 
-Weights: TypeAlias = Literal["plain", "packed", "int8"]
+Weights: TypeAlias = Literal["plain", "packed", "blocks", "int8"]
 CHOICES = get_args(Weights)
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,6 +28,8 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
     - `packed` keeps every value; results differ only by the order of summation (float32: 1e-5 of the largest output,
       bfloat16: its rounding). A weight that two modules share (a tied head) stays plain, and so do all on a GPU. On a
       CPU that only emulates the dtype, layers that are not packed compute in float32.
+    - `blocks` is `packed` for serving: the layout that the compiled step reads (`loradeck.native`). Training's backward
+      is slower with it.
     - `int8` stores the linear layers, the token embedding and the head, tied or not, in one byte per weight. The rest
       of the model, and every adapter, stays in its own precision.
 
@@ -35,11 +38,13 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
     """
     if weights not in CHOICES:
         raise ConfigError(f"invalid weights {weights!r}", hint=f"Use one of {', '.join(CHOICES)}.")
-    if weights == "packed":
+    if weights in ("packed", "blocks"):
         uses = _uses(model)
+        for lay_out in (block, pack) if weights == "blocks" else (pack,):  # what blocks cannot hold is packed
+            for module in model.modules():
+                if _is_frozen(module, nn.Linear) and uses[id(module.weight)] == 1:
+                    lay_out(cast("nn.Linear", module))
         for module in model.modules():
-            if _is_frozen(module, nn.Linear) and uses[id(module.weight)] == 1:
-                pack(cast("nn.Linear", module))
             if _is_frozen(module, nn.Linear):  # if it was not packed
                 upcast(cast("nn.Linear", module))
     if weights == "int8":

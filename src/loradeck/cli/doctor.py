@@ -29,6 +29,7 @@ def doctor(*, as_json: AsJson = False) -> int:
         "cpu": _cpu,
         "threads": _threads,
         "gpu": _gpu,
+        "compiled step": _compiled_step,
         "packed weights": _packed_weights,
         "int8 weights": _int8_weights,
         "adapters on a CPU": _cpu_adapters,
@@ -99,6 +100,18 @@ def _packed_weights() -> str:
 
     reasons = {str(dtype).removeprefix("torch."): why_not_packed(dtype) for dtype in TOLERANCE}
     return "; ".join(f"not in {dtype} ({why})" if why else f"in {dtype}" for dtype, why in reasons.items())
+
+
+def _compiled_step() -> str:
+    from loradeck.base.blocked import TOLERANCE, multiplies_halves, why_not_blocked
+
+    reasons = {dtype: why_not_blocked(dtype) for dtype in TOLERANCE}
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in reasons}
+    inside = {dtype: "bfloat16" if multiplies_halves(dtype) else "float32" for dtype in reasons}
+    return "; ".join(
+        f"not of {names[dtype]} weights ({why})" if why else f"of {names[dtype]} weights, in {inside[dtype]}"
+        for dtype, why in reasons.items()
+    )
 
 
 def _int8_weights() -> str:

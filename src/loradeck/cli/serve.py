@@ -36,7 +36,7 @@ def serve(
     port: int = 8000,
     keys: Path | None = None,
     dtype: Dtype = "auto",
-    weights: Weights = "packed",
+    weights: Weights = "blocks",
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
 ) -> None:

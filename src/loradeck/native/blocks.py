@@ -1,6 +1,6 @@
 """Weights in blocks of 16 outputs x 32 inputs, as the step reads them (product.h), and back, bit for bit.
 
-A block is [16 pairs of inputs][16 outputs][2], of float32 [16 pairs][2][16 outputs]. What is missing of a block is zero.
+A block is [16 pairs of inputs][16 outputs][2], of float32 [16 pairs][2][16 outputs]. What a block lacks is zero.
 
 O outputs   I inputs
 """

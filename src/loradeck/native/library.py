@@ -95,6 +95,17 @@ class CBatch(Structure):
     )
 
 
+class CProduct(Structure):
+    """A product of rows with a matrix."""
+
+    _fields_ = (
+        ("w", CMatrix),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "format")),
+    )
+
+
 @cache
 def library(options: str = "") -> ctypes.CDLL:
     """Return the step compiled with these options, besides the compiler's own: with `HALVES` it multiplies in bfloat16.
@@ -104,6 +115,7 @@ def library(options: str = "") -> ctypes.CDLL:
     """
     step = compiler.load(SOURCE, f"-O2 -ffp-contract=off {options}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
+    step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
     step.loradeck_page_bytes.restype = c_int64
     return step

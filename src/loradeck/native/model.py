@@ -1,13 +1,14 @@
 """A table's weights as the step reads them: matrices in blocks, padded where a width is no multiple of a block."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loradeck.native.blocks import FORMATS, INPUTS, pack, pad, padded
+from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded
 from loradeck.native.library import HALVES, NORMS, CLayer, CMatrix, CModel, library
 from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
 
@@ -45,9 +46,7 @@ class NativeModel:
         """
         self.table, self.halves = table, halves
         self.library = library(HALVES if halves else "")
-        hidden, inter, head_dim = (
-            padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim)
-        )
+        hidden, inter, head_dim = (padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim))
         self.vocabulary = padded(table.vocabulary, HEAD_OUTPUTS)
         self._hidden = Width(1, table.hidden, hidden)
         inters = Width(1, table.intermediate, inter)
@@ -62,7 +61,7 @@ class NativeModel:
         self._lock = Lock()
         self._rotary_length = 0
         self._layers = (CLayer * len(table.layers))(*map(self._layer, table.layers))
-        tied = table.embedding is table.head.weight
+        tied = table.embedding is table.head.stored
         embedding = table.embedding.detach().contiguous()
         self.c = CModel(
             layers=len(table.layers),
@@ -91,6 +90,7 @@ class NativeModel:
             logit_cap=table.logit_cap or 0.0,
         )
         self.page_bytes: int = self.library.loradeck_page_bytes(self.c)
+        self.table = _without_weights(table)
 
     def reach(self, positions: int) -> None:
         """Make the tables of cos and sin as long as a step needs them."""
@@ -113,23 +113,35 @@ class NativeModel:
         queries, keys = self.widths["q"][0], self.widths["k"][0]
         norms_all = any(norm is not None and len(norm) != queries.size for norm in (layer.query_norm, layer.key_norm))
         each = (queries, keys) if norms_all else (queries._replace(parts=1), keys._replace(parts=1))
-        norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, (*[self._hidden] * 4, *each), strict=True)}
+        widths = (*[self._hidden] * 4, *each)
+        norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, widths, strict=True)}
         return CLayer((CMatrix * len(SLOTS))(*matrices), **norms, window=layer.window or 0, norms_all=norms_all)
 
     def _matrix(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix:
         rows = slice(linear.start, linear.start + linear.outputs)
-        weight = linear.weight[rows].detach()
-        if weight.dtype not in FORMATS:
-            raise ValueError(f"its weights are in {weight.dtype}")
-        if self.halves and weight.dtype not in (torch.bfloat16, torch.int8):
-            raise ValueError(f"its weights are in {weight.dtype}, not in bfloat16")
-        parts = weight.reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
-        parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
-        blocks = pack(parts.reshape(outputs.total, inputs.total))
+        blocks = self._blocks(linear, outputs, inputs)
+        if blocks.dtype not in FORMATS:
+            raise ValueError(f"its weights are in {blocks.dtype}")
+        if self.halves and blocks.dtype not in (torch.bfloat16, torch.int8):
+            raise ValueError(f"its weights are in {blocks.dtype}, not in bfloat16")
         scales, bias = (
             None if each is None else self._floats(each[rows], outputs) for each in (linear.scales, linear.bias)
         )
-        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[weight.dtype], scales, bias)
+        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[blocks.dtype], scales, bias)
+
+    def _blocks(self, linear: Linear, outputs: Width, inputs: Width) -> Tensor:
+        """Return a matrix's blocks: where possible those that it lies in."""
+        rows = slice(linear.start, linear.start + linear.outputs)
+        padded_apart = any(width.parts > 1 and width.size != width.padded for width in (outputs, inputs))
+        if linear.blocked and not padded_apart and linear.start % OUTPUTS == 0:
+            first = linear.start // OUTPUTS
+            tiles = linear.stored.detach()[first : first + outputs.total // OUTPUTS]
+            if len(tiles) * OUTPUTS == outputs.total:
+                return tiles
+        weight = linear.weight
+        parts = weight[rows].detach().reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
+        parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
+        return pack(parts.reshape(outputs.total, inputs.total))
 
     def _floats(self, tensor: Tensor | None, width: Width | None = None) -> int | None:
         """Return the address of one number, in float32, for each of some outputs."""
@@ -145,9 +157,22 @@ class NativeModel:
 
     def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""
-        dtypes = {linear.weight.dtype for layer in self.table.layers for linear in layer.linears.values()}
+        dtypes = {linear.stored.dtype for layer in self.table.layers for linear in layer.linears.values()}
         if torch.int8 in dtypes:
             return torch.bfloat16 if self.halves else torch.float32
         if len(dtypes) > 1:
             raise ValueError(f"its layers mix {' and '.join(sorted(map(str, dtypes)))}")
         return next(iter(dtypes))
+
+
+def _without_weights(table: Table) -> Table:
+    """Return a table that keeps no weights in memory."""
+    empty = torch.empty(0)
+
+    def slim(linear: Linear) -> Linear:
+        return replace(linear, stored=empty, bias=None, scales=None)
+
+    layers = (
+        replace(layer, linears={slot: slim(linear) for slot, linear in layer.linears.items()}) for layer in table.layers
+    )
+    return replace(table, layers=tuple(layers), embedding=empty, embedding_scales=None, head=slim(table.head))

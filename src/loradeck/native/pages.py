@@ -37,7 +37,7 @@ def write(model: NativeModel, pages: Sequence[int], layer: int, start: int, keys
 
 
 def _views(model: NativeModel, page: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Return a page's blocks of keys (key heads, 2, D / 32, 512) and of values (key heads, D / 16, 1, 512), in place."""
+    """Return views of a page's keys (key heads, 2, D / 32, 512) and values (key heads, D / 16, 1, 512)."""
     dtype, dim = DTYPES[model.c.cache_format], model.c.dim
     count = 2 * model.c.key_heads * PAGE * dim
     address = page + layer * count * dtype.itemsize

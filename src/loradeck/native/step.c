@@ -41,7 +41,15 @@ typedef struct {
     float *logits; /* (wanted, vocabulary) */
 } Batch;
 
+typedef struct { /* y = x W^T, scaled, + bias */
+    Matrix w;
+    const char *x; /* (rows, inputs) */
+    char *y;       /* (rows, outputs) */
+    i64 rows, inputs, outputs, format; /* of x and y */
+} Product;
+
 struct Step {
+    void (*way)(Step *, int); /* each thread's way through it */
     const Model *m;
     const Batch *b;
     i64 adapts, segments;
@@ -52,6 +60,7 @@ struct Step {
     i64 scratch_bytes;
     _Atomic i64 *counters;
     int members;
+    const Product *product;
 };
 static _Atomic i64 *counters_of(Step *step) { return step->counters; }
 
@@ -203,11 +212,10 @@ static void head(Step *s, i64 unit, float *sum) {
     }
 }
 
-/* Each thread's way through the step. */
 #define UNITS(u, n) for (i64 u; (u = take(s, phase, thread, s->members, n)) < (n); finish(s, phase, s->members))
 #define END(n) wait_for(s, phase++, s->members, n)
 #define ROWS_OF_UNIT const i64 row = u * per, rows = T - row < per ? T - row : per
-static void work(Step *s, int thread) {
+static void model(Step *s, int thread) {
     const Model *m = s->m;
     const i64 T = s->b->rows, per = T > 8 ? 4 : 1, blocks = (T + per - 1) / per, H = m->hidden, width = m->heads * m->dim;
     i64 phase = 0;
@@ -274,7 +282,41 @@ static void work(Step *s, int thread) {
     END(m->vocabulary / 64);
 }
 
-/* ---- the call ---- */
+INLINE void store(char *to, vec v, i64 format) {
+    if (format == F32) *(vec *)to = v;
+    else *(halves *)to = __builtin_convertvector(format == BF16 ? bits_of_bf16(v) : bits_of_f16(v), halves);
+}
+static void multiply(Step *s, int thread) {
+    const Product *p = s->product;
+    const i64 size = SIZES[p->format], tiles = p->w.tiles / 2;
+    float *sum = (float *)(s->scratch + thread * s->scratch_bytes);
+    i64 phase = 0;
+    UNITS(t, p->rows)
+        for (i64 i = 0; i < p->w.groups * 32; i += LANES) {
+            char part[LANES * 4] = {0};
+            const i64 left = p->inputs - i < LANES ? p->inputs - i : LANES;
+            if (left > 0) memcpy(part, p->x + (t * p->inputs + i) * size, left * size);
+            put(panel_at(&s->x, t, i / 32) + i % 32, load(part, (int)p->format));
+        }
+    END(p->rows);
+    UNITS(u, tiles)
+        for (i64 row = 0, rows; row < p->rows; row += rows) {
+            rows = p->rows - row < CHUNK ? p->rows - row : CHUNK;
+            tiles_of(sum, rows * 16, &p->w, u * 2, 2, &s->x, row, rows);
+            for (i64 t = 0; t < 2; t++)
+                for (i64 r = 0; r < rows; r++)
+                    for (i64 c = 0; c < 16; c += LANES) {
+                        char part[LANES * 4];
+                        const i64 output = (u * 2 + t) * 16 + c, left = p->outputs - output < LANES ? p->outputs - output : LANES;
+                        store(part, *(vec *)(sum + (t * rows + r) * 16 + c), p->format);
+                        if (left > 0) memcpy(p->y + ((row + r) * p->outputs + output) * size, part, left * size);
+                    }
+        }
+    END(tiles);
+}
+
+/* ---- the calls ---- */
+static void work(Step *step, int thread) { step->way(step, thread); }
 static struct { char *bytes; i64 size; } room; /* kept from step to step; the team's lock guards it */
 
 INLINE void *cut(char **from, i64 bytes) { /* with two lines to spare, for what is read as whole vectors */
@@ -300,37 +342,58 @@ static i64 lay_out(Step *s, char *from) { /* return the bytes that a step needs,
     s->scratch = cut(&at, s->members * s->scratch_bytes);
     return at - from;
 }
+/* Memory for a step of `need` bytes, or null */
+static char *room_of(i64 need) {
+    if (need > room.size) {
+        free(room.bytes);
+        room.size = (need + need / 4 + 63) / 64 * 64;
+        room.bytes = aligned_alloc(64, room.size);
+        if (!room.bytes) room.size = 0;
+    }
+    return room.bytes;
+}
 /* Compute a step. Return 0; 1 if there is no memory for it: then nothing is written. */
 int loradeck_step(const Model *m, const Batch *b, int threads) {
-    Step s = {.m = m, .b = b};
+    Step s = {.way = model, .m = m, .b = b};
+    const i64 sums = (m->dim / 16 > 4 ? m->dim / 16 : 4) * CHUNK * 64, phases = m->layers * 10 + 3;
     i64 longest = 0;
-    pthread_mutex_lock(&team.busy);
-    s.members = grow(threads);
     for (i64 t = 0; t < b->rows; t++) {
         if (b->positions[t] + 1 > longest) longest = b->positions[t] + 1;
         if (b->route[b->routes[t]].count) s.adapts = 1;
     }
-    s.scratch_bytes = ((m->dim / 16 > 4 ? m->dim / 16 : 4) * CHUNK * 64 + scratch_bytes(longest, m->heads / m->key_heads, m->dim) + 127) / 64 * 64;
-    const i64 need = lay_out(&s, 0);
-    if (need > room.size) {
-        free(room.bytes);
-        room.size = 0;
-        room.bytes = aligned_alloc(64, (need + need / 4 + 63) / 64 * 64);
-        if (!room.bytes) {
-            pthread_mutex_unlock(&team.busy);
-            return 1;
+    s.scratch_bytes = (sums + scratch_bytes(longest, m->heads / m->key_heads, m->dim) + 63) / 64 * 64;
+    pthread_mutex_lock(&team.busy);
+    s.members = grow(threads);
+    char *memory = room_of(lay_out(&s, 0));
+    if (memory) {
+        lay_out(&s, memory);
+        memset(s.counters, 0, phases * (s.members + 1) * LINE * sizeof(i64));
+        for (i64 t = 0, n; t < b->rows; t += n) {
+            for (n = 1; n < SEGMENT && t + n < b->rows; n++)
+                if (b->sequences[t + n] != b->sequences[t] || b->positions[t + n] != b->positions[t] + n) break;
+            s.segment[s.segments++] = (Segment){t, n, b->positions[t], b->pages[b->sequences[t]]};
         }
-        room.size = need + need / 4;
+        together(&s, s.members);
     }
-    lay_out(&s, room.bytes);
-    memset(s.counters, 0, (m->layers * 10 + 3) * (s.members + 1) * LINE * sizeof(i64));
-    for (i64 t = 0, n; t < b->rows; t += n) {
-        for (n = 1; n < SEGMENT && t + n < b->rows; n++)
-            if (b->sequences[t + n] != b->sequences[t] || b->positions[t + n] != b->positions[t] + n) break;
-        s.segment[s.segments++] = (Segment){t, n, b->positions[t], b->pages[b->sequences[t]]};
-    }
-    together(&s, s.members);
     pthread_mutex_unlock(&team.busy);
-    return 0;
+    return !memory;
+}
+/* Compute a product. Return 0; 1 if there is no memory for it. */
+int loradeck_product(const Product *p, int threads) {
+    const i64 inputs = p->w.groups * 32;
+    Step s = {.way = multiply, .product = p, .scratch_bytes = 2 * CHUNK * 64};
+    pthread_mutex_lock(&team.busy);
+    s.members = grow(threads);
+    const i64 counters = 2 * (s.members + 1) * LINE * sizeof(i64), panel = (p->rows * inputs * sizeof(num) + 63) / 64 * 64;
+    char *memory = room_of(counters + panel + s.members * s.scratch_bytes + 256);
+    if (memory) {
+        s.counters = (_Atomic i64 *)memory;
+        memset(memory, 0, counters);
+        s.x = (Panel){(num *)(memory + counters), p->rows};
+        s.scratch = memory + counters + panel;
+        together(&s, s.members);
+    }
+    pthread_mutex_unlock(&team.busy);
+    return !memory;
 }
 i64 loradeck_page_bytes(const Model *m) { return m->layers * m->key_heads * 2 * head_bytes(m->dim, m->cache_format); }

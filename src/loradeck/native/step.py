@@ -53,7 +53,8 @@ def run(model: NativeModel, chunks: Sequence[Chunk], threads: int) -> Tensor:
         c_uses = (CUse * len(uses))(*(CUse(adapter.pairings, weight) for adapter, weight in uses))
         c_routes[number] = CRoute(c_uses, len(uses))
         memory.append(c_uses)
-        ranks = max([ranks, *map(sum, zip(*(adapter.ranks for adapter, _ in uses), strict=True))])
+        for sites in zip(*(adapter.ranks for adapter, _ in uses), strict=True):
+            ranks = max(ranks, sum(sites))
     logits = torch.empty(len(want), model.vocabulary)
     batch = CBatch(
         rows=len(rows),

@@ -6,9 +6,10 @@
         hidden += residual_scale · mlp_out(down(activation(gate(x)) · up(x)))       x = mlp_in(hidden)
     logits = cap(head(norm(hidden)) · logit_scale)
 
-A norm is x / sqrt(mean(x²) + eps) · weight; one that is None leaves x as it is. cap(z) is logit_cap · tanh(z / logit_cap),
-or z. Queries and keys are normed and rotated by position; attention is the softmax of their products times `scale`, capped
-like the logits, over the tokens before, within the layer's window.
+A norm is x / sqrt(mean(x²) + eps) · weight; one that is None leaves x as it is. cap(z) is z, or where there is a
+logit_cap, logit_cap · tanh(z / logit_cap). Queries and keys are normed and rotated by position. Attention is the
+softmax of their products times `scale`, capped by `softcap` in the same way, over the tokens before, within the layer's
+window.
 
 H hidden size   Q query heads   K key heads   D width of a head   I intermediate size   V vocabulary   P positions
 """
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch import Tensor
+
+from loradeck.native.blocks import unpack
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
 Slot: TypeAlias = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -32,14 +35,21 @@ class Linear:
     """
 
     path: str
-    weight: Tensor
-    """(out, in) of the whole module: float32, bfloat16, float16; or int8 with `scales`."""
+    stored: Tensor
+    """The whole module's weight: (out, in) in float32, bfloat16, float16, or int8 with `scales`; or in blocks."""
     start: int
     outputs: int
     bias: Tensor | None = None
     """(out,) of the whole module."""
     scales: Tensor | None = None
     """(out,) of the whole module, of an int8 weight."""
+    blocked: int = 0
+    """How many inputs a weight in blocks has; 0: it is (out, in)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole module's weight (out, in); of one in blocks a copy, with what pads its last outputs."""
+        return unpack(self.stored.detach())[:, : self.blocked] if self.blocked else self.stored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +89,7 @@ class Table:
     """Of all norms."""
     layers: tuple[Layer, ...]
     embedding: Tensor
-    """(V, H); the same tensor as `head.weight` where they are tied. int8 with `embedding_scales`."""
+    """(V, H); the same tensor as `head.stored` where they are tied. int8 with `embedding_scales`."""
     embedding_scales: Tensor | None
     """(V,)"""
     embedding_scale: float
@@ -87,8 +97,8 @@ class Table:
     """(H,), before the head."""
     head: Linear
     rotary: tuple[Callable[[int], tuple[Tensor, Tensor]], ...]
-    """Each returns for the first P positions cos and sin (P, R / 2) in float32. The first R numbers of a head are turned:
-    number d with number d + R / 2."""
+    """Each returns for the first P positions cos and sin (P, R / 2) in float32. The first R numbers of a head are
+    turned: number d with number d + R / 2."""
     activation: Activation
     scale: float
     softcap: float | None

@@ -45,7 +45,9 @@ def load(source: Path, options: str = "") -> ctypes.CDLL:
     flags = [*FLAGS.split(), *FEATURES.get(torch.backends.cpu.get_cpu_capability(), "").split(), *options.split()]
     files = [source, *sorted(source.parent.glob("*.h"))]
     command = " ".join([*compiler, *flags, LINK_FLAGS])
-    key = hashlib.sha256(bytes(0).join([*(file.read_bytes() for file in files), command.encode(), platform.platform().encode()]))
+    key = hashlib.sha256(
+        bytes(0).join([*(file.read_bytes() for file in files), command.encode(), platform.platform().encode()])
+    )
     name = f"{source.stem}-{key.hexdigest()[:16]}.so"
     with TemporaryDirectory() as folder:
         library = _cache_path(name)

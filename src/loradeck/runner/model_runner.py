@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loradeck.errors import BaseModelError
+from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.ops.dispatch import warm_up
 from loradeck.runner import attention
@@ -49,6 +50,9 @@ class ModelRunner:
     def new_cache(self, budget: int) -> KVCache:
         """Return an empty KV cache of this many bytes."""
         return KVCache(self.layout, budget)
+
+    def prepare(self, adapter: Adapter) -> None:
+        """Do nothing: adapters are read where the bank holds them."""
 
     def run(self, batch: Sequence[Scheduled], cache: KVCache) -> list[Tensor]:
         """Compute a step. Return the logits (S, V) of each scheduled request's last `logits_to_keep` tokens."""

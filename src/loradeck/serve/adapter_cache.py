@@ -77,8 +77,15 @@ class Resident:
 class AdapterCache:
     """The adapters of one engine. Any thread may call it."""
 
-    def __init__(self, bank: Bank, store: AdapterStore | None, config: EngineConfig, wake: Callable[[], None]) -> None:
-        """`wake` is called after each load."""
+    def __init__(
+        self,
+        bank: Bank,
+        store: AdapterStore | None,
+        config: EngineConfig,
+        wake: Callable[[], None],
+        prepare: Callable[[Adapter], None] = lambda _: None,
+    ) -> None:
+        """`prepare` is called with each new adapter, in the loader's thread before others see it; `wake` after each."""
         self.bank = bank
         self.store = store
         self.budget = config.adapter_bytes
@@ -91,7 +98,7 @@ class AdapterCache:
         self.load_failures = 0
         self.evictions = 0
         self.load_seconds = 0.0
-        self._wake = wake
+        self._wake, self._prepare = wake, prepare
         self._lock = RLock()
         self._residents: dict[str, Resident] = {}
         self._failures: dict[str, LoradeckError] = {}
@@ -320,6 +327,7 @@ class AdapterCache:
                 if resident.stored.sha256() != sha256:  # read again, so the hash is that of what was loaded
                     raise AdapterError(f"{resident.spec} changed while it was loaded", hint="Try again.")
                 self.bank[sha256].to(self._dtype)
+            self._prepare(self.bank[sha256])
         except Exception as error:
             failure = _load_error(resident, error)
             with self._lock:

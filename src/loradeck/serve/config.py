@@ -33,10 +33,14 @@ class EngineConfig:
     """Maximum number of seconds from a request's arrival to its end."""
     loaders: int = 2
     """Threads that load adapters."""
+    enforce_eager: bool = False
+    """Compute steps by transformers' modules even where the compiled step can."""
 
     def __post_init__(self) -> None:
         problems = [
-            f"{field.name}={getattr(self, field.name)!r}" for field in fields(self) if not getattr(self, field.name) > 0
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.type is not bool and not getattr(self, field.name) > 0
         ]
         if problems:
             raise ConfigError("invalid engine settings", problems, hint="Give values above 0.")

@@ -18,8 +18,7 @@ from loradeck.base.weights import shared_copy
 from loradeck.blend import format_blend
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
-from loradeck.runner.kv_cache import KVCache
-from loradeck.runner.model_runner import ModelRunner
+from loradeck.runner.choice import runner_of
 from loradeck.runner.request import Request
 from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve.adapter_cache import AdapterCache
@@ -58,15 +57,17 @@ class Engine:
         self.base = base
         self.store = store
         self.config = config or EngineConfig()
-        self._runner = ModelRunner(shared_copy(base.model))
-        cache = KVCache(self._runner.layout, self.config.kv_cache_bytes)
+        self._runner = runner_of(shared_copy(base.model), enforce_eager=self.config.enforce_eager)
+        cache = self._runner.new_cache(self.config.kv_cache_bytes)
         if not cache.max_tokens:
             raise ConfigError(
                 f"kv_cache_bytes={self.config.kv_cache_bytes} holds no row of this base",
-                hint=f"A token takes {self._runner.layout.token_bytes} bytes.",
+                hint=f"A token takes {self._runner.token_bytes} bytes.",
             )
         self._longest = min(cache.max_tokens, base.context or cache.max_tokens)
-        self.adapter_cache = AdapterCache(self._runner.bank, store, self.config, lambda: self._loop.wake())
+        self.adapter_cache = AdapterCache(
+            self._runner.bank, store, self.config, lambda: self._loop.wake(), self._runner.prepare
+        )
         self._loop = Loop(
             self._runner,
             cache,

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from threading import Event, Thread
 
 from loradeck.errors import LoradeckError, RequestError, RequestTimeoutError
-from loradeck.runner.kv_cache import KVCache
-from loradeck.runner.model_runner import ModelRunner
+from loradeck.runner.interface import Cache, Runner
 from loradeck.runner.request import Finish, Request, Scheduled
 from loradeck.sampling import Sampler
 from loradeck.serve.adapter_cache import AdapterCache
@@ -28,8 +27,8 @@ class Loop:
 
     def __init__(
         self,
-        runner: ModelRunner,
-        cache: KVCache,
+        runner: Runner,
+        cache: Cache,
         sampler: Sampler,
         scheduler: Scheduler,
         adapter_cache: AdapterCache,

@@ -17,7 +17,7 @@ ATTEMPTS = 4  # loads tried in one step, so that thousands of waiting requests c
 
 
 class Rows(Protocol):
-    """Memory for keys and values: `runner.kv_cache.KVCache`."""
+    """Memory for keys and values: `runner.interface.Cache`."""
 
     def reserve(self, request: Request, tokens: int) -> bool:
         """Make room for this many tokens of a request; False if there is none."""

@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from loradeck.runner.kv_cache import KVCache
+from loradeck.runner.interface import Cache
 from loradeck.runner.request import Finish, Request
 from loradeck.serve.scheduler import Scheduler
 
@@ -33,7 +33,7 @@ class Stats:
     """An engine's current load."""
 
     scheduler: Scheduler
-    cache: KVCache
+    cache: Cache
     _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     @property

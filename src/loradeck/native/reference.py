@@ -1,0 +1,111 @@
+"""The definition of the step: a whole sequence by the table's algebra, in plain torch and float32. Slow and readable.
+
+T tokens   r rank   N heads   R numbers of a head that are turned   the other letters as in `loradeck.native.table`
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loradeck.native.table import Activation, Layer, Linear, Table
+
+Update: TypeAlias = tuple[Tensor, Tensor, float]
+"""A (r, in), B (out, r) and the scaling of one adapter at a whole module."""
+Updates: TypeAlias = Mapping[str, Update]
+"""By the module's path."""
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@torch.no_grad()
+def logits(table: Table, tokens: Tensor, updates: Updates | None = None) -> Tensor:
+    """Token ids (T,) of one sequence from its start -> logits (T, V) in float32, with one adapter's updates or none."""
+    hidden = table.embedding[tokens].float() * table.embedding_scale
+    if table.embedding_scales is not None:
+        hidden = hidden * table.embedding_scales[tokens, None].float()
+    for layer in table.layers:
+        hidden = layer_output(table, layer, hidden, updates)
+    z = project(table.head, norm(hidden, table.norm, table.eps), updates) * table.logit_scale
+    return cap(z, table.logit_cap)
+
+
+def layer_output(table: Table, layer: Layer, hidden: Tensor, updates: Updates | None = None) -> Tensor:
+    """One layer: hidden (T, H) -> (T, H)."""
+    linears, eps = layer.linears, table.eps
+    x = norm(hidden, layer.attention_in, eps)
+    query, key = queries_and_keys(table, layer, x, updates)
+    value = project(linears["v"], x, updates).unflatten(1, (table.key_heads, table.head_dim))
+    heads = attend(query, key, value, table.scale, table.softcap, layer.window)
+    y = project(linears["o"], heads.flatten(1), updates)
+    hidden = hidden + table.residual_scale * norm(y, layer.attention_out, eps)
+
+    x = norm(hidden, layer.mlp_in, eps)
+    gate = ACTIVATIONS[table.activation](project(linears["gate"], x, updates))
+    y = project(linears["down"], gate * project(linears["up"], x, updates), updates)
+    return hidden + table.residual_scale * norm(y, layer.mlp_out, eps)
+
+
+def queries_and_keys(table: Table, layer: Layer, x: Tensor, updates: Updates | None = None) -> tuple[Tensor, Tensor]:
+    """x (T, H) -> queries (T, Q, D) and keys (T, K, D), normed and turned by position."""
+    query, key = project(layer.linears["q"], x, updates), project(layer.linears["k"], x, updates)
+    query = head_norm(query, layer.query_norm, table.eps).unflatten(1, (table.heads, table.head_dim))
+    key = head_norm(key, layer.key_norm, table.eps).unflatten(1, (table.key_heads, table.head_dim))
+    if layer.rotary is None:
+        return query, key
+    cos, sin = table.rotary[layer.rotary](len(x))
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+def project(linear: Linear, x: Tensor, updates: Updates | None = None) -> Tensor:
+    """W x + b + scaling · B (A x), the linear's own rows of W, b and B: x (T, in) -> (T, outputs)."""
+    rows = slice(linear.start, linear.start + linear.outputs)
+    y = F.linear(x, linear.weight[rows].float())
+    if linear.scales is not None:
+        y = y * linear.scales[rows].float()
+    if linear.bias is not None:
+        y = y + linear.bias[rows].float()
+    if updates and linear.path in updates:
+        a, b, scaling = updates[linear.path]
+        y = y + scaling * F.linear(F.linear(x, a.float()), b[rows].float())
+    return y
+
+
+def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension; x if there is no weight."""
+    return x if weight is None else x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def head_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The norm of each head, or of all heads together: x (T, N · D), weight (D,) or (N · D,) -> (T, N · D)."""
+    return x if weight is None else norm(x.unflatten(1, (-1, len(weight))), weight, eps).flatten(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Number d of a head and number d + R / 2 turned by an angle: x (T, N, D), cos and sin (T, R / 2) -> (T, N, D)."""
+    half = cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None]
+    left, right, rest = x.split((half, half, x.shape[2] - 2 * half), dim=2)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=2)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """Queries (T, Q, D), keys and values (T, K, D) -> (T, Q, D); each key serves Q / K queries in a row."""
+    count, shared = len(query), query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    scores = cap(torch.einsum("tnd,snd->nts", query, key) * scale, softcap)
+    distance = torch.arange(count)[:, None] - torch.arange(count)
+    hidden = (distance < 0) | (distance >= (window or count))
+    return torch.einsum("nts,snd->tnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value)
+
+
+def cap(z: Tensor, limit: float | None) -> Tensor:
+    """Limit · tanh(z / limit); z if there is no limit."""
+    return z if limit is None else limit * (z / limit).tanh()

@@ -1,0 +1,75 @@
+"""One layer of a decoder computed alone, and what it called its attention with.
+
+T tokens   H hidden size   Q query heads   K key heads   D width of a head
+"""
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from loradeck.native import reference
+
+NAME = "loradeck_observed"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observation:
+    """What a layer did."""
+
+    query: Tensor
+    """(T, Q, D) in float32, normed and turned."""
+    key: Tensor
+    """(T, K, D) in float32"""
+    scale: float
+    window: int | None
+    softcap: float | None
+    others: list[str]
+    """Names of more tensors that its attention takes."""
+    output: Tensor
+    """(T, H) of the layer."""
+
+
+def observe(layer: nn.Module, x: Tensor, **arguments: Any) -> Observation:
+    """Compute a layer alone on x (T, H). A shallow copy computes, so the layer itself stays as it is.
+
+    Raises:
+        LookupError: its attention is not one that can be replaced.
+        Exception: what the layer raises if it cannot be called so.
+    """
+    attention: Any = copy(layer.self_attn)
+    attention.config = copy(attention.config)
+    attention.config._attn_implementation = NAME
+    alone = copy(layer)
+    alone._modules = {**layer._modules, "self_attn": attention}
+    with torch.no_grad():
+        output = alone(x[None], attention_mask=None, **arguments)
+    if "call" not in vars(attention):
+        raise LookupError("its attention is not one that can be replaced")
+    return Observation(*attention.call, output=(output if isinstance(output, Tensor) else output[0])[0])
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Query (1, Q, T, D), key and value (1, K, T, D) -> (1, T, Q, D)."""
+    q, k, v = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))
+    scale = q.shape[2] ** -0.5 if scaling is None else scaling
+    tensors = [name for name, other in others.items() if isinstance(other, Tensor) and name != "position_ids"]
+    module.call = (q, k, scale, sliding_window, softcap, tensors)
+    return reference.attend(q, k, v, scale, softcap, sliding_window).to(query.dtype)[None], None
+
+
+AttentionInterface.register(NAME, _attention)

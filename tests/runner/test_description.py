@@ -1,0 +1,225 @@
+"""What a table says of a model is what the model computes, or the model is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.decoders import MODELS, ROPE, SIZES, SLIDING, build, text
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from loradeck.base.frozen import LayoutLinear
+from loradeck.base.load import Base
+from loradeck.base.weights import Weights, prepare
+from loradeck.lora.bank import Bank
+from loradeck.lora.config import LoraConfig
+from loradeck.native.reference import logits
+from loradeck.runner.description import DescriptionError, describe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 97}, "unknown part, `wte`"),
+    "gpt-neox": ("gpt_neox", SIZES, "unknown part, `embed_in`"),
+    "starcoder2": ("starcoder2", SIZES, "`model.norm` is no RMS norm"),
+    "mixtral": ("mixtral", SIZES, r"`model.layers.0.mlp` has an unknown part, `gate`"),
+    "qwen3-moe": ("qwen3_moe", SIZES, r"`model.layers.0.mlp` has an unknown part, `experts`"),
+    "phi": ("phi", SIZES, "unknown part, `final_layernorm`"),
+    "cohere": ("cohere", SIZES, "`model.norm` is no RMS norm"),
+    "olmo": ("olmo", SIZES, "`model.norm` is no RMS norm"),
+    "glm": ("glm", {**SIZES, "head_dim": 8}, "`model.layers.0` norms or turns its queries and keys in an unknown way"),
+    "glm4": ("glm4", {**SIZES, "head_dim": 8}, "unknown part, `post_self_attn_layernorm`"),
+    "gpt-oss": (
+        "gpt_oss",
+        {**SIZES, "head_dim": 8, "num_local_experts": 2, "attn_implementation": "eager", "rope_parameters": ROPE},
+        "`model.rotary_emb` is not laid out",
+    ),
+    "dynamic": (
+        "llama",
+        {**SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
+        r"depends on the length of the text \(dynamic\)",
+    ),
+    "longrope": (
+        "phi3",
+        {
+            **SIZES,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        r"depends on the length of the text \(longrope\)",
+    ),
+    "relu": ("llama", {**SIZES, "hidden_act": "relu"}, "`model.layers.0.mlp` has an unknown activation"),
+    "both-ways": (
+        "gemma3_text",
+        {**SIZES, "head_dim": 8, "use_bidirectional_attention": True, "layer_types": SLIDING},
+        "`model.layers.0.self_attn` lets a token see what follows it",
+    ),
+}
+
+
+def same(model: PreTrainedModel, tolerance: float = 1e-4, tokens: Tensor | None = None) -> bool:
+    tokens = text() if tokens is None else tokens
+    with torch.no_grad():
+        expected = model(input_ids=tokens[None]).logits[0].float()
+    result = logits(describe(model), tokens)
+    assert result.shape == expected.shape
+    return bool((result - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_definition_computes_what_the_model_does(name: str) -> None:
+    kind, settings = MODELS[name]
+    assert same(build(kind, {**SIZES, **settings}))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_table_has_no_words_for_is_refused(name: str) -> None:
+    kind, settings, reason = REFUSED[name]
+    with pytest.raises(DescriptionError, match=reason):
+        describe(build(kind, settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "gemma3", "olmo2", "smollm3"])
+def test_half_precision_is_described_with_its_own_tensors(name: str, dtype: torch.dtype) -> None:
+    kind, settings = MODELS[name]
+    model = build(kind, {**SIZES, **settings}, dtype)
+    table = describe(model)
+    assert table.layers[0].linears["q"].stored is model.get_decoder().layers[0].self_attn.q_proj.weight
+    assert (table.head.stored is table.embedding) == model.config.tie_word_embeddings
+    result, expected = logits(table, text()), logits(describe(model.float()), text())
+    assert (result - expected).abs().max() <= 2e-2 * expected.abs().max()  # Gemma's scale is rounded
+
+
+def test_a_bank_may_stay(tiny: LlamaForCausalLM) -> None:
+    before = describe(tiny)
+    bank = Bank(tiny)
+    bank.add("poet", LoraConfig(r=4, target_modules="all-linear"))
+    after = describe(tiny)
+    assert torch.equal(logits(before, text()), logits(after, text()))
+    assert {linear.path for layer in after.layers for linear in layer.linears.values()} <= set(bank["poet"].sites)
+
+
+def test_int8_stays_int8() -> None:
+    model = build("gemma3_text", {**SIZES, **MODELS["gemma3"][1], "tie_word_embeddings": True})
+    prepare(model, "int8")
+    table = describe(model)
+    assert {linear.stored.dtype for layer in table.layers for linear in layer.linears.values()} == {torch.int8}
+    assert table.embedding is table.head.stored
+    assert table.embedding_scales is table.head.scales
+    assert same(model, tolerance=5e-2)
+
+
+@pytest.mark.parametrize("weights", ["packed", "blocks"])
+def test_weights_of_another_layout_are_those_they_were(weights: Weights) -> None:
+    model = build("llama", {**SIZES, "hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 1})
+    plain = describe(model)
+    prepare(model, weights)
+    table = describe(model)
+    if not isinstance(model.get_decoder().layers[0].mlp.up_proj, LayoutLinear):
+        pytest.skip(f"this machine has no {weights} float32 weights")
+    for slot, linear in plain.layers[0].linears.items():
+        assert torch.equal(table.layers[0].linears[slot].weight[: linear.outputs], linear.weight)
+    assert torch.equal(logits(table, text()), logits(plain, text()))
+
+
+def add_hook(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def replace_forward(model: LlamaForCausalLM) -> None:
+    layer: Any = model.model.layers[1].mlp.up_proj
+    layer.forward = lambda x: 2 * x
+
+
+def add_module(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].router = nn.Linear(2, 2)
+
+
+def change_eps(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.5
+
+
+def clamp(model: LlamaForCausalLM) -> None:
+    class Clamped(type(model.model.layers[1].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).clamp(-1e-3, 1e-3)
+
+    model.model.layers[1].mlp.__class__ = Clamped
+
+
+def scale_one_layer(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].self_attn.scaling = 1.0
+
+
+def shrink_output(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].self_attn.v_proj = nn.Linear(64, 64, bias=False)
+
+
+def other_linear(model: LlamaForCausalLM) -> None:
+    class Ternary(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input @ self.weight.sign().T
+
+    model.model.layers[1].mlp.up_proj.__class__ = Ternary
+
+
+def other_attention(model: LlamaForCausalLM) -> None:
+    attention: Any = model.model.layers[1].self_attn
+
+    class Linear(type(attention)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+            return self.o_proj(self.q_proj(hidden_states)), None
+
+    attention.__class__ = Linear
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (add_hook, "`model.layers.1.mlp` has a hook"),
+        (replace_forward, "`model.layers.1.mlp.up_proj` has a forward that another tool has replaced"),
+        (add_module, "`model.layers.1` has an unknown part, `router`"),
+        (change_eps, "its layers have different norms' eps: 1e-06, 0.5"),
+        (clamp, "`model.layers.1` computes something else than its parts suggest"),
+        (scale_one_layer, "its layers have different attention scales: 0.25, 1.0"),
+        (shrink_output, "`model.layers.1` cannot be computed alone"),
+        (other_linear, "`model.layers.1.mlp.up_proj` is no plain linear layer but a Ternary"),
+        (other_attention, "`model.layers.1` cannot be computed alone: its attention is not one"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_changed_layer_is_refused(
+    tiny: LlamaForCausalLM, change: Callable[[LlamaForCausalLM], None], reason: str
+) -> None:
+    describe(tiny)
+    change(tiny)
+    with pytest.raises(DescriptionError, match=reason):
+        describe(tiny)
+
+
+def test_no_language_model_is_refused() -> None:
+    with pytest.raises(DescriptionError, match="no language model"):
+        describe(nn.Linear(2, 2))
+
+
+def test_describing_leaves_the_model_as_it_is(tiny: LlamaForCausalLM) -> None:
+    names = [name for name, _ in tiny.named_modules()]
+    attention = tiny.model.layers[0].self_attn
+    before = tiny(input_ids=text()[None]).logits
+    describe(tiny)
+    assert [name for name, _ in tiny.named_modules()] == names
+    assert tiny.config._attn_implementation == attention.config._attn_implementation == "sdpa"
+    assert "call" not in vars(attention)
+    assert torch.equal(tiny(input_ids=text()[None]).logits, before)
+
+
+@pytest.mark.real
+def test_the_real_model(smollm2: Base) -> None:
+    tokens = torch.tensor(smollm2.tokenizer("The capital of France is Paris, and its rivers are many.").input_ids)
+    assert same(smollm2.model, tokens=tokens)
