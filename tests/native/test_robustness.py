@@ -1,8 +1,11 @@
 """What is broken stays where it is: numbers, threads, processes and memory."""
 
 import os
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,11 +116,11 @@ def test_threads_of_python_compute_at_the_same_time(halves) -> None:
 
 
 def test_the_team_wakes_whenever_it_sleeps(halves) -> None:
-    """Thousands of small steps; pauses of all lengths around the moment at which threads fall asleep."""
+    """A thousand small steps; pauses of all lengths around the moment at which threads fall asleep."""
     model = model_of(halves, hidden=32, intermediate=32, layers=1)
-    sequence = Sequence(model, tokens_of(2000, 100, 0))
+    sequence = Sequence(model, tokens_of(1000, 100, 0))
     alone = whole(model, sequence.tokens)
-    for i in range(2000):
+    for i in range(1000):
         for _ in range(i % 400 * (i % 3)):
             pass
         if i % 100 == 0:
@@ -135,3 +138,24 @@ def test_a_child_computes_after_a_fork(halves) -> None:
         os._exit(0 if equal(whole(model, tokens, threads=3), alone) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert equal(whole(model, tokens, threads=3), alone)
+
+
+def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves) -> None:
+    """In a child whose memory is limited; C's own allocation fails, and nothing was written."""
+    model = model_of(halves)
+    few, many = tokens_of(5, 100, 0), tokens_of(20000, 100, 0)
+    alone = whole(model, few)
+    model.reach(len(many))
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            sequence = Sequence(model, many)
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, used + 2**24))
+            with pytest.raises(MemoryError, match="send fewer rows"):
+                run(model, [replace(sequence.chunk(len(many)), wanted=1)], 1)
+            status = 0 if not sequence.memory.any() and equal(whole(model, few), alone) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
