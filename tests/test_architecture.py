@@ -135,7 +135,7 @@ def test_the_architecture_page_lists_every_file() -> None:
         for name, files in re.findall(r"^\| `([\w/.]+)` \| [^|]+ \| ([^|]+) \|$", page, flags=re.MULTILINE)
     }
     actual: dict[str, set[str]] = {}
-    for path in (*FILES, *SOURCE.rglob("*.c")):
+    for path in (*FILES, *SOURCE.rglob("*.[ch]")):
         parts = path.relative_to(SOURCE).parts
         if path.name in ("__init__.py", "__main__.py"):
             continue

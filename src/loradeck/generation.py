@@ -140,10 +140,11 @@ def _native_batch(
     base: Base, bank: "Bank | None", rows: Sequence[Sequence[int]], adapters: "RouteEntry | Sequence[RouteEntry]"
 ) -> NativeBatch | None:
     """Return the rows as the compiled step computes them, each through its adapters; None if it cannot."""
-    native = native_model(base.model)
+    from loradeck.lora.routing import is_open, weights_of
+
+    native = None if is_open() else native_model(base.model)  # a route of the caller's applies to the modules
     if native is None:
         return None
-    from loradeck.lora.routing import weights_of
 
     several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
     entries = [*adapters] if several else [adapters] * len(rows)

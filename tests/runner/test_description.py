@@ -157,8 +157,8 @@ def scale_one_layer(model: LlamaForCausalLM) -> None:
     model.model.layers[1].self_attn.scaling = 1.0
 
 
-def shrink_output(model: LlamaForCausalLM) -> None:
-    model.model.layers[1].self_attn.v_proj = nn.Linear(64, 64, bias=False)
+def narrow_values(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].self_attn.v_proj = nn.Linear(64, 16, bias=False)
 
 
 def other_linear(model: LlamaForCausalLM) -> None:
@@ -188,7 +188,7 @@ def other_attention(model: LlamaForCausalLM) -> None:
         (change_eps, "its layers have different norms' eps: 1e-06, 0.5"),
         (clamp, "`model.layers.1` computes something else than its parts suggest"),
         (scale_one_layer, "its layers have different attention scales: 0.25, 1.0"),
-        (shrink_output, "`model.layers.1` cannot be computed alone"),
+        (narrow_values, "`model.layers.1` cannot be computed alone"),
         (other_linear, "`model.layers.1.mlp.up_proj` is no plain linear layer but a Ternary"),
         (other_attention, "`model.layers.1` cannot be computed alone: its attention is not one"),
     ],
