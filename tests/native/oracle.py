@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.native.tables import Blend
 from torch import Tensor
 
 from loradeck.native import reference
 from loradeck.native.table import Linear, Table
-from tests.native.tables import Blend
 
 
 def logits(table: Table, tokens: list[int], blend: Blend, cache: torch.dtype, halves: bool) -> Tensor:

@@ -11,7 +11,27 @@ from loradeck.native.blocks import FORMATS
 from loradeck.native.model import ACTIVATIONS
 
 INF, NAN = float("inf"), float("nan")
-EDGES = [0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38, 86.9, 87.1, 88.6, 88.8, -86.9, -87.1, -104.0, 1e30, -1e30, 3.4e38, INF, -INF, NAN]
+EDGES = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-45,
+    1e-38,
+    -1e-38,
+    86.9,
+    87.1,
+    88.6,
+    88.8,
+    -86.9,
+    -87.1,
+    -104.0,
+    1e30,
+    -1e30,
+    3.4e38,
+    INF,
+    -INF,
+    NAN,
+]
 
 
 def numbers() -> Tensor:
@@ -46,7 +66,11 @@ def test_activations(parts, activation) -> None:
     x = numbers()
     x = x[x.abs() < 1e12]
     x = x[: len(x) // 64 * 64].contiguous()
-    exact = F.silu(x.double()) if activation == "silu" else F.gelu(x.double(), approximate="tanh" if "tanh" in activation else "none")
+    exact = (
+        F.silu(x.double())
+        if activation == "silu"
+        else F.gelu(x.double(), approximate="tanh" if "tanh" in activation else "none")
+    )
     y = computed(parts.activations, x, ACTIVATIONS[activation])
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=3e-7)
 
@@ -58,7 +82,12 @@ def test_halves_are_rounded_as_torch_rounds_them(parts, dtype) -> None:
     x = torch.cat([middle + step // 2 + by for by in (-1, 0, 1)]).view(torch.float32)  # at and beside each tie
     x = torch.cat((x, numbers()))
     out = torch.empty(len(x), dtype=torch.int16)
-    parts.round_to(ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_int64(FORMATS[dtype]))
+    parts.round_to(
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(len(x)),
+        ctypes.c_int64(FORMATS[dtype]),
+    )
     nan = x.isnan()
     assert out.view(dtype)[nan].isnan().all()
     assert torch.equal(out.view(dtype)[~nan], x.to(dtype)[~nan])
@@ -68,5 +97,10 @@ def test_halves_are_rounded_as_torch_rounds_them(parts, dtype) -> None:
 def test_halves_are_read_as_torch_reads_them(parts, dtype) -> None:
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     out = torch.empty(2**16)
-    parts.widen_from(ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(every.data_ptr()), ctypes.c_int64(2**16), ctypes.c_int64(FORMATS[dtype]))
+    parts.widen_from(
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(every.data_ptr()),
+        ctypes.c_int64(2**16),
+        ctypes.c_int64(FORMATS[dtype]),
+    )
     torch.testing.assert_close(out, every.view(dtype).float(), rtol=0, atol=0, equal_nan=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.native.tables import FLOATS, Sequence, Shape, adapter_of, compute, table_of
+from tests.native.test_step import tokens_of
 
 from loradeck.native.model import NativeModel
 from loradeck.native.step import run
 from loradeck.native.table import Table
-from tests.native.tables import FLOATS, Sequence, Shape, adapter_of, compute, table_of
-from tests.native.test_step import tokens_of
 
 SHAPE = Shape(hidden=64, head_dim=32, intermediate=96, vocabulary=100)
 
@@ -61,7 +61,7 @@ def test_a_broken_token_changes_no_bit_of_the_tokens_before_it(halves, number) -
     model = NativeModel(table, halves=halves)
     tokens = [3, 4, 5, 6, 7, 8, 9]
     at_once = whole(model, tokens)
-    one_by_one, = compute([Sequence(model, tokens)], [[(0, 1)]] * len(tokens), 1)
+    (one_by_one,) = compute([Sequence(model, tokens)], [[(0, 1)]] * len(tokens), 1)
     assert at_once[:4].isfinite().all()
     assert not at_once[4:].isfinite().any()
     assert equal(at_once[:4], one_by_one[:4])
@@ -82,7 +82,7 @@ def test_far_positions(halves) -> None:
     model = model_of(halves, windows=(None, 300))
     tokens = tokens_of(3000, 100, 0)
     at_once = whole(model, tokens, threads=2)
-    cut, = compute([Sequence(model, tokens, seed=1)], [[(0, 1777)], [(0, 1222)], [(0, 1)]], 2)
+    (cut,) = compute([Sequence(model, tokens, seed=1)], [[(0, 1777)], [(0, 1222)], [(0, 1)]], 2)
     assert equal(at_once, cut)
 
 
@@ -143,18 +143,18 @@ def test_a_child_computes_after_a_fork(halves) -> None:
 def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves) -> None:
     """In a child whose memory is limited; C's own allocation fails, and nothing was written."""
     model = model_of(halves)
-    few, many = tokens_of(5, 100, 0), tokens_of(20000, 100, 0)
+    few, many = tokens_of(5, 100, 0), tokens_of(300_000, 100, 0)
     alone = whole(model, few)
     model.reach(len(many))
     child = os.fork()
     if not child:
         status = 1
         try:
-            sequence = Sequence(model, many)
+            sequence = Sequence(model, many[:1])
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, used + 2**24))
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
             with pytest.raises(MemoryError, match="send fewer rows"):
-                run(model, [replace(sequence.chunk(len(many)), wanted=1)], 1)
+                run(model, [replace(sequence.chunk(1), tokens=many)], 1)
             status = 0 if not sequence.memory.any() and equal(whole(model, few), alone) else 2
         finally:
             os._exit(status)
