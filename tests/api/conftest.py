@@ -57,7 +57,13 @@ class StepGate:
     def __init__(self, engine: Engine) -> None:
         self._allowed = 0.0
         self._changed = threading.Condition()
-        engine._runner.model.register_forward_pre_hook(lambda *_: self._pass())
+        run = engine._runner.run
+
+        def gated(*arguments: Any) -> Any:
+            self._pass()
+            return run(*arguments)
+
+        engine._runner.run = gated
 
     def allow(self, steps: float) -> None:
         """Let this many more steps run."""

@@ -82,7 +82,7 @@ def test_only_requests_of_adapters_it_does_not_know_leave_the_compiled_step(
     batch = [Scheduled(Request([5, 6, 7], key=key), 3) for key in ((), (("head", 1.0),), (("a0", 1.0),))]
     for work in batch:
         assert cache.reserve(work.request, 3)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         logits = runner.run(batch, cache)
     assert steps == [2]
     assert "it adapts lm_head" in caplog.text

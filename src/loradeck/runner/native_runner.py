@@ -107,7 +107,7 @@ class NativeRunner:
         try:
             packed = packed_adapter(self.native, adapter)
         except ValueError as error:
-            log.warning("an adapter is computed by transformers' modules: %s", error)
+            log.info("an adapter is computed by transformers' modules: %s", error)
             packed = None
         self._adapters[adapter] = adapter.moves, packed
         return packed
