@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loradeck.native.adapter import NativeAdapter
-from loradeck.native.blocks import padded
+from loradeck.native.blocks import pack, pad, padded
 from loradeck.native.model import NativeModel
 from loradeck.native.pages import PAGE
 from loradeck.native.step import Chunk, run
@@ -39,6 +39,8 @@ class Shape:
     """Of queries and keys: "each", "all", or none."""
     biases: bool = False
     fused: bool = False
+    blocked: bool = False
+    """Whether the layers' weights lie in blocks already."""
     tied: bool = False
     rotary: tuple[int | None, ...] = (0,)
     """For each layer in turn."""
@@ -68,6 +70,7 @@ def shapes(**fixed: object) -> st.SearchStrategy[Shape]:
         "head_norm": st.sampled_from(("", "each", "all")),
         "biases": st.booleans(),
         "fused": st.booleans(),
+        "blocked": st.booleans(),
         "tied": st.booleans(),
         "rotary": st.sampled_from(((0,), (0, 1), (None, 0), (None,))),
         "turned": st.sampled_from((4, 8)),
@@ -121,7 +124,9 @@ def table_of(shape: Shape) -> Table:
             bias = normal(outputs) / 4 if shape.biases else None
             start = 0
             for slot in slots:
-                linears[slot] = Linear(f"layers.{number}.{module}", weight, start, sizes[slot][0], bias, scales)
+                path, stored = f"layers.{number}.{module}", block(weight) if shape.blocked else weight
+                blocked = weight.shape[1] * shape.blocked
+                linears[slot] = Linear(path, stored, start, sizes[slot][0], bias, scales, blocked)
                 start += sizes[slot][0]
         return linears
 
@@ -179,14 +184,21 @@ def table_of(shape: Shape) -> Table:
     )
 
 
+def block(weight: Tensor) -> Tensor:
+    """Return a module's weight in blocks."""
+    outputs, inputs = weight.shape
+    return pack(pad(weight, padded(outputs, 64), padded(inputs, 32)))
+
+
 def adapter_of(table: Table, r: int, dtype: torch.dtype, seed: int, missing: float = 0.2) -> Pairs:
     """Return an adapter of a rank at some of a table's modules."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
-    for linear in {each.path: each for layer in table.layers for each in layer.linears.values()}.values():
+    last = {each.path: each for layer in table.layers for each in layer.linears.values()}  # of each module
+    for linear in last.values():
         if torch.rand((), generator=generator) < missing:
             continue
-        outputs, inputs = linear.weight.shape
+        outputs, inputs = linear.start + linear.outputs, linear.weight.shape[1]
         a = torch.randn(r, inputs, generator=generator) / inputs**0.5
         b = torch.randn(outputs, r, generator=generator) / r**0.5
         pairs[linear.path] = LoraWeights(a.to(dtype), b.to(dtype), 0.5)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded
+from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
 from loradeck.native.library import HALVES, NORMS, CLayer, CMatrix, CModel, library
 from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
 
@@ -136,7 +136,10 @@ class NativeModel:
         if linear.blocked and not padded_apart and linear.start % OUTPUTS == 0:
             first = linear.start // OUTPUTS
             tiles = linear.stored.detach()[first : first + outputs.total // OUTPUTS]
-            if len(tiles) * OUTPUTS == outputs.total:
+            whole = len(tiles) * OUTPUTS == outputs.total
+            # A fused module's next rows may lie where these are padded.
+            rest = tiles[outputs.size // OUTPUTS :] if outputs.size != outputs.padded else tiles[:0]
+            if whole and not unpack(rest)[outputs.size % OUTPUTS :].any():
                 return tiles
         weight = linear.weight
         parts = weight[rows].detach().reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
