@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check lint types bench clean
+.PHONY: demo test test-lowest check lint types sanitize bench clean
 
 demo: .venv/.demo  ## show the whole idea: the tutorial's toy, then a real language model
 	@$(BIN)/loradeck demo
@@ -27,6 +27,16 @@ lint: .venv/.dev
 
 types: .venv/.dev
 	$(BIN)/pyrefly check
+
+# Not by clang, which takes minutes to compile it.
+DRIVER := gcc -std=gnu11 -g -O1 -march=native -ffp-contract=off -Isrc/loradeck/native tests/native/driver.c -lm -pthread
+
+sanitize:  ## the compiled step under the sanitizers of addresses, undefined behaviour and threads: about a minute
+	mkdir -p build
+	$(DRIVER) -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/driver
+	ASAN_OPTIONS=detect_leaks=0 build/driver
+	$(DRIVER) -fsanitize=thread -o build/driver
+	build/driver
 
 # PEERS adds other systems: make bench PEERS='--python llama.cpp=VENV/bin/python --python vLLM=VENV/bin/python'
 bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a commit; writes results and their pages

@@ -169,6 +169,46 @@ def row(theme: Theme) -> Drawing:
     return picture
 
 
+def step(theme: Theme) -> Drawing:
+    """From a row's token to its logits, in one call of C."""
+    picture = Drawing(theme, 860, 400, "A row's way through the compiled step")
+    accent = theme.poet
+    picture.text(
+        12, 22, "native/step.c: one call, phases that a team of threads takes unit by unit", anchor="start", bold=True
+    )
+    picture.step(12, 42, 176, "embed", "the token's row of", "the embedding")
+    picture.box(12, 126, 836, 184, dashed=True)
+    picture.text(116, 142, "for each layer; rows are normed, matrices are multiplied tile by tile", anchor="start")
+    first = [
+        ("norms.h", "x = norm(hidden);", "h = A x of q, k, v"),
+        ("product.h", "q, k, v = W x + B h,", "normed and turned"),
+        ("attention.h", "k, v to the row's page;", "softmax(q k) v"),
+        ("adapters.h", "h = A x of o, each at", "its own rank"),
+    ]
+    second = [
+        ("product.h", "o = W x + B h", "added to hidden"),
+        ("norms.h", "x = norm(hidden);", "h = A x of gate, up"),
+        ("product.h", "gate · up,", "each W x + B h"),
+        ("product.h", "h = A x; down = W x + B h,", "added to hidden"),
+    ]
+    for y, phases in ((154, first), (236, second)):
+        for number, (name, *lines) in enumerate(phases):
+            x = 24 + 208 * number
+            picture.step(
+                x, y, 190, name, *lines, colour=accent if "A x" in "".join(lines) or "B h" in "".join(lines) else ""
+            )
+            if number:
+                picture.path(f"M{x - 18} {y + 32}L{x - 2} {y + 32}", arrow=True)
+    picture.path("M100 106L100 152", arrow=True)
+    picture.path("M743 218L743 227L119 227L119 234", arrow=True)
+    picture.step(12, 326, 176, "norm, head", "of the rows that", "need logits")
+    picture.path("M743 300L743 318L100 318L100 324", arrow=True)
+    picture.path("M188 358L226 358", arrow=True)
+    picture.text(236, 358, "logits", anchor="start")
+    picture.text(848, 358, "coloured: where a row meets its own adapters", accent, anchor="end", size=12)
+    return picture
+
+
 def request(theme: Theme) -> Drawing:
     """From HTTP to an answer."""
     picture = Drawing(theme, 860, 340, "A request's way: HTTP, the engine's loop, tokens, an answer")
@@ -184,8 +224,8 @@ def request(theme: Theme) -> Drawing:
     picture.text(24, 148, "serve/: the engine's thread, one step after the other", anchor="start", bold=True)
     picture.path("M755 102L755 164", arrow=True)
     steps = [
-        (662, "scheduler", "fair_queue: who is next;", "adapter_cache, kv_cache"),
-        (452, "model_runner", "prompt chunks and single", "tokens in one batch"),
+        (662, "scheduler", "fair_queue: who is next;", "adapter_cache, KV cache"),
+        (452, "runner", "prompt chunks and single", "tokens in one batch"),
         (242, "sampler", "logits to a token,", "per request"),
         (32, "stop_strings", "text so far; ends the", "request in the loop"),
     ]
@@ -207,7 +247,7 @@ def pictures() -> dict[Path, str]:
     """Return every file's text as it should be."""
     return {
         FOLDER / f"{draw.__name__}-{theme.name}.svg": draw(theme).svg()
-        for draw in (idea, row, request)
+        for draw in (idea, row, step, request)
         for theme in THEMES
     }
 

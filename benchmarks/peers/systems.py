@@ -46,7 +46,7 @@ def peft(server: Server) -> None:
     server.run(generate, {"peft": version("peft")})
 
 
-def loradeck(server: Server, weights: Literal["packed", "int8"]) -> None:
+def loradeck(server: Server, weights: Literal["blocks", "int8"]) -> None:
     """This library's engine; `weights` says how the base's are kept."""
     from loradeck import AdapterStore, Base
     from loradeck.base.onednn import cap_kernel_cache
@@ -154,7 +154,7 @@ def vllm(server: Server) -> None:
 
 SYSTEMS: Mapping[str, Callable[[Server], None]] = {
     "PEFT": peft,
-    "loradeck": lambda server: loradeck(server, "packed"),
+    "loradeck": lambda server: loradeck(server, "blocks"),
     "loradeck, int8": lambda server: loradeck(server, "int8"),
     "llama.cpp": llamacpp,
     "vLLM": vllm,

@@ -116,14 +116,14 @@ def training(folder: Path) -> tuple[int, Callable[[], object]]:
 
 
 def generation(_: Path) -> tuple[int, Callable[[], object]]:
-    base = Base.load(SMOLLM2, weights="packed")
+    base = Base.load(SMOLLM2, weights="blocks")
     bank = Bank(base.model)
     bank.add("a", RandomAdapters(base.model).make(0, LoraConfig(r=8)))
     return TOKENS, partial(generate, base, bank, [PROMPT], "a", max_new_tokens=TOKENS)
 
 
 def serving(folder: Path) -> tuple[int, Callable[[], object]]:
-    base = Base.load(SMOLLM2, weights="packed")
+    base = Base.load(SMOLLM2, weights="blocks")
     engine = Engine(base, random_store(base.model, folder, count=ADAPTERS, r=8), EngineConfig(max_rows=ROWS))
     prompts = [base.tokenizer(PROMPT)["input_ids"]] * ROWS
     names = [f"a{row % ADAPTERS}" for row in range(ROWS)]

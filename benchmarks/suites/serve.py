@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         for dtype in run.options.dtypes if {"streams", "prefill"} & {*only} else ():
-            base = Base.load(SMOLLM2, dtype=dtype, weights="packed")
+            base = Base.load(SMOLLM2, dtype=dtype, weights="blocks")
             store = random_store(base.model, folder / dtype, count=ROWS, r=8)
             if "streams" in only:
                 run.add(f"streams {dtype}", streams(base, store, rounds))
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
                 run.add(f"prefill {dtype}", prefill(base, store, rounds))
             del base
             gc.collect()
-        base = Base.load(SMOLLM2, dtype=run.options.dtypes[0], weights="packed")
+        base = Base.load(SMOLLM2, dtype=run.options.dtypes[0], weights="blocks")
         if "registered" in only:
             run.add("registered", registered(base, folder / "many", *timing))
         if "crowded" in only:

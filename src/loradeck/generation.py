@@ -12,6 +12,8 @@ from loradeck.base.compat import cache_argument
 from loradeck.base.load import Base
 from loradeck.base.text import Detokenizer, Prompt, decode, encode, pad_left, stop_ids
 from loradeck.errors import ConfigError, RouteError
+from loradeck.native.adapter import NativeAdapter
+from loradeck.runner.native_batch import NativeBatch, native_model, packed_adapter
 from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
 
 if TYPE_CHECKING:
@@ -111,7 +113,8 @@ def _steps(
     The token that ends a turn is neither appended nor yielded.
     """
     sampler = Sampler(stop_ids(base.tokenizer, base.model.generation_config))
-    batch = _Batch(base, [sequence.prompt for sequence in sequences])
+    prompts = [sequence.prompt for sequence in sequences]
+    batch = _native_batch(base, bank, prompts, adapters) or _Batch(base, prompts)
     running = [True] * len(sequences)
     for _ in range(sequences[0].sampling.max_tokens):
         with _route(bank, adapters):  # not across a yield: it would be the reader's route too
@@ -130,7 +133,32 @@ def _steps(
         if not any(running):
             return
         yield tokens
-        batch.append([batch.pad if token is None else token.id for token in tokens])
+        batch.append([None if token is None else token.id for token in tokens])
+
+
+def _native_batch(
+    base: Base, bank: "Bank | None", rows: Sequence[Sequence[int]], adapters: "RouteEntry | Sequence[RouteEntry]"
+) -> NativeBatch | None:
+    """Return the rows as the compiled step computes them, each through its adapters; None if it cannot."""
+    from loradeck.lora.routing import is_open, weights_of
+
+    native = None if is_open() else native_model(base.model)  # a route of the caller's applies to the modules
+    if native is None:
+        return None
+
+    several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    entries = [*adapters] if several else [adapters] * len(rows)
+    packed: dict[str, NativeAdapter] = {}
+    with _route(bank, adapters):  # raises if an adapter is unknown
+        try:
+            for entry in entries:
+                for name, _ in weights_of(entry):
+                    if bank is not None and name not in packed:
+                        packed[name] = packed_adapter(native, bank[name])
+        except ValueError:  # it adapts what the step does not know
+            return None
+    uses = [tuple((packed[name], weight) for name, weight in weights_of(entry)) for entry in entries]
+    return NativeBatch(native, rows, uses)
 
 
 class _Batch:
@@ -164,9 +192,10 @@ class _Batch:
         self._cache = output.get(self._cache_name)
         return output.logits[:, -1]
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Add a token to each row."""
-        new = torch.tensor(tokens, device=self._unread.device)[:, None]
+    def append(self, tokens: Sequence[int | None]) -> None:
+        """Add a token to each row; None to one that has ended."""
+        padded = [self.pad if token is None else token for token in tokens]
+        new = torch.tensor(padded, device=self._unread.device)[:, None]
         positions = None if self._positions is None else self._positions[:, -1:] + 1
         if self._mask is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(new)], -1)

@@ -256,7 +256,7 @@ def test_an_adapter_s_copy_of_a_weight_is_compared_or_refused(small: Small, tmp_
     model = small()
     prepare(model, weights)
     bank = Bank(model)
-    if weights == "packed":
+    if weights != "int8":
         assert bank.load(tmp_path, "a") == "a"
     else:
         with pytest.raises(AdapterError, match="quantised in this base"):

@@ -1,22 +1,23 @@
 """The step, compiled for each kind of machine that this one can be."""
 
+import ctypes
 import hashlib
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from loradeck.native import library, model
+from loradeck.ops import compiler
 
 EMULATION = Path(__file__).with_name("emulated.h")
 DIGEST = hashlib.sha256(EMULATION.read_bytes()).hexdigest()[:8]
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 BUILDS = {  # the compiler's options, besides those for this machine
     "native": "",
-    "AVX2": "-mno-avx512f",
+    "AVX2": "-mno-avx512f -mtune=znver3",  # for which gcc prefers not to fuse some products
     "SSE2": "-mno-avx -mno-fma",
     "bfloat16": f"-DHALVES -include {EMULATION} -DEMULATION=0x{DIGEST}",
 }
@@ -26,11 +27,11 @@ BUILDS = {  # the compiler's options, besides those for this machine
     scope="module",
     params=[
         *BUILDS,
-        *(pytest.param(f"{name} by {cc}", marks=pytest.mark.slow) for name in BUILDS for cc in ("clang",)),
+        *(pytest.param(f"{name} by clang", marks=pytest.mark.slow) for name in BUILDS),
     ],
 )
-def halves(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Each build, in place of this machine's own; whether it multiplies in bfloat16."""
+def build(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each build, which is compiled from now on in place of this machine's own."""
     name, _, compiler = request.param.partition(" by ")
     if name != "native" and not AVX512:
         pytest.skip(f"{torch.backends.cpu.get_cpu_capability()}: the other builds are those of a machine with AVX-512")
@@ -40,11 +41,24 @@ def halves(request: pytest.FixtureRequest) -> Iterator[bool]:
         if compiler:
             patch.setenv("CC", compiler)
         library.library.cache_clear()
-        patch.setattr(library, "HALVES", "")
-        patch.setattr(model, "HALVES", "")
-        patch.setattr(model, "library", partial(lambda options, _: library.library(options), BUILDS[name]))
-        yield name == "bfloat16"
+        patch.setattr(model, "library", lambda _: library.library(BUILDS[name]))
+        yield name
     library.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def halves(build: str) -> bool:
+    """Whether the build multiplies in bfloat16."""
+    return build == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def parts(build: str) -> ctypes.CDLL:
+    """Parts of the step by themselves."""
+    sources = b"".join(path.read_bytes() for path in sorted(library.SOURCE.parent.glob("*.[ch]")))
+    digest = hashlib.sha256(sources).hexdigest()[:8]
+    options = f"-O1 -ffp-contract=off {BUILDS[build]} -I {library.SOURCE.parent} -DSOURCES=0x{digest}"
+    return compiler.load(Path(__file__).with_name("parts.c"), options)
 
 
 @pytest.fixture(autouse=True)

@@ -25,10 +25,10 @@ def dtype_for(shape: Shape, halves: bool) -> Shape:
 
 
 def close(logits: torch.Tensor, definition: torch.Tensor, tolerance: float) -> bool:
-    return bool((logits.double() - definition).abs().max() <= tolerance * definition.abs().max())
+    return bool((logits - definition).abs().max() <= tolerance * definition.abs().max())
 
 
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # by the cache's dtype
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # by the cache's dtype
 
 
 @given(shape=shapes(), length=st.sampled_from((1, 7, 33, 70)), threads=THREADS)
@@ -40,7 +40,7 @@ def test_it_computes_what_the_table_says(halves, shape, length, threads) -> None
     tokens = tokens_of(length, shape.vocabulary, shape.seed)
     (logits,) = compute([Sequence(model, tokens)], [[(0, length)]], threads)
     cache = DTYPES[model.c.cache_format]
-    tolerance = 3e-2 if halves else TOLERANCES[cache]
+    tolerance = 8e-2 if halves else TOLERANCES[cache]
     assert close(logits, oracle.logits(table, tokens, (), cache, halves), tolerance)
 
 
@@ -65,7 +65,7 @@ def test_adapters_compute_what_their_weights_add(halves, shape, length, number, 
     blend = blends_of(table, 14, shape.seed)[number]
     (logits,) = compute([Sequence(model, tokens, blend)], [[(0, length)]], threads)
     cache = DTYPES[model.c.cache_format]
-    tolerance = 3e-2 if halves else TOLERANCES[cache]
+    tolerance = 8e-2 if halves else TOLERANCES[cache]
     assert close(logits, oracle.logits(table, tokens, blend, cache, halves), tolerance)
 
 

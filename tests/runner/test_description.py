@@ -5,116 +5,35 @@ from typing import Any
 
 import pytest
 import torch
+from tests.decoders import MODELS, ROPE, SIZES, SLIDING, build, text
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
+from loradeck.base.frozen import LayoutLinear
 from loradeck.base.load import Base
-from loradeck.base.prepacked import PackedLinear
-from loradeck.base.weights import prepare
+from loradeck.base.weights import Weights, prepare
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 from loradeck.native.reference import logits
 from loradeck.runner.description import DescriptionError, describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
-SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-3": ("llama", {"rope_parameters": LLAMA3}),
-    "llama-yarn": ("llama", {"rope_parameters": YARN}),
-    "llama-head-dim": ("llama", {"head_dim": 12, "num_key_value_heads": 1}),
-    "llama-gelu": ("llama", {"hidden_act": "gelu"}),
-    "mistral-window": ("mistral", {"sliding_window": 5, "head_dim": 8}),
-    "mistral-full": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {}),
-    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
-    "gemma": ("gemma", {"head_dim": 16}),
-    "gemma2": (
-        "gemma2",
-        {
-            "head_dim": 16,
-            "sliding_window": 5,
-            "layer_types": SLIDING,
-            "query_pre_attn_scalar": 11,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-            "attn_implementation": "eager",
-        },
-    ),
-    "gemma3": (
-        "gemma3_text",
-        {
-            "head_dim": 16,
-            "sliding_window": 5,
-            "layer_types": SLIDING,
-            "query_pre_attn_scalar": 11,
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
-                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
-            },
-        },
-    ),
-    "granite": (
-        "granite",
-        {
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.4,
-            "logits_scaling": 8.0,
-            "attention_bias": True,
-        },
-    ),
-    "olmo2": ("olmo2", {}),
-    "phi3": ("phi3", {"sliding_window": None}),
-    "phi3-partial": (
-        "phi3",
-        {
-            "sliding_window": 6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
-        },
-    ),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
-    "smollm3-window": (
-        "smollm3",
-        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 4},
-    ),
-}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 97}, "unknown part, `wte`"),
     "gpt-neox": ("gpt_neox", SIZES, "unknown part, `embed_in`"),
     "starcoder2": ("starcoder2", SIZES, "`model.norm` is no RMS norm"),
     "mixtral": ("mixtral", SIZES, r"`model.layers.0.mlp` has an unknown part, `gate`"),
-    "qwen3-moe": ("qwen3_moe", SIZES, r"`model.layers.0.mlp` has an unknown part, `gate`"),
+    "qwen3-moe": ("qwen3_moe", SIZES, r"`model.layers.0.mlp` has an unknown part, `experts`"),
     "phi": ("phi", SIZES, "unknown part, `final_layernorm`"),
     "cohere": ("cohere", SIZES, "`model.norm` is no RMS norm"),
     "olmo": ("olmo", SIZES, "`model.norm` is no RMS norm"),
-    "glm": ("glm", {**SIZES, "head_dim": 8}, "`model.layers.0` makes its queries and keys in an unknown way"),
+    "glm": ("glm", {**SIZES, "head_dim": 8}, "`model.layers.0` norms or turns its queries and keys in an unknown way"),
     "glm4": ("glm4", {**SIZES, "head_dim": 8}, "unknown part, `post_self_attn_layernorm`"),
-    "gpt-oss": ("gpt_oss", {**SIZES, "head_dim": 8, "num_local_experts": 2}, "unknown part, `sinks`"),
+    "gpt-oss": (
+        "gpt_oss",
+        {**SIZES, "head_dim": 8, "num_local_experts": 2, "attn_implementation": "eager", "rope_parameters": ROPE},
+        "`model.rotary_emb` is not laid out",
+    ),
     "dynamic": (
         "llama",
         {**SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
@@ -141,22 +60,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "`model.layers.0.self_attn` lets a token see what follows it",
     ),
 }
-
-
-def build(kind: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of random weights; norms and biases too, which a fresh model has at one and zero."""
-    implementation = settings.get("attn_implementation", "sdpa")
-    config = AutoConfig.for_model(kind, **{key: settings[key] for key in settings if key != "attn_implementation"})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
-    return model.eval().requires_grad_(False)
-
-
-def text(count: int = 23, vocabulary: int = 97) -> Tensor:
-    return torch.randint(3, vocabulary, (count,), generator=torch.Generator().manual_seed(1))
 
 
 def same(model: PreTrainedModel, tolerance: float = 1e-4, tokens: Tensor | None = None) -> bool:
@@ -187,8 +90,8 @@ def test_half_precision_is_described_with_its_own_tensors(name: str, dtype: torc
     kind, settings = MODELS[name]
     model = build(kind, {**SIZES, **settings}, dtype)
     table = describe(model)
-    assert table.layers[0].linears["q"].weight is model.get_decoder().layers[0].self_attn.q_proj.weight
-    assert (table.head.weight is table.embedding) == model.config.tie_word_embeddings
+    assert table.layers[0].linears["q"].stored is model.get_decoder().layers[0].self_attn.q_proj.weight
+    assert (table.head.stored is table.embedding) == model.config.tie_word_embeddings
     result, expected = logits(table, text()), logits(describe(model.float()), text())
     assert (result - expected).abs().max() <= 2e-2 * expected.abs().max()  # Gemma's scale is rounded
 
@@ -199,28 +102,30 @@ def test_a_bank_may_stay(tiny: LlamaForCausalLM) -> None:
     bank.add("poet", LoraConfig(r=4, target_modules="all-linear"))
     after = describe(tiny)
     assert torch.equal(logits(before, text()), logits(after, text()))
-    assert {linear.path for layer in after.layers for linear in layer.linears.values()} <= set(bank["poet"].paths)
+    assert {linear.path for layer in after.layers for linear in layer.linears.values()} <= set(bank["poet"].sites)
 
 
 def test_int8_stays_int8() -> None:
     model = build("gemma3_text", {**SIZES, **MODELS["gemma3"][1], "tie_word_embeddings": True})
     prepare(model, "int8")
     table = describe(model)
-    assert {linear.weight.dtype for layer in table.layers for linear in layer.linears.values()} == {torch.int8}
-    assert table.embedding is table.head.weight
+    assert {linear.stored.dtype for layer in table.layers for linear in layer.linears.values()} == {torch.int8}
+    assert table.embedding is table.head.stored
     assert table.embedding_scales is table.head.scales
     assert same(model, tolerance=5e-2)
 
 
-def test_packed_weights_come_back_as_they_were() -> None:
-    model = build("llama", {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
+@pytest.mark.parametrize("weights", ["packed", "blocks"])
+def test_weights_of_another_layout_are_those_they_were(weights: Weights) -> None:
+    model = build("llama", {**SIZES, "hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 1})
     plain = describe(model)
-    prepare(model, "packed")
-    packed = describe(model)
-    if not isinstance(model.get_decoder().layers[0].mlp.up_proj, PackedLinear):
-        pytest.skip("this machine packs no float32 weights")
+    prepare(model, weights)
+    table = describe(model)
+    if not isinstance(model.get_decoder().layers[0].mlp.up_proj, LayoutLinear):
+        pytest.skip(f"this machine has no {weights} float32 weights")
     for slot, linear in plain.layers[0].linears.items():
-        assert torch.equal(packed.layers[0].linears[slot].weight, linear.weight)
+        assert torch.equal(table.layers[0].linears[slot].weight[: linear.outputs], linear.weight)
+    assert torch.equal(logits(table, text()), logits(plain, text()))
 
 
 def add_hook(model: LlamaForCausalLM) -> None:
@@ -252,8 +157,8 @@ def scale_one_layer(model: LlamaForCausalLM) -> None:
     model.model.layers[1].self_attn.scaling = 1.0
 
 
-def shrink_output(model: LlamaForCausalLM) -> None:
-    model.model.layers[1].self_attn.v_proj = nn.Linear(64, 64, bias=False)
+def narrow_values(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].self_attn.v_proj = nn.Linear(64, 16, bias=False)
 
 
 def other_linear(model: LlamaForCausalLM) -> None:
@@ -283,7 +188,7 @@ def other_attention(model: LlamaForCausalLM) -> None:
         (change_eps, "its layers have different norms' eps: 1e-06, 0.5"),
         (clamp, "`model.layers.1` computes something else than its parts suggest"),
         (scale_one_layer, "its layers have different attention scales: 0.25, 1.0"),
-        (shrink_output, "`model.layers.1`"),
+        (narrow_values, "`model.layers.1` cannot be computed alone"),
         (other_linear, "`model.layers.1.mlp.up_proj` is no plain linear layer but a Ternary"),
         (other_attention, "`model.layers.1` cannot be computed alone: its attention is not one"),
     ],
@@ -310,7 +215,7 @@ def test_describing_leaves_the_model_as_it_is(tiny: LlamaForCausalLM) -> None:
     describe(tiny)
     assert [name for name, _ in tiny.named_modules()] == names
     assert tiny.config._attn_implementation == attention.config._attn_implementation == "sdpa"
-    assert "observation" not in vars(attention)
+    assert "call" not in vars(attention)
     assert torch.equal(tiny(input_ids=text()[None]).logits, before)
 
 

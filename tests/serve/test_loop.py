@@ -185,7 +185,7 @@ def test_closing_gives_the_memory_of_keys_and_values_back(serve: Serve) -> None:
     stream = engine.submit([5] * 64, None, LONG)
     next(stream)
     cache = engine._loop._cache
-    assert cache.prefixes.nbytes
+    assert cache.nbytes
     engine.close()
     assert cache.nbytes == 0
     engine.close()  # again

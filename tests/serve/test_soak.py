@@ -11,7 +11,7 @@ from benchmarks.soak.judge import BOUND, Judge, Judgement, judge_all
 from benchmarks.soak.requests import Answer, Ledger, Request
 
 from loradeck import Base
-from loradeck.runner.prefix_cache import PrefixCache
+from loradeck.runner import prefix_cache
 from loradeck.serve.config import EngineConfig
 
 pytestmark = pytest.mark.slow
@@ -71,9 +71,8 @@ def test_every_answer_is_its_own_and_nothing_is_left(base: Base, tmp_path: Path)
 
 
 def test_it_finds_a_cache_that_mixes_up_adapters(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find, keep = PrefixCache.find, PrefixCache.keep
-    monkeypatch.setattr(PrefixCache, "find", lambda self, _, tokens: find(self, (), tokens))
-    monkeypatch.setattr(PrefixCache, "keep", lambda self, _, *rest: keep(self, (), *rest))
+    key = prefix_cache._key
+    monkeypatch.setattr(prefix_cache, "_key", lambda *block: ((), *key(*block)[1:]))
     _, _, judgement = run_soak(base, tmp_path)
     assert judgement.verdict.wrong > 0
 

@@ -24,6 +24,9 @@ class BlockWeight(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockWeight":
         return self
 
+    def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
+        return BlockWeight, (self.detach(), False)
+
 
 class BlockLinear(LayoutLinear):
     """An nn.Linear with a weight in blocks, or with a plain one that has replaced it."""

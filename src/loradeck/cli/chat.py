@@ -51,7 +51,7 @@ def chat(
     any_base: AnyBase = False,
     sampling: ChatSampling = SAMPLING,
     dtype: Dtype = "auto",
-    weights: Weights = "packed",
+    weights: Weights = "blocks",
 ) -> None:
     """Chat with a base or a server; switch adapters between turns.
 

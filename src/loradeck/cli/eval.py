@@ -37,7 +37,7 @@ def eval(
     reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     max_length: int = TrainConfig.max_length,
     dtype: Dtype = "auto",
-    weights: Weights = "packed",
+    weights: Weights = "blocks",
     as_json: AsJson = False,
 ) -> None:
     """Measure adapters, and the base, side by side on a dataset.

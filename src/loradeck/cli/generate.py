@@ -27,7 +27,7 @@ def generate(
     sampling: SamplingOptions = GREEDY,
     batch_size: int = 32,
     dtype: Dtype = "auto",
-    weights: Weights = "packed",
+    weights: Weights = "blocks",
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts in batches, each with its own adapter.

@@ -29,8 +29,8 @@ Dtype: TypeAlias = Annotated[
 Weights: TypeAlias = Annotated[
     Literal["plain", "packed", "blocks", "int8"],
     Parameter(
-        help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; blocks for the compiled "
-        "step; or int8, which takes half the memory of bfloat16 and is faster for few rows, at a small error."
+        help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; blocks for the "
+        "compiled step; or int8, which takes half the memory of bfloat16 and is faster for few rows, at a small error."
     ),
 ]
 Adapters: TypeAlias = Annotated[

@@ -70,6 +70,11 @@ def current(bank: object) -> Route | None:
     return route
 
 
+def is_open() -> bool:
+    """Return whether this thread is inside a route, of any bank."""
+    return _route.get() is not None
+
+
 @contextmanager
 def opened(route: Route, enter: Callable[[Route], None], leave: Callable[[Route], None]) -> Iterator[None]:
     """Make a route the current one of its bank in this thread until the block ends.

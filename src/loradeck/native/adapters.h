@@ -36,7 +36,7 @@ INLINE void dots(float *h, i64 stride, const char *a, i64 inputs, const num *x, 
 #endif
             UNROLL for (int j = 0; j < ranks; j++) {
                 vec w = load(a + (j * inputs + g * 32 + c) * SIZES[format], format);
-                UNROLL for (int r = 0; r < rows; r++) sum[r][j] += o[r] * w;
+                UNROLL for (int r = 0; r < rows; r++) sum[r][j] = fused(o[r], w, sum[r][j]);
             }
         }
     UNROLL for (int r = 0; r < rows; r++)
@@ -80,7 +80,7 @@ INLINE void tile_update(float *sum, const char *b, i64 r, const float *h, i64 st
     for (i64 j = 0; j < r; j++)
         UNROLL for (int n = 0; n < PARTS; n++) {
             vec w = load(b + (j * 16 + n * LANES) * SIZES[format], format);
-            UNROLL for (int t = 0; t < rows; t++) s[t][n] += w * h[t * stride + j];
+            UNROLL for (int t = 0; t < rows; t++) s[t][n] = fused(w, each(h[t * stride + j]), s[t][n]);
         }
     UNROLL for (int t = 0; t < rows; t++)
         UNROLL for (int n = 0; n < PARTS; n++) *(vec *)(sum + t * 16 + n * LANES) = s[t][n];

@@ -24,7 +24,11 @@ typedef struct {
 INLINE i64 head_bytes(i64 dim, i64 format) { return PAGE * dim * SIZES[format]; } /* of keys, and of values */
 INLINE i64 scratch_bytes(i64 tokens, i64 heads, i64 dim) {
     i64 pages = tokens / PAGE + 2, rows = SEGMENT * heads;
-    return pages * rows * PAGE * (4 + sizeof(num)) + dim * rows * 4 + 256;
+    return pages * rows * PAGE * (4 + sizeof(num)) + dim * (rows + PAGE) * 4 + 256;
+}
+/* The first token that one at `position` sees, both counted from the first page. */
+INLINE i64 first_seen(const Attention *a, i64 position) {
+    return a->window && position >= a->window ? position - a->window + 1 : 0;
 }
 
 /* Scores of a row (tiles, stride, 16) to weights in a panel; return 1 / their sum. `seen`: it sees tokens [from, to). */
@@ -51,6 +55,21 @@ static float softmax(float *scores, i64 stride, i64 tiles, i64 from, i64 to, flo
     return 1.0f / total(sum);
 }
 
+/* One row's sums over the tokens [from, to) alone: a weight of 0 does not hide values that are not finite. `copy` is room
+   for a page's values. */
+static void sums_of_seen(const Attention *a, const Segment *g, float *sums, i64 stride, const num *weights, i64 group, i64 start,
+                         i64 pages, i64 from, i64 to, char *copy) {
+    const i64 block = BLOCK[a->format], bytes = head_bytes(a->dim, a->format);
+    for (i64 t = 0; t < a->dim / 16; t++) memset(sums + t * stride, 0, 64);
+    for (i64 p = 0; p < pages; p++) {
+        memcpy(copy, g->pages[start + p] + a->offset + bytes, bytes);
+        for (i64 token = 0; token < PAGE; token++)
+            if (p * PAGE + token < from || p * PAGE + token >= to)
+                for (i64 d = 0; d < a->dim; d++) store_number(copy + d / 16 * block, token, d % 16, a->format, 0);
+        product(sums, stride, copy, block, 1, block, weights + p * group, 0, 1, (int)(a->dim / 16), a->format);
+    }
+}
+
 /* Attention of a segment's rows for one key head: `q` [D / 32][rows, heads][32] and `out` the panel of o's inputs. */
 static void attend(const Attention *a, const Segment *g, const Panel *q, const Panel *out, i64 out_head, char *scratch) {
     const i64 D = a->dim, rows = g->count * a->heads, last = g->first + g->count;
@@ -58,7 +77,8 @@ static void attend(const Attention *a, const Segment *g, const Panel *q, const P
     const i64 pages = (last + PAGE - 1) / PAGE - start, tiles = pages * 2, block = BLOCK[a->format];
     const i64 group = rows * 32; /* numbers of one group of 32 tokens in the panel of weights */
     float *scores = (float *)scratch, *sums = scores + tiles * rows * 16;
-    num *weights = (num *)(sums + D * rows);
+    char *copy = (char *)(sums + D * rows);
+    num *weights = (num *)(copy + D * PAGE * 4);
     memset(scores, 0, tiles * rows * 64);
     memset(sums, 0, D * rows * 4);
     for (i64 p = 0; p < pages; p++)
@@ -67,13 +87,17 @@ static void attend(const Attention *a, const Segment *g, const Panel *q, const P
     float inverse[SEGMENT * a->heads];
     for (i64 r = 0; r < rows; r++) {
         const i64 position = g->first + r / a->heads - start * PAGE;
-        const i64 from = a->window && position >= a->window ? position - a->window + 1 : 0;
-        inverse[r] = softmax(scores + r * 16, rows * 16, tiles, from, position + 1, a->cap, weights + r * 32, group);
+        inverse[r] = softmax(scores + r * 16, rows * 16, tiles, first_seen(a, position), position + 1, a->cap, weights + r * 32, group);
     }
     for (i64 p = 0; p < pages; p++)
         product(sums, rows * 16, g->pages[start + p] + a->offset + head_bytes(D, a->format), block, 1, block,
                 weights + p * group, 0, rows, (int)(D / 16), a->format);
     for (i64 r = 0; r < rows; r++) {
+        const i64 position = g->first + r / a->heads - start * PAGE;
+        vec finite = zero();
+        for (i64 d = 0; d < D; d += LANES) finite += *(vec *)(sums + (d / 16 * rows + r) * 16 + d % 16) * 0.0f;
+        if (total(finite) != 0)
+            sums_of_seen(a, g, sums + r * 16, rows * 16, weights + r * 32, group, start, pages, first_seen(a, position), position + 1, copy);
         const i64 row = g->row + r / a->heads, first = (out_head + r % a->heads) * D;
         for (i64 d = 0; d < D; d += LANES)
             put(panel_at(out, row, (first + d) / 32) + (first + d) % 32,

@@ -113,7 +113,7 @@ def library(options: str = "") -> ctypes.CDLL:
     Raises:
         OSError: as `compiler.load`.
     """
-    step = compiler.load(SOURCE, f"-O2 {options}")
+    step = compiler.load(SOURCE, f"-O2 -ffp-contract=off {options}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class NativeModel:
             "gate": (inters, self._hidden), "up": (inters, self._hidden), "down": (self._hidden, inters),
         }  # fmt: skip
         self._memory: list[Tensor] = []
-        self._rotary: list[tuple[Tensor, Tensor]] = []
+        self._lock = Lock()
         self._rotary_length = 0
         self._layers = (CLayer * len(table.layers))(*map(self._layer, table.layers))
         tied = table.embedding is table.head.stored
@@ -93,24 +94,24 @@ class NativeModel:
 
     def reach(self, positions: int) -> None:
         """Make the tables of cos and sin as long as a step needs them."""
-        if positions <= self._rotary_length:
-            return
-        self._rotary_length = max(2 * self._rotary_length, padded(positions, 1024))
-        self._rotary = []
-        for rotary in self.table.rotary:
-            cos, sin = rotary(self._rotary_length)
-            self._rotary.append((cos.float().contiguous(), sin.float().contiguous()))
-        for layer, c in zip(self.table.layers, self._layers, strict=True):
-            if layer.rotary is not None:
-                cos, sin = self._rotary[layer.rotary]
-                c.cos, c.sin, c.turned = cos.data_ptr(), sin.data_ptr(), 2 * cos.shape[1]
+        with self._lock:
+            if positions <= self._rotary_length:
+                return
+            length = max(2 * self._rotary_length, padded(positions, 1024))
+            tables = [rotary(length) for rotary in self.table.rotary]
+            addresses = [(self._address(cos.float()), self._address(sin.float())) for cos, sin in tables]
+            for layer, c in zip(self.table.layers, self._layers, strict=True):
+                if layer.rotary is not None:  # a step in another thread may still read the shorter tables
+                    c.cos, c.sin = addresses[layer.rotary]
+                    c.turned = 2 * tables[layer.rotary][0].shape[1]
+            self._rotary_length = length
 
     # ---- packing
 
     def _layer(self, layer: Layer) -> CLayer:
         matrices = (self._matrix(layer.linears[slot], *self.widths[slot]) for slot in SLOTS)
         queries, keys = self.widths["q"][0], self.widths["k"][0]
-        norms_all = layer.query_norm is not None and len(layer.query_norm) != queries.size
+        norms_all = any(norm is not None and len(norm) != queries.size for norm in (layer.query_norm, layer.key_norm))
         each = (queries, keys) if norms_all else (queries._replace(parts=1), keys._replace(parts=1))
         widths = (*[self._hidden] * 4, *each)
         norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, widths, strict=True)}

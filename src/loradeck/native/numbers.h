@@ -7,6 +7,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined __FMA__
+#include <immintrin.h>
+#elif defined __ARM_NEON
+#include <arm_neon.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
@@ -39,7 +44,8 @@ static const i64 SIZES[] = {4, 2, 2, 1};
 INLINE vec of_bf16(words w) { return (vec)(w << 16); }
 INLINE vec of_f16(words w) {
     vec magnitude = (vec)((w & 0x7fff) << 13) * 0x1p112f; /* its exponent is biased by 15, float32's by 127 */
-    return (vec)((words)magnitude | (w & 0x8000) << 16);
+    words special = (words)(magnitude >= 65536.0f) & 0x7f800000; /* infinite, or NaN */
+    return (vec)((words)magnitude | special | (w & 0x8000) << 16);
 }
 INLINE words bits_of_bf16(vec v) { /* rounded to the nearest, ties to even; a NaN stays one */
     words b = (words)v, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16, quiet = b >> 16 | 64;
@@ -74,6 +80,19 @@ INLINE uint16_t half_bits(float number, int format) {
 }
 
 INLINE vec zero(void) { return (vec){}; }
+INLINE vec each(float number) { return number - zero(); }
+/* a · b + c, rounded once where the machine can. Written out, since a compiler may fuse one copy of a loop and not another. */
+INLINE vec fused(vec a, vec b, vec c) {
+#if LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined __FMA__ && LANES == 8
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined __ARM_NEON
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 INLINE vec choose(words mask, vec yes, vec no) { return (vec)((mask & (words)yes) | (~mask & (words)no)); }
 INLINE float total(vec v) { /* always in the same order */
     float lane[LANES];
@@ -94,10 +113,10 @@ INLINE vec exponential(vec x) {
     words over = (words)(x > 88.7f);
     bounded = choose(over, zero(), bounded);
     vec shifted = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are a whole number */
-    vec n = shifted - 12582912.0f, f = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = ((((f * 1.9875691500e-4f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f
-             + 1.6666665459e-1f) * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
+    vec n = shifted - 12582912.0f, f = fused(n, each(2.12194440e-4f), fused(n, each(-0.693359375f), bounded));
+    const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1, 1};
+    vec p = each(1.9875691500e-4f);
+    UNROLL for (int i = 0; i < 7; i++) p = fused(p, f, each(terms[i]));
     return choose(over, zero() + INFINITY, choose((words)(x == x), (vec)((words)p + ((words)shifted << 23)), x));
 }
 INLINE vec tangent(vec x) { /* tanh */

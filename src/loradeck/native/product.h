@@ -9,7 +9,6 @@
 #define PRODUCT_H
 #include "numbers.h"
 #ifdef HALVES /* activations are multiplied in bfloat16, by the machine's own instruction */
-#include <immintrin.h>
 typedef uint16_t num;
 #define ROWS 8 /* computed at once */
 #else
@@ -92,8 +91,8 @@ INLINE void load_pair(Pair w, const char *block, int pair, int format) {
     }
 }
 INLINE void add_pair(vec sum[PARTS], const Pair w, const num *x) {
-    UNROLL for (int n = 0; n < PARTS; n++) sum[n] += w[n] * x[0];
-    UNROLL for (int n = 0; n < PARTS; n++) sum[n] += w[PARTS + n] * x[1];
+    UNROLL for (int n = 0; n < PARTS; n++) sum[n] = fused(w[n], each(x[0]), sum[n]);
+    UNROLL for (int n = 0; n < PARTS; n++) sum[n] = fused(w[PARTS + n], each(x[1]), sum[n]);
 }
 #endif
 

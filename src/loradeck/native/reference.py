@@ -30,30 +30,30 @@ def logits(table: Table, tokens: Tensor, updates: Updates | None = None) -> Tens
     if table.embedding_scales is not None:
         hidden = hidden * table.embedding_scales[tokens, None].float()
     for layer in table.layers:
-        hidden = decode(table, layer, hidden, updates)
-    z = linear(table.head, norm(hidden, table.norm, table.eps), updates) * table.logit_scale
+        hidden = layer_output(table, layer, hidden, updates)
+    z = project(table.head, norm(hidden, table.norm, table.eps), updates) * table.logit_scale
     return cap(z, table.logit_cap)
 
 
-def decode(table: Table, layer: Layer, hidden: Tensor, updates: Updates | None = None) -> Tensor:
+def layer_output(table: Table, layer: Layer, hidden: Tensor, updates: Updates | None = None) -> Tensor:
     """One layer: hidden (T, H) -> (T, H)."""
     linears, eps = layer.linears, table.eps
     x = norm(hidden, layer.attention_in, eps)
     query, key = queries_and_keys(table, layer, x, updates)
-    value = linear(linears["v"], x, updates).unflatten(1, (table.key_heads, table.head_dim))
+    value = project(linears["v"], x, updates).unflatten(1, (table.key_heads, table.head_dim))
     heads = attend(query, key, value, table.scale, table.softcap, layer.window)
-    y = linear(linears["o"], heads.flatten(1), updates)
+    y = project(linears["o"], heads.flatten(1), updates)
     hidden = hidden + table.residual_scale * norm(y, layer.attention_out, eps)
 
     x = norm(hidden, layer.mlp_in, eps)
-    gate = ACTIVATIONS[table.activation](linear(linears["gate"], x, updates))
-    y = linear(linears["down"], gate * linear(linears["up"], x, updates), updates)
+    gate = ACTIVATIONS[table.activation](project(linears["gate"], x, updates))
+    y = project(linears["down"], gate * project(linears["up"], x, updates), updates)
     return hidden + table.residual_scale * norm(y, layer.mlp_out, eps)
 
 
 def queries_and_keys(table: Table, layer: Layer, x: Tensor, updates: Updates | None = None) -> tuple[Tensor, Tensor]:
     """x (T, H) -> queries (T, Q, D) and keys (T, K, D), normed and turned by position."""
-    query, key = linear(layer.linears["q"], x, updates), linear(layer.linears["k"], x, updates)
+    query, key = project(layer.linears["q"], x, updates), project(layer.linears["k"], x, updates)
     query = head_norm(query, layer.query_norm, table.eps).unflatten(1, (table.heads, table.head_dim))
     key = head_norm(key, layer.key_norm, table.eps).unflatten(1, (table.key_heads, table.head_dim))
     if layer.rotary is None:
@@ -62,7 +62,7 @@ def queries_and_keys(table: Table, layer: Layer, x: Tensor, updates: Updates | N
     return rotate(query, cos, sin), rotate(key, cos, sin)
 
 
-def linear(linear: Linear, x: Tensor, updates: Updates | None = None) -> Tensor:
+def project(linear: Linear, x: Tensor, updates: Updates | None = None) -> Tensor:
     """W x + b + scaling · B (A x), the linear's own rows of W, b and B: x (T, in) -> (T, outputs)."""
     rows = slice(linear.start, linear.start + linear.outputs)
     y = F.linear(x, linear.weight[rows].float())

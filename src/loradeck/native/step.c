@@ -119,7 +119,7 @@ static void norm_all_heads(Step *s, const Layer *l, i64 layer, i64 row) {
         const float *norm = kind == Q ? l->query_norm : l->key_norm;
         float *x = s->raw + (row * (m->heads + m->key_heads) + first) * m->dim;
         const float factor = inverse_rms(sum_of_squares(x, heads * m->dim), heads * m->true_dim, m->eps);
-        for (i64 i = 0; i < heads * m->dim; i++) x[i] = x[i] * factor * norm[i];
+        for (i64 i = 0; norm && i < heads * m->dim; i++) x[i] = x[i] * factor * norm[i];
         for (i64 n = 0; n < heads; n++) finish_head(s, l, layer, kind, n, row, x + n * m->dim, 1);
         first += heads;
     }
@@ -319,28 +319,28 @@ static void multiply(Step *s, int thread) {
 static void work(Step *step, int thread) { step->way(step, thread); }
 static struct { char *bytes; i64 size; } room; /* kept from step to step; the team's lock guards it */
 
-INLINE void *cut(char **from, i64 bytes) { /* with two lines to spare, for what is read as whole vectors */
-    char *start = *from;
-    *from += (bytes + 128 + 63) / 64 * 64;
+INLINE void *cut(char *from, i64 *at, i64 bytes) { /* with two lines to spare, for what is read as whole vectors */
+    char *start = from ? from + *at : 0;
+    *at += (bytes + 128 + 63) / 64 * 64;
     return start;
 }
 static i64 lay_out(Step *s, char *from) { /* return the bytes that a step needs, from an address that may be null */
     const Model *m = s->m;
     const i64 T = s->b->rows, W = s->b->wanted, group = m->heads / m->key_heads, width = m->heads * m->dim;
-    char *at = from;
-    s->counters = cut(&at, (m->layers * 10 + 3) * (s->members + 1) * LINE * sizeof(i64));
-    s->segment = cut(&at, T * sizeof(Segment));
-    s->hidden = cut(&at, T * m->hidden * 4);
-    s->branch = cut(&at, T * m->hidden * 4);
-    s->raw = cut(&at, T * (m->heads + m->key_heads) * m->dim * 4);
-    s->h = cut(&at, SLOTS * T * s->b->ranks * 4);
-    s->x = (Panel){cut(&at, T * m->hidden * sizeof(num)), T};
-    s->query = (Panel){cut(&at, T * width * sizeof(num)), T * group};
-    s->attended = (Panel){cut(&at, T * width * sizeof(num)), T};
-    s->active = (Panel){cut(&at, T * m->inter * sizeof(num)), T};
-    s->last = (Panel){cut(&at, W * m->hidden * sizeof(num)), W};
-    s->scratch = cut(&at, s->members * s->scratch_bytes);
-    return at - from;
+    i64 at = 0;
+    s->counters = cut(from, &at, (m->layers * 10 + 3) * (s->members + 1) * LINE * sizeof(i64));
+    s->segment = cut(from, &at, T * sizeof(Segment));
+    s->hidden = cut(from, &at, T * m->hidden * 4);
+    s->branch = cut(from, &at, T * m->hidden * 4);
+    s->raw = cut(from, &at, T * (m->heads + m->key_heads) * m->dim * 4);
+    s->h = cut(from, &at, SLOTS * T * s->b->ranks * 4);
+    s->x = (Panel){cut(from, &at, T * m->hidden * sizeof(num)), T};
+    s->query = (Panel){cut(from, &at, T * width * sizeof(num)), T * group};
+    s->attended = (Panel){cut(from, &at, T * width * sizeof(num)), T};
+    s->active = (Panel){cut(from, &at, T * m->inter * sizeof(num)), T};
+    s->last = (Panel){cut(from, &at, W * m->hidden * sizeof(num)), W};
+    s->scratch = cut(from, &at, s->members * s->scratch_bytes);
+    return at;
 }
 /* Memory for a step of `need` bytes, or null */
 static char *room_of(i64 need) {

@@ -5,6 +5,7 @@
    core holds nobody up. Between steps the threads spin for some microseconds and then sleep. */
 #ifndef TEAM_H
 #define TEAM_H
+#include <fenv.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -61,6 +62,7 @@ INLINE void wait_for(Step *step, i64 phase, int members, i64 units) {
 
 static void *member(void *argument) {
     int thread = (int)(intptr_t)argument, seen = 0;
+    fesetenv(FE_DFL_ENV);
     for (;;) {
         for (i64 looks = 0; atomic_load(&team.turn) == seen; looks++) {
             relax();
@@ -78,7 +80,9 @@ static void *member(void *argument) {
     }
     return 0;
 }
-static void forget(void) { /* in the child after a fork, which has only the thread that forked */
+static void finish_step(void) { pthread_mutex_lock(&team.busy); } /* before a fork: a child needs no half of one */
+static void go_on(void) { pthread_mutex_unlock(&team.busy); }
+static void forget(void) { /* in the child, which has only the thread that forked */
     pthread_mutex_init(&team.busy, 0);
     pthread_mutex_init(&team.sleep, 0);
     pthread_cond_init(&team.wake, 0);
@@ -91,7 +95,7 @@ static void forget(void) { /* in the child after a fork, which has only the thre
 /* Start threads up to this number; return how many there are, which is less where the system gives no more. */
 static int grow(int threads) {
     static int watched;
-    if (!watched) watched = !pthread_atfork(0, 0, forget);
+    if (!watched) watched = !pthread_atfork(finish_step, go_on, forget);
     if (threads > MOST) threads = MOST;
     while (team.size < threads) {
         pthread_t id;
@@ -112,7 +116,11 @@ static void together(Step *step, int members) {
         pthread_cond_broadcast(&team.wake);
         pthread_mutex_unlock(&team.sleep);
     }
+    fenv_t own; /* the caller may flush small numbers to zero, which others do not */
+    fegetenv(&own);
+    fesetenv(FE_DFL_ENV);
     work(step, 0);
+    fesetenv(&own);
     atomic_store(&team.open, 0);
     for (i64 looks = 0; atomic_load(&team.inside); looks++) wait_a_moment(looks);
 }

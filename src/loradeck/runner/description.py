@@ -7,7 +7,7 @@ give what the definition gives for its row of the table.
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,12 @@ EXACT, ROUNDED = 1e-4, 5e-2  # share of the largest number, for float32 weights 
 DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
-# Where the norms of a layer stand: Llama's, Gemma 2's and OLMo 2's. One name has two meanings.
-PLACES: tuple[Mapping[str, str], ...] = (
-    {"input_layernorm": "attention_in", "post_attention_layernorm": "mlp_in"},
-    {
-        "input_layernorm": "attention_in",
-        "post_attention_layernorm": "attention_out",
-        "pre_feedforward_layernorm": "mlp_in",
-        "post_feedforward_layernorm": "mlp_out",
-    },
-    {"post_attention_layernorm": "attention_out", "post_feedforward_layernorm": "mlp_out"},
-)
-NORMS = frozenset(name for names in PLACES for name in names)
+PLACES = {  # where the norms of a layer stand
+    "input_layernorm": "attention_in",
+    "post_attention_layernorm": "mlp_in",  # or attention_out, where there are norms that name the feedforward
+    "pre_feedforward_layernorm": "mlp_in",
+    "post_feedforward_layernorm": "mlp_out",
+}
 
 
 class DescriptionError(ValueError):
@@ -78,13 +72,12 @@ class _Reader:
         embedding, scales, scale = self.embedding(self.part(self.decoder, parts, "embed_tokens"))
         head = self.linear(self.model.get_output_embeddings())
         if head.outputs != len(embedding):
-            self.refuse(self.model, "has a head and a token embedding of different sizes")
+            raise self.refusal(self.model, "has a head and a token embedding of different sizes")
         modules: list[Any] = [*self.part(self.decoder, parts, "layers").children()]
         norm = self.norm(self.part(self.decoder, parts, "norm"))
-        kinds = [self.rotary_kind(module) for module in modules]
-        rotary = {
-            kind: self.rotary(self.part(self.decoder, parts, "rotary_emb"), kind) for kind in dict.fromkeys(kinds)
-        }
+        turn = self.part(self.decoder, parts, "rotary_emb")
+        kinds = self.rotary_kinds(turn, len(modules))
+        rotary = {kind: self.rotary(turn, kind) for kind in dict.fromkeys(kinds)}
 
         dtype = (embedding if scales is None else scales).dtype
         x = torch.randn(TOKENS, embedding.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -119,20 +112,17 @@ class _Reader:
 
     def layer(self, module: Any, x: Tensor, kind: str | None, rotary: int) -> tuple[Layer, Observation]:
         """Return a layer's row, and what it computes of x alone."""
-        parts = self.parts(module, {"self_attn", "mlp", *NORMS})
+        parts = self.parts(module, {"self_attn", "mlp", *PLACES})
         attention, mlp = self.part(module, parts, "self_attn"), self.part(module, parts, "mlp")
         if not getattr(attention, "is_causal", True):
-            self.refuse(attention, "lets a token see what follows it")
+            raise self.refusal(attention, "lets a token see what follows it")
         projections, products = self.parts(attention, ATTENTION), self.parts(mlp, MLP)
-        names = NORMS & parts.keys()
-        places = next((places for places in PLACES if places.keys() == names), None)
-        if places is None:
-            self.refuse(module, f"has norms in an unknown arrangement: {', '.join(sorted(names)) or 'none'}")
-        norms = {places[name]: self.norm(parts[name]) for name in places}
-        o, down = (
-            self.linear(self.part(attention, projections, "o_proj")),
-            self.linear(self.part(mlp, products, "down_proj")),
-        )
+        places = dict(PLACES)
+        if any("feedforward" in name for name in parts):
+            places["post_attention_layernorm"] = "attention_out"
+        norms = {places[name]: self.norm(part) for name, part in parts.items() if name in places}
+        o = self.linear(self.part(attention, projections, "o_proj"))
+        down = self.linear(self.part(mlp, products, "down_proj"))
         inner = down.blocked or down.stored.shape[1]
         gated = self.linears(mlp, products, "gate_up_proj", {"gate": inner, "up": inner})
         seen = self.observe(module, x, kind)
@@ -162,11 +152,11 @@ class _Reader:
                 layer = each
                 break
         else:
-            self.refuse(module, "makes its queries and keys in an unknown way")
-        y = reference.decode(table, layer, hidden)
+            raise self.refusal(module, "norms or turns its queries and keys in an unknown way")
+        y = reference.layer_output(table, layer, hidden)
         rounding = 2 * torch.finfo(x.dtype).eps * y.abs().max()
         if not _near(seen.output.float() - hidden, y - hidden, tolerance, float(rounding)):
-            self.refuse(module, "computes something else than its parts suggest")
+            raise self.refusal(module, "computes something else than its parts suggest")
         return layer
 
     def observe(self, module: nn.Module, x: Tensor, kind: str | None) -> Observation:
@@ -177,7 +167,7 @@ class _Reader:
             text = str(error).partition("\n")[0]
             raise DescriptionError(f"its `{self.paths[module]}` cannot be computed alone: {text}") from error
         if seen.others:
-            self.refuse(module, f"has an attention that also takes `{seen.others[0]}`")
+            raise self.refusal(module, f"has an attention that also takes `{seen.others[0]}`")
         return seen
 
     def linears(
@@ -187,7 +177,7 @@ class _Reader:
         if fused in parts:
             whole, starts = self.linear(parts[fused]), accumulate(sizes.values(), initial=0)
             if whole.outputs != sum(sizes.values()):
-                self.refuse(parts[fused], f"has {whole.outputs} outputs, not {sum(sizes.values())}")
+                raise self.refusal(parts[fused], f"has {whole.outputs} outputs, not {sum(sizes.values())}")
             return {
                 slot: replace(whole, start=start, outputs=size)
                 for (slot, size), start in zip(sizes.items(), starts, strict=False)
@@ -197,38 +187,39 @@ class _Reader:
             module = self.part(owner, parts, f"{slot}_proj")
             linears[slot] = self.linear(module)
             if linears[slot].outputs != size:
-                self.refuse(module, f"has {linears[slot].outputs} outputs, not {size}")
+                raise self.refusal(module, f"has {linears[slot].outputs} outputs, not {size}")
         return linears
 
     def linear(self, module: nn.Module) -> Linear:
         if not isinstance(module, FrozenLinear) and type(module).forward is not nn.Linear.forward:
-            self.refuse(module, f"is no plain linear layer but a {type(module).__name__}")
+            raise self.refusal(module, f"is no plain linear layer but a {type(module).__name__}")
         linear = cast("nn.Linear", module)
         scales = module.scales if isinstance(module, QuantisedLinear) else None
         blocked = linear.in_features if isinstance(linear.weight, BlockWeight) else 0
         weight = linear.weight if blocked or scales is not None else dense_weight(module)
         if scales is None and not weight.is_floating_point():
-            self.refuse(module, f"has a weight in {weight.dtype}")
+            raise self.refusal(module, f"has a weight in {weight.dtype}")
         return Linear(self.paths[module], weight, 0, linear.out_features, linear.bias, scales, blocked)
 
     def embedding(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
         """Return weight, scales of an int8 weight, and the factor of what is looked up (Gemma's)."""
         if not isinstance(module, nn.Embedding):
-            self.refuse(module, "is no embedding")
+            raise self.refusal(module, "is no embedding")
         scales = module.scales if isinstance(module, QuantisedEmbedding) else None
-        rows = module.weight[:TOKENS].float()
-        rows, dtype = (rows, module.weight.dtype) if scales is None else (rows * scales[:TOKENS, None], scales.dtype)
+        dtype = (module.weight if scales is None else scales).dtype
         scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(dtype))
-        if not _near(module(torch.arange(len(rows))), rows * scale, EXACT if dtype == torch.float32 else ROUNDED):
-            self.refuse(module, "does more than look up rows")
+        definition = module.weight[:TOKENS].float() * scale * (1 if scales is None else scales[:TOKENS, None])
+        tolerance = EXACT if dtype == torch.float32 else ROUNDED
+        if not _near(module(torch.arange(len(definition))), definition, tolerance):
+            raise self.refusal(module, "does more than look up rows")
         return module.weight, scales, scale
 
-    def norm(self, module: nn.Module) -> Tensor:
+    def norm(self, module: Any) -> Tensor:
         """Return what an RMS norm multiplies by: its weight, or one more (Gemma's)."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if eps is None or [name for name, _ in module.named_parameters()] != ["weight"]:
-            self.refuse(module, "is no RMS norm")
-        stored = module.get_parameter("weight").float()
+            raise self.refusal(module, "is no RMS norm")
+        stored: Tensor = module.weight.float()
         x = torch.randn(2, len(stored), generator=torch.Generator().manual_seed(0))
         x[1] *= eps**0.5  # where eps matters
         y = module(x)
@@ -236,26 +227,28 @@ class _Reader:
             if _near(y, reference.norm(x, weight, eps), EXACT):
                 self.eps.append(eps)
                 return weight
-        self.refuse(module, "is no RMS norm")
+        raise self.refusal(module, "is no RMS norm")
 
-    def activation(self, mlp: nn.Module) -> Activation:
+    def activation(self, mlp: Any) -> Activation:
         function = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
         x = torch.linspace(-6, 6, 256)
         for name, known in reference.ACTIVATIONS.items():
             if function is not None and _near(function(x), known(x), EXACT / 10):  # two of them differ by 5e-4
                 return name
-        self.refuse(mlp, f"has an unknown activation, {type(function).__name__}")
+        raise self.refusal(mlp, f"has an unknown activation, {type(function).__name__}")
 
-    def rotary_kind(self, layer: Any) -> str | None:
-        """Return a layer's kind of rotary embedding, if the model has several."""
-        several = isinstance(getattr(self.decoder.rotary_emb, "rope_type", None), dict)
-        return self.decoder.config.layer_types[layer.self_attn.layer_idx] if several else None
+    def rotary_kinds(self, rotary: nn.Module, layers: int) -> list[str | None]:
+        """Return each layer's kind of rotary embedding; None where the model has one for all."""
+        several = isinstance(getattr(rotary, "rope_type", None), dict)
+        return self.decoder.config.layer_types if several else [None] * layers
 
     def rotary(self, module: Any, kind: str | None) -> Callable[[int], tuple[Tensor, Tensor]]:
-        rope = getattr(module, "rope_type", "default")
-        name = rope if kind is None else rope[kind]
+        rope: Any = getattr(module, "rope_type", "default")
+        name = rope if kind is None else rope.get(kind)
+        if name is None:
+            raise self.refusal(module, f"does not turn the layers of kind `{kind}`")
         if "dynamic" in name or name == "longrope":
-            self.refuse(module, f"depends on the length of the text ({name})")
+            raise self.refusal(module, f"depends on the length of the text ({name})")
         like = torch.zeros(1)
 
         def angles(count: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +258,7 @@ class _Reader:
 
         left, right = _positions(module, like, TOKENS, kind)[0].chunk(2, dim=2)
         if not torch.equal(left, right):
-            self.refuse(module, "turns pairs of neighbours, not of the two halves of a head")
+            raise self.refusal(module, "is not laid out for the two halves of a head")
         return angles
 
     def check_forwards(self) -> None:
@@ -273,24 +266,26 @@ class _Reader:
             forward = vars(module).get("forward")
             ours = isinstance(forward, LoraLayer) and forward.restored is None
             if forward is not None and not ours:
-                self.refuse(module, "has a forward that another tool has replaced")
+                raise self.refusal(module, "has a forward that another tool has replaced")
             if module._forward_hooks or module._forward_pre_hooks:
-                self.refuse(module, "has a hook")
+                raise self.refusal(module, "has a hook")
 
     def parts(self, module: nn.Module, known: Set[str]) -> dict[str, nn.Module]:
         """Return a module's parts by name; dropout, which does nothing here, is none."""
         parts = {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
         for name in (*parts, *module._parameters):
             if name not in known:
-                self.refuse(module, f"has an unknown part, `{name}`")
+                raise self.refusal(module, f"has an unknown part, `{name}`")
         return parts
 
     def part(self, owner: nn.Module, parts: Mapping[str, nn.Module], name: str) -> nn.Module:
-        return parts[name] if name in parts else self.refuse(owner, f"has no part `{name}`")
+        if name not in parts:
+            raise self.refusal(owner, f"has no part `{name}`")
+        return parts[name]
 
-    def refuse(self, module: nn.Module, reason: str) -> NoReturn:
+    def refusal(self, module: nn.Module, reason: str) -> DescriptionError:
         path = self.paths[module]
-        raise DescriptionError(f"its `{path}` {reason}" if path else f"it {reason}")
+        return DescriptionError(f"its `{path}` {reason}" if path else f"it {reason}")
 
 
 def _positions(rotary: nn.Module, like: Tensor, count: int, kind: str | None) -> tuple[Tensor, Tensor]:

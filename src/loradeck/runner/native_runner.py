@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loradeck.dtypes import computes_in
+from loradeck.base.blocked import multiplies_halves
 from loradeck.lora.adapter import Adapter
 from loradeck.native import pages, step
 from loradeck.native.adapter import NativeAdapter
@@ -20,6 +20,7 @@ from loradeck.native.step import Chunk, Uses
 from loradeck.runner.attention import AttentionParams, Part, attend_all
 from loradeck.runner.description import describe
 from loradeck.runner.model_runner import ModelRunner
+from loradeck.runner.native_batch import packed_adapter
 from loradeck.runner.paged_cache import PagedCache
 from loradeck.runner.request import Key, Scheduled
 
@@ -43,8 +44,7 @@ class NativeRunner:
         model = eager.model
         if model.device.type != "cpu":
             raise ValueError(f"it is on {model.device}")
-        halves = model.dtype == torch.bfloat16 and computes_in(torch.bfloat16, model.device)
-        self.native = NativeModel(describe(model), halves=halves)
+        self.native = NativeModel(describe(model), halves=multiplies_halves(model.dtype))
         self._adapters: WeakKeyDictionary[Adapter, tuple[int, NativeAdapter | None]] = WeakKeyDictionary()
         eager.trial.check(self)
 
@@ -105,8 +105,7 @@ class NativeRunner:
         if moves == adapter.moves:
             return packed
         try:
-            weights = {path: weights for path in adapter.sites if (weights := adapter.weights(path))}
-            packed = NativeAdapter(self.native, weights)
+            packed = packed_adapter(self.native, adapter)
         except ValueError as error:
             log.warning("an adapter is computed by transformers' modules: %s", error)
             packed = None

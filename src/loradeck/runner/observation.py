@@ -16,7 +16,7 @@ from loradeck.native import reference
 NAME = "loradeck_observed"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Observation:
     """What a layer did."""
 
@@ -29,7 +29,7 @@ class Observation:
     softcap: float | None
     others: list[str]
     """Names of more tensors that its attention takes."""
-    output: Tensor = torch.empty(0)
+    output: Tensor
     """(T, H) of the layer."""
 
 
@@ -47,15 +47,13 @@ def observe(layer: nn.Module, x: Tensor, **arguments: Any) -> Observation:
     alone._modules = {**layer._modules, "self_attn": attention}
     with torch.no_grad():
         output = alone(x[None], attention_mask=None, **arguments)
-    observation: Observation | None = vars(attention).get("observation")
-    if observation is None:
+    if "call" not in vars(attention):
         raise LookupError("its attention is not one that can be replaced")
-    observation.output = (output if isinstance(output, Tensor) else output[0])[0]
-    return observation
+    return Observation(*attention.call, output=(output if isinstance(output, Tensor) else output[0])[0])
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -70,7 +68,7 @@ def _attention(
     q, k, v = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))
     scale = q.shape[2] ** -0.5 if scaling is None else scaling
     tensors = [name for name, other in others.items() if isinstance(other, Tensor) and name != "position_ids"]
-    vars(module)["observation"] = Observation(q, k, scale, sliding_window, softcap, tensors)
+    module.call = (q, k, scale, sliding_window, softcap, tensors)
     return reference.attend(q, k, v, scale, softcap, sliding_window).to(query.dtype)[None], None
 
 

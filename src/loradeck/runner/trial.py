@@ -1,6 +1,9 @@
 """What a runner must reproduce: the logits that the model itself computes for two prompts, each alone."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loradeck.runner.interface import Runner
@@ -12,18 +15,31 @@ TOLERANCE = {torch.float32: 1e-3}  # share of the logits' norm
 HALF_TOLERANCE = 5e-2
 
 
+def prompts(model: PreTrainedModel) -> list[list[int]]:
+    """Return random prompts for a model, always the same."""
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (length,), generator=rng).tolist() for length in LENGTHS]
+
+
+def own_logits(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the logits (V,) that a model itself computes for what follows each prompt."""
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([text], device=model.device)).logits[0, -1] for text in texts]
+
+
+def agrees(logits: Tensor, own: Tensor) -> bool:
+    """Whether logits are the model's own to the rounding of its dtype. NaN agrees with nothing."""
+    tolerance = TOLERANCE.get(own.dtype, HALF_TOLERANCE)
+    return bool((logits.float() - own.float()).norm() <= tolerance * own.float().norm())
+
+
 class Trial:
     """Two prompts, and a model's own logits for what follows them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._dtype = model.dtype
-        vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        rng = torch.Generator().manual_seed(0)
-        self._prompts = [torch.randint(vocabulary, (length,), generator=rng).tolist() for length in LENGTHS]
-        with torch.inference_mode():
-            self._expected = [
-                model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in self._prompts
-            ]
+        self._prompts = prompts(model)
+        self._logits = own_logits(model, self._prompts)
 
     def check(self, runner: Runner) -> None:
         """Compare prompts that are read in chunks, side by side, with the model's logits for each alone.
@@ -33,14 +49,11 @@ class Trial:
         """
         cache = runner.new_cache(runner.token_bytes << 10)
         requests = [Request(prompt) for prompt in self._prompts]
-        tolerance = TOLERANCE.get(self._dtype, HALF_TOLERANCE)
         for counts in CHUNKS:
             batch = [Scheduled(request, count) for request, count in zip(requests, counts, strict=True) if count]
             for work in batch:
                 cache.reserve(work.request, work.request.computed + work.count)
             for work, logits in zip(batch, runner.run(batch, cache), strict=True):
-                if work.ends:
-                    alone = self._expected[requests.index(work.request)].float()
-                    if not (logits[-1] - alone).norm() <= tolerance * alone.norm():
-                        raise ValueError("batched rows differ from the same rows computed alone")
+                if work.ends and not agrees(logits[-1], self._logits[requests.index(work.request)]):
+                    raise ValueError("batched rows differ from the same rows computed alone")
                 work.request.computed += work.count

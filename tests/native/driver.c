@@ -1,0 +1,133 @@
+/* Steps of small random models outside Python, for sanitizers and for other machines: make sanitize.
+
+   Sequences through adapters of their own, in several chunks and with several threads, must have the bits that each has
+   alone; prints some logits of each format. Every array ends where its last number does. */
+#include <stdio.h>
+#include "step.c"
+
+enum { SEQUENCES = 6, LENGTH = 70, HIDDEN = 64, HEADS = 4, KEY_HEADS = 2, DIM = 32, INTER = 96, VOCABULARY = 128, LAYERS = 2 };
+
+static uint64_t state;
+static double uniform(void) { /* between -1 and 1 */
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (double)(int32_t)(state >> 32) / 2147483648.0;
+}
+static void *numbers(i64 count, i64 format, double size) {
+    char *all = malloc(count * SIZES[format]);
+    for (i64 i = 0; i < count; i++) {
+        if (format == F32) ((float *)all)[i] = uniform() * size;
+        else if (format == I8) ((int8_t *)all)[i] = uniform() * 127;
+        else ((uint16_t *)all)[i] = half_bits(uniform() * size, (int)format);
+    }
+    return all;
+}
+static float *norm(i64 count) {
+    float *all = numbers(count, F32, 0.3);
+    for (i64 i = 0; i < count; i++) all[i] += 1;
+    return all;
+}
+static Matrix matrix(i64 outputs, i64 inputs, i64 format, int bias) {
+    return (Matrix){numbers(outputs * inputs, format, 0.2), outputs / 16, inputs / 32, format,
+                    format == I8 ? numbers(outputs, F32, 0.002) : 0, bias ? numbers(outputs, F32, 0.2) : 0};
+}
+static const i64 OUTPUTS[] = {HEADS * DIM, KEY_HEADS * DIM, KEY_HEADS * DIM, HIDDEN, INTER, INTER, HIDDEN};
+static const i64 INPUTS[] = {HIDDEN, HIDDEN, HIDDEN, HEADS * DIM, HIDDEN, HIDDEN, INTER};
+
+static Pairing *adapter(i64 r, i64 format) {
+    Pairing *all = calloc(LAYERS * SLOTS, sizeof(Pairing));
+    for (i64 i = 0; i < LAYERS * SLOTS; i++)
+        if (i % 5 != r % 5)
+            all[i] = (Pairing){r, format, numbers(r * INPUTS[i % SLOTS], format, 0.2), numbers(r * OUTPUTS[i % SLOTS], format, 0.2), 0.5f};
+    return all;
+}
+typedef struct {
+    i64 sequence, start, count;
+} Chunk;
+static char **pages[SEQUENCES];
+static i64 tokens[SEQUENCES][LENGTH];
+
+static void step(const Model *m, const Route *routes, const Chunk *chunks, i64 count, float logits[SEQUENCES][LENGTH][VOCABULARY], int threads) {
+    i64 rows = 0, total = 0;
+    for (i64 i = 0; i < count; i++) total += chunks[i].count;
+    i64 *columns = malloc(5 * total * sizeof(i64));
+    float *out = malloc(total * VOCABULARY * sizeof(float));
+    for (i64 i = 0; i < count; i++)
+        for (i64 t = 0; t < chunks[i].count; t++, rows++) {
+            columns[rows] = tokens[chunks[i].sequence][chunks[i].start + t];
+            columns[total + rows] = chunks[i].start + t;
+            columns[2 * total + rows] = columns[3 * total + rows] = chunks[i].sequence;
+            columns[4 * total + rows] = rows;
+        }
+    const Batch b = {total, total, columns, columns + total, columns + 2 * total, columns + 3 * total, columns + 4 * total,
+                     (char *const *const *)pages, routes, 25, out};
+    if (loradeck_step(m, &b, threads)) exit(2);
+    rows = 0;
+    for (i64 i = 0; i < count; i++)
+        for (i64 t = 0; t < chunks[i].count; t++, rows++)
+            memcpy(logits[chunks[i].sequence][chunks[i].start + t], out + rows * VOCABULARY, VOCABULARY * sizeof(float));
+    free(columns);
+    free(out);
+}
+static void new_pages(const Model *m) {
+    for (i64 s = 0; s < SEQUENCES; s++) {
+        if (!pages[s]) pages[s] = calloc((LENGTH + PAGE - 1) / PAGE, sizeof(char *));
+        for (i64 p = 0; p * PAGE < LENGTH; p++) {
+            free(pages[s][p]);
+            pages[s][p] = calloc(1, loradeck_page_bytes(m));
+        }
+    }
+}
+static float alone[SEQUENCES][LENGTH][VOCABULARY], together_[SEQUENCES][LENGTH][VOCABULARY];
+
+static int check(i64 format, i64 cache, i64 activation) {
+    state = 42;
+    Layer layers[LAYERS];
+    for (i64 i = 0; i < LAYERS; i++) {
+        const i64 all = i % 2;
+        Layer *l = layers + i;
+        for (i64 slot = 0; slot < SLOTS; slot++) l->matrix[slot] = matrix(OUTPUTS[slot], INPUTS[slot], format, i == 1);
+        l->attention_in = norm(HIDDEN), l->mlp_in = norm(HIDDEN);
+        l->attention_out = i ? norm(HIDDEN) : 0, l->mlp_out = i ? norm(HIDDEN) : 0;
+        l->query_norm = norm(all ? HEADS * DIM : DIM), l->key_norm = norm(all ? KEY_HEADS * DIM : DIM);
+        l->cos = numbers(LENGTH * 8, F32, 1), l->sin = numbers(LENGTH * 8, F32, 1);
+        l->turned = 16, l->window = i ? 0 : 20, l->norms_all = all;
+    }
+    const Model m = {LAYERS, HIDDEN, HEADS, KEY_HEADS, DIM, INTER, VOCABULARY, HIDDEN, DIM, activation, cache, F32, layers,
+                     activation ? numbers(VOCABULARY * HIDDEN, F32, 1) : 0, 0, norm(HIDDEN), matrix(VOCABULARY, HIDDEN, format, 0),
+                     1e-5, 2, 0.2f, 5, 0.8f, 1.5f, 4};
+    const i64 formats[] = {F32, BF16, F16};
+    Use uses[SEQUENCES][2];
+    Route routes[SEQUENCES];
+    for (i64 s = 0; s < SEQUENCES; s++) {
+        for (i64 n = 0; n < 2; n++) uses[s][n] = (Use){adapter(s * 2 + 1 + n, formats[(s + n) % 3]), 1 - 0.4f * n};
+        routes[s] = (Route){uses[s], s % 3};
+        for (i64 t = 0; t < LENGTH; t++) tokens[s][t] = (i64)(fabs(uniform()) * VOCABULARY) % VOCABULARY;
+    }
+    new_pages(&m);
+    for (i64 s = 0; s < SEQUENCES; s++) step(&m, routes, (Chunk[]){{s, 0, LENGTH}}, 1, alone, 1);
+    new_pages(&m);
+    i64 at[SEQUENCES] = {0};
+    for (i64 n = 0, count = 1; count; n++) {
+        Chunk chunks[SEQUENCES];
+        count = 0;
+        for (i64 s = 0; s < SEQUENCES; s++) {
+            i64 some = (n * 7 + s * 5) % 23, left = LENGTH - at[s];
+            some = n > 12 || some > left ? left : some;
+            if (some) chunks[count++] = (Chunk){s, at[s], some};
+            at[s] += some;
+        }
+        if (count) step(&m, routes, chunks, count, together_, 1 + n % 5);
+    }
+    for (i64 s = 0; s < SEQUENCES; s++) printf("%ld %ld %.4f %.4f\n", (long)format, (long)s, alone[s][0][1], alone[s][LENGTH - 1][2]);
+    return memcmp(alone, together_, sizeof alone) != 0;
+}
+int main(void) {
+    int wrong = check(BF16, BF16, SILU);
+#ifdef HALVES
+    wrong |= check(I8, BF16, GELU);
+#else
+    wrong |= check(F32, F32, GELU) | check(F16, F16, GELU_TANH) | check(I8, F32, SILU);
+#endif
+    if (wrong) puts("a sequence has other bits beside others");
+    return wrong;
+}

@@ -1,0 +1,123 @@
+"""What goes to the compiled step and what to transformers' modules, and that a request's bits are its own."""
+
+import logging
+import random
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from tests.tiny_models import VOCABULARY, adapter
+
+from loradeck import Base
+from loradeck.base.blocked import BlockWeight
+from loradeck.base.weights import prepare, shared_copy
+from loradeck.native import step
+from loradeck.runner.choice import runner_of
+from loradeck.runner.model_runner import ModelRunner
+from loradeck.runner.native_runner import NativeRunner
+from loradeck.runner.request import Key, Request, Scheduled
+from loradeck.sampling import SamplingParams
+
+
+@pytest.fixture
+def runner(base: Base) -> NativeRunner:
+    made = NativeRunner(ModelRunner(shared_copy(base.model)))
+    made.bank.add("a0", adapter(base.model, 0, 4))
+    made.bank.add("a1", adapter(base.model, 1, 6))
+    made.bank.add("head", adapter(base.model, 2, 3, ["lm_head", "q_proj"]))
+    return made
+
+
+def read(
+    runner: NativeRunner, beside: list[tuple[list[int], Key]], tokens: list[int], key: Key, rng: random.Random
+) -> torch.Tensor:
+    """Return the logits of all of a prompt's tokens, read in random chunks with others beside."""
+    cache = runner.new_cache(1 << 26)
+    own = Request(tokens, SamplingParams(prompt_logprobs=0), key)
+    requests = [own, *(Request(others, SamplingParams(prompt_logprobs=0), theirs) for others, theirs in beside)]
+    found = []
+    while own.pending:
+        batch = [
+            Scheduled(each, rng.randint(1, each.pending))
+            for each in rng.sample(requests, len(requests))
+            if each.pending and (each is own or rng.random() < 0.7)
+        ]
+        for work in batch:
+            assert cache.reserve(work.request, work.request.computed + work.count)
+        for work, logits in zip(batch, runner.run(batch, cache), strict=True):
+            if work.request is own:
+                found.append(logits)
+            work.request.computed += work.count
+    return torch.cat(found)
+
+
+def test_a_request_has_the_same_bits_in_any_batch_and_any_chunks(runner: NativeRunner) -> None:
+    rng = random.Random(0)
+    keys: list[Key] = [(), (("a0", 1.0),), (("a0", 0.5), ("a1", -1.0)), (("a1", 2.0),)]
+
+    def prompt() -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 90))]
+
+    for key in keys:
+        tokens = prompt()
+        alone = read(runner, [], tokens, key, rng)
+        for _ in range(4):
+            beside = [(prompt(), rng.choice(keys)) for _ in range(rng.randint(0, 12))]
+            assert torch.equal(read(runner, beside, tokens, key, rng), alone)
+
+
+def test_only_requests_of_adapters_it_does_not_know_leave_the_compiled_step(
+    runner: NativeRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps: list[int] = []
+    run = step.run
+
+    def counted(model, chunks, threads) -> torch.Tensor:
+        steps.append(len(chunks))
+        return run(model, chunks, threads)
+
+    monkeypatch.setattr(step, "run", counted)
+    cache = runner.new_cache(1 << 24)
+    batch = [Scheduled(Request([5, 6, 7], key=key), 3) for key in ((), (("head", 1.0),), (("a0", 1.0),))]
+    for work in batch:
+        assert cache.reserve(work.request, 3)
+    with caplog.at_level(logging.WARNING):
+        logits = runner.run(batch, cache)
+    assert steps == [2]
+    assert "it adapts lm_head" in caplog.text
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_a_model_that_cannot_be_described_is_computed_by_its_modules_and_the_log_says_why(
+    make: Callable[[str], Base], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert isinstance(runner_of(shared_copy(make("gpt2").model)), ModelRunner)
+    assert "GPT2LMHeadModel is computed by transformers' modules: " in caplog.text
+
+
+def test_a_step_that_computes_something_else_is_not_used(
+    base: Base, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A miscompiled step, say."""
+    run = step.run
+    monkeypatch.setattr(step, "run", lambda *arguments: run(*arguments) * 1.01)
+    with caplog.at_level(logging.INFO):
+        assert isinstance(runner_of(shared_copy(base.model)), ModelRunner)
+    assert "batched rows differ" in caplog.text
+
+
+def test_eager_is_enforced(base: Base) -> None:
+    choose = partial(runner_of, shared_copy(base.model))
+    assert isinstance(choose(enforce_eager=True), ModelRunner)
+
+
+def test_weights_in_blocks_are_not_copied(base: Base) -> None:
+    prepare(base.model, "blocks")
+    runner = NativeRunner(ModelRunner(shared_copy(base.model)))
+    packed = {tensor.data_ptr() for tensor in runner.native._memory}
+    weights = [weight for weight in base.model.parameters() if isinstance(weight, BlockWeight)]
+    assert len(weights) == 15
+    widths_that_need_no_padding = [weight for weight in weights if weight.data_ptr() in packed]
+    assert len(widths_that_need_no_padding) == 7  # the head, gate, up and down; heads of 16 are padded one by one
