@@ -43,6 +43,7 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m benchmarks adapters
 	$(BIN)/python -m benchmarks train
 	$(BIN)/python -m benchmarks serve
+	$(BIN)/python -m benchmarks native
 	$(BIN)/python -m benchmarks base
 	$(BIN)/python -m benchmarks emulated
 	$(BIN)/python -m benchmarks ops

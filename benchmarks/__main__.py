@@ -11,6 +11,7 @@ SUITES = (
     "preferences",
     "data",
     "serve",
+    "native",
     "base",
     "emulated",
     "ops",

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from loradeck import Adapter, AdapterStore, LoraConfig
 from loradeck.base.frozen import FrozenLinear
@@ -40,10 +41,11 @@ SHAPES: dict[str, Callable[[], LlamaConfig]] = {
     ),
     "tiny": partial(
         llama, vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=2048,
         bos_token_id=0, eos_token_id=1,
     ),
 }  # fmt: skip
+WORDS = [f"word{number}" for number in range(250)]
 LLAMAS = ("Llama-3.2-1B", "Llama-3.1-8B")
 
 
@@ -54,6 +56,21 @@ def random_model(shape: str, device: torch.device) -> Any:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def save_random_base(shape: str, folder: Path) -> Path:
+    """Save a base of random weights, in float32; return the folder."""
+    random_model(shape, torch.device("cpu")).save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows only whole words."""
+    tokens = ["<unk>", "<end>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -23,6 +23,7 @@ SUITES: tuple[Suite, ...] = tuple(
     for name in (
         "adapters",
         "serve",
+        "native",
         "peers",
         "train",
         "data",

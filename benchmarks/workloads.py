@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from loradeck import Bank, Base
 from loradeck.dataset.example import Example
@@ -108,7 +109,7 @@ def docstring_examples(base: Base) -> list[Example]:
     return [Example.of(record, base.tokenizer, LONGEST) for record in records]
 
 
-# ---- forward passes
+# ---- forward passes, and transformers' generate
 
 
 def cache_name(model: nn.Module) -> str:
@@ -130,6 +131,16 @@ def forward_pass(model: Any, rows: int, tokens: int) -> Callable[[], object]:
         cache.crop(-1)
 
     return step
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompts: Sequence[Sequence[int]], tokens: int, **settings: Any) -> None:
+    """Continue prompts by this many tokens with transformers' `generate`."""
+    ids = torch.tensor(prompts)
+    config = GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=2
+    )
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **settings)
 
 
 # ---- training

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from benchmarks import __main__, harness, report
 from benchmarks.figures import Figure, Suite, Table
 from benchmarks.harness import Run, parser
 from benchmarks.models import SHAPES
+from benchmarks.processes import take_turns, worker
 from benchmarks.suites import peers
 from transformers import AutoModelForCausalLM
 
@@ -169,15 +172,42 @@ def test_a_suite_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "parts"), [("adapters", ("load", "decode")), ("train", ("train",)), ("ops", ("errors", "times"))]
+    ("name", "parts"),
+    [
+        ("adapters", ("load tiny", "decode tiny")),
+        ("train", ("train tiny",)),
+        ("ops", ("errors tiny", "times tiny")),
+        ("native", ("decode float32", "prompts float32", "busy float32")),
+    ],
 )
 def test_a_suite_runs_on_random_weights(name: str, parts: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "benchmarks", name, "--shape", "tiny", "--rounds", "1", "--no-record"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     for part in parts:
-        assert f"\n{part} tiny\n" in process.stdout
+        assert f"\n{part}\n" in process.stdout
     assert "written" not in process.stdout
+
+
+def test_a_worker_works_in_a_process_of_its_own() -> None:
+    with worker(partial, eval) as turn:
+        assert turn("6 * 7") == 42
+        assert turn("__import__('os').getpid()") != os.getpid()
+
+
+def test_a_worker_that_fails_shows_why(capfd: pytest.CaptureFixture[str]) -> None:
+    with worker(partial, eval) as turn, pytest.raises(EOFError):
+        turn("1 / 0")
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    with pytest.raises(EOFError), worker(eval, "1 / 0"):
+        pass
+
+
+def test_nobody_is_always_the_first_to_take_a_turn() -> None:
+    order: list[str] = []
+    results = take_turns({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, rounds=3)
+    assert order == [*"abc", *"bca", *"cab"]
+    assert results == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
 
 
 @pytest.mark.slow

@@ -10,24 +10,19 @@ The other process is one endless loop. Each setting is a process of its own; the
 loop, which is stopped in between. After each change nothing is measured for two seconds.
 """
 
-import multiprocessing
 import operator
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.figures import Figure, Suite, Table
 from benchmarks.harness import Run, parser, seconds
 from benchmarks.models import RandomAdapters, random_store
+from benchmarks.processes import take_turns_beside_a_loop, worker
 from benchmarks.workloads import docstring_examples, training_steps
 from loradeck import Bank, Base, LoraConfig, generate
 from loradeck.base import SMOLLM2
@@ -46,7 +41,6 @@ TOKENS = 8
 ROWS, ADAPTERS = 16, 4
 BATCH = 4  # examples
 LONGEST = 96  # tokens of an example
-SETTLING = 2.0  # seconds, after the loop starts or stops
 PROMPT = "Tell a story about a ship and its crew."
 
 SUITE = Suite(
@@ -77,32 +71,23 @@ SUITE = Suite(
 def main(arguments: Sequence[str]) -> None:
     options = parser(SUITE, __doc__, rounds=7, parts=PARTS)
     run = Run(SUITE, options, arguments)
+    for name in VARIABLES:
+        os.environ.pop(name, None)
     for part in run.options.only:
-        with busy_process() as loop, ExitStack() as running:
-            workers = {name: running.enter_context(worker(part, name)) for name in (DEFAULT, OURS)}
-            run.add(part, rates(workers, loop, run.options.rounds))
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+            workers = {
+                name: running.enter_context(worker(prepare, part, name, Path(folder, name))) for name in (DEFAULT, OURS)
+            }
+            for turn in workers.values():
+                turn()  # packs and compiles
+            run.add(part, rates(*take_turns_beside_a_loop(workers, run.options.rounds)))
     run.end()
 
 
-def rates(
-    workers: Mapping[str, Callable[[], float]], loop: subprocess.Popen[bytes], rounds: int
-) -> dict[str, dict[str, float]]:
-    """Return each setting's figures; a worker returns the tokens per second of one turn."""
-    alone: dict[str, list[float]] = {name: [] for name in workers}
-    beside: dict[str, list[float]] = {name: [] for name in workers}
-    for number in range(rounds):
-        order = [*workers.items()]
-        order = order[number % len(order) :] + order[: number % len(order)]  # nobody is always the first
-        for name, rate in order:
-            alone[name].append(rate())
-        loop.send_signal(signal.SIGCONT)
-        time.sleep(SETTLING)
-        for name, rate in order:
-            beside[name].append(rate())
-        loop.send_signal(signal.SIGSTOP)
-        time.sleep(SETTLING)
+def rates(alone: Mapping[str, list[float]], beside: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return each setting's figures, from its tokens per second."""
     figures: dict[str, dict[str, float]] = {}
-    for name in workers:
+    for name in alone:
         rate, rate_beside = statistics.median(alone[name]), statistics.median(beside[name])
         figures[name] = {"alone (tokens/s)": rate, "beside a busy process (tokens/s)": rate_beside}
         if name == DEFAULT:
@@ -114,51 +99,12 @@ def rates(
     return figures
 
 
-@contextmanager
-def busy_process() -> Generator[subprocess.Popen[bytes]]:
-    """Start an endless loop, and stop it until it is told to continue."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as loop:
-        loop.send_signal(signal.SIGSTOP)
-        try:
-            yield loop
-        finally:
-            loop.kill()
-
-
-@contextmanager
-def worker(part: str, setting: str) -> Generator[Callable[[], float]]:
-    """Start a process with a setting; each call does one turn of work in it."""
-    for name in VARIABLES:
-        os.environ.pop(name, None)
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=work, args=(part, setting, theirs), daemon=True)
-    process.start()
-    theirs.close()
-
-    def turn() -> float:
-        ours.send(None)
-        return float(ours.recv())
-
-    try:
-        turn()  # packs and compiles
-        yield turn
-    finally:
-        ours.close()
-        process.join()
-
-
-def work(part: str, setting: str, connection: Connection) -> None:
-    """Answer every message with the tokens per second of one turn, until the connection is closed."""
+def prepare(part: str, setting: str, folder: Path) -> Callable[[], float]:
+    """Return a turn of work, which returns its tokens per second."""
     if setting == OURS:
         assert share_cores()
-    with tempfile.TemporaryDirectory() as folder:
-        tokens, turn = WORK[part](Path(folder))
-        with suppress(EOFError):
-            while True:
-                connection.recv()
-                connection.send(tokens / seconds(turn))
-    os._exit(0)  # without waiting for an engine's threads
+    tokens, work = WORK[part](folder)
+    return lambda: tokens / seconds(work)
 
 
 def training(folder: Path) -> tuple[int, Callable[[], object]]:

@@ -16,12 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from benchmarks.figures import Figure, Suite, Table
 from benchmarks.harness import CPU, Run, alternate, in_new_process, parser
-from benchmarks.models import random_model
+from benchmarks.models import WORDS, random_model, words_tokenizer
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.fingerprint import fingerprint
 from loradeck.dataset.held_out import held_out
@@ -31,7 +29,6 @@ from loradeck.dataset.source import find
 from loradeck.train.config import TrainConfig
 from loradeck.train.trainer import train
 
-WORDS = [f"word{number}" for number in range(250)]
 RECORD_WORDS = (20, 130)  # of a prompt, of its completion: about a kilobyte
 MAX_LENGTH = 256
 STEPS = 5
@@ -129,13 +126,6 @@ def storing(path: Path, rounds: int) -> dict[str, float]:
 def tiny() -> Base:
     model = random_model("tiny", CPU)
     return Base(model, words_tokenizer(), "tiny", "tiny", fingerprint(model))
-
-
-def words_tokenizer() -> PreTrainedTokenizerFast:
-    tokens = ["<unk>", "<end>", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
 
 
 @contextmanager

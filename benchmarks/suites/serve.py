@@ -13,25 +13,22 @@ cold        the first request to an adapter on disk, against one to a resident a
 """
 
 import gc
-import multiprocessing
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from benchmarks.figures import PERCENT, Figure, Suite, Table
 from benchmarks.harness import Run, alternate, parser
 from benchmarks.models import random_store
-from benchmarks.workloads import Arrival, popularity, trace
+from benchmarks.processes import worker
+from benchmarks.steps import decode_steps, timed
+from benchmarks.workloads import Arrival, greedy, popularity, trace
 from loradeck import AdapterStore, Base
 from loradeck.base.load import SMOLLM2
 from loradeck.base.onednn import cap_kernel_cache
@@ -148,7 +145,7 @@ def streams(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
 
     folders = [store.find(f"a{i}").path for i in range(ROWS)]
     dtype = str(base.model.dtype).removeprefix("torch.")
-    with peft(dtype, folders) as peft_generate, Engine(base, store, CONFIG) as engine:
+    with worker(peft, dtype, folders) as peft_generate, Engine(base, store, CONFIG) as engine:
 
         def ours(kind: str) -> Callable[[], object]:
             names = [None] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)]
@@ -159,12 +156,12 @@ def streams(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
         with timed(engine) as steps:
             ours("distinct")()
     rates = {f"{name} (tokens/s)": ROWS * ANSWER / each for name, each in seconds.items()}
-    whole = [step for step in steps if step.rows == step.tokens == ROWS]
+    whole = decode_steps(steps, ROWS)
     return rates | {
         "distinct / base": seconds["loradeck, base"] / seconds["loradeck, distinct"],
         "loradeck / PEFT, distinct": seconds["PEFT, distinct"] / seconds["loradeck, distinct"],
-        "decode step (ms)": 1e3 * statistics.median(step.seconds for step in whole),
-        "of it outside the model": statistics.median(1 - step.model / step.seconds for step in whole),
+        "decode step (ms)": 1e3 * statistics.median(period for _, period in whole),
+        "of it outside the model": statistics.median(1 - (step.end - step.begin) / period for step, period in whole),
     }
 
 
@@ -174,7 +171,7 @@ def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
     folders = [store.find(f"a{i}").path for i in range(ROWS)]
     figures: dict[str, float] = {}
     dtype = str(base.model.dtype).removeprefix("torch.")
-    with peft(dtype, folders) as peft_generate, Engine(base, store, CONFIG) as engine:
+    with worker(peft, dtype, folders) as peft_generate, Engine(base, store, CONFIG) as engine:
 
         def first_tokens(rows: int, length: int) -> dict[str, float]:
             def prompts() -> list[list[int]]:
@@ -186,8 +183,8 @@ def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
             runs: dict[str, Callable[[], object]] = {
                 "loradeck, base": lambda: ours([None] * rows),
                 "loradeck, distinct": lambda: ours([f"a{i}" for i in range(rows)]),
-                "transformers, base": lambda: peft_generate(prompts(), tokens=1, adapters=False),
-                "PEFT, distinct": lambda: peft_generate(prompts(), tokens=1),
+                "transformers, base": lambda: peft_generate(prompts(), 1, False),
+                "PEFT, distinct": lambda: peft_generate(prompts(), 1),
             }
             return alternate(runs, rounds)
 
@@ -198,42 +195,6 @@ def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
                 ratio = seconds["transformers, base"] / seconds[f"loradeck, {adapters}"]
                 figures[f"{name}: transformers / loradeck, {adapters}"] = ratio
     return figures
-
-
-@dataclass
-class Step:
-    """One step of an engine."""
-
-    rows: int
-    tokens: int
-    model: float
-    seconds: float = 0.0
-
-
-@contextmanager
-def timed(engine: Engine) -> Generator[list[Step]]:
-    """Time an engine's steps, and the model's part of them."""
-    steps: list[Step] = []
-    run, step = engine._runner.run, engine._loop._step
-
-    def timed_run(batch: Any, cache: Any) -> Any:
-        begin = time.perf_counter()
-        logits = run(batch, cache)
-        steps.append(Step(len(batch), sum(part.count for part in batch), time.perf_counter() - begin))
-        return logits
-
-    def timed_step() -> bool:
-        begin = time.perf_counter()
-        worked = step()
-        if worked:
-            steps[-1].seconds = time.perf_counter() - begin
-        return worked
-
-    engine._runner.run, engine._loop._step = timed_run, timed_step  # type: ignore[method-assign]
-    try:
-        yield steps
-    finally:
-        engine._runner.run, engine._loop._step = run, step  # type: ignore[method-assign]
 
 
 # ---- arrivals
@@ -334,48 +295,22 @@ def cold(base: Base, folder: Path, rounds: int) -> dict[str, float]:
 # ---- adapters and PEFT
 
 
-@contextmanager
-def peft(dtype: str, folders: list[Path]) -> Generator[Callable[..., None]]:
-    """Yield PEFT's `generate` for prompts, the i-th through the i-th of these adapters, or transformers' on the base.
+def peft(dtype: str, folders: Sequence[Path]) -> Callable[..., None]:
+    """Return PEFT's `generate` for prompts, the i-th through the i-th of these adapters, or transformers' on the base.
 
-    It runs in a process of its own: two thread pools of one process slow each other down, even when they alternate.
+    In a process of its own.
     """
-    context = multiprocessing.get_context("spawn")
-    pipe, remote = context.Pipe()
-    process = context.Process(target=generate_with_peft, args=(remote, dtype, folders), daemon=True)
-    process.start()
-
-    def generate(prompts: list[list[int]], *, tokens: int = ANSWER, adapters: bool = True) -> None:
-        pipe.send((prompts, tokens, adapters))
-        pipe.recv()
-
-    try:
-        pipe.recv()  # it is ready
-        yield generate
-    finally:
-        pipe.send(None)
-        process.join()
-
-
-def generate_with_peft(pipe: Connection, dtype: str, folders: list[Path]) -> None:
-    """Answer each (prompts, new tokens, whether through adapters) that comes through a pipe, until None comes."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(Base.load(SMOLLM2, dtype=dtype).model, folders[0], adapter_name="a0").eval()
     for i, path in enumerate(folders[1:], start=1):
         model.load_adapter(str(path), adapter_name=f"a{i}")
-    pipe.send("ready")
-    while request := pipe.recv():
-        prompts, tokens, adapters = request
-        ids = torch.tensor(prompts)
-        config = GenerationConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=2
-        )
-        inputs: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": config}
-        with torch.inference_mode():
-            if adapters:
-                model.generate(**inputs, adapter_names=[f"a{i}" for i in range(len(prompts))])
-            else:
-                with model.disable_adapter():
-                    model.generate(**inputs)
-        pipe.send("done")
+
+    def run(prompts: list[list[int]], tokens: int = ANSWER, adapters: bool = True) -> None:
+        if adapters:
+            greedy(model, prompts, tokens, adapter_names=[f"a{i}" for i in range(len(prompts))])
+        else:
+            with model.disable_adapter():
+                greedy(model, prompts, tokens)
+
+    return run
