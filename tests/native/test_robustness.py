@@ -35,6 +35,12 @@ def whole(model: NativeModel, tokens: list[int], *blend, threads: int = 1) -> to
     return compute([Sequence(model, tokens, blend)], [[(0, len(tokens))]], threads)[0]
 
 
+@pytest.mark.parametrize("token", [-1, 100, 1 << 40])
+def test_a_token_that_the_model_does_not_have_is_an_error(halves, token) -> None:
+    with pytest.raises(IndexError, match=f"token {token} is none of the model's 100"):
+        whole(model_of(halves), [1, token, 2])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_broken_adapter_changes_no_bit_of_others(halves, dtype, number) -> None:

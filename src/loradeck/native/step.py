@@ -33,6 +33,7 @@ def run(model: NativeModel, chunks: Sequence[Chunk], threads: int) -> Tensor:
     """Compute a step: write the chunks' keys and values to their pages; return the logits (S, V) of wanted tokens.
 
     Raises:
+        IndexError: the model has no such token.
         MemoryError: nothing was written.
     """
     model.reach(max(chunk.position + len(chunk.tokens) for chunk in chunks))
@@ -44,6 +45,9 @@ def run(model: NativeModel, chunks: Sequence[Chunk], threads: int) -> Tensor:
         rows += [(token, chunk.position + i, sequence, route) for i, token in enumerate(chunk.tokens)]
         want += range(len(rows) - chunk.wanted, len(rows))
     columns = torch.tensor(rows).T.contiguous()
+    low, high = torch.aminmax(columns[0])
+    if low < 0 or high >= model.table.vocabulary:
+        raise IndexError(f"token {int(low if low < 0 else high)} is none of the model's {model.table.vocabulary}")
     wanted = torch.tensor(want, dtype=torch.long)
     pages = torch.tensor([chunk.pages for chunk in chunks])
     c_routes = (CRoute * len(routes))()
