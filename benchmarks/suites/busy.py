@@ -62,6 +62,9 @@ SUITE = Suite(
         for part in PARTS
     ),
     """
+- *torch's default* leaves OpenMP's threads as they are, *loradeck* shares the cores as the command does
+  ([threads.md](threads.md)). That is for training: generation and serving go through the compiled step, which has
+  threads of its own.
 - *kept*: the rate beside the loop over the same setting's rate alone, as medians. On two cores a third process leaves
   two thirds of the machine at best, and half to a team of two threads that share a core with it.
 """,
