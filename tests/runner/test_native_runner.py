@@ -22,11 +22,11 @@ from loradeck.sampling import SamplingParams
 
 @pytest.fixture
 def runner(base: Base) -> NativeRunner:
-    made = NativeRunner(ModelRunner(shared_copy(base.model)))
-    made.bank.add("a0", adapter(base.model, 0, 4))
-    made.bank.add("a1", adapter(base.model, 1, 6))
-    made.bank.add("head", adapter(base.model, 2, 3, ["lm_head", "q_proj"]))
-    return made
+    runner = NativeRunner(ModelRunner(shared_copy(base.model)))
+    runner.bank.add("a0", adapter(base.model, 0, 4))
+    runner.bank.add("a1", adapter(base.model, 1, 6))
+    runner.bank.add("head", adapter(base.model, 2, 3, ["lm_head", "q_proj"]))
+    return runner
 
 
 def read(
@@ -34,22 +34,22 @@ def read(
 ) -> torch.Tensor:
     """Return the logits of all of a prompt's tokens, read in random chunks with others beside."""
     cache = runner.new_cache(1 << 26)
-    own = Request(tokens, SamplingParams(prompt_logprobs=0), key)
-    requests = [own, *(Request(others, SamplingParams(prompt_logprobs=0), theirs) for others, theirs in beside)]
-    found = []
-    while own.pending:
+    subject = Request(tokens, SamplingParams(prompt_logprobs=0), key)
+    requests = [subject, *(Request(others, SamplingParams(prompt_logprobs=0), theirs) for others, theirs in beside)]
+    pieces = []
+    while subject.pending:
         batch = [
             Scheduled(each, rng.randint(1, each.pending))
             for each in rng.sample(requests, len(requests))
-            if each.pending and (each is own or rng.random() < 0.7)
+            if each.pending and (each is subject or rng.random() < 0.7)
         ]
         for work in batch:
             assert cache.reserve(work.request, work.request.computed + work.count)
         for work, logits in zip(batch, runner.run(batch, cache), strict=True):
-            if work.request is own:
-                found.append(logits)
+            if work.request is subject:
+                pieces.append(logits)
             work.request.computed += work.count
-    return torch.cat(found)
+    return torch.cat(pieces)
 
 
 def test_a_request_has_the_same_bits_in_any_batch_and_any_chunks(runner: NativeRunner) -> None:

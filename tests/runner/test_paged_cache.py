@@ -29,36 +29,36 @@ def cache_of(pages: int) -> PagedCache:
     return PagedCache(PAGE, pages * PAGE + PAGE // 2)
 
 
-def pages(cache: PagedCache, own: Request, count: int) -> list[int]:
-    return [*(ctypes.c_uint64 * count).from_address(cache.table(own))]
+def pages(cache: PagedCache, subject: Request, count: int) -> list[int]:
+    return [*(ctypes.c_uint64 * count).from_address(cache.table(subject))]
 
 
 def numbers(page: int) -> "ctypes.Array[ctypes.c_uint64]":
     return (ctypes.c_uint64 * BLOCK).from_address(page)
 
 
-def marks(own: Request) -> list[int]:
+def marks(subject: Request) -> list[int]:
     """What a step may store of each token: it depends on the adapters and all tokens so far."""
-    mark, found = hash(own.key), []
-    for token in own.tokens:
+    mark, values = hash(subject.key), []
+    for token in subject.tokens:
         mark = hash((mark, token))
-        found.append(mark % (1 << 64) or 1)
-    return found
+        values.append(mark % (1 << 64) or 1)
+    return values
 
 
-def compute(cache: PagedCache, own: Request, count: int | None = None) -> None:
-    stop = own.computed + (own.pending if count is None else count)
-    table, wanted = pages(cache, own, -(-stop // BLOCK)), marks(own)
-    for index in range(own.computed, stop):
+def compute(cache: PagedCache, subject: Request, count: int | None = None) -> None:
+    stop = subject.computed + (subject.pending if count is None else count)
+    table, wanted = pages(cache, subject, -(-stop // BLOCK)), marks(subject)
+    for index in range(subject.computed, stop):
         numbers(table[index // BLOCK])[index % BLOCK] = wanted[index]
-    own.computed = stop
+    subject.computed = stop
 
 
-def admitted(cache: PagedCache, own: Request) -> Request:
+def admitted(cache: PagedCache, subject: Request) -> Request:
     """Compute all of a request's tokens."""
-    assert cache.reserve(own, own.pending)
-    compute(cache, own)
-    return own
+    assert cache.reserve(subject, subject.pending)
+    compute(cache, subject)
+    return subject
 
 
 class Model(RuleBasedStateMachine):
@@ -77,7 +77,7 @@ class Model(RuleBasedStateMachine):
     # ---- what is expected
 
     def tables(self) -> dict[Request, list[int]]:
-        return {own: pages(self.cache, own, self.size[own]) for own in self.live}
+        return {subject: pages(self.cache, subject, self.size[subject]) for subject in self.live}
 
     def in_use(self) -> set[int]:
         return {page for table in self.tables().values() for page in table}
@@ -87,13 +87,13 @@ class Model(RuleBasedStateMachine):
         if prefix in self.idle:
             self.idle.remove(prefix)
 
-    def reserve(self, own: Request, found: list[Prefix]) -> bool:
-        count = -(-len(own.tokens) // BLOCK)
-        more = count - self.size.get(own, len(found))
+    def reserve(self, subject: Request, found: list[Prefix]) -> bool:
+        count = -(-len(subject.tokens) // BLOCK)
+        more = count - self.size.get(subject, len(found))
         running = len(self.in_use()) + len({*found} & {*self.idle})
         fits = running + more <= PAGES
         before = self.tables(), self.cache.row_bytes, self.cache.prefixes.nbytes, self.cache.prefixes.queries
-        assert self.cache.reserve(own, len(own.tokens)) == fits
+        assert self.cache.reserve(subject, len(subject.tokens)) == fits
         if not fits:
             assert before == (
                 self.tables(), self.cache.row_bytes, self.cache.prefixes.nbytes, self.cache.prefixes.queries,
@@ -103,14 +103,14 @@ class Model(RuleBasedStateMachine):
             self.hold(prefix)
         while running + len(self.idle) + more > PAGES:
             self.known.remove(self.idle.pop(0))
-        self.size[own] = count
+        self.size[subject] = count
         return True
 
-    def keep(self, own: Request) -> None:
-        for prefix in prefixes(own)[self.shared[own] : own.computed // BLOCK]:
+    def keep(self, subject: Request) -> None:
+        for prefix in prefixes(subject)[self.shared[subject] : subject.computed // BLOCK]:
             self.known.add(prefix)
             self.hold(prefix)
-            self.shared[own] += 1
+            self.shared[subject] += 1
 
     # ---- what happens
 
@@ -122,66 +122,66 @@ class Model(RuleBasedStateMachine):
     )
     def arrive(self, key: Key, parts: list[int], rest: int, scored: bool) -> None:
         tokens = [part for part in parts for _ in range(BLOCK)][: len(parts) * BLOCK - rest]
-        own = Request(tokens, SamplingParams(prompt_logprobs=0 if scored else None), key)
+        subject = Request(tokens, SamplingParams(prompt_logprobs=0 if scored else None), key)
         found: list[Prefix] = []
-        for prefix in prefixes(own)[: (len(tokens) - 1) // BLOCK]:
+        for prefix in prefixes(subject)[: (len(tokens) - 1) // BLOCK]:
             if prefix not in self.known or scored:
                 break
             found.append(prefix)
-        if self.reserve(own, found):
-            self.live.append(own)
-            self.shared[own] = len(found)
-        assert own.computed == own.cached == self.shared.get(own, 0) * BLOCK
+        if self.reserve(subject, found):
+            self.live.append(subject)
+            self.shared[subject] = len(found)
+        assert subject.computed == subject.cached == self.shared.get(subject, 0) * BLOCK
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), count=st.integers(1, 3 * BLOCK))
     def compute(self, data: st.DataObject, count: int) -> None:
-        own = data.draw(st.sampled_from(self.live))
-        compute(self.cache, own, min(count, own.pending))
+        subject = data.draw(st.sampled_from(self.live))
+        compute(self.cache, subject, min(count, subject.pending))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), count=st.integers(1, 2 * BLOCK), token=st.integers(0, 1))
     def grow(self, data: st.DataObject, count: int, token: int) -> None:
-        own = data.draw(st.sampled_from(self.live))
-        own.tokens += [token] * count
-        if not self.reserve(own, []):
-            del own.tokens[-count:]
+        subject = data.draw(st.sampled_from(self.live))
+        subject.tokens += [token] * count
+        if not self.reserve(subject, []):
+            del subject.tokens[-count:]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def keep_one(self, data: st.DataObject) -> None:
-        own = data.draw(st.sampled_from(self.live))
-        self.cache.keep(own)
-        self.keep(own)
+        subject = data.draw(st.sampled_from(self.live))
+        self.cache.keep(subject)
+        self.keep(subject)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        own = data.draw(st.sampled_from(self.live))
-        for index in range(own.computed, self.size[own] * BLOCK):  # a failed step leaves anything there
-            numbers(pages(self.cache, own, self.size[own])[index // BLOCK])[index % BLOCK] = (1 << 64) - 1
-        self.cache.release(own)
-        self.keep(own)
-        for prefix in reversed(prefixes(own)[: self.shared[own]]):
+        subject = data.draw(st.sampled_from(self.live))
+        for index in range(subject.computed, self.size[subject] * BLOCK):  # a failed step leaves anything there
+            numbers(pages(self.cache, subject, self.size[subject])[index // BLOCK])[index % BLOCK] = (1 << 64) - 1
+        self.cache.release(subject)
+        self.keep(subject)
+        for prefix in reversed(prefixes(subject)[: self.shared[subject]]):
             self.holders[prefix] -= 1
             if not self.holders[prefix]:
                 self.idle.append(prefix)
-        self.live.remove(own)
+        self.live.remove(subject)
 
     # ---- what holds
 
     @invariant()
     def each_request_reads_its_own(self) -> None:
-        for own, table in self.tables().items():
+        for subject, table in self.tables().items():
             found = [number for page in table for number in numbers(page)]
-            assert found[: own.computed] == marks(own)[: own.computed]
-            assert not any(found[own.computed :])
+            assert found[: subject.computed] == marks(subject)[: subject.computed]
+            assert not any(found[subject.computed :])
 
     @invariant()
     def nobody_else_has_a_page_that_is_written_to(self) -> None:
         readers = Counter(page for table in self.tables().values() for page in table)
-        for own, table in self.tables().items():
-            assert all(readers[page] == 1 for page in table[own.computed // BLOCK :])
+        for subject, table in self.tables().items():
+            assert all(readers[page] == 1 for page in table[subject.computed // BLOCK :])
 
     @invariant()
     def memory_is_what_is_said(self) -> None:
@@ -192,17 +192,17 @@ class Model(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         while self.live:
-            own = self.live.pop()
-            self.cache.release(own)
+            subject = self.live.pop()
+            self.cache.release(subject)
         assert self.cache.row_bytes == 0
         assert all(not block.holders for block in self.cache.prefixes._blocks.values())
         self.cache.clear()
         assert (self.cache.nbytes, self.cache.prefixes.nbytes) == (0, 0)
 
 
-def prefixes(own: Request) -> list[Prefix]:
+def prefixes(subject: Request) -> list[Prefix]:
     """The beginnings of a request that blocks may end."""
-    return [(own.key, tuple(own.tokens[:stop])) for stop in range(BLOCK, len(own.tokens) + 1, BLOCK)]
+    return [(subject.key, tuple(subject.tokens[:stop])) for stop in range(BLOCK, len(subject.tokens) + 1, BLOCK)]
 
 
 TestModel = Model.TestCase
@@ -219,12 +219,12 @@ def test_the_longest_row() -> None:
 
 def test_a_prefix_is_shared_without_a_copy() -> None:
     cache = cache_of(8)
-    own, again, scored = request(4 * BLOCK + 3), request(4 * BLOCK + 3), request(2 * BLOCK, prompt_logprobs=0)
-    admitted(cache, own)
-    cache.keep(own)
+    subject, again, scored = request(4 * BLOCK + 3), request(4 * BLOCK + 3), request(2 * BLOCK, prompt_logprobs=0)
+    admitted(cache, subject)
+    cache.keep(subject)
     assert cache.reserve(again, again.pending)
     assert (again.computed, again.cached) == (4 * BLOCK, 4 * BLOCK)
-    assert pages(cache, again, 4) == pages(cache, own, 4)
+    assert pages(cache, again, 4) == pages(cache, subject, 4)
     assert cache.row_bytes == 6 * PAGE
     assert cache.reserve(scored, scored.pending)
     assert (scored.computed, scored.cached) == (0, 0)
@@ -233,16 +233,16 @@ def test_a_prefix_is_shared_without_a_copy() -> None:
 
 def test_what_two_compute_at_the_same_time_is_stored_once() -> None:
     cache = cache_of(8)
-    own, other = request(3 * BLOCK + 1), request(3 * BLOCK + 1)
-    for each in (own, other):
+    subject, other = request(3 * BLOCK + 1), request(3 * BLOCK + 1)
+    for each in (subject, other):
         assert cache.reserve(each, each.pending)
-    for each in (own, other):
+    for each in (subject, other):
         compute(cache, each)
     assert cache.row_bytes == 8 * PAGE
-    cache.keep(own)
+    cache.keep(subject)
     cache.keep(other)
     assert cache.row_bytes == 5 * PAGE
-    assert pages(cache, own, 3) == pages(cache, other, 3)
+    assert pages(cache, subject, 3) == pages(cache, other, 3)
 
 
 def test_prefixes_give_way_to_rows_the_last_of_the_oldest_first() -> None:
@@ -259,9 +259,9 @@ def test_prefixes_give_way_to_rows_the_last_of_the_oldest_first() -> None:
 def test_what_is_read_is_not_evicted() -> None:
     cache = cache_of(6)
     cache.release(admitted(cache, request(4 * BLOCK)))
-    own = request(2 * BLOCK + 1)
-    assert cache.reserve(own, own.pending)
-    assert own.computed == 2 * BLOCK
+    subject = request(2 * BLOCK + 1)
+    assert cache.reserve(subject, subject.pending)
+    assert subject.computed == 2 * BLOCK
     assert not cache.reserve(request(4 * BLOCK, PIRATE), 4 * BLOCK)
     assert cache.prefixes.nbytes == 2 * PAGE
     assert cache.reserve(request(3 * BLOCK, PIRATE), 3 * BLOCK)
@@ -271,43 +271,43 @@ def test_what_is_read_is_not_evicted() -> None:
 def test_a_prefix_does_not_give_way_to_the_request_that_starts_with_it() -> None:
     cache = cache_of(4)
     cache.release(admitted(cache, request(4 * BLOCK)))
-    own = Request([*request(2 * BLOCK).tokens, *[7] * 3 * BLOCK], key=POET)
-    assert not cache.reserve(own, own.pending)
-    assert (own.computed, cache.prefixes.nbytes, cache.prefixes.queries) == (0, 4 * PAGE, 4 * BLOCK)
-    del own.tokens[4 * BLOCK :]
-    assert cache.reserve(own, own.pending)
-    assert (own.computed, cache.prefixes.nbytes) == (2 * BLOCK, 0)
+    subject = Request([*request(2 * BLOCK).tokens, *[7] * 3 * BLOCK], key=POET)
+    assert not cache.reserve(subject, subject.pending)
+    assert (subject.computed, cache.prefixes.nbytes, cache.prefixes.queries) == (0, 4 * PAGE, 4 * BLOCK)
+    del subject.tokens[4 * BLOCK :]
+    assert cache.reserve(subject, subject.pending)
+    assert (subject.computed, cache.prefixes.nbytes) == (2 * BLOCK, 0)
 
 
 def test_the_last_token_is_computed() -> None:
     cache = cache_of(4)
     cache.release(admitted(cache, request(2 * BLOCK)))
-    own = request(2 * BLOCK)
-    assert cache.reserve(own, own.pending)
-    assert own.computed == BLOCK
+    subject = request(2 * BLOCK)
+    assert cache.reserve(subject, subject.pending)
+    assert subject.computed == BLOCK
 
 
 def test_what_a_request_computed_itself_was_not_cached_for_it() -> None:
     """It gave way in the middle of its prompt and comes again."""
     cache = cache_of(8)
-    own = request(3 * BLOCK)
-    assert cache.reserve(own, own.pending)
-    own.admitted = 1.0
-    compute(cache, own, 2 * BLOCK + 5)
-    cache.release(own)
-    own.computed = 0
-    assert cache.reserve(own, own.pending)
-    assert (own.computed, own.cached) == (2 * BLOCK, 0)
+    subject = request(3 * BLOCK)
+    assert cache.reserve(subject, subject.pending)
+    subject.admitted = 1.0
+    compute(cache, subject, 2 * BLOCK + 5)
+    cache.release(subject)
+    subject.computed = 0
+    assert cache.reserve(subject, subject.pending)
+    assert (subject.computed, subject.cached) == (2 * BLOCK, 0)
 
 
 def test_memory_falls_after_a_burst() -> None:
     cache = cache_of(8 * SLAB)
     burst = [request(BLOCK - 1, first=first) for first in range(8 * SLAB)]
-    for own in burst:
-        admitted(cache, own)
+    for subject in burst:
+        admitted(cache, subject)
     assert cache.nbytes == 8 * SLAB * PAGE
-    for own in burst[1:]:
-        cache.release(own)
+    for subject in burst[1:]:
+        cache.release(subject)
     assert cache.nbytes == SLAB * PAGE
     cache.release(burst[0])
     assert cache.nbytes == 0
@@ -316,12 +316,12 @@ def test_memory_falls_after_a_burst() -> None:
 @pytest.mark.parametrize("live", [False, True])
 def test_clear_frees_all(live: bool) -> None:
     cache = cache_of(8)
-    own = admitted(cache, request(3 * BLOCK + 1))
+    subject = admitted(cache, request(3 * BLOCK + 1))
     if not live:
-        cache.release(own)
+        cache.release(subject)
     cache.clear()
     assert (cache.nbytes, cache.row_bytes, cache.prefixes.nbytes) == (0, 0, 0)
-    cache.release(own)  # it has no row any more
+    cache.release(subject)  # it has no row any more
     again = request(3 * BLOCK + 1)
     assert cache.reserve(again, again.pending)
     assert again.computed == 0

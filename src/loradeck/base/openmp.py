@@ -73,14 +73,14 @@ class Contention:
     """Decides from how long threads wait for cores whether others need them."""
 
     def __init__(self) -> None:
-        self.found = False
+        self.contended = False
         self._quiet = 0  # looks in a row that found the cores free
 
     def update(self, share: float) -> bool:
         """Take the seconds of waiting per second since the last look; return whether others need the cores."""
         self._quiet = self._quiet + 1 if share < FREE else 0
-        self.found = share > CONTENDED or (self.found and self._quiet < PATIENCE)
-        return self.found
+        self.contended = share > CONTENDED or (self.contended and self._quiet < PATIENCE)
+        return self.contended
 
 
 def _watch() -> None:

@@ -188,9 +188,9 @@ static void gate_and_up(Step *s, i64 layer, i64 unit, float *sum) {
     for (i64 row = 0, rows; row < s->b->rows; row += rows) {
         rows = s->b->rows - row < CHUNK ? s->b->rows - row : CHUNK;
         for (i64 slot = GATE; slot <= UP; slot++) {
-            float *own = sum + (slot - GATE) * 2 * rows * 16;
-            tiles_of(own, rows * 16, s->m->layer[layer].matrix + slot, unit * 2, 2, &s->x, row, rows);
-            for (i64 t = 0; t < 2; t++) expands(s, own + t * rows * 16, layer, slot, unit * 2 + t, row, rows);
+            float *part = sum + (slot - GATE) * 2 * rows * 16;
+            tiles_of(part, rows * 16, s->m->layer[layer].matrix + slot, unit * 2, 2, &s->x, row, rows);
+            for (i64 t = 0; t < 2; t++) expands(s, part + t * rows * 16, layer, slot, unit * 2 + t, row, rows);
         }
         for (i64 r = 0; r < rows; r++)
             for (i64 c = 0; c < 32; c += LANES) {

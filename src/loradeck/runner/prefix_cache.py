@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Generic, TypeAlias, TypeVar
 
+from loradeck.native.pages import PAGE
 from loradeck.runner.request import Key, Request
 
-BLOCK = 32  # tokens
+BLOCK = PAGE  # tokens: requests with the same beginning share whole pages
 Payload = TypeVar("Payload")
 BlockKey: TypeAlias = tuple[Key, int, tuple[int, ...]]
 """Adapters, number of the block before (0: none), tokens."""
