@@ -37,7 +37,7 @@ def whole(model: NativeModel, tokens: list[int], *blend, threads: int = 1) -> to
 
 @pytest.mark.parametrize("token", [-1, 100, 1 << 40])
 def test_a_token_that_the_model_does_not_have_is_an_error(halves, token) -> None:
-    with pytest.raises(IndexError, match=f"token {token} is none of the model's 100"):
+    with pytest.raises(IndexError, match=f"the model has no token {token}, only 100"):
         whole(model_of(halves), [1, token, 2])
 
 

@@ -173,9 +173,9 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def each_request_reads_its_own(self) -> None:
         for subject, table in self.tables().items():
-            found = [number for page in table for number in numbers(page)]
-            assert found[: subject.computed] == marks(subject)[: subject.computed]
-            assert not any(found[subject.computed :])
+            values = [number for page in table for number in numbers(page)]
+            assert values[: subject.computed] == marks(subject)[: subject.computed]
+            assert not any(values[subject.computed :])
 
     @invariant()
     def nobody_else_has_a_page_that_is_written_to(self) -> None:
@@ -252,8 +252,8 @@ def test_prefixes_give_way_to_rows_the_last_of_the_oldest_first() -> None:
     assert (cache.row_bytes, cache.prefixes.nbytes) == (0, 6 * PAGE)
     admitted(cache, request(4 * BLOCK, ()))
     assert cache.prefixes.nbytes == 4 * PAGE
-    found = [len(cache.prefixes.find(request(3 * BLOCK + 1, key))) for key in (POET, PIRATE)]
-    assert found == [1, 3]
+    lengths = [len(cache.prefixes.find(request(3 * BLOCK + 1, key))) for key in (POET, PIRATE)]
+    assert lengths == [1, 3]
 
 
 def test_what_is_read_is_not_evicted() -> None:

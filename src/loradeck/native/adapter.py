@@ -26,7 +26,7 @@ class NativeAdapter:
         """`weights` are those of the modules that it adapts, by path.
 
         Raises:
-            ValueError: it adapts a module that is none of the model's matrices.
+            ValueError: it adapts a module that is not one of the model's matrices.
         """
         table = model.table
         self._memory: list[Tensor] = []

@@ -47,7 +47,7 @@ def run(model: NativeModel, chunks: Sequence[Chunk], threads: int) -> Tensor:
     columns = torch.tensor(rows).T.contiguous()
     low, high = torch.aminmax(columns[0])
     if low < 0 or high >= model.table.vocabulary:
-        raise IndexError(f"token {int(low if low < 0 else high)} is none of the model's {model.table.vocabulary}")
+        raise IndexError(f"the model has no token {int(low if low < 0 else high)}, only {model.table.vocabulary}")
     wanted = torch.tensor(want, dtype=torch.long)
     pages = torch.tensor([chunk.pages for chunk in chunks])
     c_routes = (CRoute * len(routes))()
