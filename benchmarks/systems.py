@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         rows = f"{self.rows} row{'s' * (self.rows > 1)}"
-        through = f"{self.adapters} adapters" if self.adapters else "base"
+        through = f"{self.adapters} adapter{'s' * (self.adapters > 1)}" if self.adapters else "base"
         return f"{rows}, {through}" + (f", {self.prompt:,} tokens of context" if self.prompt != 64 else "")
 
 
@@ -103,6 +103,11 @@ class Transformers(System):
         streamer = SimpleNamespace(put=put, end=lambda: None)
         greedy(self.base.model, self.prompts(case), 1 + STEPS, streamer=streamer)
         return (times[-1] - times[1]) / STEPS, 0.0
+
+    def answer(self, case: Case) -> float:
+        """Return the seconds of the prompts and 1 + STEPS new tokens of all rows."""
+        prompts = self.prompts(case)
+        return seconds(lambda: greedy(self.base.model, prompts, 1 + STEPS))
 
     @torch.inference_mode()
     def first_token(self, case: Case) -> float:

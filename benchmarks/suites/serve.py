@@ -1,62 +1,76 @@
-"""The engine against its own base and against PEFT's `generate`, in the same run on SmolLM2-135M.
+"""The server over HTTP against plain transformers, and the engine with many adapters, on SmolLM2-135M.
 
-The engine's base has packed weights, the default of `loradeck serve`; PEFT's has plain ones.
+    python -m benchmarks serve [--rounds 3] [--dtypes float32 bfloat16] [--only streams registered crowded cold]
 
-    python -m benchmarks serve [--rounds 3] [--dtypes bfloat16 float32]
-        [--only streams prefill registered crowded cold]
-
-streams     16 requests at once, 64 tokens of prompt, 32 of answer, adapters r=8 on all linear layers
-prefill     the first token of 16 prompts of 64 tokens, and of one of 512, against transformers' and PEFT's `generate`
-registered  S-LoRA's question: the same arrivals with 5 and with 2,000 adapters in the store
+streams     `loradeck serve` in a process of its own: one client, and 16 at once, on the base and through adapters r=8
+registered  S-LoRA's question: as many requests as the engine can take, with 5 and with 2,000 adapters in the store
 crowded     twice as many adapters in use as fit, against all resident: time to the first token
 cold        the first request to an adapter on disk, against one to a resident adapter
+
+The base is in float32, and also in bfloat16 if this CPU computes in it; the parts but for streams take the last.
 """
 
-import gc
+import asyncio
+import json
+import random
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
 import torch
 
-from benchmarks.figures import PERCENT, Figure, Suite, Table
-from benchmarks.harness import Run, alternate, parser
-from benchmarks.models import random_store
-from benchmarks.processes import worker
-from benchmarks.steps import decode_steps, timed
-from benchmarks.workloads import Arrival, greedy, popularity, trace
-from loradeck import AdapterStore, Base
+from benchmarks.figures import Figure, Suite, Table
+from benchmarks.harness import CPU, Run, parser
+from benchmarks.models import SHAPES, random_store, save_random_base
+from benchmarks.processes import take_turns, worker
+from benchmarks.systems import STEPS, Case, Transformers
+from benchmarks.workloads import Arrival, popularity, trace
+from loradeck import Base
 from loradeck.base.load import SMOLLM2
 from loradeck.base.onednn import cap_kernel_cache
+from loradeck.dtypes import computes_in
 from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.generation import Generation
 
-ROWS, PROMPT, ANSWER = 16, 64, 32
-REGISTERED = 2000
+ROWS, PROMPT, ANSWER = 16, 64, 1 + STEPS
+REGISTERED, REQUESTS, EXPONENT = 2000, 96, 1.5
 KINDS = ("base", "identical", "uniform", "zipf:1.5", "distinct")
-PARTS = ("streams", "prefill", "registered", "crowded", "cold")
-DTYPES = ("bfloat16", "float32")
+PARTS = ("streams", "registered", "crowded", "cold")
+DTYPES = ("float32", "bfloat16")
 CONFIG = EngineConfig(max_rows=ROWS)
-PROMPTS = {f"{ROWS} x {PROMPT}": (ROWS, PROMPT), "1 x 512": (1, 512)}
+ALONE = "one stream"
 
 
-def prefill_figures() -> list[Figure]:
-    return [
-        Figure(
-            f"{prompts}: transformers / loradeck, {adapters}",
-            f"first token of {prompts} tokens, {through}: times faster than transformers on the base",
-            "×",
-            "≥ 1.5" if adapters == "distinct" else "",
-        )
-        for prompts in PROMPTS
-        for adapters, through in (("base", "base"), ("distinct", "one adapter per prompt"))
-    ]
+def streams_table(dtype: str, alone: str = "", together: str = "") -> Table:
+    """Return the table of a dtype, with the targets of its ratios."""
+    return Table(
+        f"Through the server in {dtype}",
+        (f"streams {dtype}", "{row}"),
+        (
+            Figure(f"{ALONE} / transformers", "one stream on the base: tokens/s relative to transformers", "×", alone),
+            Figure(
+                "distinct / transformers",
+                "16 streams of 16 adapters: tokens/s relative to transformers' 16 rows on the base",
+                "×",
+                together,
+            ),
+            Figure("distinct / base", "16 streams of 16 adapters: tokens/s relative to 16 on the base", "×"),
+        ),
+    )
 
 
 SUITE = Suite(
@@ -64,22 +78,12 @@ SUITE = Suite(
     "Serving",
     "SmolLM2-135M, 16 rows, r=8, all linear layers",
     (
-        Table(
-            "Streams",
-            ("streams {column}", "{row}"),
-            (
-                Figure(
-                    "distinct / base", "16 different adapters: tokens/s relative to the base's streams", "×", "≥ 0.7"
-                ),
-                Figure("loradeck / PEFT, distinct", "16 different adapters: tokens/s relative to PEFT", "×", "≥ 6"),
-                Figure("of it outside the model", "share of a decode step outside the model", PERCENT, "< 0.1"),
-            ),
-        ),
-        Table("First token", ("prefill {column}", "{row}"), tuple(prefill_figures())),
+        streams_table("bfloat16", "≥ 3.5", "≥ 3"),
+        streams_table("float32"),
         Table(
             "2,000 registered adapters",
             ("registered", "{row}"),
-            (Figure("2,000 / 5", "2,000 adapters: tokens/s relative to 5 adapters", "×", "≥ 0.95"),),
+            (Figure("2,000 / 5", "2,000 adapters: tokens/s relative to 5 adapters", "×", "≥ 0.97"),),
         ),
         Table(
             "More adapters in use than fit: time to first token",
@@ -92,12 +96,13 @@ SUITE = Suite(
             (Figure("cold - warm (ms)", "difference", target="≤ 50"),),
         ),
     ),
-    """
-- *streams*: 64 tokens of prompt and 32 of answer, all at once; tokens of answers per second; workloads as Punica's.
-  PEFT: transformers' `generate` with `adapter_names`, in a process of its own.
-- *first token*: new prompts each time; transformers' `generate` of one token, in the same process as PEFT's.
-- *registered*: S-LoRA's question, scaled down: the same Gamma arrivals, adapters of r=4 drawn evenly from 5 or from
-  2,000 in the store; with 2,000, most requests are the first to their adapter.
+    f"""
+- *through the server*: `loradeck serve` with its defaults, in a process of its own; clients stream completions by
+  httpx, all at once. {PROMPT} tokens of prompt, new ones each time, and {ANSWER} of answer; tokens of answers per
+  second from the first request to the last token, prompts included. Adapters as in Punica's workloads. transformers: plain
+  `generate` on the base, in a process of its own, of as many rows.
+- *registered*: S-LoRA's question, scaled down: {REQUESTS} requests at once, so that all rows are always taken; each
+  adapter of r=4 by Zipf's law with exponent {EXPONENT}, from 5 or from 2,000 in the store, none of them loaded before.
 - *more adapters than fit*: 32 adapters in use, with room for all and with room for 16; 1.2 requests a second.
 - *on disk*: the file is in the operating system's page cache.
 """,
@@ -106,95 +111,115 @@ SUITE = Suite(
 
 def main(arguments: Sequence[str]) -> None:
     options = parser(SUITE, __doc__, rounds=3, parts=PARTS, dtypes=DTYPES)
-    options.add_argument("--seconds", type=float, default=40.0, help="of each trace")
-    options.add_argument("--rate", type=float, default=1.2, help="requests per second of each trace")
+    options.set_defaults(dtypes=[*DTYPES] if computes_in(torch.bfloat16, CPU) else ["float32"])
+    options.add_argument("--seconds", type=float, default=20.0, help="of a trace of crowded")
+    options.add_argument("--rate", type=float, default=1.2, help="requests per second of that trace")
+    options.add_argument("--shape", choices=SHAPES, help="a base of random weights instead; no file is written")
     run = Run(SUITE, options, arguments)
+    run.options.record &= not run.options.shape
     cap_kernel_cache()  # as `loradeck serve` does
     only, rounds = run.options.only, run.options.rounds
-    timing = rounds, run.options.seconds, run.options.rate
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        for dtype in run.options.dtypes if {"streams", "prefill"} & {*only} else ():
-            base = Base.load(SMOLLM2, dtype=dtype, weights="blocks")
-            store = random_store(base.model, folder / dtype, count=ROWS, r=8)
-            if "streams" in only:
-                run.add(f"streams {dtype}", streams(base, store, rounds))
-            if "prefill" in only:
-                run.add(f"prefill {dtype}", prefill(base, store, rounds))
-            del base
-            gc.collect()
-        base = Base.load(SMOLLM2, dtype=run.options.dtypes[0], weights="blocks")
+        source = save_random_base(run.options.shape, folder / "base") if run.options.shape else SMOLLM2
+        for dtype in run.options.dtypes if "streams" in only else ():
+            run.add(f"streams {dtype}", streams(source, dtype, folder / dtype, rounds))
+        base = Base.load(source, dtype=run.options.dtypes[-1], weights="blocks")
         if "registered" in only:
-            run.add("registered", registered(base, folder / "many", *timing))
+            run.add("registered", registered(base, folder / "many", rounds))
         if "crowded" in only:
-            run.add("crowded", crowded(base, folder / "crowded", *timing))
+            run.add("crowded", crowded(base, folder / "crowded", rounds, run.options.seconds, run.options.rate))
         if "cold" in only:
             run.add("cold", cold(base, folder / "cold", 10 * rounds))
     run.end()
 
 
-# ---- 16 at once
+# ---- through the server
 
 
-def streams(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
-    """Return tokens of answers per second, with the prompts' time; and the share of a step outside the model."""
+class Stream(NamedTuple):
+    """What a client saw of an answer."""
+
+    tokens: int
+    first: float
+    """Seconds to its first token."""
+
+
+def streams(source: str | Path, dtype: str, folder: Path, rounds: int) -> dict[str, float]:
+    """Return tokens of answers per second, with the prompts' time; and the time to the first token."""
+    model = Base.load(source, dtype=dtype).model
+    random_store(model, folder, count=ROWS, r=8, dtype=model.dtype)
+    vocabulary = model.config.vocab_size
+    del model
     rng = torch.Generator().manual_seed(0)
+    first: defaultdict[str, list[float]] = defaultdict(list)
 
-    def prompts() -> list[list[int]]:  # new ones each time: none is in the prefix cache
-        return torch.randint(3, 49000, (ROWS, PROMPT), generator=rng).tolist()
+    def stream(url: str, name: str, models: Sequence[str]) -> float:
+        prompts = torch.randint(3, vocabulary, (len(models), PROMPT), generator=rng).tolist()
+        begin = time.perf_counter()
+        answers = asyncio.run(complete(url, models, prompts))
+        seconds = time.perf_counter() - begin
+        assert all(answer.tokens == ANSWER for answer in answers), answers
+        first[name] += [answer.first for answer in answers]
+        return seconds
 
-    folders = [store.find(f"a{i}").path for i in range(ROWS)]
-    dtype = str(base.model.dtype).removeprefix("torch.")
-    with worker(peft, dtype, folders) as peft_generate, Engine(base, store, CONFIG) as engine:
-
-        def ours(kind: str) -> Callable[[], object]:
-            names = [None] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)]
-            return lambda: engine.generate(prompts(), names, SamplingParams(max_tokens=ANSWER, ignore_eos=True))
-
-        runs = {f"loradeck, {kind}": ours(kind) for kind in KINDS}
-        seconds = alternate(runs | {"PEFT, distinct": lambda: peft_generate(prompts())}, rounds)
-        with timed(engine) as steps:
-            ours("distinct")()
-    rates = {f"{name} (tokens/s)": ROWS * ANSWER / each for name, each in seconds.items()}
-    whole = decode_steps(steps, ROWS)
-    return rates | {
-        "distinct / base": seconds["loradeck, base"] / seconds["loradeck, distinct"],
-        "loradeck / PEFT, distinct": seconds["PEFT, distinct"] / seconds["loradeck, distinct"],
-        "decode step (ms)": 1e3 * statistics.median(period for _, period in whole),
-        "of it outside the model": statistics.median(1 - (step.end - step.begin) / period for step, period in whole),
+    with worker(Transformers, source, dtype) as transformers, server(source, dtype, folder) as (url, base):
+        clients = {ALONE: [base]} | {
+            kind: [base] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)] for kind in KINDS
+        }
+        turns: dict[str, Callable[[], float]] = {
+            **{name: partial(stream, url, name, models) for name, models in clients.items()},
+            **{f"transformers, {case}": partial(transformers, "answer", case) for case in (Case(1), Case(ROWS))},
+        }
+        take_turns(turns, 1)  # packs and compiles
+        first.clear()
+        seconds = {name: statistics.median(each) for name, each in take_turns(turns, rounds).items()}
+    rows = {ALONE: 1, f"transformers, {Case(1)}": 1}
+    return {f"{name} (tokens/s)": rows.get(name, ROWS) * ANSWER / each for name, each in seconds.items()} | {
+        f"{ALONE} / transformers": seconds[f"transformers, {Case(1)}"] / seconds[ALONE],
+        "distinct / transformers": seconds[f"transformers, {Case(ROWS)}"] / seconds["distinct"],
+        "distinct / base": seconds["base"] / seconds["distinct"],
+        **{f"{name}, time to first token (ms)": 1e3 * statistics.median(first[name]) for name in (ALONE, "distinct")},
     }
 
 
-def prefill(base: Base, store: AdapterStore, rounds: int) -> dict[str, float]:
-    """Return the milliseconds to the first token of all rows; new prompts each time miss the prefix cache."""
-    rng = torch.Generator().manual_seed(1)
-    folders = [store.find(f"a{i}").path for i in range(ROWS)]
-    figures: dict[str, float] = {}
-    dtype = str(base.model.dtype).removeprefix("torch.")
-    with worker(peft, dtype, folders) as peft_generate, Engine(base, store, CONFIG) as engine:
+async def complete(url: str, models: Sequence[str], prompts: Sequence[list[int]]) -> list[Stream]:
+    """Stream a completion of each prompt, all at once."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
 
-        def first_tokens(rows: int, length: int) -> dict[str, float]:
-            def prompts() -> list[list[int]]:
-                return torch.randint(3, 49000, (rows, length), generator=rng).tolist()
+        async def one(model: str, prompt: list[int]) -> Stream:
+            body = {"model": model, "prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+            begin = time.perf_counter()
+            first, last = 0.0, ""
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                response.raise_for_status()
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        first = first or time.perf_counter() - begin
+                        last = line
+            return Stream(json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"], first)
 
-            def ours(names: Sequence[str | None]) -> object:
-                return engine.generate(prompts(), names, SamplingParams(max_tokens=1, ignore_eos=True))
+        return await asyncio.gather(*map(one, models, prompts))
 
-            runs: dict[str, Callable[[], object]] = {
-                "loradeck, base": lambda: ours([None] * rows),
-                "loradeck, distinct": lambda: ours([f"a{i}" for i in range(rows)]),
-                "transformers, base": lambda: peft_generate(prompts(), 1, False),
-                "PEFT, distinct": lambda: peft_generate(prompts(), 1),
-            }
-            return alternate(runs, rounds)
 
-        for name, (rows, length) in PROMPTS.items():
-            seconds = first_tokens(rows, length)
-            figures |= {f"{name}: {run} (ms)": 1e3 * each for run, each in seconds.items()}
-            for adapters in ("base", "distinct"):
-                ratio = seconds["transformers, base"] / seconds[f"loradeck, {adapters}"]
-                figures[f"{name}: transformers / loradeck, {adapters}"] = ratio
-    return figures
+@contextmanager
+def server(source: str | Path, dtype: str, adapters: Path) -> Generator[tuple[str, str]]:
+    """Run `loradeck serve` with its defaults; yield its URL and its base's name."""
+    command = [sys.executable, "-m", "loradeck", "serve", str(source), "--adapters", str(adapters)]
+    command += ["--dtype", dtype, "--port", "0"]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            assert process.stdout
+            ready = re.match(r"(\S+) with .* on (http://[\d.:]+)", process.stdout.readline())
+            assert ready, "the server has not started"
+            yield ready[2], ready[1]
+        finally:
+            process.terminate()
 
 
 # ---- arrivals
@@ -213,7 +238,8 @@ class Outcome:
 def replay(engine: Engine, arrivals: Sequence[Arrival]) -> Outcome:
     """Send a trace's requests when they are due, and wait for all answers."""
     rng = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 49000, (arrival.prompt,), generator=rng).tolist() for arrival in arrivals]
+    vocabulary = engine.base.model.config.vocab_size
+    prompts = [torch.randint(3, vocabulary, (arrival.prompt,), generator=rng).tolist() for arrival in arrivals]
     outcome = Outcome()
     readers: list[tuple[Generation, threading.Thread]] = []
     begin = time.monotonic()
@@ -232,24 +258,32 @@ def replay(engine: Engine, arrivals: Sequence[Arrival]) -> Outcome:
     return outcome
 
 
-def registered(base: Base, folder: Path, rounds: int, seconds: float, rate: float) -> dict[str, float]:
-    """Return tokens per second with 5 and with 2,000 adapters in the store, at one rate."""
+def registered(base: Base, folder: Path, rounds: int) -> dict[str, float]:
+    """Return tokens per second with 5 and with 2,000 adapters in the store, all requests at once."""
     store = random_store(base.model, folder, count=REGISTERED, r=4, dtype=torch.bfloat16)
-    outcomes: dict[int, list[Outcome]] = {5: [], REGISTERED: []}
-    for _ in range(rounds):
-        for count, results in outcomes.items():
-            with Engine(base, store, CONFIG) as engine:
-                results.append(replay(engine, trace(adapters=count, rate=rate, seconds=seconds)))
-    speed = {count: statistics.median(each.tokens / each.seconds for each in own) for count, own in outcomes.items()}
-    first = {count: statistics.median(t for each in own for t in each.first) for count, own in outcomes.items()}
+
+    def answer(count: int) -> float:
+        with Engine(base, store, CONFIG) as engine:
+            outcome = replay(engine, zipf(count))
+        return outcome.tokens / outcome.seconds
+
+    turns = {count: partial(answer, count) for count in (5, REGISTERED)}
+    take_turns(turns, 1)
+    speed = {count: statistics.median(each) for count, each in take_turns(turns, rounds).items()}
     return {
-        "requests per second": rate,
         "5 adapters (tokens/s)": speed[5],
         f"{REGISTERED:,} adapters (tokens/s)": speed[REGISTERED],
+        f"{REGISTERED:,} adapters: different ones": len({arrival.adapter for arrival in zipf(REGISTERED)}),
         f"{REGISTERED:,} / 5": speed[REGISTERED] / speed[5],
-        "5 adapters, time to first token (ms)": 1e3 * first[5],
-        f"{REGISTERED:,} adapters, time to first token (ms)": 1e3 * first[REGISTERED],
     }
+
+
+def zipf(adapters: int) -> list[Arrival]:
+    """Return requests that come at once, each to an adapter by Zipf's law, with lengths of 8 to 63 tokens."""
+    rng = random.Random(0)
+    lengths = [(rng.randrange(8, 64), rng.randrange(8, 64)) for _ in range(REQUESTS)]
+    numbers = rng.choices(range(adapters), [(number + 1) ** -EXPONENT for number in range(adapters)], k=REQUESTS)
+    return [Arrival(0.0, number, prompt, answer) for number, (prompt, answer) in zip(numbers, lengths, strict=True)]
 
 
 def crowded(base: Base, folder: Path, rounds: int, seconds: float, rate: float) -> dict[str, float]:
@@ -280,7 +314,7 @@ def cold(base: Base, folder: Path, rounds: int) -> dict[str, float]:
     with Engine(base, store, CONFIG) as engine:
         for i in range(rounds + 2):
             for each in times.values():
-                prompt = torch.randint(3, 49000, (PROMPT,), generator=rng).tolist()
+                prompt = torch.randint(3, base.model.config.vocab_size, (PROMPT,), generator=rng).tolist()
                 begin = time.perf_counter()
                 next(engine.submit(prompt, f"a{i}", SamplingParams(max_tokens=1)))
                 each.append(time.perf_counter() - begin)
@@ -290,27 +324,3 @@ def cold(base: Base, folder: Path, rounds: int) -> dict[str, float]:
         "cold (ms)": median["cold"],
         "cold - warm (ms)": median["cold"] - median["warm"],
     }
-
-
-# ---- adapters and PEFT
-
-
-def peft(dtype: str, folders: Sequence[Path]) -> Callable[..., None]:
-    """Return PEFT's `generate` for prompts, the i-th through the i-th of these adapters, or transformers' on the base.
-
-    In a process of its own.
-    """
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(Base.load(SMOLLM2, dtype=dtype).model, folders[0], adapter_name="a0").eval()
-    for i, path in enumerate(folders[1:], start=1):
-        model.load_adapter(str(path), adapter_name=f"a{i}")
-
-    def run(prompts: list[list[int]], tokens: int = ANSWER, adapters: bool = True) -> None:
-        if adapters:
-            greedy(model, prompts, tokens, adapter_names=[f"a{i}" for i in range(len(prompts))])
-        else:
-            with model.disable_adapter():
-                greedy(model, prompts, tokens)
-
-    return run
