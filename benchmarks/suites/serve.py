@@ -99,8 +99,8 @@ SUITE = Suite(
     f"""
 - *through the server*: `loradeck serve` with its defaults, in a process of its own; clients stream completions by
   httpx, all at once. {PROMPT} tokens of prompt, new ones each time, and {ANSWER} of answer; tokens of answers per
-  second from the first request to the last token, prompts included. Adapters as in Punica's workloads. transformers: plain
-  `generate` on the base, in a process of its own, of as many rows.
+  second from the first request to the last token, prompts included. Adapters as in Punica's workloads. transformers:
+  plain `generate` on the base, in a process of its own, of as many rows.
 - *registered*: S-LoRA's question, scaled down: {REQUESTS} requests at once, so that all rows are always taken; each
   adapter of r=4 by Zipf's law with exponent {EXPONENT}, from 5 or from 2,000 in the store, none of them loaded before.
 - *more adapters than fit*: 32 adapters in use, with room for all and with room for 16; 1.2 requests a second.
@@ -147,10 +147,10 @@ class Stream(NamedTuple):
 
 def streams(source: str | Path, dtype: str, folder: Path, rounds: int) -> dict[str, float]:
     """Return tokens of answers per second, with the prompts' time; and the time to the first token."""
-    model = Base.load(source, dtype=dtype).model
-    random_store(model, folder, count=ROWS, r=8, dtype=model.dtype)
-    vocabulary = model.config.vocab_size
-    del model
+    base = Base.load(source, dtype=dtype)
+    random_store(base.model, folder, count=ROWS, r=8, dtype=base.model.dtype)
+    vocabulary, name_of_base = len(base.tokenizer), base.name
+    del base
     rng = torch.Generator().manual_seed(0)
     first: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -163,9 +163,10 @@ def streams(source: str | Path, dtype: str, folder: Path, rounds: int) -> dict[s
         first[name] += [answer.first for answer in answers]
         return seconds
 
-    with worker(Transformers, source, dtype) as transformers, server(source, dtype, folder) as (url, base):
-        clients = {ALONE: [base]} | {
-            kind: [base] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)] for kind in KINDS
+    with worker(Transformers, source, dtype) as transformers, server(source, dtype, folder) as url:
+        clients = {ALONE: [name_of_base]} | {
+            kind: [name_of_base] * ROWS if kind == "base" else [f"a{i}" for i in popularity(kind, ROWS)]
+            for kind in KINDS
         }
         turns: dict[str, Callable[[], float]] = {
             **{name: partial(stream, url, name, models) for name, models in clients.items()},
@@ -194,7 +195,8 @@ async def complete(url: str, models: Sequence[str], prompts: Sequence[list[int]]
             begin = time.perf_counter()
             first, last = 0.0, ""
             async with client.stream("POST", "/v1/completions", json=body) as response:
-                response.raise_for_status()
+                if response.is_error:
+                    raise RuntimeError((await response.aread()).decode())
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
                         first = first or time.perf_counter() - begin
@@ -205,8 +207,8 @@ async def complete(url: str, models: Sequence[str], prompts: Sequence[list[int]]
 
 
 @contextmanager
-def server(source: str | Path, dtype: str, adapters: Path) -> Generator[tuple[str, str]]:
-    """Run `loradeck serve` with its defaults; yield its URL and its base's name."""
+def server(source: str | Path, dtype: str, adapters: Path) -> Generator[str]:
+    """Run `loradeck serve` with its defaults; yield its URL."""
     command = [sys.executable, "-m", "loradeck", "serve", str(source), "--adapters", str(adapters)]
     command += ["--dtype", dtype, "--port", "0"]
     with (
@@ -215,9 +217,9 @@ def server(source: str | Path, dtype: str, adapters: Path) -> Generator[tuple[st
     ):
         try:
             assert process.stdout
-            ready = re.match(r"(\S+) with .* on (http://[\d.:]+)", process.stdout.readline())
-            assert ready, "the server has not started"
-            yield ready[2], ready[1]
+            url = re.search(r"http://[\d.:]+", process.stdout.readline())
+            assert url, "the server has not started"
+            yield url[0]
         finally:
             process.terminate()
 
@@ -238,7 +240,7 @@ class Outcome:
 def replay(engine: Engine, arrivals: Sequence[Arrival]) -> Outcome:
     """Send a trace's requests when they are due, and wait for all answers."""
     rng = torch.Generator().manual_seed(0)
-    vocabulary = engine.base.model.config.vocab_size
+    vocabulary = len(engine.base.tokenizer)
     prompts = [torch.randint(3, vocabulary, (arrival.prompt,), generator=rng).tolist() for arrival in arrivals]
     outcome = Outcome()
     readers: list[tuple[Generation, threading.Thread]] = []
@@ -314,7 +316,7 @@ def cold(base: Base, folder: Path, rounds: int) -> dict[str, float]:
     with Engine(base, store, CONFIG) as engine:
         for i in range(rounds + 2):
             for each in times.values():
-                prompt = torch.randint(3, base.model.config.vocab_size, (PROMPT,), generator=rng).tolist()
+                prompt = torch.randint(3, len(base.tokenizer), (PROMPT,), generator=rng).tolist()
                 begin = time.perf_counter()
                 next(engine.submit(prompt, f"a{i}", SamplingParams(max_tokens=1)))
                 each.append(time.perf_counter() - begin)
