@@ -303,7 +303,7 @@ SYSTEMS: Mapping[str, Callable[[Server], None]] = {
     "loradeck": lambda server: loradeck(server, "blocks"),
     "loradeck, int8": lambda server: loradeck(server, "int8"),
     "llama.cpp": lambda server: llamacpp(
-        server, server.folder.gguf, {"float32": "F32", "bfloat16": "BF16"}[server.folder.dtype]
+        server, server.folder.gguf, {"float32": "F32", "bfloat16": "F16"}[server.folder.dtype]
     ),
     "llama.cpp, Q4_1": lambda server: llamacpp(server, server.folder.coarse_gguf, "F16"),
     "vLLM": vllm,
