@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.decoders import MODELS, ROPE, SIZES, SLIDING, build, text
+from tests.decoders import EXPERTS, MODELS, ROPE, SIZES, SLIDING, build, text
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -22,8 +22,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 97}, "unknown part, `wte`"),
     "gpt-neox": ("gpt_neox", SIZES, "unknown part, `embed_in`"),
     "starcoder2": ("starcoder2", SIZES, "`model.norm` is no RMS norm"),
-    "mixtral": ("mixtral", SIZES, r"`model.layers.0.mlp` has an unknown part, `gate`"),
-    "qwen3-moe": ("qwen3_moe", SIZES, r"`model.layers.0.mlp` has an unknown part, `experts`"),
+    "qwen2-moe": ("qwen2_moe", {**SIZES, **EXPERTS}, "`model.layers.0.mlp` has an unknown part, `shared_expert`"),
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        {**SIZES, **EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+        "its layers have different intermediate sizes: 24, 48",
+    ),
+    "phimoe": ("phimoe", SIZES, "`model.norm` is no RMS norm"),
     "phi": ("phi", SIZES, "unknown part, `final_layernorm`"),
     "cohere": ("cohere", SIZES, "`model.norm` is no RMS norm"),
     "olmo": ("olmo", SIZES, "`model.norm` is no RMS norm"),

@@ -3,6 +3,7 @@
 T tokens   H hidden size   Q query heads   K key heads   D width of a head
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,29 @@ class Observation:
     """(T, H) of the layer."""
 
 
+class FixedRouter(nn.Module):
+    """A router that gives each token the experts after those of the token before, so that no rounding changes them."""
+
+    def __init__(self, tokens: int, chosen: int, experts: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.choice: reference.Choice = (
+            torch.arange(1, 1 + chosen).div(chosen).to(dtype).expand(tokens, chosen),
+            torch.arange(tokens * chosen).view(tokens, chosen) % experts,
+        )
+
+    def forward(self, _: Tensor) -> tuple[None, Tensor, Tensor]:
+        """Return what transformers' routers return: logits, which nothing needs, shares and numbers."""
+        return None, *self.choice
+
+
+def with_part(module: nn.Module, path: Sequence[str], part: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module in which another part stands at a path."""
+    name, *rest = path
+    alone = copy(module)
+    alone._modules = {**module._modules, name: with_part(module.get_submodule(name), rest, part) if rest else part}
+    return alone
+
+
 def observe(layer: nn.Module, x: Tensor, **arguments: Any) -> Observation:
     """Compute a layer alone on x (T, H). A shallow copy computes, so the layer itself stays as it is.
 
@@ -43,8 +67,7 @@ def observe(layer: nn.Module, x: Tensor, **arguments: Any) -> Observation:
     attention: Any = copy(layer.self_attn)
     attention.config = copy(attention.config)
     attention.config._attn_implementation = NAME
-    alone = copy(layer)
-    alone._modules = {**layer._modules, "self_attn": attention}
+    alone = with_part(layer, ["self_attn"], attention)
     with torch.no_grad():
         output = alone(x[None], attention_mask=None, **arguments)
     if "call" not in vars(attention):
