@@ -17,7 +17,7 @@ typedef struct {
 } Group;
 
 /* chosen and weight (chosen) of one row; p: its logits, up to a multiple of 16 */
-static void choose(const Experts *e, float *p, i64 *chosen, float *weight) {
+static void choose_for_row(const Experts *e, float *p, i64 *chosen, float *weight) {
     float most = p[0], all = 0, kept = 0;
     for (i64 n = 1; n < e->count; n++) most = p[n] > most ? p[n] : most;
     for (i64 n = 0; n < e->count; n += LANES) *(vec *)(p + n) = exponential(*(vec *)(p + n) - most);
@@ -33,7 +33,7 @@ static void choose(const Experts *e, float *p, i64 *chosen, float *weight) {
     for (i64 k = 0; e->normalised && k < e->chosen; k++) weight[k] /= kept;
 }
 /* Sort pairs of a row and an expert, which `chosen` numbers, by expert; return how many groups of one expert there are. */
-static i64 group(const Experts *e, const i64 *chosen, i64 pairs, i64 *order, Group *groups) {
+static i64 group_by_expert(const Experts *e, const i64 *chosen, i64 pairs, i64 *order, Group *groups) {
     i64 count = 0, start[e->count + 1];
     memset(start, 0, sizeof start);
     for (i64 i = 0; i < pairs; i++) start[chosen[i] + 1]++;

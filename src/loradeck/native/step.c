@@ -213,7 +213,7 @@ static void choose_experts(Step *s, const Experts *e, i64 row, i64 rows, float *
     tiles_of(sum, rows * 16, &e->router, 0, (int)tiles, &s->x, row, rows);
     for (i64 r = 0; r < rows; r++) {
         for (i64 t = 0; t < tiles; t++) memcpy(p + t * 16, sum + (t * rows + r) * 16, 64);
-        choose(e, p, s->chosen + (row + r) * e->chosen, s->weight + (row + r) * e->chosen);
+        choose_for_row(e, p, s->chosen + (row + r) * e->chosen, s->weight + (row + r) * e->chosen);
     }
 }
 /* gathered = the rows of x, by expert; one group of 32 inputs */
@@ -304,7 +304,7 @@ static void model(Step *s, int thread) {
         }
         END(blocks);
         if (e->count) {
-            UNITS(u, 1) s->groups[n] = group(e, s->chosen, T * e->chosen, s->order, s->group);
+            UNITS(u, 1) s->groups[n] = group_by_expert(e, s->chosen, T * e->chosen, s->order, s->group);
             END(1);
             UNITS(u, H / 32) gather(s, e, u);
             END(H / 32);
