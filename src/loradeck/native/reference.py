@@ -73,9 +73,9 @@ def mix(table: Table, experts: Experts, x: Tensor, choice: Choice) -> Tensor:
     """The sum of the chosen experts' share · mlp(x): x (T, H) -> (T, H)."""
     shares, numbers = choice
     y = torch.zeros_like(x)
-    for number, linears in enumerate(experts.mlps):
+    for number in numbers.unique().tolist():
         tokens, places = (numbers == number).nonzero(as_tuple=True)
-        y[tokens] += shares[tokens, places, None] * mlp(table, linears, x[tokens])
+        y[tokens] += shares[tokens, places, None] * mlp(table, experts.mlps[number], x[tokens])
     return y
 
 
