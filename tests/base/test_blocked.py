@@ -235,7 +235,9 @@ def test_experts_move_are_copied_and_are_pickled() -> None:
     x, numbers, shares = routing()
     module.double()
     assert not isinstance(module.down_proj, BlockWeight)
-    assert torch.equal(module(x.double(), numbers, shares.double()), plain.double()(x.double(), numbers, shares.double()))
+    assert torch.equal(
+        module(x.double(), numbers, shares.double()), plain.double()(x.double(), numbers, shares.double())
+    )
     module.bfloat16()
     assert isinstance(module.down_proj, BlockWeight)
     assert same_weights(module, plain.bfloat16())

@@ -175,9 +175,7 @@ def test_a_mixture_of_experts_through_adapters_of_peft(kind: str, make: Callable
         runner.bank.load(tmp_path / name)
     cache = runner.new_cache(1 << 24)
     every = SamplingParams(prompt_logprobs=0)
-    requests = [
-        Request(row, every, ((name, 1.0),) if name else ()) for row, name in zip(rows, names, strict=True)
-    ]
+    requests = [Request(row, every, ((name, 1.0),) if name else ()) for row, name in zip(rows, names, strict=True)]
     for each in requests:
         assert cache.reserve(each, len(each.tokens))
     found = runner.run([Scheduled(each, len(each.tokens)) for each in requests], cache)
