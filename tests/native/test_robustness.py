@@ -76,6 +76,16 @@ def test_a_broken_token_changes_no_bit_of_the_tokens_before_it(halves, number, e
     assert equal(at_once[:4], one_by_one[:4])
 
 
+def test_of_equal_experts_the_first_ones_compute(halves) -> None:
+    table, tokens = table_for(halves, experts=(5,), chosen=2), [1, 2, 3]
+    for layer in table.layers:
+        layer.experts.router.stored.zero_()
+    before = whole(NativeModel(table, halves=halves), tokens)
+    for number, same in ((4, True), (3, True), (2, True), (1, False), (0, False)):
+        table.layers[0].experts.mlps[number]["down"].stored.zero_()
+        assert equal(whole(NativeModel(table, halves=halves), tokens), before) == same
+
+
 def test_values_too_large_for_the_cache_are_infinite(halves) -> None:
     if halves:
         pytest.skip("it multiplies in bfloat16, which holds them")

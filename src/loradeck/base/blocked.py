@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10} 
 
 
 class BlockWeight(nn.Parameter):
-    """A weight in blocks (…, O / 16, I / 32, 512), padded to whole ones. It never changes: copies of a model share it."""
+    """A weight in blocks (…, O / 16, I / 32, 512), padded to whole ones. It is immutable: models share it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockWeight":
         return self

@@ -64,8 +64,9 @@ def mlp(table: Table, linears: Mapping[Slot, Linear], x: Tensor, updates: Update
 
 
 def choose(experts: Experts, x: Tensor) -> Choice:
-    """The largest shares of softmax(router(x)): x (T, H)."""
-    shares, numbers = project(experts.router, x).softmax(1).topk(experts.chosen)
+    """The largest shares of softmax(router(x)), the first of equal ones: x (T, H)."""
+    order = project(experts.router, x).softmax(1).sort(stable=True, dim=1, descending=True)
+    shares, numbers = (each[:, : experts.chosen] for each in order)
     return (shares / shares.sum(1, keepdim=True) if experts.normalised else shares), numbers
 
 

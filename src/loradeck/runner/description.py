@@ -204,7 +204,7 @@ class _Reader:
                 break
         else:
             raise self.refusal(module, "norms or turns its queries and keys in an unknown way")
-        choice = _fixed_router(layer.experts, x.dtype).choice if layer.experts else None
+        choice = FixedRouter(layer.experts, x).choice if layer.experts else None
         y = reference.layer_output(table, layer, hidden, choice=choice)
         rounding = 2 * torch.finfo(x.dtype).eps * y.abs().max()
         if not _near(seen.output.float() - hidden, y - hidden, tolerance, float(rounding)):
@@ -216,7 +216,7 @@ class _Reader:
         layer = module
         if experts:
             path = experts.router.path.removeprefix(f"{self.paths[module]}.").split(".")
-            layer = with_part(module, path, _fixed_router(experts, x.dtype))
+            layer = with_part(module, path, FixedRouter(experts, x))
         try:
             seen = observe(layer, x, position_embeddings=positions, position_ids=torch.arange(TOKENS)[None])
         except Exception as error:
@@ -342,10 +342,6 @@ class _Reader:
     def refusal(self, module: nn.Module, reason: str) -> DescriptionError:
         path = self.paths[module]
         return DescriptionError(f"its `{path}` {reason}" if path else f"it {reason}")
-
-
-def _fixed_router(experts: Experts, dtype: torch.dtype) -> FixedRouter:
-    return FixedRouter(TOKENS, experts.chosen, len(experts.mlps), dtype)
 
 
 def _positions(rotary: nn.Module, like: Tensor, count: int, kind: str | None) -> tuple[Tensor, Tensor]:

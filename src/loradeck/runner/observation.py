@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from loradeck.native import reference
+from loradeck.native.table import Experts
 
 NAME = "loradeck_observed"
 
@@ -37,12 +38,12 @@ class Observation:
 class FixedRouter(nn.Module):
     """A router that gives each token the experts after those of the token before, so that no rounding changes them."""
 
-    def __init__(self, tokens: int, chosen: int, experts: int, dtype: torch.dtype) -> None:
+    def __init__(self, experts: Experts, x: Tensor) -> None:
+        """Choose for as many tokens as x (T, H) has."""
         super().__init__()
-        self.choice: reference.Choice = (
-            torch.arange(1, 1 + chosen).div(chosen).to(dtype).expand(tokens, chosen),
-            torch.arange(tokens * chosen).view(tokens, chosen) % experts,
-        )
+        shares = torch.arange(1, 1 + experts.chosen).div(experts.chosen).to(x.dtype)
+        numbers = torch.arange(len(x) * experts.chosen).view(len(x), -1) % len(experts.mlps)
+        self.choice: reference.Choice = shares.expand(len(x), -1), numbers
 
     def forward(self, _: Tensor) -> tuple[None, Tensor, Tensor]:
         """Return what transformers' routers return: logits, which nothing needs, shares and numbers."""
