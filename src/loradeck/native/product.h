@@ -97,14 +97,19 @@ INLINE void add_pair(vec sum[PARTS], const Pair w, const num *x) {
 }
 #endif
 
+/* Fetch the pair that will be read in AHEAD bytes. One at a time: many at once wait for each other, and sums for them. */
+INLINE void fetch_pair(const char *block, int pair, int format) {
+    const int bytes = BLOCK[format] / 16;
+    for (int c = 0; c < bytes; c += 64) __builtin_prefetch(block + AHEAD + pair * bytes + c);
+}
+
 /* sum (tiles, rows, 16) += x (rows, 32) · block^T of each tile */
 INLINE void block_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, const num *x, int format,
-                          const int rows, const int tiles) {
+                          const int fetches, const int rows, const int tiles) {
     vec s[4][ROWS][PARTS];
     UNROLL for (int t = 0; t < tiles; t++)
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int n = 0; n < PARTS; n++) s[t][r][n] = *(vec *)(sum + t * sum_tile + r * 16 + n * LANES);
-    const int fetched = BLOCK[format] / 16; /* bytes of a pair */
     UNROLL_4 for (int pair = 0; pair < 16; pair++) {
         Pair w[4];
         UNROLL for (int r = 0; r < rows; r++)
@@ -112,7 +117,7 @@ INLINE void block_product(float *sum, i64 sum_tile, const char *block, i64 tile_
                 const char *from = block + t * tile_bytes;
                 if (r == 0) {
                     load_pair(w[t], from, pair, format);
-                    for (int c = 0; c < fetched; c += 64) __builtin_prefetch(from + AHEAD + pair * fetched + c);
+                    if (fetches) fetch_pair(from, pair, format);
                 }
                 add_pair(s[t][r], w[t], x + r * 32 + pair * 2);
             }
@@ -123,9 +128,9 @@ INLINE void block_product(float *sum, i64 sum_tile, const char *block, i64 tile_
 }
 /* The same for any number of rows; few rows of several tiles at once, for their sums do not wait for each other. */
 INLINE void blocks_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, const num *x, i64 rows, int tiles,
-                           int format) {
+                           int format, const int fetches) {
 #define BLOCK_OF(n, t) block_product(sum + tile * sum_tile + row * 16, sum_tile, block + tile * tile_bytes, tile_bytes, \
-                                     x + row * 32, format, n, t)
+                                     x + row * 32, format, fetches, n, t)
 #define ROWS_OF(t)                                                  \
     for (i64 row = 0; row < rows;) {                                \
         if (rows - row >= ROWS) { BLOCK_OF(ROWS, t); row += ROWS; } \
@@ -149,6 +154,7 @@ INLINE void blocks_product(float *sum, i64 sum_tile, const char *block, i64 tile
 NOINLINE void widen(float *to, const char *block, int format) { /* a block to float32 */
     Pair w;
     for (int pair = 0; pair < 16; pair++, to += 32) {
+        fetch_pair(block, pair, format);
         if (format == BF16) load_pair(w, block, pair, BF16);
         else if (format == F16) load_pair(w, block, pair, F16);
         else load_pair(w, block, pair, I8);
@@ -164,16 +170,16 @@ INLINE void groups_product(float *sum, i64 sum_tile, const char *block, i64 tile
 #endif
     for (i64 g = 0; g < groups; g++, block += group_bytes, x += x_group) {
 #ifndef HALVES
-        if (format != F32 && rows > ROWS) {
+        if (format != F32 && rows > 2 * ROWS) {
             for (int t = 0, n; t < tiles; t += n) {
                 n = tiles - t < TILES ? tiles - t : TILES;
                 for (int i = 0; i < n; i++) widen(wide[i], block + (t + i) * tile_bytes, format);
-                blocks_product(sum + t * sum_tile, sum_tile, (char *)wide, sizeof *wide, x, rows, n, F32);
+                blocks_product(sum + t * sum_tile, sum_tile, (char *)wide, sizeof *wide, x, rows, n, F32, 0);
             }
             continue;
         }
 #endif
-        blocks_product(sum, sum_tile, block, tile_bytes, x, rows, tiles, format);
+        blocks_product(sum, sum_tile, block, tile_bytes, x, rows, tiles, format, 1);
     }
 }
 /* sum (tiles, rows, 16) += x · W^T over the given groups; `x` is the first group's rows, `x_group` the way to the next */
