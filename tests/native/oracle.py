@@ -28,10 +28,10 @@ def logits(table: Table, tokens: list[int], blend: Blend, cache: torch.dtype, ha
 
     def clear_choose(experts: Experts, x: Tensor) -> reference.Choice:
         nonlocal clear
-        shares = rounded_project(experts.router, x).softmax(1).sort(1, descending=True).values
-        if experts.chosen < shares.shape[1]:
-            last, first = shares[:, experts.chosen - 1], shares[:, experts.chosen]
-            clear = min([clear, *(first >= (1 - tie) * last).nonzero()[:, 0].tolist()])
+        ordered = rounded_project(experts.router, x).sort(1, descending=True).values
+        if experts.chosen < ordered.shape[1]:
+            lead = ordered[:, experts.chosen - 1] - ordered[:, experts.chosen]
+            clear = min([clear, *(lead <= tie * ordered.abs().max()).nonzero()[:, 0].tolist()])
         return choose(experts, x)
 
     with pytest.MonkeyPatch.context() as patch:
