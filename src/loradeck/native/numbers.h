@@ -102,9 +102,11 @@ INLINE float total(vec v) { /* always in the same order */
     return lane[0];
 }
 INLINE float largest(vec v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    float lane[LANES];
+    memcpy(lane, &v, sizeof lane);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+    return lane[0];
 }
 
 /* e^x to 1e-7 of it, from 2^n e^f with |f| <= ln 2 / 2 (Cephes); below -87 it is e^-87, above 88 infinite; NaN stays NaN */
