@@ -19,9 +19,19 @@ from transformers import (
 )
 
 from loradeck.errors import ConfigError, RequestError
+from loradeck.native import sampling as native
 from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
 
 V = 3000
+
+
+@pytest.fixture(autouse=True, params=["C", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that chooses tokens."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_c", lambda _: None)
+    elif native._c(torch.empty(0)) is None:
+        pytest.skip("the C code is not usable on this machine")
 
 
 def sequence(prompt: list[int] | None = None, **sampling: Any) -> TokenSequence:

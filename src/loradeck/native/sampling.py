@@ -10,7 +10,7 @@ import ctypes
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -88,8 +88,8 @@ def score(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:
     largest = logits.amax(-1).tolist()
     logprobs = logits.float().log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    rows = zip(tokens, largest, largest, own, logprobs, strict=True)
-    return [Choice(*most, logprob, _top(row, count)) for *most, logprob, row in rows]
+    top = [_top(row, count) for row in logprobs]
+    return [*map(Choice, tokens, largest, largest, own, top)]
 
 
 # ---- in C
@@ -136,8 +136,9 @@ def _c(logits: Tensor) -> ctypes.CDLL | None:
 def _usable(c: ctypes.CDLL | None) -> ctypes.CDLL | None:
     """Return this C code, compiled now if there is none yet; None if it does not choose what the definition does."""
     x = torch.randn(2, 333, generator=torch.Generator().manual_seed(0)) * 3
-    settings = ({}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.1}, {"adjusted": x[1]})
-    rows = [Row(x[0], temperature=0.8, u=u, logprobs=3, **more) for more in settings for u in (0.2, 0.7)]
+    row = Row(x[0], temperature=0.8, logprobs=3)
+    rows = [row, replace(row, top_k=9), replace(row, top_p=0.9), replace(row, min_p=0.1), replace(row, adjusted=x[1])]
+    rows = [replace(each, u=u) for each in rows for u in (0.2, 0.7)]
     try:
         c = c or library()
         for one, other in zip(choose_in_c(c, rows), choose_in_torch(rows), strict=True):
