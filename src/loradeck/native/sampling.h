@@ -71,7 +71,8 @@ static i64 likeliest(const Row *r) {
 
 INLINE vec weight(vec x, float top, float inverse) { /* inverse: 1 / temperature */
     const vec power = (x - top) * inverse;
-    return choose((words)(power >= -87.0f), exponential(power), zero());
+    const words some = (words)(power >= -87.0f); /* below, it is 0 */
+    return choose(some, bounded_exponential(choose(some, power, zero())), zero());
 }
 /* The sum of all tokens' weights, and the sums of the groups */
 static double sum_all(Row *r, float inverse) {
@@ -80,7 +81,7 @@ static double sum_all(Row *r, float inverse) {
     for (i64 g = 0; g < r->groups; g++) {
         const float *logits = group_at(r, g, copy);
         vec part = zero();
-        for (i64 i = 0; i < GROUP; i += LANES) part += weight(*(const vec *)(logits + i), r->top, inverse);
+        UNROLL for (i64 i = 0; i < GROUP; i += LANES) part += weight(*(const vec *)(logits + i), r->top, inverse);
         sum += r->sums[g] = total(part);
     }
     return sum;
