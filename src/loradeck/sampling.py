@@ -18,7 +18,8 @@ from loradeck.errors import ConfigError, LogitsError
 from loradeck.native import sampling as native
 from loradeck.native.sampling import Choice, Row
 
-COLD, HOT = 1e-5, 1e30  # a lower temperature counts as 0, a higher one as this: float32 has neither 1e-50 nor 1e50
+COLD = 1e-5  # a lower temperature counts as 0: only ties would differ
+HOT = 1e30  # a higher one counts as this, which float32 has
 
 
 @dataclass(frozen=True, slots=True)

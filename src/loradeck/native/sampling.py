@@ -53,7 +53,7 @@ class Choice(NamedTuple):
     """What was chosen from a row."""
 
     token: int
-    """Without a meaning unless `largest` and `best` are numbers."""
+    """Without a meaning where `largest` is not finite, or `best` is NaN or -Inf."""
     largest: float
     """Of the model's own logits: NaN if one is, infinite if one is or if all are -Inf."""
     best: float
@@ -142,12 +142,12 @@ def _usable(c: ctypes.CDLL | None) -> ctypes.CDLL | None:
     try:
         c = c or library()
         for one, other in zip(choose_in_c(c, rows), choose_in_torch(rows), strict=True):
-            assert one.token == other.token
+            if one.token != other.token:
+                raise ValueError("another token on this machine")
             numbers, same = (torch.tensor([*each[1:4], *sum(each.top, ())]) for each in (one, other))
             torch.testing.assert_close(numbers, same, rtol=1e-5, atol=1e-5)
     except Exception as error:  # compilers that are missing, or refuse this machine, raise no common type
-        reason = str(error).partition("\n")[0][:100] or "it is wrong on this machine"
-        log.info("tokens are chosen by torch, not in C: %s", reason)
+        log.info("tokens are chosen by torch, not in C: %s", str(error).partition("\n")[0])
         return None
     return c
 
