@@ -134,13 +134,18 @@ static float bound_of(Row *r, i64 count) {
 }
 /* List the tokens that reach a bound, best first */
 static void rank(Row *r, float bound) {
-    r->count = 0;
-    for (i64 g = 0; g < r->groups; g++)
-        for (i64 id = g * GROUP; r->most[g] >= bound && id < r->tokens && id < (g + 1) * GROUP; id++) {
-            r->list[r->count] = entry(r->x[id], id);
-            r->count += r->x[id] >= bound;
+    i64 count = 0;
+    for (i64 g = 0; g < r->groups; g++) {
+        if (r->most[g] < bound) continue;
+        const i64 end = (g + 1) * GROUP < r->tokens ? (g + 1) * GROUP : r->tokens;
+        for (i64 id = g * GROUP; id < end; id++) { /* without a branch: either may be as likely */
+            r->list[count].id = (uint32_t)id;
+            count += r->x[id] >= bound;
         }
-    sort(r->list, r->spare, r->count);
+    }
+    for (i64 n = 0; n < count; n++) r->list[n] = entry(r->x[r->list[n].id], r->list[n].id);
+    sort(r->list, r->spare, count);
+    r->count = count;
 }
 static void weigh(Row *r, i64 count, float inverse) {
     for (i64 n = 0; n < count; n += LANES) {
