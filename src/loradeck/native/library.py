@@ -10,6 +10,7 @@ from loradeck.ops import compiler
 
 SOURCE = Path(__file__).with_name("step.c")
 HALVES = "-DHALVES -mavx512bf16"
+_loaded: list[ctypes.CDLL] = []
 
 
 class CMatrix(Structure):
@@ -119,6 +120,20 @@ class CProduct(Structure):
     )
 
 
+class CChoice(Structure):
+    """A token to choose or to score, and its row of logits."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("adjusted", c_void_p),
+        *((name, c_double) for name in ("temperature", "top_p", "min_p", "u")),
+        *((name, c_int64) for name in ("top_k", "scored", "tops", "token")),
+        *((name, c_float) for name in ("largest", "best", "logprob")),
+        ("top_logprobs", POINTER(c_float)),
+        ("top_ids", POINTER(c_int64)),
+    )
+
+
 @cache
 def library(options: str = "") -> ctypes.CDLL:
     """Return the step compiled with these options, besides the compiler's own: with `HALVES` it multiplies in bfloat16.
@@ -129,6 +144,13 @@ def library(options: str = "") -> ctypes.CDLL:
     step = compiler.load(SOURCE, f"-O2 -ffp-contract=off {options}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
+    step.loradeck_sample.argtypes = (POINTER(CChoice), c_int64, c_int64, c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
     step.loradeck_page_bytes.restype = c_int64
+    _loaded.append(step)
     return step
+
+
+def latest() -> ctypes.CDLL | None:
+    """Return the library that was loaded last: for what each of them computes, in the step's own threads."""
+    return _loaded[-1] if _loaded else None

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "norms.h"
+#include "sampling.h"
 #include "team.h"
 
 #define CHUNK 64 /* rows whose sums are kept at a time */
@@ -68,6 +69,8 @@ struct Step {
     _Atomic i64 *counters;
     int members;
     const Product *product;
+    Choice *choices;
+    i64 count, vocabulary; /* of the choices */
 };
 static _Atomic i64 *counters_of(Step *step) { return step->counters; }
 
@@ -367,15 +370,34 @@ static void multiply(Step *s, int thread) {
     END(tiles);
 }
 
-/* ---- the calls ---- */
-static void work(Step *step, int thread) { step->way(step, thread); }
-static struct { char *bytes; i64 size; } room; /* kept from step to step; the team's lock guards it */
-
 INLINE void *cut(char *from, i64 *at, i64 bytes) { /* with two lines to spare, for what is read as whole vectors */
     char *start = from ? from + *at : 0;
     *at += (bytes + 128 + 63) / 64 * 64;
     return start;
 }
+static i64 lay_out_row(Row *r, i64 vocabulary, char *from) { /* return the bytes that a row needs */
+    i64 at = 0;
+    r->tokens = vocabulary;
+    r->groups = (vocabulary + GROUP - 1) / GROUP;
+    r->most = cut(from, &at, r->groups * 4);
+    r->sums = cut(from, &at, r->groups * 4);
+    r->weights = cut(from, &at, r->groups * GROUP * 4);
+    r->list = cut(from, &at, vocabulary * sizeof(Entry));
+    r->spare = cut(from, &at, vocabulary * sizeof(Entry));
+    return at;
+}
+static void choose_tokens(Step *s, int thread) {
+    Row row;
+    i64 phase = 0;
+    lay_out_row(&row, s->vocabulary, s->scratch + thread * s->scratch_bytes);
+    UNITS(u, s->count) choose_token(s->choices + u, &row);
+    END(s->count);
+}
+
+/* ---- the calls ---- */
+static void work(Step *step, int thread) { step->way(step, thread); }
+static struct { char *bytes; i64 size; } room; /* kept from step to step; the team's lock guards it */
+
 static i64 lay_out(Step *s, char *from) { /* return the bytes that a step needs, from an address that may be null */
     const Model *m = s->m;
     const i64 T = s->b->rows, W = s->b->wanted, group = m->heads / m->key_heads, width = m->heads * m->dim;
@@ -455,6 +477,24 @@ int loradeck_product(const Product *p, int threads) {
         memset(memory, 0, counters);
         s.x = (Panel){(num *)(memory + counters), p->rows};
         s.scratch = memory + counters + panel;
+        together(&s, s.members);
+    }
+    pthread_mutex_unlock(&team.busy);
+    return !memory;
+}
+/* Choose or score tokens. Return 0; 1 if there is no memory for it: then nothing is written. */
+int loradeck_sample(Choice *choices, i64 count, i64 vocabulary, int threads) {
+    Row row;
+    Step s = {.way = choose_tokens, .choices = choices, .count = count, .vocabulary = vocabulary};
+    s.scratch_bytes = lay_out_row(&row, vocabulary, 0);
+    pthread_mutex_lock(&team.busy);
+    s.members = grow(count < threads ? (int)count : threads);
+    const i64 counters = (s.members + 1) * LINE * sizeof(i64);
+    char *memory = room_of(counters + s.members * s.scratch_bytes);
+    if (memory) {
+        s.counters = (_Atomic i64 *)memory;
+        memset(memory, 0, counters);
+        s.scratch = memory + counters;
         together(&s, s.members);
     }
     pthread_mutex_unlock(&team.busy);

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from loradeck.errors import LoradeckError, RequestError
 from loradeck.runner.request import Scheduled
-from loradeck.sampling import Sampler, Token, check_finite, top_logprobs
+from loradeck.sampling import Sampler, Token, score
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +62,4 @@ def _prompt_logprobs(logits: Tensor, work: Scheduled) -> tuple[Token, ...]:
     scored = request.prompt[request.computed + 1 : request.computed + work.count + 1]
     if not scored:
         return first
-    rows = logits[: len(scored)].float().log_softmax(-1)
-    check_finite(float(rows.max()))
-    logprobs = rows.gather(1, torch.tensor(scored, device=logits.device)[:, None])[:, 0].tolist()
-    return first + tuple(
-        Token(token, logprob, top_logprobs(row, count))
-        for token, logprob, row in zip(scored, logprobs, rows, strict=True)
-    )
+    return (*first, *score(logits[: len(scored)], scored, count))
