@@ -23,6 +23,7 @@ from loradeck.runner.request import Request
 from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
+from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
 from loradeck.serve.loop import Loop
 from loradeck.serve.scheduler import Scheduler
@@ -73,6 +74,7 @@ class Engine:
             cache,
             Sampler(self._in_vocabulary(stop_ids(base.tokenizer, base.model.generation_config))),
             Scheduler(self.config, cache, self.adapter_cache),
+            Drafter(self.config, cache, self._runner.is_batch_invariant, longest=self._longest),
             self.adapter_cache,
             longest=self._longest,
             observer=observer,
