@@ -7,13 +7,13 @@ step; the others cost a little time and change nothing.
 from collections.abc import Sequence
 
 LONGEST, SHORTEST = 4, 2  # tokens of the n-grams that are looked up
-MAX_DRAFTS = 8  # of a row in a step
 MEMORY_BOUND = 16
 """Tokens of a step. With fewer, a step's time is mostly that of reading the weights, and drafts are nearly free: one of
 16 tokens takes about twice as long as one of a single token. With more, a draft takes as long as any other token."""
+MAX_DRAFTS = MEMORY_BOUND - 1  # of a row in a step
 FIRST_RATE = 0.75
 WEIGHT = 0.25  # of a draft in the rate
-RETRY = 1 / 256  # of the way back to the first rate, for each step whose drafts were not worth it
+RETRY = 1 / 1024  # of the way back to the first rate, for each step whose drafts were not worth it
 
 
 class PromptLookup:

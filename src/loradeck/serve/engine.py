@@ -3,6 +3,7 @@
 Any thread submits requests and reads their answers; one thread computes (`serve.loop`).
 """
 
+import logging
 import operator
 import time
 import uuid
@@ -33,6 +34,8 @@ from loradeck.store import AdapterStore
 
 DEFAULT = SamplingParams()
 
+log = logging.getLogger(__name__)
+
 
 class Engine:
     """Continuous batching over one base and any adapters of a store.
@@ -59,6 +62,8 @@ class Engine:
         self.store = store
         self.config = config or EngineConfig()
         self._runner = runner_of(shared_copy(base.model), enforce_eager=self.config.enforce_eager)
+        if self.config.num_speculative_tokens and not self._runner.is_batch_invariant(()):
+            log.info("no tokens are drafted: only the compiled step computes the same bits with and without drafts")
         cache = self._runner.new_cache(self.config.kv_cache_bytes)
         if not cache.max_tokens:
             raise ConfigError(
