@@ -5,22 +5,25 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.tiny_models import VOCABULARY, adapter
+from tests.tiny_models import VOCABULARY, adapter, tiny_base
 
 from loradeck import AdapterStore, Base
-from loradeck.errors import LogitsError, RequestError
+from loradeck.errors import ConfigError, LogitsError, RequestError
+from loradeck.runner import draft_model
+from loradeck.runner.draft_model import DraftModel
 from loradeck.runner.request import Request, Scheduled
-from loradeck.runner.speculation import PromptLookup
+from loradeck.runner.speculation import Acceptance, PromptLookup
 from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.drafter import Drafter
 from loradeck.serve.engine import Engine
 from loradeck.serve.scheduler import Scheduler
 
-from .conftest import ids
+from .conftest import ids, prompts
 
 Serve = Callable[..., Engine]
 Asked = tuple[list[int], object, SamplingParams]
@@ -169,6 +172,60 @@ def test_drafts_that_cannot_be_checked_are_computed_again(
     monkeypatch.setattr(loop, "_check_drafts", failing)
     assert engine.generate([REPEATS], None, how) == known
     assert "drafts of 1 requests were not checked: no room" in caplog.text
+
+
+# ---- a draft model
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts of a model cost nothing, and nothing is looked up."""
+    monkeypatch.setattr(Acceptance, "cost", property(lambda _: 0.0, lambda *_: None), raising=False)
+    monkeypatch.setattr(PromptLookup, "propose", lambda *_: [])
+
+
+@pytest.mark.usefixtures("free")
+def test_a_draft_model_that_is_the_base_is_always_right(serve: Serve, base: Base, monkeypatch: Any) -> None:
+    monkeypatch.setattr(draft_model, "READ", 16)  # so that long texts are read in parts
+    texts = prompts(6)
+    known = serve(num_speculative_tokens=0).generate(texts, None, LONG)
+    engine = serve(draft_model=base)
+    assert engine.generate(texts, None, LONG) == known
+    stats = engine.stats
+    assert stats.draft_tokens == stats.accepted_tokens > 150
+
+
+@pytest.mark.usefixtures("free")
+def test_its_drafts_change_nothing(serve: Serve, preemptions: Counter[Scheduler], tiny_tokenizer: Any) -> None:
+    """Of another model, through adapters that only the base has, and where rows give way."""
+    rng = random.Random(3)
+    requests = [asked(rng) for _ in range(40)]
+    known = answers(serve(num_speculative_tokens=0, max_step_tokens=256), requests)
+    engine = serve(kv_cache_bytes=TOKEN_BYTES * 32 * 6, draft_model=tiny_base("qwen2", tiny_tokenizer))
+    assert answers(engine, requests) == known
+    assert engine.stats.draft_tokens > engine.stats.accepted_tokens
+    assert preemptions[engine._loop._scheduler] > len(requests)
+
+
+def test_one_that_costs_a_step_of_the_base_is_not_asked(serve: Serve, base: Base, monkeypatch: Any) -> None:
+    monkeypatch.setattr(PromptLookup, "propose", lambda *_: [])
+    engine = serve(draft_model=base)
+    engine.generate([REPEATS], None, LONG)
+    assert engine.stats.draft_tokens == 0
+
+
+def test_one_of_another_vocabulary_is_refused(serve: Serve, base: Base, spaced_tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="the draft model other has another vocabulary than tiny"):
+        serve(draft_model=replace(base, tokenizer=spaced_tokenizer, name="other"))
+
+
+@pytest.mark.usefixtures("free")
+def test_one_that_fails_is_given_up(serve: Serve, base: Base, monkeypatch: Any, caplog: Any) -> None:
+    engine = serve(draft_model=base)
+    known = engine.generate([REPEATS], None, LONG)
+    monkeypatch.setattr(DraftModel, "propose", lambda *_: exec("raise MemoryError('no room')"))
+    assert engine.generate([REPEATS], None, LONG) == known
+    assert caplog.text.count("the draft model failed") == 1
 
 
 # ---- room

@@ -37,6 +37,9 @@ class Request(TokenSequence):
     """Nobody waits for it any more; it is dropped at the next step."""
     lookup: PromptLookup = field(init=False, default_factory=PromptLookup)
     acceptance: Acceptance = field(init=False, default_factory=Acceptance)
+    """Of drafts that were looked up."""
+    model_acceptance: Acceptance | None = field(init=False, default=None)
+    """Of a draft model's; created with the first ones."""
 
     @property
     def pending(self) -> int:

@@ -47,10 +47,11 @@ class Acceptance:
 
     Attributes:
         rate: an estimate of the probability that the next draft is accepted.
+        cost: of a draft, in steps.
     """
 
-    def __init__(self) -> None:
-        self.rate = FIRST_RATE
+    def __init__(self, cost: float = 0.0) -> None:
+        self.rate, self.cost = FIRST_RATE, cost
 
     def record(self, drafts: int, accepted: int) -> None:
         """Learn from a step in which the first `accepted` drafts were right; after a wrong one, none is looked at."""
@@ -68,7 +69,7 @@ def draft_counts(
     """Return how many drafts of each row to compute in a step that has so many tokens without them.
 
     A draft at place i of a row is right with the probability rate ** i. The likeliest come first, and each must be
-    likelier than the share of MEMORY_BOUND that the step already has.
+    likelier than its cost and the share of MEMORY_BOUND that the step already has.
 
     Args:
         acceptances: Of each row's drafts.
@@ -77,13 +78,13 @@ def draft_counts(
         max_tokens: The step's at most.
     """
     drafts = sorted(
-        (-(acceptance.rate**place), place, row)
+        (acceptance.cost - acceptance.rate**place, place, row)
         for row, (acceptance, limit) in enumerate(zip(acceptances, limits, strict=True))
         for place in range(1, limit + 1)
     )
     counts = [0] * len(limits)
-    for total, (chance, _, row) in enumerate(drafts[: max(0, max_tokens - tokens)], start=tokens):
-        if -chance <= total / MEMORY_BOUND:
+    for total, (loss, _, row) in enumerate(drafts[: max(0, max_tokens - tokens)], start=tokens):
+        if -loss <= total / MEMORY_BOUND:
             break
         counts[row] += 1
     for acceptance, limit, count in zip(acceptances, limits, counts, strict=True):

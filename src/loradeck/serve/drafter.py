@@ -1,12 +1,16 @@
 """Adds drafts to a step, and keeps count of those that were accepted."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from loradeck.runner.request import Key, Scheduled
-from loradeck.runner.speculation import MEMORY_BOUND, draft_counts
+from loradeck.runner.draft_model import DraftModel
+from loradeck.runner.request import Key, Request, Scheduled
+from loradeck.runner.speculation import MEMORY_BOUND, Acceptance, draft_counts
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.scheduler import Rows
+
+log = logging.getLogger(__name__)
 
 
 class Drafter:
@@ -19,28 +23,37 @@ class Drafter:
     """
 
     def __init__(
-        self, config: EngineConfig, rows: Rows, is_batch_invariant: Callable[[Key], bool], *, longest: int
+        self,
+        config: EngineConfig,
+        rows: Rows,
+        is_batch_invariant: Callable[[Key], bool],
+        *,
+        longest: int,
+        model: DraftModel | None = None,
     ) -> None:
-        """`longest` is the maximum number of tokens in a row."""
-        self._config, self._rows = config, rows
+        """`longest` is the maximum number of tokens in a row; `model` drafts where a request's own text does not."""
+        self._config, self._rows, self._model = config, rows, model
         self._is_batch_invariant = is_batch_invariant
         self._longest = longest
+        self._sources: dict[Request, Acceptance] = {}
+        """Of the drafts that are not checked yet."""
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
 
     def draft(self, batch: Sequence[Scheduled]) -> list[Scheduled]:
         """Return a step with drafts where they are likely to pay; prompts and room for others come first."""
-        step = [*batch]
         tokens = sum(work.count for work in batch)
         if tokens >= MEMORY_BOUND:
-            return step
-        proposals = {i: drafts for i, work in enumerate(batch) if (drafts := self._propose(work))}
-        acceptances = [batch[i].request.acceptance for i in proposals]
-        counts = draft_counts(acceptances, [*map(len, proposals.values())], tokens, self._config.max_step_tokens)
-        for (i, drafts), count in zip(proposals.items(), counts, strict=True):
-            request = batch[i].request
-            if count and self._rows.reserve(request, len(request.tokens) + count):
-                step[i] = replace(batch[i], drafts=drafts[:count])
-        return step
+            return [*batch]
+        limits = {work.request: limit for work in batch if (limit := self._limit(work)) > 0}
+        drafts = {request: request.lookup.propose(request.tokens, limit) for request, limit in limits.items()}
+        self._sources = {request: source for request in limits if (source := self._source(request, drafts[request]))}
+        most = [limits[request] for request in self._sources]
+        shares = draft_counts([*self._sources.values()], most, tokens, self._config.max_step_tokens)
+        counts = {request: count for request, count in zip(self._sources, shares, strict=True) if count}
+        if self._model:
+            self._model.keep_only({work.request for work in batch})
+            drafts |= self._ask_model(counts)
+        return [self._with_drafts(work, drafts.get(work.request, [])[: counts.get(work.request, 0)]) for work in batch]
 
     def record(self, work: Scheduled, accepted: int, *, runs: bool) -> None:
         """Learn how many drafts of a request were accepted, and give the room of the others back if it `runs` on.
@@ -51,17 +64,47 @@ class Drafter:
         self.drafts += 1
         self.draft_tokens += len(work.drafts)
         self.accepted_tokens += accepted
-        request.acceptance.record(len(work.drafts), accepted)
+        self._sources[request].record(len(work.drafts), accepted)
         if runs:
             self._rows.reserve(request, len(request.tokens))
 
-    def _propose(self, work: Scheduled) -> list[int]:
+    def clear(self) -> None:
+        """Free the draft model's memory of requests."""
+        if self._model:
+            self._model.clear()
+
+    def _limit(self, work: Scheduled) -> int:
+        """Return the maximum number of drafts of a request."""
         request = work.request
-        limit = min(
+        if not work.ends or not self._is_batch_invariant(request.key):
+            return 0
+        return min(
             self._config.num_speculative_tokens,
             request.sampling.max_tokens - request.generated - 1,
             self._longest - len(request.tokens) - 1,
         )
-        if not work.ends or limit < 1 or not self._is_batch_invariant(request.key):
-            return []
-        return request.lookup.propose(request.tokens, limit)
+
+    def _source(self, request: Request, drafts: Sequence[int]) -> Acceptance | None:
+        """Return how often drafts of the better source were right: of the request's own text, or of the model."""
+        own = request.acceptance if drafts else None
+        if self._model is None:
+            return own
+        models = request.model_acceptance = request.model_acceptance or Acceptance(self._model.cost)
+        return own if own and own.rate >= models.rate else models
+
+    def _ask_model(self, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
+        """Return the drafts of those requests whose source is the model."""
+        asked = {
+            request: count for request, count in counts.items() if self._sources[request] is request.model_acceptance
+        }
+        try:
+            return self._model.propose(asked) if self._model else {}
+        except Exception:  # no request needs it
+            log.exception("the draft model failed; it is not asked again")
+            self._model = None
+            return {request: [] for request in asked}
+
+    def _with_drafts(self, work: Scheduled, drafts: Sequence[int]) -> Scheduled:
+        """Return a request's share of the step with drafts, if there is room for them."""
+        fits = drafts and self._rows.reserve(work.request, len(work.request.tokens) + len(drafts))
+        return replace(work, drafts=drafts) if fits else work

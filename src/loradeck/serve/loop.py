@@ -98,6 +98,7 @@ class Loop:
         finally:
             self._end_all()
             self._cache.clear()
+            self._drafter.clear()
 
     def _step(self) -> bool:
         """Compute one step; False if there is nothing to compute."""
