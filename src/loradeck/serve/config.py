@@ -35,8 +35,7 @@ class EngineConfig:
     loaders: int = 2
     """Threads that load adapters."""
     num_speculative_tokens: int = MAX_DRAFTS
-    """Maximum number of tokens that are drafted for a row in one step, from its own text, where that pays: with few
-    rows, by the compiled step, which computes the same bits with them. 0 turns speculative decoding off."""
+    """Maximum number of draft tokens of a row in one step; 0 turns speculative decoding off."""
     enforce_eager: bool = False
     """Compute steps by transformers' modules even where the compiled step can."""
 
