@@ -46,14 +46,17 @@ class Drafter:
             return [*batch]
         limits = {work.request: limit for work in batch if (limit := self._limit(work)) > 0}
         drafts = {request: request.lookup.propose(request.tokens, limit) for request, limit in limits.items()}
-        self._sources = {request: source for request in limits if (source := self._source(request, drafts[request]))}
-        most = [limits[request] for request in self._sources]
-        shares = draft_counts([*self._sources.values()], most, tokens, self._config.max_step_tokens)
-        counts = {request: count for request, count in zip(self._sources, shares, strict=True) if count}
+        sources = {request: source for request in limits if (source := self._source(request, drafts[request]))}
+        most = [limits[request] for request in sources]
+        shares = draft_counts([*sources.values()], most, tokens, self._config.max_step_tokens)
+        counts = dict(zip(sources, shares, strict=True))
         if self._model:
             self._model.keep_only({work.request for work in batch})
-            drafts |= self._ask_model(counts)
-        return [self._with_drafts(work, drafts.get(work.request, [])[: counts.get(work.request, 0)]) for work in batch]
+            asked = [request for request, source in sources.items() if source is request.model_acceptance]
+            drafts |= self._ask_model({request: counts[request] for request in asked if counts[request]})
+        step = [self._with_drafts(work, drafts.get(work.request, [])[: counts.get(work.request, 0)]) for work in batch]
+        self._sources = {work.request: sources[work.request] for work in step if work.drafts}
+        return step
 
     def record(self, work: Scheduled, accepted: int, *, runs: bool) -> None:
         """Learn how many drafts of a request were accepted, and give the room of the others back if it `runs` on.
@@ -64,7 +67,7 @@ class Drafter:
         self.drafts += 1
         self.draft_tokens += len(work.drafts)
         self.accepted_tokens += accepted
-        self._sources[request].record(len(work.drafts), accepted)
+        self._sources.pop(request).record(len(work.drafts), accepted)
         if runs:
             self._rows.reserve(request, len(request.tokens))
 
@@ -93,16 +96,13 @@ class Drafter:
         return own if own and own.rate >= models.rate else models
 
     def _ask_model(self, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
-        """Return the drafts of those requests whose source is the model."""
-        asked = {
-            request: count for request, count in counts.items() if self._sources[request] is request.model_acceptance
-        }
+        """Return the model's drafts; of a model that fails, none, now and later."""
         try:
-            return self._model.propose(asked) if self._model else {}
+            return self._model.propose(counts) if self._model else {}
         except Exception:  # no request needs it
             log.exception("the draft model failed; it is not asked again")
             self._model = None
-            return {request: [] for request in asked}
+            return {request: [] for request in counts}
 
     def _with_drafts(self, work: Scheduled, drafts: Sequence[int]) -> Scheduled:
         """Return a request's share of the step with drafts, if there is room for them."""
