@@ -89,7 +89,7 @@ def test_a_draft_model(tiny_folder: Path, tmp_path: Path, tiny_tokenizer: PreTra
     tokenizer.save_pretrained(other)
     with serving(tiny_folder, "--draft-model", other) as (process, _):
         assert "the draft model other has another vocabulary than tiny" in process.stderr.read()
-        assert process.wait(300) == 1
+        assert process.wait(300) == 2
 
 
 @contextmanager
