@@ -49,9 +49,9 @@ def serve(base: Base, store: AdapterStore) -> Iterator[Callable[..., Engine]]:
     """Return a function that makes an engine with these bounds; all are closed at the end."""
     made: list[Engine] = []
 
-    def serve(observer: object = None, **bounds: object) -> Engine:
+    def serve(observer: object = None, draft_model: Base | None = None, **bounds: object) -> Engine:
         config = EngineConfig(**{"max_rows": 4, "max_step_tokens": 16, **bounds})  # type: ignore[arg-type]
-        made.append(Engine(base, store, config, observer=observer))  # type: ignore[arg-type]
+        made.append(Engine(base, store, config, draft_model=draft_model, observer=observer))  # type: ignore[arg-type]
         return made[-1]
 
     yield serve

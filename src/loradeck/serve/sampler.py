@@ -26,6 +26,8 @@ class StepResult:
     token: Token | None = None
     """The next token; None while the prompt is not read to its end."""
     error: LoradeckError | None = None
+    ahead: Tensor | None = None
+    """Logits (drafts, V) of what follows each draft."""
 
     @classmethod
     def failed(cls, error: Exception) -> Self:
@@ -39,7 +41,7 @@ class StepResult:
 def sample(sampler: Sampler, logits: Sequence[Tensor], batch: Sequence[Scheduled]) -> list[StepResult]:
     """Return the result of each scheduled request, from its logits (S, V)."""
     ready = [i for i, work in enumerate(batch) if work.ends and work.request.sampling.max_tokens]
-    sampled = sampler.sample([logits[i][-1] for i in ready], [batch[i].request for i in ready])
+    sampled = sampler.sample([logits[i][-1 - len(batch[i].drafts)] for i in ready], [batch[i].request for i in ready])
     tokens = dict(zip(ready, sampled, strict=True))
     results = []
     for i, work in enumerate(batch):
@@ -47,7 +49,8 @@ def sample(sampler: Sampler, logits: Sequence[Tensor], batch: Sequence[Scheduled
         try:
             if isinstance(token, Exception):
                 raise token
-            results.append(StepResult(_prompt_logprobs(logits[i], work), token))
+            ahead = logits[i][-len(work.drafts) :] if work.drafts else None
+            results.append(StepResult(_prompt_logprobs(logits[i], work), token, ahead=ahead))
         except Exception as error:
             results.append(StepResult.failed(error))
     return results
