@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import LayoutLinear
-from loradeck.dtypes import computes_in
+from loradeck.dtypes import cpu_has
 from loradeck.native.blocks import INPUTS, OUTPUTS, pack, pad, padded, unpack
+from loradeck.native.library import HALVES
+from loradeck.native.library import origin as library_origin
 from loradeck.native.product import product
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # share of the largest output
@@ -57,7 +59,16 @@ def block(linear: nn.Linear) -> None:
 
 def multiplies_halves(dtype: torch.dtype) -> bool:
     """Whether products with weights of this dtype are computed in bfloat16, by the CPU's own instruction."""
-    return dtype == torch.bfloat16 and computes_in(dtype, torch.device("cpu"))
+    return (
+        dtype == torch.bfloat16
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"  # a user may choose a lower one
+        and cpu_has("avx512_bf16")
+    )
+
+
+def origin(dtype: torch.dtype) -> str:
+    """Return where the library that multiplies weights of this dtype comes from, in words."""
+    return library_origin(HALVES if multiplies_halves(dtype) else "")
 
 
 @cache

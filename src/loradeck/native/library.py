@@ -9,6 +9,7 @@ from loradeck.native.table import SLOTS
 from loradeck.ops import compiler
 
 SOURCE = Path(__file__).with_name("step.c")
+OPTIONS = "-O2 -ffp-contract=off"  # besides the compiler's own
 HALVES = "-DHALVES -mavx512bf16"
 
 
@@ -108,14 +109,19 @@ class CProduct(Structure):
 
 @cache
 def library(options: str = "") -> ctypes.CDLL:
-    """Return the step compiled with these options, besides the compiler's own: with `HALVES` it multiplies in bfloat16.
+    """Return the step compiled with these options, besides `OPTIONS`: with `HALVES` it multiplies in bfloat16.
 
     Raises:
         OSError: as `compiler.load`.
     """
-    step = compiler.load(SOURCE, f"-O2 -ffp-contract=off {options}")
+    step = compiler.load(SOURCE, f"{OPTIONS} {options}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
     step.loradeck_page_bytes.restype = c_int64
     return step
+
+
+def origin(options: str) -> str:
+    """Return where the library of these options comes from, in words."""
+    return compiler.origin(library(options))
