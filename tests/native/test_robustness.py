@@ -159,8 +159,9 @@ def test_a_child_computes_after_a_fork(halves) -> None:
     assert equal(whole(model, tokens, threads=3), alone)
 
 
-def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves) -> None:
-    """In a child whose memory is limited; C's own allocation fails, and nothing was written."""
+@pytest.mark.parametrize("scored", [1, 300_000], ids=["in C", "for logits"])
+def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves, scored) -> None:
+    """In a child whose memory is limited; nothing was written."""
     model = model_of(halves)
     few, many = tokens_of(5, 100, 0), tokens_of(300_000, 100, 0)
     alone = whole(model, few)
@@ -173,7 +174,7 @@ def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves) -
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
             with pytest.raises(MemoryError, match="send fewer rows"):
-                run(model, [replace(sequence.chunk(1), tokens=many)], 1)
+                run(model, [replace(sequence.chunk(1), tokens=many, wanted=scored)], 1)
             status = 0 if not sequence.memory.any() and equal(whole(model, few), alone) else 2
         finally:
             os._exit(status)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_models import TARGETS, VOCABULARY, adapter, tiny_base
-from transformers import PreTrainedTokenizerFast
+from tests.tiny_models import TARGETS, VOCABULARY, adapter
 
 from loradeck import AdapterStore, Bank, Base
 from loradeck.sampling import Token
@@ -19,17 +18,6 @@ from loradeck.serve.engine import Engine
 @pytest.fixture(autouse=True)
 def small_tensors(one_thread: None) -> None:
     """Every test here computes on one thread."""
-
-
-@pytest.fixture
-def make(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Base]:
-    """Return a function that makes a base of a shape, the same weights each time."""
-    return lambda kind: tiny_base(kind, tiny_tokenizer)
-
-
-@pytest.fixture
-def base(make: Callable[[str], Base]) -> Base:
-    return make("llama")
 
 
 def fill(store: AdapterStore, base: Base, kind: str = "llama", count: int = 4) -> AdapterStore:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import Layout, LayoutLinear
-from loradeck.dtypes import computes_in
+from loradeck.dtypes import cpu_has
 from loradeck.native.blocks import INPUTS, OUTPUTS, pack, pad, padded, unpack
+from loradeck.native.library import HALVES
+from loradeck.native.library import origin as library_origin
 from loradeck.native.product import product
 
 EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, (E, 2 J, H) and (E, H, J)
@@ -117,7 +119,16 @@ def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]] | None:
 
 def multiplies_halves(dtype: torch.dtype) -> bool:
     """Whether products with weights of this dtype are computed in bfloat16, by the CPU's own instruction."""
-    return dtype == torch.bfloat16 and computes_in(dtype, torch.device("cpu"))
+    return (
+        dtype == torch.bfloat16
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"  # a user may choose a lower one
+        and cpu_has("avx512_bf16")
+    )
+
+
+def origin(dtype: torch.dtype) -> str:
+    """Return where the library that multiplies weights of this dtype comes from, in words."""
+    return library_origin(HALVES if multiplies_halves(dtype) else "")
 
 
 @cache

@@ -9,6 +9,7 @@ from loradeck.native.table import SLOTS
 from loradeck.ops import compiler
 
 SOURCE = Path(__file__).with_name("step.c")
+OPTIONS = "-O2 -ffp-contract=off"  # besides the compiler's own
 HALVES = "-DHALVES -mavx512bf16"
 _loaded: list[ctypes.CDLL] = []
 
@@ -136,12 +137,12 @@ class CChoice(Structure):
 
 @cache
 def library(options: str = "") -> ctypes.CDLL:
-    """Return the step compiled with these options, besides the compiler's own: with `HALVES` it multiplies in bfloat16.
+    """Return the step compiled with these options, besides `OPTIONS`: with `HALVES` it multiplies in bfloat16.
 
     Raises:
         OSError: as `compiler.load`.
     """
-    step = compiler.load(SOURCE, f"-O2 -ffp-contract=off {options}")
+    step = compiler.load(SOURCE, f"{OPTIONS} {options}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_sample.argtypes = (POINTER(CChoice), c_int64, c_int64, c_int)
@@ -154,3 +155,8 @@ def library(options: str = "") -> ctypes.CDLL:
 def latest() -> ctypes.CDLL | None:
     """Return the library that was loaded last: for what each of them computes, in the step's own threads."""
     return _loaded[-1] if _loaded else None
+
+
+def origin(options: str) -> str:
+    """Return where the library of these options comes from, in words."""
+    return compiler.origin(library(options))
