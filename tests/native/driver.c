@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include "step.c"
 
-enum { SEQUENCES = 6, LENGTH = 70, HIDDEN = 64, HEADS = 4, KEY_HEADS = 2, DIM = 32, INTER = 96, VOCABULARY = 128, LAYERS = 2 };
+enum { SEQUENCES = 6, LENGTH = 70, HIDDEN = 64, HEADS = 4, KEY_HEADS = 2, DIM = 32, INTER = 96, VOCABULARY = 128, LAYERS = 3, EXPERTS = 5 };
 
 static uint64_t state;
 static double uniform(void) { /* between -1 and 1 */
@@ -33,6 +33,11 @@ static Matrix matrix(i64 outputs, i64 inputs, i64 format, int bias) {
 static const i64 OUTPUTS[] = {HEADS * DIM, KEY_HEADS * DIM, KEY_HEADS * DIM, HIDDEN, INTER, INTER, HIDDEN};
 static const i64 INPUTS[] = {HIDDEN, HIDDEN, HIDDEN, HEADS * DIM, HIDDEN, HIDDEN, INTER};
 
+static Experts experts(i64 format) { /* with numbers of their own, two for a row */
+    Matrix *all = malloc(EXPERTS * 3 * sizeof(Matrix));
+    for (i64 i = 0; i < EXPERTS * 3; i++) all[i] = matrix(OUTPUTS[GATE + i % 3], INPUTS[GATE + i % 3], format, 0);
+    return (Experts){matrix(16, HIDDEN, format, 0), all, EXPERTS, 2, format != BF16};
+}
 static Pairing *adapter(i64 r, i64 format) {
     Pairing *all = calloc(LAYERS * SLOTS, sizeof(Pairing));
     for (i64 i = 0; i < LAYERS * SLOTS; i++)
@@ -91,6 +96,7 @@ static int check(i64 format, i64 cache, i64 activation) {
         l->query_norm = norm(all ? HEADS * DIM : DIM), l->key_norm = norm(all ? KEY_HEADS * DIM : DIM);
         l->cos = numbers(LENGTH * 8, F32, 1), l->sin = numbers(LENGTH * 8, F32, 1);
         l->turned = 16, l->window = i ? 0 : 20, l->norms_all = all;
+        l->experts = i == 2 ? experts(format) : (Experts){0};
     }
     const Model m = {LAYERS, HIDDEN, HEADS, KEY_HEADS, DIM, INTER, VOCABULARY, HIDDEN, DIM, activation, cache, F32, layers,
                      activation ? numbers(VOCABULARY * HIDDEN, F32, 1) : 0, 0, norm(HIDDEN), matrix(VOCABULARY, HIDDEN, format, 0),

@@ -16,15 +16,15 @@ from loradeck.runner.native_batch import native_model
 PROMPTS = ["a", "What is the capital of France?", "b" * 90]
 
 
-@pytest.fixture
-def pair(make: Callable[[str], Base]) -> list[tuple[Base, Bank]]:
+@pytest.fixture(params=["llama", "mixtral"])
+def pair(make: Callable[[str], Base], request: pytest.FixtureRequest) -> list[tuple[Base, Bank]]:
     """The same base with the same two adapters: plain, and in blocks."""
-    bases = [make("llama"), make("llama")]
+    bases = [make(request.param), make(request.param)]
     prepare(bases[1].model, "blocks")
     banks = [Bank(base.model) for base in bases]
     for bank in banks:
-        bank.add("a0", adapter(make("llama").model, 0, 4))
-        bank.add("a1", adapter(make("llama").model, 1, 6))
+        bank.add("a0", adapter(make(request.param).model, 0, 4))
+        bank.add("a1", adapter(make(request.param).model, 1, 6))
     return [*zip(bases, banks, strict=True)]
 
 

@@ -25,6 +25,18 @@ class CMatrix(Structure):
     )
 
 
+class CExperts(Structure):
+    """A mixture of experts, in place of a layer's MLP."""
+
+    _fields_ = (
+        ("router", CMatrix),
+        ("matrices", POINTER(CMatrix)),
+        ("count", c_int64),
+        ("chosen", c_int64),
+        ("normalised", c_int64),
+    )
+
+
 NORMS = ("attention_in", "attention_out", "mlp_in", "mlp_out", "query_norm", "key_norm")
 
 
@@ -37,6 +49,7 @@ class CLayer(Structure):
         ("turned", c_int64),
         ("window", c_int64),
         ("norms_all", c_int64),
+        ("experts", CExperts),
     )
 
 
