@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check lint types sanitize bench clean
+.PHONY: demo test test-lowest check lint types sanitize wheels bench clean
 
 demo: .venv/.demo  ## show the whole idea: the tutorial's toy, then a real language model
 	@$(BIN)/loradeck demo
@@ -37,6 +37,13 @@ sanitize:  ## the compiled step under the sanitizers of addresses, undefined beh
 	ASAN_OPTIONS=detect_leaks=0 build/driver
 	$(DRIVER) -fsanitize=thread -o build/driver
 	build/driver
+
+# auditwheel names the oldest Linux that the libraries run on: this machine's, or an older one where they need no more.
+wheels: .venv/.dev  ## a wheel with libraries for this platform's CPUs, for machines without a compiler: in dist/
+	rm -rf build/wheels
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=true $(BIN)/python -m hatchling build -t wheel -d build/wheels
+	if [ `uname` = Linux ]; then PATH=$(BIN):$$PATH $(BIN)/auditwheel repair -w dist build/wheels/loradeck-*.whl; \
+	else mkdir -p dist && cp build/wheels/loradeck-*.whl dist; fi
 
 # PEERS adds other systems, each in a Python of its own: make bench PEERS='--python llama.cpp=VENV/bin/python …'; see
 # python -m benchmarks peers --help

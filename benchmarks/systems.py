@@ -16,12 +16,14 @@ from benchmarks.workloads import greedy
 from loradeck import AdapterStore, Base
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.base.openmp import share_cores
+from loradeck.base.text import encode
 from loradeck.runner.native_runner import NativeRunner
 from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
 STEPS = 32  # tokens that a row decodes after its first
+ANSWER = 128  # tokens at most, of a chat
 ROWS = 64  # of an engine
 
 
@@ -61,7 +63,12 @@ class EngineSystem(System):
         share_cores()  # this and the next as `loradeck serve` does
         cap_kernel_cache()
         super().__init__(Base.load(source, dtype=dtype, weights="packed" if eager else "blocks"))
-        config = EngineConfig(max_rows=ROWS, kv_cache_bytes=4 << 30, enforce_eager=eager)  # room for all prompts
+        config = EngineConfig(
+            max_rows=ROWS,
+            kv_cache_bytes=4 << 30,  # room for all prompts
+            num_speculative_tokens=0,  # a step computes one token of every row
+            enforce_eager=eager,
+        )
         self.engine = Engine(self.base, AdapterStore(folder), config)
         if not eager and not isinstance(self.engine._runner, NativeRunner):
             raise RuntimeError("the step is not compiled here; `loradeck doctor` says why")
@@ -85,6 +92,31 @@ class EngineSystem(System):
     def _generate(self, case: Case, prompts: list[list[int]], tokens: int) -> None:
         names = [f"a{row % case.adapters}" if case.adapters else None for row in range(case.rows)]
         self.engine.generate(prompts, names, SamplingParams(max_tokens=tokens, ignore_eos=True))
+
+
+class Speculation:
+    """An engine, with speculative decoding or without: call it with a request of a chat."""
+
+    def __init__(self, source: str | Path, dtype: str, drafts: bool) -> None:
+        share_cores()
+        cap_kernel_cache()
+        self._base = Base.load(source, dtype=dtype, weights="blocks")
+        config = EngineConfig() if drafts else EngineConfig(num_speculative_tokens=0)
+        self._engine = Engine(self._base, None, config)
+
+    def __call__(self, request: str, rows: int, temperature: float) -> tuple[float, float]:
+        """Return the tokens per second of all rows, and the share of the drafts that was accepted."""
+        prompt = encode(self._base.tokenizer, [{"role": "user", "content": request}])
+        stats, params = (
+            self._engine.stats,
+            [SamplingParams(max_tokens=ANSWER, temperature=temperature, seed=row) for row in range(rows)],
+        )
+        self._engine.generate([prompt] * rows, None, SamplingParams(max_tokens=1))  # from now on it is a known prefix
+        drafts, accepted = stats.draft_tokens, stats.accepted_tokens
+        begin = time.perf_counter()
+        tokens = sum(map(len, self._engine.generate([prompt] * rows, None, params)))
+        rate = tokens / (time.perf_counter() - begin)
+        return rate, (stats.accepted_tokens - accepted) / max(1, stats.draft_tokens - drafts)
 
 
 class Transformers(System):

@@ -203,8 +203,9 @@ def step(theme: Theme) -> Drawing:
     picture.path("M743 218L743 227L119 227L119 234", arrow=True)
     picture.step(12, 326, 176, "norm, head", "of the rows that", "need logits")
     picture.path("M743 300L743 318L100 318L100 324", arrow=True)
-    picture.path("M188 358L226 358", arrow=True)
-    picture.text(236, 358, "logits", anchor="start")
+    picture.path("M188 358L244 358", arrow=True)
+    picture.step(246, 326, 176, "sampling.h", "in a second call: argmax,", "top-k, the seeded draw")
+    picture.text(216, 350, "logits", theme.muted, size=12)
     picture.text(848, 358, "coloured: where a row meets its own adapters", accent, anchor="end", size=12)
     return picture
 

@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no tes
 if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported: each core has a worker of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 # Read when triton is imported: without a GPU its kernels are interpreted on the CPU.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
+from tests.tiny_models import tiny_base
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -102,6 +103,12 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
 def base(tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Base:
     """The tiny model with its tokenizer."""
     return Base(tiny, tiny_tokenizer, name="tiny", source="tiny", fingerprint=fingerprint(tiny))
+
+
+@pytest.fixture
+def make(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Base]:
+    """Return a function that makes a tiny base of an architecture, the same weights each time."""
+    return lambda kind: tiny_base(kind, tiny_tokenizer)
 
 
 @pytest.fixture

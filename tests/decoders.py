@@ -29,6 +29,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -90,6 +91,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", {"sliding_window": 5, "layer_types": SLIDING}),
     "vaultgemma": ("vaultgemma", {"head_dim": 16, "attn_implementation": "eager"}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "mixtral": ("mixtral", {"num_local_experts": 5}),
+    "qwen3-moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3-moe-some": ("qwen3_moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
+    "olmoe": ("olmoe", {**EXPERTS, "intermediate_size": 24}),
+    "granite-moe": ("granitemoe", {"num_local_experts": 4, "residual_multiplier": 0.22, "attention_multiplier": 0.4}),
     "smollm3-window": (
         "smollm3",
         {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 4},

@@ -23,7 +23,7 @@ MAY = {
     "disk": set(),
     "dtypes": set(),
     "blend": {"errors"},
-    "sampling": {"errors"},
+    "sampling": {"native", "errors"},
     "toy": set(),
     "demo": set(),
     "ops": {"disk", "dtypes"},

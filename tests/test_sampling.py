@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,9 +20,19 @@ from transformers import (
 )
 
 from loradeck.errors import ConfigError, RequestError
+from loradeck.native import sampling as native
 from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
 
 V = 3000
+
+
+@pytest.fixture(autouse=True, params=["C", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that chooses tokens."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_c", lambda _: None)
+    elif native._c(torch.empty(0)) is None:
+        pytest.skip("the C code is not usable on this machine")
 
 
 def sequence(prompt: list[int] | None = None, **sampling: Any) -> TokenSequence:
@@ -228,6 +239,21 @@ def test_a_temperature_close_to_0_takes_the_likeliest(logits: torch.Tensor, temp
     best = int(logits.argmax())
     for sampling in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
         assert sample(logits, sequence(temperature=temperature, seed=1, **sampling)) == [Token(best)]
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_huge_temperature_takes_any_that_is_not_ruled_out(logits: torch.Tensor, cut: dict) -> None:
+    kept = {3, 77, V - 1}
+    bias = dict.fromkeys({*range(V)} - kept, float("-inf"))
+    own = sequence(temperature=1e300, seed=1, logit_bias=bias, **cut)
+    assert {sample(logits, own)[0].id for _ in range(60)} == kept
+
+
+def test_an_error_of_all_is_each_ones(logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled again one by one, they would draw a second time from their seeds."""
+    full = MemoryError("full")
+    monkeypatch.setattr(native, "choose", Mock(side_effect=full))
+    assert Sampler(frozenset()).sample(logits.expand(2, -1), [sequence(), sequence(temperature=1.0)]) == [full, full]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

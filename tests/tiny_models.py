@@ -12,12 +12,18 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from loradeck import Adapter, Bank, Base, LoraConfig
@@ -35,6 +41,7 @@ SHAPE = {
     "initializer_range": 0.2,  # wide enough that greedy text varies from prompt to prompt
     "eos_token_id": 2,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
@@ -46,6 +53,11 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "mistral, window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16, moe_intermediate_size=32, norm_topk_prob=True)
+    ),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SHAPE, **EXPERTS)),
     "gemma2, soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16, sliding_window=8)),
 }  # fmt: skip
 TARGETS = {"gpt2": ["c_attn", "c_fc"]}

@@ -13,7 +13,6 @@ from benchmarks.soak.requests import Answer, Ledger, RandomRequests, Request, Re
 from loradeck import Adapter, Base
 from loradeck.errors import AdapterError, BusyError, LoradeckError, UnknownAdapterError
 from loradeck.runner.interface import Cache
-from loradeck.sampling import SamplingParams
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
@@ -111,7 +110,7 @@ def client(engine: Engine, requests: RandomRequests, ledger: Ledger, stop: threa
 def send(engine: Engine, catalogue: Catalogue, request: Request, ledger: Ledger) -> None:
     """Send a request, read its answer until it ends or is cancelled, and add it to the ledger."""
     resolution = Resolution.before(catalogue, request.weights)
-    stream = engine.submit(request.prompt, dict(request.weights) or None, sampling_params(request))
+    stream = engine.submit(request.prompt, dict(request.weights) or None, request.sampling)
     resolution = resolution.after()
     if request.cancel_after == 0:
         stream.cancel()
@@ -147,16 +146,6 @@ def content_key(catalogue: Catalogue, route: Route) -> dict[str, float] | None:
             return None
         key[sha256] = key.get(sha256, 0.0) + weight
     return key
-
-
-def sampling_params(request: Request) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
-        ignore_eos=request.ignore_eos,
-        logprobs=0 if request.logprobs else None,
-    )
 
 
 def administer(

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.soak.catalogue import Catalogue
+from loradeck.sampling import SamplingParams
 
 Weights = tuple[tuple[str, float], ...]
 Route = tuple[tuple[Path, float], ...]
@@ -31,6 +32,16 @@ class Request:
     ignore_eos: bool
     cancel_after: int | None
     """Tokens after which the client goes away."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            ignore_eos=self.ignore_eos,
+            logprobs=0 if self.logprobs else None,
+        )
 
 
 class RandomRequests:

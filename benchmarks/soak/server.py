@@ -62,7 +62,9 @@ def soak(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[L
         command = [sys.executable, "-m", "loradeck", "serve", "smollm2-135m", "--dtype", "float32", "--port", "0"]
         command += ["--adapters", str(catalogue.store.folder)]
         for option in fields(limits.config):
-            command += [f"--{option.name.replace('_', '-')}", str(getattr(limits.config, option.name))]
+            value = getattr(limits.config, option.name)
+            if value != option.default:
+                command += [f"--{option.name.replace('_', '-')}", str(value)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:

@@ -1,11 +1,12 @@
 """The compiled step against transformers' modules in the same engine, and against plain transformers.
 
-    python -m benchmarks native [--rounds 7] [--dtypes float32 bfloat16] [--only decode prompts busy]
+    python -m benchmarks native [--rounds 7] [--dtypes float32 bfloat16] [--only decode prompts busy speculation]
 
 decode   seconds of a step that decodes one token of every row; what of it is not the compiled step; and, beside it, a
          plain read of as many bytes as the base has
 prompts  new prompts until their first token
 busy     16 rows through 16 adapters, alone and beside one endless loop
+speculation  answers that repeat their prompt, and answers that do not, with and without speculative decoding
 
 The base is SmolLM2-135M in float32, and also in bfloat16 if this CPU computes in it. Each system is a process of its
 own, and they take turns.
@@ -25,7 +26,7 @@ from benchmarks.figures import PERCENT, Figure, Suite, Table
 from benchmarks.harness import CPU, Run, parser
 from benchmarks.models import SHAPES, random_store, save_random_base
 from benchmarks.processes import take_turns, take_turns_beside_a_loop, worker
-from benchmarks.systems import ROWS, STEPS, Case, EngineSystem, PlainRead, Transformers
+from benchmarks.systems import ANSWER, ROWS, STEPS, Case, EngineSystem, PlainRead, Speculation, Transformers
 from loradeck import Base
 from loradeck.base.load import SMOLLM2
 from loradeck.dtypes import computes_in
@@ -35,7 +36,7 @@ PROMPTS = {"16 x 64": Case(16), "1 x 512": Case(1, prompt=512)}
 COMPILED, EAGER, PLAIN = "compiled step", "enforce_eager", "transformers"
 CASES = {COMPILED: (ONE, BASE, MIXED, MANY, LONG), EAGER: (ONE, BASE, MIXED, MANY, LONG), PLAIN: (ONE, BASE)}
 READ = "plain read"
-PARTS = ("decode", "prompts", "busy")
+PARTS = ("decode", "prompts", "busy", "speculation")
 DTYPES = ("float32", "bfloat16")
 EMULATED = "bfloat16, emulated"
 
@@ -62,6 +63,29 @@ BESIDE: Rows = (
 )
 
 
+SPECULATION: Rows = (
+    ("1 row, repeats", "1 row, an answer that repeats its prompt: tokens/s with drafts over without", "×", "", ""),
+    ("1 row, plain", "1 row, a plain answer", "×", "", ""),
+    ("1 row, drawn", "1 row, a plain answer at temperature 1", "×", "", ""),
+    ("16 rows, plain", "16 rows, plain answers at temperature 1", "×", "", ""),
+    ("accepted, repeats", "share of the drafts that is accepted: an answer that repeats its prompt", PERCENT, "", ""),
+    ("accepted, plain", "a plain answer", PERCENT, "", ""),
+)
+PARAGRAPH = """\
+The river Tarn rises in the hills above the town of Alden. In spring its water is high and brown, and the old mill by
+the bridge stands with its feet in the flood. Miller Jonas Reed has kept the mill for forty years. He says that the
+river talks at night, and that nobody who has slept beside it forgets the sound. Children come to fish from the wall,
+and their mothers call them home when the bell of Saint Anne rings six times."""
+REPEAT = f"Repeat the following text word for word:\n\n{PARAGRAPH}"
+STORY = "Write a story about a lighthouse keeper and a storm."
+ANSWERS = {
+    "1 row, repeats": (REPEAT, 1, 0.0),
+    "1 row, plain": (STORY, 1, 0.0),
+    "1 row, drawn": (STORY, 1, 1.0),
+    "16 rows, plain": (STORY, 16, 1.0),
+}
+
+
 def tables(kind: str) -> tuple[Table, ...]:
     """Return the tables of a base's dtype; one that is emulated has no targets."""
 
@@ -74,6 +98,7 @@ def tables(kind: str) -> tuple[Table, ...]:
         Table(f"Decoding in {kind}", (f"decode {kind}", "{column}", "{row}")),
         Table(f"Prompts in {kind}: time to the first token", (f"prompts {kind}", "{row}"), figures(FIRST_TOKENS)),
         Table(f"16 rows of 16 adapters in {kind}, beside one endless loop", (f"busy {kind}", "{row}"), figures(BESIDE)),
+        Table(f"Speculative decoding in {kind}", (f"speculation {kind}", "{row}"), figures(SPECULATION)),
     )
 
 
@@ -94,6 +119,8 @@ SUITE = Suite(
 - *prompts*: new ones each time. The engine from the call of `generate` until all rows have a token; transformers from
   the call of its forward pass to the last logits.
 - *beside one endless loop*: tokens per second beside a process that only loops, over those alone.
+- *speculative decoding*: prompt lookup at its defaults over none, the same answers of {ANSWER} tokens at most.
+  In the other tables it is off.
 """,
 )
 
@@ -108,13 +135,21 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path(path)
         source = save_random_base(run.options.shape, folder / "base") if run.options.shape else SMOLLM2
         for dtype in run.options.dtypes:
-            measure(run, source, dtype, folder / dtype)
+            if {*run.options.only} != {"speculation"}:
+                measure(run, source, dtype, folder / dtype)
+            if "speculation" in run.options.only:
+                run.add(f"speculation {kind_of(dtype)}", speculation(dtype, run.options.rounds))
     run.end()
+
+
+def kind_of(dtype: str) -> str:
+    """Return what the tables call a dtype."""
+    return dtype if computes_in(getattr(torch, dtype), CPU) else f"{dtype}, emulated"
 
 
 def measure(run: Run, source: str | Path, dtype: str, folder: Path) -> None:
     """Add the figures of a base in a dtype; its adapters are stored in a folder."""
-    kind = dtype if computes_in(getattr(torch, dtype), CPU) else f"{dtype}, emulated"
+    kind = kind_of(dtype)
     base = Base.load(source, dtype=dtype)
     nbytes = sum(parameter.nbytes for parameter in base.model.parameters())
     random_store(base.model, folder, count=ROWS, r=8, dtype=base.model.dtype)
@@ -187,6 +222,21 @@ def busy(systems: Mapping[str, Callable[..., Any]], rounds: int) -> dict[str, fl
         figures |= {f"{name}, alone (tokens/s)": rates[0], f"{name}, beside the loop (tokens/s)": rates[1]}
         figures[f"{name}, beside / alone"] = rates[1] / rates[0]
     return figures
+
+
+def speculation(dtype: str, rounds: int) -> dict[str, float]:
+    """Return the speed with drafts over that without them, and how many drafts are accepted."""
+    with worker(Speculation, SMOLLM2, dtype, True) as drafting, worker(Speculation, SMOLLM2, dtype, False) as plain:
+        turns = {
+            (name, drafts): partial(system, *answer)
+            for name, answer in ANSWERS.items()
+            for drafts, system in ((True, drafting), (False, plain))
+        }
+        take_turns(turns, 1)
+        results = take_turns(turns, rounds)
+    figures = {name: median_of(results[name, True], 0) / median_of(results[name, False], 0) for name in ANSWERS}
+    accepted = {name: median_of(results[f"1 row, {name}", True], 1) for name in ("repeats", "plain")}
+    return figures | {f"accepted, {name}": share for name, share in accepted.items()}
 
 
 def median_of(results: Sequence[tuple[float, float]], place: int) -> float:

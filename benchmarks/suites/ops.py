@@ -1,12 +1,13 @@
 """The update of one layer, by each implementation: its error against float64, and its time. Constants in ops/cpu.py and
-ops/gpu.py are read from these times.
+ops/gpu.py are read from these times. And the choice of tokens, in C and in torch.
 
-    python -m benchmarks ops [--rounds 30] [--only decode training]
+    python -m benchmarks ops [--rounds 30] [--only decode training sampling]
     python -m benchmarks ops --device cuda [--shape Llama-3.2-1B Llama-3.1-8B]
 
 decode     16 rows of several tokens through several adapters of r=8, then long rows through one adapter of several
            ranks, on a layer of SmolLM2-135M's shape, without autograd
 training   forward and backward of 8 rows of 64 tokens, through one adapter and through 8
+sampling   16 rows of random logits to tokens: the likeliest, and drawn ones
 
 On the layers of a base's shape: all implementations are checked against float64, forward and backward, and timed on 32
 rows of 32 adapters of r=16. Each call meets another layer's weights, as in a model: what a cache holds from the call
@@ -14,6 +15,8 @@ before would flatter all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -23,17 +26,20 @@ from torch import Tensor, nn
 from benchmarks.figures import Suite, Table
 from benchmarks.harness import CPU, Run, alternate, parser
 from benchmarks.models import linear_layers, random_model
+from loradeck.native.library import library
+from loradeck.native.sampling import Row, choose_in_c, choose_in_torch
 from loradeck.ops import autograd, cpu, dispatch, portable, reference
 from loradeck.ops.layer_kinds import LayerKind, LinearKind, kind_of
 from loradeck.ops.mapping import AdapterWeights, LoraMapping
 from loradeck.ops.weights import LayerAdapters, LoraWeights
 
 Lora = Callable[[Tensor, Tensor, LayerAdapters, LoraMapping], Tensor]
-PARTS = ("decode", "training")
+PARTS = ("decode", "training", "sampling")
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS, LAYERS = 16, 16
 IN, OUT = 576, 1536
 TRAINING_ROWS, TRAINING_TOKENS = 8, 64
+VOCABULARY, SPREAD = 49152, 4.0  # with this standard deviation, top_p=0.95 keeps some hundred tokens
 # On a base's layers.
 ROWS_OF_BASE = 32
 RANKS = (1, 4, 8, 16, 16, 64)
@@ -57,6 +63,7 @@ SUITE = Suite(
             ("training", "{row}", "{column}"),
             unit="µs",
         ),
+        Table(f"{ROWS} rows of {VOCABULARY} logits to tokens", ("sampling", "{row}", "{column}"), unit="µs"),
         Table("Error, relative to the largest output", ("errors {column}", "{row}")),
         Table(f"{ROWS_OF_BASE} rows of {ROWS_OF_BASE} adapters, r=16", ("times {column}", "{row}")),
         Table("By the implementations of that commit", ("{row}", "{column}"), unit="µs"),
@@ -83,6 +90,8 @@ def main(arguments: Sequence[str]) -> None:
             run.add("decode", decode(rounds))
         if "training" in run.options.only:
             run.add("training", training(rounds))
+        if "sampling" in run.options.only:
+            run.add("sampling", sampling(rounds))
     run.end()
 
 
@@ -177,6 +186,25 @@ def forward_and_backward(lora: Lora, gradient: Tensor) -> Lora:
         return z
 
     return step
+
+
+def sampling(rounds: int) -> dict[str, dict[str, float]]:
+    """Return the microseconds of C and of torch, by how tokens are chosen."""
+    figures: dict[str, dict[str, float]] = {}
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS, VOCABULARY, generator=rng) * SPREAD
+    numbers = torch.rand(ROWS, generator=rng).tolist()
+    c = library()
+    drawn = [Row(row, None, 0.8, 0, 0.95, u=u) for row, u in zip(logits, numbers, strict=True)]
+    kinds = {
+        "the likeliest": [Row(row) for row in logits],
+        "temperature 0.8, top_p 0.95": drawn,
+        "temperature 0.8, top_p 0.95, 5 logprobs": [replace(row, logprobs=5) for row in drawn],
+    }
+    for name, rows in kinds.items():
+        runs = {"C": partial(choose_in_c, c, rows), "torch": partial(choose_in_torch, rows)}
+        figures[name] = microseconds(alternate(runs, rounds))
+    return figures
 
 
 @torch.no_grad()

@@ -133,8 +133,9 @@ SUITE = Suite(
     ),
     """
 - The systems compute in one dtype, also their adapters, keys and values: bfloat16 where the CPU has instructions for
-  it, else float32. llama.cpp has float16 for adapters, keys and values instead of bfloat16. Beside them, `loradeck, int8` has int8 weights, and `llama.cpp, Q4_1` what its users have: weights
-  of 4 bits, products in int8, and a cache in float16.
+  it, else float32. llama.cpp has float16 for adapters, keys and values instead of bfloat16. Beside them,
+  `loradeck, int8` has int8 weights, and `llama.cpp, Q4_1` what its users have: weights of 4 bits, products in int8,
+  and a cache in float16.
 - *decoding alone*: from when all rows have their first token on. Prompts are computed before, and kept where a system
   can keep them.
 - PEFT, vLLM and loradeck compute rows of different adapters in one batch. llama.cpp and OpenVINO GenAI cannot: their

@@ -17,7 +17,12 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and _cpu_computes_in(dtype)
 
 
+def cpu_has(*instructions: str) -> bool:
+    """Whether torch finds one of these instructions on the CPU, by its names for them."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and later
+    return any(capabilities.get(name) for name in instructions)
+
+
 @cache
 def _cpu_computes_in(dtype: torch.dtype) -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and later
-    return any(capabilities.get(name) for name in INSTRUCTIONS[dtype])
+    return cpu_has(*INSTRUCTIONS[dtype])

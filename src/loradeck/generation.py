@@ -1,6 +1,6 @@
 """Text from prompts, each through its own adapter: a whole batch at once, or one answer as a stream."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -55,9 +55,9 @@ def generate(
             hint="Give one entry per prompt, or one for all.",
         )
     sequences = _sequences(base, prompts, max_new_tokens, temperature, top_p, seed)
-    for count, _ in enumerate(_steps(base, bank, sequences, adapters), start=1):
+    for _ in _steps(base, bank, sequences, adapters):
         if on_step is not None:
-            on_step(count)
+            on_step(max(sequence.generated for sequence in sequences))
     return [decode(base.tokenizer, sequence.tokens[len(sequence.prompt) :]) for sequence in sequences]
 
 
@@ -81,7 +81,7 @@ def stream(
     _route(bank, adapter)  # raises now if the adapter is unknown, not at the first piece
     text = Detokenizer(base.tokenizer)
     steps = _steps(base, bank, sequences, adapter)
-    return (piece for (token,) in steps if token and (piece := text.push(token.id)))
+    return (piece for tokens in steps for token in tokens.values() if (piece := text.push(token.id)))
 
 
 def _sequences(
@@ -107,39 +107,35 @@ def _steps(
     bank: "Bank | None",
     sequences: Sequence[TokenSequence],
     adapters: "RouteEntry | Sequence[RouteEntry]",
-) -> Iterator[list[Token | None]]:
-    """Continue all sequences by a token and yield it, step after step; None for those that have ended.
+) -> Iterator[dict[int, Token]]:
+    """Continue all sequences and yield the next token of some of them, by their index, again and again until all end.
 
     The token that ends a turn is neither appended nor yielded.
     """
     sampler = Sampler(stop_ids(base.tokenizer, base.model.generation_config))
-    prompts = [sequence.prompt for sequence in sequences]
-    batch = _native_batch(base, bank, prompts, adapters) or _Batch(base, prompts)
-    running = [True] * len(sequences)
-    for _ in range(sequences[0].sampling.max_tokens):
+    batch = _native_batch(base, bank, sequences, adapters) or _Batch(base, [sequence.prompt for sequence in sequences])
+    running = len(sequences)
+    while running:
         with _route(bank, adapters):  # not across a yield: it would be the reader's route too
-            logits = batch.forward()
-        rows = [i for i, runs in enumerate(running) if runs]
-        tokens: list[Token | None] = [None] * len(sequences)
-        results = sampler.sample(logits if all(running) else logits[rows], [sequences[i] for i in rows])
-        for i, token in zip(rows, results, strict=True):
+            rows, logits = batch.forward()
+        tokens: dict[int, Token] = {}
+        for i, token in zip(rows, sampler.sample(logits, [sequences[i] for i in rows]), strict=True):
             if isinstance(token, Exception):
                 raise token
-            if token.ends:
-                running[i] = False
-            else:
+            if not token.ends:
                 sequences[i].tokens.append(token.id)
                 tokens[i] = token
-        if not any(running):
-            return
-        yield tokens
-        batch.append([None if token is None else token.id for token in tokens])
+        if tokens:
+            yield tokens
+        ends = {i for i in rows if i not in tokens or sequences[i].generated == sequences[i].sampling.max_tokens}
+        batch.append({i: None if i in ends else tokens[i].id for i in rows})
+        running -= len(ends)
 
 
 def _native_batch(
-    base: Base, bank: "Bank | None", rows: Sequence[Sequence[int]], adapters: "RouteEntry | Sequence[RouteEntry]"
+    base: Base, bank: "Bank | None", sequences: Sequence[TokenSequence], adapters: "RouteEntry | Sequence[RouteEntry]"
 ) -> NativeBatch | None:
-    """Return the rows as the compiled step computes them, each through its adapters; None if it cannot."""
+    """Return the sequences as the compiled step computes them, each through its adapters; None if it cannot."""
     from loradeck.lora.routing import is_open, weights_of
 
     native = None if is_open() else native_model(base.model)  # a route of the caller's applies to the modules
@@ -147,7 +143,7 @@ def _native_batch(
         return None
 
     several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
-    entries = [*adapters] if several else [adapters] * len(rows)
+    entries = [*adapters] if several else [adapters] * len(sequences)
     packed: dict[str, NativeAdapter] = {}
     with _route(bank, adapters):  # raises if an adapter is unknown
         try:
@@ -158,7 +154,7 @@ def _native_batch(
         except ValueError:  # it adapts what the step does not know
             return None
     uses = [tuple((packed[name], weight) for name, weight in weights_of(entry)) for entry in entries]
-    return NativeBatch(native, rows, uses)
+    return NativeBatch(native, [sequence.prompt for sequence in sequences], uses, sequences[0].sampling.max_tokens)
 
 
 class _Batch:
@@ -169,6 +165,7 @@ class _Batch:
 
     def __init__(self, base: Base, rows: Sequence[Sequence[int]]) -> None:
         self.model = base.model
+        self._running = [*range(len(rows))]
         self.pad: int = base.tokenizer.pad_token_id or 0  # masked, so any token will do
         self._cache_name = cache_argument(type(self.model))
         self._accepted = signature(type(self.model).forward).parameters
@@ -178,8 +175,8 @@ class _Batch:
         self._mask = mask if padded else None  # without padding, attention is plainly causal
         self._positions = (mask.cumsum(-1) - 1).clamp(min=0) if padded else None
 
-    def forward(self) -> Tensor:
-        """Read the new tokens and return the logits (N, V) of what follows."""
+    def forward(self) -> tuple[list[int], Tensor]:
+        """Read the new tokens; return the rows that have not ended, and the logits (N, V) of what follows them."""
         inputs = {
             "attention_mask": self._mask,
             "position_ids": self._positions,
@@ -190,11 +187,13 @@ class _Batch:
         accepted = {name: value for name, value in inputs.items() if value is not None and name in self._accepted}
         output = self.model(input_ids=self._unread, **accepted)
         self._cache = output.get(self._cache_name)
-        return output.logits[:, -1]
+        logits = output.logits[:, -1]
+        return self._running, logits if len(self._running) == len(logits) else logits[self._running]
 
-    def append(self, tokens: Sequence[int | None]) -> None:
-        """Add a token to each row; None to one that has ended."""
-        padded = [self.pad if token is None else token for token in tokens]
+    def append(self, tokens: Mapping[int, int | None]) -> None:
+        """Add the next token of each row that `forward` returned; None to one that ends."""
+        self._running = [i for i, token in tokens.items() if token is not None]
+        padded = [self.pad if (token := tokens.get(i)) is None else token for i in range(len(self._unread))]
         new = torch.tensor(padded, device=self._unread.device)[:, None]
         positions = None if self._positions is None else self._positions[:, -1:] + 1
         if self._mask is not None:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from loradeck.errors import ConfigError, LogitsError
+from loradeck.native import sampling as native
+from loradeck.native.sampling import Choice, Row
 
-CANDIDATES = 1024  # the likeliest tokens that top_p looks at before it looks at all
-COLD = 1e-5  # a lower temperature counts as 0: logits divided by it may overflow, and only ties would differ
+COLD = 1e-5  # a lower temperature counts as 0: only ties would differ
+HOT = 1e30  # a higher one counts as this, which float32 has
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,115 +190,71 @@ class Sampler:
 
         An error is the sequence's own: the others have drawn their random numbers, and must not draw again.
         """
-        tokens: list[Token | Exception] = []
-        greedy = self._greedy(logits, [i for i, sequence in enumerate(sequences) if _is_greedy(sequence)])
-        for i, sequence in enumerate(sequences):
+        rows: list[Row | Exception] = []
+        for row, sequence in zip(logits, sequences, strict=True):
             try:
-                if i in greedy:
-                    logit, token = greedy[i]
-                    check_finite(logit)
-                    tokens.append(Token(token, ends=self._is_stop(token, sequence.sampling)))
-                else:
-                    tokens.append(self._sample(logits[i].float(), sequence))
+                rows.append(self._row(row, sequence))
             except Exception as error:
-                tokens.append(error)
-        return tokens
+                rows.append(error)
+        choices = iter(_choices([row for row in rows if isinstance(row, Row)]))
+        chosen = [row if isinstance(row, Exception) else next(choices) for row in rows]
+        return [self._token(choice, sequence.sampling) for choice, sequence in zip(chosen, sequences, strict=True)]
 
-    @staticmethod
-    def _greedy(logits: Tensor | Sequence[Tensor], rows: list[int]) -> dict[int, tuple[float, int]]:
-        """Return the largest logit and its token for these rows, all in one operation."""
-        if not rows:
-            return {}
-        if not isinstance(logits, Tensor) or len(rows) < len(logits):
-            logits = torch.stack([logits[i] for i in rows])
-        values, tokens = logits.max(-1)
-        return dict(zip(rows, zip(values.tolist(), tokens.tolist(), strict=True), strict=True))
-
-    def _sample(self, logits: Tensor, sequence: TokenSequence) -> Token:
-        """Choose one token from logits (V,) in float32."""
+    def _row(self, logits: Tensor, sequence: TokenSequence) -> Row:
+        """Return what is asked of the logits (V,) of a sequence's next token; draw its random number."""
         sampling = sequence.sampling
-        check_finite(float(logits.max()))
-        adjusted = self._adjust(logits, sequence)
-        best, likeliest = adjusted.max(-1)
-        if float(best) == -math.inf:
-            raise LogitsError("every token is ruled out", hint="Ask with a smaller logit_bias.")
-        token = int(likeliest) if sampling.temperature < COLD else _draw(adjusted, sequence)
-        ends = self._is_stop(token, sampling)
-        if sampling.logprobs is None:
-            return Token(token, ends=ends)
-        logprobs = logits.log_softmax(-1)
-        return Token(token, float(logprobs[token]), top_logprobs(logprobs, sampling.logprobs), ends)
+        adjusted = self._adjust(logits.float(), sequence) if Adjustment.changes(sequence) else None
+        if sampling.temperature < COLD:
+            return Row(logits, adjusted, logprobs=sampling.logprobs)
+        if sequence.rng is None:
+            sequence.rng = random.Random(sampling.seed)
+        return Row(
+            logits,
+            adjusted,
+            min(sampling.temperature, HOT),
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+            sequence.rng.random(),
+            sampling.logprobs,
+        )
+
+    def _token(self, choice: Choice | Exception, sampling: SamplingParams) -> Token | Exception:
+        if isinstance(choice, Exception):
+            return choice
+        stops = choice.token in sampling.stop_token_ids or (choice.token in self.stop_ids and not sampling.ignore_eos)
+        return _error(choice) or Token(choice.token, choice.logprob, choice.top, stops)
 
     def _adjust(self, logits: Tensor, sequence: TokenSequence) -> Tensor:
-        if not Adjustment.changes(sequence):
-            return logits
         if sequence.adjustment is None:
             sequence.adjustment = Adjustment(sequence, logits, self.stop_ids)
         return sequence.adjustment.apply(logits, sequence)
 
-    def _is_stop(self, token: int, sampling: SamplingParams) -> bool:
-        return token in sampling.stop_token_ids or (token in self.stop_ids and not sampling.ignore_eos)
 
-
-def check_finite(largest: float) -> None:
-    """Check the largest of some logits.
+def score(logits: Tensor, tokens: Sequence[int], count: int) -> list[Token]:
+    """Return tokens (N) with their log-probabilities in logits (N, V), and the `count` likeliest of each row.
 
     Raises:
-        LogitsError: one of them is NaN or +Inf, or all are -Inf.
+        LogitsError: a logit is NaN or +Inf, or all of a row are -Inf.
+        IndexError: there is no such token.
     """
-    if not math.isfinite(largest):
-        raise LogitsError("the model's logits are NaN or Inf", hint="Ask without the adapter, or with a lower scale.")
+    choices = native.score(logits, tokens, count)
+    for choice in choices:
+        if error := _error(choice):
+            raise error
+    return [Token(choice.token, choice.logprob, choice.top) for choice in choices]
 
 
-def top_logprobs(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """Return (id, logprob) of the `count` likeliest tokens of logprobs (V,), best first."""
-    if not count:
-        return ()
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+def _choices(rows: Sequence[Row]) -> Sequence[Choice | Exception]:
+    try:
+        return native.choose(rows)
+    except Exception as error:  # the sequences' own too: all have drawn
+        return [error] * len(rows)
 
 
-def _is_greedy(sequence: TokenSequence) -> bool:
-    """Say whether the next token is the likeliest one and nothing else is asked about it."""
-    sampling = sequence.sampling
-    return sampling.temperature == 0 and sampling.logprobs is None and not Adjustment.changes(sequence)
-
-
-def _draw(logits: Tensor, sequence: TokenSequence) -> int:
-    """Draw a token from logits (V,) by inverting the cumulative distribution at a random number."""
-    sampling = sequence.sampling
-    logits = logits / sampling.temperature
-    ids: Tensor | None = None
-    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-        total = logits.logsumexp(-1)
-        best, ids = logits.topk(min(sampling.top_k or CANDIDATES, len(logits)))
-        if not sampling.top_k and _reaches_beyond(best, total, sampling):
-            best, ids = logits.sort(descending=True)
-        if sampling.top_k:
-            total = best.logsumexp(-1)
-        logits = _cut(best, total, sampling)
-    if sequence.rng is None:
-        sequence.rng = random.Random(sampling.seed)
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    index = int(torch.searchsorted(cdf, sequence.rng.random() * float(cdf[-1]), right=True))
-    index = min(index, len(logits) - 1)
-    return int(ids[index]) if ids is not None else index
-
-
-def _reaches_beyond(best: Tensor, total: Tensor, sampling: SamplingParams) -> bool:
-    """Say whether top_p or min_p may keep more tokens than these candidates."""
-    if sampling.top_p < 1:
-        return float((best - total).exp().sum()) < sampling.top_p
-    return float(best[-1] - best[0]) >= math.log(sampling.min_p)
-
-
-def _cut(best: Tensor, total: Tensor, sampling: SamplingParams) -> Tensor:
-    """Return the logits, best first, with -inf for tokens that top_p or min_p rules out; the best one always stays."""
-    out = torch.zeros(len(best), dtype=torch.bool, device=best.device)
-    if sampling.top_p < 1:
-        probabilities = (best - total).exp()
-        out |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
-    if sampling.min_p:
-        out |= best - best[0] < math.log(sampling.min_p)
-    out[0] = False
-    return best.masked_fill(out, -math.inf)
+def _error(choice: Choice) -> LogitsError | None:
+    if not math.isfinite(choice.largest):
+        return LogitsError("the model's logits are NaN or Inf", hint="Ask without the adapter, or with a lower scale.")
+    if not choice.best > -math.inf:
+        return LogitsError("every token is ruled out", hint="Ask with a smaller logit_bias.")
+    return None

@@ -345,6 +345,17 @@ def test_small_routes(server: LocalServer) -> None:
     assert conversation["count"] == server.request(CHAT, REQUEST).json()["usage"]["prompt_tokens"]
 
 
+def test_drafts_are_in_the_metrics(server: LocalServer) -> None:
+    chat(server, model="", max_tokens=60, ignore_eos=True, logit_bias={"70": 100})  # it says the same again and again
+    counts = samples(server)
+    drafts, tokens, accepted = (
+        counts[f"vllm:spec_decode_num_{name}_total",] for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    assert 0 < drafts < 20
+    assert 40 < accepted <= tokens
+    assert counts["vllm:generation_tokens_total",] == 60
+
+
 def test_metrics(server: LocalServer) -> None:
     for model in ("poet", "poet@1", "", "poet*0.5+pirate*0.5"):
         chat(server, model=model, ignore_eos=True)

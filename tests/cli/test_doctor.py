@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from loradeck.base import prepacked, quantised
+from loradeck.base import blocked, prepacked, quantised
 from loradeck.cli import doctor
 from loradeck.ops import cpu, dispatch
 
 
 def test_it_reports_the_installation(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpu.why_not_available()  # compiles, if no test did before, into the cache of all tests
+    cpu.why_not_available()  # compiles, if no test did before, into the cache of all tests; so does the next line
+    [*map(blocked.why_not_blocked, blocked.TOLERANCE)]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "x").write_bytes(b"0" * 1500)
     monkeypatch.setenv("LORADECK_CACHE", str(tmp_path / "cache"))
@@ -39,6 +40,18 @@ def test_it_reports_the_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) 
     assert facts["int8 weights"] == "with torch's int8 kernel"
     assert facts["adapters on a CPU"] == "portable (no compiler)"
     assert facts["adapters on a GPU"] == "portable (no Triton)"
+
+
+def test_it_says_where_the_compiled_code_comes_from(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "why_not_blocked", lambda dtype: "no compiler" if dtype == torch.float16 else None)
+    monkeypatch.setattr(blocked, "multiplies_halves", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(blocked, "origin", lambda dtype: "prebuilt")
+    monkeypatch.setattr(cpu, "why_not_available", lambda: None)
+    monkeypatch.setattr(cpu, "origin", lambda: "prebuilt")
+    facts = json.loads(run("doctor", "--json").out)
+    step = "of float32 weights, in float32; of bfloat16 weights, in bfloat16; not of float16 weights (no compiler)"
+    assert facts["compiled step"] == f"{step}; prebuilt"
+    assert facts["adapters on a CPU"] == "in C, prebuilt"
 
 
 def test_without_a_gpu_adapters_have_no_gpu(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

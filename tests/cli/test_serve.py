@@ -1,5 +1,6 @@
 """`loradeck serve` as a process: its first lines, its curl command, and SIGTERM."""
 
+import copy
 import hashlib
 import json
 import os
@@ -76,6 +77,19 @@ def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -
         problems = [line for line in process.stderr if " INFO " not in line]
         assert len(problems) == 1
         assert "cut cannot be served" in problems[0]
+
+
+def test_a_draft_model(tiny_folder: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with serving(tiny_folder, "--draft-model", tiny_folder, "--num-speculative-tokens", 4) as (_, (_, curl)):
+        answer = httpx.request(**request(curl), timeout=300)
+        assert answer.status_code == 200, answer.text
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    with serving(tiny_folder, "--draft-model", other) as (process, _):
+        assert "the draft model other has another vocabulary than tiny" in process.stderr.read()
+        assert process.wait(300) == 2
 
 
 @contextmanager

@@ -53,6 +53,12 @@ def halves(build: str) -> bool:
 
 
 @pytest.fixture(scope="module")
+def compiled(build: str) -> ctypes.CDLL:
+    """The step."""
+    return model.library("")
+
+
+@pytest.fixture(scope="module")
 def parts(build: str) -> ctypes.CDLL:
     """Parts of the step by themselves."""
     sources = b"".join(path.read_bytes() for path in sorted(library.SOURCE.parent.glob("*.[ch]")))

@@ -1,11 +1,11 @@
 /* Steps of small random models outside Python, for sanitizers and for other machines: make sanitize.
 
    Sequences through adapters of their own, in several chunks and with several threads, must have the bits that each has
-   alone; prints some logits of each format. Every array ends where its last number does. */
+   alone, and so must tokens; prints some logits of each format, and the tokens. Every array ends where its last number does. */
 #include <stdio.h>
 #include "step.c"
 
-enum { SEQUENCES = 6, LENGTH = 70, HIDDEN = 64, HEADS = 4, KEY_HEADS = 2, DIM = 32, INTER = 96, VOCABULARY = 128, LAYERS = 2 };
+enum { SEQUENCES = 6, LENGTH = 70, HIDDEN = 64, HEADS = 4, KEY_HEADS = 2, DIM = 32, INTER = 96, VOCABULARY = 128, LAYERS = 3, EXPERTS = 5 };
 
 static uint64_t state;
 static double uniform(void) { /* between -1 and 1 */
@@ -33,6 +33,11 @@ static Matrix matrix(i64 outputs, i64 inputs, i64 format, int bias) {
 static const i64 OUTPUTS[] = {HEADS * DIM, KEY_HEADS * DIM, KEY_HEADS * DIM, HIDDEN, INTER, INTER, HIDDEN};
 static const i64 INPUTS[] = {HIDDEN, HIDDEN, HIDDEN, HEADS * DIM, HIDDEN, HIDDEN, INTER};
 
+static Experts experts(i64 format) { /* with numbers of their own, two for a row */
+    Matrix *all = malloc(EXPERTS * 3 * sizeof(Matrix));
+    for (i64 i = 0; i < EXPERTS * 3; i++) all[i] = matrix(OUTPUTS[GATE + i % 3], INPUTS[GATE + i % 3], format, 0);
+    return (Experts){matrix(16, HIDDEN, format, 0), all, EXPERTS, 2, format != BF16};
+}
 static Pairing *adapter(i64 r, i64 format) {
     Pairing *all = calloc(LAYERS * SLOTS, sizeof(Pairing));
     for (i64 i = 0; i < LAYERS * SLOTS; i++)
@@ -91,6 +96,7 @@ static int check(i64 format, i64 cache, i64 activation) {
         l->query_norm = norm(all ? HEADS * DIM : DIM), l->key_norm = norm(all ? KEY_HEADS * DIM : DIM);
         l->cos = numbers(LENGTH * 8, F32, 1), l->sin = numbers(LENGTH * 8, F32, 1);
         l->turned = 16, l->window = i ? 0 : 20, l->norms_all = all;
+        l->experts = i == 2 ? experts(format) : (Experts){0};
     }
     const Model m = {LAYERS, HIDDEN, HEADS, KEY_HEADS, DIM, INTER, VOCABULARY, HIDDEN, DIM, activation, cache, F32, layers,
                      activation ? numbers(VOCABULARY * HIDDEN, F32, 1) : 0, 0, norm(HIDDEN), matrix(VOCABULARY, HIDDEN, format, 0),
@@ -121,8 +127,45 @@ static int check(i64 format, i64 cache, i64 activation) {
     for (i64 s = 0; s < SEQUENCES; s++) printf("%ld %ld %.4f %.4f\n", (long)format, (long)s, alone[s][0][1], alone[s][LENGTH - 1][2]);
     return memcmp(alone, together_, sizeof alone) != 0;
 }
+/* Tokens of rows of several sizes, with numbers that are not finite in some, alone and together */
+static int check_sampling(void) {
+    enum { CHOICES = 48, TOPS = 9 };
+    const i64 sizes[] = {1, 63, 64, 1000, 5000};
+    int wrong = 0;
+    state = 7;
+    for (i64 n = 0; n < 5; n++) {
+        Choice alone[CHOICES] = {0}, beside[CHOICES];
+        float top[2][CHOICES][TOPS] = {0};
+        i64 ids[2][CHOICES][TOPS] = {0};
+        for (i64 i = 0; i < CHOICES; i++) {
+            float *logits = numbers(sizes[n], F32, i % 7 ? 9 : 0), *adjusted = numbers(sizes[n], F32, 3);
+            if (i % 6 == 5) logits[sizes[n] / 2] = i % 4 ? NAN : INFINITY;
+            for (i64 t = 0; t < sizes[n] && i % 8 == 6; t++) (i % 3 ? adjusted : logits)[t] = -INFINITY;
+            alone[i] = (Choice){.logits = logits, .adjusted = i % 5 == 4 ? adjusted : logits, .temperature = i % 4 * 0.5,
+                                .top_p = i % 3 ? 1 : 0.95, .min_p = i % 9 ? 0 : 0.1, .u = fabs(uniform()),
+                                .top_k = i % 2 ? 0 : 1 + i * sizes[n] / CHOICES, .scored = i % 3 != 1, .token = i % 11 ? -1 : 0};
+            alone[i].tops = alone[i].scored ? (TOPS < sizes[n] ? TOPS : sizes[n]) : 0;
+            beside[i] = alone[i];
+            alone[i].top_ids = ids[0][i], alone[i].top_logprobs = top[0][i];
+            beside[i].top_ids = ids[1][i], beside[i].top_logprobs = top[1][i];
+        }
+        if (loradeck_sample(beside, CHOICES, sizes[n], 1 + (int)n)) exit(2);
+        for (i64 i = 0; i < CHOICES; i++) {
+            if (loradeck_sample(alone + i, 1, sizes[n], 1)) exit(2);
+            const Choice *a = alone + i, *b = beside + i;
+            wrong |= a->token != b->token || memcmp(&a->largest, &b->largest, 3 * sizeof(float));
+            if (isfinite(a->largest) && isfinite(a->best)) {
+                wrong |= a->token < 0 || a->token >= sizes[n];
+                printf("%ld %ld %ld %.4f\n", (long)sizes[n], (long)i, (long)a->token, a->logprob);
+            }
+        }
+        wrong |= memcmp(top[0], top[1], sizeof top[0]) || memcmp(ids[0], ids[1], sizeof ids[0]);
+    }
+    return wrong;
+}
 int main(void) {
-    int wrong = check(BF16, BF16, SILU);
+    int wrong = check_sampling();
+    wrong |= check(BF16, BF16, SILU);
 #ifdef HALVES
     wrong |= check(I8, BF16, GELU);
 #else

@@ -6,13 +6,16 @@ from tests.native.tables import Blend
 from torch import Tensor
 
 from loradeck.native import reference
-from loradeck.native.table import Linear, Table
+from loradeck.native.table import Experts, Linear, Table
 
 
 def logits(table: Table, tokens: list[int], blend: Blend, cache: torch.dtype, halves: bool) -> Tensor:
-    """Return the logits (N, V). Keys and values are rounded to the cache's dtype; with `halves`, what matrices are
-    multiplied with is rounded to bfloat16."""
-    project, attend = reference.project, reference.attend
+    """Return the logits (N, V) of the tokens before the first whose choice of experts is nearly a tie, which a rounding
+    may turn. Keys and values are rounded to the cache's dtype; with `halves`, what matrices are multiplied with is
+    rounded to bfloat16."""
+    project, attend, choose = reference.project, reference.attend, reference.choose
+    tie = 5e-2 if halves else 1e-3 if cache == torch.float32 else 2e-2
+    clear = len(tokens)
 
     def halved(x: Tensor) -> Tensor:
         return x.bfloat16().float() if halves else x
@@ -23,10 +26,19 @@ def logits(table: Table, tokens: list[int], blend: Blend, cache: torch.dtype, ha
     def rounded_attend(query: Tensor, key: Tensor, value: Tensor, scale: float, *more: float | None) -> Tensor:
         return attend(halved(query * scale), key.to(cache).float(), value.to(cache).float(), 1.0, *more)
 
+    def clear_choose(experts: Experts, x: Tensor) -> reference.Choice:
+        nonlocal clear
+        ordered = rounded_project(experts.router, x).sort(1, descending=True).values
+        if experts.chosen < ordered.shape[1]:
+            lead = ordered[:, experts.chosen - 1] - ordered[:, experts.chosen]
+            clear = min([clear, *(lead <= tie * ordered.abs().max()).nonzero()[:, 0].tolist()])
+        return choose(experts, x)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "project", rounded_project)
         patch.setattr(reference, "attend", rounded_attend)
-        return reference.logits(table, torch.tensor(tokens), updates_of(blend))
+        patch.setattr(reference, "choose", clear_choose)
+        return reference.logits(table, torch.tensor(tokens), updates_of(blend))[:clear]
 
 
 def updates_of(blend: Blend) -> reference.Updates:

@@ -12,7 +12,7 @@ from loradeck.native.blocks import pack, pad, padded
 from loradeck.native.model import NativeModel
 from loradeck.native.pages import PAGE
 from loradeck.native.step import Chunk, run
-from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
+from loradeck.native.table import SLOTS, Experts, Layer, Linear, Slot, Table
 from loradeck.ops.weights import LoraWeights
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +49,10 @@ class Shape:
     activation: str = "silu"
     softcap: float | None = None
     logit_cap: float | None = None
+    experts: tuple[int, ...] = (0,)
+    """How many, for each layer in turn; 0: it has one MLP."""
+    chosen: int = 2
+    normalised: bool = True
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
@@ -78,6 +82,9 @@ def shapes(**fixed: object) -> st.SearchStrategy[Shape]:
         "activation": st.sampled_from(("silu", "gelu", "gelu_tanh")),
         "softcap": st.sampled_from((None, 2.0)),
         "logit_cap": st.sampled_from((None, 3.0)),
+        "experts": st.sampled_from(((0,), (3,), (0, 5), (40, 2))),
+        "chosen": st.integers(1, 2),
+        "normalised": st.booleans(),
         "residual_scale": st.sampled_from((1.0, 0.3)),
         "logit_scale": st.sampled_from((1.0, 0.7)),
         "embedding_scale": st.sampled_from((1.0, 5.0)),
@@ -103,7 +110,7 @@ def table_of(shape: Shape) -> Table:
             return whole, (1 + normal(outputs).abs()) / (100 * inputs**0.5)
         return (normal(outputs, inputs) / inputs**0.5).to(shape.dtype), None
 
-    def linears_of(number: int) -> dict[Slot, Linear]:
+    def linears_of(prefix: str, part: tuple[Slot, ...] = SLOTS) -> dict[Slot, Linear]:
         queries, keys = heads * shape.head_dim, shape.key_heads * shape.head_dim
         sizes: dict[Slot, tuple[int, int]] = {
             "q": (queries, shape.hidden),
@@ -115,7 +122,7 @@ def table_of(shape: Shape) -> Table:
             "down": (shape.hidden, shape.intermediate),
         }
         modules: dict[str, list[Slot]] = {}
-        for slot in SLOTS:
+        for slot in part:
             modules.setdefault(FUSED.get(slot, slot) if shape.fused else slot, []).append(slot)
         linears: dict[Slot, Linear] = {}
         for module, slots in modules.items():
@@ -124,11 +131,23 @@ def table_of(shape: Shape) -> Table:
             bias = normal(outputs) / 4 if shape.biases else None
             start = 0
             for slot in slots:
-                path, stored = f"layers.{number}.{module}", block(weight) if shape.blocked else weight
+                path, stored = f"{prefix}.{module}", block(weight) if shape.blocked else weight
                 blocked = weight.shape[1] * shape.blocked
                 linears[slot] = Linear(path, stored, start, sizes[slot][0], bias, scales, blocked)
                 start += sizes[slot][0]
         return linears
+
+    def experts_of(number: int, count: int) -> Experts | None:
+        if not count:
+            return None
+        path = f"layers.{number}.experts"
+        weight, scales = weight_of(count, shape.hidden)
+        return Experts(
+            Linear(f"{path}.router", weight, 0, count, scales=scales),
+            shape.chosen,
+            shape.normalised,
+            tuple(linears_of(f"{path}.{expert}", SLOTS[4:]) for expert in range(count)),
+        )
 
     def layer_of(number: int) -> Layer:
         there = [kind == "1" for kind in shape.norms]
@@ -138,8 +157,9 @@ def table_of(shape: Shape) -> Table:
             "all": (heads * shape.head_dim, shape.key_heads * shape.head_dim),
         }
         queries, keys = each[shape.head_norm]
+        experts = experts_of(number, shape.experts[number % len(shape.experts)])
         return Layer(
-            linears_of(number),
+            linears_of(f"layers.{number}", SLOTS[:4] if experts else SLOTS),
             norm(there[0], shape.hidden),
             norm(there[1], shape.hidden),
             norm(there[2], shape.hidden),
@@ -148,6 +168,7 @@ def table_of(shape: Shape) -> Table:
             norm(bool(keys), keys),
             shape.rotary[number % len(shape.rotary)],
             shape.windows[number % len(shape.windows)],
+            experts,
         )
 
     def rotary_of(base: float) -> Callable[[int], tuple[Tensor, Tensor]]:

@@ -66,7 +66,7 @@ def test_rows_of_an_int8_module_have_their_own_scales_and_biases() -> None:
     assert torch.allclose(part, whole[:, 4:7], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "phi3-partial", "gemma2"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "phi3-partial", "gemma2", "qwen3-moe"])
 def test_updates_are_those_of_a_bank(name: str) -> None:
     kind, settings = MODELS[name]
     model = build(kind, {**SIZES, **settings})

@@ -16,6 +16,7 @@ from loradeck.native.model import NativeModel
 from loradeck.native.step import run
 from loradeck.native.table import Table
 
+EXPERTS = [(0,), (5,)]
 SHAPE = Shape(hidden=64, head_dim=32, intermediate=96, vocabulary=100)
 
 
@@ -43,8 +44,9 @@ def test_a_token_that_the_model_does_not_have_is_an_error(halves, token) -> None
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_broken_adapter_changes_no_bit_of_others(halves, dtype, number) -> None:
-    table = table_for(halves)
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_a_broken_adapter_changes_no_bit_of_others(halves, dtype, number, experts) -> None:
+    table = table_for(halves, experts=experts)
     model = NativeModel(table, halves=halves)
     good, broken = (adapter_of(table, 8, dtype, seed, missing=0) for seed in (1, 2))
     for pair in broken.values():
@@ -60,9 +62,10 @@ def test_a_broken_adapter_changes_no_bit_of_others(halves, dtype, number) -> Non
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_broken_token_changes_no_bit_of_the_tokens_before_it(halves, number) -> None:
-    """However the sequence is cut: what a later token left in the cache is not seen."""
-    table = table_for(halves)
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_a_broken_token_changes_no_bit_of_the_tokens_before_it(halves, number, experts) -> None:
+    """However the sequence is cut: what a later token left in the cache is not seen, nor what its router made of it."""
+    table = table_for(halves, experts=experts)
     table.embedding[7] = number
     model = NativeModel(table, halves=halves)
     tokens = [3, 4, 5, 6, 7, 8, 9]
@@ -71,6 +74,16 @@ def test_a_broken_token_changes_no_bit_of_the_tokens_before_it(halves, number) -
     assert at_once[:4].isfinite().all()
     assert not at_once[4:].isfinite().any()
     assert equal(at_once[:4], one_by_one[:4])
+
+
+def test_of_equal_experts_the_first_ones_compute(halves) -> None:
+    table, tokens = table_for(halves, experts=(5,), chosen=2), [1, 2, 3]
+    for layer in table.layers:
+        layer.experts.router.stored.zero_()
+    before = whole(NativeModel(table, halves=halves), tokens)
+    for number, same in ((4, True), (3, True), (2, True), (1, False), (0, False)):
+        table.layers[0].experts.mlps[number]["down"].stored.zero_()
+        assert equal(whole(NativeModel(table, halves=halves), tokens), before) == same
 
 
 def test_values_too_large_for_the_cache_are_infinite(halves) -> None:
@@ -146,8 +159,9 @@ def test_a_child_computes_after_a_fork(halves) -> None:
     assert equal(whole(model, tokens, threads=3), alone)
 
 
-def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves) -> None:
-    """In a child whose memory is limited; C's own allocation fails, and nothing was written."""
+@pytest.mark.parametrize("scored", [1, 300_000], ids=["in C", "for logits"])
+def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves, scored) -> None:
+    """In a child whose memory is limited; nothing was written."""
     model = model_of(halves)
     few, many = tokens_of(5, 100, 0), tokens_of(300_000, 100, 0)
     alone = whole(model, few)
@@ -160,7 +174,7 @@ def test_a_step_that_finds_no_memory_says_so_and_the_next_one_computes(halves) -
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
             with pytest.raises(MemoryError, match="send fewer rows"):
-                run(model, [replace(sequence.chunk(1), tokens=many)], 1)
+                run(model, [replace(sequence.chunk(1), tokens=many, wanted=scored)], 1)
             status = 0 if not sequence.memory.any() and equal(whole(model, few), alone) else 2
         finally:
             os._exit(status)

@@ -260,6 +260,26 @@ class TestCompiler:
             got = dispatch.lora(x, y.clone(), own, mapping, training=False)
         torch.testing.assert_close(got, reference.lora(x, y, own, mapping))
 
+    @needs_compiler
+    def test_without_a_compiler_the_prebuilt_library_of_this_very_code(self, monkeypatch, tmp_path):
+        folder, other = tmp_path / "prebuilt", tmp_path / "other" / "cpu.c"
+        folder.mkdir()
+        compiler.prebuild(cpu.SOURCE, "", torch.backends.cpu.get_cpu_capability(), folder)
+        monkeypatch.setattr(compiler, "PREBUILT", folder)
+        assert cpu.why_not_available() is None
+        assert cpu.origin() == "compiled on this machine"
+        cpu._library.cache_clear()
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+        assert cpu.origin() == "prebuilt"
+        agrees(layer(40, 24, (4, 8)), LoraMapping((((0, 1.0),), ((1, 1.0),)), (1, 1)))
+        other.parent.mkdir()
+        other.write_text(cpu.SOURCE.read_text() + "/* later */")
+        with pytest.raises(OSError, match="no C compiler"):
+            compiler.load(other)
+        with pytest.raises(OSError, match="no C compiler"):
+            compiler.load(cpu.SOURCE, "-DOTHER")
+
     @pytest.mark.parametrize(
         ("script", "message"),
         [

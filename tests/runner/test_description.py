@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.decoders import MODELS, ROPE, SIZES, SLIDING, build, text
+from tests.decoders import EXPERTS, MODELS, ROPE, SIZES, SLIDING, build, text
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -22,8 +22,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 97}, "unknown part, `wte`"),
     "gpt-neox": ("gpt_neox", SIZES, "unknown part, `embed_in`"),
     "starcoder2": ("starcoder2", SIZES, "`model.norm` is no RMS norm"),
-    "mixtral": ("mixtral", SIZES, r"`model.layers.0.mlp` has an unknown part, `gate`"),
-    "qwen3-moe": ("qwen3_moe", SIZES, r"`model.layers.0.mlp` has an unknown part, `experts`"),
+    "qwen2-moe": ("qwen2_moe", {**SIZES, **EXPERTS}, "`model.layers.0.mlp` has an unknown part, `shared_expert`"),
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        {**SIZES, **EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+        "its layers have different intermediate sizes: 24, 48",
+    ),
+    "phimoe": ("phimoe", SIZES, "`model.norm` is no RMS norm"),
     "phi": ("phi", SIZES, "unknown part, `final_layernorm`"),
     "cohere": ("cohere", SIZES, "`model.norm` is no RMS norm"),
     "olmo": ("olmo", SIZES, "`model.norm` is no RMS norm"),
@@ -85,7 +90,7 @@ def test_what_the_table_has_no_words_for_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "gemma3", "olmo2", "smollm3"])
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "gemma3", "olmo2", "smollm3", "mixtral", "qwen3-moe"])
 def test_half_precision_is_described_with_its_own_tensors(name: str, dtype: torch.dtype) -> None:
     kind, settings = MODELS[name]
     model = build(kind, {**SIZES, **settings}, dtype)
@@ -201,6 +206,69 @@ def test_a_changed_layer_is_refused(
     change(tiny)
     with pytest.raises(DescriptionError, match=reason):
         describe(tiny)
+
+
+def sharpen_router(mixture: Any) -> None:
+    class Sharp(type(mixture.gate)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(2 * hidden_states)
+
+    mixture.gate.__class__ = Sharp
+
+
+def shorten_router(mixture: Any) -> None:
+    class Short(type(mixture.gate)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(hidden_states)[1:]
+
+    mixture.gate.__class__ = Short
+
+
+def widen_router(mixture: Any) -> None:
+    mixture.gate.weight = nn.Parameter(torch.cat((mixture.gate.weight, mixture.gate.weight)), requires_grad=False)
+
+
+def swap_halves(mixture: Any) -> None:
+    class Swapped(type(mixture.experts)):  # type: ignore[misc]
+        def _apply_gate(self, gate_up: Tensor) -> Tensor:
+            up, gate = gate_up.chunk(2, dim=-1)
+            return self.act_fn(gate) * up
+
+    mixture.experts.__class__ = Swapped
+    mixture.experts.config._experts_implementation = "batched_mm"
+
+
+def turn_weights(mixture: Any) -> None:
+    weight = mixture.experts.gate_up_proj.transpose(1, 2).contiguous()
+    mixture.experts.gate_up_proj = nn.Parameter(weight, requires_grad=False)
+
+
+def scale_mixture(mixture: Any) -> None:
+    class Scaled(type(mixture)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return 1.5 * super().forward(hidden_states)
+
+    mixture.__class__ = Scaled
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (sharpen_router, "`model.layers.1.mlp.gate` chooses experts in an unknown way"),
+        (shorten_router, "`model.layers.1.mlp.gate` chooses experts in an unknown way"),
+        (widen_router, "`model.layers.1.mlp` has 5 experts and a router of 10"),
+        (swap_halves, "`model.layers.1` computes something else than its parts suggest"),
+        (turn_weights, "`model.layers.1.mlp.experts` has weights of an unknown shape"),
+        (scale_mixture, "`model.layers.1` computes something else than its parts suggest"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_changed_mixture_is_refused(change: Callable[[Any], None], reason: str) -> None:
+    model: Any = build("mixtral", {**SIZES, **MODELS["mixtral"][1]})
+    describe(model)
+    change(model.model.layers[1].mlp)
+    with pytest.raises(DescriptionError, match=reason):
+        describe(model)
 
 
 def test_no_language_model_is_refused() -> None:

@@ -10,20 +10,21 @@ from loradeck import Bank, Base
 from loradeck.base.weights import prepare
 from loradeck.generation import generate, stream
 from loradeck.native import step
+from loradeck.runner import native_batch
 from loradeck.runner.native_batch import native_model
 
 PROMPTS = ["a", "What is the capital of France?", "b" * 90]
 
 
-@pytest.fixture
-def pair(make: Callable[[str], Base]) -> list[tuple[Base, Bank]]:
+@pytest.fixture(params=["llama", "mixtral"])
+def pair(make: Callable[[str], Base], request: pytest.FixtureRequest) -> list[tuple[Base, Bank]]:
     """The same base with the same two adapters: plain, and in blocks."""
-    bases = [make("llama"), make("llama")]
+    bases = [make(request.param), make(request.param)]
     prepare(bases[1].model, "blocks")
     banks = [Bank(base.model) for base in bases]
     for bank in banks:
-        bank.add("a0", adapter(make("llama").model, 0, 4))
-        bank.add("a1", adapter(make("llama").model, 1, 6))
+        bank.add("a0", adapter(make(request.param).model, 0, 4))
+        bank.add("a1", adapter(make(request.param).model, 1, 6))
     return [*zip(bases, banks, strict=True)]
 
 
@@ -59,6 +60,29 @@ def test_the_same_is_said(
     base, bank = pair[1]
     entry = adapters[0] if isinstance(adapters, list) else adapters
     assert "".join(stream(base, bank, PROMPTS[0], entry, max_new_tokens=40, **options)) == plain[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.3, "seed": 3}], ids=["greedy", "sampled"])
+def test_what_repeats_itself_takes_fewer_steps(
+    pair: list[tuple[Base, Bank]], steps: list[int], monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    """The answers are those of single steps, of rows together and of one as a stream."""
+    base, bank = pair[1]
+    texts, adapters = ["ab" * 20, "What?", "c" * 30], ["a0", None, {"a0": 0.5, "a1": -1.0}]
+
+    def ask() -> list[str]:
+        steps.clear()
+        return generate(base, bank, texts, adapters, max_new_tokens=150, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native_batch, "MAX_DRAFTS", 0)
+        single = ask()
+        count = len(steps)
+    assert ask() == single
+    assert len(steps) < count
+    steps.clear()
+    pieces = stream(base, bank, texts[0], adapters[0], max_new_tokens=150, **options)  # type: ignore[arg-type]
+    assert "".join(pieces) == single[0]
 
 
 def test_an_adapter_that_is_written_to_speaks_anew(pair: list[tuple[Base, Bank]]) -> None:

@@ -1,12 +1,16 @@
 """What goes to the compiled step and what to transformers' modules, and that a request's bits are its own."""
 
+import copy
 import logging
 import random
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests.tiny_models import VOCABULARY, adapter
 
 from loradeck import Base
@@ -22,6 +26,10 @@ from loradeck.sampling import SamplingParams
 
 @pytest.fixture
 def runner(base: Base) -> NativeRunner:
+    return runner_with_adapters(base)
+
+
+def runner_with_adapters(base: Base) -> NativeRunner:
     runner = NativeRunner(ModelRunner(shared_copy(base.model)))
     runner.bank.add("a0", adapter(base.model, 0, 4))
     runner.bank.add("a1", adapter(base.model, 1, 6))
@@ -52,7 +60,9 @@ def read(
     return torch.cat(pieces)
 
 
-def test_a_request_has_the_same_bits_in_any_batch_and_any_chunks(runner: NativeRunner) -> None:
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3-moe"])
+def test_a_request_has_the_same_bits_in_any_batch_and_any_chunks(kind: str, make: Callable[[str], Base]) -> None:
+    runner = runner_with_adapters(make(kind))
     rng = random.Random(0)
     keys: list[Key] = [(), (("a0", 1.0),), (("a0", 0.5), ("a1", -1.0)), (("a1", 2.0),)]
 
@@ -121,3 +131,54 @@ def test_weights_in_blocks_are_not_copied(base: Base) -> None:
     assert len(weights) == 15
     widths_that_need_no_padding = [weight for weight in weights if weight.data_ptr() in packed]
     assert len(widths_that_need_no_padding) == 7  # the head, gate, up and down; heads of 16 are padded one by one
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "olmoe"])
+def test_there_is_one_copy_of_the_experts(kind: str, make: Callable[[str], Base]) -> None:
+    model = make(kind).model
+    size = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".experts." in name)
+    prepare(model, "blocks")
+    runner = NativeRunner(ModelRunner(shared_copy(model)))
+    experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    assert sum(parameter.nbytes for parameter in experts) == size
+    storages = {parameter.untyped_storage().data_ptr() for parameter in experts}
+    own = {tensor.data_ptr(): tensor for tensor in runner.native._memory}.values()
+    shared = [tensor for tensor in own if tensor.untyped_storage().data_ptr() in storages]
+    others = [tensor for tensor in own if tensor.untyped_storage().data_ptr() not in storages]
+    assert sum(tensor.nbytes for tensor in shared) == size  # all of it, each part once
+    assert sum(tensor.nbytes for tensor in others) < sum(
+        2 * parameter.nbytes for name, parameter in model.named_parameters() if ".experts." not in name
+    )  # heads of 16 are padded to 32
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "olmoe"])
+def test_a_mixture_of_experts_through_adapters_of_peft(kind: str, make: Callable[[str], Base], tmp_path: Path) -> None:
+    base = make(kind)
+    targets = {"one": ["q_proj", "v_proj"], "all": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    names = ["one", None, "all", "one"]
+    rows = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17], [18]]
+    with warnings.catch_warnings(), torch.no_grad():  # what PEFT says of its own doings is not our matter here
+        warnings.simplefilter("ignore")
+        for seed, (name, modules) in enumerate(targets.items()):
+            torch.manual_seed(seed)
+            config = LoraConfig(r=3 + seed, target_modules=modules, init_lora_weights=False)
+            get_peft_model(copy.deepcopy(base.model), config).save_pretrained(tmp_path / name)
+        expected = [
+            (PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / name) if name else base.model)(
+                torch.tensor([row])
+            ).logits[0]
+            for name, row in zip(names, rows, strict=True)
+        ]
+    prepare(base.model, "blocks")
+    runner = NativeRunner(ModelRunner(shared_copy(base.model)))
+    for name in targets:
+        runner.bank.load(tmp_path / name)
+    cache = runner.new_cache(1 << 24)
+    every = SamplingParams(prompt_logprobs=0)
+    requests = [Request(row, every, ((name, 1.0),) if name else ()) for row, name in zip(rows, names, strict=True)]
+    for each in requests:
+        assert cache.reserve(each, len(each.tokens))
+    found = runner.run([Scheduled(each, len(each.tokens)) for each in requests], cache)
+    assert all(runner._packed(runner.bank[name]) for name in targets)
+    for logits, own in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_models import TARGETS, VOCABULARY, adapter, tiny_base
-from transformers import PreTrainedTokenizerFast
+from tests.tiny_models import TARGETS, VOCABULARY, adapter
 
 from loradeck import AdapterStore, Bank, Base
 from loradeck.sampling import Token
@@ -19,17 +18,6 @@ from loradeck.serve.engine import Engine
 @pytest.fixture(autouse=True)
 def small_tensors(one_thread: None) -> None:
     """Every test here computes on one thread."""
-
-
-@pytest.fixture
-def make(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Base]:
-    """Return a function that makes a base of a shape, the same weights each time."""
-    return lambda kind: tiny_base(kind, tiny_tokenizer)
-
-
-@pytest.fixture
-def base(make: Callable[[str], Base]) -> Base:
-    return make("llama")
 
 
 def fill(store: AdapterStore, base: Base, kind: str = "llama", count: int = 4) -> AdapterStore:
@@ -49,9 +37,9 @@ def serve(base: Base, store: AdapterStore) -> Iterator[Callable[..., Engine]]:
     """Return a function that makes an engine with these bounds; all are closed at the end."""
     made: list[Engine] = []
 
-    def serve(observer: object = None, **bounds: object) -> Engine:
+    def serve(observer: object = None, draft_model: Base | None = None, **bounds: object) -> Engine:
         config = EngineConfig(**{"max_rows": 4, "max_step_tokens": 16, **bounds})  # type: ignore[arg-type]
-        made.append(Engine(base, store, config, observer=observer))  # type: ignore[arg-type]
+        made.append(Engine(base, store, config, draft_model=draft_model, observer=observer))  # type: ignore[arg-type]
         return made[-1]
 
     yield serve

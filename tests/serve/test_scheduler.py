@@ -104,7 +104,7 @@ class World:
         assert all(self.adapters.ready(work.request.key) for work in batch)
         assert sum(told.values()) <= self.scheduler.config.max_step_tokens
         for work in batch:
-            self.scheduler.advance(work)
+            self.scheduler.advance(work.request, work.count)
         for work in batch:
             if not work.request.pending:
                 work.request.tokens.append(0)

@@ -136,6 +136,9 @@ class Metrics(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", "From 0 to 1.", stats.kv_bytes / stats.kv_budget)
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits)
+        yield self._counter("vllm:spec_decode_num_drafts", "Drafts of requests in a step.", stats.drafts)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens)
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_tokens)
         yield from self._requests(self._engine.config.max_rows)
         loaded = GaugeMetricFamily(
             "loradeck_adapter_loaded", "Versions in memory.", labels=("adapter", "tier", "pinned")

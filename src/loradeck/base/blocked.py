@@ -1,8 +1,9 @@
-"""Linear layers whose weight lies in blocks, as the compiled step reads it: a served base needs no second copy.
+"""Linear layers and experts whose weights lie in blocks, as the compiled step reads them: a base needs no second copy.
 
 The blocks are the only copy of the weight, and copies of a model share it.
 """
 
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -10,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loradeck.base.frozen import LayoutLinear
-from loradeck.dtypes import computes_in
+from loradeck.base.frozen import Layout, LayoutLinear
+from loradeck.dtypes import cpu_has
 from loradeck.native.blocks import INPUTS, OUTPUTS, pack, pad, padded, unpack
+from loradeck.native.library import HALVES
+from loradeck.native.library import origin as library_origin
 from loradeck.native.product import product
 
+EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, (E, 2 J, H) and (E, H, J)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # share of the largest output
 
 
 class BlockWeight(nn.Parameter):
-    """A weight in blocks (O / 16, I / 32, 512), padded to whole ones. It is immutable: copies of a model share it."""
+    """A weight in blocks (…, O / 16, I / 32, 512), padded to whole ones. It is immutable: models share it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockWeight":
         return self
@@ -35,7 +39,7 @@ class BlockLinear(LayoutLinear):
         weight = self.weight
         if not isinstance(weight, BlockWeight):
             return weight
-        return unpack(weight.detach())[: self.out_features, : self.in_features].contiguous()
+        return _plain(weight.detach(), self.out_features, self.in_features)
 
     def product(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -50,14 +54,81 @@ class BlockLinear(LayoutLinear):
 def block(linear: nn.Linear) -> None:
     """Bring a linear layer's weight into blocks, in place; leave the layer as it is where they cannot be multiplied."""
     weight = linear.weight
-    if weight.device.type == "cpu" and weight.dtype in TOLERANCE and why_not_blocked(weight.dtype) is None:
+    if _fits(weight):
         linear.__class__ = BlockLinear
         linear.weight = BlockWeight(_blocks(weight.detach()), requires_grad=False)
 
 
+class BlockExperts(Layout):
+    """The experts of a mixture, as transformers stacks them, with weights in blocks.
+
+    Attributes:
+        plain_class: what the module was.
+        shapes: (O, I) of an expert's weight, by name.
+    """
+
+    plain_class: type[nn.Module]
+    shapes: dict[str, tuple[int, int]]
+
+    def dense(self, name: str, experts: Tensor | slice = slice(None)) -> Tensor:
+        """Return the plain weight (E, O, I) of some experts."""
+        weight = self.get_parameter(name)
+        part = weight.detach()[experts]
+        return _plain(part, *self.shapes[name]) if isinstance(weight, BlockWeight) else part
+
+    def plain(self) -> dict[str, Tensor]:
+        return {name: self.dense(name) for name in EXPERTS}
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the plain module's, with plain copies of the experts that are chosen."""
+        chosen, numbers = top_k_index.unique(return_inverse=True)
+        module: Any = copy(self)
+        module.__class__ = self.plain_class
+        module.num_experts = len(chosen)
+        module._parameters = {name: self.dense(name, chosen) for name in EXPERTS}
+        return module.forward(hidden_states, numbers, top_k_weights)
+
+    def lay_out(self) -> None:
+        block_experts(self)
+
+
+def block_experts(module: nn.Module) -> None:
+    """Bring the weights of stacked experts into blocks, in place; leave any other module as it is."""
+    shapes = expert_shapes(module)
+    if shapes is None or not all(_fits(module.get_parameter(name)) for name in EXPERTS):
+        return
+    experts: Any = module
+    if not isinstance(module, BlockExperts):
+        experts.plain_class, experts.shapes = type(module), shapes
+        experts.__class__ = BlockExperts
+    for name in EXPERTS:
+        setattr(experts, name, BlockWeight(_blocks(module.get_parameter(name).detach()), requires_grad=False))
+
+
+def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]] | None:
+    """Return (O, I) of an expert's weights, by name; None of a module that is not what `BlockExperts` are of."""
+    if isinstance(module, BlockExperts):
+        return module.shapes
+    if {*module._parameters} != {*EXPERTS} or not hasattr(module, "num_experts"):
+        return None
+    (_, *gate_up), (_, *down) = (module.get_parameter(name).shape for name in EXPERTS)
+    if len(down) != 2 or gate_up != [2 * down[1], down[0]]:
+        return None
+    return {EXPERTS[0]: (gate_up[0], gate_up[1]), EXPERTS[1]: (down[0], down[1])}
+
+
 def multiplies_halves(dtype: torch.dtype) -> bool:
     """Whether products with weights of this dtype are computed in bfloat16, by the CPU's own instruction."""
-    return dtype == torch.bfloat16 and computes_in(dtype, torch.device("cpu"))
+    return (
+        dtype == torch.bfloat16
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"  # a user may choose a lower one
+        and cpu_has("avx512_bf16")
+    )
+
+
+def origin(dtype: torch.dtype) -> str:
+    """Return where the library that multiplies weights of this dtype comes from, in words."""
+    return library_origin(HALVES if multiplies_halves(dtype) else "")
 
 
 @cache
@@ -78,6 +149,18 @@ def why_not_blocked(dtype: torch.dtype) -> str | None:
     return None if error <= TOLERANCE[dtype] else f"is off by {error:.1e} on this machine"
 
 
+def _fits(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in TOLERANCE and why_not_blocked(weight.dtype) is None
+
+
 def _blocks(weight: Tensor) -> Tensor:
-    outputs, inputs = weight.shape
-    return pack(pad(weight, padded(outputs, 4 * OUTPUTS), padded(inputs, INPUTS))).contiguous()
+    """(…, O, I) -> (…, O / 16, I / 32, 512), padded."""
+    *experts, outputs, inputs = weight.shape
+    whole = pad(weight, *experts, padded(outputs, 4 * OUTPUTS), padded(inputs, INPUTS))
+    return pack(whole.flatten(0, -2)).unflatten(0, (*experts, -1)).contiguous()
+
+
+def _plain(blocks: Tensor, outputs: int, inputs: int) -> Tensor:
+    """(…, O / 16, I / 32, 512) -> (…, O, I)"""
+    whole = unpack(blocks.flatten(0, -3)).unflatten(0, (*blocks.shape[:-3], blocks.shape[-3] * OUTPUTS))
+    return whole[..., :outputs, :inputs].contiguous()

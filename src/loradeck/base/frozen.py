@@ -1,4 +1,4 @@
-"""Linear layers that are never trained, so their weight may have any format."""
+"""Layers that are never trained, so their weights may have any format."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,22 +38,27 @@ class FrozenLinear(nn.Linear):
         return self.product(input)
 
 
-class LayoutLinear(FrozenLinear):
-    """An nn.Linear whose weight lies in another layout, from which `dense` restores it bit for bit.
+class Layout(nn.Module):
+    """A module whose weights lie in another layout, from which the plain ones are restored bit for bit.
 
-    The weight may be replaced by a plain one; a merge does that. The layer's state_dict and a move to another dtype or
-    device use the plain one.
+    A weight may be replaced by a plain one; a merge does that. The module's state_dict and a move to another dtype or
+    device use the plain ones.
     """
 
+    def plain(self) -> dict[str, Tensor]:
+        """Return the weights as the plain module holds them, by name."""
+        raise NotImplementedError
+
     def lay_out(self) -> None:
-        """Bring a plain weight into the layout, in place; leave it plain where that is not possible."""
+        """Bring plain weights into the layout, in place; leave them plain where that is not possible."""
         raise NotImplementedError
 
     def restore(self) -> None:
-        """Bring the weight back to nn.Linear's layout, in place."""
-        self.weight = nn.Parameter(self.dense().detach(), requires_grad=False)
+        """Bring the weights back to the plain module's layout, in place."""
+        for name, weight in self.plain().items():
+            setattr(self, name, nn.Parameter(weight.detach(), requires_grad=False))
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LayoutLinear":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Layout":
         self.restore()
         super()._apply(fn, recurse)
         self.lay_out()
@@ -61,12 +66,19 @@ class LayoutLinear(FrozenLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.dense()
+        destination.update((prefix + name, weight) for name, weight in self.plain().items())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
         self.lay_out()
+
+
+class LayoutLinear(Layout, FrozenLinear):
+    """An nn.Linear whose weight lies in another layout, from which `dense` restores it bit for bit."""
+
+    def plain(self) -> dict[str, Tensor]:
+        return {"weight": self.dense()}
 
 
 class _FrozenProduct(torch.autograd.Function):

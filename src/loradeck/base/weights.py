@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loradeck.base.blocked import block
+from loradeck.base.blocked import block, block_experts
 from loradeck.base.frozen import upcast
 from loradeck.base.prepacked import pack
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear, quantise
@@ -28,8 +28,8 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
     - `packed` keeps every value; results differ only by the order of summation (float32: 1e-5 of the largest output,
       bfloat16: its rounding). A weight that two modules share (a tied head) stays plain, and so do all on a GPU. On a
       CPU that only emulates the dtype, layers that are not packed compute in float32.
-    - `blocks` is `packed` for serving: the layout that the compiled step reads (`loradeck.native`). Training's backward
-      is slower with it.
+    - `blocks` is `packed` for serving: the layout that the compiled step reads (`loradeck.native`), also for experts.
+      Training's backward is slower with it.
     - `int8` stores the linear layers, the token embedding and the head, tied or not, in one byte per weight. The rest
       of the model, and every adapter, stays in its own precision.
 
@@ -45,6 +45,8 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
                 if _is_frozen(module, nn.Linear) and uses[id(module.weight)] == 1:
                     lay_out(cast("nn.Linear", module))
         for module in model.modules():
+            if weights == "blocks" and _is_frozen(module, type(module)):
+                block_experts(module)
             if _is_frozen(module, nn.Linear):  # if it was not packed
                 upcast(cast("nn.Linear", module))
     if weights == "int8":

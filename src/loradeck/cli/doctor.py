@@ -103,15 +103,16 @@ def _packed_weights() -> str:
 
 
 def _compiled_step() -> str:
-    from loradeck.base.blocked import TOLERANCE, multiplies_halves, why_not_blocked
+    from loradeck.base.blocked import TOLERANCE, multiplies_halves, origin, why_not_blocked
 
     reasons = {dtype: why_not_blocked(dtype) for dtype in TOLERANCE}
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in reasons}
     inside = {dtype: "bfloat16" if multiplies_halves(dtype) else "float32" for dtype in reasons}
-    return "; ".join(
+    lines = [
         f"not of {names[dtype]} weights ({why})" if why else f"of {names[dtype]} weights, in {inside[dtype]}"
         for dtype, why in reasons.items()
-    )
+    ]
+    return "; ".join([*lines, *sorted({origin(dtype) for dtype, why in reasons.items() if why is None})])
 
 
 def _int8_weights() -> str:
@@ -125,7 +126,7 @@ def _cpu_adapters() -> str:
     from loradeck.ops import cpu
 
     why = cpu.why_not_available()
-    return f"portable ({why})" if why else "in C"
+    return f"portable ({why})" if why else f"in C, {cpu.origin()}"
 
 
 def _gpu_adapters() -> str:

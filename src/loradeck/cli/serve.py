@@ -37,6 +37,7 @@ def serve(
     keys: Path | None = None,
     dtype: Dtype = "auto",
     weights: Weights = "blocks",
+    draft_model: str | None = None,
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
 ) -> None:
@@ -53,6 +54,7 @@ def serve(
         host: The address to listen on; any but the loopback needs a file of API keys.
         port: The port to listen on; 0 picks a free one.
         keys: A file of API keys with the permissions of each.
+        draft_model: A smaller base with the same tokenizer, which drafts tokens that the base then checks.
     """
     start = time.perf_counter()
     from loradeck.api.auth import ApiKeys
@@ -77,8 +79,9 @@ def serve(
 
         with logging_to(sys.stderr, config):
             loaded = Base.load(base, dtype=dtype, weights=weights)
+            draft = Base.load(draft_model, dtype=dtype, weights=weights) if draft_model else None
             metrics = Metrics(loaded.name, config.top_adapters)
-            with Engine(loaded, store, engine, observer=metrics) as running:
+            with Engine(loaded, store, engine, draft_model=draft, observer=metrics) as running:
                 hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
                 application = app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts))
                 url = url_of(address)

@@ -35,9 +35,9 @@ class NativeAdapter:
         paths = set()
         for index, layer in enumerate(table.layers):
             for number, slot in enumerate(SLOTS):
-                linear = layer.linears[slot]
-                pair = weights.get(linear.path)
-                if pair is None:
+                linear = layer.linears.get(slot)
+                pair = weights.get(linear.path) if linear else None
+                if linear is None or pair is None:
                     continue
                 paths.add(linear.path)
                 outputs, inputs = model.widths[slot]

@@ -9,7 +9,9 @@ from loradeck.native.table import SLOTS
 from loradeck.ops import compiler
 
 SOURCE = Path(__file__).with_name("step.c")
+OPTIONS = "-O2 -ffp-contract=off"  # besides the compiler's own
 HALVES = "-DHALVES -mavx512bf16"
+_loaded: list[ctypes.CDLL] = []
 
 
 class CMatrix(Structure):
@@ -25,6 +27,18 @@ class CMatrix(Structure):
     )
 
 
+class CExperts(Structure):
+    """A mixture of experts, in place of a layer's MLP."""
+
+    _fields_ = (
+        ("router", CMatrix),
+        ("matrices", POINTER(CMatrix)),
+        ("count", c_int64),
+        ("chosen", c_int64),
+        ("normalised", c_int64),
+    )
+
+
 NORMS = ("attention_in", "attention_out", "mlp_in", "mlp_out", "query_norm", "key_norm")
 
 
@@ -37,6 +51,7 @@ class CLayer(Structure):
         ("turned", c_int64),
         ("window", c_int64),
         ("norms_all", c_int64),
+        ("experts", CExperts),
     )
 
 
@@ -106,16 +121,42 @@ class CProduct(Structure):
     )
 
 
+class CChoice(Structure):
+    """A token to choose or to score, and its row of logits."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("adjusted", c_void_p),
+        *((name, c_double) for name in ("temperature", "top_p", "min_p", "u")),
+        *((name, c_int64) for name in ("top_k", "scored", "tops", "token")),
+        *((name, c_float) for name in ("largest", "best", "logprob")),
+        ("top_logprobs", POINTER(c_float)),
+        ("top_ids", POINTER(c_int64)),
+    )
+
+
 @cache
 def library(options: str = "") -> ctypes.CDLL:
-    """Return the step compiled with these options, besides the compiler's own: with `HALVES` it multiplies in bfloat16.
+    """Return the step compiled with these options, besides `OPTIONS`: with `HALVES` it multiplies in bfloat16.
 
     Raises:
         OSError: as `compiler.load`.
     """
-    step = compiler.load(SOURCE, f"-O2 -ffp-contract=off {options}")
+    step = compiler.load(SOURCE, f"{OPTIONS} {options}")
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
+    step.loradeck_sample.argtypes = (POINTER(CChoice), c_int64, c_int64, c_int)
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
     step.loradeck_page_bytes.restype = c_int64
+    _loaded.append(step)
     return step
+
+
+def latest() -> ctypes.CDLL | None:
+    """Return the library that was loaded last: for what each of them computes, in the step's own threads."""
+    return _loaded[-1] if _loaded else None
+
+
+def origin(options: str) -> str:
+    """Return where the library of these options comes from, in words."""
+    return compiler.origin(library(options))

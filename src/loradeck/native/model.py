@@ -1,6 +1,7 @@
 """A table's weights as the step reads them: matrices in blocks, padded where a width is no multiple of a block."""
 
 from collections.abc import Mapping
+from ctypes import Array
 from dataclasses import replace
 from threading import Lock
 from typing import NamedTuple
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
-from loradeck.native.library import HALVES, NORMS, CLayer, CMatrix, CModel, library
-from loradeck.native.table import SLOTS, Layer, Linear, Slot, Table
+from loradeck.native.library import HALVES, NORMS, CExperts, CLayer, CMatrix, CModel, library
+from loradeck.native.table import SLOTS, Experts, Layer, Linear, Slot, Table
 
 HEAD_OUTPUTS = 64  # of one unit of the head
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -58,6 +59,8 @@ class NativeModel:
             "gate": (inters, self._hidden), "up": (inters, self._hidden), "down": (self._hidden, inters),
         }  # fmt: skip
         self._memory: list[Tensor] = []
+        self._matrices: list[Array[CMatrix]] = []
+        """Of each layer's experts."""
         self._lock = Lock()
         self._rotary_length = 0
         self._layers = (CLayer * len(table.layers))(*map(self._layer, table.layers))
@@ -109,13 +112,33 @@ class NativeModel:
     # ---- packing
 
     def _layer(self, layer: Layer) -> CLayer:
-        matrices = (self._matrix(layer.linears[slot], *self.widths[slot]) for slot in SLOTS)
+        matrices = (self._matrix(layer.linears[slot], *self.widths[slot]) for slot in SLOTS if slot in layer.linears)
         queries, keys = self.widths["q"][0], self.widths["k"][0]
         norms_all = any(norm is not None and len(norm) != queries.size for norm in (layer.query_norm, layer.key_norm))
         each = (queries, keys) if norms_all else (queries._replace(parts=1), keys._replace(parts=1))
         widths = (*[self._hidden] * 4, *each)
         norms = {name: self._floats(getattr(layer, name), width) for name, width in zip(NORMS, widths, strict=True)}
-        return CLayer((CMatrix * len(SLOTS))(*matrices), **norms, window=layer.window or 0, norms_all=norms_all)
+        return CLayer(
+            (CMatrix * len(SLOTS))(*matrices),
+            **norms,
+            window=layer.window or 0,
+            norms_all=norms_all,
+            experts=self._experts(layer.experts) if layer.experts else CExperts(),
+        )
+
+    def _experts(self, experts: Experts) -> CExperts:
+        slots: tuple[Slot, ...] = ("gate", "up", "down")
+        matrices = [self._matrix(linears[slot], *self.widths[slot]) for linears in experts.mlps for slot in slots]
+        outputs = Width(1, experts.router.outputs, padded(experts.router.outputs, OUTPUTS))
+        c_matrices = (CMatrix * len(matrices))(*matrices)
+        self._matrices.append(c_matrices)
+        return CExperts(
+            router=self._matrix(experts.router, outputs, self._hidden),
+            matrices=c_matrices,
+            count=len(experts.mlps),
+            chosen=experts.chosen,
+            normalised=experts.normalised,
+        )
 
     def _matrix(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix:
         rows = slice(linear.start, linear.start + linear.outputs)
@@ -160,7 +183,7 @@ class NativeModel:
 
     def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""
-        dtypes = {linear.stored.dtype for layer in self.table.layers for linear in layer.linears.values()}
+        dtypes = {dtype for layer in self.table.layers for dtype in layer.dtypes}
         if torch.int8 in dtypes:
             return torch.bfloat16 if self.halves else torch.float32
         if len(dtypes) > 1:
@@ -176,6 +199,7 @@ def _without_weights(table: Table) -> Table:
         return replace(linear, stored=empty, bias=None, scales=None)
 
     layers = (
-        replace(layer, linears={slot: slim(linear) for slot, linear in layer.linears.items()}) for layer in table.layers
+        replace(layer, linears={slot: slim(linear) for slot, linear in layer.linears.items()}, experts=None)
+        for layer in table.layers
     )
     return replace(table, layers=tuple(layers), embedding=empty, embedding_scales=None, head=slim(table.head))

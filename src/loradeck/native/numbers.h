@@ -102,22 +102,26 @@ INLINE float total(vec v) { /* always in the same order */
     return lane[0];
 }
 INLINE float largest(vec v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    float lane[LANES];
+    memcpy(lane, &v, sizeof lane);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+    return lane[0];
 }
 
-/* e^x to 1e-7 of it, from 2^n e^f with |f| <= ln 2 / 2 (Cephes); below -87 it is e^-87, above 88 infinite; NaN stays NaN */
-INLINE vec exponential(vec x) {
-    vec bounded = choose((words)(x < -87.0f), zero() - 87.0f, x);
-    words over = (words)(x > 88.7f);
-    bounded = choose(over, zero(), bounded);
-    vec shifted = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are a whole number */
-    vec n = shifted - 12582912.0f, f = fused(n, each(2.12194440e-4f), fused(n, each(-0.693359375f), bounded));
+/* e^x to 1e-7 of it for -87 <= x <= 88, from 2^n e^f with |f| <= ln 2 / 2 (Cephes) */
+INLINE vec bounded_exponential(vec x) {
+    vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are a whole number */
+    vec n = shifted - 12582912.0f, f = fused(n, each(2.12194440e-4f), fused(n, each(-0.693359375f), x));
     const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1, 1};
     vec p = each(1.9875691500e-4f);
     UNROLL for (int i = 0; i < 7; i++) p = fused(p, f, each(terms[i]));
-    return choose(over, zero() + INFINITY, choose((words)(x == x), (vec)((words)p + ((words)shifted << 23)), x));
+    return (vec)((words)p + ((words)shifted << 23));
+}
+INLINE vec exponential(vec x) { /* below -87 it is e^-87, above 88 infinite; NaN stays NaN */
+    words over = (words)(x > 88.7f);
+    vec bounded = choose(over, zero(), choose((words)(x < -87.0f), zero() - 87.0f, x));
+    return choose(over, zero() + INFINITY, choose((words)(x == x), bounded_exponential(bounded), x));
 }
 INLINE vec tangent(vec x) { /* tanh */
     vec e = exponential(x * 2.0f);

@@ -10,14 +10,15 @@
 #include "numbers.h"
 #ifdef HALVES /* activations are multiplied in bfloat16, by the machine's own instruction */
 typedef uint16_t num;
-#define ROWS 8 /* computed at once */
 #else
 typedef float num;
+#endif
 #if LANES == 16
-#define ROWS 16
+#define ROWS 8 /* computed at once, of TILES tiles */
+#define TILES 2
 #else
 #define ROWS 6
-#endif
+#define TILES 1
 #endif
 #define AHEAD 6144 /* bytes; what is read next is fetched */
 
@@ -96,49 +97,64 @@ INLINE void add_pair(vec sum[PARTS], const Pair w, const num *x) {
 }
 #endif
 
+/* Fetch the pair that will be read in AHEAD bytes. One at a time: many at once wait for each other, and sums for them. */
+INLINE void fetch_pair(const char *block, int pair, int format) {
+    const int bytes = BLOCK[format] / 16;
+    for (int c = 0; c < bytes; c += 64) __builtin_prefetch(block + AHEAD + pair * bytes + c);
+}
+
 /* sum (tiles, rows, 16) += x (rows, 32) · block^T of each tile */
 INLINE void block_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, const num *x, int format,
-                          const int rows, const int tiles) {
+                          const int fetches, const int rows, const int tiles) {
     vec s[4][ROWS][PARTS];
     UNROLL for (int t = 0; t < tiles; t++)
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int n = 0; n < PARTS; n++) s[t][r][n] = *(vec *)(sum + t * sum_tile + r * 16 + n * LANES);
-    UNROLL_4 for (int pair = 0; pair < 16; pair++)
-        UNROLL for (int t = 0; t < tiles; t++) {
-            Pair w;
-            load_pair(w, block + t * tile_bytes, pair, format);
-            UNROLL for (int r = 0; r < rows; r++) add_pair(s[t][r], w, x + r * 32 + pair * 2);
-        }
+    UNROLL_4 for (int pair = 0; pair < 16; pair++) {
+        Pair w[4];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int t = 0; t < tiles; t++) {
+                const char *from = block + t * tile_bytes;
+                if (r == 0) {
+                    load_pair(w[t], from, pair, format);
+                    if (fetches) fetch_pair(from, pair, format);
+                }
+                add_pair(s[t][r], w[t], x + r * 32 + pair * 2);
+            }
+    }
     UNROLL for (int t = 0; t < tiles; t++)
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int n = 0; n < PARTS; n++) *(vec *)(sum + t * sum_tile + r * 16 + n * LANES) = s[t][r][n];
 }
 /* The same for any number of rows; few rows of several tiles at once, for their sums do not wait for each other. */
 INLINE void blocks_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, const num *x, i64 rows, int tiles,
-                           int format) {
+                           int format, const int fetches) {
 #define BLOCK_OF(n, t) block_product(sum + tile * sum_tile + row * 16, sum_tile, block + tile * tile_bytes, tile_bytes, \
-                                     x + row * 32, format, n, t)
-    int tile = 0;
-    i64 row = 0;
-    if (rows == 1)
-        for (; tile + 4 <= tiles; tile += 4) BLOCK_OF(1, 4);
-    if (rows == 2)
-        for (; tile + 2 <= tiles; tile += 2) BLOCK_OF(2, 2);
-    for (; tile < tiles; tile++) {
-        for (row = 0; row + ROWS <= rows; row += ROWS) BLOCK_OF(ROWS, 1);
-#if ROWS > 8
-        if (rows - row >= 8) BLOCK_OF(8, 1), row += 8;
-#endif
-        if (rows - row >= 4) BLOCK_OF(4, 1), row += 4;
-        if (rows - row >= 2) BLOCK_OF(2, 1), row += 2;
-        if (rows - row >= 1) BLOCK_OF(1, 1);
+                                     x + row * 32, format, fetches, n, t)
+#define ROWS_OF(t)                                                  \
+    for (i64 row = 0; row < rows;) {                                \
+        if (rows - row >= ROWS) { BLOCK_OF(ROWS, t); row += ROWS; } \
+        else if (rows - row >= 4) { BLOCK_OF(4, t); row += 4; }     \
+        else if (rows - row >= 2) { BLOCK_OF(2, t); row += 2; }     \
+        else { BLOCK_OF(1, t); row += 1; }                          \
     }
+    int tile = 0;
+    if (rows == 1)
+        for (const i64 row = 0; tile + 4 <= tiles; tile += 4) BLOCK_OF(1, 4);
+    if (rows == 2)
+        for (const i64 row = 0; tile + 2 <= tiles; tile += 2) BLOCK_OF(2, 2);
+    for (; tile + TILES <= tiles; tile += TILES) ROWS_OF(TILES)
+#if TILES > 1
+    for (; tile < tiles; tile++) ROWS_OF(1)
+#endif
+#undef ROWS_OF
 #undef BLOCK_OF
 }
 #ifndef HALVES
 NOINLINE void widen(float *to, const char *block, int format) { /* a block to float32 */
     Pair w;
     for (int pair = 0; pair < 16; pair++, to += 32) {
+        fetch_pair(block, pair, format);
         if (format == BF16) load_pair(w, block, pair, BF16);
         else if (format == F16) load_pair(w, block, pair, F16);
         else load_pair(w, block, pair, I8);
@@ -150,21 +166,20 @@ NOINLINE void widen(float *to, const char *block, int format) { /* a block to fl
 INLINE void groups_product(float *sum, i64 sum_tile, const char *block, i64 tile_bytes, i64 groups, i64 group_bytes,
                            const num *x, i64 x_group, i64 rows, int tiles, int format) {
 #ifndef HALVES
-    float wide[512] __attribute__((aligned(64)));
+    float wide[TILES][512] __attribute__((aligned(64)));
 #endif
     for (i64 g = 0; g < groups; g++, block += group_bytes, x += x_group) {
-        for (int t = 0; t < tiles; t++)
-            for (int c = 0; c < BLOCK[format]; c += 64) __builtin_prefetch(block + t * tile_bytes + AHEAD + c);
 #ifndef HALVES
-        if (format != F32 && rows > ROWS) {
-            for (int t = 0; t < tiles; t++) {
-                widen(wide, block + t * tile_bytes, format);
-                blocks_product(sum + t * sum_tile, sum_tile, (char *)wide, 0, x, rows, 1, F32);
+        if (format != F32 && rows > 2 * ROWS) {
+            for (int t = 0, n; t < tiles; t += n) {
+                n = tiles - t < TILES ? tiles - t : TILES;
+                for (int i = 0; i < n; i++) widen(wide[i], block + (t + i) * tile_bytes, format);
+                blocks_product(sum + t * sum_tile, sum_tile, (char *)wide, sizeof *wide, x, rows, n, F32, 0);
             }
             continue;
         }
 #endif
-        blocks_product(sum, sum_tile, block, tile_bytes, x, rows, tiles, format);
+        blocks_product(sum, sum_tile, block, tile_bytes, x, rows, tiles, format, 1);
     }
 }
 /* sum (tiles, rows, 16) += x · W^T over the given groups; `x` is the first group's rows, `x_group` the way to the next */

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loradeck.native.table import Activation, Layer, Linear, Table
+from loradeck.native.table import Activation, Experts, Layer, Linear, Slot, Table
 
 Update: TypeAlias = tuple[Tensor, Tensor, float]
 """A (r, in), B (out, r) and the scaling of one adapter at a whole module."""
 Updates: TypeAlias = Mapping[str, Update]
 """By the module's path."""
+Choice: TypeAlias = tuple[Tensor, Tensor]
+"""Of each token's experts the shares and the numbers, each (T, chosen)."""
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -35,8 +37,10 @@ def logits(table: Table, tokens: Tensor, updates: Updates | None = None) -> Tens
     return cap(z, table.logit_cap)
 
 
-def layer_output(table: Table, layer: Layer, hidden: Tensor, updates: Updates | None = None) -> Tensor:
-    """One layer: hidden (T, H) -> (T, H)."""
+def layer_output(
+    table: Table, layer: Layer, hidden: Tensor, updates: Updates | None = None, choice: Choice | None = None
+) -> Tensor:
+    """One layer: hidden (T, H) -> (T, H). A choice of experts stands in for the router's."""
     linears, eps = layer.linears, table.eps
     x = norm(hidden, layer.attention_in, eps)
     query, key = queries_and_keys(table, layer, x, updates)
@@ -46,9 +50,34 @@ def layer_output(table: Table, layer: Layer, hidden: Tensor, updates: Updates | 
     hidden = hidden + table.residual_scale * norm(y, layer.attention_out, eps)
 
     x = norm(hidden, layer.mlp_in, eps)
-    gate = ACTIVATIONS[table.activation](project(linears["gate"], x, updates))
-    y = project(linears["down"], gate * project(linears["up"], x, updates), updates)
+    if layer.experts is None:
+        y = mlp(table, linears, x, updates)
+    else:
+        y = mix(table, layer.experts, x, choice or choose(layer.experts, x))
     return hidden + table.residual_scale * norm(y, layer.mlp_out, eps)
+
+
+def mlp(table: Table, linears: Mapping[Slot, Linear], x: Tensor, updates: Updates | None = None) -> Tensor:
+    """Down(activation(gate(x)) · up(x)): x (T, H) -> (T, H)."""
+    gate = ACTIVATIONS[table.activation](project(linears["gate"], x, updates))
+    return project(linears["down"], gate * project(linears["up"], x, updates), updates)
+
+
+def choose(experts: Experts, x: Tensor) -> Choice:
+    """The largest shares of softmax(router(x)), the first of equal ones: x (T, H)."""
+    order = project(experts.router, x).softmax(1).sort(stable=True, dim=1, descending=True)
+    shares, numbers = (each[:, : experts.chosen] for each in order)
+    return (shares / shares.sum(1, keepdim=True) if experts.normalised else shares), numbers
+
+
+def mix(table: Table, experts: Experts, x: Tensor, choice: Choice) -> Tensor:
+    """The sum of the chosen experts' share · mlp(x): x (T, H) -> (T, H)."""
+    shares, numbers = choice
+    y = torch.zeros_like(x)
+    for number in numbers.unique().tolist():
+        tokens, places = (numbers == number).nonzero(as_tuple=True)
+        y[tokens] += shares[tokens, places, None] * mlp(table, experts.mlps[number], x[tokens])
+    return y
 
 
 def queries_and_keys(table: Table, layer: Layer, x: Tensor, updates: Updates | None = None) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 /* One step of a decoder for rows of tokens, each of its own sequence, at its own position, through its own adapters.
 
-   What is computed is defined in table.py and reference.py. A layer is nine phases at most: rows are normed (and met by
-   the adapters' A), matrices are multiplied tile by tile (and met by B at once), heads attend. */
+   What is computed is defined in table.py and reference.py. A layer is so many phases: rows are normed (and met by the
+   adapters' A), matrices are multiplied tile by tile (and met by B at once), heads attend, rows are sorted by expert. */
 #include "numbers.h"
 #include "product.h"
 #include "adapters.h"
 #include "attention.h"
+#include "experts.h"
 #include "norms.h"
+#include "sampling.h"
 #include "team.h"
 
 #define CHUNK 64 /* rows whose sums are kept at a time */
+#define PHASES 11 /* of a layer, at most */
 enum { SILU, GELU, GELU_TANH };
 
 typedef struct {
@@ -18,6 +21,7 @@ typedef struct {
     const float *query_norm, *key_norm;                           /* (dim), or (heads, dim) if norms_all; or null */
     const float *cos, *sin;                                       /* (positions, turned / 2), or null */
     i64 turned, window, norms_all;
+    Experts experts; /* in place of the matrices of the MLP; their count is 0 where there are none */
 } Layer;
 typedef struct {
     i64 layers, hidden, heads, key_heads, dim, inter, vocabulary; /* padded: to 32, and the vocabulary to 64 */
@@ -52,15 +56,21 @@ struct Step {
     void (*way)(Step *, int); /* each thread's way through it */
     const Model *m;
     const Batch *b;
-    i64 adapts, segments;
+    i64 adapts, segments, tiles; /* tiles: whose sums a thread keeps at a time */
+    i64 chosen_experts;          /* of a row, at most */
     float *hidden, *branch, *raw, *h; /* h: (SLOTS, rows, ranks) */
-    Panel x, query, attended, active, last;
+    Panel x, query, attended, gathered, active, last;
     Segment *segment;
+    i64 *chosen, *order, *groups; /* (rows, chosen), pairs of a row and an expert by expert; of each layer */
+    float *weight;                /* (rows, chosen) */
+    Group *group;
     char *scratch; /* of each thread */
     i64 scratch_bytes;
     _Atomic i64 *counters;
     int members;
     const Product *product;
+    Choice *choices;
+    i64 count, vocabulary; /* of the choices */
 };
 static _Atomic i64 *counters_of(Step *step) { return step->counters; }
 
@@ -184,13 +194,14 @@ INLINE vec activated(vec x, i64 activation) {
     for (int i = 0; i < LANES; i++) x[i] = x[i] * 0.5f * (1.0f + erff(x[i] * 0.7071067812f));
     return x;
 }
-static void gate_and_up(Step *s, i64 layer, i64 unit, float *sum) {
-    for (i64 row = 0, rows; row < s->b->rows; row += rows) {
-        rows = s->b->rows - row < CHUNK ? s->b->rows - row : CHUNK;
+static void gate_and_up(Step *s, i64 layer, const Group *g, const Panel *x, i64 unit, float *sum) {
+    for (i64 row = g->row, end = g->row + g->rows, rows; row < end; row += rows) {
+        rows = end - row < CHUNK ? end - row : CHUNK;
         for (i64 slot = GATE; slot <= UP; slot++) {
             float *part = sum + (slot - GATE) * 2 * rows * 16;
-            tiles_of(part, rows * 16, s->m->layer[layer].matrix + slot, unit * 2, 2, &s->x, row, rows);
-            for (i64 t = 0; t < 2; t++) expands(s, part + t * rows * 16, layer, slot, unit * 2 + t, row, rows);
+            tiles_of(part, rows * 16, g->matrices + slot - GATE, unit * 2, 2, x, row, rows);
+            if (!s->m->layer[layer].experts.count)
+                for (i64 t = 0; t < 2; t++) expands(s, part + t * rows * 16, layer, slot, unit * 2 + t, row, rows);
         }
         for (i64 r = 0; r < rows; r++)
             for (i64 c = 0; c < 32; c += LANES) {
@@ -198,6 +209,36 @@ static void gate_and_up(Step *s, i64 layer, i64 unit, float *sum) {
                 put(panel_at(&s->active, row + r, unit) + c, activated(*(vec *)gate, s->m->activation) * *(vec *)up);
             }
     }
+}
+static void choose_experts(Step *s, const Experts *e, i64 row, i64 rows, float *sum) {
+    const i64 tiles = e->router.tiles;
+    float p[tiles * 16];
+    tiles_of(sum, rows * 16, &e->router, 0, (int)tiles, &s->x, row, rows);
+    for (i64 r = 0; r < rows; r++) {
+        for (i64 t = 0; t < tiles; t++) memcpy(p + t * 16, sum + (t * rows + r) * 16, 64);
+        choose_for_row(e, p, s->chosen + (row + r) * e->chosen, s->weight + (row + r) * e->chosen);
+    }
+}
+/* gathered = the rows of x, by expert; one group of 32 inputs */
+static void gather(Step *s, const Experts *e, i64 unit) {
+    for (i64 i = 0; i < s->b->rows * e->chosen; i++)
+        memcpy(panel_at(&s->gathered, i, unit), panel_at(&s->x, s->order[i] / e->chosen, unit), 32 * sizeof(num));
+}
+/* branch = the weighted sum of a row's experts, in the order of their numbers, of two tiles */
+static void mix(Step *s, const Experts *e, i64 groups, i64 unit, float *sum) {
+    const i64 H = s->m->hidden;
+    for (i64 row = 0; row < s->b->rows; row++) memset(s->branch + row * H + unit * 32, 0, 128);
+    for (const Group *g = s->group; g < s->group + groups; g++)
+        for (i64 row = g->row, end = g->row + g->rows, rows; row < end; row += rows) {
+            rows = end - row < CHUNK ? end - row : CHUNK;
+            tiles_of(sum, rows * 16, g->matrices + DOWN - GATE, unit * 2, 2, &s->active, row, rows);
+            for (i64 r = 0; r < rows; r++) {
+                const i64 pair = s->order[row + r];
+                for (i64 c = 0; c < 32; c += LANES)
+                    *(vec *)(s->branch + pair / e->chosen * H + unit * 32 + c) +=
+                        *(vec *)(sum + (c / 16 * rows + r) * 16 + c % 16) * s->weight[pair];
+            }
+        }
 }
 static void head(Step *s, i64 unit, float *sum) {
     const Model *m = s->m;
@@ -218,14 +259,16 @@ static void head(Step *s, i64 unit, float *sum) {
 static void model(Step *s, int thread) {
     const Model *m = s->m;
     const i64 T = s->b->rows, per = T > 8 ? 4 : 1, blocks = (T + per - 1) / per, H = m->hidden, width = m->heads * m->dim;
+    const i64 inters = m->inter / 32;
     i64 phase = 0;
     float *sum = (float *)(s->scratch + thread * s->scratch_bytes);
-    char *scores = (char *)(sum + (m->dim / 16 > 4 ? m->dim / 16 : 4) * CHUNK * 16);
+    char *scores = (char *)(sum + s->tiles * CHUNK * 16);
     const float *out_norm = 0;
     UNITS(u, T) embed(s, u);
     END(T);
     for (i64 n = 0; n < m->layers; n++) {
         const Layer *l = m->layer + n;
+        const Experts *e = &l->experts;
         UNITS(u, blocks) {
             ROWS_OF_UNIT;
             for (i64 t = row; t < row + rows; t++)
@@ -259,17 +302,29 @@ static void model(Step *s, int thread) {
             for (i64 t = row; t < row + rows; t++)
                 add_and_norm(s->hidden + t * H, s->branch + t * H, l->attention_out, m->residual_scale, l->mlp_in, &s->x, t,
                              m->true_hidden, H, m->eps);
-            shrinks(s, n, GATE, UP, H, &s->x, row, rows);
+            if (e->count) choose_experts(s, e, row, rows, sum);
+            else shrinks(s, n, GATE, UP, H, &s->x, row, rows);
         }
         END(blocks);
-        UNITS(u, m->inter / 32) gate_and_up(s, n, u, sum);
-        END(m->inter / 32);
-        if (s->adapts) {
-            UNITS(u, blocks) { ROWS_OF_UNIT; shrinks(s, n, DOWN, DOWN, m->inter, &s->active, row, rows); }
-            END(blocks);
+        if (e->count) {
+            UNITS(u, 1) s->groups[n] = group_by_expert(e, s->chosen, T * e->chosen, s->order, s->group);
+            END(1);
+            UNITS(u, H / 32) gather(s, e, u);
+            END(H / 32);
+            UNITS(u, s->groups[n] * inters) gate_and_up(s, n, s->group + u / inters, &s->gathered, u % inters, sum);
+            END(s->groups[n] * inters);
+            UNITS(u, H / 32) mix(s, e, s->groups[n], u, sum);
+            END(H / 32);
+        } else {
+            UNITS(u, inters) gate_and_up(s, n, &(Group){l->matrix + GATE, 0, T}, &s->x, u, sum);
+            END(inters);
+            if (s->adapts) {
+                UNITS(u, blocks) { ROWS_OF_UNIT; shrinks(s, n, DOWN, DOWN, m->inter, &s->active, row, rows); }
+                END(blocks);
+            }
+            UNITS(u, H / 32) branch(s, n, DOWN, &s->active, u, sum);
+            END(H / 32);
         }
-        UNITS(u, H / 32) branch(s, n, DOWN, &s->active, u, sum);
-        END(H / 32);
         out_norm = l->mlp_out;
     }
     UNITS(u, s->b->wanted) {
@@ -315,20 +370,40 @@ static void multiply(Step *s, int thread) {
     END(tiles);
 }
 
-/* ---- the calls ---- */
-static void work(Step *step, int thread) { step->way(step, thread); }
-static struct { char *bytes; i64 size; } room; /* kept from step to step; the team's lock guards it */
-
 INLINE void *cut(char *from, i64 *at, i64 bytes) { /* with two lines to spare, for what is read as whole vectors */
     char *start = from ? from + *at : 0;
     *at += (bytes + 128 + 63) / 64 * 64;
     return start;
 }
+static i64 lay_out_row(Row *r, i64 vocabulary, char *from) { /* return the bytes that a row needs */
+    i64 at = 0;
+    r->tokens = vocabulary;
+    r->groups = (vocabulary + GROUP - 1) / GROUP;
+    r->most = cut(from, &at, r->groups * 4);
+    r->sums = cut(from, &at, r->groups * 4);
+    r->weights = cut(from, &at, r->groups * GROUP * 4);
+    r->list = cut(from, &at, vocabulary * sizeof(Entry));
+    r->spare = cut(from, &at, vocabulary * sizeof(Entry));
+    return at;
+}
+static void choose_tokens(Step *s, int thread) {
+    Row row;
+    i64 phase = 0;
+    lay_out_row(&row, s->vocabulary, s->scratch + thread * s->scratch_bytes);
+    UNITS(u, s->count) choose_token(s->choices + u, &row);
+    END(s->count);
+}
+
+/* ---- the calls ---- */
+static void work(Step *step, int thread) { step->way(step, thread); }
+static struct { char *bytes; i64 size; } room; /* kept from step to step; the team's lock guards it */
+
 static i64 lay_out(Step *s, char *from) { /* return the bytes that a step needs, from an address that may be null */
     const Model *m = s->m;
     const i64 T = s->b->rows, W = s->b->wanted, group = m->heads / m->key_heads, width = m->heads * m->dim;
     i64 at = 0;
-    s->counters = cut(from, &at, (m->layers * 10 + 3) * (s->members + 1) * LINE * sizeof(i64));
+    const i64 pairs = T * s->chosen_experts;
+    s->counters = cut(from, &at, (m->layers * PHASES + 3) * (s->members + 1) * LINE * sizeof(i64));
     s->segment = cut(from, &at, T * sizeof(Segment));
     s->hidden = cut(from, &at, T * m->hidden * 4);
     s->branch = cut(from, &at, T * m->hidden * 4);
@@ -337,7 +412,14 @@ static i64 lay_out(Step *s, char *from) { /* return the bytes that a step needs,
     s->x = (Panel){cut(from, &at, T * m->hidden * sizeof(num)), T};
     s->query = (Panel){cut(from, &at, T * width * sizeof(num)), T * group};
     s->attended = (Panel){cut(from, &at, T * width * sizeof(num)), T};
-    s->active = (Panel){cut(from, &at, T * m->inter * sizeof(num)), T};
+    s->gathered = (Panel){cut(from, &at, pairs * m->hidden * sizeof(num)), pairs};
+    const i64 most = pairs > T ? pairs : T;
+    s->active = (Panel){cut(from, &at, most * m->inter * sizeof(num)), most};
+    s->chosen = cut(from, &at, pairs * sizeof(i64));
+    s->order = cut(from, &at, pairs * sizeof(i64));
+    s->weight = cut(from, &at, pairs * 4);
+    s->group = cut(from, &at, pairs * sizeof(Group));
+    s->groups = cut(from, &at, m->layers * sizeof(i64));
     s->last = (Panel){cut(from, &at, W * m->hidden * sizeof(num)), W};
     s->scratch = cut(from, &at, s->members * s->scratch_bytes);
     return at;
@@ -354,14 +436,18 @@ static char *room_of(i64 need) {
 }
 /* Compute a step. Return 0; 1 if there is no memory for it: then nothing is written. */
 int loradeck_step(const Model *m, const Batch *b, int threads) {
-    Step s = {.way = model, .m = m, .b = b};
-    const i64 sums = (m->dim / 16 > 4 ? m->dim / 16 : 4) * CHUNK * 64, phases = m->layers * 10 + 3;
+    Step s = {.way = model, .m = m, .b = b, .tiles = m->dim / 16 > 4 ? m->dim / 16 : 4};
+    const i64 phases = m->layers * PHASES + 3;
     i64 longest = 0;
+    for (const Layer *l = m->layer; l < m->layer + m->layers; l++) {
+        if (l->experts.chosen > s.chosen_experts) s.chosen_experts = l->experts.chosen;
+        if (l->experts.router.tiles > s.tiles) s.tiles = l->experts.router.tiles;
+    }
     for (i64 t = 0; t < b->rows; t++) {
         if (b->positions[t] + 1 > longest) longest = b->positions[t] + 1;
         if (b->route[b->routes[t]].count) s.adapts = 1;
     }
-    s.scratch_bytes = (sums + scratch_bytes(longest, m->heads / m->key_heads, m->dim) + 63) / 64 * 64;
+    s.scratch_bytes = (s.tiles * CHUNK * 64 + scratch_bytes(longest, m->heads / m->key_heads, m->dim) + 63) / 64 * 64;
     pthread_mutex_lock(&team.busy);
     s.members = grow(threads);
     char *memory = room_of(lay_out(&s, 0));
@@ -391,6 +477,24 @@ int loradeck_product(const Product *p, int threads) {
         memset(memory, 0, counters);
         s.x = (Panel){(num *)(memory + counters), p->rows};
         s.scratch = memory + counters + panel;
+        together(&s, s.members);
+    }
+    pthread_mutex_unlock(&team.busy);
+    return !memory;
+}
+/* Choose or score tokens. Return 0; 1 if there is no memory for it: then nothing is written. */
+int loradeck_sample(Choice *choices, i64 count, i64 vocabulary, int threads) {
+    Row row;
+    Step s = {.way = choose_tokens, .choices = choices, .count = count, .vocabulary = vocabulary};
+    s.scratch_bytes = lay_out_row(&row, vocabulary, 0);
+    pthread_mutex_lock(&team.busy);
+    s.members = grow(count < threads ? (int)count : threads);
+    const i64 counters = (s.members + 1) * LINE * sizeof(i64);
+    char *memory = room_of(counters + s.members * s.scratch_bytes);
+    if (memory) {
+        s.counters = (_Atomic i64 *)memory;
+        memset(memory, 0, counters);
+        s.scratch = memory + counters;
         together(&s, s.members);
     }
     pthread_mutex_unlock(&team.busy);

@@ -12,6 +12,7 @@ from loradeck.native.library import CBatch, CRoute, CUse
 from loradeck.native.model import NativeModel
 from loradeck.native.table import SLOTS
 
+NO_MEMORY = "out of memory in a step; send fewer rows or tokens at once"
 Uses = tuple[tuple[NativeAdapter, float], ...]
 
 
@@ -59,7 +60,10 @@ def run(model: NativeModel, chunks: Sequence[Chunk], threads: int) -> Tensor:
         memory.append(c_uses)
         for sites in zip(*(adapter.ranks for adapter, _ in uses), strict=True):
             ranks = max(ranks, sum(sites))
-    logits = torch.empty(len(want), model.vocabulary)
+    try:
+        logits = torch.empty(len(want), model.vocabulary)
+    except RuntimeError as error:  # torch has none of its own for memory
+        raise MemoryError(NO_MEMORY) from error
     batch = CBatch(
         rows=len(rows),
         wanted=len(want),
@@ -71,7 +75,7 @@ def run(model: NativeModel, chunks: Sequence[Chunk], threads: int) -> Tensor:
         logits=logits.data_ptr(),
     )
     if model.library.loradeck_step(ctypes.byref(model.c), ctypes.byref(batch), threads):
-        raise MemoryError("out of memory in a step; send fewer rows or tokens at once")
+        raise MemoryError(NO_MEMORY)
     return logits[:, : model.table.vocabulary]
 
 

@@ -3,13 +3,14 @@
     hidden[t] = embedding[token[t]] · embedding_scale
     for each layer:
         hidden += residual_scale · attention_out(o(attend(q(x), k(x), v(x))))       x = attention_in(hidden)
-        hidden += residual_scale · mlp_out(down(activation(gate(x)) · up(x)))       x = mlp_in(hidden)
+        hidden += residual_scale · mlp_out(mlp(x))                                  x = mlp_in(hidden)
     logits = cap(head(norm(hidden)) · logit_scale)
 
 A norm is x / sqrt(mean(x²) + eps) · weight; one that is None leaves x as it is. cap(z) is z, or where there is a
 logit_cap, logit_cap · tanh(z / logit_cap). Queries and keys are normed and rotated by position. Attention is the
 softmax of their products times `scale`, capped by `softcap` in the same way, over the tokens before, within the layer's
-window.
+window. An mlp is down(activation(gate(x)) · up(x)); of a mixture of experts, the sum of those that softmax(router(x))
+gives the most, each times its share.
 
 H hidden size   Q query heads   K key heads   D width of a head   I intermediate size   V vocabulary   P positions
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from loradeck.native.blocks import unpack
@@ -53,10 +55,25 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """A mixture of experts."""
+
+    router: Linear
+    """An output for each expert."""
+    chosen: int
+    """How many experts compute a token: those with the largest shares, the first of equal ones."""
+    normalised: bool
+    """Whether the shares are divided by their sum."""
+    mlps: tuple[Mapping[Slot, Linear], ...]
+    """Gate, up and down of each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Layer:
     """One layer; a norm is its weight in float32, or None."""
 
     linears: Mapping[Slot, Linear]
+    """Of all slots, but of a mixture's only those of attention."""
     attention_in: Tensor | None
     """(H,)"""
     attention_out: Tensor | None
@@ -73,6 +90,18 @@ class Layer:
     """Index in the table's `rotary`; None: positions do not turn this layer's queries and keys."""
     window: int | None
     """How many tokens back a token sees, itself included; None: all."""
+    experts: Experts | None = None
+
+    @property
+    def mlps(self) -> tuple[Mapping[Slot, Linear], ...]:
+        """The linears of each expert, or of the one MLP."""
+        return self.experts.mlps if self.experts else (self.linears,)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of its weights."""
+        linears = [linear for each in (self.linears, *self.mlps) for linear in each.values()]
+        return {linear.stored.dtype for linear in (*linears, *([self.experts.router] if self.experts else []))}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -91,6 +91,11 @@ def why_not_available() -> str | None:
     return None
 
 
+def origin() -> str:
+    """Return where the library comes from, in words."""
+    return compiler.origin(_library())
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = compiler.load(SOURCE)

@@ -4,6 +4,7 @@ import logging
 
 from transformers import PreTrainedModel
 
+from loradeck.ops import compiler
 from loradeck.runner.interface import Runner
 from loradeck.runner.model_runner import ModelRunner
 from loradeck.runner.native_runner import NativeRunner
@@ -25,5 +26,6 @@ def runner_of(model: PreTrainedModel, *, enforce_eager: bool = False) -> Runner:
     except Exception as error:  # what compilers and other people's models raise has no common class
         log.info("the step of %s is computed by transformers' modules: %s", type(model).__name__, error)
         return eager
-    log.info("the step of %s is computed natively", type(model).__name__)
+    origin = compiler.origin(runner.native.library)
+    log.info("the step of %s is computed natively, by a library that was %s", type(model).__name__, origin)
     return runner

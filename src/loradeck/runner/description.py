@@ -5,6 +5,8 @@ give what the definition gives for its row of the table.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, TypeVar, cast
@@ -13,20 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loradeck.base.blocked import BlockWeight
+from loradeck.base.blocked import EXPERTS, BlockWeight, expert_shapes
 from loradeck.base.frozen import FrozenLinear
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear
 from loradeck.lora.layer import LoraLayer
 from loradeck.native import reference
-from loradeck.native.table import Activation, Layer, Linear, Slot, Table
+from loradeck.native.table import Activation, Experts, Layer, Linear, Slot, Table
 from loradeck.ops.layer_kinds import dense_weight
-from loradeck.runner.observation import Observation, observe
+from loradeck.runner.observation import FixedRouter, Observation, observe, with_part
 
 T = TypeVar("T")
 TOKENS = 6  # random ones, that each layer is tried with
 EXACT, ROUNDED = 1e-4, 5e-2  # share of the largest number, for float32 weights and for others
 DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
+MIXTURE = {"gate", "router", "experts"}
 MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
 PLACES = {  # where the norms of a layer stand
     "input_layernorm": "attention_in",
@@ -65,6 +68,8 @@ class _Reader:
         self.paths = {module: path for path, module in model.named_modules()}
         self.eps: list[float] = []
         """Of each norm that was read."""
+        self.activations: list[Activation] = []
+        """Of each MLP."""
 
     def table(self) -> Table:
         self.check_forwards()
@@ -90,7 +95,9 @@ class _Reader:
             heads=heads,
             key_heads=_same("key heads", (each.key.shape[1] for each in seen)),
             head_dim=head_dim,
-            intermediate=_same("intermediate sizes", (layer.linears["gate"].outputs for layer, _ in rows)),
+            intermediate=_same(
+                "intermediate sizes", (linears["gate"].outputs for layer, _ in rows for linears in layer.mlps)
+            ),
             vocabulary=len(embedding),
             eps=_same("norms' eps", self.eps),
             layers=tuple(layer for layer, _ in rows),
@@ -100,7 +107,7 @@ class _Reader:
             norm=norm,
             head=head,
             rotary=tuple(rotary.values()),
-            activation=_same("activations", (self.activation(module.mlp) for module in modules)),
+            activation=_same("activations", self.activations),
             scale=_same("attention scales", (each.scale for each in seen)),
             softcap=_same("attention caps", (each.softcap for each in seen)),
             residual_scale=_same("residual scales", (getattr(each, "residual_multiplier", 1.0) for each in modules)),
@@ -112,24 +119,24 @@ class _Reader:
 
     def layer(self, module: Any, x: Tensor, kind: str | None, rotary: int) -> tuple[Layer, Observation]:
         """Return a layer's row, and what it computes of x alone."""
-        parts = self.parts(module, {"self_attn", "mlp", *PLACES})
-        attention, mlp = self.part(module, parts, "self_attn"), self.part(module, parts, "mlp")
+        parts = self.parts(module, {"self_attn", "mlp", "block_sparse_moe", *PLACES})
+        attention = self.part(module, parts, "self_attn")
+        mlp = self.part(module, parts, "block_sparse_moe" if "block_sparse_moe" in parts else "mlp")
         if not getattr(attention, "is_causal", True):
             raise self.refusal(attention, "lets a token see what follows it")
-        projections, products = self.parts(attention, ATTENTION), self.parts(mlp, MLP)
+        projections = self.parts(attention, ATTENTION)
         places = dict(PLACES)
         if any("feedforward" in name for name in parts):
             places["post_attention_layernorm"] = "attention_out"
         norms = {places[name]: self.norm(part) for name, part in parts.items() if name in places}
         o = self.linear(self.part(attention, projections, "o_proj"))
-        down = self.linear(self.part(mlp, products, "down_proj"))
-        inner = down.blocked or down.stored.shape[1]
-        gated = self.linears(mlp, products, "gate_up_proj", {"gate": inner, "up": inner})
-        seen = self.observe(module, x, kind)
+        experts = self.experts(mlp) if "experts" in mlp._modules else None
+        products = {} if experts else self.mlp(mlp)
+        seen = self.observe(module, x, kind, experts)
         queries, keys = (tensor[0].numel() for tensor in (seen.query, seen.key))
         projected = self.linears(attention, projections, "qkv_proj", {"q": queries, "k": keys, "v": keys})
         return Layer(
-            linears={**projected, "o": o, **gated, "down": down},
+            linears={**projected, "o": o, **products},
             attention_in=norms.get("attention_in"),
             attention_out=norms.get("attention_out"),
             mlp_in=norms.get("mlp_in"),
@@ -138,12 +145,56 @@ class _Reader:
             key_norm=self.norm(projections["k_norm"]) if "k_norm" in projections else None,
             rotary=rotary,
             window=seen.window,
+            experts=experts,
         ), seen
+
+    def mlp(self, module: nn.Module) -> dict[Slot, Linear]:
+        parts = self.parts(module, MLP)
+        down = self.linear(self.part(module, parts, "down_proj"))
+        inner = down.blocked or down.stored.shape[1]
+        self.activations.append(self.activation(module))
+        return {**self.linears(module, parts, "gate_up_proj", {"gate": inner, "up": inner}), "down": down}
+
+    def experts(self, module: nn.Module) -> Experts:
+        """Return a mixture's experts, if its router chooses them by the definition."""
+        parts = self.parts(module, MIXTURE)
+        router = self.part(module, parts, "router" if "router" in parts else "gate")
+        self.parts(router, {"weight"})
+        weight = router.get_parameter("weight")
+        linear = Linear(self.paths[router], weight, 0, len(weight))
+        mlps = self.expert_mlps(parts["experts"])
+        if len(mlps) != len(weight):
+            raise self.refusal(module, f"has {len(mlps)} experts and a router of {len(weight)}")
+        x = torch.randn(TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        with suppress(TypeError, ValueError, RuntimeError):  # of a router that takes or returns something else
+            _, shares, numbers = deepcopy(router).float()(x)  # in which no rounding changes the choice
+            for normalised in (False, True):
+                experts = Experts(linear, numbers.shape[1], normalised, mlps)
+                definition = reference.choose(experts, x)
+                if torch.equal(numbers, definition[1]) and _near(shares, definition[0], EXACT):
+                    return experts
+        raise self.refusal(router, "chooses experts in an unknown way")
+
+    def expert_mlps(self, module: nn.Module) -> tuple[Mapping[Slot, Linear], ...]:
+        self.parts(module, {*EXPERTS, "act_fn"})
+        shapes, path = expert_shapes(module), self.paths[module]
+        if shapes is None:
+            raise self.refusal(module, "has weights of an unknown shape")
+        gate_up, down = (module.get_parameter(name) for name in EXPERTS)
+        hidden, inner = shapes["down_proj"]
+        blocked = isinstance(down, BlockWeight)
+
+        def expert(number: int) -> dict[Slot, Linear]:
+            both = Linear(f"{path}.gate_up_proj", gate_up[number], 0, inner, blocked=hidden if blocked else 0)
+            back = Linear(f"{path}.down_proj", down[number], 0, hidden, blocked=inner if blocked else 0)
+            return {"gate": both, "up": replace(both, start=inner), "down": back}
+
+        self.activations.append(self.activation(module))
+        return tuple(map(expert, range(len(down))))
 
     def agreed(self, table: Table, layer: Layer, seen: Observation, x: Tensor, module: nn.Module) -> Layer:
         """Return a layer's row, rotary or without, if its definition computes what the module does."""
-        exact = {each.stored.dtype for each in layer.linears.values()} == {torch.float32}
-        tolerance = EXACT if exact else ROUNDED
+        tolerance = EXACT if layer.dtypes == {torch.float32} else ROUNDED
         hidden = x.float()
         inside = reference.norm(hidden, layer.attention_in, table.eps)
         for each in (layer, replace(layer, rotary=None)):
@@ -153,16 +204,21 @@ class _Reader:
                 break
         else:
             raise self.refusal(module, "norms or turns its queries and keys in an unknown way")
-        y = reference.layer_output(table, layer, hidden)
+        choice = FixedRouter(layer.experts, x).choice if layer.experts else None
+        y = reference.layer_output(table, layer, hidden, choice=choice)
         rounding = 2 * torch.finfo(x.dtype).eps * y.abs().max()
         if not _near(seen.output.float() - hidden, y - hidden, tolerance, float(rounding)):
             raise self.refusal(module, "computes something else than its parts suggest")
         return layer
 
-    def observe(self, module: nn.Module, x: Tensor, kind: str | None) -> Observation:
+    def observe(self, module: nn.Module, x: Tensor, kind: str | None, experts: Experts | None) -> Observation:
         positions = _positions(self.decoder.rotary_emb, x, TOKENS, kind)
+        layer = module
+        if experts:
+            path = experts.router.path.removeprefix(f"{self.paths[module]}.").split(".")
+            layer = with_part(module, path, FixedRouter(experts, x))
         try:
-            seen = observe(module, x, position_embeddings=positions, position_ids=torch.arange(TOKENS)[None])
+            seen = observe(layer, x, position_embeddings=positions, position_ids=torch.arange(TOKENS)[None])
         except Exception as error:
             text = str(error).partition("\n")[0]
             raise DescriptionError(f"its `{self.paths[module]}` cannot be computed alone: {text}") from error

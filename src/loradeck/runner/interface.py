@@ -8,7 +8,7 @@ from torch import Tensor
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.runner.prefix_cache import PrefixCache
-from loradeck.runner.request import Request, Scheduled
+from loradeck.runner.request import Key, Request, Scheduled
 
 
 class Cache(Protocol):
@@ -35,7 +35,8 @@ class Cache(Protocol):
     def reserve(self, request: Request, tokens: int) -> bool:
         """Make room for this many tokens of a request. If there is none, return False and change nothing.
 
-        A new row starts with the known prefix of the prompt; `request.computed` says how long that is.
+        Room for more tokens may be given back. A new row starts with the known prefix of the prompt; `request.computed`
+        says how long that is.
         """
         ...
 
@@ -69,6 +70,13 @@ class Runner(Protocol):
 
     def prepare(self, adapter: Adapter) -> None:
         """Do what can be done for an adapter of the bank before its first step."""
+        ...
+
+    def is_batch_invariant(self, key: Key) -> bool:
+        """Whether requests with these adapters have the same bits in any batch and in any chunks.
+
+        Only their tokens can be checked against drafts, for drafts make larger chunks.
+        """
         ...
 
     def run(self, batch: Sequence[Scheduled], cache: Any) -> list[Tensor]:

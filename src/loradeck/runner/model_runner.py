@@ -16,7 +16,7 @@ from loradeck.ops.dispatch import warm_up
 from loradeck.runner import attention
 from loradeck.runner.attention import Decode, Part, PromptChunk
 from loradeck.runner.kv_cache import KVCache, KVLayout
-from loradeck.runner.request import Scheduled
+from loradeck.runner.request import Key, Scheduled
 from loradeck.runner.trial import Trial
 
 
@@ -53,6 +53,10 @@ class ModelRunner:
 
     def prepare(self, adapter: Adapter) -> None:
         """Do nothing: adapters are read where the bank holds them."""
+
+    def is_batch_invariant(self, key: Key) -> bool:  # noqa: ARG002
+        """Return False: torch's products depend on how many rows they have."""
+        return False
 
     def run(self, batch: Sequence[Scheduled], cache: KVCache) -> list[Tensor]:
         """Compute a step. Return the logits (S, V) of each scheduled request's last `logits_to_keep` tokens."""

@@ -5,7 +5,9 @@ N rows   V vocabulary
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,47 +23,104 @@ from loradeck.native.pages import PAGE
 from loradeck.native.step import Chunk, Uses
 from loradeck.runner.description import describe
 from loradeck.runner.page_pool import PagePool
+from loradeck.runner.speculation import MAX_DRAFTS, MEMORY_BOUND, Acceptance, PromptLookup, draft_counts
 from loradeck.runner.trial import LENGTHS, agrees, own_logits, prompts
 
 log = logging.getLogger(__name__)
 _models: WeakKeyDictionary[PreTrainedModel, tuple[tuple[object, ...], NativeModel | None]] = WeakKeyDictionary()
 
 
+@dataclass(eq=False, slots=True)
+class Row:
+    """A text, and what is known of what follows it."""
+
+    text: list[int]
+    uses: Uses
+    """Its adapters."""
+    end: int
+    """How many tokens the text has at most."""
+    pages: "array[int]" = field(default_factory=lambda: array("Q"))
+    read: int = 0
+    """How many of its tokens have their keys and values in the pages."""
+    drafts: deque[int] = field(default_factory=deque)
+    """Those that are not checked yet."""
+    logits: deque[Tensor] = field(default_factory=deque)
+    """(V,) of what follows the text, and then of what follows each draft."""
+    lookup: PromptLookup = field(default_factory=PromptLookup)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    drafted: int = 0
+    accepted: int = 0
+    """Drafts of the last step."""
+
+    def append(self, token: int) -> None:
+        """Add the token that was chosen. If it was the next draft, what follows is known."""
+        self.text.append(token)
+        if self.drafts and self.drafts.popleft() == token:
+            self.read += 1
+            self.accepted += 1
+        else:
+            self.drafts.clear()
+            self.logits.clear()
+
+
 class NativeBatch:
     """Some rows and what the step keeps of them."""
 
-    def __init__(self, model: NativeModel, rows: Sequence[Sequence[int]], uses: Sequence[Uses]) -> None:
-        """`uses` are each row's adapters."""
-        self._model, self._uses = model, uses
+    def __init__(
+        self, model: NativeModel, rows: Sequence[Sequence[int]], uses: Sequence[Uses], max_tokens: int = 1
+    ) -> None:
+        """`uses` are each row's adapters; `max_tokens` is the maximum number of tokens that follow a row."""
+        self._model = model
         self._pool = PagePool(model.page_bytes, budget=1 << 62)  # as much as there is memory
-        self._pages = [array("Q") for _ in rows]
-        self._unread: list[Sequence[int]] = [*rows]
-        self._read = [0] * len(rows)
-        self._logits = torch.empty(len(rows), model.table.vocabulary)
+        self._running = {
+            i: Row([*row], each, len(row) + max_tokens) for i, (row, each) in enumerate(zip(rows, uses, strict=True))
+        }
 
-    def forward(self) -> Tensor:
-        """Read the new tokens and return the logits (N, V) of what follows; of a row that has ended, the last ones."""
-        rows = [row for row, tokens in enumerate(self._unread) if tokens]
+    def forward(self) -> tuple[list[int], Tensor | list[Tensor]]:
+        """Return some rows, and the logits (V,) of what follows each; compute a step if they are known of no row."""
+        if any(row.logits for row in self._running.values()):
+            known = [i for i, row in self._running.items() if row.logits]
+            return known, [self._running[i].logits.popleft() for i in known]
+        self._draft()
+        rows = [*self._running.values()]
         for row in rows:
-            missing = -(-(self._read[row] + len(self._unread[row])) // PAGE) - len(self._pages[row])
-            self._pages[row].extend(self._pool.take() for _ in range(missing))
+            missing = -(-(len(row.text) + len(row.drafts)) // PAGE) - len(row.pages)
+            row.pages.extend(self._pool.take() for _ in range(missing))
         chunks = [
-            Chunk(self._unread[row], self._read[row], self._pages[row].buffer_info()[0], self._uses[row], 1)
+            Chunk([*row.text[row.read :], *row.drafts], row.read, row.pages.buffer_info()[0], row.uses, 1 + row.drafted)
             for row in rows
         ]
         logits = step.run(self._model, chunks, torch.get_num_threads())
         for row in rows:
-            self._read[row] += len(self._unread[row])
-            self._unread[row] = ()
-        if len(rows) == len(self._unread):
-            self._logits = logits
-        else:
-            self._logits[rows] = logits
-        return self._logits
+            row.read = len(row.text)
+        if len(rows) == len(logits):
+            return [*self._running], logits
+        for row, each in zip(rows, logits.split([chunk.wanted for chunk in chunks]), strict=True):
+            row.logits.extend(each)
+        return [*self._running], [row.logits.popleft() for row in rows]
 
-    def append(self, tokens: Sequence[int | None]) -> None:
-        """Add a token to each row; None to one that has ended."""
-        self._unread = [() if token is None else (token,) for token in tokens]
+    def append(self, tokens: Mapping[int, int | None]) -> None:
+        """Add the next token of each row that `forward` returned; None to one that ends."""
+        for i, token in tokens.items():
+            if token is None:
+                del self._running[i]
+            else:
+                self._running[i].append(token)
+
+    def _draft(self) -> None:
+        """Draft tokens where they are likely to pay."""
+        rows = [*self._running.values()]
+        for row in rows:
+            row.acceptance.record(row.drafted, row.accepted)
+            row.drafted = row.accepted = 0
+        unread = sum(len(row.text) - row.read for row in rows)
+        if unread >= MEMORY_BOUND:
+            return
+        proposals = [row.lookup.propose(row.text, min(MAX_DRAFTS, row.end - len(row.text) - 1)) for row in rows]
+        counts = draft_counts([row.acceptance for row in rows], [*map(len, proposals)], unread)
+        for row, drafts, count in zip(rows, proposals, counts, strict=True):
+            row.drafts.extend(drafts[:count])
+            row.drafted = count
 
 
 def packed_adapter(model: NativeModel, adapter: Adapter) -> NativeAdapter:
@@ -93,7 +152,8 @@ def _try(model: PreTrainedModel) -> NativeModel | None:
         native = NativeModel(describe(model), halves=multiplies_halves(model.dtype))
         texts = prompts(model)
         batch = NativeBatch(native, texts, [()] * len(LENGTHS))
-        if not all(map(agrees, batch.forward(), own_logits(model, texts))):
+        _, logits = batch.forward()
+        if not all(map(agrees, logits, own_logits(model, texts))):
             raise ValueError("its logits differ from the model's own")
     except Exception as error:  # what compilers and other people's models raise has no common class
         log.info("%s is computed by transformers' modules: %s", type(model).__name__, error)

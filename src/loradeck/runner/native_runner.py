@@ -65,6 +65,10 @@ class NativeRunner:
         """Pack an adapter, so that its first step need not."""
         self._packed(adapter)
 
+    def is_batch_invariant(self, key: Key) -> bool:
+        """Whether requests with these adapters have the same bits in any batch and in any chunks."""
+        return self._uses(key) is not None
+
     def run(self, batch: Sequence[Scheduled], cache: PagedCache) -> list[Tensor]:
         """Compute a step. Return the logits (S, V) of each scheduled request's last `logits_to_keep` tokens."""
         uses = [self._uses(work.request.key) for work in batch]
@@ -82,8 +86,7 @@ class NativeRunner:
 
     def _chunk(self, work: Scheduled, cache: PagedCache, uses: Uses) -> Chunk:
         request = work.request
-        tokens = request.tokens[request.computed : request.computed + work.count]
-        return Chunk(tokens, request.computed, cache.table(request), uses, work.logits_to_keep)
+        return Chunk(work.tokens, request.computed, cache.table(request), uses, work.logits_to_keep)
 
     def _parts(self, works: Sequence[Scheduled], cache: PagedCache) -> list[Part]:
         parts: list[Part] = []

@@ -3,6 +3,7 @@
 T tokens   H hidden size   Q query heads   K key heads   D width of a head
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from loradeck.native import reference
+from loradeck.native.table import Experts
 
 NAME = "loradeck_observed"
 
@@ -33,6 +35,29 @@ class Observation:
     """(T, H) of the layer."""
 
 
+class FixedRouter(nn.Module):
+    """A router that gives each token the experts after those of the token before, so that no rounding changes them."""
+
+    def __init__(self, experts: Experts, x: Tensor) -> None:
+        """Choose for as many tokens as x (T, H) has."""
+        super().__init__()
+        shares = torch.arange(1, 1 + experts.chosen).div(experts.chosen).to(x.dtype)
+        numbers = torch.arange(len(x) * experts.chosen).view(len(x), -1) % len(experts.mlps)
+        self.choice: reference.Choice = shares.expand(len(x), -1), numbers
+
+    def forward(self, _: Tensor) -> tuple[None, Tensor, Tensor]:
+        """Return what transformers' routers return: logits, which nothing needs, shares and numbers."""
+        return None, *self.choice
+
+
+def with_part(module: nn.Module, path: Sequence[str], part: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module in which another part stands at a path."""
+    name, *rest = path
+    alone = copy(module)
+    alone._modules = {**module._modules, name: with_part(module.get_submodule(name), rest, part) if rest else part}
+    return alone
+
+
 def observe(layer: nn.Module, x: Tensor, **arguments: Any) -> Observation:
     """Compute a layer alone on x (T, H). A shallow copy computes, so the layer itself stays as it is.
 
@@ -43,8 +68,7 @@ def observe(layer: nn.Module, x: Tensor, **arguments: Any) -> Observation:
     attention: Any = copy(layer.self_attn)
     attention.config = copy(attention.config)
     attention.config._attn_implementation = NAME
-    alone = copy(layer)
-    alone._modules = {**layer._modules, "self_attn": attention}
+    alone = with_part(layer, ["self_attn"], attention)
     with torch.no_grad():
         output = alone(x[None], attention_mask=None, **arguments)
     if "call" not in vars(attention):

@@ -59,7 +59,8 @@ class PagedCache:
     def reserve(self, request: Request, tokens: int) -> bool:
         """Make room for this many tokens of a request. If there is none, return False and change nothing.
 
-        A new row starts with the known prefix of the prompt; `request.computed` says how long that is.
+        Room for more tokens is given back. A new row starts with the known prefix of the prompt; `request.computed`
+        says how long that is.
         """
         row = self._rows.get(request)
         prefix = self.prefixes.find(request) if row is None else []
@@ -75,6 +76,8 @@ class PagedCache:
         for page in self.prefixes.shrink(idle - max(0, needed - room)):
             self._pool.give_back(page)
         row.pages.extend(self._pool.take() for _ in range(count))
+        for _ in range(-count):
+            self._pool.give_back(row.pages.pop())
         return True
 
     def release(self, request: Request) -> None:

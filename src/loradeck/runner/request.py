@@ -1,8 +1,10 @@
 """One request as the engine sees it: token ids, and adapters by the hash of their content."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from loradeck.runner.speculation import Acceptance, PromptLookup
 from loradeck.sampling import TokenSequence
 
 Key: TypeAlias = tuple[tuple[str, float], ...]
@@ -33,6 +35,11 @@ class Request(TokenSequence):
     """Prompt tokens found in the prefix cache."""
     cancelled: bool = False
     """Nobody waits for it any more; it is dropped at the next step."""
+    lookup: PromptLookup = field(init=False, default_factory=PromptLookup)
+    acceptance: Acceptance = field(init=False, default_factory=Acceptance)
+    """Of drafts that were looked up."""
+    model_acceptance: Acceptance | None = field(init=False, default=None)
+    """Of a draft model's; created with the first ones."""
 
     @property
     def pending(self) -> int:
@@ -42,10 +49,18 @@ class Request(TokenSequence):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A request's share of a step: its next `count` tokens."""
+    """A request's share of a step: its next `count` tokens, and drafts of those after them."""
 
     request: Request
     count: int
+    drafts: Sequence[int] = ()
+    """Only if the request's next token can be sampled after the others."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """All tokens to compute."""
+        request = self.request
+        return [*request.tokens[request.computed : request.computed + self.count], *self.drafts]
 
     @property
     def ends(self) -> bool:
@@ -57,5 +72,5 @@ class Scheduled:
         """How many of the tokens, counted from the end, need logits."""
         request = self.request
         if request.sampling.prompt_logprobs is not None and request.computed < len(request.prompt) - 1:
-            return self.count
-        return int(self.ends)
+            return self.count + len(self.drafts)
+        return int(self.ends) + len(self.drafts)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from loradeck.errors import ConfigError
+from loradeck.runner.speculation import MAX_DRAFTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +11,7 @@ class EngineConfig:
     """Nothing is reserved: memory is taken when it is needed, up to these limits.
 
     Raises:
-        ConfigError: a setting is not above 0, or max_step_tokens is below max_rows.
+        ConfigError: a setting is out of its bounds, or max_step_tokens is below max_rows.
     """
 
     max_rows: int = 16
@@ -33,17 +34,22 @@ class EngineConfig:
     """Maximum number of seconds from a request's arrival to its end."""
     loaders: int = 2
     """Threads that load adapters."""
+    num_speculative_tokens: int = MAX_DRAFTS
+    """Maximum number of draft tokens of a row in one step; 0 turns speculative decoding off."""
     enforce_eager: bool = False
     """Compute steps by transformers' modules even where the compiled step can."""
 
     def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.type is not bool}
         problems = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
-            if field.type is not bool and not getattr(self, field.name) > 0
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if not (value > 0 or (value == 0 and name == "num_speculative_tokens"))
         ]
         if problems:
-            raise ConfigError("invalid engine settings", problems, hint="Give values above 0.")
+            raise ConfigError(
+                "invalid engine settings", problems, hint="Give values above 0; num_speculative_tokens may be 0."
+            )
         if self.max_step_tokens < self.max_rows:
             raise ConfigError(
                 f"max_step_tokens={self.max_step_tokens} is below max_rows={self.max_rows}",

@@ -3,6 +3,7 @@
 Any thread submits requests and reads their answers; one thread computes (`serve.loop`).
 """
 
+import logging
 import operator
 import time
 import uuid
@@ -19,10 +20,12 @@ from loradeck.blend import format_blend
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.runner.choice import runner_of
+from loradeck.runner.draft_model import DraftModel
 from loradeck.runner.request import Request
 from loradeck.sampling import Sampler, SamplingParams, Token
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
+from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
 from loradeck.serve.loop import Loop
 from loradeck.serve.scheduler import Scheduler
@@ -31,6 +34,8 @@ from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
 
 DEFAULT = SamplingParams()
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -45,19 +50,26 @@ class Engine:
         store: AdapterStore | None = None,
         config: EngineConfig | None = None,
         *,
+        draft_model: Base | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """Start to serve a base.
+        """Start to serve a base. `draft_model` is a smaller one that drafts tokens for it, with the same tokenizer.
 
         Raises:
             BaseModelError: the base's attention cannot be computed row by row.
-            ConfigError: kv_cache_bytes is too small for this base.
+            ConfigError: kv_cache_bytes is too small for this base, or the draft model has another vocabulary.
             LoradeckError: the base's model already has a bank.
         """
         self.base = base
         self.store = store
         self.config = config or EngineConfig()
         self._runner = runner_of(shared_copy(base.model), enforce_eager=self.config.enforce_eager)
+        drafts = self.config.num_speculative_tokens > 0 and self._runner.is_batch_invariant(())
+        if self.config.num_speculative_tokens and not drafts:
+            log.info("no tokens are drafted: only the compiled step computes the same bits with and without drafts")
+        model = (
+            DraftModel(draft_model, base, self._runner, self.config.kv_cache_bytes) if draft_model and drafts else None
+        )
         cache = self._runner.new_cache(self.config.kv_cache_bytes)
         if not cache.max_tokens:
             raise ConfigError(
@@ -73,6 +85,7 @@ class Engine:
             cache,
             Sampler(self._in_vocabulary(stop_ids(base.tokenizer, base.model.generation_config))),
             Scheduler(self.config, cache, self.adapter_cache),
+            Drafter(self.config, cache, self._runner.is_batch_invariant, longest=self._longest, model=model),
             self.adapter_cache,
             longest=self._longest,
             observer=observer,

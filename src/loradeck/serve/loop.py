@@ -1,16 +1,18 @@
 """The engine's thread: takes requests in, computes step after step, and ends requests."""
 
+import itertools
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from threading import Event, Thread
 
 from loradeck.errors import LoradeckError, RequestError, RequestTimeoutError
 from loradeck.runner.interface import Cache, Runner
 from loradeck.runner.request import Finish, Request, Scheduled
-from loradeck.sampling import Sampler
+from loradeck.sampling import Sampler, Token
 from loradeck.serve.adapter_cache import AdapterCache
+from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
 from loradeck.serve.sampler import StepResult, sample
 from loradeck.serve.scheduler import Scheduler
@@ -31,6 +33,7 @@ class Loop:
         cache: Cache,
         sampler: Sampler,
         scheduler: Scheduler,
+        drafter: Drafter,
         adapter_cache: AdapterCache,
         *,
         longest: int,
@@ -38,10 +41,10 @@ class Loop:
     ) -> None:
         """`longest` is the maximum number of tokens in a row."""
         self._runner, self._cache, self._sampler = runner, cache, sampler
-        self._scheduler, self._adapter_cache = scheduler, adapter_cache
+        self._scheduler, self._drafter, self._adapter_cache = scheduler, drafter, adapter_cache
         self._longest = longest
         self._observer = observer
-        self.stats = Stats(scheduler, cache)
+        self.stats = Stats(scheduler, drafter, cache)
         self.failed = False
         self._generations: dict[Request, Generation] = {}
         self._arriving: deque[tuple[Generation, dict[str, Stored]]] = deque()
@@ -95,6 +98,7 @@ class Loop:
         finally:
             self._end_all()
             self._cache.clear()
+            self._drafter.clear()
 
     def _step(self) -> bool:
         """Compute one step; False if there is nothing to compute."""
@@ -103,6 +107,7 @@ class Loop:
             return False
         results = self._run_and_sample(batch)
         self._update(batch, results)
+        self._check_drafts(batch, results)
         return True
 
     def _receive(self) -> None:
@@ -131,7 +136,7 @@ class Loop:
             for work in batch:
                 if work.request.admitted == now:
                     self._observer.admitted(work.request)
-        return batch
+        return self._drafter.draft(batch)
 
     def _run_and_sample(self, batch: Sequence[Scheduled]) -> list[StepResult]:
         """Run the model and sample. If that fails, do so for each request alone, so that only the culprit fails."""
@@ -146,12 +151,12 @@ class Loop:
     def _update(self, batch: Sequence[Scheduled], results: Sequence[StepResult]) -> None:
         for work, result in zip(batch, results, strict=True):  # all, before any ends: rows move when one does
             if result.error is None:
-                self._scheduler.advance(work)
+                self._scheduler.advance(work.request, work.count)
         for work, result in zip(batch, results, strict=True):
             self._accept(work, result)
 
     def _accept(self, work: Scheduled, result: StepResult) -> None:
-        """Add a result to its request, and end the request if it is the last one."""
+        """Add a result to its request."""
         request, generation = work.request, self._generations[work.request]
         if result.error is not None:
             return self._end(generation, "failed", result.error)
@@ -163,9 +168,47 @@ class Loop:
             return None  # more of the prompt is to be computed
         if not request.generated:
             self._cache.keep(request)
-        token = result.token
-        if token is None:
+        if result.token is None:
             return self._end(generation, "length")
+        return self._append(request, result.token)
+
+    def _check_drafts(self, batch: Sequence[Scheduled], results: Sequence[StepResult]) -> None:
+        """Accept drafts as long as they are the tokens that were chosen: what follows them is computed already.
+
+        Each token is chosen from its own logits, after those before it, as in a step of its own.
+        """
+        rows = [(work, result.ahead) for work, result in zip(batch, results, strict=True) if result.ahead is not None]
+        drafted = [work for work, _ in rows]
+        accepted: Counter[Request] = Counter()
+        for place in itertools.count():
+            rows = [(work, ahead) for work, ahead in rows if self._is_right(work, place)]
+            if not rows:
+                break
+            requests = [work.request for work, _ in rows]
+            try:
+                tokens = self._sampler.sample([ahead[place] for _, ahead in rows], requests)
+            except Exception as error:  # the next step computes them again
+                log.warning("drafts of %d requests were not checked: %s", len(requests), error)
+                break
+            for request in requests:
+                self._scheduler.advance(request, 1)
+            accepted.update(requests)
+            for request, token in zip(requests, tokens, strict=True):
+                if isinstance(token, Exception):
+                    self._end(self._generations[request], "failed", StepResult.failed(token).error)
+                else:
+                    self._append(request, token)
+        for work in drafted:
+            self._drafter.record(work, accepted[work.request], runs=work.request in self._generations)
+
+    def _is_right(self, work: Scheduled, place: int) -> bool:
+        """Return whether a draft is the token that was chosen, and another follows it."""
+        request, drafts = work.request, work.drafts
+        return request in self._generations and place < len(drafts) and drafts[place] == request.tokens[-1]
+
+    def _append(self, request: Request, token: Token) -> None:
+        """Add a token to its request, and end the request if it is the last one."""
+        generation = self._generations[request]
         request.tokens.append(token.id)
         self._count_token(request)
         try:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from loradeck.errors import LoradeckError, RequestError
 from loradeck.runner.request import Scheduled
-from loradeck.sampling import Sampler, Token, check_finite, top_logprobs
+from loradeck.sampling import Sampler, Token, score
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +26,8 @@ class StepResult:
     token: Token | None = None
     """The next token; None while the prompt is not read to its end."""
     error: LoradeckError | None = None
+    ahead: Tensor | None = None
+    """Logits (drafts, V) of what follows each draft."""
 
     @classmethod
     def failed(cls, error: Exception) -> Self:
@@ -40,7 +41,7 @@ class StepResult:
 def sample(sampler: Sampler, logits: Sequence[Tensor], batch: Sequence[Scheduled]) -> list[StepResult]:
     """Return the result of each scheduled request, from its logits (S, V)."""
     ready = [i for i, work in enumerate(batch) if work.ends and work.request.sampling.max_tokens]
-    sampled = sampler.sample([logits[i][-1] for i in ready], [batch[i].request for i in ready])
+    sampled = sampler.sample([logits[i][-1 - len(batch[i].drafts)] for i in ready], [batch[i].request for i in ready])
     tokens = dict(zip(ready, sampled, strict=True))
     results = []
     for i, work in enumerate(batch):
@@ -48,7 +49,8 @@ def sample(sampler: Sampler, logits: Sequence[Tensor], batch: Sequence[Scheduled
         try:
             if isinstance(token, Exception):
                 raise token
-            results.append(StepResult(_prompt_logprobs(logits[i], work), token))
+            ahead = logits[i][-len(work.drafts) :] if work.drafts else None
+            results.append(StepResult(_prompt_logprobs(logits[i], work), token, ahead=ahead))
         except Exception as error:
             results.append(StepResult.failed(error))
     return results
@@ -63,10 +65,4 @@ def _prompt_logprobs(logits: Tensor, work: Scheduled) -> tuple[Token, ...]:
     scored = request.prompt[request.computed + 1 : request.computed + work.count + 1]
     if not scored:
         return first
-    rows = logits[: len(scored)].float().log_softmax(-1)
-    check_finite(float(rows.max()))
-    logprobs = rows.gather(1, torch.tensor(scored, device=logits.device)[:, None])[:, 0].tolist()
-    return first + tuple(
-        Token(token, logprob, top_logprobs(row, count))
-        for token, logprob, row in zip(scored, logprobs, rows, strict=True)
-    )
+    return (*first, *score(logits[: len(scored)], scored, count))

@@ -20,7 +20,7 @@ class Rows(Protocol):
     """Memory for keys and values: `runner.interface.Cache`."""
 
     def reserve(self, request: Request, tokens: int) -> bool:
-        """Make room for this many tokens of a request; False if there is none."""
+        """Make room for this many tokens of a request, not more; False if there is none."""
         ...
 
     def release(self, request: Request) -> None:
@@ -69,11 +69,11 @@ class Scheduler:
     def schedule(self, now: float) -> list[Scheduled]:
         """Return what the next step computes. `now` is time.monotonic()."""
         before = [*self.running]
-        batch = [Scheduled(request, 1) for request in before if request.pending == 1 and self._reserve(request, 1)]
+        batch = [Scheduled(request, 1) for request in before if request.pending == 1 and self._reserve(request)]
         left = self.config.max_step_tokens - len(batch)
         for request in [request for request in before if request.pending > 1]:
             count = min(left, request.pending)
-            if count and self._reserve(request, count):
+            if count and self._reserve(request):
                 batch.append(Scheduled(request, count))
                 left -= count
         if self.running != before:  # some were preempted: there is no room for new ones
@@ -88,10 +88,10 @@ class Scheduler:
             left -= count
         return batch
 
-    def advance(self, work: Scheduled) -> None:
-        """Record what a step computed for a request."""
-        work.request.computed += work.count
-        self.waiting.charge(work.request, work.count)
+    def advance(self, request: Request, tokens: int) -> None:
+        """Record that a step computed a request's next tokens. Drafts count once they are accepted."""
+        request.computed += tokens
+        self.waiting.charge(request, tokens)
 
     def end(self, request: Request) -> None:
         """Remove a request, waiting or running, and free all that it holds."""
@@ -165,10 +165,10 @@ class Scheduler:
 
     # ---- preemption
 
-    def _reserve(self, request: Request, count: int) -> bool:
-        """Make room for a running request's next tokens, if necessary by preempting the last admitted ones."""
+    def _reserve(self, request: Request) -> bool:
+        """Make room for a running request's tokens, if necessary by preempting the last admitted ones."""
         while request in self.running:
-            if self.rows.reserve(request, request.computed + count):
+            if self.rows.reserve(request, len(request.tokens)):
                 return True
             last = self.running[-1]
             self._stop(last)

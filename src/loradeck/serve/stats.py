@@ -7,6 +7,7 @@ from typing import Protocol
 
 from loradeck.runner.interface import Cache
 from loradeck.runner.request import Finish, Request
+from loradeck.serve.drafter import Drafter
 from loradeck.serve.scheduler import Scheduler
 
 RECENT = 64  # ended requests from which the throughput is estimated
@@ -33,6 +34,7 @@ class Stats:
     """An engine's current load."""
 
     scheduler: Scheduler
+    drafter: Drafter
     cache: Cache
     _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
@@ -65,6 +67,21 @@ class Stats:
     def prefix_hits(self) -> int:
         """Tokens found there."""
         return self.cache.prefixes.hits
+
+    @property
+    def drafts(self) -> int:
+        """How often a request had draft tokens in a step."""
+        return self.drafter.drafts
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens that were drafted."""
+        return self.drafter.draft_tokens
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Draft tokens that became part of an answer."""
+        return self.drafter.accepted_tokens
 
     def count_end(self) -> None:
         """Count a request that ended."""
