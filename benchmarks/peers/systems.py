@@ -82,7 +82,8 @@ def loradeck(server: Server, weights: Literal["blocks", "int8"]) -> None:
         names = [folder.name for folder in server.folder.adapters]
         for folder in server.folder.adapters:
             store.publish(folder.name, folder)
-        with Engine(base, store, EngineConfig(max_rows=ROWS, kv_cache_bytes=CACHE << 30)) as engine:
+        config = EngineConfig(max_rows=ROWS, kv_cache_bytes=CACHE << 30, num_speculative_tokens=0)
+        with Engine(base, store, config) as engine:
 
             def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
                 params = SamplingParams(max_tokens=steps + NEW, ignore_eos=True)

@@ -23,7 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +51,7 @@ REGISTERED, REQUESTS, EXPONENT = 2000, 96, 1.5
 KINDS = ("base", "identical", "uniform", "zipf:1.5", "distinct")
 PARTS = ("streams", "registered", "crowded", "cold")
 DTYPES = ("float32", "bfloat16")
-CONFIG = EngineConfig(max_rows=ROWS)
+CONFIG = EngineConfig(max_rows=ROWS, num_speculative_tokens=0)
 ALONE = "one stream"
 
 
@@ -97,7 +97,8 @@ SUITE = Suite(
         ),
     ),
     f"""
-- *through the server*: `loradeck serve` with its defaults, in a process of its own; clients stream completions by
+- Without speculative decoding: what that gains depends on the text.
+- *through the server*: `loradeck serve` with its other defaults, in a process of its own; clients stream completions by
   httpx, all at once. {PROMPT} tokens of prompt, new ones each time, and {ANSWER} of answer; tokens of answers per
   second from the first request to the last token, prompts included. Adapters as in Punica's workloads. transformers:
   plain `generate` on the base, in a process of its own, of as many rows.
@@ -208,9 +209,9 @@ async def complete(url: str, models: Sequence[str], prompts: Sequence[list[int]]
 
 @contextmanager
 def server(source: str | Path, dtype: str, adapters: Path) -> Generator[str]:
-    """Run `loradeck serve` with its defaults; yield its URL."""
+    """Run `loradeck serve` without speculative decoding; yield its URL."""
     command = [sys.executable, "-m", "loradeck", "serve", str(source), "--adapters", str(adapters)]
-    command += ["--dtype", dtype, "--port", "0"]
+    command += ["--dtype", dtype, "--port", "0", "--num-speculative-tokens", "0"]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
@@ -300,7 +301,7 @@ def crowded(base: Base, folder: Path, rounds: int, seconds: float, rate: float) 
     arrivals = trace(adapters=32, rate=rate, seconds=seconds)
     for _ in range(rounds):
         for room, times in first.items():
-            with Engine(base, store, EngineConfig(max_rows=ROWS, adapter_bytes=nbytes * room)) as engine:
+            with Engine(base, store, replace(CONFIG, adapter_bytes=nbytes * room)) as engine:
                 for i in range(32):
                     engine.adapter_cache.load(f"a{i}")
                 times += replay(engine, arrivals).first
