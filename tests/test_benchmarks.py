@@ -191,6 +191,7 @@ def test_a_suite_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_a_suite_runs_on_random_weights(name: str, parts: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "benchmarks", name, "--shape", "tiny", "--rounds", "1", "--no-record"]
+    command += ["--seconds", "2"] if name == "serve" else []
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     for part in parts:
