@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -117,3 +117,15 @@ def test_a_mixture_in_blocks_is_saved_as_it_was(tmp_path: Path) -> None:
     again = MixtralForCausalLM.from_pretrained(tmp_path).state_dict()
     assert [*again] == [*expected]
     assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_experts_beside_a_shared_one_stay_plain() -> None:
+    sizes = {"num_experts": 4, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 32}
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**sizes, num_hidden_layers=1, moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    ).requires_grad_(False)
+    experts = model.model.layers[0].mlp.experts
+    plain = {name: parameter.clone() for name, parameter in experts.named_parameters()}
+    prepare(model, "blocks")
+    assert not isinstance(experts, BlockExperts)
+    assert all(torch.equal(parameter, plain[name]) for name, parameter in experts.named_parameters())

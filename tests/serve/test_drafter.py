@@ -156,24 +156,6 @@ def test_an_error_at_a_later_place_comes_after_the_tokens_before_it(
     assert engine.stats.running == 0
 
 
-def test_drafts_that_cannot_be_checked_are_computed_again(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine = serve()
-    how = SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0, seed=1, logit_bias={5: 9.0}, logprobs=0)
-    known = engine.generate([REPEATS], None, how)
-    loop, check = engine._loop, engine._loop._check_drafts
-
-    def failing(*step: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sampler, "sample", lambda *_: exec("raise MemoryError('no room')"))
-            check(*step)
-
-    monkeypatch.setattr(loop, "_check_drafts", failing)
-    assert engine.generate([REPEATS], None, how) == known
-    assert "drafts of 1 requests were not checked: no room" in caplog.text
-
-
 # ---- a draft model
 
 

@@ -18,6 +18,7 @@ from loradeck.native.library import HALVES
 from loradeck.native.library import origin as library_origin
 from loradeck.native.product import product
 
+MIXTURE = {"gate", "router", "experts"}  # the modules of a mixture of experts
 EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, (E, 2 J, H) and (E, H, J)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # share of the largest output
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loradeck.base.blocked import block, block_experts
+from loradeck.base.blocked import MIXTURE, block, block_experts
 from loradeck.base.frozen import upcast
 from loradeck.base.prepacked import pack
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear, quantise
@@ -45,8 +45,10 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
                 if _is_frozen(module, nn.Linear) and uses[id(module.weight)] == 1:
                     lay_out(cast("nn.Linear", module))
         for module in model.modules():
-            if weights == "blocks" and _is_frozen(module, type(module)):
-                block_experts(module)
+            experts = module._modules.get("experts")
+            # Beside a shared expert, for one, the step does not know them, and modules compute faster with plain ones.
+            if weights == "blocks" and experts and {*module._modules} <= MIXTURE and _is_frozen(experts, type(experts)):
+                block_experts(experts)
             if _is_frozen(module, nn.Linear):  # if it was not packed
                 upcast(cast("nn.Linear", module))
     if weights == "int8":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loradeck.base.blocked import EXPERTS, BlockWeight, expert_shapes
+from loradeck.base.blocked import EXPERTS, MIXTURE, BlockWeight, expert_shapes
 from loradeck.base.frozen import FrozenLinear
 from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear
 from loradeck.lora.layer import LoraLayer
@@ -29,7 +29,6 @@ TOKENS = 6  # random ones, that each layer is tried with
 EXACT, ROUNDED = 1e-4, 5e-2  # share of the largest number, for float32 weights and for others
 DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
-MIXTURE = {"gate", "router", "experts"}
 MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
 PLACES = {  # where the norms of a layer stand
     "input_layernorm": "attention_in",

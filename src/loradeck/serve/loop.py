@@ -185,11 +185,7 @@ class Loop:
             if not rows:
                 break
             requests = [work.request for work, _ in rows]
-            try:
-                tokens = self._sampler.sample([ahead[place] for _, ahead in rows], requests)
-            except Exception as error:  # the next step computes them again
-                log.warning("drafts of %d requests were not checked: %s", len(requests), error)
-                break
+            tokens = self._sampler.sample([ahead[place] for _, ahead in rows], requests)
             for request in requests:
                 self._scheduler.advance(request, 1)
             accepted.update(requests)
