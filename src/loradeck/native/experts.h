@@ -18,7 +18,7 @@ typedef struct {
 
 /* chosen and weight (chosen) of one row; p: its logits, up to a multiple of 16 */
 static void choose_for_row(const Experts *e, float *p, i64 *chosen, float *weight) {
-    float most = p[0], all = 0, kept = 0;
+    float most = p[0], all = 0, share = 0;
     for (i64 n = 1; n < e->count; n++) most = p[n] > most ? p[n] : most;
     for (i64 n = 0; n < e->count; n += LANES) *(vec *)(p + n) = exponential(*(vec *)(p + n) - most);
     for (i64 n = 0; n < e->count; n++) all += p[n];
@@ -27,10 +27,10 @@ static void choose_for_row(const Experts *e, float *p, i64 *chosen, float *weigh
         for (i64 n = 1; n < e->count; n++) best = p[n] > p[best] ? n : best;
         chosen[k] = best;
         weight[k] = p[best] / all;
-        kept += weight[k];
+        share += weight[k];
         p[best] = -1;
     }
-    for (i64 k = 0; e->normalised && k < e->chosen; k++) weight[k] /= kept;
+    for (i64 k = 0; e->normalised && k < e->chosen; k++) weight[k] /= share;
 }
 /* Sort pairs of a row and an expert, which `chosen` numbers, by expert; return how many groups of one expert there are. */
 static i64 group_by_expert(const Experts *e, const i64 *chosen, i64 pairs, i64 *order, Group *groups) {

@@ -167,10 +167,10 @@ static i64 draw_from_likeliest(Row *r, const Choice *c) {
         for (i64 n = 0; n < count && c->top_k; n++) all += r->weights[n];
         const double end = c->top_p < 1 ? c->top_p * all : INFINITY;
         double sum = 0, before = 0;
-        i64 kept = 0;
-        do sum += r->weights[kept++];
-        while (kept < count && sum < end && r->weights[kept] >= c->min_p);
-        if (kept < count || sum >= end || sure) return r->list[place(r->weights, kept, c->u * sum, &before)].id;
+        i64 length = 0;
+        do sum += r->weights[length++];
+        while (length < count && sum < end && r->weights[length] >= c->min_p);
+        if (length < count || sum >= end || sure) return r->list[place(r->weights, length, c->u * sum, &before)].id;
         bound = nextafterf(r->top + log(least * 0.999) * c->temperature, -INFINITY);
     }
 }

@@ -87,9 +87,9 @@ def score(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:
         return choose_in_c(c, [Row(row, logprobs=count) for row in logits], tokens)
     largest = logits.amax(-1).tolist()
     logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     top = [_top(row, count) for row in logprobs]
-    return [*map(Choice, tokens, largest, largest, own, top)]
+    return [*map(Choice, tokens, largest, largest, chosen, top)]
 
 
 # ---- in C

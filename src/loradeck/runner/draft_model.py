@@ -17,18 +17,18 @@ READ = 256  # tokens of a text that are read before a step; longer ones have the
 class Row:
     """A request's text as the draft model has read it, and drafts of its own after it."""
 
-    own: Request
+    copy: Request
     length: int = 0
     """Tokens of the request's when it was last continued; what the model has after them were drafts."""
 
     def follow(self, request: Request) -> None:
         """Read on: keep the drafts that were right, and take the tokens that were not drafted."""
-        own, place = self.own, self.length
-        while place < min(len(own.tokens), len(request.tokens)) and own.tokens[place] == request.tokens[place]:
+        copy, place = self.copy, self.length
+        while place < min(len(copy.tokens), len(request.tokens)) and copy.tokens[place] == request.tokens[place]:
             place += 1
-        own.tokens[place:] = request.tokens[place:]
-        own.computed = min(own.computed, place, len(own.tokens) - 1)
-        self.length = len(own.tokens)
+        copy.tokens[place:] = request.tokens[place:]
+        copy.computed = min(copy.computed, place, len(copy.tokens) - 1)
+        self.length = len(copy.tokens)
 
 
 class DraftModel:
@@ -88,7 +88,7 @@ class DraftModel:
     def keep_only(self, requests: Collection[Request]) -> None:
         """Free what it has of all other requests: they have ended, or gave way."""
         for request in [request for request in self._rows if request not in requests]:
-            self._cache.release(self._rows.pop(request).own)
+            self._cache.release(self._rows.pop(request).copy)
 
     def clear(self) -> None:
         """Free all memory of requests."""
@@ -98,4 +98,4 @@ class DraftModel:
     def _follow(self, request: Request) -> Request:
         row = self._rows.setdefault(request, Row(Request(())))
         row.follow(request)
-        return row.own
+        return row.copy

@@ -79,8 +79,8 @@ class NativeBatch:
     def forward(self) -> tuple[list[int], Tensor | list[Tensor]]:
         """Return some rows, and the logits (V,) of what follows each; compute a step if they are known of no row."""
         if any(row.logits for row in self._running.values()):
-            known = [i for i, row in self._running.items() if row.logits]
-            return known, [self._running[i].logits.popleft() for i in known]
+            ready = [i for i, row in self._running.items() if row.logits]
+            return ready, [self._running[i].logits.popleft() for i in ready]
         self._draft()
         rows = [*self._running.values()]
         for row in rows:

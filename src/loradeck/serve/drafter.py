@@ -89,11 +89,11 @@ class Drafter:
 
     def _source(self, request: Request, drafts: Sequence[int]) -> Acceptance | None:
         """Return how often drafts of the better source were right: of the request's own text, or of the model."""
-        own = request.acceptance if drafts else None
+        text = request.acceptance if drafts else None
         if self._model is None:
-            return own
-        models = request.model_acceptance = request.model_acceptance or Acceptance(self._model.cost)
-        return own if own and own.rate >= models.rate else models
+            return text
+        model = request.model_acceptance = request.model_acceptance or Acceptance(self._model.cost)
+        return text if text and text.rate >= model.rate else model
 
     def _ask_model(self, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
         """Return the model's drafts; of a model that fails, none, now and later."""
