@@ -43,13 +43,13 @@ def test_it_reports_the_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_it_says_where_the_compiled_code_comes_from(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "why_not_blocked", lambda dtype: "no compiler" if dtype == torch.float16 else None)
+    monkeypatch.setattr(blocked, "why_not_blocked", lambda dtype: "is missing" if dtype == torch.float16 else None)
     monkeypatch.setattr(blocked, "multiplies_halves", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(blocked, "origin", lambda dtype: "prebuilt")
     monkeypatch.setattr(cpu, "why_not_available", lambda: None)
     monkeypatch.setattr(cpu, "origin", lambda: "prebuilt")
     facts = json.loads(run("doctor", "--json").out)
-    step = "of float32 weights, in float32; of bfloat16 weights, in bfloat16; not of float16 weights (no compiler)"
+    step = "of float32 weights, in float32; of bfloat16 weights, in bfloat16; not of float16 weights: it is missing"
     assert facts["compiled step"] == f"{step}; prebuilt"
     assert facts["adapters on a CPU"] == "in C, prebuilt"
 

@@ -251,3 +251,10 @@ def test_nothing_is_drafted_that_could_not_be_said(longest: int, max_tokens: int
     drafter = Drafter(EngineConfig(), Rows(1000), lambda _: True, longest=longest)
     (work,) = drafter.draft([Scheduled(request, 1)])
     assert [*work.drafts] == [7, 5, 9, 7][:count]
+
+
+def test_a_draft_model_that_cannot_help_is_said(serve: Serve, base: Base, caplog: pytest.LogCaptureFixture) -> None:
+    serve(draft_model=base)
+    assert "too large to save time: 100 % of the base" in caplog.text
+    serve(draft_model=base, num_speculative_tokens=0)
+    assert "is not used: no tokens are drafted" in caplog.text

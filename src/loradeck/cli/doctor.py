@@ -105,14 +105,16 @@ def _packed_weights() -> str:
 def _compiled_step() -> str:
     from loradeck.base.blocked import TOLERANCE, multiplies_halves, origin, why_not_blocked
 
-    reasons = {dtype: why_not_blocked(dtype) for dtype in TOLERANCE}
-    names = {dtype: str(dtype).removeprefix("torch.") for dtype in reasons}
-    inside = {dtype: "bfloat16" if multiplies_halves(dtype) else "float32" for dtype in reasons}
-    lines = [
-        f"not of {names[dtype]} weights ({why})" if why else f"of {names[dtype]} weights, in {inside[dtype]}"
-        for dtype, why in reasons.items()
-    ]
-    return "; ".join([*lines, *sorted({origin(dtype) for dtype, why in reasons.items() if why is None})])
+    lines: dict[str, list[str]] = {}  # what is said, and of which dtypes
+    origins: set[str] = set()
+    for dtype in TOLERANCE:
+        why = why_not_blocked(dtype)
+        line = f"not of {{}} weights: it {why}" if why else "of {} weights, in float32"
+        if why is None:
+            origins.add(origin(dtype))
+            line = "of {} weights, in bfloat16" if multiplies_halves(dtype) else line
+        lines.setdefault(line, []).append(str(dtype).removeprefix("torch."))
+    return "; ".join([*(line.format(", ".join(names)) for line, names in lines.items()), *sorted(origins)])
 
 
 def _int8_weights() -> str:

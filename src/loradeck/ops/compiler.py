@@ -116,7 +116,7 @@ def _compile(compiler: list[str], flags: list[str], source: Path, folder: Path) 
             raise OSError(f"{Path(compiler[0]).name} took more than {TIMEOUT} seconds") from error
         if done.returncode:
             message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise OSError(f"{Path(compiler[0]).name} failed: {message}")
+            raise OSError(f"{Path(compiler[0]).name} failed: {message or f'exit code {done.returncode}'}")
     return library
 
 

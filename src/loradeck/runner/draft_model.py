@@ -1,5 +1,6 @@
 """A smaller model that drafts what a larger one may say: it continues requests greedily, over its own KV cache."""
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from loradeck.errors import ConfigError
 from loradeck.runner.choice import runner_of
 from loradeck.runner.interface import Runner
 from loradeck.runner.request import Request, Scheduled
+from loradeck.runner.speculation import FIRST_RATE
 
+log = logging.getLogger(__name__)
 READ = 256  # tokens of a text that are read before a step; longer ones have their first drafts later
 
 
@@ -58,6 +61,10 @@ class DraftModel:
         self._rows: dict[Request, Row] = {}
         sizes = [sum(parameter.nbytes for parameter in each.model.parameters()) for each in (draft, base)]
         self.cost = sizes[0] / sizes[1]
+        if self.cost >= FIRST_RATE:
+            log.warning(
+                "the draft model %s is too large to save time: %.0f %% of the base", draft.name, 100 * self.cost
+            )
 
     def propose(self, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
         """Return up to so many tokens that may follow each request; none while its text is read, or without room."""

@@ -67,9 +67,11 @@ class Engine:
         drafts = self.config.num_speculative_tokens > 0 and self._runner.is_batch_invariant(())
         if self.config.num_speculative_tokens and not drafts:
             log.info("no tokens are drafted: only the compiled step computes the same bits with and without drafts")
-        model = (
-            DraftModel(draft_model, base, self._runner, self.config.kv_cache_bytes) if draft_model and drafts else None
-        )
+        model = None
+        if draft_model and drafts:
+            model = DraftModel(draft_model, base, self._runner, self.config.kv_cache_bytes)
+        elif draft_model:
+            log.warning("the draft model %s is not used: no tokens are drafted", draft_model.name)
         cache = self._runner.new_cache(self.config.kv_cache_bytes)
         if not cache.max_tokens:
             raise ConfigError(
