@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -81,7 +80,7 @@ def test_it_computes_with_its_weights(rows: tuple[int, ...], inside: int, bias: 
     assert y.shape == (*rows, 100)
     assert y.dtype == dtype
     if y.numel():
-        assert error(y, exact(linear, x)) < TOLERANCE
+        assert error(y, exact(linear, x)) < (1e-5 if dtype == torch.float32 else TOLERANCE)
 
 
 @pytest.mark.parametrize("rows", [4, 40])
@@ -134,11 +133,10 @@ def test_a_copy_and_another_dtype(small: Callable[..., LlamaForCausalLM]) -> Non
 
 
 def test_without_the_op_it_computes_the_same(monkeypatch: pytest.MonkeyPatch, fresh_checks: None) -> None:
-    linear = layer(64, 100)
-    x = torch.randn(3, 64, generator=RNG)
+    linear = layer(64, 100, torch.bfloat16)
+    x = torch.randn(3, 64, generator=RNG).bfloat16()
     with_op = linear(x)
     quantised.why_not_int8_product.cache_clear()
     monkeypatch.setattr(torch.ops, "aten", SimpleNamespace())
     assert "_weight_int8pack_mm" in quantised.why_not_int8_product()
-    assert torch.equal(linear(x), F.linear(x, linear.weight.float()) * linear.scales)
     assert error(linear(x), with_op.double()) < TOLERANCE

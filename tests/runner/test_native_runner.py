@@ -15,6 +15,7 @@ from tests.tiny_models import VOCABULARY, adapter
 
 from loradeck import Base
 from loradeck.base.blocked import BlockWeight
+from loradeck.base.load import SMOLLM2
 from loradeck.base.weights import prepare, shared_copy
 from loradeck.native import step
 from loradeck.runner.choice import runner_of
@@ -182,3 +183,9 @@ def test_a_mixture_of_experts_through_adapters_of_peft(kind: str, make: Callable
     assert all(runner._packed(runner.bank[name]) for name in targets)
     for logits, own in zip(found, expected, strict=True):
         torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.real
+def test_the_real_base_in_int8_is_computed_natively() -> None:
+    base = Base.load(SMOLLM2, dtype="float32", device="cpu", weights="int8")
+    assert isinstance(runner_of(base.model), NativeRunner)

@@ -43,7 +43,7 @@ class QuantisedLinear(_NoStateDict, FrozenLinear):
     def product(self, x: Tensor) -> Tensor:
         items = x.reshape(-1, self.in_features)
         fits = 0 < len(items) <= FEW and self.in_features % STEP == 0 and x.device.type == "cpu"
-        if fits and why_not_int8_product() is None:
+        if fits and x.dtype != torch.float32 and why_not_int8_product() is None:
             y = _few(items, self.weight, self.scales)
         else:
             y = _many(items, self.weight, self.scales)
