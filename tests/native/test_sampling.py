@@ -45,14 +45,14 @@ def possible(row: Row) -> set[int]:
         order = logits.sort(descending=True, stable=True).indices if row.cut else torch.arange(len(weights))
         if row.top_k:
             order = order[: row.top_k]
-        kept = weights[order]
-        before = kept.cumsum(0) - kept
-        out = before >= (row.top_p + near) * kept.sum() if row.top_p < 1 else before < 0
-        out |= kept < row.min_p * (1 + near)
+        shares = weights[order]
+        before = shares.cumsum(0) - shares
+        out = before >= (row.top_p + near) * shares.sum() if row.top_p < 1 else before < 0
+        out |= shares < row.min_p * (1 + near)
         out[0] = out[0] & (not row.cut)
-        kept = kept[~out]
-        ends = kept.cumsum(0) / kept.sum()
-        inside = (ends - kept / kept.sum() - NEAR <= row.u) & (row.u <= ends + NEAR) & (kept > 0)
+        shares = shares[~out]
+        ends = shares.cumsum(0) / shares.sum()
+        inside = (ends - shares / shares.sum() - NEAR <= row.u) & (row.u <= ends + NEAR) & (shares > 0)
         tokens |= {*order[~out][inside].tolist()}
     return tokens
 
@@ -60,15 +60,15 @@ def possible(row: Row) -> set[int]:
 @st.composite
 def rows(draw: Any, size: int | None = None) -> Row:
     size = size or draw(st.sampled_from(SIZES))
-    made = st.builds(
+    vectors = st.builds(
         random, st.just(size), st.integers(0, 99), st.sampled_from([0.01, 1.0, 3.0, 10.0]), st.sampled_from([0, 0, 5])
     )
-    logits = draw(made)
+    logits = draw(vectors)
     ruled_out = draw(st.sampled_from([0, 0, size // 3]))
     logits[:ruled_out] = -INF
     return Row(
         logits,
-        draw(st.none() | made),
+        draw(st.none() | vectors),
         draw(st.sampled_from([0.0, 1e-5, 0.3, 0.8, 1.0, 2.5, 1e30])),
         draw(st.sampled_from([0, 0, 1, 5, 70, 600, size, 10**30])),
         draw(st.sampled_from([1.0, 1.0, 0.01, 0.5, 0.95, 0.9999])),

@@ -143,9 +143,9 @@ def test_there_is_one_copy_of_the_experts(kind: str, make: Callable[[str], Base]
     experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
     assert sum(parameter.nbytes for parameter in experts) == size
     storages = {parameter.untyped_storage().data_ptr() for parameter in experts}
-    own = {tensor.data_ptr(): tensor for tensor in runner.native._memory}.values()
-    shared = [tensor for tensor in own if tensor.untyped_storage().data_ptr() in storages]
-    others = [tensor for tensor in own if tensor.untyped_storage().data_ptr() not in storages]
+    tensors = {tensor.data_ptr(): tensor for tensor in runner.native._memory}.values()
+    shared = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() in storages]
+    others = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in storages]
     assert sum(tensor.nbytes for tensor in shared) == size  # all of it, each part once
     assert sum(tensor.nbytes for tensor in others) < sum(
         2 * parameter.nbytes for name, parameter in model.named_parameters() if ".experts." not in name

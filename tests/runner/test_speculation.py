@@ -54,9 +54,9 @@ def test_a_long_text_is_read_once() -> None:
 
 
 def acceptance(rate: float) -> Acceptance:
-    made = Acceptance()
-    made.rate = rate
-    return made
+    record = Acceptance()
+    record.rate = rate
+    return record
 
 
 def test_few_rows_have_many_drafts_and_many_rows_none() -> None:

@@ -85,11 +85,11 @@ def test_tokens_and_bits_are_those_of_single_steps(serve: Serve, preemptions: Co
     rng = random.Random(seed)
     requests = [asked(rng) for _ in range(40)]
     single = serve(num_speculative_tokens=0, max_step_tokens=256)
-    known = answers(single, requests)
+    expected = answers(single, requests)
     assert single.stats.draft_tokens == 0
     roomy, tight = serve(max_rows=3), serve(max_rows=4, kv_cache_bytes=TOKEN_BYTES * 32 * 6)
     for engine in (roomy, roomy, tight):
-        assert answers(engine, requests) == known
+        assert answers(engine, requests) == expected
         assert engine.stats.draft_tokens > engine.stats.accepted_tokens > 20
     assert roomy.stats.prefix_hits > 0
     assert preemptions[tight._loop._scheduler] > len(requests)
@@ -109,9 +109,9 @@ def test_what_repeats_itself_takes_fewer_steps(serve: Serve, monkeypatch: pytest
 
 def test_a_row_whose_drafts_are_always_wrong_stops_drafting(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = serve()
-    known = engine.generate([REPEATS], None, LONG)[0]
+    expected = engine.generate([REPEATS], None, LONG)[0]
     before = engine.stats.draft_tokens
-    never = next(token for token in range(3, VOCABULARY) if token not in ids(known))
+    never = next(token for token in range(3, VOCABULARY) if token not in ids(expected))
     monkeypatch.setattr(PromptLookup, "propose", lambda *_: [never] * 8)
     long = SamplingParams(max_tokens=200, ignore_eos=True, logit_bias={never: -1000.0})
     assert len(engine.generate([REPEATS], None, long)[0]) == 200
@@ -170,9 +170,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_draft_model_that_is_the_base_is_always_right(serve: Serve, base: Base, monkeypatch: Any) -> None:
     monkeypatch.setattr(draft_model, "READ", 16)  # so that long texts are read in parts
     texts = prompts(6)
-    known = serve(num_speculative_tokens=0).generate(texts, None, LONG)
+    expected = serve(num_speculative_tokens=0).generate(texts, None, LONG)
     engine = serve(draft_model=base)
-    assert engine.generate(texts, None, LONG) == known
+    assert engine.generate(texts, None, LONG) == expected
     stats = engine.stats
     assert stats.draft_tokens == stats.accepted_tokens > 150
 
@@ -182,9 +182,9 @@ def test_its_drafts_change_nothing(serve: Serve, preemptions: Counter[Scheduler]
     """Of another model, through adapters that only the base has, and where rows give way."""
     rng = random.Random(3)
     requests = [asked(rng) for _ in range(40)]
-    known = answers(serve(num_speculative_tokens=0, max_step_tokens=256), requests)
+    expected = answers(serve(num_speculative_tokens=0, max_step_tokens=256), requests)
     engine = serve(kv_cache_bytes=TOKEN_BYTES * 32 * 6, draft_model=tiny_base("qwen2", tiny_tokenizer))
-    assert answers(engine, requests) == known
+    assert answers(engine, requests) == expected
     assert engine.stats.draft_tokens > engine.stats.accepted_tokens
     assert preemptions[engine._loop._scheduler] > len(requests)
 
@@ -204,9 +204,9 @@ def test_one_of_another_vocabulary_is_refused(serve: Serve, base: Base, spaced_t
 @pytest.mark.usefixtures("free")
 def test_one_that_fails_is_given_up(serve: Serve, base: Base, monkeypatch: Any, caplog: Any) -> None:
     engine = serve(draft_model=base)
-    known = engine.generate([REPEATS], None, LONG)
+    expected = engine.generate([REPEATS], None, LONG)
     monkeypatch.setattr(DraftModel, "propose", lambda *_: exec("raise MemoryError('no room')"))
-    assert engine.generate([REPEATS], None, LONG) == known
+    assert engine.generate([REPEATS], None, LONG) == expected
     assert caplog.text.count("the draft model failed") == 1
 
 

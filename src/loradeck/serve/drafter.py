@@ -52,8 +52,8 @@ class Drafter:
         counts = dict(zip(sources, shares, strict=True))
         if self._model:
             self._model.keep_only({work.request for work in batch})
-            asked = [request for request, source in sources.items() if source is request.model_acceptance]
-            drafts |= self._ask_model({request: counts[request] for request in asked if counts[request]})
+            requests = [request for request, source in sources.items() if source is request.model_acceptance]
+            drafts |= self._ask_model({request: counts[request] for request in requests if counts[request]})
         step = [self._with_drafts(work, drafts.get(work.request, [])[: counts.get(work.request, 0)]) for work in batch]
         self._sources = {work.request: sources[work.request] for work in step if work.drafts}
         return step
