@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
-from loradeck.native.library import HALVES, NORMS, CExperts, CLayer, CMatrix, CModel, library
+from loradeck.native.library import NORMS, CExperts, CLayer, CMatrix, CModel, library, options_for
 from loradeck.native.quantised import Quantised
 from loradeck.native.slots import SLOTS, Slot
 from loradeck.native.table import Experts, Layer, Linear, Table
@@ -48,7 +48,7 @@ class NativeModel:
             OSError: the step cannot be compiled.
         """
         self.table, self.halves = table, halves
-        self.library = library(HALVES if halves else "")
+        self.library = library(options_for(halves=halves))
         hidden, inter, head_dim = (padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim))
         self.vocabulary = padded(table.vocabulary, HEAD_OUTPUTS)
         self._hidden = Width(1, table.hidden, hidden)

@@ -148,11 +148,16 @@ static void (*const DECODE[])(char *, const char *, const char *, int) = {
     EACH_FORMAT(DECODER)
 #undef DECODER
 };
+/* Group g of a tile, and the scales before it */
+INLINE const char *group_of(const char *tile, i64 g, i64 format, const char **super) {
+    const i64 before = SUPER_BYTES[FORMAT[format].scales], in_super = before ? g & 7 : 0;
+    *super = tile + (before ? g >> 3 : g) * super_bytes(format); /* a division would take as long as the rest */
+    return *super + before + in_super * quantised_bytes(format);
+}
 /* Decode group g of a tile, to float32 or, in a build for it, to bfloat16. */
 INLINE void decode(void *to, const char *tile, i64 g, i64 format, const int plain) {
-    const i64 before = SUPER_BYTES[FORMAT[format].scales], in_super = before ? g & 7 : 0;
-    const char *super = tile + (before ? g >> 3 : g) * super_bytes(format); /* a division would take as long as the rest */
-    DECODE[format](to, super + before + in_super * quantised_bytes(format), super, plain);
+    const char *super, *group = group_of(tile, g, format, &super);
+    DECODE[format](to, group, super, plain);
 }
 
 /* ---- from a file's blocks ---- */
