@@ -11,22 +11,21 @@ typedef struct {
     int8_t code[32];
 } Rounded;
 
-/* A number that is not finite makes the scale NaN, and with it all that the row gives. */
-NOINLINE void round_to_bytes(Rounded *to, const vec x[32 / LANES]) {
-    vec most = zero(), finite = zero(), sum[2] = {zero(), zero()};
+/* A number that is not finite makes a sum NaN, and with it all that the row gives. */
+INLINE void round_to_bytes(Rounded *to, const vec x[32 / LANES]) {
+    vec most = zero(), sum[2] = {zero(), zero()};
     for (int n = 0; n < 32 / LANES; n++) {
         vec size = (vec)((words)x[n] & 0x7fffffff);
         most = choose((words)(size > most), size, most);
-        finite += x[n] * 0.0f;
     }
-    const float scale = largest(most) / 127, inverse = scale < 0x1p-126f ? 0 : 1 / scale; /* it would be infinite */
+    to->scale = largest(most) / 127;
+    const float inverse = to->scale < 0x1p-126f ? 0 : 1 / to->scale; /* it would be infinite */
     for (int n = 0; n < 32 / LANES; n++) {
         vec shifted = x[n] * inverse + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are a whole number */
         int8s code = __builtin_convertvector((ints)shifted, int8s);
         memcpy(to->code + n * LANES, &code, LANES);
         sum[n * LANES / 16] += shifted - 12582912.0f;
     }
-    to->scale = scale + total(finite);
     to->sum[0] = total(sum[0]), to->sum[1] = total(sum[1]), to->sum[2] = to->sum[0] + to->sum[1];
 }
 
@@ -89,45 +88,57 @@ INLINE ints dot(ints sum, words byte, const int8_t *code, const int bits) {
     return dot_of_few_bits(sum, byte & 0x0f0f0f0f, code) + (dot_of_few_bits((ints){}, byte >> 4 & 0x0f0f0f0f, code) << 4);
 #endif
 }
-/* sum (rows, 16) += x (rows, 32) · group^T */
-INLINE void add_group_as(float *sum, const char *group, const char *super, const Rounded *x, i64 rows, const int format) {
+/* sum (tiles, rows, 16) += x (rows, 32) · group^T of each tile */
+INLINE void add_group(float *sum, i64 sum_tile, const char *group, const char *super, i64 tile_bytes, const Rounded *x, i64 rows,
+                      const int format, const int tiles) {
     const int bits = is_shifted(format) ? 8 : FORMAT[format].low + FORMAT[format].high;
     const int in_halves = FORMAT[format].scales == SIGNED_16 || FORMAT[format].scales == NIBBLE_MINIMUM;
     const char *scales = group + plane_bytes(FORMAT[format].low) + plane_bytes(FORMAT[format].high);
     for (int n = 0; n < PARTS; n++) {
-        vec scale[2], minimum[2];
-        words byte[8];
-        for (int half = 0; half < 1 + in_halves; half++) {
-            scales_of(scale + half, minimum + half, scales, super, half, n * LANES, format);
-            if (is_shifted(format)) minimum[half] = scale[half] * -SHIFT;
+        vec scale[2][2], minimum[2][2];
+        words byte[2][8];
+        UNROLL for (int t = 0; t < tiles; t++) {
+            for (int half = 0; half < 1 + in_halves; half++) {
+                scales_of(scale[t] + half, minimum[t] + half, scales + t * tile_bytes, super + t * tile_bytes, half, n * LANES, format);
+                if (is_shifted(format)) minimum[t][half] = scale[t][half] * -SHIFT;
+            }
+            UNROLL for (int four = 0; four < 8; four++) byte[t][four] = four_bytes(group + t * tile_bytes, four, n * LANES, format);
         }
-        UNROLL for (int four = 0; four < 8; four++) byte[four] = four_bytes(group, four, n * LANES, format);
         for (i64 r = 0; r < rows; r++) {
-            ints product[2] = {};
+            ints product[2][2] = {};
             UNROLL for (int four = 0; four < 8; four++)
-                product[four / 4] = dot(product[four / 4], byte[four], x[r].code + four * 4, bits);
-            vec *to = (vec *)(sum + r * 16 + n * LANES), y = minimum[0] * x[r].sum[in_halves ? 0 : 2];
-            if (in_halves) {
-                y = fused(minimum[1], each(x[r].sum[1]), fused(scale[0], floats((words)product[0]), y));
-                y = fused(scale[1], floats((words)product[1]), y);
-            } else y = fused(scale[0], floats((words)(product[0] + product[1])), y);
-            *to = fused(each(x[r].scale), y, *to);
+                UNROLL for (int t = 0; t < tiles; t++)
+                    product[t][in_halves * four / 4] = dot(product[t][in_halves * four / 4], byte[t][four], x[r].code + four * 4, bits);
+            UNROLL for (int t = 0; t < tiles; t++) {
+                vec *to = (vec *)(sum + t * sum_tile + r * 16 + n * LANES), y = minimum[t][0] * x[r].sum[in_halves ? 0 : 2];
+                y = fused(scale[t][0], floats((words)product[t][0]), y);
+                if (in_halves) y = fused(scale[t][1], floats((words)product[t][1]), fused(minimum[t][1], each(x[r].sum[1]), y));
+                *to = fused(each(x[r].scale), y, *to);
+            }
         }
     }
 }
-#define ADDER(f) NOINLINE void add_group_##f(float *sum, const char *group, const char *super, const Rounded *x, i64 rows) { \
-    add_group_as(sum, group, super, x, rows, f); }
+/* sum (tiles, rows, 16) += x · W^T; `x` is the first group's rows, `x_group` the way to the next */
+INLINE void add_tiles(float *sum, i64 sum_tile, const char *tile, i64 tile_bytes, int tiles, i64 groups, const Rounded *x,
+                      i64 x_group, i64 rows, const int format) {
+    for (int t = 0, n; t < tiles; t += n) {
+        n = LANES == 16 && rows > 1 && tiles - t > 1 ? 2 : 1;
+        for (i64 g = 0; g < groups; g++) {
+            const char *super, *group = group_of(tile + t * tile_bytes, g, format, &super);
+            if (n == 2) add_group(sum + t * sum_tile, sum_tile, group, super, tile_bytes, x + g * x_group, rows, format, 2);
+            else add_group(sum + t * sum_tile, sum_tile, group, super, tile_bytes, x + g * x_group, rows, format, 1);
+        }
+    }
+}
+#define ADDER(f) NOINLINE void add_tiles_##f(float *sum, i64 sum_tile, const char *tile, i64 tile_bytes, int tiles, i64 groups, \
+                                             const Rounded *x, i64 x_group, i64 rows) { \
+    add_tiles(sum, sum_tile, tile, tile_bytes, tiles, groups, x, x_group, rows, f); }
 EACH_FORMAT(ADDER)
 #undef ADDER
-static void (*const ADD_GROUP[])(float *, const char *, const char *, const Rounded *, i64) = {
-#define ADDER(f) [f] = add_group_##f,
+static void (*const ADD_TILES[])(float *, i64, const char *, i64, int, i64, const Rounded *, i64, i64) = {
+#define ADDER(f) [f] = add_tiles_##f,
     EACH_FORMAT(ADDER)
 #undef ADDER
 };
-/* The same for group g of a tile */
-INLINE void add_rounded(float *sum, const char *tile, i64 g, i64 format, const Rounded *x, i64 rows) {
-    const char *super, *group = group_of(tile, g, format, &super);
-    ADD_GROUP[format](sum, group, super, x, rows);
-}
 
 #endif

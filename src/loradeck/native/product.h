@@ -51,11 +51,10 @@ INLINE void put(num *to, vec v) {
 #endif
 }
 /* Round what has been put into a group of a panel, where it is asked for. */
-INLINE void round_group(const Panel *p, i64 row, i64 group) {
+NOINLINE void round_group(const Panel *p, i64 row, i64 group) {
     vec x[32 / LANES];
-    if (!p->rounded) return;
     for (int n = 0; n < 32 / LANES; n++) x[n] = load(panel_at(p, row, group) + n * LANES, PLAIN);
-    round_to_bytes(p->rounded + group * p->rows + row, x);
+    if (p->rounded) round_to_bytes(p->rounded + group * p->rows + row, x);
 }
 /* The address of one number of a block */
 INLINE char *number_at(char *block, i64 input, i64 output, i64 format) {
@@ -216,19 +215,15 @@ static void quantised_product(float *sum, i64 sum_tile, const Matrix *m, i64 til
             blocks_product(sum + t * sum_tile, sum_tile, (char *)room, sizeof *room, x, rows, n, PLAIN, 0);
         }
 }
-static void rounded_product(float *sum, i64 sum_tile, const Matrix *m, i64 tile, int tiles, const Panel *x, i64 row, i64 rows) {
-    const i64 tile_bytes = tile_bytes_of(m);
-    for (i64 g = 0; g < m->groups; g++)
-        for (int t = 0; t < tiles; t++)
-            add_rounded(sum + t * sum_tile, m->blocks + (tile + t) * tile_bytes, g, m->format, x->rounded + g * x->rows + row, rows);
-}
 /* sum (tiles, rows, 16) = x[row : row + rows] · W^T + bias, for `tiles` tiles from `tile` on */
 static void tiles_of(float *sum, i64 sum_tile, const Matrix *m, i64 tile, int tiles, const Panel *x, i64 row, i64 rows) {
     for (int t = 0; t < tiles; t++) memset(sum + t * sum_tile, 0, rows * 64);
     if (m->format < QUANTISED)
         product(sum, sum_tile, m->blocks + tile * tile_bytes_of(m), tile_bytes_of(m), m->groups, BLOCK[m->format],
                 panel_at(x, row, 0), x->rows * 32, rows, tiles, m->format);
-    else if (x->rounded) rounded_product(sum, sum_tile, m, tile, tiles, x, row, rows);
+    else if (x->rounded)
+        ADD_TILES[m->format](sum, sum_tile, m->blocks + tile * tile_bytes_of(m), tile_bytes_of(m), tiles, m->groups,
+                             x->rounded + row, x->rows, rows);
     else quantised_product(sum, sum_tile, m, tile, tiles, panel_at(x, row, 0), x->rows * 32, rows);
     if (!m->bias) return;
     for (int t = 0; t < tiles; t++)
