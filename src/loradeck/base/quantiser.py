@@ -1,0 +1,208 @@
+"""Plain weights as blocks of a GGUF file, rounded so that the squared error is small.
+
+    Q8_0    w ≈ d q              q in -127 .. 127, d = max |w| / 127, a block of 32 inputs
+    Q4_0    w ≈ d (q - 8)        q in 0 .. 15, a block of 32
+    Q4_1    w ≈ d q + m          q in 0 .. 15, a block of 32
+    Q4_K    w ≈ d s q - e t      q in 0 .. 15, s and t in 0 .. 63 for each 32 inputs, d and e for a block of 256
+
+d, e and m are float16. Given the codes q, least squares has the best scale in closed form; given the scale, the best
+codes are the nearest. The search begins from several ranges of the codes. Codes are chosen last, for the rounded scale.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from loradeck.base import openmp
+from loradeck.errors import BaseModelError
+
+PART = 1 << 16  # weights at a time: they and their codes fit a core's cache
+TOP = 15  # the largest code of four bits
+GROUP = 32  # inputs that share a scale
+STEPS = 63  # the largest scale of six bits
+# Where a search begins: the range of a group spans 15 + width codes and starts at code -start.
+RANGES = tuple(product((-0.4, 0.4), (-0.375, -0.125, 0.125, 0.375)))
+REACHES = (-8.6, -8.2, -7.8, -7.4, -7.0, 7.0, 7.4, 7.8, 8.2, 8.6)  # the code of the value farthest from 0, less 8
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A block: so many inputs, and what encodes blocks (n, inputs) of float32 as (n, bytes) of uint8."""
+
+    inputs: int
+    bytes: int
+    encode: Callable[[Tensor], Tensor]
+
+
+def quantise(weight: Tensor, kind: str, name: str) -> Tensor:
+    """Return a weight (O, I) as blocks of a kind, (O, bytes of a row) in uint8. I is a multiple of the kind's inputs.
+
+    It takes the memory of the result and a few parts of 64 thousand weights.
+
+    Raises:
+        BaseModelError: the weight of this name is not finite, or beyond the range of the kind's float16 scales.
+    """
+    blocks = weight.detach().reshape(-1, KINDS[kind].inputs)
+    size = max(1, PART // blocks.shape[1])
+    data = torch.empty(len(blocks), KINDS[kind].bytes, dtype=torch.uint8)
+
+    def encode(at: int) -> None:
+        part = blocks[at : at + size].float()
+        if not all(bool(bound.isfinite()) for bound in part.aminmax()):
+            raise BaseModelError(f"{name} has values that are NaN or Inf", hint="Copy all the model's files again.")
+        try:
+            data[at : at + size] = KINDS[kind].encode(part)
+        except OverflowError as error:
+            raise BaseModelError(
+                f"{name} has values beyond the range of {kind}'s scales", hint="Keep this model in bf16 or float32."
+            ) from error
+
+    # Each thread computes its own parts, because torch's threads would wait for each other at every small operation.
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=openmp.alone) as threads:
+        for _ in threads.map(encode, range(0, len(blocks), size)):
+            pass
+    return data.view(len(weight), -1)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    """The bytes of gguf's own quantiser, which rounds halves away from zero."""
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    values = blocks * _inverse(scale)
+    whole = values.abs().floor()
+    codes = values.sign() * (whole + (2 * (values.abs() - whole)).floor())
+    return torch.cat([_half(scale[:, 0]), codes.to(torch.int8).view(torch.uint8)], 1)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    x = blocks.T.contiguous()
+    scale = _symmetric(x).half().float()
+    codes = (x * _inverse(scale)).round_().clamp_(-8, 7) + 8
+    return torch.cat([_half(scale), _nibbles(codes)], 1)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    x = blocks.T.contiguous()
+    scale, low = _affine(x)
+    low = low.half().float()
+    scale = _slope(x - low, _codes(x, scale, low)).half().float()
+    return torch.cat([_half(scale), _half(low), _nibbles(_codes(x, scale, low))], 1)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    groups = blocks.shape[1] // GROUP
+    x = blocks.reshape(-1, GROUP).T.contiguous()
+    scale, low = _affine(x, highest=0)
+    (d, s), (e, t) = (_six_bits(each.view(-1, groups)) for each in (scale, -low))
+    for _ in range(2):
+        low = -(e * t).view(-1)
+        codes = _codes(x, (d * s).view(-1), low)
+        s = _steps(_slope(x - low, codes).view(-1, groups), d)
+        t = _steps((codes * (d * s).view(-1) - x).mean(0).view(-1, groups), e)
+    codes = _codes(x, (d * s).view(-1), -(e * t).view(-1))
+    pairs = codes.view(GROUP, -1, groups // 2, 2)
+    nibbles = _both(pairs[..., 0], pairs[..., 1]).permute(1, 2, 0).reshape(len(blocks), -1)
+    return torch.cat([_half(d[:, 0]), _half(e[:, 0]), _twelve_bytes(s, t), nibbles], 1)
+
+
+KINDS: Mapping[str, Kind] = {
+    "Q4_0": Kind(GROUP, 18, _q4_0),
+    "Q4_1": Kind(GROUP, 20, _q4_1),
+    "Q4_K": Kind(8 * GROUP, 144, _q4_k),
+    "Q8_0": Kind(GROUP, 34, _q8_0),
+}
+
+
+def _affine(x: Tensor, highest: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the scale and the low value, at most `highest`, of each group x (32, n): w ≈ scale q + low."""
+    mean, size = x.mean(0), len(x)
+    centred = x - mean
+    bottom, top = centred.aminmax(dim=0)
+    inverse = _inverse(top - bottom)
+    totals, squares, matches = (x.new_empty(len(RANGES), x.shape[1]) for _ in range(3))
+    codes, terms = torch.empty_like(x), torch.empty_like(x)
+    for at, (width, start) in enumerate(RANGES):
+        per_step = (TOP + width) * inverse
+        torch.addcmul(-bottom * per_step - start, centred, per_step, out=codes).round_().clamp_(0, TOP)
+        torch.sum(codes, 0, out=totals[at])
+        torch.sum(torch.mul(codes, codes, out=terms), 0, out=squares[at])
+        torch.sum(torch.mul(centred, codes, out=terms), 0, out=matches[at])
+    slopes = matches * _inverse(squares - totals * totals / size)
+    best = (slopes * matches).argmax(0, keepdim=True)  # where the squared error falls most
+    scale, total = (each.gather(0, best)[0] for each in (slopes, totals))
+    low = mean - scale * total / size
+    if highest is not None:
+        over = low > highest
+        low = low.clamp(max=highest)
+        scale = torch.where(over, (x.amax(0) - low) / TOP, scale)
+    return scale, low
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    """Return the scale, of either sign, of each group x (32, n): w ≈ scale (q - 8)."""
+    bottom, top = x.aminmax(dim=0)
+    inverse = _inverse(torch.where(top > -bottom, top, bottom))
+    gain, scale = torch.zeros_like(top), torch.zeros_like(top)
+    for reach in REACHES:
+        codes = (x * (reach * inverse)).round_().clamp_(-8, 7)
+        match = (x * codes).sum(0)
+        slope = match * _inverse((codes * codes).sum(0))
+        better = slope * match > gain
+        gain, scale = torch.where(better, slope * match, gain), torch.where(better, slope, scale)
+    return scale
+
+
+def _slope(x: Tensor, codes: Tensor) -> Tensor:
+    """Return the scale of each group with the smallest squared error: x ≈ scale codes."""
+    return (x * codes).sum(0) * _inverse((codes * codes).sum(0))
+
+
+def _codes(x: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    """Return the nearest codes in 0 .. 15."""
+    return (x - low).mul_(_inverse(scale)).round_().clamp_(0, TOP)
+
+
+def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a block's float16 step (n, 1) and the numbers of steps (n, 8) nearest to values of its groups."""
+    step = (values.amax(1, keepdim=True) / STEPS).half().float()
+    return step, _steps(values, step)
+
+
+def _steps(values: Tensor, step: Tensor) -> Tensor:
+    return (values * _inverse(step)).round_().clamp_(0, STEPS)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """Return 1 / x, and 0 for 0: a group of zeros has codes of 0."""
+    return torch.where(x == 0, 0, 1 / x)
+
+
+def _half(x: Tensor) -> Tensor:
+    """(n,) as the bytes of float16, (n, 2).
+
+    Raises:
+        OverflowError: a value is beyond float16's range.
+    """
+    half = x.half()
+    if not bool(half.isfinite().all()):
+        raise OverflowError
+    return half.view(torch.uint8).view(-1, 2)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """Codes (32, n) as bytes (n, 16): the first half of a group in the low bits, the second in the high ones."""
+    return _both(*codes.chunk(2)).T
+
+
+def _both(low: Tensor, high: Tensor) -> Tensor:
+    return low.to(torch.uint8) | (high.to(torch.uint8) << 4)
+
+
+def _twelve_bytes(scales: Tensor, lows: Tensor) -> Tensor:
+    """Eight scales and eight lows of six bits (n, 8) as (n, 12): those of the last four groups fill the gaps."""
+    s, t = scales.to(torch.uint8), lows.to(torch.uint8)
+    first = [each[:, :4] | (each[:, 4:] >> 4 << 6) for each in (s, t)]
+    return torch.cat([*first, (s[:, 4:] & 15) | (t[:, 4:] << 4)], 1)
