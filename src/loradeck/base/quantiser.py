@@ -11,7 +11,6 @@ codes are the nearest. The search begins from several ranges of the codes. Codes
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -19,23 +18,16 @@ from torch import Tensor
 
 from loradeck.base import openmp
 from loradeck.errors import BaseModelError
+from loradeck.native.quantised import KINDS
 
 PART = 1 << 16  # weights at a time: they and their codes fit a core's cache
 TOP = 15  # the largest code of four bits
 GROUP = 32  # inputs that share a scale
+TINY = 1e-30
 STEPS = 63  # the largest scale of six bits
 # Where a search begins: the range of a group spans 15 + width codes and starts at code -start.
 RANGES = tuple(product((-0.4, 0.4), (-0.375, -0.125, 0.125, 0.375)))
 REACHES = (-8.6, -8.2, -7.8, -7.4, -7.0, 7.0, 7.4, 7.8, 8.2, 8.6)  # the code of the value farthest from 0, less 8
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A block: so many inputs, and what encodes blocks (n, inputs) of float32 as (n, bytes) of uint8."""
-
-    inputs: int
-    bytes: int
-    encode: Callable[[Tensor], Tensor]
 
 
 def quantise(weight: Tensor, kind: str, name: str) -> Tensor:
@@ -55,7 +47,7 @@ def quantise(weight: Tensor, kind: str, name: str) -> Tensor:
         if not all(bool(bound.isfinite()) for bound in part.aminmax()):
             raise BaseModelError(f"{name} has values that are NaN or Inf", hint="Copy all the model's files again.")
         try:
-            data[at : at + size] = KINDS[kind].encode(part)
+            data[at : at + size] = ENCODERS[kind](part)
         except OverflowError as error:
             raise BaseModelError(
                 f"{name} has values beyond the range of {kind}'s scales", hint="Keep this model in bf16 or float32."
@@ -65,7 +57,7 @@ def quantise(weight: Tensor, kind: str, name: str) -> Tensor:
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=openmp.alone) as threads:
         for _ in threads.map(encode, range(0, len(blocks), size)):
             pass
-    return data.view(len(weight), -1)
+    return data.view(len(weight), weight.shape[1] // KINDS[kind].inputs * KINDS[kind].bytes)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
@@ -80,8 +72,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 def _q4_0(blocks: Tensor) -> Tensor:
     x = blocks.T.contiguous()
     scale = _symmetric(x).half().float()
-    codes = (x * _inverse(scale)).round_().clamp_(-8, 7) + 8
-    return torch.cat([_half(scale), _nibbles(codes)], 1)
+    return torch.cat([_half(scale), _nibbles(_codes(x, scale, -8 * scale))], 1)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
@@ -108,12 +99,8 @@ def _q4_k(blocks: Tensor) -> Tensor:
     return torch.cat([_half(d[:, 0]), _half(e[:, 0]), _twelve_bytes(s, t), nibbles], 1)
 
 
-KINDS: Mapping[str, Kind] = {
-    "Q4_0": Kind(GROUP, 18, _q4_0),
-    "Q4_1": Kind(GROUP, 20, _q4_1),
-    "Q4_K": Kind(8 * GROUP, 144, _q4_k),
-    "Q8_0": Kind(GROUP, 34, _q8_0),
-}
+ENCODERS: Mapping[str, Callable[[Tensor], Tensor]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k, "Q8_0": _q8_0}
+"""What turns blocks (n, inputs) of float32 into (n, bytes) of uint8."""
 
 
 def _affine(x: Tensor, highest: int | None = None) -> tuple[Tensor, Tensor]:
@@ -176,8 +163,8 @@ def _steps(values: Tensor, step: Tensor) -> Tensor:
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """Return 1 / x, and 0 for 0: a group of zeros has codes of 0."""
-    return torch.where(x == 0, 0, 1 / x)
+    """Return 1 / x, or 0 where x is so small that a float16 of it is 0: all codes are 0 there."""
+    return torch.where(x.abs() < TINY, 0, 1 / x)
 
 
 def _half(x: Tensor) -> Tensor:
