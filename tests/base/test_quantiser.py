@@ -16,8 +16,9 @@ gguf = pytest.importorskip("gguf", reason="needs pip install gguf")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The error as a share of gguf's own quantiser's, at most; gguf has none for Q4_K.
-SHARES = {"Q4_0": 0.96, "Q4_1": 0.9, "Q8_0": 1.0}
-BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q4_K": 4.5, "Q8_0": 8.5}
+SHARES = {"Q4_0": 0.96, "Q4_1": 0.9, "Q5_0": 0.98, "Q5_1": 0.94, "Q8_0": 1.0}
+STEPS = {"Q4_0": 6, "Q4_1": 6, "Q4_K": 5, "Q5_0": 13, "Q5_1": 13, "Q8_0": 127}  # in the largest value, at least
+BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q4_K": 4.5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5}
 
 
 def weights(rows: int = 64, inputs: int = 512, seed: int = 0) -> Tensor:
@@ -74,7 +75,7 @@ def test_no_value_is_further_off_than_a_step(seed: int, kind: str, offset: float
     weight = (torch.randn(3, 512, generator=generator) + offset) * 10**size
     values = decoded(quantise(weight, kind, "w"), kind)
     assert bool(values.isfinite().all())
-    step = weight.abs().amax(1, keepdim=True) / {"Q8_0": 127, "Q4_0": 6, "Q4_1": 6, "Q4_K": 5}[kind]
+    step = weight.abs().amax(1, keepdim=True) / STEPS[kind]
     assert bool(((values - weight).abs() <= step).all())
 
 
@@ -117,13 +118,17 @@ def test_what_is_beyond_float16_s_range_is_refused_by_name(kind: str, value: flo
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_parts_threads_and_strides_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_strides_change_no_bit(kind: str, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantiser, "PART", 6 * 512)
     weight = weights(rows=33)
-    whole = quantise(weight, kind, "w")
-    monkeypatch.setattr(quantiser, "PART", 3 * 256)
-    assert torch.equal(quantise(weight, kind, "w"), whole)
-    assert torch.equal(quantise(weight.T.contiguous().T, kind, "w"), whole)
-    assert quantise(weight[:0], kind, "w").shape == (0, whole.shape[1])
+    alone = quantise(weight, kind, "w")
+    torch.set_num_threads(2)
+    assert torch.equal(quantise(weight, kind, "w"), alone)
+    assert torch.equal(quantise(weight.T.contiguous().T, kind, "w"), alone)
+
+
+def test_a_weight_without_outputs_has_no_bytes() -> None:
+    assert quantise(torch.empty(0, 512), "Q4_K", "w").shape == (0, 288)
 
 
 def test_every_kind_is_one_that_the_step_reads() -> None:

@@ -1,9 +1,9 @@
 """Plain weights as blocks of a GGUF file, rounded so that the squared error is small.
 
-    Q8_0    w ≈ d q              q in -127 .. 127, d = max |w| / 127, a block of 32 inputs
-    Q4_0    w ≈ d (q - 8)        q in 0 .. 15, a block of 32
-    Q4_1    w ≈ d q + m          q in 0 .. 15, a block of 32
-    Q4_K    w ≈ d s q - e t      q in 0 .. 15, s and t in 0 .. 63 for each 32 inputs, d and e for a block of 256
+    Q8_0          w ≈ d q            q in -127 .. 127, d = max |w| / 127, a block of 32 inputs
+    Q4_0, Q5_0    w ≈ d (q - h)      q in 0 .. 2 h - 1, h = 8 or 16, a block of 32
+    Q4_1, Q5_1    w ≈ d q + m        q in 0 .. 15 or 0 .. 31, a block of 32
+    Q4_K          w ≈ d s q - e t    q in 0 .. 15, s and t in 0 .. 63 for each 32 inputs, d and e for a block of 256
 
 d, e and m are float16. Given the codes q, least squares has the best scale in closed form; given the scale, the best
 codes are the nearest. The search begins from several ranges of the codes. Codes are chosen last, for the rounded scale.
@@ -11,6 +11,7 @@ codes are the nearest. The search begins from several ranges of the codes. Codes
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 
 import torch
@@ -21,13 +22,14 @@ from loradeck.errors import BaseModelError
 from loradeck.native.quantised import KINDS
 
 PART = 1 << 16  # weights at a time: they and their codes fit a core's cache
-TOP = 15  # the largest code of four bits
+FOUR, FIVE = 15, 31  # the largest codes of four and of five bits
 GROUP = 32  # inputs that share a scale
 TINY = 1e-30
 STEPS = 63  # the largest scale of six bits
 # Where a search begins: the range of a group spans 15 + width codes and starts at code -start.
 RANGES = tuple(product((-0.4, 0.4), (-0.375, -0.125, 0.125, 0.375)))
-REACHES = (-8.6, -8.2, -7.8, -7.4, -7.0, 7.0, 7.4, 7.8, 8.2, 8.6)  # the code of the value farthest from 0, less 8
+# The same without a low value: the value farthest from 0 has code sign (h + width), less h.
+WIDTHS = tuple(product((-1, 1), (-1, -0.6, -0.2, 0.2, 0.6)))
 
 
 def quantise(weight: Tensor, kind: str, name: str) -> Tensor:
@@ -69,51 +71,58 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return torch.cat([_half(scale[:, 0]), codes.to(torch.int8).view(torch.uint8)], 1)
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
+def _symmetric(blocks: Tensor, top: int) -> Tensor:
     x = blocks.T.contiguous()
-    scale = _symmetric(x).half().float()
-    return torch.cat([_half(scale), _nibbles(_codes(x, scale, -8 * scale))], 1)
+    scale = _scale(x, (top + 1) // 2).half().float()
+    return torch.cat([_half(scale), _bits(_codes(x, scale, -(top + 1) // 2 * scale, top), top)], 1)
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
+def _affine(blocks: Tensor, top: int) -> Tensor:
     x = blocks.T.contiguous()
-    scale, low = _affine(x)
+    scale, low = _scale_and_low(x, top)
     low = low.half().float()
-    scale = _slope(x - low, _codes(x, scale, low)).half().float()
-    return torch.cat([_half(scale), _half(low), _nibbles(_codes(x, scale, low))], 1)
+    scale = _slope(x - low, _codes(x, scale, low, top)).half().float()
+    return torch.cat([_half(scale), _half(low), _bits(_codes(x, scale, low, top), top)], 1)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
     groups = blocks.shape[1] // GROUP
     x = blocks.reshape(-1, GROUP).T.contiguous()
-    scale, low = _affine(x, highest=0)
+    scale, low = _scale_and_low(x, FOUR, highest=0)
     (d, s), (e, t) = (_six_bits(each.view(-1, groups)) for each in (scale, -low))
     for _ in range(2):
         low = -(e * t).view(-1)
-        codes = _codes(x, (d * s).view(-1), low)
+        codes = _codes(x, (d * s).view(-1), low, FOUR)
         s = _steps(_slope(x - low, codes).view(-1, groups), d)
         t = _steps((codes * (d * s).view(-1) - x).mean(0).view(-1, groups), e)
-    codes = _codes(x, (d * s).view(-1), -(e * t).view(-1))
+    codes = _codes(x, (d * s).view(-1), -(e * t).view(-1), FOUR)
     pairs = codes.view(GROUP, -1, groups // 2, 2)
     nibbles = _both(pairs[..., 0], pairs[..., 1]).permute(1, 2, 0).reshape(len(blocks), -1)
     return torch.cat([_half(d[:, 0]), _half(e[:, 0]), _twelve_bytes(s, t), nibbles], 1)
 
 
-ENCODERS: Mapping[str, Callable[[Tensor], Tensor]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k, "Q8_0": _q8_0}
+ENCODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": partial(_symmetric, top=FOUR),
+    "Q4_1": partial(_affine, top=FOUR),
+    "Q4_K": _q4_k,
+    "Q5_0": partial(_symmetric, top=FIVE),
+    "Q5_1": partial(_affine, top=FIVE),
+    "Q8_0": _q8_0,
+}
 """What turns blocks (n, inputs) of float32 into (n, bytes) of uint8."""
 
 
-def _affine(x: Tensor, highest: int | None = None) -> tuple[Tensor, Tensor]:
+def _scale_and_low(x: Tensor, top: int, highest: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the scale and the low value, at most `highest`, of each group x (32, n): w ≈ scale q + low."""
     mean, size = x.mean(0), len(x)
     centred = x - mean
-    bottom, top = centred.aminmax(dim=0)
-    inverse = _inverse(top - bottom)
+    least, most = centred.aminmax(dim=0)
+    inverse = _inverse(most - least)
     totals, squares, matches = (x.new_empty(len(RANGES), x.shape[1]) for _ in range(3))
     codes, terms = torch.empty_like(x), torch.empty_like(x)
     for at, (width, start) in enumerate(RANGES):
-        per_step = (TOP + width) * inverse
-        torch.addcmul(-bottom * per_step - start, centred, per_step, out=codes).round_().clamp_(0, TOP)
+        per_step = (top + width) * inverse
+        torch.addcmul(-least * per_step - start, centred, per_step, out=codes).round_().clamp_(0, top)
         torch.sum(codes, 0, out=totals[at])
         torch.sum(torch.mul(codes, codes, out=terms), 0, out=squares[at])
         torch.sum(torch.mul(centred, codes, out=terms), 0, out=matches[at])
@@ -124,22 +133,20 @@ def _affine(x: Tensor, highest: int | None = None) -> tuple[Tensor, Tensor]:
     if highest is not None:
         over = low > highest
         low = low.clamp(max=highest)
-        scale = torch.where(over, (x.amax(0) - low) / TOP, scale)
+        scale = torch.where(over, (x.amax(0) - low) / top, scale)
     return scale, low
 
 
-def _symmetric(x: Tensor) -> Tensor:
-    """Return the scale, of either sign, of each group x (32, n): w ≈ scale (q - 8)."""
-    bottom, top = x.aminmax(dim=0)
-    inverse = _inverse(torch.where(top > -bottom, top, bottom))
-    gain, scale = torch.zeros_like(top), torch.zeros_like(top)
-    for reach in REACHES:
-        codes = (x * (reach * inverse)).round_().clamp_(-8, 7)
-        match = (x * codes).sum(0)
-        slope = match * _inverse((codes * codes).sum(0))
-        better = slope * match > gain
-        gain, scale = torch.where(better, slope * match, gain), torch.where(better, slope, scale)
-    return scale
+def _scale(x: Tensor, half: int) -> Tensor:
+    """Return the scale, of either sign, of each group x (32, n): w ≈ scale (q - half)."""
+    least, most = x.aminmax(dim=0)
+    inverse = _inverse(torch.where(most > -least, most, least))
+    slopes, gains = (x.new_empty(len(WIDTHS), x.shape[1]) for _ in range(2))
+    for at, (sign, width) in enumerate(WIDTHS):
+        codes = (x * (sign * (half + width) * inverse)).round_().clamp_(-half, half - 1)
+        slopes[at] = _slope(x, codes)
+        gains[at] = slopes[at] * (x * codes).sum(0)
+    return slopes.gather(0, gains.argmax(0, keepdim=True))[0]
 
 
 def _slope(x: Tensor, codes: Tensor) -> Tensor:
@@ -147,9 +154,9 @@ def _slope(x: Tensor, codes: Tensor) -> Tensor:
     return (x * codes).sum(0) * _inverse((codes * codes).sum(0))
 
 
-def _codes(x: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-    """Return the nearest codes in 0 .. 15."""
-    return (x - low).mul_(_inverse(scale)).round_().clamp_(0, TOP)
+def _codes(x: Tensor, scale: Tensor, low: Tensor, top: int) -> Tensor:
+    """Return the nearest codes in 0 .. top."""
+    return (x - low).mul_(_inverse(scale)).round_().clamp_(0, top)
 
 
 def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,9 +186,15 @@ def _half(x: Tensor) -> Tensor:
     return half.view(torch.uint8).view(-1, 2)
 
 
-def _nibbles(codes: Tensor) -> Tensor:
-    """Codes (32, n) as bytes (n, 16): the first half of a group in the low bits, the second in the high ones."""
-    return _both(*codes.chunk(2)).T
+def _bits(codes: Tensor, top: int) -> Tensor:
+    """Codes (32, n) as bytes (n, 16 or 20): fifth bits, if there are any, then the lower four of two codes a byte."""
+    codes = codes.to(torch.uint8)
+    nibbles = _both(*(codes & 15).chunk(2)).T
+    if top == FOUR:
+        return nibbles
+    places = torch.arange(8, dtype=torch.uint8)[:, None]
+    fifth = ((codes >> 4).unflatten(0, (4, 8)) << places).sum(1, dtype=torch.uint8)
+    return torch.cat([fifth.T, nibbles], 1)
 
 
 def _both(low: Tensor, high: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _quantise(model: PreTrainedModel, weights: Weights) -> None:
         )
     for group in groups:
         plain = group[0].weight
-        weight = QuantisedWeight(pack_quantised(quantise(plain, kind.name, 'a weight'), kind, plain.shape[1]))
+        weight = QuantisedWeight(pack_quantised(quantise(plain, kind.name, "a weight"), kind, plain.shape[1]))
         for module in group:
             set_weight(module, weight, plain.dtype)
 
