@@ -1,7 +1,7 @@
 """Quantised matrices in tiles, as the step reads them (quantised.h), made from the blocks of GGUF files.
 
-Their values are llama.cpp's, to the bit. The blocks of other tools' weights are ours: a scale, then codes as in Q4_0 and
-Q8_0. U4 has a scale in float16 and a byte for the code of zero, NF4 (bitsandbytes') and I8 a scale in float32.
+Their values are llama.cpp's, to the bit. The blocks of other tools' weights are ours: a scale, then codes as in Q4_0
+and Q8_0. U4 has a scale in float16 and a byte for the code of zero, NF4 (bitsandbytes') and I8 a scale in float32.
 
 O outputs   I inputs
 """
