@@ -10,7 +10,7 @@ from loradeck.base import SMOLLM2, is_hub_id
 from loradeck.base.load import quiet, smollm2_file
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.errors import BaseModelError
-from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names, text_path
+from loradeck.llamacpp import PLAIN, REORDERED, Architecture, names, text_path
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from loradeck.errors import UnsupportedError
-from loradeck.lora.gguf import Architecture
+from loradeck.llamacpp import Architecture
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

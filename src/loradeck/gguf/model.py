@@ -24,9 +24,9 @@ from loradeck.errors import AdapterError, BaseModelError, UnsupportedError
 from loradeck.gguf import metadata
 from loradeck.gguf.architecture import architecture_of
 from loradeck.gguf.vocabulary import add_vocabulary
+from loradeck.llamacpp import EMBEDDING, HEAD, Architecture, names
 from loradeck.lora import compatibility
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.gguf import EMBEDDING, HEAD, Architecture, names
 from loradeck.lora.manifest import PREFIX, read_folder
 from loradeck.lora.merge import merged_weight
 from loradeck.ops.layer_kinds import LayerKind
