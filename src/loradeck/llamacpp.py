@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 # Architectures whose q and k have another order of rows in llama.cpp, and those whose weights are the same.
 REORDERED = frozenset({"granite", "llama", "smollm3"})
 PLAIN = frozenset({"gemma", "gemma2", "gemma3", "olmo2", "phi3", "qwen2", "qwen3"})
+GEMMA = frozenset({"gemma", "gemma2", "gemma3"})  # their norms multiply by 1 + weight; llama.cpp's by the weight
+MODEL_TYPES = {"gemma3": "gemma3_text"}  # transformers' model_type, where it differs
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+FACTORS = "rope_freqs.weight"  # what llama3's RoPE divides each frequency by
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,12 @@ class Architecture:
         if self.name not in REORDERED or not heads:
             return rows
         return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+    def file_rows(self, name: str, rows: int) -> Tensor | None:
+        """Return, for each row of a weight as transformers has it, its row in the file; None if they are the same."""
+        places = torch.arange(rows)
+        order = self.reorder(name, places)
+        return None if order is places else order.argsort()
 
     def _heads_of(self, weight: str, default: int) -> int:
         return {"attn_q": self.heads, "attn_k": self.kv_heads}.get(weight.split(".")[-2], default)

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+Sample: TypeAlias = tuple[tuple[int, ...], Tensor]  # a parameter's shape, and some of its values
 SAMPLED = 1024  # values read from each tensor: about a megabyte in all, whatever the size of the base
 
 
@@ -19,15 +21,25 @@ def fingerprint(model: nn.Module) -> str:
     setting such as the RoPE base). In fp16 the fingerprint may differ, because small weights underflow. It tells bases
     apart; it is no protection against forgery.
     """
-    return fingerprint_of(type(model).__name__, sorted(model.named_parameters()))
+    samples = ((name, sample(parameter)) for name, parameter in sorted(model.named_parameters()))
+    return fingerprint_of(type(model).__name__, samples)
 
 
-def fingerprint_of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the fingerprint of a model of this class with these parameters, sorted by name."""
+def fingerprint_of(kind: str, samples: Iterable[tuple[str, Sample]]) -> str:
+    """Return the fingerprint of a model of this class with these samples of its parameters, sorted by name."""
     digest = hashlib.sha256(kind.encode())
-    for name, parameter in parameters:
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"\n{name} {list(parameter.shape)}\n".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    for name, (shape, values) in samples:
+        digest.update(f"\n{name} {[*shape]}\n".encode())
+        digest.update(values.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def sample(parameter: Tensor) -> Sample:
+    """Return the shape of a parameter, and the values of it that the fingerprint reads."""
+    step, count = stride(parameter.numel())
+    return tuple(parameter.shape), parameter.detach().reshape(-1)[::step][:count].clone()
+
+
+def stride(size: int) -> tuple[int, int]:
+    """Return the distance between the values that are read of a parameter of this size, and the most that are."""
+    return max(1, size // SAMPLED), SAMPLED
