@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Sample: TypeAlias = tuple[tuple[int, ...], Tensor]  # a parameter's shape, and some of its values
+from loradeck.base.quantised import QuantisedWeight
+from loradeck.native.quantised import Quantised
+
 SAMPLED = 1024  # values read from each tensor: about a megabyte in all, whatever the size of the base
 
 
@@ -21,25 +22,21 @@ def fingerprint(model: nn.Module) -> str:
     setting such as the RoPE base). In fp16 the fingerprint may differ, because small weights underflow. It tells bases
     apart; it is no protection against forgery.
     """
-    samples = ((name, sample(parameter)) for name, parameter in sorted(model.named_parameters()))
-    return fingerprint_of(type(model).__name__, samples)
+    return fingerprint_of(type(model).__name__, sorted(model.named_parameters()))
 
 
-def fingerprint_of(kind: str, samples: Iterable[tuple[str, Sample]]) -> str:
-    """Return the fingerprint of a model of this class with these samples of its parameters, sorted by name."""
+def fingerprint_of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the fingerprint of a model of this class with these parameters, sorted by name.
+
+    A quantised weight counts by its values.
+    """
     digest = hashlib.sha256(kind.encode())
-    for name, (shape, values) in samples:
-        digest.update(f"\n{name} {[*shape]}\n".encode())
-        digest.update(values.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, parameter in parameters:
+        weight = parameter.quantised if isinstance(parameter, QuantisedWeight) else parameter.detach()
+        size = weight.shape.numel()
+        index = torch.arange(0, size, max(1, size // SAMPLED))[:SAMPLED]
+        values = weight.values(index) if isinstance(weight, Quantised) else weight.reshape(-1)[index.to(weight.device)]
+        sample = values.to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"\n{name} {list(weight.shape)}\n".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def sample(parameter: Tensor) -> Sample:
-    """Return the shape of a parameter, and the values of it that the fingerprint reads."""
-    step, count = stride(parameter.numel())
-    return tuple(parameter.shape), parameter.detach().reshape(-1)[::step][:count].clone()
-
-
-def stride(size: int) -> tuple[int, int]:
-    """Return the distance between the values that are read of a parameter of this size, and the most that are."""
-    return max(1, size // SAMPLED), SAMPLED

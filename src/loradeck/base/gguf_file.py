@@ -203,7 +203,7 @@ class _Part:
         return self.file.read(end - start)
 
     def tensors(self, number: int, problems: list[str]) -> Iterator[GgufTensor]:
-        """Yield the tensors of this part, whose number it is given; what is wrong with others is added to the problems."""
+        """Yield the tensors of this part, the number of which is given; add what is wrong with others to the problems."""
         import gguf
 
         for name, shape, kind, offset in self._table:

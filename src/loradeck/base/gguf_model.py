@@ -4,58 +4,74 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from loradeck.base.fingerprint import Sample, fingerprint_of, sample
 from loradeck.base.gguf_config import LONGROPE
 from loradeck.base.gguf_file import HINT, GgufFile, GgufTensor, decode
+from loradeck.base.quantised import QuantisedWeight, set_weight, why_not_quantised
 from loradeck.errors import BaseModelError
 from loradeck.llamacpp import FACTORS, GEMMA, Architecture, names
+from loradeck.native.quantised import KINDS, pack
 
+FLOATS = ("F32", "F16", "BF16")
 IN_CONFIG = frozenset({FACTORS, *LONGROPE})  # tensors that the configuration has
 
 
-def read_model(
-    file: GgufFile, config: PretrainedConfig, dtype: torch.dtype, *, in_blocks: bool
-) -> tuple[PreTrainedModel, str]:
-    """Return a file's model, frozen and in eval mode, and its fingerprint.
+def why_not_in_blocks(file: GgufFile) -> str | None:
+    """Return why a file's blocks cannot be kept, or None if they can."""
+    others = sorted({tensor.type.name for tensor in file.tensors.values()} - {*KINDS, *FLOATS})
+    return f"it has tensors of type {', '.join(others)}" if others else why_not_quantised()
 
-    With `in_blocks`, linear layers and the embedding hold the file's blocks, packed once; what the file has in plain
-    floats, norms and biases, and all else without it, is in `dtype`. Nothing refers to the file afterwards.
+
+def read_model(file: GgufFile, config: PretrainedConfig, dtype: torch.dtype, *, in_blocks: bool) -> PreTrainedModel:
+    """Return the model of a file. Nothing refers to the file afterwards.
+
+    With `in_blocks`, linear layers and the embedding have the file's blocks, packed once. Everything else is in
+    `dtype`: what the file has in plain floats, norms and biases.
 
     Raises:
         BaseModelError: tensors are missing, have other shapes or no place, or the file changed meanwhile.
     """
+    model, architecture = _skeleton(file, config, dtype)
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    memory = file.memory()
+    tensors = _tensors(file, model, architecture)
+    for path, tensor in sorted(tensors.items(), key=lambda item: (item[1].part, item[1].offset)):  # as they lie
+        rows = file.read(tensor, memory).view(-1, tensor.row)
+        order = architecture.file_rows(tensor.name, tensor.shape[0])
+        modules = owners[id(model.get_parameter(path))]
+        kind = KINDS.get(tensor.type.name)
+        if in_blocks and kind and all(isinstance(module, nn.Linear | nn.Embedding) for module in modules):
+            quantised = QuantisedWeight(pack(rows, kind, tensor.shape[-1], order))
+            for module in modules:
+                set_weight(module, quantised, dtype)  # type: ignore[arg-type]
+            continue
+        values = decode(tensor.type, rows).view(tensor.shape)
+        if architecture.name in GEMMA and tensor.name.endswith("norm.weight"):
+            values = values - 1
+        weight = nn.Parameter((values if order is None else values[order]).to(dtype), requires_grad=False)
+        for module in modules:
+            module.register_parameter(path.rpartition(".")[2], weight)
+    file.check_unchanged()
+    return model
+
+
+def _skeleton(file: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Architecture]:
+    """Return a model whose parameters have no memory yet, and its architecture in llama.cpp."""
     from accelerate import init_empty_weights
 
-    layers = config.num_hidden_layers
     shapes = {name: tensor.shape for name, tensor in file.tensors.items() if name.endswith(".weight")}
-    name = file.settings["general.architecture"]
-    architecture = Architecture(name, config.num_attention_heads, config.num_key_value_heads, shapes)
-    if architecture.blocks != layers:
-        raise BaseModelError(f"{file.path} has {architecture.blocks} layers, and says {layers}", hint=HINT)
+    name, heads = file.settings["general.architecture"], config.num_attention_heads
+    architecture = Architecture(name, heads, config.num_key_value_heads, shapes)
+    if architecture.blocks != config.num_hidden_layers:
+        raise BaseModelError(
+            f"{file.path} says that it has {config.num_hidden_layers} layers, and has {architecture.blocks}", hint=HINT
+        )
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    model.requires_grad_(False).eval()
-    tensors = _tensors(file, model, architecture)
-    modules: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            modules.setdefault(id(parameter), []).append(module)
-    memory = file.memory()
-    samples: dict[str, Sample] = {}
-    for path, tensor in sorted(tensors.items(), key=lambda item: (item[1].part, item[1].offset)):
-        data = file.read(tensor, memory)
-        owners = modules[id(model.get_parameter(path))]
-        order = architecture.file_rows(tensor.name, tensor.shape[0])
-        value = decode(tensor.type, data.view(-1, tensor.row)).view(tensor.shape)
-        if name in GEMMA and tensor.name.endswith("norm.weight"):
-            value = value - 1
-        value = (value if order is None else value[order]).to(dtype)
-        for module in owners:
-            module.register_parameter(path.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
-        samples[path] = sample(value)
-    file.check_unchanged()
-    return model, fingerprint_of(type(model).__name__, sorted(samples.items()))
+    return model, architecture
 
 
 def _tensors(file: GgufFile, model: PreTrainedModel, architecture: Architecture) -> dict[str, GgufTensor]:
@@ -65,19 +81,19 @@ def _tensors(file: GgufFile, model: PreTrainedModel, architecture: Architecture)
         BaseModelError: with every tensor that is missing, has another shape, or no place.
     """
     table = names(architecture.name, architecture.blocks)
+    # A tied weight is there once, as the embedding's.
+    paths = {path: table.get_name(path, try_suffixes=(".weight", ".bias")) for path, _ in model.named_parameters()}
     tensors: dict[str, GgufTensor] = {}
-    problems: list[str] = []
-    for path, parameter in model.named_parameters():  # a tied weight appears once, as the embedding
-        name = table.get_name(path, try_suffixes=(".weight", ".bias"))
-        tensor = file.tensors.get(name or "")
+    problems = [f"{name} has no place" for name in file.tensors if name not in IN_CONFIG | {*paths.values()}]
+    for path, name in paths.items():
+        tensor, shape = file.tensors.get(name or ""), tuple(model.get_parameter(path).shape)
         if tensor is None:
-            problems.append(f"{name or path} is missing" + (f" ({path})" if name else ""))
-        elif tensor.shape != tuple(parameter.shape):
-            problems.append(f"{name} is {tensor.shape}, not {tuple(parameter.shape)} ({path})")
+            problems.append(f"{name} is missing, for {path}")
+        elif tensor.shape != shape:
+            problems.append(f"{name} is {tensor.shape}, not {shape} as {path}")
         else:
             tensors[path] = tensor
-    known = IN_CONFIG | {table.get_name(path, try_suffixes=(".weight", ".bias")) for path, _ in model.named_parameters()}
-    problems += [f"{name} has no place" for name in file.tensors if name not in known]
     if problems:
-        raise BaseModelError(f"the tensors of {file.path} are not those of its {type(model).__name__}", problems, hint=HINT)
+        kind = type(model).__name__
+        raise BaseModelError(f"{file.path} does not have the tensors of its {kind}", problems, hint=HINT)
     return tensors

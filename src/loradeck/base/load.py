@@ -15,7 +15,7 @@ from transformers.utils import find_adapter_config_file
 
 from loradeck.base import SMOLLM2, is_hub_id
 from loradeck.base.fingerprint import fingerprint
-from loradeck.base.gguf_cache import dequantised_folder
+from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
 from loradeck.base.gguf_file import base_name
 from loradeck.base.pretrained import base_errors, first_line, pretrained_model, pretrained_tokenizer, quiet
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
@@ -73,15 +73,15 @@ class Base:
         torch_dtype = _dtype(dtype, torch_device)
         name, where = _locate(source)
         with base_errors(source), quiet():
-            if isinstance(where, Path) and dtype == "auto" and torch_device.type == "cpu" and weights in KEEP_BLOCKS:
-                model, tokenizer, digest = read_gguf(where, torch_dtype)
-            else:
+            in_blocks = dtype == "auto" and torch_device.type == "cpu" and weights in KEEP_BLOCKS
+            parts = read_in_blocks(where, torch_dtype) if isinstance(where, Path) and in_blocks else None
+            if parts is None:
                 folder = str(dequantised_folder(where)) if isinstance(where, Path) else where
                 _check(source, folder)
-                model = pretrained_model(source, folder, torch_dtype).requires_grad_(False).eval()
-                model.to(torch_device)  # type: ignore[arg-type]
-                tokenizer, digest = pretrained_tokenizer(source, folder), fingerprint(model)
-        base = cls(model, tokenizer, name, str(source), digest)
+                parts = pretrained_model(source, folder, torch_dtype), pretrained_tokenizer(source, folder)
+            model, tokenizer = parts
+            model.requires_grad_(False).eval().to(torch_device)  # type: ignore[arg-type]
+        base = cls(model, tokenizer, name, str(source), fingerprint(model))
         origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # the name other tools know it by
         vars(model).update(fingerprint=base.fingerprint, base_name=origin)
         prepare(model, weights)
@@ -190,5 +190,3 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if torch_dtype is None or torch_dtype not in DTYPES.values():
         raise ConfigError(f"invalid dtype {dtype!r}", hint=f"Use auto, {', '.join(DTYPES)}.")
     return torch_dtype
-
-

@@ -1,6 +1,7 @@
 """llama.cpp's architecture of a base, from a GGUF file's header or a transformers configuration."""
 
 from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 

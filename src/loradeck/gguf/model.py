@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from loradeck.base.fingerprint import fingerprint_of, sample
+from loradeck.base.fingerprint import fingerprint_of
 from loradeck.base.load import load_tokenizer, local_folder
 from loradeck.base.pretrained import quiet
 from loradeck.disk import new_file
@@ -97,8 +97,8 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """As `Base.fingerprint`."""
-        paths = sorted(dict(self.skeleton.named_parameters()))
-        return fingerprint_of(type(self.skeleton).__name__, ((path, sample(self.weight(path))) for path in paths))
+        parameters = ((path, self.weight(path)) for path in sorted(dict(self.skeleton.named_parameters())))
+        return fingerprint_of(type(self.skeleton).__name__, parameters)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is made of a GGUF file once and kept in the user's cache folder: its tokenizer, and its de-quantised model."""
+"""A base from a GGUF file. The user's cache folder keeps its tokenizer, and its model where it is de-quantised."""
 
 import hashlib
 import io
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loradeck.base.digest import DigestCache, sha256
 from loradeck.base.gguf_config import config_of, why_no_config
-from loradeck.base.gguf_file import GgufFile, parts
-from loradeck.base.gguf_model import read_model
+from loradeck.base.gguf_file import HINT, GgufFile, parts
+from loradeck.base.gguf_model import read_model, why_not_in_blocks
 from loradeck.base.pretrained import base_errors, pretrained_model, pretrained_tokenizer, quiet
 from loradeck.disk import cache_folder, new_folder
 from loradeck.errors import BaseModelError
@@ -29,23 +29,32 @@ PACKAGES = "gguf", "accelerate"
 log = logging.getLogger(__name__)
 
 
-def tokenizer_folder(file: GgufFile) -> Path:
-    """Return the cache folder with a file's tokenizer and chat template, filling it on first use.
-
-    The key is the file's header, so neither its vocabulary nor all its bytes are read again. No weights are stored.
+def read_in_blocks(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """Return the model of a GGUF file in the file's own blocks, and its tokenizer; None if it must be de-quantised.
 
     Raises:
-        BaseModelError: the file has no tokenizer that transformers knows.
+        BaseModelError: the file cannot be read.
     """
+    _check_packages(path)
+    with GgufFile(path) as file:
+        reason = why_no_config(file) or why_not_in_blocks(file)
+        if reason:
+            log.info("%s is de-quantised: %s", path, reason)
+            return None
+        return read_model(file, config_of(file), dtype, in_blocks=True), _tokenizer(file)
 
-    def fill(fresh: Path) -> None:
-        with TemporaryDirectory() as alone:
-            (Path(alone) / "base.gguf").write_bytes(file.metadata)
-            # AutoTokenizer reads the vocabulary a second time, for a configuration: nine of ten seconds.
-            PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="base.gguf").save_pretrained(fresh)
 
-    with base_errors(f"the tokenizer of {file.path}", "Load another file of this model."):
-        return _cached(f"{file.digest}-tokenizer", DigestCache(cache_folder() / "digests.json"), fill)
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a GGUF file.
+
+    Raises:
+        BaseModelError: the file cannot be read.
+    """
+    _check_packages(path)
+    with GgufFile(path) as file:
+        if why_no_config(file) is None:
+            return _tokenizer(file)
+    return pretrained_tokenizer(path, str(dequantised_folder(path)))
 
 
 def dequantised_folder(path: Path) -> Path:
@@ -60,15 +69,14 @@ def dequantised_folder(path: Path) -> Path:
     hint = "Give a complete GGUF file of a decoder-only model; set LORADECK_CACHE to a disk with free space."
 
     def fill(fresh: Path) -> None:
-        check_packages(path)
+        _check_packages(path)
         log.info("dequantising %s into %s, once", path, cache_folder())
         with GgufFile(path) as file, quiet():
             if why_no_config(file):
                 _dequantise_by_transformers(path, fresh)
             else:
-                model, _ = read_model(file, config_of(file), torch.bfloat16, in_blocks=False)
-                model.save_pretrained(fresh)
-                pretrained_tokenizer(path, str(tokenizer_folder(file))).save_pretrained(fresh)
+                _tokenizer(file).save_pretrained(fresh)
+                read_model(file, config_of(file), torch.bfloat16, in_blocks=False).save_pretrained(fresh)
 
     with base_errors(path, hint):
         digests = DigestCache(cache_folder() / "digests.json")
@@ -77,7 +85,24 @@ def dequantised_folder(path: Path) -> Path:
         return _cached(f"{digest}-bf16", digests, fill)
 
 
-def check_packages(path: Path) -> None:
+def _tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
+    """Return a file's tokenizer, from the cache folder.
+
+    The key is the file's header, so that neither its vocabulary nor all its bytes are read again.
+    """
+
+    def fill(fresh: Path) -> None:
+        with TemporaryDirectory() as alone:
+            (Path(alone) / "base.gguf").write_bytes(file.metadata)
+            # AutoTokenizer would read the vocabulary a second time, for a configuration: nine seconds of ten.
+            PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="base.gguf").save_pretrained(fresh)
+
+    with base_errors(f"the tokenizer of {file.path}", HINT):
+        folder = _cached(f"{file.digest}-tokenizer", DigestCache(cache_folder() / "digests.json"), fill)
+    return pretrained_tokenizer(file.path, str(folder))
+
+
+def _check_packages(path: Path) -> None:
     """Refuse to read a GGUF file without the packages for it.
 
     Raises:
