@@ -127,7 +127,7 @@ class GgufFile:
         data = into[: tensor.size]
         part = self._parts[tensor.part]
         part.file.seek(tensor.offset)
-        if part.file.readinto(memoryview(data.numpy())) != tensor.size:
+        if part.file.readinto(data.numpy().data) != tensor.size:
             self._raise_changed(part)
         return data
 
@@ -188,7 +188,7 @@ class _Part:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: BinaryIO = path.open("rb")
+        self.file = path.open("rb")
         try:
             self.stamp = _stamp(self.file)
             self.size = self.stamp[0]
@@ -203,7 +203,7 @@ class _Part:
         return self.file.read(end - start)
 
     def tensors(self, number: int, problems: list[str]) -> Iterator[GgufTensor]:
-        """Yield the tensors of this part, the number of which is given; add what is wrong with others to the problems."""
+        """Yield the tensors of this part, whose number is given; add what is wrong with others to the problems."""
         import gguf
 
         for name, shape, kind, offset in self._table:

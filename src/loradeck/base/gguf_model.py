@@ -1,5 +1,8 @@
 """A transformers model with the weights of a GGUF file, in the file's own blocks or de-quantised."""
 
+import math
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -45,7 +48,7 @@ def read_model(file: GgufFile, config: PretrainedConfig, dtype: torch.dtype, *, 
         if in_blocks and kind and all(isinstance(module, nn.Linear | nn.Embedding) for module in modules):
             quantised = QuantisedWeight(pack(rows, kind, tensor.shape[-1], order))
             for module in modules:
-                set_weight(module, quantised, dtype)  # type: ignore[arg-type]
+                set_weight(cast("nn.Linear | nn.Embedding", module), quantised, dtype)
             continue
         values = decode(tensor.type, rows).view(tensor.shape)
         if architecture.name in GEMMA and tensor.name.endswith("norm.weight"):
@@ -59,8 +62,6 @@ def read_model(file: GgufFile, config: PretrainedConfig, dtype: torch.dtype, *, 
 
 def _skeleton(file: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Architecture]:
     """Return a model whose parameters have no memory yet, and its architecture in llama.cpp."""
-    from accelerate import init_empty_weights
-
     shapes = {name: tensor.shape for name, tensor in file.tensors.items() if name.endswith(".weight")}
     name, heads = file.settings["general.architecture"], config.num_attention_heads
     architecture = Architecture(name, heads, config.num_key_value_heads, shapes)
@@ -68,9 +69,13 @@ def _skeleton(file: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> t
         raise BaseModelError(
             f"{file.path} says that it has {config.num_hidden_layers} layers, and has {architecture.blocks}", hint=HINT
         )
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    for module in model.modules():  # buffers that no file has, such as RoPE's frequencies
+        if buffers := dict(module.named_buffers(recurse=False)):
+            for key, buffer in buffers.items():
+                module._buffers[key] = torch.full_like(buffer, math.nan, device="cpu")  # would be seen
+            model._init_weights(module)
     return model, architecture
 
 

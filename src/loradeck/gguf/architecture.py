@@ -1,6 +1,7 @@
 """llama.cpp's architecture of a base, from a GGUF file's header or a transformers configuration."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -62,8 +63,8 @@ def architecture_of(config: PretrainedConfig, source: object) -> tuple[Architect
 def _of_file(path: Path) -> Architecture:
     with GgufFile(path) as file:
         name = _supported(file.settings.get("general.architecture"), path)
-        heads = file.settings.get(f"{name}.attention.head_count")
-        kv_heads = file.settings.get(f"{name}.attention.head_count_kv") or heads
+        heads: Any = file.settings.get(f"{name}.attention.head_count")
+        kv_heads: Any = file.settings.get(f"{name}.attention.head_count_kv") or heads
         shapes = {tensor.name: tensor.shape for tensor in file.tensors.values() if tensor.name.endswith(".weight")}
     return Architecture(name, heads, kv_heads, shapes)
 
