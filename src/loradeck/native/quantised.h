@@ -1,4 +1,4 @@
-/* Quantised weights: w = scale · code + minimum, the codes of 2 to 8 bits, as llama.cpp's GGUF files have them.
+/* Quantised weights: w = scale · value of a code + minimum, with codes of 2 to 8 bits, as llama.cpp's GGUF files have them.
 
    A tile of 16 outputs lies in groups of 32 inputs. A group holds the low bits of its codes, the high bits, and scales.
    Of b bits, word k of an output holds inputs n k to n k + n - 1, n = 32 / b: input n k + 4 s + j at bit 8 j + b s. So one
@@ -41,25 +41,22 @@ INLINE i64 super_bytes(i64 format) { /* of the groups of a block of the file, an
 }
 INLINE i64 quantised_tile_bytes(i64 format, i64 groups) { return groups / groups_of_file_block(format) * super_bytes(format); }
 
-typedef struct { vec part[16 / LANES]; } Table; /* values of codes; of fewer bits they are repeated */
-INLINE Table table_of(const int format, const int bits, const float first, const float step) {
+typedef struct { vec part[16 / LANES]; } Table; /* values of codes of 4 bits; of fewer bits they are repeated */
+INLINE int is_linear(const int format) { return format != IQ4_NL && format != IQ4_XS && format != MXFP4; }
+INLINE Table table_of(const int format, const int bits, const int step) {
     float values[16];
-    for (int i = 0; i < 16; i++) {
-        values[i] = first + step * (i & ((1 << bits) - 1));
-        if (format == IQ4_NL || format == IQ4_XS) values[i] = IQ4[i];
-        if (format == MXFP4) values[i] = FP4[i];
-    }
+    for (int i = 0; i < 16; i++)
+        values[i] = is_linear(format) ? step * (i & ((1 << bits) - 1)) : format == MXFP4 ? FP4[i] : IQ4[i];
     Table table;
     memcpy(&table, values, sizeof values);
     return table;
 }
 /* The values of the codes at the lowest bits of each word */
-INLINE vec look_up(const Table *t, words code, const int bits) {
+INLINE vec look_up(const Table *t, words code) {
 #if LANES == 16
     return (vec)_mm512_permutexvar_ps((__m512i)code, (__m512)t->part[0]);
 #elif defined __AVX2__
     __m256 low = _mm256_permutevar8x32_ps((__m256)t->part[0], (__m256i)code);
-    if (bits < 4) return (vec)low;
     return (vec)_mm256_blendv_ps(low, _mm256_permutevar8x32_ps((__m256)t->part[1], (__m256i)code), (__m256)(code << 28));
 #else
     float values[16];
@@ -70,54 +67,64 @@ INLINE vec look_up(const Table *t, words code, const int bits) {
 #endif
 }
 
+#if LANES == 16 /* compilers take several steps for these */
+INLINE vec half_scales(const char *from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+INLINE words unsigned_bytes(const char *from) { return (words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)); }
+INLINE ints signed_bytes(const char *from) { return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)); }
+#else
 INLINE vec half_scales(const char *from) { return of_f16(__builtin_convertvector(*(const halves *)from, words)); }
-INLINE vec signed_bytes(const char *from) {
-    return __builtin_convertvector(*(const int8s *)from, vec);
-}
 INLINE words unsigned_bytes(const char *from) { return __builtin_convertvector(*(const uint8s *)from, words); }
+INLINE ints signed_bytes(const char *from) { return __builtin_convertvector(*(const int8s *)from, ints); }
+#endif
+INLINE vec floats(words w) { return __builtin_convertvector((ints)w, vec); }
 /* Scale and minimum of LANES outputs from `output` on, for the inputs of one half of a group */
-INLINE void scales_of(vec *scale, vec *minimum, const char *from, const char *super, int half, int output, const int kind) {
-    *minimum = zero();
+INLINE void scales_of(vec *scale, vec *minimum, const char *from, const char *super, int half, int output, const int format) {
+    const int kind = FORMAT[format].scales;
     if (kind == HALF || kind == HALF_MINIMUM) *scale = half_scales(from + output * 2);
     if (kind == HALF_MINIMUM) *minimum = half_scales(from + 32 + output * 2);
     if (kind == POWER) { /* 2^(byte - 128) */
         words power = unsigned_bytes(from + output), small = 0x200000u << (power & 1);
         *scale = choose((words)(power < 2), (vec)small, (vec)((power - 1) << 23));
     }
-    if (kind == SIGNED) *scale = signed_bytes(from + output) * half_scales(super + output * 2);
-    if (kind == SIGNED_16) *scale = signed_bytes(from + half * 16 + output) * half_scales(super + output * 2);
+    if (kind == SIGNED) *scale = floats((words)signed_bytes(from + output)) * half_scales(super + output * 2);
+    if (kind == SIGNED_16) *scale = floats((words)signed_bytes(from + half * 16 + output)) * half_scales(super + output * 2);
     if (kind == BYTE_MINIMUM || kind == NIBBLE_MINIMUM) {
         words s = unsigned_bytes(from + half * (kind == NIBBLE_MINIMUM ? 16 : 0) + output), m = s >> 4;
         if (kind == NIBBLE_MINIMUM) s &= 15;
         else m = unsigned_bytes(from + 16 + output);
-        *scale = __builtin_convertvector((ints)s, vec) * half_scales(super + output * 2);
-        *minimum = -__builtin_convertvector((ints)m, vec) * half_scales(super + 32 + output * 2);
+        *scale = floats(s) * half_scales(super + output * 2);
+        *minimum = -floats(m) * half_scales(super + 32 + output * 2);
     }
+    if (kind != HALF_MINIMUM && kind < BYTE_MINIMUM) *minimum = *scale * FORMAT[format].first; /* exactly */
 }
 INLINE words code_of(const char *plane, const int input, const int output, const int bits) { /* and what is above it */
     const int n = 32 / bits;
     const words w = *(const words *)(plane + (input / n * 16 + output) * 4);
     return w >> (8 * (input % 4) + bits * (input % n / 4));
 }
+INLINE vec values_of(const char *plane, const Table *lows, const Table *highs, int input, int output, const int format) {
+    const int low = FORMAT[format].low, high = FORMAT[format].high;
+    words code = code_of(plane, input, output, low), above = {};
+    if (low == 8) return floats((words)((ints)(code << 24) >> 24));
+    if (high) above = code_of(plane + plane_bytes(low), input, output, high);
+    if (LANES < 16 && is_linear(format)) return floats((code & ((1 << low) - 1)) | (above & ((1 << high) - 1)) << low);
+    vec value = look_up(lows, code);
+    if (high) value += look_up(highs, above);
+    return value;
+}
 /* Decode a group into a block of plain numbers. */
 INLINE void decode_as(char *to, const char *group, const char *super, const int format, const int plain) {
-    const int low = FORMAT[format].low, high = FORMAT[format].high, kind = FORMAT[format].scales;
-    const char *highs = group + plane_bytes(low), *scales = highs + plane_bytes(high);
-    const Table lows = table_of(format, low, FORMAT[format].first, 1), ups = table_of(Q4_0, high, 0, (float)(1 << low));
+    const int low = FORMAT[format].low, high = FORMAT[format].high;
+    const char *scales = group + plane_bytes(low) + plane_bytes(high);
+    const Table lows = table_of(format, low, 1), highs = table_of(Q4_0, high, 1 << low);
     for (int n = 0; n < PARTS; n++) {
         vec scale[2], minimum[2];
-        for (int half = 0; half < 2; half++)
-            scales_of(scale + half, minimum + half, scales, super, half, n * LANES, kind);
+        for (int half = 0; half < 2; half++) scales_of(scale + half, minimum + half, scales, super, half, n * LANES, format);
         UNROLL_32 for (int pair = 0; pair < 16; pair++) {
             vec w[2];
             for (int j = 0; j < 2; j++) {
                 const int i = 2 * pair + j;
-                words code = code_of(group, i, n * LANES, low);
-                if (low == 8) w[j] = __builtin_convertvector((ints)(code << 24) >> 24, vec);
-                else w[j] = look_up(&lows, code, low);
-                if (high) w[j] += look_up(&ups, code_of(highs, i, n * LANES, high), high);
-                if (kind == HALF_MINIMUM || kind >= BYTE_MINIMUM) w[j] = fused(scale[i / 16], w[j], minimum[i / 16]);
-                else w[j] *= scale[i / 16];
+                w[j] = fused(scale[i / 16], values_of(group, &lows, &highs, i, n * LANES, format), minimum[i / 16]);
                 if (plain == F32) *(vec *)(to + (i * 16 + n * LANES) * 4) = w[j];
             }
 #ifdef HALVES
@@ -143,9 +150,9 @@ static void (*const DECODE[])(char *, const char *, const char *, int) = {
 };
 /* Decode group g of a tile, to float32 or, in a build for it, to bfloat16. */
 INLINE void decode(void *to, const char *tile, i64 g, i64 format, const int plain) {
-    const i64 groups = groups_of_file_block(format);
-    const char *super = tile + g / groups * super_bytes(format);
-    DECODE[format](to, super + SUPER_BYTES[FORMAT[format].scales] + g % groups * quantised_bytes(format), super, plain);
+    const i64 before = SUPER_BYTES[FORMAT[format].scales], in_super = before ? g & 7 : 0;
+    const char *super = tile + (before ? g >> 3 : g) * super_bytes(format); /* a division would take as long as the rest */
+    DECODE[format](to, super + before + in_super * quantised_bytes(format), super, plain);
 }
 
 /* ---- from a file's blocks ---- */
