@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 import gguf
@@ -333,6 +335,37 @@ def test_what_blocks_cannot_hold_is_de_quantised(
     with caplog.at_level(logging.INFO, logger="loradeck"):
         assert type(Base.load(tiny_file, device="cpu").model.get_input_embeddings()) is torch.nn.Embedding
     assert "is de-quantised: there is no compiler" in caplog.text
+
+
+def test_other_architectures_are_de_quantised_by_transformers(
+    tiny_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Starcoder2Config(**{**SHAPE, "num_hidden_layers": 1}, sliding_window=None, tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Starcoder2ForCausalLM(config).bfloat16().float().eval()
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "starcoder2")
+    for key, field in gguf.GGUFReader(tiny_file).fields.items():
+        if key.startswith("tokenizer."):
+            kinds = field.types
+            writer.add_key_value(key, field.contents(), kinds[0], sub_type=kinds[-1] if len(kinds) > 1 else None)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_eps(config.norm_epsilon)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STARCODER2, 1)
+    for path, parameter in model.named_parameters():
+        writer.add_tensor(names.get_name(path, try_suffixes=(".weight", ".bias")), parameter.detach().numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with caplog.at_level(logging.INFO, logger="loradeck"):
+        base = Base.load(tmp_path / "other.gguf", device="cpu")
+    assert "is de-quantised: its architecture is starcoder2" in caplog.text
+    assert base.fingerprint == fingerprint(model)
+    assert base_gguf.gguf_tokenizer(tmp_path / "other.gguf")("that")["input_ids"] == base.tokenizer("that")["input_ids"]
 
 
 # ---- split sets

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from loradeck.base.digest import DigestCache, sha256
 from loradeck.base.gguf_config import config_of, why_no_config
-from loradeck.base.gguf_file import HINT, GgufFile, parts
+from loradeck.base.gguf_file import GgufFile, parts
 from loradeck.base.gguf_model import read_model, why_not_in_blocks
 from loradeck.base.pretrained import base_errors, pretrained_model, pretrained_tokenizer, quiet
 from loradeck.disk import cache_folder, new_folder
 from loradeck.errors import BaseModelError
 
 CHECKSUMS = "SHA256SUMS"
-PACKAGES = "gguf", "accelerate"
+HINT = "Give a complete GGUF file of a decoder-only model; set LORADECK_CACHE to a disk with free space."
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def read_in_blocks(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     Raises:
         BaseModelError: the file cannot be read.
     """
-    _check_packages(path)
+    _check_packages(path, "gguf")
     with GgufFile(path) as file:
         reason = why_no_config(file) or why_not_in_blocks(file)
         if reason:
@@ -50,7 +50,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         BaseModelError: the file cannot be read.
     """
-    _check_packages(path)
+    _check_packages(path, "gguf")
     with GgufFile(path) as file:
         if why_no_config(file) is None:
             return _tokenizer(file)
@@ -66,19 +66,20 @@ def dequantised_folder(path: Path) -> Path:
     Raises:
         BaseModelError: the file cannot be read, or is no decoder-only model.
     """
-    hint = "Give a complete GGUF file of a decoder-only model; set LORADECK_CACHE to a disk with free space."
 
     def fill(fresh: Path) -> None:
-        _check_packages(path)
+        _check_packages(path, "gguf")
         log.info("dequantising %s into %s, once", path, cache_folder())
-        with GgufFile(path) as file, quiet():
+        # A bar of tqdm cannot be turned off.
+        with GgufFile(path) as file, quiet(), redirect_stderr(io.StringIO()):
             if why_no_config(file):
+                _check_packages(path, "accelerate")
                 _dequantise_by_transformers(path, fresh)
             else:
                 _tokenizer(file).save_pretrained(fresh)
                 read_model(file, config_of(file), torch.bfloat16, in_blocks=False).save_pretrained(fresh)
 
-    with base_errors(path, hint):
+    with base_errors(path, HINT):
         digests = DigestCache(cache_folder() / "digests.json")
         each = [digests.of(part) for part in parts(path) if part.is_file()]
         digest = each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
@@ -102,23 +103,17 @@ def _tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     return pretrained_tokenizer(file.path, str(folder))
 
 
-def _check_packages(path: Path) -> None:
-    """Refuse to read a GGUF file without the packages for it.
-
-    Raises:
-        BaseModelError: they are not installed.
-    """
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+def _check_packages(path: Path, *packages: str) -> None:
+    if missing := [name for name in packages if find_spec(name) is None]:
         raise BaseModelError(
             f"{path}: reading a GGUF file needs {' and '.join(missing)}", hint="Run pip install 'loradeck[gguf]'."
         )
 
 
 def _dequantise_by_transformers(path: Path, fresh: Path) -> None:
-    with (
-        TemporaryDirectory() as alone,  # transformers would also read other files next to the GGUF
-        redirect_stderr(io.StringIO()),  # a tqdm bar that cannot be turned off
-    ):
+    if len(parts(path)) > 1:
+        raise BaseModelError(f"{path} is one of several parts", hint="Join them: llama-gguf-split --merge PART FILE")
+    with TemporaryDirectory() as alone:  # transformers would also read other files next to the GGUF
         origin: dict[str, Any] = {"gguf_file": "base.gguf"}
         (Path(alone) / "base.gguf").symlink_to(path.resolve())
         pretrained_tokenizer(path, alone, **origin).save_pretrained(fresh)
