@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import Layout, LayoutLinear
-from loradeck.dtypes import cpu_has
 from loradeck.native.blocks import INPUTS, OUTPUTS, pack, pad, padded, unpack
-from loradeck.native.library import HALVES
+from loradeck.native.library import HALVES, multiplies_halves
 from loradeck.native.library import origin as library_origin
 from loradeck.native.product import product
 
@@ -116,15 +115,6 @@ def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]] | None:
     if len(down) != 2 or gate_up != [2 * down[1], down[0]]:
         return None
     return {EXPERTS[0]: (gate_up[0], gate_up[1]), EXPERTS[1]: (down[0], down[1])}
-
-
-def multiplies_halves(dtype: torch.dtype) -> bool:
-    """Whether products with weights of this dtype are computed in bfloat16, by the CPU's own instruction."""
-    return (
-        dtype == torch.bfloat16
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"  # a user may choose a lower one
-        and cpu_has("avx512_bf16")
-    )
 
 
 def origin(dtype: torch.dtype) -> str:

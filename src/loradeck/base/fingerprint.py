@@ -6,6 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from loradeck.base.quantised import QuantisedWeight
+from loradeck.native.quantised import Quantised
+
 SAMPLED = 1024  # values read from each tensor: about a megabyte in all, whatever the size of the base
 
 
@@ -23,11 +26,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fingerprint_of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the fingerprint of a model of this class with these parameters, sorted by name."""
+    """Return the fingerprint of a model of this class with these parameters, sorted by name.
+
+    A quantised weight counts by its values.
+    """
     digest = hashlib.sha256(kind.encode())
     for name, parameter in parameters:
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"\n{name} {list(parameter.shape)}\n".encode())
+        weight = parameter.quantised if isinstance(parameter, QuantisedWeight) else parameter.detach()
+        index = torch.arange(weight.shape.numel())[:: max(1, weight.shape.numel() // SAMPLED)][:SAMPLED]
+        values = weight.values(index) if isinstance(weight, Quantised) else weight.reshape(-1)[index.to(weight.device)]
+        sample = values.to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"\n{name} {list(weight.shape)}\n".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,99 +1,131 @@
-"""Layers with int8 weights: symmetric, one scale per output (torch's private int8 op).
+"""Linear layers and embeddings whose weights are quantised, as the compiled step reads them.
 
-w[o, i] ≈ s[o] q[o, i], q integers in [-127, 127], s[o] = max_i |w[o, i]| / 127 rounded to bfloat16
+The quantised weight is the only copy, and copies of a model share it. A layer computes with its values in the dtype of
+the model; what is decoded for a product is freed after it. A merge, or a load of plain weights, replaces it by a plain
+one, and the module's state_dict has plain ones.
 """
 
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loradeck.base.frozen import FrozenLinear
-from loradeck.base.matmul import blocks, linear
-from loradeck.base.self_check import Product, why_not_usable
-from loradeck.errors import UnsupportedError
+from loradeck.base.frozen import FrozenLinear, Layout
+from loradeck.base.matmul import BLOCK, input_grad, linear
+from loradeck.native.blocks import OUTPUTS
+from loradeck.native.library import any_library, multiplies_halves
+from loradeck.native.product import product
+from loradeck.native.quantised import Quantised
 
-FEW = 8  # rows up to which the op is faster than dequantising first: `python -m benchmarks base`
-STEP = 32  # the op crashes unless the inputs are a multiple of 16; asking for 32 costs nothing
-TOLERANCE = 2**-6  # share of the largest output: the op rounds its inputs and outputs to bfloat16
-
-
-class _NoStateDict(nn.Module):
-    """Neither saves nor loads a state_dict: integers would be taken for weights, or weights for integers."""
-
-    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
-        raise UnsupportedError(
-            "the weights of a base loaded in int8 can be neither saved nor replaced",
-            hint="Load the base with plain weights.",
-        )
-
-    _load_from_state_dict = _save_to_state_dict
+FEW = 64  # rows up to which the step's product is faster than decoding first
 
 
-class QuantisedLinear(_NoStateDict, FrozenLinear):
-    """An nn.Linear with `weight` in int8 (out, in) and `scales` (out,) in the dtype it computes in."""
+class QuantisedWeight(nn.Parameter):
+    """A quantised weight as a module's parameter. It is immutable: models share it."""
 
-    scales: nn.Parameter
+    quantised: Quantised
+
+    def __new__(cls, quantised: Quantised) -> "QuantisedWeight":
+        weight = nn.Parameter.__new__(cls, quantised.tiles, requires_grad=False)
+        weight.quantised = quantised
+        return weight
+
+    def __init__(self, quantised: Quantised) -> None: ...
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantisedWeight":
+        return self
+
+    def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
+        return QuantisedWeight, (self.quantised,)
+
+
+class _QuantisedLayout(Layout):
+    """A layer with a quantised weight, or with a plain one that has replaced it.
+
+    Attributes:
+        dtype: what it computes in.
+    """
+
+    dtype: torch.dtype
 
     def dense(self) -> Tensor:
-        return self.weight.to(self.scales.dtype) * self.scales[:, None]
+        """Return the weight (out, in) in the dtype that the layer computes in."""
+        weight = self.weight
+        return weight.quantised.dense(dtype=self.dtype) if isinstance(weight, QuantisedWeight) else weight
+
+    def plain(self) -> dict[str, Tensor]:
+        return {"weight": self.dense().contiguous()}
+
+    def lay_out(self) -> None:
+        """Leave a plain weight as it is: to quantise it again would change it."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "_QuantisedLayout":
+        weight = self._parameters["weight"]
+        like = fn(torch.empty(0, dtype=self.dtype))
+        if not isinstance(weight, QuantisedWeight) or like.device != weight.device:
+            return super()._apply(fn, recurse)
+        del self._parameters["weight"]  # only the dtype that it is decoded to changes
+        nn.Module._apply(self, fn, recurse)
+        self._parameters["weight"], self.dtype = weight, like.dtype
+        return self
+
+
+class QuantisedLinear(_QuantisedLayout, FrozenLinear):
+    """An nn.Linear with a quantised weight."""
 
     def product(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if not isinstance(weight, QuantisedWeight):
+            return linear(x, weight, self.bias)
         items = x.reshape(-1, self.in_features)
-        fits = 0 < len(items) <= FEW and self.in_features % STEP == 0 and x.device.type == "cpu"
-        if fits and x.dtype != torch.float32 and why_not_int8_product() is None:
-            y = _few(items, self.weight, self.scales)
-        else:
-            y = _many(items, self.weight, self.scales)
+        if len(items) <= FEW and x.dtype == self.dtype and not torch.is_autocast_enabled(x.device.type):
+            halves = multiplies_halves(x.dtype)
+            return product(x, weight.quantised, self.out_features, self.bias, halves=halves)
+        y = items.new_empty(len(items), self.out_features)
+        for rows in self._parts():
+            y[:, rows] = linear(items, weight.quantised.dense(rows, x.dtype), None)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
+    def input_grad(self, grad: Tensor) -> Tensor:
+        weight = self.weight
+        if not isinstance(weight, QuantisedWeight):
+            return super().input_grad(grad)
+        parts = [input_grad(grad[..., rows], weight.quantised.dense(rows, grad.dtype)) for rows in self._parts()]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-class QuantisedEmbedding(_NoStateDict, nn.Embedding):
-    """An nn.Embedding with `weight` in int8 (number, dim) and `scales` (number,); a scaled one (Gemma) stays scaled."""
+    def _parts(self) -> Iterator[slice]:
+        """Yield slices of the outputs, so many that their plain weights fit the cache."""
+        step = max(1, BLOCK // self.in_features // OUTPUTS) * OUTPUTS
+        return (slice(at, min(at + step, self.out_features)) for at in range(0, self.out_features, step))
 
-    scales: nn.Parameter
+
+class QuantisedEmbedding(_QuantisedLayout, nn.Embedding):
+    """An nn.Embedding with a quantised weight; a scaled one (Gemma) stays scaled."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids (…) -> (…, dim)."""
-        y = F.embedding(input, self.weight).to(self.scales.dtype) * self.scales[input][..., None]
+        weight = self.weight
+        quantised = isinstance(weight, QuantisedWeight)
+        y = weight.quantised.rows(input, self.dtype) if quantised else F.embedding(input, weight)
         scale = getattr(self, "embed_scale", None)
         return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
 
 
-def quantise(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return q (out, in) in int8 and s (out,) in the weight's dtype, with |w - s q| <= s / 2."""
-    q, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight))
-    for rows in blocks(weight):
-        block = weight[rows].detach().float()
-        scales[rows] = (block.abs().amax(1) / 127).to(torch.bfloat16).to(weight.dtype)
-        q[rows] = (block / scales[rows, None].float().clamp_min(1e-30)).round_().clamp_(-127, 127).to(torch.int8)
-    return nn.Parameter(q, requires_grad=False), nn.Parameter(scales, requires_grad=False)
+def set_weight(module: nn.Linear | nn.Embedding, weight: QuantisedWeight, dtype: torch.dtype) -> None:
+    """Give a frozen layer a quantised weight, in place; it computes in a dtype."""
+    module.__class__ = QuantisedLinear if isinstance(module, nn.Linear) else QuantisedEmbedding
+    module.weight, module.dtype = weight, dtype
 
 
 @cache
-def why_not_int8_product() -> str | None:
-    """Return why torch's product with int8 weights is not used on this machine, or None if it is. Checked once."""
-    return why_not_usable(_products, torch.bfloat16, TOLERANCE)
-
-
-def _few(items: Tensor, q: Tensor, scales: Tensor) -> Tensor:
-    """(x qᵀ) s for few rows, in bfloat16: items (rows, in) -> (rows, out) in their dtype."""
-    half = torch.bfloat16
-    y = torch.ops.aten._weight_int8pack_mm.default(items.to(half).contiguous(), q, scales.to(half))
-    return y.to(items.dtype)
-
-
-def _many(items: Tensor, q: Tensor, scales: Tensor) -> Tensor:
-    """(x qᵀ) s with q converted a block at a time; bfloat16 holds every integer up to 256."""
-    y = items.new_empty(len(items), len(q))
-    for rows in blocks(q):
-        torch.mul(linear(items, q[rows].to(items.dtype)), scales[rows], out=y[:, rows])
-    return y
-
-
-def _products(weight: Tensor) -> tuple[Product, Product]:
-    q, scales = quantise(weight)
-    return partial(_few, q=q, scales=scales), partial(_many, q=q, scales=scales)
+def why_not_quantised() -> str | None:
+    """Return why this machine computes nothing with quantised weights, or None if it does. Checked once a process."""
+    try:
+        any_library()
+    except OSError as error:
+        return f"the compiled step is unavailable ({str(error).partition(chr(10))[0][:100]})"
+    return None

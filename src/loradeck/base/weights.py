@@ -1,6 +1,7 @@
 """The formats of a base's frozen weights (plain, packed, blocks, int8), and models that share them."""
 
 from collections import Counter
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
@@ -11,11 +12,16 @@ from transformers import PreTrainedModel
 from loradeck.base.blocked import MIXTURE, block, block_experts
 from loradeck.base.frozen import upcast
 from loradeck.base.prepacked import pack
-from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear, quantise
+from loradeck.base.quantised import QuantisedWeight, set_weight, why_not_quantised
+from loradeck.base.quantiser import quantise
 from loradeck.errors import ConfigError
+from loradeck.native.quantised import KINDS
+from loradeck.native.quantised import pack as pack_quantised
 
 Weights: TypeAlias = Literal["plain", "packed", "blocks", "int8"]
 CHOICES = get_args(Weights)
+QUANTISED: Mapping[str, str] = {"int8": "Q8_0"}
+"""How weights are quantised, by the choice."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -30,8 +36,8 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
       CPU that only emulates the dtype, layers that are not packed compute in float32.
     - `blocks` is `packed` for serving: the layout that the compiled step reads (`loradeck.native`), also for experts.
       Training's backward is slower with it.
-    - `int8` stores the linear layers, the token embedding and the head, tied or not, in one byte per weight. The rest
-      of the model, and every adapter, stays in its own precision.
+    - `int8` stores the linear layers, the token embedding and the head, tied or not, in one byte per weight, with a
+      scale for 32 of them (llama.cpp's Q8_0). The rest of the model, and every adapter, stays in its own precision.
 
     Raises:
         ConfigError: unknown `weights`; int8 on a GPU or in float16; a model most of whose weights int8 would skip.
@@ -51,8 +57,8 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
                 block_experts(experts)
             if _is_frozen(module, nn.Linear):  # if it was not packed
                 upcast(cast("nn.Linear", module))
-    if weights == "int8":
-        _quantise(model)
+    if weights in QUANTISED:
+        _quantise(model, weights)
 
 
 def shared_copy(model: M) -> M:
@@ -67,29 +73,35 @@ def shared_copy(model: M) -> M:
     return deepcopy(model, tensors)
 
 
-def _quantise(model: PreTrainedModel) -> None:
+def _quantise(model: PreTrainedModel, weights: Weights) -> None:
     if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(
-            f"int8 weights need a CPU and bfloat16 or float32; this base is in {model.dtype} on {model.device}",
+            f"{weights} weights need a CPU and bfloat16 or float32; this base is in {model.dtype} on {model.device}",
             hint="Use plain weights, or bfloat16 or float32 on a CPU.",
         )
+    if reason := why_not_quantised():
+        raise ConfigError(f"weights cannot be quantised here: {reason}", hint="Use plain or packed weights.")
     embedding = model.get_input_embeddings()
-    shared: dict[int, list[nn.Module]] = {}
+    shared: dict[int, list[Any]] = {}
     for module in model.modules():
         if _is_frozen(module, nn.Linear) or (module is embedding and _is_lookup(module)):
             shared.setdefault(id(module.weight), []).append(module)
     uses = _uses(model)
-    groups = [group for weight, group in shared.items() if uses[weight] == len(group)]
-    if 2 * sum(group[0].get_parameter("weight").numel() for group in groups) < model.num_parameters():
+    kind = KINDS[QUANTISED[weights]]
+    groups = [
+        group for weight, group in shared.items()
+        if uses[weight] == len(group) and group[0].weight.shape[1] % kind.inputs == 0
+    ]  # fmt: skip
+    if 2 * sum(group[0].weight.numel() for group in groups) < model.num_parameters():
         raise ConfigError(
-            f"most weights of this {type(model).__name__} are outside nn.Linear and would not become int8",
+            f"most weights of this {type(model).__name__} are outside nn.Linear and would not become {weights}",
             hint="Use packed or plain weights.",
         )
     for group in groups:
-        weight, scales = quantise(group[0].get_parameter("weight"))
+        plain = group[0].weight
+        weight = QuantisedWeight(pack_quantised(quantise(plain, kind.name), kind, plain.shape[1]))
         for module in group:
-            module.__class__ = QuantisedLinear if isinstance(module, nn.Linear) else QuantisedEmbedding
-            module.weight, module.scales = weight, scales
+            set_weight(module, weight, plain.dtype)
 
 
 def _uses(model: nn.Module) -> Counter[int]:

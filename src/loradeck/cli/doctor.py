@@ -31,7 +31,7 @@ def doctor(*, as_json: AsJson = False) -> int:
         "gpu": _gpu,
         "compiled step": _compiled_step,
         "packed weights": _packed_weights,
-        "int8 weights": _int8_weights,
+        "quantised weights": _quantised_weights,
         "adapters on a CPU": _cpu_adapters,
         "adapters on a GPU": _gpu_adapters,
         "smollm2-135m": _smollm2,
@@ -117,11 +117,10 @@ def _compiled_step() -> str:
     return "; ".join([*(line.format(", ".join(names)) for line, names in lines.items()), *sorted(origins)])
 
 
-def _int8_weights() -> str:
-    from loradeck.base.quantised import why_not_int8_product
+def _quantised_weights() -> str:
+    from loradeck.base.quantised import why_not_quantised
 
-    why = why_not_int8_product()
-    return f"dequantised ({why})" if why else "with torch's int8 kernel"
+    return why_not_quantised() or "in the compiled step, activations in the dtype of the model"
 
 
 def _cpu_adapters() -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from loradeck.native.blocks import FORMATS, OUTPUTS, pad
 from loradeck.native.library import CPairing
 from loradeck.native.model import NativeModel
-from loradeck.native.table import SLOTS
+from loradeck.native.slots import SLOTS
 from loradeck.ops.weights import LoraWeights
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 OUTPUTS, INPUTS = 16, 32
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def padded(number: int, step: int) -> int:

@@ -5,7 +5,10 @@ from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void
 from functools import cache
 from pathlib import Path
 
-from loradeck.native.table import SLOTS
+import torch
+
+from loradeck.dtypes import cpu_has
+from loradeck.native.slots import SLOTS
 from loradeck.ops import compiler
 
 SOURCE = Path(__file__).with_name("step.c")
@@ -22,7 +25,6 @@ class CMatrix(Structure):
         ("tiles", c_int64),
         ("groups", c_int64),
         ("format", c_int64),
-        ("scales", c_void_p),
         ("bias", c_void_p),
     )
 
@@ -68,8 +70,8 @@ class CModel(Structure):
         ),
         ("layer", POINTER(CLayer)),
         ("embedding", c_void_p),
-        ("embedding_scales", c_void_p),
         ("norm", c_void_p),
+        ("lookup", CMatrix),
         ("head", CMatrix),
         ("eps", c_double),
         *(
@@ -121,6 +123,21 @@ class CProduct(Structure):
     )
 
 
+class CPlain(Structure):
+    """Tiles of a quantised matrix to decode."""
+
+    _fields_ = (("w", CMatrix), ("y", c_void_p), ("tile", c_void_p), ("count", c_int64), ("format", c_int64))
+
+
+class CLayout(Structure):
+    """Blocks of a file to lay out in tiles."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("blocks", "order", "tiles")),
+        *((name, c_int64) for name in ("row_bytes", "outputs", "groups", "format", "count")),
+    )
+
+
 class CChoice(Structure):
     """A token to choose or to score, and its row of logits."""
 
@@ -146,10 +163,34 @@ def library(options: str = "") -> ctypes.CDLL:
     step.loradeck_step.argtypes = (POINTER(CModel), POINTER(CBatch), c_int)
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_sample.argtypes = (POINTER(CChoice), c_int64, c_int64, c_int)
+    step.loradeck_plain.argtypes = (POINTER(CPlain), c_int)
+    step.loradeck_values.argtypes = (POINTER(CMatrix), c_void_p, c_int64, c_void_p)
+    step.loradeck_values.restype = None
+    step.loradeck_lay_out.argtypes = (POINTER(CLayout), c_int)
+    step.loradeck_tile_bytes.argtypes = (c_int64, c_int64)
+    step.loradeck_tile_bytes.restype = c_int64
     step.loradeck_page_bytes.argtypes = (POINTER(CModel),)
     step.loradeck_page_bytes.restype = c_int64
     _loaded.append(step)
     return step
+
+
+def any_library() -> ctypes.CDLL:
+    """Return a library for what each of them computes alike.
+
+    Raises:
+        OSError: as `library`.
+    """
+    return latest() or library(HALVES if multiplies_halves(torch.bfloat16) else "")
+
+
+def multiplies_halves(dtype: torch.dtype) -> bool:
+    """Whether products with weights of this dtype are computed in bfloat16, by the CPU's own instruction."""
+    return (
+        dtype == torch.bfloat16
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"  # a user may choose a lower one
+        and cpu_has("avx512_bf16")
+    )
 
 
 def latest() -> ctypes.CDLL | None:

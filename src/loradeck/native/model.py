@@ -11,7 +11,9 @@ from torch import Tensor
 
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
 from loradeck.native.library import HALVES, NORMS, CExperts, CLayer, CMatrix, CModel, library
-from loradeck.native.table import SLOTS, Experts, Layer, Linear, Slot, Table
+from loradeck.native.quantised import Quantised
+from loradeck.native.slots import SLOTS, Slot
+from loradeck.native.table import Experts, Layer, Linear, Table
 
 HEAD_OUTPUTS = 64  # of one unit of the head
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -39,7 +41,7 @@ class NativeModel:
     """
 
     def __init__(self, table: Table, *, halves: bool) -> None:
-        """Pack a model. `halves`: multiply in bfloat16, in which all weights must be then, or in int8.
+        """Pack a model. `halves`: multiply in bfloat16, in which all weights must be then that are not quantised.
 
         Raises:
             ValueError: the weights have a dtype, or a mixture of them, that cannot be computed.
@@ -65,7 +67,13 @@ class NativeModel:
         self._rotary_length = 0
         self._layers = (CLayer * len(table.layers))(*map(self._layer, table.layers))
         tied = table.embedding is table.head.stored
-        embedding = table.embedding.detach().contiguous()
+        head = self._matrix(table.head, Width(1, table.vocabulary, self.vocabulary), self._hidden)
+        lookup, embedding = head, None
+        if isinstance(table.embedding, Quantised):
+            lookup = head if tied else table.embedding.matrix
+            self._memory.append(table.embedding.tiles)
+        elif not tied:
+            embedding = table.embedding.detach().contiguous()
         self.c = CModel(
             layers=len(table.layers),
             hidden=hidden,
@@ -78,12 +86,12 @@ class NativeModel:
             true_dim=table.head_dim,
             activation=ACTIVATIONS[table.activation],
             cache_format=FORMATS[self._cache_dtype()],
-            embedding_format=FORMATS[embedding.dtype],
+            embedding_format=0 if embedding is None else FORMATS[embedding.dtype],
             layer=self._layers,
-            embedding=None if tied else self._address(embedding),
-            embedding_scales=None if tied else self._floats(table.embedding_scales),
+            embedding=None if embedding is None else self._address(embedding),
             norm=self._floats(table.norm, self._hidden),
-            head=self._matrix(table.head, Width(1, table.vocabulary, self.vocabulary), self._hidden),
+            lookup=lookup,
+            head=head,
             eps=table.eps,
             embedding_scale=table.embedding_scale,
             scale=table.scale,
@@ -142,29 +150,52 @@ class NativeModel:
 
     def _matrix(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix:
         rows = slice(linear.start, linear.start + linear.outputs)
+        bias = None if linear.bias is None else self._floats(linear.bias[rows], outputs)
+        quantised = self._quantised(linear, outputs, inputs)
+        if quantised is not None:
+            quantised.bias = bias
+            return quantised
         blocks = self._blocks(linear, outputs, inputs)
         if blocks.dtype not in FORMATS:
             raise ValueError(f"its weights are in {blocks.dtype}")
-        if self.halves and blocks.dtype not in (torch.bfloat16, torch.int8):
+        if self.halves and blocks.dtype != torch.bfloat16:
             raise ValueError(f"its weights are in {blocks.dtype}, not in bfloat16")
-        scales, bias = (
-            None if each is None else self._floats(each[rows], outputs) for each in (linear.scales, linear.bias)
-        )
-        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[blocks.dtype], scales, bias)
+        return CMatrix(self._address(blocks), blocks.shape[0], blocks.shape[1], FORMATS[blocks.dtype], bias)
+
+    def _quantised(self, linear: Linear, outputs: Width, inputs: Width) -> CMatrix | None:
+        """Return a quantised matrix, of the tiles in which it lies; None if it is none, or its rows lie in no tiles."""
+        weight = linear.stored
+        if not isinstance(weight, Quantised) or linear.start % OUTPUTS or _padded_apart(outputs, inputs):
+            return None
+        # A fused module's next rows may lie where these are padded.
+        if outputs.size != outputs.padded and linear.start + linear.outputs != weight.outputs:
+            return None
+        first = linear.start // OUTPUTS
+        tiles = weight.tiles[first : first + outputs.total // OUTPUTS]
+        if len(tiles) * OUTPUTS != outputs.total:
+            return None
+        return CMatrix(self._address(tiles), len(tiles), inputs.total // INPUTS, weight.kind.number)
 
     def _blocks(self, linear: Linear, outputs: Width, inputs: Width) -> Tensor:
         """Return a matrix's blocks: where possible those that it lies in."""
         rows = slice(linear.start, linear.start + linear.outputs)
-        padded_apart = any(width.parts > 1 and width.size != width.padded for width in (outputs, inputs))
-        if linear.blocked and not padded_apart and linear.start % OUTPUTS == 0:
+        stored = linear.stored
+        if (
+            isinstance(stored, Tensor)
+            and linear.blocked
+            and not _padded_apart(outputs, inputs)
+            and linear.start % OUTPUTS == 0
+        ):
             first = linear.start // OUTPUTS
-            tiles = linear.stored.detach()[first : first + outputs.total // OUTPUTS]
+            tiles = stored.detach()[first : first + outputs.total // OUTPUTS]
             whole = len(tiles) * OUTPUTS == outputs.total
             # A fused module's next rows may lie where these are padded.
             rest = tiles[outputs.size // OUTPUTS :] if outputs.size != outputs.padded else tiles[:0]
             if whole and not unpack(rest)[outputs.size % OUTPUTS :].any():
                 return tiles
         weight = linear.weight
+        if isinstance(stored, Quantised) and self.halves:
+            weight = weight.bfloat16()
         parts = weight[rows].detach().reshape(outputs.parts, outputs.size, inputs.parts, inputs.size)
         parts = pad(parts, outputs.parts, outputs.padded, inputs.parts, inputs.padded)
         return pack(parts.reshape(outputs.total, inputs.total))
@@ -184,11 +215,16 @@ class NativeModel:
     def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""
         dtypes = {dtype for layer in self.table.layers for dtype in layer.dtypes}
-        if torch.int8 in dtypes:
+        if not dtypes:  # all are quantised
             return torch.bfloat16 if self.halves else torch.float32
         if len(dtypes) > 1:
             raise ValueError(f"its layers mix {' and '.join(sorted(map(str, dtypes)))}")
         return next(iter(dtypes))
+
+
+def _padded_apart(*widths: Width) -> bool:
+    """Whether the step pads parts of which a matrix has several."""
+    return any(width.parts > 1 and width.size != width.padded for width in widths)
 
 
 def _without_weights(table: Table) -> Table:
@@ -196,10 +232,10 @@ def _without_weights(table: Table) -> Table:
     empty = torch.empty(0)
 
     def slim(linear: Linear) -> Linear:
-        return replace(linear, stored=empty, bias=None, scales=None)
+        return replace(linear, stored=empty, bias=None)
 
     layers = (
         replace(layer, linears={slot: slim(linear) for slot, linear in layer.linears.items()}, experts=None)
         for layer in table.layers
     )
-    return replace(table, layers=tuple(layers), embedding=empty, embedding_scales=None, head=slim(table.head))
+    return replace(table, layers=tuple(layers), embedding=empty, head=slim(table.head))

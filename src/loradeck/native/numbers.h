@@ -17,9 +17,11 @@
 #define NOINLINE static __attribute__((noinline))
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_32 UNROLL
 #define UNROLL_4 _Pragma("clang loop unroll_count(4)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_32 _Pragma("GCC unroll 32")
 #define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
@@ -37,9 +39,11 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint8_t uint8s __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int8_t int8s __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-enum { F32, BF16, F16, I8 }; /* formats of numbers */
-static const i64 SIZES[] = {4, 2, 2, 1};
+enum { F32, BF16, F16, QUANTISED }; /* formats of numbers; those from QUANTISED on are in quantised.h */
+static const i64 SIZES[] = {4, 2, 2};
 
 INLINE vec of_bf16(words w) { return (vec)(w << 16); }
 INLINE vec of_f16(words w) {

@@ -8,10 +8,13 @@
 #ifndef PRODUCT_H
 #define PRODUCT_H
 #include "numbers.h"
+#include "quantised.h"
 #ifdef HALVES /* activations are multiplied in bfloat16, by the machine's own instruction */
 typedef uint16_t num;
+#define PLAIN BF16 /* what quantised weights are decoded to */
 #else
 typedef float num;
+#define PLAIN F32
 #endif
 #if LANES == 16
 #define ROWS 8 /* computed at once, of TILES tiles */
@@ -22,12 +25,12 @@ typedef float num;
 #endif
 #define AHEAD 6144 /* bytes; what is read next is fetched */
 
-static const i64 BLOCK[] = {2048, 1024, 1024, 512}; /* bytes */
+static const i64 BLOCK[] = {2048, 1024, 1024}; /* bytes */
 
 typedef struct {
     const char *blocks;
     i64 tiles, groups, format;
-    const float *scales, *bias; /* of each output, or null */
+    const float *bias; /* of each output, or null */
 } Matrix;
 typedef struct {
     num *numbers;
@@ -59,14 +62,7 @@ INLINE void store_number(char *block, i64 input, i64 output, i64 format, float n
 #ifdef HALVES
 typedef __m512i Pair[1]; /* two inputs of 16 outputs, in bfloat16 */
 INLINE void load_pair(Pair w, const char *block, int pair, int format) {
-    if (format == BF16) {
-        w[0] = _mm512_loadu_si512(block + pair * 64);
-    } else { /* I8: bfloat16 holds every integer up to 256 */
-        const __m128i *bytes = (const __m128i *)(block + pair * 32);
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
-        w[0] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    }
+    w[0] = _mm512_loadu_si512(block + pair * 64);
 }
 INLINE void add_pair(vec sum[PARTS], const Pair w, const num *x) {
     int32_t both;
@@ -80,10 +76,6 @@ INLINE void load_pair(Pair w, const char *block, int pair, int format) {
         if (format == F32) {
             w[n] = *(const vec *)(block + pair * 128 + n * LANES * 4);
             w[PARTS + n] = *(const vec *)(block + pair * 128 + 64 + n * LANES * 4);
-        } else if (format == I8) {
-            ints both = __builtin_convertvector(*(const halves *)(block + pair * 32 + n * LANES * 2), ints);
-            w[n] = __builtin_convertvector(both << 24 >> 24, vec);
-            w[PARTS + n] = __builtin_convertvector(both << 16 >> 24, vec);
         } else {
             words both = *(const words *)(block + pair * 64 + n * LANES * 4);
             w[n] = format == BF16 ? of_bf16(both) : of_f16(both);
@@ -156,8 +148,7 @@ NOINLINE void widen(float *to, const char *block, int format) { /* a block to fl
     for (int pair = 0; pair < 16; pair++, to += 32) {
         fetch_pair(block, pair, format);
         if (format == BF16) load_pair(w, block, pair, BF16);
-        else if (format == F16) load_pair(w, block, pair, F16);
-        else load_pair(w, block, pair, I8);
+        else load_pair(w, block, pair, F16);
         memcpy(to, w, sizeof w);
     }
 }
@@ -190,25 +181,43 @@ NOINLINE void product(float *sum, i64 sum_tile, const char *block, i64 tile_byte
 #ifndef HALVES
         CASE(F32) CASE(F16)
 #endif
-        CASE(BF16) CASE(I8)
+        CASE(BF16)
     }
 #undef CASE
 }
-/* sum (tiles, rows, 16) = x[row : row + rows] · W^T, scaled, + bias, for `tiles` tiles from `tile` on */
+INLINE i64 tile_bytes_of(const Matrix *m) {
+    return m->format < QUANTISED ? m->groups * BLOCK[m->format] : quantised_tile_bytes(m->format, m->groups);
+}
+/* Group g of a tile as a block of plain numbers, which may be decoded into `room`; `format` becomes its format. */
+INLINE const char *block_of(const Matrix *m, i64 tile, i64 g, num room[512], int *format) {
+    const char *from = m->blocks + tile * tile_bytes_of(m);
+    *format = m->format < QUANTISED ? (int)m->format : PLAIN;
+    if (m->format < QUANTISED) return from + g * BLOCK[m->format];
+    decode(room, from, g, m->format, PLAIN);
+    return (char *)room;
+}
+static void quantised_product(float *sum, i64 sum_tile, const Matrix *m, i64 tile, int tiles, const num *x, i64 x_group, i64 rows) {
+    num room[4][512] __attribute__((aligned(64)));
+    const int most = rows == 1 ? 4 : 2;
+    const i64 tile_bytes = tile_bytes_of(m);
+    for (i64 g = 0; g < m->groups; g++, x += x_group)
+        for (int t = 0, n; t < tiles; t += n) {
+            n = tiles - t < most ? tiles - t : most;
+            for (int i = 0; i < n; i++) decode(room[i], m->blocks + (tile + t + i) * tile_bytes, g, m->format, PLAIN);
+            blocks_product(sum + t * sum_tile, sum_tile, (char *)room, sizeof *room, x, rows, n, PLAIN, 0);
+        }
+}
+/* sum (tiles, rows, 16) = x[row : row + rows] · W^T + bias, for `tiles` tiles from `tile` on */
 static void tiles_of(float *sum, i64 sum_tile, const Matrix *m, i64 tile, int tiles, const Panel *x, i64 row, i64 rows) {
-    const i64 block = BLOCK[m->format], tile_bytes = m->groups * block;
     for (int t = 0; t < tiles; t++) memset(sum + t * sum_tile, 0, rows * 64);
-    product(sum, sum_tile, m->blocks + tile * tile_bytes, tile_bytes, m->groups, block, panel_at(x, row, 0),
-            x->rows * 32, rows, tiles, m->format);
-    if (!m->scales && !m->bias) return;
+    if (m->format < QUANTISED)
+        product(sum, sum_tile, m->blocks + tile * tile_bytes_of(m), tile_bytes_of(m), m->groups, BLOCK[m->format],
+                panel_at(x, row, 0), x->rows * 32, rows, tiles, m->format);
+    else quantised_product(sum, sum_tile, m, tile, tiles, panel_at(x, row, 0), x->rows * 32, rows);
+    if (!m->bias) return;
     for (int t = 0; t < tiles; t++)
         for (i64 r = 0; r < rows; r++)
-            for (int c = 0; c < 16; c++) {
-                float *s = sum + t * sum_tile + r * 16 + c;
-                const i64 output = (tile + t) * 16 + c;
-                if (m->scales) *s *= m->scales[output];
-                if (m->bias) *s += m->bias[output];
-            }
+            for (int c = 0; c < 16; c++) sum[t * sum_tile + r * 16 + c] += m->bias[(tile + t) * 16 + c];
 }
 
 #endif

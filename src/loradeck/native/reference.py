@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loradeck.native.table import Activation, Experts, Layer, Linear, Slot, Table
+from loradeck.native.quantised import Quantised
+from loradeck.native.slots import Slot
+from loradeck.native.table import Activation, Experts, Layer, Linear, Table
 
 Update: TypeAlias = tuple[Tensor, Tensor, float]
 """A (r, in), B (out, r) and the scaling of one adapter at a whole module."""
@@ -28,9 +30,9 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 @torch.no_grad()
 def logits(table: Table, tokens: Tensor, updates: Updates | None = None) -> Tensor:
     """Token ids (T,) of one sequence from its start -> logits (T, V) in float32, with one adapter's updates or none."""
-    hidden = table.embedding[tokens].float() * table.embedding_scale
-    if table.embedding_scales is not None:
-        hidden = hidden * table.embedding_scales[tokens, None].float()
+    embedding = table.embedding
+    rows = embedding.rows(tokens) if isinstance(embedding, Quantised) else embedding[tokens].float()
+    hidden = rows * table.embedding_scale
     for layer in table.layers:
         hidden = layer_output(table, layer, hidden, updates)
     z = project(table.head, norm(hidden, table.norm, table.eps), updates) * table.logit_scale
@@ -95,8 +97,6 @@ def project(linear: Linear, x: Tensor, updates: Updates | None = None) -> Tensor
     """W x + b + scaling · B (A x), the linear's own rows of W, b and B: x (T, in) -> (T, outputs)."""
     rows = slice(linear.start, linear.start + linear.outputs)
     y = F.linear(x, linear.weight[rows].float())
-    if linear.scales is not None:
-        y = y * linear.scales[rows].float()
     if linear.bias is not None:
         y = y + linear.bias[rows].float()
     if updates and linear.path in updates:

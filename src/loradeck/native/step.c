@@ -28,10 +28,9 @@ typedef struct {
     i64 true_hidden, true_dim;                                    /* not padded */
     i64 activation, cache_format, embedding_format;
     const Layer *layer;
-    const char *embedding; /* (vocabulary, true_hidden), or null: the head's rows */
-    const float *embedding_scales;
+    const char *embedding; /* (vocabulary, true_hidden), or null: the rows of `lookup` */
     const float *norm;
-    Matrix head;
+    Matrix lookup, head;
     double eps;
     float embedding_scale, scale, softcap, residual_scale, logit_scale, logit_cap; /* a cap of 0 is none */
 } Model;
@@ -45,12 +44,25 @@ typedef struct {
     float *logits; /* (wanted, vocabulary) */
 } Batch;
 
-typedef struct { /* y = x W^T, scaled, + bias */
+typedef struct { /* y = x W^T + bias */
     Matrix w;
     const char *x; /* (rows, inputs) */
     char *y;       /* (rows, outputs) */
     i64 rows, inputs, outputs, format; /* of x and y */
 } Product;
+
+typedef struct { /* W^T of some tiles, as plain numbers */
+    Matrix w;
+    char *y;         /* (inputs, 16 count) */
+    const i64 *tile; /* (count) */
+    i64 count, format;
+} Plain;
+typedef struct { /* quantised blocks of a file, to be laid out in tiles */
+    const uint8_t *blocks; /* (rows of the file, bytes of a row) */
+    const i64 *order;      /* (outputs) the file's row of each, or null: in order */
+    char *tiles;
+    i64 row_bytes, outputs, groups, format, count; /* count: of tiles */
+} Layout;
 
 struct Step {
     void (*way)(Step *, int); /* each thread's way through it */
@@ -69,6 +81,8 @@ struct Step {
     _Atomic i64 *counters;
     int members;
     const Product *product;
+    const Plain *plain;
+    const Layout *layout;
     Choice *choices;
     i64 count, vocabulary; /* of the choices */
 };
@@ -77,15 +91,16 @@ static _Atomic i64 *counters_of(Step *step) { return step->counters; }
 /* hidden = the token's row of the embedding */
 static void embed(Step *s, i64 row) {
     const Model *m = s->m;
-    const i64 token = s->b->tokens[row], H = m->true_hidden, format = m->embedding ? m->embedding_format : m->head.format;
-    float *hidden = s->hidden + row * m->hidden, scale = m->embedding_scale;
-    const float *scales = m->embedding ? m->embedding_scales : m->head.scales;
-    const char *blocks = m->head.blocks + token / 16 * m->head.groups * BLOCK[format];
-    if (scales) scale *= scales[token];
+    const i64 token = s->b->tokens[row], H = m->true_hidden;
+    float *hidden = s->hidden + row * m->hidden;
+    num room[512] __attribute__((aligned(64)));
+    const char *block = 0;
+    int format = (int)m->embedding_format;
     for (i64 i = 0; i < H; i++) {
+        if (!m->embedding && i % 32 == 0) block = block_of(&m->lookup, token / 16, i / 32, room, &format);
         const char *from = m->embedding ? m->embedding + (token * H + i) * SIZES[format]
-                                        : number_at((char *)blocks + i / 32 * BLOCK[format], i % 32, token % 16, format);
-        hidden[i] = scale * (format == I8 ? *(const int8_t *)from : load_one(from, format));
+                                        : number_at((char *)block, i % 32, token % 16, format);
+        hidden[i] = m->embedding_scale * load_one(from, format);
     }
     for (i64 i = H; i < m->hidden; i++) hidden[i] = 0;
 }
@@ -370,6 +385,39 @@ static void multiply(Step *s, int thread) {
     END(tiles);
 }
 
+static void make_plain(Step *s, int thread) {
+    const Plain *p = s->plain;
+    const i64 size = SIZES[p->format], width = p->count * 16 * size;
+    float room[512] __attribute__((aligned(64)));
+    i64 phase = 0;
+    UNITS(u, p->count)
+        for (i64 g = 0; g < p->w.groups; g++) {
+            decode(room, p->w.blocks + p->tile[u] * tile_bytes_of(&p->w), g, p->w.format, F32);
+            for (i64 i = 0; i < 32; i++)
+                for (i64 c = 0; c < 16; c += LANES)
+                    store(p->y + (g * 32 + i) * width + (u * 16 + c) * size, *(vec *)(room + i * 16 + c), p->format);
+        }
+    END(p->count);
+}
+static void lay_out_tiles(Step *s, int thread) {
+    const Layout *l = s->layout;
+    const i64 per = groups_of_file_block(l->format), supers = l->groups / per, bytes = super_bytes(l->format);
+    FileBlock block;
+    i64 phase = 0;
+    UNITS(u, l->count) {
+        char *tile = l->tiles + u * supers * bytes;
+        memset(tile, 0, supers * bytes);
+        for (int c = 0; c < 16 && u * 16 + c < l->outputs; c++) {
+            const uint8_t *from = l->blocks + (l->order ? l->order[u * 16 + c] : u * 16 + c) * l->row_bytes;
+            for (i64 i = 0; i < supers; i++, from += FORMAT[l->format].file_bytes) {
+                take_apart(&block, from, l->format);
+                put_block(tile + i * bytes, &block, c, l->format);
+            }
+        }
+    }
+    END(l->count);
+}
+
 INLINE void *cut(char *from, i64 *at, i64 bytes) { /* with two lines to spare, for what is read as whole vectors */
     char *start = from ? from + *at : 0;
     *at += (bytes + 128 + 63) / 64 * 64;
@@ -500,4 +548,32 @@ int loradeck_sample(Choice *choices, i64 count, i64 vocabulary, int threads) {
     pthread_mutex_unlock(&team.busy);
     return !memory;
 }
+static int run_in_parts(Step s, int threads) { /* a call of one phase that needs no memory but its counters */
+    pthread_mutex_lock(&team.busy);
+    s.members = grow(threads);
+    const i64 counters = (s.members + 1) * LINE * sizeof(i64);
+    char *memory = room_of(counters);
+    if (memory) {
+        s.counters = (_Atomic i64 *)memory;
+        memset(memory, 0, counters);
+        together(&s, s.members);
+    }
+    pthread_mutex_unlock(&team.busy);
+    return !memory;
+}
+/* Decode weights to plain numbers. Return 0; 1 if there is no memory for it. */
+int loradeck_plain(const Plain *p, int threads) { return run_in_parts((Step){.way = make_plain, .plain = p}, threads); }
+/* y (count) = single weights, each by its place in W row by row */
+void loradeck_values(const Matrix *w, const i64 *place, i64 count, float *y) {
+    const i64 inputs = w->groups * 32;
+    float room[512] __attribute__((aligned(64)));
+    for (i64 n = 0; n < count; n++) {
+        const i64 output = place[n] / inputs, input = place[n] % inputs;
+        decode(room, w->blocks + output / 16 * tile_bytes_of(w), input / 32, w->format, F32);
+        y[n] = room[input % 32 * 16 + output % 16];
+    }
+}
+/* Lay a file's blocks out in tiles. Return 0; 1 if there is no memory for it. */
+int loradeck_lay_out(const Layout *l, int threads) { return run_in_parts((Step){.way = lay_out_tiles, .layout = l}, threads); }
+i64 loradeck_tile_bytes(i64 format, i64 groups) { return quantised_tile_bytes(format, groups); }
 i64 loradeck_page_bytes(const Model *m) { return m->layers * m->key_heads * 2 * head_bytes(m->dim, m->cache_format); }

@@ -10,7 +10,7 @@ from torch import Tensor
 from loradeck.native.adapter import NativeAdapter
 from loradeck.native.library import CBatch, CRoute, CUse
 from loradeck.native.model import NativeModel
-from loradeck.native.table import SLOTS
+from loradeck.native.slots import SLOTS
 
 NO_MEMORY = "out of memory in a step; send fewer rows or tokens at once"
 Uses = tuple[tuple[NativeAdapter, float], ...]

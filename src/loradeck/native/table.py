@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from loradeck.native.blocks import unpack
+from loradeck.native.quantised import Quantised
+from loradeck.native.slots import Slot
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
-Slot: TypeAlias = Literal["q", "k", "v", "o", "gate", "up", "down"]
-SLOTS: tuple[Slot, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,20 +37,20 @@ class Linear:
     """
 
     path: str
-    stored: Tensor
-    """The whole module's weight: (out, in) in float32, bfloat16, float16, or int8 with `scales`; or in blocks."""
+    stored: Tensor | Quantised
+    """The whole module's weight: (out, in) in float32, bfloat16 or float16, in blocks, or quantised."""
     start: int
     outputs: int
     bias: Tensor | None = None
     """(out,) of the whole module."""
-    scales: Tensor | None = None
-    """(out,) of the whole module, of an int8 weight."""
     blocked: int = 0
     """How many inputs a weight in blocks has; 0: it is (out, in)."""
 
     @property
     def weight(self) -> Tensor:
         """The whole module's weight (out, in); of one in blocks a copy, with what pads its last outputs."""
+        if isinstance(self.stored, Quantised):
+            return self.stored.dense()
         return unpack(self.stored.detach())[:, : self.blocked] if self.blocked else self.stored
 
 
@@ -99,9 +99,10 @@ class Layer:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """The dtypes of its weights."""
+        """The dtypes of its weights that are not quantised."""
         linears = [linear for each in (self.linears, *self.mlps) for linear in each.values()]
-        return {linear.stored.dtype for linear in (*linears, *([self.experts.router] if self.experts else []))}
+        weights = [linear.stored for linear in (*linears, *([self.experts.router] if self.experts else []))]
+        return {weight.dtype for weight in weights if isinstance(weight, Tensor)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,10 +118,8 @@ class Table:
     eps: float
     """Of all norms."""
     layers: tuple[Layer, ...]
-    embedding: Tensor
-    """(V, H); the same tensor as `head.stored` where they are tied. int8 with `embedding_scales`."""
-    embedding_scales: Tensor | None
-    """(V,)"""
+    embedding: Tensor | Quantised
+    """(V, H); the same object as `head.stored` where they are tied."""
     embedding_scale: float
     norm: Tensor
     """(H,), before the head."""

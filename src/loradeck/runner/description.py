@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from loradeck.base.blocked import EXPERTS, MIXTURE, BlockWeight, expert_shapes
 from loradeck.base.frozen import FrozenLinear
-from loradeck.base.quantised import QuantisedEmbedding, QuantisedLinear
+from loradeck.base.quantised import QuantisedWeight
 from loradeck.lora.layer import LoraLayer
 from loradeck.native import reference
-from loradeck.native.table import Activation, Experts, Layer, Linear, Slot, Table
+from loradeck.native.quantised import Quantised
+from loradeck.native.slots import Slot
+from loradeck.native.table import Activation, Experts, Layer, Linear, Table
 from loradeck.ops.layer_kinds import dense_weight
 from loradeck.runner.observation import FixedRouter, Observation, observe, with_part
 
@@ -73,9 +75,9 @@ class _Reader:
     def table(self) -> Table:
         self.check_forwards()
         parts = self.parts(self.decoder, DECODER)
-        embedding, scales, scale = self.embedding(self.part(self.decoder, parts, "embed_tokens"))
+        embedding, dtype, scale = self.embedding(self.part(self.decoder, parts, "embed_tokens"))
         head = self.linear(self.model.get_output_embeddings())
-        if head.outputs != len(embedding):
+        if head.outputs != embedding.shape[0]:
             raise self.refusal(self.model, "has a head and a token embedding of different sizes")
         modules: list[Any] = [*self.part(self.decoder, parts, "layers").children()]
         norm = self.norm(self.part(self.decoder, parts, "norm"))
@@ -83,7 +85,6 @@ class _Reader:
         kinds = self.rotary_kinds(turn, len(modules))
         rotary = {kind: self.rotary(turn, kind) for kind in dict.fromkeys(kinds)}
 
-        dtype = (embedding if scales is None else scales).dtype
         x = torch.randn(TOKENS, embedding.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
         rows = [self.layer(module, x, kind, [*rotary].index(kind)) for module, kind in zip(modules, kinds, strict=True)]
         seen = [observation for _, observation in rows]
@@ -97,11 +98,10 @@ class _Reader:
             intermediate=_same(
                 "intermediate sizes", (linears["gate"].outputs for layer, _ in rows for linears in layer.mlps)
             ),
-            vocabulary=len(embedding),
+            vocabulary=embedding.shape[0],
             eps=_same("norms' eps", self.eps),
             layers=tuple(layer for layer, _ in rows),
             embedding=embedding,
-            embedding_scales=scales,
             embedding_scale=scale * getattr(self.decoder, "embedding_multiplier", 1.0),
             norm=norm,
             head=head,
@@ -249,25 +249,28 @@ class _Reader:
         if not isinstance(module, FrozenLinear) and type(module).forward is not nn.Linear.forward:
             raise self.refusal(module, f"is no plain linear layer but a {type(module).__name__}")
         linear = cast("nn.Linear", module)
-        scales = module.scales if isinstance(module, QuantisedLinear) else None
-        blocked = linear.in_features if isinstance(linear.weight, BlockWeight) else 0
-        weight = linear.weight if blocked or scales is not None else dense_weight(module)
-        if scales is None and not weight.is_floating_point():
+        weight: Tensor | Quantised = linear.weight
+        blocked = linear.in_features if isinstance(weight, BlockWeight) else 0
+        if isinstance(weight, QuantisedWeight):
+            weight = weight.quantised
+        elif not blocked:
+            weight = dense_weight(module)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
             raise self.refusal(module, f"has a weight in {weight.dtype}")
-        return Linear(self.paths[module], weight, 0, linear.out_features, linear.bias, scales, blocked)
+        return Linear(self.paths[module], weight, 0, linear.out_features, linear.bias, blocked)
 
-    def embedding(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
-        """Return weight, scales of an int8 weight, and the factor of what is looked up (Gemma's)."""
+    def embedding(self, module: nn.Module) -> tuple[Tensor | Quantised, torch.dtype, float]:
+        """Return the weight, the dtype of what is looked up, and a factor of it (Gemma's)."""
         if not isinstance(module, nn.Embedding):
             raise self.refusal(module, "is no embedding")
-        scales = module.scales if isinstance(module, QuantisedEmbedding) else None
-        dtype = (module.weight if scales is None else scales).dtype
-        scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(dtype))
-        definition = module.weight[:TOKENS].float() * scale * (1 if scales is None else scales[:TOKENS, None])
-        tolerance = EXACT if dtype == torch.float32 else ROUNDED
-        if not _near(module(torch.arange(len(definition))), definition, tolerance):
+        tokens = torch.arange(min(TOKENS, module.num_embeddings))
+        rows = module(tokens)
+        weight = module.weight.quantised if isinstance(module.weight, QuantisedWeight) else module.weight
+        scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(rows.dtype))
+        plain = weight.rows(tokens) if isinstance(weight, Quantised) else weight[tokens].float()
+        if not _near(rows, plain * scale, EXACT if rows.dtype == torch.float32 else ROUNDED):
             raise self.refusal(module, "does more than look up rows")
-        return module.weight, scales, scale
+        return weight, rows.dtype, scale
 
     def norm(self, module: Any) -> Tensor:
         """Return what an RMS norm multiplies by: its weight, or one more (Gemma's)."""

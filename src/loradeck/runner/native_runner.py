@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loradeck.base.blocked import multiplies_halves
 from loradeck.lora.adapter import Adapter
 from loradeck.native import pages, step
 from loradeck.native.adapter import NativeAdapter
+from loradeck.native.library import multiplies_halves
 from loradeck.native.model import NativeModel
 from loradeck.native.step import Chunk, Uses
 from loradeck.runner.attention import AttentionParams, Part, attend_all
