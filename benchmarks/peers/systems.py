@@ -104,7 +104,7 @@ def loradeck(server: Server, source: Path, weights: Literal["blocks", "int8"] = 
             def score(prompt: list[int]) -> list[float]:
                 row = engine.submit(prompt, None, SamplingParams(max_tokens=0, prompt_logprobs=0))
                 row.text()
-                return [float(token.logprob or 0.0) for token in row.prompt]
+                return [token.logprob for token in row.prompt if token.logprob is not None]  # the first has none
 
             server.run(generate, {}, score=score)
 
