@@ -33,7 +33,8 @@ def fingerprint_of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(kind.encode())
     for name, parameter in parameters:
         weight = parameter.quantised if isinstance(parameter, QuantisedWeight) else parameter.detach()
-        index = torch.arange(weight.shape.numel())[:: max(1, weight.shape.numel() // SAMPLED)][:SAMPLED]
+        size = weight.shape.numel()
+        index = torch.arange(0, size, max(1, size // SAMPLED))[:SAMPLED]
         values = weight.values(index) if isinstance(weight, Quantised) else weight.reshape(-1)[index.to(weight.device)]
         sample = values.to(torch.bfloat16).cpu().contiguous()
         digest.update(f"\n{name} {list(weight.shape)}\n".encode())

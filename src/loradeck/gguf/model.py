@@ -18,15 +18,16 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from loradeck.base.fingerprint import fingerprint_of
-from loradeck.base.load import load_tokenizer, local_folder, quiet
+from loradeck.base.load import load_tokenizer, local_folder
+from loradeck.base.pretrained import quiet
 from loradeck.disk import new_file
 from loradeck.errors import AdapterError, BaseModelError, UnsupportedError
 from loradeck.gguf import metadata
 from loradeck.gguf.architecture import architecture_of
 from loradeck.gguf.vocabulary import add_vocabulary
+from loradeck.llamacpp import EMBEDDING, FACTORS, GEMMA, HEAD, Architecture, names
 from loradeck.lora import compatibility
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.gguf import EMBEDDING, HEAD, Architecture, names
 from loradeck.lora.manifest import PREFIX, read_folder
 from loradeck.lora.merge import merged_weight
 from loradeck.ops.layer_kinds import LayerKind
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 COARSE = frozenset(
     {"q5_1", "q5_0", "q4_1", "q4_0"}
 )  # for these the embedding and the head, which suffer most, are in q8_0
-FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _value(model: Model, merge: Merge, path: str, module: str, name: str) -> Ten
     base = model.architecture
     weight = model.weight(path)
     value = merge(module, weight) if path.endswith(".weight") else weight.float()
-    if base.name in metadata.GEMMA and name.endswith("norm.weight"):
+    if base.name in GEMMA and name.endswith("norm.weight"):
         value = value + 1
     return base.reorder(name, value).contiguous()
 

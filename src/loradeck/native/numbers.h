@@ -46,10 +46,12 @@ enum { F32, BF16, F16, QUANTISED }; /* formats of numbers; those from QUANTISED 
 static const i64 SIZES[] = {4, 2, 2};
 
 INLINE vec of_bf16(words w) { return (vec)(w << 16); }
-INLINE vec of_f16(words w) {
-    vec magnitude = (vec)((w & 0x7fff) << 13) * 0x1p112f; /* its exponent is biased by 15, float32's by 127 */
-    words special = (words)(magnitude >= 65536.0f) & 0x7f800000; /* infinite, or NaN */
-    return (vec)((words)magnitude | special | (w & 0x8000) << 16);
+INLINE vec choose(words mask, vec yes, vec no) { return (vec)((mask & (words)yes) | (~mask & (words)no)); }
+INLINE vec of_f16(words w) { /* by integers: float32's own subnormal numbers would take a hundred times as long */
+    words m = w & 0x7fff, normal = (m << 13) + 0x38000000; /* its exponent is biased by 15, float32's by 127 */
+    vec small = __builtin_convertvector((ints)m, vec) * 0x1p-24f;
+    words special = (words)((ints)m >= 0x7c00) & 0x7f800000; /* infinite, or NaN */
+    return (vec)((words)choose((words)((ints)m < 0x400), small, (vec)(normal | special)) | (w & 0x8000) << 16);
 }
 INLINE words bits_of_bf16(vec v) { /* rounded to the nearest, ties to even; a NaN stays one */
     words b = (words)v, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16, quiet = b >> 16 | 64;
@@ -97,7 +99,6 @@ INLINE vec fused(vec a, vec b, vec c) {
     return a * b + c;
 #endif
 }
-INLINE vec choose(words mask, vec yes, vec no) { return (vec)((mask & (words)yes) | (~mask & (words)no)); }
 INLINE float total(vec v) { /* always in the same order */
     float lane[LANES];
     memcpy(lane, &v, sizeof lane);
