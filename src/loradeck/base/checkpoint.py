@@ -111,7 +111,8 @@ def read_checkpoint(
     skeleton = Skeleton(_without_settings(config), dtype)
     skeleton.model.requires_grad_(False)
     layers = quantisable(skeleton.model, weights) if weights in QUANTISED else {}
-    missing, problems = [], []
+    missing: list[str] = []
+    problems: list[str] = []
     for path, shape in skeleton.shapes.items():
         reading = checkpoint.reading(path)
         if reading is None and path not in checkpoint.files:
