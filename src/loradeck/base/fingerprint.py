@@ -36,7 +36,7 @@ def fingerprint_of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> str:
         size = weight.shape.numel()
         index = torch.arange(0, size, max(1, size // SAMPLED))[:SAMPLED]
         values = weight.values(index) if isinstance(weight, Quantised) else weight.reshape(-1)[index.to(weight.device)]
-        sample = values.to(torch.bfloat16).cpu().contiguous()
+        sample = values.to(torch.bfloat16).cpu() + 0  # of two zeros one: blocks have no other
         digest.update(f"\n{name} {list(weight.shape)}\n".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
