@@ -9,14 +9,15 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from loradeck.base.skeleton import Skeleton
+from loradeck.base.weights import QUANTISED, Weights, quantisable, set_quantised
 from loradeck.errors import BaseModelError
 from loradeck.native.quantised import KINDS, Quantised, pack
 
@@ -74,17 +75,34 @@ def why_not_read(settings: Mapping[str, Any]) -> str | None:
     return None if method in MARKS else f"{method} has quantised it"
 
 
-def read_checkpoint(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel:
-    """Return the model of a checkpoint that a tool of `MARKS` has quantised.
+def is_direct(folder: Path, config: PretrainedConfig) -> bool:
+    """Return whether a checkpoint's tensors are the parameters of its model, none renamed, joined or tied elsewhere."""
+    skeleton = Skeleton(_without_settings(config), torch.float32)
+    buffers = {
+        f"{path}.{name}"
+        for path, module in skeleton.model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    return not buffers and skeleton.shapes.keys() <= Checkpoint(folder, _settings(config)).files.keys()
 
-    With `keep`, weights keep their bits where they can; else all are plain.
+
+def read_checkpoint(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, keep: bool, weights: Weights = "plain"
+) -> PreTrainedModel:
+    """Return the model of a checkpoint that is plain or that a tool of `MARKS` has quantised, read weight by weight.
+
+    With `keep`, weights keep their bits where they can; else all are plain. If `weights` is int8 or int4, those that it
+    holds are quantised anew: each is read, quantised and freed before the next.
 
     Raises:
         BaseModelError: weights are missing, have other shapes, or a layout that is not known.
+        ConfigError: most weights of the model would not become int8 or int4.
     """
     checkpoint = Checkpoint(folder, _settings(config))
     skeleton = Skeleton(_without_settings(config), dtype)
-    marks, missing, problems = MARKS[checkpoint.method], [], []
+    skeleton.model.requires_grad_(False)
+    layers = quantisable(skeleton.model, weights) if weights in QUANTISED else {}
+    marks, missing, problems = MARKS.get(checkpoint.method, {}), [], []
     for path, shape in skeleton.shapes.items():
         module = path.removesuffix(".weight")
         reading = next((each for mark, each in marks.items() if module + mark in checkpoint.files), None)
@@ -95,9 +113,12 @@ def read_checkpoint(folder: Path, config: PretrainedConfig, dtype: torch.dtype, 
         if value.shape != shape:
             problems.append(f"{path} is {tuple(value.shape)}, not {tuple(shape)}")
             continue
-        if isinstance(value, Quantised) and not (keep and skeleton.takes_quantised(path)):
+        if isinstance(value, Quantised) and (path in layers or not (keep and skeleton.takes_quantised(path))):
             value = value.dense(dtype=dtype)
-        skeleton.set(path, value)
+        if path in layers:
+            set_quantised(layers[path], cast("Tensor", value).to(dtype), weights, path)
+        else:
+            skeleton.set(path, value)
     if missing or problems:
         names = [f"{path} is missing" for path in missing]
         kind = type(skeleton.model).__name__
@@ -106,11 +127,13 @@ def read_checkpoint(folder: Path, config: PretrainedConfig, dtype: torch.dtype, 
             names + problems,
             hint="Copy all the model's files again.",
         )
+    if (folder / "generation_config.json").exists():
+        skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
     return skeleton.model
 
 
 def _settings(config: PretrainedConfig) -> Mapping[str, Any]:
-    settings = config.quantization_config
+    settings = getattr(config, "quantization_config", {})
     return settings if isinstance(settings, Mapping) else settings.to_dict()
 
 

