@@ -1,16 +1,19 @@
-"""Quantised matrices with int8 activations compute what the definition says, and a row's bits are its own: in all builds."""
+"""Quantised matrices with int8 activations compute what the definition says: in all builds."""
 
 import ctypes
 
 import pytest
 import torch
+from tests.native.test_quantised import random_blocks
 from torch import Tensor
 
 from loradeck.native import quantised
 from loradeck.native.quantised import KINDS, Kind, Quantised, pack
 from loradeck.native.reference import rounded
 
-kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+kinds = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS.values() if kind.takes_int8], ids=lambda kind: kind.name
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +23,7 @@ def this_build(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def matrix_of(kind: Kind, outputs: int = 192, inputs: int = 768) -> Quantised:
     """Random bits, but powers of two near 1."""
-    generator = torch.Generator().manual_seed(kind.number)
-    data = torch.randint(256, (outputs, inputs // kind.inputs * kind.bytes), generator=generator, dtype=torch.uint8)
+    data = torch.from_numpy(random_blocks(kind, outputs, inputs, seed=kind.number))
     if kind.name == "MXFP4":
         data[:, :: kind.bytes] = data[:, :: kind.bytes] % 16 + 120
     return pack(data, kind, inputs)
@@ -53,12 +55,10 @@ def test_it_is_the_product_of_the_values_with_rounded_inputs(parts: ctypes.CDLL,
     x = inputs_of(9, matrix.inputs)
     x = x.bfloat16().float() if halves else x
     weight = matrix.dense().double()
-    finite = weight.abs().amax(1) < 1e20
-    assert finite.sum() >= 3
     q = rounded(x).double()
     error = (product(parts, matrix, x) - q @ weight.T).abs()
     bound = q.abs().sum(1)[:, None] * weight.abs().amax(1)
-    assert bool((error <= 1e-6 * bound)[:, finite].all())
+    assert bool((error <= 1e-6 * bound).all())
 
 
 @kinds
@@ -81,8 +81,7 @@ def test_zeros_and_the_smallest_numbers_are_rounded_to_zeros(parts: ctypes.CDLL)
     x = torch.zeros(3, matrix.inputs)
     x[1] = 1e-45
     x[2] = -1e-38
-    finite = matrix.dense().isfinite().all(1)
-    assert not product(parts, matrix, x)[:, finite].any()
+    assert not product(parts, matrix, x).any()
 
 
 def test_an_input_is_off_by_half_a_step_at_most() -> None:

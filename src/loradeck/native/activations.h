@@ -133,11 +133,11 @@ INLINE void add_tiles(float *sum, i64 sum_tile, const char *tile, i64 tile_bytes
 #define ADDER(f) NOINLINE void add_tiles_##f(float *sum, i64 sum_tile, const char *tile, i64 tile_bytes, int tiles, i64 groups, \
                                              const Rounded *x, i64 x_group, i64 rows) { \
     add_tiles(sum, sum_tile, tile, tile_bytes, tiles, groups, x, x_group, rows, f); }
-EACH_FORMAT(ADDER)
+EACH_OF_BYTES(ADDER)
 #undef ADDER
-static void (*const ADD_TILES[])(float *, i64, const char *, i64, int, i64, const Rounded *, i64, i64) = {
+static void (*const ADD_TILES[FORMATS])(float *, i64, const char *, i64, int, i64, const Rounded *, i64, i64) = {
 #define ADDER(f) [f] = add_tiles_##f,
-    EACH_FORMAT(ADDER)
+    EACH_OF_BYTES(ADDER)
 #undef ADDER
 };
 

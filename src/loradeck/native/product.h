@@ -221,7 +221,7 @@ static void tiles_of(float *sum, i64 sum_tile, const Matrix *m, i64 tile, int ti
     if (m->format < QUANTISED)
         product(sum, sum_tile, m->blocks + tile * tile_bytes_of(m), tile_bytes_of(m), m->groups, BLOCK[m->format],
                 panel_at(x, row, 0), x->rows * 32, rows, tiles, m->format);
-    else if (x->rounded)
+    else if (x->rounded && ADD_TILES[m->format])
         ADD_TILES[m->format](sum, sum_tile, m->blocks + tile * tile_bytes_of(m), tile_bytes_of(m), tiles, m->groups,
                              x->rounded + row, x->rows, rows);
     else quantised_product(sum, sum_tile, m, tile, tiles, panel_at(x, row, 0), x->rows * 32, rows);

@@ -149,8 +149,9 @@ INLINE void decode_as(char *to, const char *group, const char *super, const int 
         }
     }
 }
-#define EACH_FORMAT(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(IQ4_NL) X(MXFP4) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_XS) \
-    X(U4) X(NF4) X(I8)
+#define EACH_OF_BYTES(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(IQ4_NL) X(MXFP4) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) \
+    X(IQ4_XS) X(U4) X(I8)
+#define EACH_FORMAT(X) EACH_OF_BYTES(X) X(NF4) /* whose codes stand for no whole numbers */
 #define DECODER(f) NOINLINE void decode_##f(char *to, const char *group, const char *super, const int plain) { \
     if (plain == F32) decode_as(to, group, super, f, F32); else decode_as(to, group, super, f, BF16); }
 EACH_FORMAT(DECODER)
