@@ -41,8 +41,8 @@ def generate(
     or None for the base alone) or a list with one entry per prompt. A temperature of 0 takes the likeliest token;
     above it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
     repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context.
-    `activations` are what quantised weights are multiplied with in the compiled step: int8, plain, or int8 where the CPU
-    has an instruction for it. `on_step` is called after each step with the number of tokens that the longest answer has.
+    `activations` are what quantised weights are multiplied with in the compiled step, as in an engine's settings.
+    `on_step` is called after each step with the number of tokens that the longest answer has.
 
     Raises:
         ConfigError: no prompt, an empty one, one longer than the context, a number out of its bounds, or int8

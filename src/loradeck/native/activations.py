@@ -3,4 +3,4 @@
 from typing import Literal, TypeAlias
 
 Activations: TypeAlias = Literal["auto", "int8", "plain"]
-"""int8: rounded to 8 bits; plain: as they are; auto: int8 where the CPU has an instruction for it."""
+"""int8: rounded to 8 bits; plain: as they are; auto: int8 on CPUs where that is faster."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loradeck.native.activations import Activations
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
-from loradeck.native.library import NORMS, CExperts, CLayer, CMatrix, CModel, library, multiplies_bytes, options_for
+from loradeck.native.library import NORMS, CExperts, CLayer, CMatrix, CModel, int8_pays, library, options_for
 from loradeck.native.quantised import Quantised
 from loradeck.native.slots import SLOTS, Slot
 from loradeck.native.table import Experts, Layer, Linear, Table
@@ -225,7 +225,7 @@ class NativeModel:
     def _rounds(self, activations: Activations) -> bool:
         if activations == "int8" and not self._takes_int8:
             raise ValueError("it has no quantised weights that take them")
-        return self._takes_int8 and (activations == "int8" or (activations == "auto" and multiplies_bytes()))
+        return self._takes_int8 and (activations == "int8" or (activations == "auto" and int8_pays(halves=self.halves)))
 
     def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""

@@ -42,7 +42,7 @@ class EngineConfig:
     """Compute steps by transformers' modules even where the compiled step can."""
     activations: Activations = "auto"
     """What quantised weights are multiplied with in the compiled step: int8, rounded to 8 bits, is faster; plain is
-    exact; auto takes int8 where the CPU has an instruction for it."""
+    exact; auto takes int8 on CPUs where that was measured to be faster."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, float)}
