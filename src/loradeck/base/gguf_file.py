@@ -55,6 +55,11 @@ class GgufTensor:
         """Bytes of the tensor."""
         return prod(self.shape[:-1]) * self.row
 
+    @property
+    def end(self) -> int:
+        """Where its bytes end."""
+        return self.offset + self.size
+
 
 class GgufFile:
     """An open GGUF file; a context manager, which closes it.
@@ -206,6 +211,7 @@ class _Part:
         """Yield the tensors of this part, whose number is given; add what is wrong with others to the problems."""
         import gguf
 
+        beyond: list[GgufTensor] = []
         for name, shape, kind, offset in self._table:
             try:
                 known = gguf.GGMLQuantizationType(kind)
@@ -216,11 +222,16 @@ class _Part:
             tensor = GgufTensor(name, shape, known, inputs, size, number, self.data + offset)
             if not shape or min(shape) < 1 or shape[-1] % inputs:
                 problems.append(f"{name} is {shape}, in blocks of {inputs}")
-            elif tensor.offset + tensor.size > self.size:
-                end = tensor.offset + tensor.size
-                problems.append(f"{name} ends at byte {end}, and {self.path.name} at {self.size}")
+            elif tensor.end > self.size:
+                beyond.append(tensor)
             else:
                 yield tensor
+        if beyond:
+            last = max(beyond, key=lambda tensor: tensor.end)
+            problems.append(
+                f"{self.path.name} has {self.size} bytes, and {len(beyond)} tensors end after them, the last at byte "
+                f"{last.end}: {last.name}"
+            )
 
     def _read_header(self) -> None:
         if self._take(4) != b"GGUF":
