@@ -165,7 +165,7 @@ def int8_made_plain(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def quantised(weight: Tensor) -> Quantised:
-    return pack(quantise(weight, "Q8_0"), KINDS["Q8_0"], weight.shape[1])
+    return pack(quantise(weight, "Q8_0", "the weight"), KINDS["Q8_0"], weight.shape[1])
 
 
 LAYERS: Mapping[str, Callable[[Tensor], Any]] = {
