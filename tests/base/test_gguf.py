@@ -387,6 +387,12 @@ def test_other_architectures_are_de_quantised_by_transformers(
     assert base_gguf.gguf_tokenizer(tmp_path / "other.gguf")("that")["input_ids"] == base.tokenizer("that")["input_ids"]
 
 
+def test_an_olmo_3_is_no_olmo_2(bpe: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    settings = {"olmo2.attention.sliding_window": 8}
+    with GgufFile(rewrite(write("olmo2", "f32", bpe, tmp_path), tmp_path / "new.gguf", settings=settings)) as file:
+        assert base_gguf.why_no_config(file) == "its architecture is OLMo 3"
+
+
 # ---- split sets
 
 

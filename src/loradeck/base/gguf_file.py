@@ -211,25 +211,25 @@ class _Part:
         """Yield the tensors of this part, whose number is given; add what is wrong with others to the problems."""
         import gguf
 
-        beyond: list[GgufTensor] = []
-        for name, shape, kind, offset in self._table:
+        tail: list[GgufTensor] = []
+        for name, shape, code, offset in self._table:
             try:
-                known = gguf.GGMLQuantizationType(kind)
-                inputs, size = gguf.GGML_QUANT_SIZES[known]
+                kind = gguf.GGMLQuantizationType(code)
+                inputs, size = gguf.GGML_QUANT_SIZES[kind]
             except (ValueError, KeyError):
-                problems.append(f"{name} has the unknown type {kind}")
+                problems.append(f"{name} has the unknown type {code}")
                 continue
-            tensor = GgufTensor(name, shape, known, inputs, size, number, self.data + offset)
+            tensor = GgufTensor(name, shape, kind, inputs, size, number, self.data + offset)
             if not shape or min(shape) < 1 or shape[-1] % inputs:
                 problems.append(f"{name} is {shape}, in blocks of {inputs}")
             elif tensor.end > self.size:
-                beyond.append(tensor)
+                tail.append(tensor)
             else:
                 yield tensor
-        if beyond:
-            last = max(beyond, key=lambda tensor: tensor.end)
+        if tail:
+            last = max(tail, key=lambda tensor: tensor.end)
             problems.append(
-                f"{self.path.name} has {self.size} bytes, and {len(beyond)} tensors end after them, the last at byte "
+                f"{self.path.name} has {self.size} bytes, and {len(tail)} tensors end after them, the last at byte "
                 f"{last.end}: {last.name}"
             )
 
