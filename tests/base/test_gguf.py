@@ -440,7 +440,7 @@ def test_missing_parts_are_named(tiny_file: Path) -> None:
 def test_parts_of_different_sets_are_refused(tiny_file: Path) -> None:
     parts = split(tiny_file, 3)
     shutil.copy(parts[2], parts[1])
-    with pytest.raises(BaseModelError, match=r"00002-of-00003.gguf says that it is part 3.*is there twice"):
+    with pytest.raises(BaseModelError, match=r"split.no of tiny-00002-of-00003.gguf is 2, not 1.*is there twice"):
         Base.load(parts[0], device="cpu")
 
 

@@ -176,8 +176,9 @@ class GgufFile:
             self.path = paths[0]
         problems: list[str] = []
         for number, part in enumerate(self._parts):
-            if part.settings.get("split.no", number) != number:
-                problems.append(f"{part.path.name} says that it is part {part.settings['split.no'] + 1}")
+            place = part.settings.get("split.no", number)  # from 0
+            if place != number:
+                problems.append(f"the split.no of {part.path.name} is {place!r:.80}, not {number}")
             for tensor in part.tensors(number, problems):
                 if tensor.name in self.tensors:
                     problems.append(f"{tensor.name} is there twice")
