@@ -92,6 +92,25 @@ def assert_same(found: PreTrainedModel, expected: PreTrainedModel) -> None:
     assert fingerprint(found) == fingerprint(expected)
 
 
+# ---- the file
+
+
+def test_the_header_is_as_gguf_reads_it(tiny_file: Path) -> None:
+    reader = gguf.GGUFReader(tiny_file)
+    with GgufFile(tiny_file) as file:
+        assert [*file.settings] == [key for key in reader.fields if not key.startswith("GGUF.")]
+        for key, value in file.settings.items():
+            if value is not None:  # an array of texts
+                assert value == reader.fields[key].contents()
+        assert file.settings["tokenizer.ggml.tokens"] is None
+        for tensor in reader.tensors:
+            found = file.tensors[tensor.name]
+            assert (found.type, found.offset, found.size) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
+            assert found.shape == tuple(reversed(tensor.shape.tolist()))
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            assert torch.equal(file.values(found), torch.from_numpy(values.copy()))
+
+
 # ---- the same model
 
 

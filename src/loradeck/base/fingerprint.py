@@ -42,9 +42,10 @@ def sample(parameter: Tensor) -> Tensor:
     if isinstance(parameter, QuantisedWeight):
         if parameter.sample is not None:
             return parameter.sample
-        return parameter.quantised.values(_index(parameter.quantised.shape)).to(torch.bfloat16)
-    values = parameter.detach().reshape(-1)[_index(parameter.shape).to(parameter.device)]
-    return values.to(torch.bfloat16).cpu().contiguous()
+        values = parameter.quantised.values(_index(parameter.quantised.shape))
+    else:
+        values = parameter.detach().reshape(-1)[_index(parameter.shape).to(parameter.device)]
+    return values.to(torch.bfloat16).cpu() + 0  # -0 becomes 0: blocks have only one zero
 
 
 def _index(shape: torch.Size) -> Tensor:
