@@ -57,6 +57,7 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m benchmarks ops
 	$(BIN)/python -m benchmarks busy
 	$(if $(PEERS),$(BIN)/python -m benchmarks peers $(PEERS))
+	$(if $(PEERS),$(BIN)/python -m benchmarks four_bits $(PEERS))
 	$(BIN)/python -m benchmarks soak
 	$(BIN)/python -m benchmarks preferences
 	$(BIN)/python -m benchmarks quality

@@ -19,6 +19,7 @@ SUITES = (
     "quality",
     "soak",
     "peers",
+    "four_bits",
 )
 USAGE = f"""usage: python -m benchmarks SUITE [OPTIONS]
 

@@ -85,7 +85,9 @@ class Run:
                 sys.exit(f"benchmarks: torch {torch.__version__} finds no CUDA device; nothing was measured.")
             self.device = torch.device("cuda", 0)
             self.options.shape = self.options.shape or [*LLAMAS]
-        self.partial = any(getattr(self.options, name, None) != parser.get_default(name) for name in ("only", "dtypes"))
+        self.partial = any(
+            getattr(self.options, name, None) != parser.get_default(name) for name in ("only", "dtypes", "files")
+        )
         if self.options.record and (reason := why_not_recorded()):
             sys.exit(f"benchmarks: {reason}\nCommit first, or print the figures only: --no-record.")
 

@@ -25,6 +25,7 @@ SUITES: tuple[Suite, ...] = tuple(
         "serve",
         "native",
         "peers",
+        "four_bits",
         "train",
         "data",
         "base",

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.harness import seconds
+from benchmarks.memory import peak
 from benchmarks.steps import decode_steps, timed
-from benchmarks.workloads import greedy
+from benchmarks.workloads import docstring_examples, greedy, training_steps
 from loradeck import AdapterStore, Base
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.base.openmp import share_cores
@@ -146,6 +147,22 @@ class Transformers(System):
         """Return the seconds to the last logits of all rows."""
         ids = torch.tensor(self.prompts(case))
         return seconds(lambda: self.base.model(input_ids=ids, use_cache=True, logits_to_keep=1))
+
+
+class TrainingSteps:
+    """Trains on a file: each call makes a step, and returns its seconds and the MiB that it took at its peak."""
+
+    def __init__(self, file: Path, dtype: str, adapter: Path, sequences: int, count: int) -> None:
+        share_cores()
+        base = Base.load(file, dtype=dtype, weights="packed")  # as `loradeck train` does
+        self._steps = training_steps(base, adapter, [docstring_examples(base)], sequences, count)
+        with torch.no_grad():
+            base.model(torch.zeros(1, 1, dtype=torch.int64))  # reads weights that are mapped and not yet in memory
+
+    def __call__(self) -> tuple[float, float]:
+        times: list[float] = []
+        mebibytes = peak(lambda: times.append(seconds(lambda: next(self._steps))))
+        return times[0], mebibytes
 
 
 class PlainRead:

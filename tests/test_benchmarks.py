@@ -2,27 +2,34 @@
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from benchmarks import __main__, harness, report
+from benchmarks import __main__, gguf_files, harness, report
 from benchmarks.figures import Figure, Suite, Table
+from benchmarks.gguf_files import NAMES
 from benchmarks.harness import Run, parser
 from benchmarks.models import SHAPES
-from benchmarks.peers.process import System
-from benchmarks.peers.workload import LONGEST, Folder
+from benchmarks.peers.process import Answer, System
+from benchmarks.peers.workload import LONGEST, ROWS, Folder
 from benchmarks.processes import take_turns, worker
-from benchmarks.suites import peers
+from benchmarks.servers import first_answer
+from benchmarks.suites import four_bits, peers
 from benchmarks.systems import Case
 from transformers import AutoModelForCausalLM
+
+import gguf
 
 ROOT = Path(__file__).parent.parent
 SUITE = Suite("example", "Example", "", (Table("Example", ("part", "{row}"), (Figure("a / b", "ratio", "×", "≥ 2"),)),))
@@ -187,10 +194,12 @@ def test_a_suite_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None
         ("ops", ("errors tiny", "times tiny")),
         ("native", ("decode float32", "prompts float32", "busy float32")),
         ("serve", ("streams float32", "registered", "crowded", "cold")),
+        ("four_bits", tuple(f"{measure} tiny, Q4_0" for measure in four_bits.MEASURES)),
     ],
 )
 def test_a_suite_runs_on_random_weights(name: str, parts: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "benchmarks", name, "--shape", "tiny", "--rounds", "1", "--no-record"]
+    option = "--files" if name == "four_bits" else "--shape"
+    command = [sys.executable, "-m", "benchmarks", name, option, "tiny", "--rounds", "1", "--no-record"]
     command += ["--seconds", "2"] if name == "serve" else []
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
@@ -217,15 +226,22 @@ PEER = """
 from benchmarks.peers.workload import Answer, Server
 def generate(prompts, adapters, steps):
     assert len(set(adapters)) == 1
-    return Answer([[prompt[0] + adapter] * (1 + steps) for prompt, adapter in zip(prompts, adapters)], 0.5)
-Server().run(generate, {"peer": "1"}, mixes=False)
+    return Answer([[prompt[0] + (adapter or 0)] * (1 + steps) for prompt, adapter in zip(prompts, adapters)], 0.5)
+Server().run(generate, {"peer": "1"}, mixes=False, score=lambda prompt: [-token / 2 for token in prompt[1:]])
 """
 
 
-def test_a_peer_that_does_not_mix_adapters_gets_one_after_the_other(tmp_path: Path) -> None:
-    (tmp_path / "tokens.json").write_text(json.dumps([*range(4 * LONGEST)]), encoding="utf-8")
-    peer = System.start("peer", [sys.executable, "-c", PEER], Folder(tmp_path))
-    assert peer
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[System]:
+    prompts = [[*range(row * LONGEST, (row + 1) * LONGEST)] for row in range(4)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    system = System.start("peer", [sys.executable, "-c", PEER], Folder(tmp_path))
+    assert system
+    yield system
+    system.stop()
+
+
+def test_a_peer_that_does_not_mix_adapters_gets_one_after_the_other(peer: System) -> None:
     case = Case(4, 2)
     peer.warm_up(case)
     assert (peer.versions, peer.steps[case]) == ({"peer": "1"}, 6), (
@@ -233,7 +249,56 @@ def test_a_peer_that_does_not_mix_adapters_gets_one_after_the_other(tmp_path: Pa
     )
     assert peer.measure(case, tries=1) == 4 * 6 / 1.0
     assert peer.tokens[case] == [[row * LONGEST + row % 2] * 7 for row in range(4)]
-    peer.stop()
+
+
+def test_a_peer_scores_a_prompt(peer: System) -> None:
+    assert peer.score(2, 4) == [-LONGEST - 0.5, -LONGEST - 1, -LONGEST - 1.5]
+
+
+def test_prompts_that_are_timed_are_new(peer: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peer.generate(Case(2, prompt=5), 0, first=1).tokens == [[LONGEST], [2 * LONGEST]]
+    firsts: list[int] = []
+    monkeypatch.setattr(peer, "generate", lambda *given: firsts.append(given[-1]) or Answer(0.0, 2.0, [], 0.0))
+    assert [peer.measure_prompts(Case(2, prompt=10), tries=1) for _ in range(2)] == [10.0, 10.0]
+    assert firsts == [ROWS - 2, ROWS - 4]
+
+
+def test_figures_over_llama_cpp_are_declared() -> None:
+    systems: dict[str, Any] = {
+        name: SimpleNamespace(
+            warm_up=lambda case: None,
+            measure=lambda case, tries: None,
+            measure_prompts=lambda case, tries: None,
+            rate=lambda case, rate=rate: rate * case.rows,
+            score=lambda window, length, rate=rate: [-rate / 2] * (length - 1),
+        )
+        for name, rate in {"loradeck": 6.0, "llama.cpp": 3.0}.items()
+    }
+    for file in ("smollm2", "gemma3", "llama-1b"):
+        name = NAMES[file]
+        figures = {
+            f"decode {name}": four_bits.decode(systems, 1, 1),
+            f"perplexity {name}": four_bits.perplexity(systems),
+        }
+        ratios, rates, perplexity = four_bits.SUITE.cells(figures).items()
+        assert [cells[""] for cells in ratios[1].values()] == [2.0] * 4
+        assert {figure.key for figure in ratios[0].figures} == ratios[1].keys()
+        assert {cells[name] for cells in rates[1].values()} == {3.0, 6.0, 48.0, 96.0}
+        assert perplexity[1]["loradeck / llama.cpp"][name] == pytest.approx(math.exp(1.5))
+
+
+@pytest.mark.parametrize("kind", gguf_files.SCALES)
+def test_random_blocks_are_as_large_as_trained_ones(kind: str) -> None:
+    number = gguf.GGMLQuantizationType[kind]
+    weights = gguf.dequantize(gguf_files.random_blocks(number, 1 << 16, np.random.default_rng(0)), number)
+    assert weights.size == 1 << 16
+    assert weights.std() == pytest.approx(0.02, rel=0.05)
+    assert abs(weights.mean()) < 0.003
+
+
+def test_a_server_that_ends_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        first_answer([sys.executable, "-c", "raise SystemExit(3)"], "model")
 
 
 def test_a_peer_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

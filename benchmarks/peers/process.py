@@ -6,12 +6,15 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import IO, Any, NamedTuple, Self
 
 import psutil
 
-from benchmarks.peers.workload import Folder
+from benchmarks.peers.workload import ROWS, Folder
 from benchmarks.systems import Case
 
 SECONDS, STEPS = 1.5, range(4, 33)  # of a rate: about so long, but at least and at most so many steps
@@ -21,6 +24,7 @@ QUIET = 0.05  # the share of the machine's cores that others may use
 class Answer(NamedTuple):
     seconds: float
     """Of its steps, without the prompts."""
+    prompt_seconds: float
     tokens: list[list[int]]
     others: float
     """The share of the machine's cores that other processes used meanwhile."""
@@ -39,6 +43,8 @@ class System:
     rates: dict[Case, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Tokens per second, decoding alone."""
     tokens: dict[Case, list[list[int]]] = field(default_factory=dict)
+    _new: Iterator[int] = field(default_factory=partial(count, 1))
+    """Counts new prompts, from the last on: the first ones are those of the other cases."""
     others: float = 0.0
     """The largest share that other processes used during a rate that counts."""
 
@@ -64,14 +70,17 @@ class System:
             assert self.process.stdin
             self.process.stdin.close()
 
-    def generate(self, case: Case, steps: int) -> Answer:
-        """Continue the prompts by a token, and then by so many steps."""
-        assert self.process.stdin
+    def generate(self, case: Case, steps: int, first: int = 0) -> Answer:
+        """Continue the prompts from a number on by a token, and then by so many steps."""
         begin, busy, used = time.perf_counter(), _busy(), self._used()
-        print(json.dumps({**case._asdict(), "steps": steps}), file=self.process.stdin, flush=True)
-        answer = self._read()
+        answer = self._ask({**case._asdict(), "steps": steps, "first": first})
         cores = (time.perf_counter() - begin) * (psutil.cpu_count() or 1)
-        return Answer(answer["seconds"], answer["tokens"], (_busy() - busy - (self._used() - used)) / cores)
+        others = (_busy() - busy - (self._used() - used)) / cores
+        return Answer(answer["seconds"], answer["prompt_seconds"], answer["tokens"], others)
+
+    def score(self, number: int, length: int) -> list[float]:
+        """Return the log-probabilities of a prompt's tokens, from the second on."""
+        return self._ask({"score": number, "prompt": length})["logprobs"]
 
     def warm_up(self, case: Case) -> None:
         """Load, pack and compile what a case needs, and choose its number of steps."""
@@ -81,15 +90,24 @@ class System:
 
     def measure(self, case: Case, tries: int) -> float:
         """Add a rate and return it: the first of these tries on a quiet machine, or the quietest."""
-        results: list[tuple[float, float]] = []
-        while len(results) < tries and (not results or results[-1][0] > QUIET):
-            answer = self.generate(case, self.steps[case])
-            results.append((answer.others, case.rows * self.steps[case] / answer.seconds))
-            self.tokens[case] = answer.tokens
-        others, rate = min(results)
-        self.rates[case].append(rate)
-        self.others = max(self.others, others)
-        return rate
+        answer = self._quiet(lambda: self.generate(case, self.steps[case]), tries)
+        self.tokens[case] = answer.tokens
+        self.rates[case].append(case.rows * self.steps[case] / answer.seconds)
+        return self.rates[case][-1]
+
+    def measure_prompts(self, case: Case, tries: int) -> float:
+        """Add the rate of new prompts until their first tokens, and return it; chosen as in `measure`."""
+        answer = self._quiet(lambda: self.generate(case, 0, -next(self._new) * case.rows % ROWS), tries)
+        self.rates[case].append(case.rows * case.prompt / answer.prompt_seconds)
+        return self.rates[case][-1]
+
+    def _quiet(self, generate: Callable[[], Answer], tries: int) -> Answer:
+        answers: list[Answer] = []
+        while len(answers) < tries and (not answers or answers[-1].others > QUIET):
+            answers.append(generate())
+        answer = min(answers, key=lambda answer: answer.others)
+        self.others = max(self.others, answer.others)
+        return answer
 
     def rate(self, case: Case) -> float:
         """Return the median tokens per second."""
@@ -105,6 +123,11 @@ class System:
             f"answers that the adapters change, of {mixed.rows}": sum(a[: len(b)] != b[: len(a)] for a, b in base),
             "others' share of the machine, at most": self.others,
         }
+
+    def _ask(self, request: Mapping[str, int]) -> Any:
+        assert self.process.stdin
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._read()
 
     def _read(self) -> Any:
         assert self.process.stdout

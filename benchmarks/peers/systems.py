@@ -65,7 +65,7 @@ def peft(server: Server) -> None:
     server.run(generate, {"peft": version("peft")})
 
 
-def loradeck(server: Server, weights: Literal["blocks", "int8"]) -> None:
+def loradeck(server: Server, source: Path, weights: Literal["blocks", "int8"] = "blocks") -> None:
     """This library's engine; `weights` says how the base's are kept."""
     from loradeck import AdapterStore, Base
     from loradeck.base.onednn import cap_kernel_cache
@@ -76,7 +76,7 @@ def loradeck(server: Server, weights: Literal["blocks", "int8"]) -> None:
 
     share_cores()  # this and the next as `loradeck serve` does
     cap_kernel_cache()
-    base = Base.load(server.folder.base, weights=weights)
+    base = Base.load(source, weights=weights)
     with tempfile.TemporaryDirectory() as path:
         store = AdapterStore(path)
         names = [folder.name for folder in server.folder.adapters]
@@ -101,7 +101,12 @@ def loradeck(server: Server, weights: Literal["blocks", "int8"]) -> None:
                     row.cancel()
                 return Answer(tokens, seconds)
 
-            server.run(generate, {})
+            def score(prompt: list[int]) -> list[float]:
+                row = engine.submit(prompt, None, SamplingParams(max_tokens=0, prompt_logprobs=0))
+                row.text()
+                return [token.logprob for token in row.prompt if token.logprob is not None]  # the first has none
+
+            server.run(generate, {}, score=score)
 
 
 def llamacpp(server: Server, gguf: Path, dtype: str) -> None:
@@ -133,27 +138,29 @@ def llamacpp(server: Server, gguf: Path, dtype: str) -> None:
             contexts[rows, length] = llama_cpp.llama_init_from_model(model, params)
         return contexts[rows, length]
 
-    def decode(context: Any, rows: Sequence[Sequence[int]], position: int) -> list[int]:
-        """Compute tokens of every row from a position on, and return what follows."""
+    def compute(context: Any, rows: Sequence[Sequence[int]], position: int, *, every: bool = False) -> list[Any]:
+        """Compute tokens of every row from a position on; return the logits of the last of each, or of every token."""
         batch = llama_cpp.llama_batch_init(sum(map(len, rows)), 0, 1)
-        last: list[int] = []
+        wanted: list[int] = []
         for row, tokens in enumerate(rows):
             for i, token in enumerate(tokens):
                 n = batch.n_tokens
                 batch.token[n], batch.pos[n] = token, position + i
                 batch.n_seq_id[n], batch.seq_id[n][0] = 1, row
-                batch.logits[n] = i == len(tokens) - 1
+                batch.logits[n] = every or i == len(tokens) - 1
+                wanted += [n] if batch.logits[n] else []
                 batch.n_tokens += 1
-            last.append(batch.n_tokens - 1)
         if code := llama_cpp.llama_decode(context, batch):
             raise RuntimeError(f"llama_decode returned {code}")
         llama_cpp.llama_batch_free(batch)
-        logits = (llama_cpp.llama_get_logits_ith(context, i) for i in last)
-        return [int(np.ctypeslib.as_array(each, (vocabulary,)).argmax()) for each in logits]
+        logits = (llama_cpp.llama_get_logits_ith(context, i) for i in wanted)
+        return [np.ctypeslib.as_array(each, (vocabulary,)) for each in logits]
 
-    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
-        shape, adapter = (len(prompts), len(prompts[0])), adapters[0]
-        context = context_for(*shape)
+    def decode(context: Any, rows: Sequence[Sequence[int]], position: int) -> list[int]:
+        """Compute tokens of every row from a position on, and return what follows."""
+        return [int(logits.argmax()) for logits in compute(context, rows, position)]
+
+    def use(context: Any, adapter: int | None) -> None:
         chosen: list[Any] = [] if adapter is None else [loras[adapter]]
         llama_cpp.llama_set_adapters_lora(
             context,
@@ -161,6 +168,11 @@ def llamacpp(server: Server, gguf: Path, dtype: str) -> None:
             len(chosen),
             (ctypes.c_float * 1)(1.0),
         )
+
+    def generate(prompts: Sequence[list[int]], adapters: Sequence[int | None], steps: int) -> Answer:
+        shape, adapter = (len(prompts), len(prompts[0])), adapters[0]
+        context = context_for(*shape)
+        use(context, adapter)
         memory = llama_cpp.llama_get_memory(context)
         done = shape[1] - 1 if kept.get(shape) == (adapter, prompts) else 0
         for row in range(len(prompts)):
@@ -173,9 +185,19 @@ def llamacpp(server: Server, gguf: Path, dtype: str) -> None:
                 own.append(token)
         return Answer(tokens, time.perf_counter() - begin)
 
+    def score(prompt: list[int]) -> list[float]:
+        context = context_for(1, len(prompt))
+        use(context, None)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        kept.pop((1, len(prompt)), None)
+        logits = np.stack(compute(context, [prompt], 0, every=True)[:-1])
+        logits -= logits.max(1, keepdims=True)
+        chosen = np.take_along_axis(logits, np.array(prompt[1:])[:, None], 1)[:, 0]
+        return (chosen - np.log(np.exp(logits).sum(1, dtype=np.float64))).tolist()
+
     built = llama_cpp.llama_print_system_info().decode()
     instructions = next((name for name in ("AVX512", "AVX2", "AVX", "SVE", "NEON") if f"{name} = 1" in built), "plain")
-    server.run(generate, {"llama-cpp-python": f"{llama_cpp.__version__} ({instructions})"}, mixes=False)
+    server.run(generate, {"llama-cpp-python": f"{llama_cpp.__version__} ({instructions})"}, mixes=False, score=score)
 
 
 def vllm(server: Server) -> None:
@@ -301,12 +323,16 @@ def preload(libraries: Sequence[str]) -> None:
 
 SYSTEMS: Mapping[str, Callable[[Server], None]] = {
     "PEFT": peft,
-    "loradeck": lambda server: loradeck(server, "blocks"),
-    "loradeck, int8": lambda server: loradeck(server, "int8"),
+    "loradeck": lambda server: loradeck(server, server.folder.base),
+    "loradeck, int8": lambda server: loradeck(server, server.folder.base, "int8"),
+    "loradeck, coarse": lambda server: loradeck(server, server.folder.coarse_gguf),
     "llama.cpp": lambda server: llamacpp(
         server, server.folder.gguf, {"float32": "F32", "bfloat16": "F16"}[server.folder.dtype]
     ),
-    "llama.cpp, Q4_1": lambda server: llamacpp(server, server.folder.coarse_gguf, "F16"),
+    **dict.fromkeys(
+        ("llama.cpp, Q4_1", "llama.cpp, coarse"),
+        lambda server: llamacpp(server, server.folder.coarse_gguf, "F16"),
+    ),
     "vLLM": vllm,
     "OpenVINO": openvino,
 }

@@ -1,15 +1,20 @@
 """The work that all systems do, and the protocol that they do it by. Needs the standard library only.
 
-A system is a process in a Python of its own. When it is ready it writes one JSON line, {package: version}. Then for
-each line {"rows", "adapters", "prompt", "steps"} that it reads, it continues the first so many prompts of that length,
-greedily and past any end, row i through adapter i modulo `adapters` (0: the base alone), and writes
-{"seconds", "tokens"}: the 1 + `steps` new tokens of each row, and the seconds of those steps, without the prompts. It
-may keep what it computed of a prompt.
+A system is a process in a Python of its own. When it is ready it writes one JSON line, {package: version}. Then it
+answers each line that it reads:
+
+- {"rows", "adapters", "prompt", "steps", "first"}: it continues so many prompts of that length, from number `first` on,
+  greedily and past any end, row i through adapter i modulo `adapters` (0: the base alone), and writes {"seconds",
+  "prompt_seconds", "tokens"}: the 1 + `steps` new tokens of each row, the seconds of those steps, and those before. It
+  may keep what it computed of a prompt.
+- {"score", "prompt"}: it writes {"logprobs"} of the tokens of the prompt of that number and length, on the base, from
+  the second token on.
 """
 
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +36,8 @@ class Answer(NamedTuple):
 
 Generate = Callable[[Sequence[list[int]], Sequence[int | None], int], Answer]
 """(prompts, the number of each row's adapter, steps after the first token) -> answer."""
+Score = Callable[[list[int]], list[float]]
+"""A prompt -> the log-probabilities of its tokens on the base, from the second on."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,21 @@ class Folder:
 
     @property
     def coarse_gguf(self) -> Path:
-        """The same base as llama.cpp's users have it, in Q4_1."""
-        return self.path / "base.q4_1.gguf"
+        """The same base as llama.cpp's users have it, in few bits."""
+        return self.path / "base.coarse.gguf"
 
     @property
     def adapters(self) -> list[Path]:
-        """PEFT folders in `dtype`; beside each its export, NAME.gguf."""
-        return [self.path / f"a{i:02d}" for i in range(ROWS)]
+        """PEFT folders, a00, a01, …; beside each its export, NAME.gguf."""
+        return sorted(self.path.glob("a[0-9][0-9]"))
 
-    def prompts(self, count: int, length: int) -> list[list[int]]:
-        """Return prompts that begin differently."""
-        tokens = json.loads((self.path / "tokens.json").read_text(encoding="utf-8"))
-        return [tokens[i * LONGEST : i * LONGEST + length] for i in range(count)]
+    def prompts(self, count: int, length: int, first: int = 0) -> list[list[int]]:
+        """Return prompts that begin differently, from a number on."""
+        return [each[:length] for each in self._prompts[first : first + count]]
+
+    @cached_property
+    def _prompts(self) -> list[list[int]]:
+        return json.loads((self.path / "prompts.json").read_text(encoding="utf-8"))
 
 
 class Server:
@@ -78,21 +88,29 @@ class Server:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
-    def run(self, generate: Generate, versions: Mapping[str, str], *, mixes: bool = True) -> None:
+    def run(
+        self, generate: Generate, versions: Mapping[str, str], *, mixes: bool = True, score: Score | None = None
+    ) -> None:
         """Answer until stdin ends. A system that does not mix adapters gets those of a request one after the other."""
         self._write(versions)
         for line in sys.stdin:
             request = json.loads(line)
+            if "score" in request:
+                assert score
+                self._write({"logprobs": score(*self.folder.prompts(1, request["prompt"], request["score"]))})
+                continue
             rows, count = request["rows"], request["adapters"]
-            prompts = self.folder.prompts(rows, request["prompt"])
+            prompts = self.folder.prompts(rows, request["prompt"], request["first"])
             adapters = [i % count if count else None for i in range(rows)]
             tokens: dict[int, list[int]] = {}
-            seconds = 0.0
+            seconds, begin = 0.0, time.perf_counter()
             for group in [range(rows)] if mixes or not count else [range(i, rows, count) for i in range(count)]:
                 answer = generate([prompts[i] for i in group], [adapters[i] for i in group], request["steps"])
                 tokens |= zip(group, answer.tokens, strict=True)
                 seconds += answer.seconds
-            self._write({"seconds": seconds, "tokens": [tokens[i] for i in range(rows)]})
+            prompt_seconds = time.perf_counter() - begin - seconds
+            answers = [tokens[i] for i in range(rows)]
+            self._write({"seconds": seconds, "prompt_seconds": prompt_seconds, "tokens": answers})
 
     def _write(self, value: Mapping[str, object]) -> None:
         print(json.dumps(value), file=self._out, flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.figures import Figure, Suite, Table
@@ -25,8 +25,12 @@ from benchmarks.harness import Run, alternate, parser
 from benchmarks.workloads import PASSES, forward_pass
 from loradeck.base.load import SMOLLM2, Base
 from loradeck.base.prepacked import _pack_weight
-from loradeck.base.quantised import _few, _many, quantise
+from loradeck.base.quantised import QuantisedWeight, set_weight
+from loradeck.base.quantiser import quantise
 from loradeck.base.weights import CHOICES
+from loradeck.native.library import multiplies_halves
+from loradeck.native.product import product
+from loradeck.native.quantised import KINDS, Quantised, pack
 
 DTYPES = ("bfloat16", "float32")
 PARTS = ("passes", "products")
@@ -34,7 +38,6 @@ PATIENCE = 15.0  # seconds to wait for quiet rounds
 WINDOW = 512
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))  # (out, in): q o, k v, gate up, down, head
 ROWS = (1, 4, 8, 16, 64, 256)
-FEW = 16  # rows up to which torch's int8 product is measured: beyond, it would take most of the run
 MEMORY = 40_000_000  # bytes of weights that a run goes through: more than a cache holds
 MODULES = (
     "argparse asyncio collections contextlib csv decimal difflib fractions functools heapq inspect json logging "
@@ -70,8 +73,8 @@ SUITE = Suite(
     """
 - *forward passes*: transformers' own. `plain` is transformers as it is.
 - *perplexity*: of docstrings of Python's standard library.
-- *products*: `packed` in oneDNN's layout; `int8 product` is torch's op on int8 weights, `int8 made plain` the product
-  with weights made plain a block at a time.
+- *products*: `packed` in oneDNN's layout; `int8 product` is the compiled step's, `int8 made plain` the product with
+  weights made plain a block at a time.
 """,
 )
 
@@ -131,11 +134,7 @@ def products(dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
         layers = {name: [make(weight) for weight in weights] for name, make in LAYERS.items()}
         for rows in ROWS:
             x = torch.randn(rows, in_features).to(dtype)
-            runs = {
-                name: partial(call_each, calls, x)
-                for name, calls in layers.items()
-                if rows <= FEW or name != "int8 product"
-            }
+            runs = {name: partial(call_each, calls, x) for name, calls in layers.items()}
             seconds = alternate(runs, rounds, patience=PATIENCE)
             figures[f"{in_features} to {out_features}, {rows} rows"] = {
                 name: each / count * 1e6 for name, each in seconds.items()
@@ -153,14 +152,25 @@ def packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, layout, None, "none", [], "")
 
 
-def int8(product: Callable[..., Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
-    q, scales = quantise(weight)
-    return partial(product, q=q, scales=scales)
+def int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    outputs, halves = len(weight), multiplies_halves(weight.dtype)
+    return partial(product, weight=quantised(weight), outputs=outputs, bias=None, halves=halves)
+
+
+def int8_made_plain(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    layer: Any = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta").requires_grad_(False)
+    set_weight(layer, QuantisedWeight(quantised(weight)), weight.dtype)
+    matrix, parts = layer.weight.quantised, [*layer._parts()]
+    return lambda x: torch.cat([F.linear(x, matrix.dense(rows, x.dtype)) for rows in parts], 1)
+
+
+def quantised(weight: Tensor) -> Quantised:
+    return pack(quantise(weight, "Q8_0", "the weight"), KINDS["Q8_0"], weight.shape[1])
 
 
 LAYERS: Mapping[str, Callable[[Tensor], Any]] = {
     "plain": lambda weight: partial(F.linear, weight=weight),
     "packed": packed,
-    "int8 product": partial(int8, _few),
-    "int8 made plain": partial(int8, _many),
+    "int8 product": int8,
+    "int8 made plain": int8_made_plain,
 }

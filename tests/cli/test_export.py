@@ -280,17 +280,6 @@ def test_what_is_wrong_with_a_model_is_said(
     assert run("export", "bpe", "-o", "nowhere/model.gguf").code == 2
 
 
-def test_a_header_is_read_past_its_vocabulary(run: Callable, bpe_folder: Path) -> None:
-    assert run("export", bpe_folder, "-o", "model.gguf").code == 0
-    whole, header = gguf.GGUFReader("model.gguf"), architecture._header_reader(Path("model.gguf"))
-    assert [(each.name, each.data_offset) for each in header.tensors] == [
-        (each.name, each.data_offset) for each in whole.tensors
-    ]
-    assert header.fields.keys() == whole.fields.keys()
-    assert header.fields["llama.block_count"].contents() == 2
-    assert len(header.fields["tokenizer.ggml.tokens"].parts) < 10  # of its 260 tokens none
-
-
 def test_an_unknown_source_has_the_close_names_of_adapters_too(run: Callable, adapters: Path) -> None:
     ran = run("export", "adapters/piratte", "-o", "poet.gguf")
     assert ran.code == 2

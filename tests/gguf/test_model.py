@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from loradeck import Bank, Base, LoraConfig
 from loradeck.errors import AdapterError, BaseModelError, UnsupportedError
 from loradeck.gguf.model import Merge, Model, export, load_adapters
-from loradeck.lora.gguf import EMBEDDING, HEAD
+from loradeck.llamacpp import EMBEDDING, HEAD
 
 gguf = pytest.importorskip("gguf", reason="needs pip install gguf")
 

@@ -27,7 +27,8 @@ from loradeck.cli import main
 from loradeck.gguf.architecture import LLAMACPP_NAMES, read_architecture
 from loradeck.gguf.model import Merge, Model, load_adapters
 from loradeck.gguf.model import export as export_model
-from loradeck.lora.gguf import PLAIN, REORDERED, export
+from loradeck.llamacpp import PLAIN, REORDERED
+from loradeck.lora.gguf import export
 
 PYTHON = os.environ.get("LORADECK_LLAMACPP") or (sys.executable if find_spec("xllamacpp") else "")
 pytestmark = pytest.mark.skipif(

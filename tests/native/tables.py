@@ -11,8 +11,8 @@ from loradeck.native.adapter import NativeAdapter
 from loradeck.native.blocks import pack, pad, padded
 from loradeck.native.model import NativeModel
 from loradeck.native.pages import PAGE
-from loradeck.native.step import Chunk, run
 from loradeck.native.slots import SLOTS, Slot
+from loradeck.native.step import Chunk, run
 from loradeck.native.table import Experts, Layer, Linear, Table
 from loradeck.ops.weights import LoraWeights
 

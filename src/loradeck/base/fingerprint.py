@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.base.quantised import QuantisedWeight
-from loradeck.native.quantised import Quantised
 
 SAMPLED = 1024  # values read from each tensor: about a megabyte in all, whatever the size of the base
 
@@ -28,14 +27,27 @@ def fingerprint(model: nn.Module) -> str:
 def fingerprint_of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> str:
     """Return the fingerprint of a model of this class with these parameters, sorted by name.
 
-    A quantised weight counts by its values.
+    A quantised weight counts as the plain one that it was made from or, without one, by its values.
     """
     digest = hashlib.sha256(kind.encode())
     for name, parameter in parameters:
-        weight = parameter.quantised if isinstance(parameter, QuantisedWeight) else parameter.detach()
-        index = torch.arange(weight.shape.numel())[:: max(1, weight.shape.numel() // SAMPLED)][:SAMPLED]
-        values = weight.values(index) if isinstance(weight, Quantised) else weight.reshape(-1)[index.to(weight.device)]
-        sample = values.to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"\n{name} {list(weight.shape)}\n".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        shape = parameter.quantised.shape if isinstance(parameter, QuantisedWeight) else parameter.shape
+        digest.update(f"\n{name} {list(shape)}\n".encode())
+        digest.update(sample(parameter).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def sample(parameter: Tensor) -> Tensor:
+    """Return the values that count, at most 1024, in bf16."""
+    if isinstance(parameter, QuantisedWeight):
+        if parameter.sample is not None:
+            return parameter.sample
+        values = parameter.quantised.values(_index(parameter.quantised.shape))
+    else:
+        values = parameter.detach().reshape(-1)[_index(parameter.shape).to(parameter.device)]
+    return values.to(torch.bfloat16).cpu() + 0  # -0 becomes 0: blocks have only one zero
+
+
+def _index(shape: torch.Size) -> Tensor:
+    size = shape.numel()
+    return torch.arange(0, size, max(1, size // SAMPLED))[:SAMPLED]

@@ -40,22 +40,27 @@ _room = _Room()
 
 
 class QuantisedWeight(nn.Parameter):
-    """A quantised weight as a module's parameter. It is immutable: models share it."""
+    """A quantised weight as a module's parameter. It is immutable: models share it.
+
+    Attributes:
+        sample: values of the plain weight that it was made from, as the fingerprint reads them, if there was one.
+    """
 
     quantised: Quantised
+    sample: Tensor | None
 
-    def __new__(cls, quantised: Quantised) -> "QuantisedWeight":
+    def __new__(cls, quantised: Quantised, sample: Tensor | None = None) -> "QuantisedWeight":
         weight = nn.Parameter.__new__(cls, quantised.tiles, requires_grad=False)
-        weight.quantised = quantised
+        weight.quantised, weight.sample = quantised, sample
         return weight
 
-    def __init__(self, quantised: Quantised) -> None: ...
+    def __init__(self, quantised: Quantised, sample: Tensor | None = None) -> None: ...
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantisedWeight":
         return self
 
     def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
-        return QuantisedWeight, (self.quantised,)
+        return QuantisedWeight, (self.quantised, self.sample)
 
 
 class _QuantisedLayout(Layout):

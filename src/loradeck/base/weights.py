@@ -1,7 +1,7 @@
-"""The formats of a base's frozen weights (plain, packed, blocks, int8), and models that share them."""
+"""The formats of a base's frozen weights (plain, packed, blocks, int8, int4), and models that share them."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loradeck.base.blocked import MIXTURE, block, block_experts
+from loradeck.base.fingerprint import sample
 from loradeck.base.frozen import upcast
 from loradeck.base.prepacked import pack
 from loradeck.base.quantised import QuantisedWeight, set_weight, why_not_quantised
@@ -18,9 +19,9 @@ from loradeck.errors import ConfigError
 from loradeck.native.quantised import KINDS
 from loradeck.native.quantised import pack as pack_quantised
 
-Weights: TypeAlias = Literal["plain", "packed", "blocks", "int8"]
+Weights: TypeAlias = Literal["plain", "packed", "blocks", "int8", "int4"]
 CHOICES = get_args(Weights)
-QUANTISED: Mapping[str, str] = {"int8": "Q8_0"}
+QUANTISED: Mapping[str, str] = {"int8": "Q8_0", "int4": "Q4_1"}
 """How weights are quantised, by the choice."""
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,9 +39,12 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
       Training's backward is slower with it.
     - `int8` stores the linear layers, the token embedding and the head, tied or not, in one byte per weight, with a
       scale for 32 of them (llama.cpp's Q8_0). The rest of the model, and every adapter, stays in its own precision.
+    - `int4` stores them in half a byte, with a scale and a low value for 32 of them (Q4_1), found by least squares.
 
     Raises:
-        ConfigError: unknown `weights`; int8 on a GPU or in float16; a model most of whose weights int8 would skip.
+        ConfigError: unknown `weights`; int8 or int4 on a GPU or in float16; a model most of whose weights they would
+            skip.
+        BaseModelError: a weight that they would store is not finite.
     """
     if weights not in CHOICES:
         raise ConfigError(f"invalid weights {weights!r}", hint=f"Use one of {', '.join(CHOICES)}.")
@@ -58,7 +62,9 @@ def prepare(model: PreTrainedModel, weights: Weights) -> None:
             if _is_frozen(module, nn.Linear):  # if it was not packed
                 upcast(cast("nn.Linear", module))
     if weights in QUANTISED:
-        _quantise(model, weights)
+        check_quantised(weights, model.dtype, model.device)
+        for path, layers in quantisable(model, weights).items():
+            set_quantised(layers, layers[0].weight, weights, path)
 
 
 def shared_copy(model: M) -> M:
@@ -73,35 +79,59 @@ def shared_copy(model: M) -> M:
     return deepcopy(model, tensors)
 
 
-def _quantise(model: PreTrainedModel, weights: Weights) -> None:
-    if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
+def check_quantised(weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse to quantise weights of a dtype on a device where nothing computes with them.
+
+    Raises:
+        ConfigError: as `prepare`.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(
-            f"{weights} weights need a CPU and bfloat16 or float32; this base is in {model.dtype} on {model.device}",
+            f"{weights} weights need a CPU and bfloat16 or float32; this base is in {dtype} on {device}",
             hint="Use plain weights, or bfloat16 or float32 on a CPU.",
         )
     if reason := why_not_quantised():
         raise ConfigError(f"weights cannot be quantised here: {reason}", hint="Use plain or packed weights.")
+
+
+def quantisable(model: PreTrainedModel, weights: Weights) -> Mapping[str, Sequence[nn.Linear | nn.Embedding]]:
+    """Return the layers whose weights are quantised, by the path of the weight, which they may share.
+
+    The model is frozen; its weights need no memory.
+
+    Raises:
+        ConfigError: most weights of the model would stay plain.
+    """
     embedding = model.get_input_embeddings()
-    shared: dict[int, list[Any]] = {}
+    uses, inputs = _uses(model), KINDS[QUANTISED[weights]].inputs
+    layers: dict[str, list[Any]] = {}
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}
     for module in model.modules():
         if _is_frozen(module, nn.Linear) or (module is embedding and _is_lookup(module)):
-            shared.setdefault(id(module.weight), []).append(module)
-    uses = _uses(model)
-    kind = KINDS[QUANTISED[weights]]
-    groups = [
-        group for weight, group in shared.items()
-        if uses[weight] == len(group) and group[0].weight.shape[1] % kind.inputs == 0
-    ]  # fmt: skip
-    if 2 * sum(group[0].weight.numel() for group in groups) < model.num_parameters():
+            layers.setdefault(paths[id(module.weight)], []).append(module)
+    whole = {
+        path: group
+        for path, group in layers.items()
+        if uses[id(group[0].weight)] == len(group) and group[0].weight.shape[1] % inputs == 0
+    }
+    if 2 * sum(group[0].weight.numel() for group in whole.values()) < model.num_parameters():
         raise ConfigError(
             f"most weights of this {type(model).__name__} are outside nn.Linear and would not become {weights}",
             hint="Use packed or plain weights.",
         )
-    for group in groups:
-        plain = group[0].weight
-        weight = QuantisedWeight(pack_quantised(quantise(plain, kind.name), kind, plain.shape[1]))
-        for module in group:
-            set_weight(module, weight, plain.dtype)
+    return whole
+
+
+def set_quantised(layers: Iterable[nn.Linear | nn.Embedding], plain: Tensor, weights: Weights, path: str) -> None:
+    """Give layers, which share it, a weight that is made from a plain one (O, I).
+
+    Raises:
+        BaseModelError: the weight is not finite, or too large for the format.
+    """
+    kind = KINDS[QUANTISED[weights]]
+    weight = QuantisedWeight(pack_quantised(quantise(plain, kind.name, path), kind, plain.shape[1]), sample(plain))
+    for layer in layers:
+        set_weight(layer, weight, plain.dtype)
 
 
 def _uses(model: nn.Module) -> Counter[int]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loradeck.lora.manifest import AdapterFiles
 
 ADAPTER_DTYPES: dict[str, Literal["float32", "float16"]] = {"f32": "float32", "f16": "float16"}
-Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"]
 
 
 def export(
@@ -45,7 +45,8 @@ def export(
             adapters/poet*0.7+adapters/pirate*0.3.
         to: The format; gguf is llama.cpp's.
         quant: The type of the file's weights; by default q8_0 for a model, f32 for an adapter,
-            which has f32 or f16.
+            which has f32 or f16. With q5 and q4 the embedding and the head are in q8_0; with
+            q4_k, matrices whose rows are no multiple of 256 are in q5_0.
         base: The base of an adapter that is exported alone; by default the one that the
             adapter names. Its weights are read only if the adapter has copies of them, as
             PEFT saves for the head and the embedding.
@@ -127,7 +128,9 @@ def _export_model(base: str, output: Path, adapter: str | None, quant: Quant) ->
 
     opened = model.Model.open(base)
     merge = model.load_adapters(opened, folders) if folders else model.Merge()
-    model.export(opened, merge, output, quant)
+    types = model.export(opened, merge, output, quant)
     merged = f" with {adapter}" if folders else ""
-    print(printable(f"{output}: {format_size(output.stat().st_size)}, {opened.name}{merged}, {quant}"))
+    others = ", ".join(f"{name} for {count}" for name, count in types.items() if name != quant)
+    kinds = f"{quant} ({others} of {types.total()} matrices)" if others else quant
+    print(printable(f"{output}: {format_size(output.stat().st_size)}, {opened.name}{merged}, {kinds}"))
     print(printable(f"try: llama-cli -m {shlex.quote(str(output))}"))

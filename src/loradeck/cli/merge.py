@@ -35,7 +35,8 @@ def merge(
         adapter: An adapter's folder, or a blend such as adapters/poet*0.7+adapters/pirate*0.3.
         output: A new folder for the model.
     """
-    from loradeck.base.load import Base, quiet
+    from loradeck.base.load import Base
+    from loradeck.base.pretrained import quiet
     from loradeck.disk import new_folder
     from loradeck.lora.bank import Bank
 

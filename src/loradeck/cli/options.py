@@ -27,10 +27,10 @@ Dtype: TypeAlias = Annotated[
     Parameter(help="The base's dtype; auto is bfloat16 if the device computes in it, else float32."),
 ]
 Weights: TypeAlias = Annotated[
-    Literal["plain", "packed", "blocks", "int8"],
+    Literal["plain", "packed", "blocks", "int8", "int4"],
     Parameter(
         help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; blocks for the "
-        "compiled step; or int8, which takes half the memory of bfloat16 and is faster for few rows, at a small error."
+        "compiled step; int8, half the memory of bfloat16, and int4, a third of it: faster for few rows, at an error."
     ),
 ]
 Adapters: TypeAlias = Annotated[

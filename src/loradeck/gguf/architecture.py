@@ -1,22 +1,21 @@
 """llama.cpp's architecture of a base, from a GGUF file's header or a transformers configuration."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from loradeck.base import SMOLLM2, is_hub_id
-from loradeck.base.load import quiet, smollm2_file
+from loradeck.base.gguf_file import GgufFile
+from loradeck.base.load import smollm2_file
+from loradeck.base.pretrained import quiet
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.errors import BaseModelError
-from loradeck.lora.gguf import PLAIN, REORDERED, Architecture, names, text_path
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
+from loradeck.llamacpp import MODEL_TYPES, PLAIN, REORDERED, Architecture, names, text_path
 
 # transformers' model_type -> llama.cpp's name, if they differ (conversion/ in llama.cpp)
-LLAMACPP_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
+LLAMACPP_NAMES = {"mistral": "llama", **{theirs: name for name, theirs in MODEL_TYPES.items()}}
 
 
 def read_architecture(source: str) -> Architecture:
@@ -61,48 +60,13 @@ def architecture_of(config: PretrainedConfig, source: object) -> tuple[Architect
     return Architecture(name, heads, getattr(text, "num_key_value_heads", None) or heads, shapes), model
 
 
-def _of_file(file: Path) -> Architecture:
-    from gguf import Keys
-
-    reader = _header_reader(file)
-
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        return field.contents() if field else None
-
-    name = _supported(value(Keys.General.ARCHITECTURE), file)
-    heads = value(Keys.Attention.HEAD_COUNT.format(arch=name))
-    shapes = {
-        tensor.name: tuple(int(n) for n in reversed(tensor.shape))
-        for tensor in reader.tensors
-        if tensor.name.endswith(".weight")
-    }
-    return Architecture(name, heads, value(Keys.Attention.HEAD_COUNT_KV.format(arch=name)) or heads, shapes)
-
-
-def _header_reader(file: Path) -> "GGUFReader":
-    """Return gguf's reader of a file, past the arrays of its vocabulary, whose items take gguf ten seconds."""
-    from gguf import GGUFReader, GGUFValueType
-
-    class HeaderReader(GGUFReader):
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
-            if raw_type != GGUFValueType.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind = GGUFValueType(self._get(orig_offs, "<u4")[0])
-            count = int(self._get(orig_offs + 4, "<u8")[0])
-            offset = orig_offs + 12
-            if kind == GGUFValueType.STRING:
-                content = self.data.data
-                for _ in range(count):
-                    length = content[offset : offset + 8]
-                    if len(length) < 8:
-                        raise ValueError("it is cut short")
-                    offset += 8 + int.from_bytes(length, "little")
-            else:
-                offset += count * self.gguf_scalar_to_np[kind]().itemsize
-            return offset - orig_offs, [], [], [GGUFValueType.ARRAY, kind]
-
-    return HeaderReader(file)
+def _of_file(path: Path) -> Architecture:
+    with GgufFile(path) as file:
+        name = _supported(file.settings.get("general.architecture"), path)
+        heads: Any = file.settings.get(f"{name}.attention.head_count")
+        kv_heads: Any = file.settings.get(f"{name}.attention.head_count_kv") or heads
+        shapes = {tensor.name: tensor.shape for tensor in file.tensors.values() if tensor.name.endswith(".weight")}
+    return Architecture(name, heads, kv_heads, shapes)
 
 
 def _of_model(source: str) -> Architecture:

@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from loradeck.errors import UnsupportedError
-from loradeck.lora.gguf import Architecture
+from loradeck.llamacpp import GEMMA, Architecture
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 WINDOWED = frozenset({"gemma2", "gemma3", "phi3"})  # llama.cpp has a sliding window for these
-GEMMA = frozenset({"gemma", "gemma2", "gemma3"})  # their norms multiply by 1 + weight; llama.cpp's by the weight
 EVERY = {"gemma2": 2, "gemma3": 6}  # in llama.cpp's code: every n-th layer attends to everything
 ROPE_TYPES = ("default", "linear", "llama3")
 ACTIVATIONS = dict.fromkeys(GEMMA, ("gelu_pytorch_tanh",))

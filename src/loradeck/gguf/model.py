@@ -5,6 +5,7 @@ and rounded once, to the file's type.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,15 +19,17 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from loradeck.base.fingerprint import fingerprint_of
-from loradeck.base.load import load_tokenizer, local_folder, quiet
+from loradeck.base.load import load_tokenizer, local_folder
+from loradeck.base.pretrained import quiet
+from loradeck.base.quantiser import ENCODERS, quantise
 from loradeck.disk import new_file
 from loradeck.errors import AdapterError, BaseModelError, UnsupportedError
 from loradeck.gguf import metadata
 from loradeck.gguf.architecture import architecture_of
 from loradeck.gguf.vocabulary import add_vocabulary
+from loradeck.llamacpp import EMBEDDING, FACTORS, GEMMA, HEAD, Architecture, names
 from loradeck.lora import compatibility
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.gguf import EMBEDDING, HEAD, Architecture, names
 from loradeck.lora.manifest import PREFIX, read_folder
 from loradeck.lora.merge import merged_weight
 from loradeck.ops.layer_kinds import LayerKind
@@ -34,10 +37,10 @@ from loradeck.ops.layer_kinds import LayerKind
 if TYPE_CHECKING:
     import numpy as np
 
-COARSE = frozenset(
-    {"q5_1", "q5_0", "q4_1", "q4_0"}
-)  # for these the embedding and the head, which suffer most, are in q8_0
-FACTORS = "rope_freqs.weight"
+# For these the embedding and the head, which suffer most, are in q8_0.
+COARSE = frozenset({"q5_1", "q5_0", "q4_1", "q4_0", "q4_k"})
+FALLBACKS = {"q4_k": "q5_0"}  # of a matrix whose rows are no whole blocks, as in llama.cpp; f16 for all others
+FILE_TYPES = {"f32": "ALL_F32", "q4_k": "MOSTLY_Q4_K_S"}
 
 
 @dataclass(frozen=True)
@@ -142,16 +145,16 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     return Merge(weighted, kinds)
 
 
-def export(model: Model, merge: Merge, file: Path, quant: str) -> None:
-    """Write a base with adapters merged into it as a GGUF file, atomically.
+def export(model: Model, merge: Merge, file: Path, quant: str) -> Counter[str]:
+    """Write a base with adapters merged into it as a GGUF file, atomically; return how many matrices have each type.
 
-    Matrices get the type `quant`, or f16 if their rows are no multiple of its blocks; for q5 and q4, the embedding and
-    the head get q8_0. Vectors stay in float32.
+    Matrices get the type `quant`. If their rows are no multiple of its blocks, they get f16 or, in place of q4_k, q5_0.
+    For q5 and q4, the embedding and the head get q8_0. Vectors stay in float32.
 
     Raises:
         UnsupportedError: llama.cpp has no such tokenizer, or no such weight.
-        AdapterError: a merged weight is not finite, or too large for the type.
-        BaseModelError: the file cannot be written.
+        AdapterError: a merged weight is not finite, or too large for f16.
+        BaseModelError: a weight is too large for a quantised type, or the file cannot be written.
     """
     import gguf
 
@@ -179,6 +182,7 @@ def export(model: Model, merge: Merge, file: Path, quant: str) -> None:
                 writer.write_tensor_data(_rounded(entry, types[entry.name]))
     except OSError as error:
         raise BaseModelError(f"{file} cannot be written: {error.strerror or error}") from error
+    return Counter(types[entry.name].name.lower() for entry in entries if len(entry.shape) > 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +221,7 @@ def _value(model: Model, merge: Merge, path: str, module: str, name: str) -> Ten
     base = model.architecture
     weight = model.weight(path)
     value = merge(module, weight) if path.endswith(".weight") else weight.float()
-    if base.name in metadata.GEMMA and name.endswith("norm.weight"):
+    if base.name in GEMMA and name.endswith("norm.weight"):
         value = value + 1
     return base.reorder(name, value).contiguous()
 
@@ -236,9 +240,9 @@ def _type(entry: Entry, quant: str) -> Any:
         return kinds.F32
     if quant in COARSE and entry.name in (EMBEDDING, HEAD):
         quant = "q8_0"
-    kind = getattr(kinds, quant.upper())
-    block, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kind if entry.shape[-1] % block == 0 else kinds.F16
+    while entry.shape[-1] % gguf.GGML_QUANT_SIZES[kinds[quant.upper()]][0]:
+        quant = FALLBACKS.get(quant, "f16")
+    return kinds[quant.upper()]
 
 
 def _rounded(entry: Entry, kind: Any) -> "np.ndarray[Any, Any]":
@@ -247,11 +251,13 @@ def _rounded(entry: Entry, kind: Any) -> "np.ndarray[Any, Any]":
     value = entry.compute()
     if kind == gguf.GGMLQuantizationType.F16 and not bool(value.half().isfinite().all()):
         raise AdapterError(f"{entry.name} has values beyond float16's range", hint="Export it as bf16 or f32.")
+    if kind.name in ENCODERS:
+        return quantise(value, kind.name, entry.name).numpy()
     return gguf.quantize(value.numpy(), kind)
 
 
 def _file_type(quant: str) -> str:
-    return "ALL_F32" if quant == "f32" else f"MOSTLY_{quant.upper()}"
+    return FILE_TYPES.get(quant, f"MOSTLY_{quant.upper()}")
 
 
 def _float32() -> "np.dtype[Any]":

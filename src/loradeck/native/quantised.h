@@ -1,4 +1,5 @@
-/* Quantised weights: w = scale · value of a code + minimum, with codes of 2 to 8 bits, as llama.cpp's GGUF files have them.
+/* Quantised weights: w = scale · value of a code + minimum, with codes of 2 to 8 bits, as llama.cpp's GGUF files have them,
+   and U4 of GPTQ and AWQ, NF4 and I8 of bitsandbytes.
 
    A tile of 16 outputs lies in groups of 32 inputs. A group holds the low bits of its codes, the high bits, and scales.
    Of b bits, word k of an output holds inputs n k to n k + n - 1, n = 32 / b: input n k + 4 s + j at bit 8 j + b s. So one
@@ -10,10 +11,12 @@
 #define QUANTISED_H
 #include "numbers.h"
 
-enum { Q8_0 = QUANTISED, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, FORMATS };
+enum { Q8_0 = QUANTISED, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, U4, NF4, I8, FORMATS };
 enum { /* of each output: */
     HALF,           /* a scale in float16 */
+    FLOAT,          /* a scale in float32 */
     HALF_MINIMUM,   /* a scale and a minimum in float16 */
+    HALF_ZERO,      /* a scale in float16, and a byte: the code of zero */
     POWER,          /* a power of two */
     SIGNED,         /* a signed byte, times the superblock's scale in float16 */
     SIGNED_16,      /* the same for 16 inputs each */
@@ -25,10 +28,14 @@ static const struct { i64 low, high, scales, file_bytes; float first; } FORMAT[]
     [Q5_0] = {4, 1, HALF, 22, -16},         [Q5_1] = {4, 1, HALF_MINIMUM, 24, 0},     [IQ4_NL] = {4, 0, HALF, 18, 0},
     [MXFP4] = {4, 0, POWER, 17, 0},         [Q2_K] = {2, 0, NIBBLE_MINIMUM, 84, 0},   [Q3_K] = {2, 1, SIGNED_16, 110, -4},
     [Q4_K] = {4, 0, BYTE_MINIMUM, 144, 0},  [Q5_K] = {4, 1, BYTE_MINIMUM, 176, 0},    [Q6_K] = {4, 2, SIGNED_16, 210, -32},
-    [IQ4_XS] = {4, 0, SIGNED, 136, 0},
+    [IQ4_XS] = {4, 0, SIGNED, 136, 0},      [U4] = {4, 0, HALF_ZERO, 19, 0},          [NF4] = {4, 0, FLOAT, 20, 0},
+    [I8] = {8, 0, FLOAT, 36, 0},
 };
-static const i64 SCALE_BYTES[] = {32, 64, 16, 16, 32, 32, 32}, SUPER_BYTES[] = {0, 0, 0, 32, 32, 64, 64};
+static const i64 SCALE_BYTES[] = {32, 64, 64, 48, 16, 16, 32, 32, 32}, SUPER_BYTES[] = {0, 0, 0, 0, 0, 32, 32, 64, 64};
 static const float IQ4[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const float NORMAL[] = {-1, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
+    0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1};
 static const float FP4[] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; /* twice the values */
 
 INLINE i64 groups_of_file_block(i64 format) { return SUPER_BYTES[FORMAT[format].scales] ? 8 : 1; }
@@ -42,11 +49,13 @@ INLINE i64 super_bytes(i64 format) { /* of the groups of a block of the file, an
 INLINE i64 quantised_tile_bytes(i64 format, i64 groups) { return groups / groups_of_file_block(format) * super_bytes(format); }
 
 typedef struct { vec part[16 / LANES]; } Table; /* values of codes of 4 bits; of fewer bits they are repeated */
-INLINE int is_linear(const int format) { return format != IQ4_NL && format != IQ4_XS && format != MXFP4; }
+INLINE int is_linear(const int format) { return format != IQ4_NL && format != IQ4_XS && format != MXFP4 && format != NF4; }
 INLINE Table table_of(const int format, const int bits, const int step) {
     float values[16];
     for (int i = 0; i < 16; i++)
-        values[i] = is_linear(format) ? step * (i & ((1 << bits) - 1)) : format == MXFP4 ? FP4[i] : IQ4[i];
+        values[i] = is_linear(format) ? step * (i & ((1 << bits) - 1))
+                  : format == MXFP4   ? FP4[i]
+                  : format == NF4     ? NORMAL[i] : IQ4[i];
     Table table;
     memcpy(&table, values, sizeof values);
     return table;
@@ -80,7 +89,9 @@ INLINE vec floats(words w) { return __builtin_convertvector((ints)w, vec); }
 /* Scale and minimum of LANES outputs from `output` on, for the inputs of one half of a group */
 INLINE void scales_of(vec *scale, vec *minimum, const char *from, const char *super, int half, int output, const int format) {
     const int kind = FORMAT[format].scales;
-    if (kind == HALF || kind == HALF_MINIMUM) *scale = half_scales(from + output * 2);
+    if (kind == HALF || kind == HALF_MINIMUM || kind == HALF_ZERO) *scale = half_scales(from + output * 2);
+    if (kind == FLOAT) *scale = *(const vec *)(from + output * 4);
+    if (kind == HALF_ZERO) *minimum = -*scale * floats(unsigned_bytes(from + 32 + output)); /* exactly */
     if (kind == HALF_MINIMUM) *minimum = half_scales(from + 32 + output * 2);
     if (kind == POWER) { /* 2^(byte - 128) */
         words power = unsigned_bytes(from + output), small = 0x200000u << (power & 1);
@@ -95,7 +106,7 @@ INLINE void scales_of(vec *scale, vec *minimum, const char *from, const char *su
         *scale = floats(s) * half_scales(super + output * 2);
         *minimum = -floats(m) * half_scales(super + 32 + output * 2);
     }
-    if (kind != HALF_MINIMUM && kind < BYTE_MINIMUM) *minimum = *scale * FORMAT[format].first; /* exactly */
+    if (kind != HALF_MINIMUM && kind != HALF_ZERO && kind < BYTE_MINIMUM) *minimum = *scale * FORMAT[format].first; /* too */
 }
 INLINE words code_of(const char *plane, const int input, const int output, const int bits) { /* and what is above it */
     const int n = 32 / bits;
@@ -138,7 +149,8 @@ INLINE void decode_as(char *to, const char *group, const char *super, const int 
         }
     }
 }
-#define EACH_FORMAT(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(IQ4_NL) X(MXFP4) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_XS)
+#define EACH_FORMAT(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(IQ4_NL) X(MXFP4) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_XS) \
+    X(U4) X(NF4) X(I8)
 #define DECODER(f) NOINLINE void decode_##f(char *to, const char *group, const char *super, const int plain) { \
     if (plain == F32) decode_as(to, group, super, f, F32); else decode_as(to, group, super, f, BF16); }
 EACH_FORMAT(DECODER)
@@ -159,6 +171,7 @@ INLINE void decode(void *to, const char *tile, i64 g, i64 format, const int plai
 typedef struct { /* a block of one output, taken apart; scales of 16 or 32 inputs each */
     uint8_t code[256], scale[16], minimum[16];
     uint16_t half, half_minimum;
+    float number;
 } FileBlock;
 static void take_apart(FileBlock *b, const uint8_t *from, i64 format) {
     const uint8_t *q, *h;
@@ -168,11 +181,17 @@ static void take_apart(FileBlock *b, const uint8_t *from, i64 format) {
         memcpy(&b->half, from, 2);
         memcpy(b->code, from + 2, 32);
         break;
-    case Q4_0: case Q4_1: case IQ4_NL: case MXFP4: case Q5_0: case Q5_1:
+    case I8:
+        memcpy(&b->number, from, 4);
+        memcpy(b->code, from + 4, 32);
+        break;
+    case Q4_0: case Q4_1: case IQ4_NL: case MXFP4: case Q5_0: case Q5_1: case U4: case NF4:
         q = from;
         if (format == MXFP4) b->scale[0] = *q++;
+        else if (format == NF4) memcpy(&b->number, q, 4), q += 4;
         else memcpy(&b->half, q, 2), q += 2;
         if (format == Q4_1 || format == Q5_1) memcpy(&b->half_minimum, q, 2), q += 2;
+        if (format == U4) b->minimum[0] = *q++;
         h = q;
         if (format == Q5_0 || format == Q5_1) q += 4;
         for (int i = 0; i < 16; i++) b->code[i] = q[i] & 15, b->code[16 + i] = q[i] >> 4;
@@ -248,6 +267,8 @@ static void put_block(char *super, const FileBlock *b, int output, i64 format) {
         switch (kind) {
         case HALF_MINIMUM: memcpy(scales + 32 + output * 2, &b->half_minimum, 2); /* and the scale */
         case HALF: memcpy(scales + output * 2, &b->half, 2); break;
+        case HALF_ZERO: memcpy(scales + output * 2, &b->half, 2), scales[32 + output] = b->minimum[0]; break;
+        case FLOAT: memcpy(scales + output * 4, &b->number, 4); break;
         case BYTE_MINIMUM: scales[16 + output] = b->minimum[g]; /* and the scale */
         case POWER: case SIGNED: scales[output] = b->scale[g]; break;
         default: scales[output] = b->scale[2 * g], scales[16 + output] = b->scale[2 * g + 1];

@@ -1,6 +1,9 @@
 """Quantised matrices in tiles, as the step reads them (quantised.h), made from the blocks of GGUF files.
 
-Their values are llama.cpp's, to the bit. O outputs   I inputs
+Their values are llama.cpp's, to the bit. The blocks of other tools' weights are ours: a scale, then codes as in Q4_0
+and Q8_0. U4 has a scale in float16 and a byte for the code of zero, NF4 (bitsandbytes') and I8 a scale in float32.
+
+O outputs   I inputs
 """
 
 import ctypes
@@ -24,7 +27,7 @@ class Kind(NamedTuple):
     """How weights are quantised: a block of so many inputs takes so many bytes of a file."""
 
     name: str
-    """As in `gguf.GGMLQuantizationType`."""
+    """As in `gguf.GGMLQuantizationType`, or one of those below that no GGUF file has."""
     number: int
     inputs: int
     bytes: int
@@ -37,6 +40,7 @@ KINDS: Mapping[str, Kind] = {
             ("Q8_0", 32, 34), ("Q4_0", 32, 18), ("Q4_1", 32, 20), ("Q5_0", 32, 22), ("Q5_1", 32, 24),
             ("IQ4_NL", 32, 18), ("MXFP4", 32, 17), ("Q2_K", 256, 84), ("Q3_K", 256, 110), ("Q4_K", 256, 144),
             ("Q5_K", 256, 176), ("Q6_K", 256, 210), ("IQ4_XS", 256, 136),
+            ("U4", 32, 19), ("NF4", 32, 20), ("I8", 32, 36),
         ),
         start=len(FORMATS),
     )

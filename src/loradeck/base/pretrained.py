@@ -1,0 +1,113 @@
+"""Models and tokenizers of transformers, loaded in silence; whatever goes wrong is a BaseModelError."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.utils as hub
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from loradeck.base.source import HINT
+from loradeck.errors import BaseModelError, LoradeckError
+
+
+def pretrained_model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> PreTrainedModel:
+    """Load a causal language model; every weight must be in its files.
+
+    Raises:
+        BaseModelError: it is another kind of model, or lacks weights.
+    """
+    config = pretrained_config(source, where, gguf.get("gguf_file"))
+    model, report = AutoModelForCausalLM.from_pretrained(
+        where,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **gguf,
+    )
+    if report["missing_keys"]:  # transformers would initialise them at random
+        raise BaseModelError(
+            f"{source} lacks weights of its {type(model).__name__}",
+            sorted(report["missing_keys"]),
+            hint="Copy all the model's files again.",
+        )
+    return model
+
+
+def pretrained_config(source: str | Path, where: str, gguf_file: str | None = None) -> PretrainedConfig:
+    """Load the configuration of a causal language model.
+
+    Raises:
+        BaseModelError: it is another kind of model.
+    """
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, gguf_file=gguf_file)
+    if config.is_encoder_decoder or any("MaskedLM" in name for name in config.architectures or ()):
+        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=HINT)
+    return config
+
+
+def pretrained_tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    hint = "Put the model's own tokenizer.json and tokenizer_config.json there."
+    with base_errors(f"the tokenizer of {source}", hint):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **gguf)
+        if tokenizer is None:
+            raise FileNotFoundError("it is missing")
+    return tokenizer
+
+
+@contextmanager
+def base_errors(source: str | Path, hint: str = HINT) -> Iterator[None]:
+    """Raise errors that are not ours as a BaseModelError: what untrusted files make transformers raise has no class."""
+    try:
+        yield
+    except LoradeckError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise BaseModelError(
+                f"{source} needs its own code, which loradeck never runs",
+                hint="Use a model whose architecture is part of transformers.",
+            ) from error
+        raise BaseModelError(f"cannot load {source}: {first_line(error)}", hint=hint) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return str(error).strip().partition("\n")[0].rstrip(" :") or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars, logs and warnings, but not the progress of a download."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    downloads = not hub.are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        if downloads:
+            hub.enable_progress_bars()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
