@@ -6,6 +6,7 @@ one, and the module's state_dict has plain ones.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -160,6 +161,15 @@ def set_weight(module: nn.Linear | nn.Embedding, weight: QuantisedWeight, dtype:
     """Give a frozen layer a quantised weight, in place; it computes in a dtype."""
     module.__class__ = QuantisedLinear if isinstance(module, nn.Linear) else QuantisedEmbedding
     module.weight, module.dtype = weight, dtype
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """Return how a model's weights are quantised, as in "Q4_K, Q6_K", that of most weights first; None if none is."""
+    sizes: Counter[str] = Counter()
+    for each in model.parameters():
+        if isinstance(each, QuantisedWeight):
+            sizes[each.quantised.kind.name] += each.quantised.shape.numel()
+    return ", ".join(name for name, _ in sizes.most_common()) or None
 
 
 @cache
