@@ -30,10 +30,8 @@ class PrebuiltLibraries(BuildHookInterface):
             for capability in (compiler.FEATURES if x86 else ("DEFAULT",))
         ]
         if x86:
-            builds += [
-                (library.SOURCE, f"{library.OPTIONS} {options}", "AVX512")
-                for options in (library.BYTES, library.HALVES)
-            ]
+            more = (library.BYTES, library.HALVES)
+            builds += [(library.SOURCE, f"{library.OPTIONS} {options}", "AVX512") for options in more]
         for build in builds:
             path = compiler.prebuild(*build, folder)
             build_data["force_include"][str(path)] = str(compiler.PREBUILT.relative_to(source) / path.name)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loradeck.base import load
 from loradeck.base.load import Base
 from loradeck.lora.bank import Bank
 
@@ -42,6 +43,24 @@ def test_the_merged_model_computes_what_the_route_did(
         torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(expected, base.model(IDS).logits, atol=1e-2)
     assert AutoTokenizer.from_pretrained("out")("Hi")["input_ids"] == base.tokenizer("Hi")["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_gguf_file_is_merged_in_plain_weights(
+    run: Callable, bpe_folder: Path, adapters: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks are decoded, and the sum is rounded once to the dtype."""
+    monkeypatch.setattr(load, "computes_in", lambda *_: dtype == "bfloat16")  # what `auto` is
+    assert run("export", bpe_folder, "-o", "base.gguf", "--quant", "q4_1").code == 0
+    assert run("merge", "base.gguf", adapters / "poet", "-o", "out", "--any-base").code == 0
+    merged = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
+    assert str(merged.dtype) == f"torch.{dtype}"
+    base = Base.load("base.gguf", dtype="float32", device="cpu")
+    bank = Bank(base.model)
+    bank.merge(bank.load(adapters / "poet", any_base=True))
+    for path, weight in merged.named_parameters():
+        expected = base.model.get_parameter(path)
+        assert (weight.float() - expected).abs().max() <= 2**-7 * expected.abs().max(), path
 
 
 def test_existing_files_are_left_alone(run: Callable, tiny_folder: Path, adapters: Path) -> None:

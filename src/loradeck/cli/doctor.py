@@ -125,11 +125,10 @@ def _quantised_weights() -> str:
 
     if why := why_not_quantised():
         return why
-    kinds = [
-        "int8" if int8_pays(halves=multiplies_halves(dtype)) else "plain" for dtype in (torch.float32, torch.bfloat16)
-    ]
-    apart = f", plain ones in {torch.bfloat16}" if kinds[0] != kinds[1] else ""
-    return f"in the compiled step, by default with {kinds[0]} activations{apart.replace('torch.', '')}"
+    dtypes = (torch.float32, torch.bfloat16)
+    kinds = ["int8" if int8_pays(halves=multiplies_halves(dtype)) else "plain" for dtype in dtypes]
+    apart = "" if kinds[0] == kinds[1] else f", {kinds[1]} ones in bfloat16"
+    return f"in the compiled step, by default with {kinds[0]} activations{apart}"
 
 
 def _cpu_adapters() -> str:

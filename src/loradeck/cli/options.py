@@ -41,6 +41,14 @@ Activations: TypeAlias = Annotated[
         "takes int8 on CPUs where that was measured to be faster."
     ),
 ]
+TrainingWeights: TypeAlias = Annotated[
+    Literal["plain", "packed", "int8", "int4"],
+    Parameter(
+        help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; or int8 or int4, which "
+        "take a half or less of bfloat16's memory. A .gguf file that is already quantised stays so unless --dtype is "
+        "given."
+    ),
+]
 Adapters: TypeAlias = Annotated[
     Sequence[str],
     Parameter(name=["--adapter", "-a"], metavar="ADAPTER", show_default=False, help="Can be given several times."),

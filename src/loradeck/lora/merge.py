@@ -40,8 +40,8 @@ def fold(
         for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.sites):
             module = model.get_submodule(path)
             weight: Any = module.weight
-            dense = dense_weight(module) if weight.is_floating_point() else weight
-            if type(dense) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+            dense = dense_weight(module)
+            if type(dense) not in (nn.Parameter, Tensor) or not dense.is_floating_point():
                 raise UnsupportedError(
                     f"cannot merge into {path}: its weight is a {type(weight).__name__} of {weight.dtype}",
                     hint="Merge into a base loaded in float32, bfloat16 or float16.",
@@ -59,7 +59,7 @@ def fold(
                 raise AdapterError(
                     f"{path} would hold NaN or Inf after merging", hint="Check the adapter and its weight."
                 )
-            merged[path] = nn.Parameter(total, requires_grad=weight.requires_grad)
+            merged[path] = nn.Parameter(total.contiguous(), requires_grad=weight.requires_grad)
     originals: dict[str, nn.Parameter] = {}
     for path, parameter in merged.items():
         module = model.get_submodule(path)
