@@ -26,7 +26,7 @@ from loradeck.base.pretrained import (
     pretrained_tokenizer,
     quiet,
 )
-from loradeck.base.quantised import why_not_quantised
+from loradeck.base.quantised import quantisation, why_not_quantised
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.base.weights import QUANTISED, Weights, check_quantised, prepare
 from loradeck.dtypes import computes_in
@@ -42,7 +42,7 @@ class Base:
     """A frozen model and its tokenizer.
 
     `name` is short and meant for people; `source` is the argument of `load`, which loads the same base again. The model
-    carries `fingerprint` and `base_name` as attributes of its own.
+    carries `fingerprint`, `base_name` and `base_quantisation` as attributes of its own.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -94,7 +94,7 @@ class Base:
             model.requires_grad_(False).eval().to(torch_device)  # type: ignore[arg-type]
         base = cls(model, tokenizer, name, str(source), fingerprint(model))
         origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # the name other tools know it by
-        vars(model).update(fingerprint=base.fingerprint, base_name=origin)
+        vars(model).update(fingerprint=base.fingerprint, base_name=origin, base_quantisation=quantisation(model))
         if weights not in QUANTISED:
             prepare(model, weights)
         return base

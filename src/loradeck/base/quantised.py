@@ -5,6 +5,8 @@ the model; what is decoded for a product is freed after it. A merge, or a load o
 one, and the module's state_dict has plain ones.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -14,13 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import FrozenLinear, Layout
-from loradeck.base.matmul import BLOCK, input_grad, linear
+from loradeck.base.matmul import BLOCK, linear
+from loradeck.dtypes import computes_in
 from loradeck.native.blocks import OUTPUTS
 from loradeck.native.library import any_library, multiplies_halves
 from loradeck.native.product import product
 from loradeck.native.quantised import Quantised
 
 FEW = 64  # rows up to which the step's product is faster than decoding first
+
+
+class _Room(threading.local):
+    """Each thread's memory for decoded weights: to get it anew would take as long as to decode them."""
+
+    memory = torch.empty(0)
+
+    def of(self, numbers: int) -> Tensor:
+        if len(self.memory) < numbers:
+            self.memory = torch.empty(numbers)
+        return self.memory
+
+
+_room = _Room()
 
 
 class QuantisedWeight(nn.Parameter):
@@ -85,27 +102,33 @@ class QuantisedLinear(_QuantisedLayout, FrozenLinear):
         weight = self.weight
         if not isinstance(weight, QuantisedWeight):
             return linear(x, weight, self.bias)
+        if x.dtype != self.dtype or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.dense(), self.bias)
         items = x.reshape(-1, self.in_features)
-        if len(items) <= FEW and x.dtype == self.dtype and not torch.is_autocast_enabled(x.device.type):
+        if len(items) <= FEW:
             halves = multiplies_halves(x.dtype)
             return product(x, weight.quantised, self.out_features, self.bias, halves=halves)
+        items = items.to(_product_dtype(x))
         y = items.new_empty(len(items), self.out_features)
-        for rows in self._parts():
-            y[:, rows] = linear(items, weight.quantised.dense(rows, x.dtype), None)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        for rows, part in _parts(weight.quantised, items.dtype):
+            torch.mm(items, part.T, out=y[:, rows])
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def input_grad(self, grad: Tensor) -> Tensor:
         weight = self.weight
         if not isinstance(weight, QuantisedWeight):
             return super().input_grad(grad)
-        parts = [input_grad(grad[..., rows], weight.quantised.dense(rows, grad.dtype)) for rows in self._parts()]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-    def _parts(self) -> Iterator[slice]:
-        """Yield slices of the outputs, so many that their plain weights fit the cache."""
-        step = max(1, BLOCK // self.in_features // OUTPUTS) * OUTPUTS
-        return (slice(at, min(at + step, self.out_features)) for at in range(0, self.out_features, step))
+        items = grad.reshape(-1, self.out_features).to(_product_dtype(grad))
+        wide = torch.promote_types(items.dtype, torch.float32)  # the sum over the parts is rounded once
+        dx = items.new_zeros(len(items), self.in_features, dtype=wide)
+        for rows, part in _parts(weight.quantised, items.dtype):
+            if items.dtype == wide:
+                dx.addmm_(items[:, rows], part)
+            else:
+                dx += items[:, rows] @ part
+        return dx.to(grad.dtype).view(*grad.shape[:-1], self.in_features)
 
 
 class QuantisedEmbedding(_QuantisedLayout, nn.Embedding):
@@ -120,10 +143,33 @@ class QuantisedEmbedding(_QuantisedLayout, nn.Embedding):
         return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
 
 
+def _parts(weight: Quantised, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the outputs with their plain weights (out', in), which hold until the next are taken."""
+    step = max(1, BLOCK // weight.inputs // OUTPUTS) * OUTPUTS
+    room = _room.of(step * weight.inputs)
+    for at in range(0, weight.outputs, step):
+        rows = slice(at, min(at + step, weight.outputs))
+        yield rows, weight.dense(rows, dtype, room)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to multiply in: float32 where the CPU only emulates that of x."""
+    return x.dtype if computes_in(x.dtype, x.device) else torch.float32
+
+
 def set_weight(module: nn.Linear | nn.Embedding, weight: QuantisedWeight, dtype: torch.dtype) -> None:
     """Give a frozen layer a quantised weight, in place; it computes in a dtype."""
     module.__class__ = QuantisedLinear if isinstance(module, nn.Linear) else QuantisedEmbedding
     module.weight, module.dtype = weight, dtype
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """Return how a model's weights are quantised, as in "Q4_K, Q6_K", that of most weights first; None if none is."""
+    sizes: Counter[str] = Counter()
+    for each in model.parameters():
+        if isinstance(each, QuantisedWeight):
+            sizes[each.quantised.kind.name] += each.quantised.shape.numel()
+    return ", ".join(name for name, _ in sizes.most_common()) or None
 
 
 @cache

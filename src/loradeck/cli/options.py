@@ -33,6 +33,13 @@ Weights: TypeAlias = Annotated[
         "compiled step; int8, half the memory of bfloat16, and int4, a third of it: faster for few rows, at an error."
     ),
 ]
+TrainingWeights: TypeAlias = Annotated[
+    Literal["plain", "packed", "int8", "int4"],
+    Parameter(
+        help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; or int8 or int4, which "
+        "take a half or less of bfloat16's memory. A .gguf file that is already quantised stays so unless --dtype is given."
+    ),
+]
 Adapters: TypeAlias = Annotated[
     Sequence[str],
     Parameter(name=["--adapter", "-a"], metavar="ADAPTER", show_default=False, help="Can be given several times."),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from cyclopts import Parameter
 
 from loradeck.cli.display.text import columns, printable
-from loradeck.cli.options import Dtype
+from loradeck.cli.options import Dtype, TrainingWeights
 from loradeck.cli.train import DEFAULTS, LORA, READING, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
 from loradeck.dataset.config import DataConfig
 from loradeck.errors import ConfigError, TrainingError
@@ -41,6 +41,7 @@ def sweep(
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
     valid: str | None = None,
     dtype: Dtype = "auto",
+    weights: TrainingWeights = "packed",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -67,8 +68,8 @@ def sweep(
     from loradeck.train.sweep import HELD_OUT, halve, trials
 
     if resume:
-        arguments = (base, dataset, lr, r, reading, lora, recipe, shared, valid, dtype)
-        if arguments != (None, None, None, None, *DEFAULTS, None, "auto"):
+        arguments = (base, dataset, lr, r, reading, lora, recipe, shared, valid, dtype, weights)
+        if arguments != (None, None, None, None, *DEFAULTS, None, "auto", "packed"):
             raise ConfigError("--resume takes no other settings", hint="Resume with only --output and --resume.")
         run_recipe = read_run(output, sweep=True)
         if say_finished(output):
@@ -89,7 +90,9 @@ def sweep(
             train=recipe,
         )
         jobs = trials(job, numbers("--lr", lr, float), numbers("--r", r, int))
-        run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=jobs, sweep=True)
+        run_recipe = RunRecipe(
+            base=resolve_base(base), dtype=dtype, weights=weights, shared=shared, jobs=jobs, sweep=True
+        )
     run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, each_pass=halve)
     return 0 if dry_run else conclude(run, run_recipe.base)
 

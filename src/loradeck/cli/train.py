@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
-from loradeck.cli.options import Dtype, is_typed
+from loradeck.cli.options import Dtype, TrainingWeights, is_typed
 from loradeck.cli.output import check_writable
 from loradeck.cli.process import quick_imports
 from loradeck.cli.writers import Kind
@@ -52,6 +52,7 @@ def train(
     from_: str | None = None,
     last_layers: int | None = None,
     dtype: Dtype = "auto",
+    weights: TrainingWeights = "packed",
     log: Kind | None = None,
     dry_run: bool = False,
     resume: bool = False,
@@ -89,17 +90,17 @@ def train(
         "train": recipe,
     }
     if base is not None and base.endswith(".toml") and dataset is None:
-        flags = (reading, lora, recipe, shared, valid, from_, last_layers, dtype)
-        if flags != (*DEFAULTS, None, None, None, "auto"):
+        flags = (reading, lora, recipe, shared, valid, from_, last_layers, dtype, weights)
+        if flags != (*DEFAULTS, None, None, None, "auto", "packed"):
             raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
         run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:
         job = JobRecipe(name=output.resolve().name, data=resolve(dataset), **settings)
-        run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, shared=shared, jobs=(job,))
+        run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, weights=weights, shared=shared, jobs=(job,))
     elif resume and base is None:
         stored = read_run(output, sweep=False)
         jobs = tuple(replace(job, **settings) for job in stored.jobs)
-        run_recipe = replace(stored, dtype=dtype, shared=shared, jobs=jobs)
+        run_recipe = replace(stored, dtype=dtype, weights=weights, shared=shared, jobs=jobs)
     else:
         raise ConfigError(
             "a base and a dataset are needed", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER"
@@ -138,7 +139,7 @@ def carry_out(
 
     check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
     console = Console()
-    base = Base.load(recipe.base, dtype=recipe.dtype, weights="packed")
+    base = Base.load(recipe.base, dtype=recipe.dtype, weights=recipe.weights)
     with reading_progress() as on_read:
         run = Run(recipe, output, base, on_read=on_read)
     run.answer = answerer(base, run)
@@ -288,7 +289,7 @@ def check_same(recipe: RunRecipe, stored: RunRecipe) -> None:
     Raises:
         ConfigError: names each setting that differs, with both values.
     """
-    problems = _differences(recipe, stored, ("base", "dtype")) + _differences(recipe.shared, stored.shared)
+    problems = _differences(recipe, stored, ("base", "dtype", "weights")) + _differences(recipe.shared, stored.shared)
     if [job.name for job in recipe.jobs] != [job.name for job in stored.jobs]:
         problems.append("the adapters' names differ")
     else:

@@ -139,8 +139,8 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     kinds: dict[str, LayerKind] = {}
     for folder, weight in folders.items():
         files = read_folder(folder)
-        compatibility.check_base(model.skeleton, files, any_base=False)
         kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder)
+        compatibility.check_base(model.skeleton, files, any_base=False)
         weighted.append((Adapter.from_files(files, check_copy=partial(_why_not_a_copy, model)), weight))
     return Merge(weighted, kinds)
 

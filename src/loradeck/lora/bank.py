@@ -164,9 +164,9 @@ class Bank:
             UnsupportedError, AdapterError: as `load`.
         """
         files = read_folder(folder)
-        compatibility.check_base(self.model, files, any_base=any_base)
         with self._lock:
             self._fit(files.sites, str(folder))
+        compatibility.check_base(self.model, files, any_base=any_base)
         return files
 
     def save(self, name: str, folder: str | Path, **provenance: str) -> Path:

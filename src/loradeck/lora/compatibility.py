@@ -1,5 +1,6 @@
 """Whether an adapter fits a model: its modules, its shapes, its base. Changes nothing."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,8 @@ from loradeck.errors import AdapterError
 from loradeck.lora import targets
 from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule
 from loradeck.ops.layer_kinds import LayerKind, dense_weight
+
+log = logging.getLogger(__name__)
 
 
 def layer_kinds(
@@ -45,19 +48,32 @@ def layer_kinds(
 def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None:
     """Compare the base that an adapter's metadata names with the model's, if both have a fingerprint.
 
+    If they differ and one of them is quantised, it may be the other's: the log warns. The shapes must fit.
+
     Raises:
-        AdapterError: they differ and `any_base` is not set.
+        AdapterError: they differ, none of them is quantised, and `any_base` is not set.
     """
-    trained_on: str | None = files.origin.provenance.get("base_fingerprint")
-    fingerprint: object = getattr(model, "fingerprint", None)
-    if trained_on and isinstance(fingerprint, str) and trained_on != fingerprint and not any_base:
+    theirs, ours = files.origin.provenance.get("base_fingerprint"), getattr(model, "fingerprint", None)
+    if any_base or not theirs or not isinstance(ours, str) or theirs == ours:
+        return
+    their_kind, our_kind = files.origin.provenance.get("base_quantisation"), getattr(model, "base_quantisation", None)
+    what = (
+        f"{files.folder} was trained on another base: {files.origin.base_model or 'unnamed'}, "
+        f"fingerprint {theirs[:12]}{_in(their_kind)}; this one has {ours[:12]}{_in(our_kind)}"
+    )
+    if their_kind or our_kind:
+        log.warning("%s. It is used, since its shapes fit and both may be the same base, quantised differently", what)
+    else:
         raise AdapterError(
-            f"{files.folder} was trained on another base: {files.origin.base_model or 'unnamed'}, "
-            f"fingerprint {trained_on[:12]}; this one has {fingerprint[:12]}",
+            what,
             hint="Load that base.",
             python="If you know that this one is compatible, pass any_base=True.",
             cli="If you know that this one is compatible: `loradeck generate`, `chat` and `merge` take --any-base.",
         )
+
+
+def _in(kind: str | None) -> str:
+    return f" in {kind}" if kind else ""
 
 
 def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor) -> str | None:

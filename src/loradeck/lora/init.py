@@ -70,8 +70,9 @@ def stamp(model: nn.Module, adapter: Adapter) -> None:
     task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else adapter.origin.task_type
     adapter.origin = Origin(name, adapter.origin.revision, task, adapter.origin.metadata)
     record = {"loradeck": version("loradeck"), "torch": str(torch.__version__)}
-    fingerprint = getattr(model, "fingerprint", None)
-    adapter.describe(**record, **({"base_fingerprint": fingerprint} if isinstance(fingerprint, str) else {}))
+    base = {"base_fingerprint": "fingerprint", "base_quantisation": "base_quantisation"}
+    facts = {key: getattr(model, attribute, None) for key, attribute in base.items()}
+    adapter.describe(**record, **{key: fact for key, fact in facts.items() if isinstance(fact, str)})
 
 
 def prepare(adapter: Adapter, generator: torch.Generator | None) -> None:

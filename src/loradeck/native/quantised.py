@@ -7,6 +7,7 @@ O outputs   I inputs
 """
 
 import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, padded
 from loradeck.native.library import CLayout, CMatrix, CPlain, any_library
 
+PART = 1 << 20  # numbers decoded at a time for rows
 NO_MEMORY = "out of memory for quantised weights"
 
 
@@ -71,8 +73,10 @@ class Quantised:
         """The C structure; its memory is that of `tiles`."""
         return CMatrix(self.tiles.data_ptr(), len(self.tiles), self.inputs // INPUTS, self.kind.number, None)
 
-    def dense(self, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the values (O', I) of some outputs.
+    def dense(
+        self, rows: slice = slice(None), dtype: torch.dtype = torch.float32, room: Tensor | None = None
+    ) -> Tensor:
+        """Return the values (O', I) of some outputs; they may lie in `room`, float32 for all of their tiles.
 
         Raises:
             MemoryError: there is not enough for them.
@@ -81,7 +85,7 @@ class Quantised:
         if step != 1:
             raise ValueError("rows must follow each other")
         first = start // OUTPUTS
-        values = self._values(torch.arange(first, max(first, -(-stop // OUTPUTS))), dtype)
+        values = self._values(torch.arange(first, max(first, -(-stop // OUTPUTS))), dtype, room)
         return values[start - first * OUTPUTS : stop - first * OUTPUTS]
 
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,7 +97,14 @@ class Quantised:
         if len(index.flatten()) and not 0 <= int(index.min()) <= int(index.max()) < self.outputs:
             raise IndexError(f"index out of range of {self.outputs} rows")
         tiles, place = (index // OUTPUTS).unique(return_inverse=True)
-        return self._values(tiles, dtype)[place * OUTPUTS + index % OUTPUTS]
+        place = place * OUTPUTS + index % OUTPUTS
+        y = torch.empty(*index.shape, self.inputs, dtype=dtype)
+        at = 0
+        for part in tiles.split(max(1, PART // (OUTPUTS * self.inputs))):
+            here = (at <= place) & (place < at + len(part) * OUTPUTS)
+            y[here] = self._values(part, dtype)[place[here] - at]
+            at += len(part) * OUTPUTS
+        return y
 
     def values(self, index: Tensor) -> Tensor:
         """Return single values (n,), each by its place in the matrix row by row: fast for some thousands."""
@@ -101,16 +112,20 @@ class Quantised:
         any_library().loradeck_values(ctypes.byref(self.matrix), index.data_ptr(), len(index), y.data_ptr())
         return y
 
-    def _values(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    def _values(self, tiles: Tensor, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
         """Return the values (16 n, I) of n tiles."""
+        shape, stored = (self.inputs, len(tiles) * OUTPUTS), dtype if dtype in FORMATS else torch.float32
         try:
-            turned = torch.empty(self.inputs, len(tiles) * OUTPUTS, dtype=dtype)
+            if room is None:
+                turned = torch.empty(shape, dtype=stored)
+            else:
+                turned = room.view(stored)[: math.prod(shape)].view(shape)
         except RuntimeError as error:  # torch has none of its own for memory
             raise MemoryError(NO_MEMORY) from error
-        c = CPlain(self.matrix, turned.data_ptr(), tiles.data_ptr(), len(tiles), FORMATS[dtype])
+        c = CPlain(self.matrix, turned.data_ptr(), tiles.data_ptr(), len(tiles), FORMATS[stored])
         if len(tiles) and any_library().loradeck_plain(ctypes.byref(c), torch.get_num_threads()):
             raise MemoryError(NO_MEMORY)
-        return turned.T
+        return turned.T.to(dtype)
 
 
 def pack(data: Tensor, kind: Kind, inputs: int, order: Tensor | None = None) -> Quantised:

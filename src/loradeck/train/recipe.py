@@ -67,6 +67,8 @@ class RunRecipe:
     base: str
     """A folder, a hub id, a .gguf file, or smollm2-135m."""
     dtype: str = "auto"
+    weights: str = "packed"
+    """Format of the base's weights; see `loradeck.base.weights`."""
     shared: PassConfig = field(default_factory=PassConfig)
     jobs: tuple[JobRecipe, ...]
     sweep: bool = False
@@ -84,7 +86,13 @@ class RunRecipe:
     def toml(self) -> str:
         """Return the run as the text of a run file, without unset values."""
         shared = _without_unset(
-            {"base": self.base, "dtype": self.dtype, "sweep": self.sweep or None, **asdict(self.shared)}
+            {
+                "base": self.base,
+                "dtype": self.dtype,
+                "weights": self.weights,
+                "sweep": self.sweep or None,
+                **asdict(self.shared),
+            }
         )
         jobs = [
             _without_unset(
@@ -125,9 +133,10 @@ def read_recipe(path: Path | str) -> RunRecipe:
     problems = [f"defaults.{key}: {_unknown(key, KEYS)}" for key in defaults if key not in KEYS]
     defaults = {key: value for key, value in defaults.items() if key in KEYS}
     recipes = [_job({**defaults, **job}, f"adapter[{index}]", path.parent, problems) for index, job in enumerate(jobs)]
-    base, dtype, sweep = content.pop("base", None), content.pop("dtype", "auto"), content.pop("sweep", False)
-    problems += [] if isinstance(base, str) else ["base: must be a string"]
-    problems += [] if isinstance(dtype, str) else ["dtype: must be a string"]
+    base, sweep = content.pop("base", None), content.pop("sweep", False)
+    dtype, weights = content.pop("dtype", RunRecipe.dtype), content.pop("weights", RunRecipe.weights)
+    texts = {"base": base, "dtype": dtype, "weights": weights}
+    problems += [f"{key}: must be a string" for key, value in texts.items() if not isinstance(value, str)]
     problems += [] if isinstance(sweep, bool) else ["sweep: must be true or false"]
     shared = _convert(content, PassConfig, "", problems)
     recipe = None
@@ -136,6 +145,7 @@ def read_recipe(path: Path | str) -> RunRecipe:
             recipe = RunRecipe(
                 base=resolve_base(base, path.parent),
                 dtype=dtype,
+                weights=weights,
                 shared=shared,
                 jobs=tuple(job for job in recipes if job),
                 sweep=sweep,
