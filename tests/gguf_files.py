@@ -48,6 +48,7 @@ CONFIGS = {
     "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=64, query_pre_attn_scalar=64, sliding_window=8),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, head_dim=64, query_pre_attn_scalar=64, sliding_window=8),
     "phi3": lambda: Phi3Config(**SHAPE),
+    "phi3, partial": lambda: Phi3Config(**SHAPE, partial_rotary_factor=0.5),
     "granite": lambda: GraniteConfig(**SHAPE, **GRANITE),
     "olmo2": lambda: Olmo2Config(**SHAPE),
     "smollm3": lambda: SmolLM3Config(**SHAPE),

@@ -280,6 +280,13 @@ def test_what_is_wrong_with_a_model_is_said(
     assert run("export", "bpe", "-o", "nowhere/model.gguf").code == 2
 
 
+def test_matrices_of_another_type_are_counted(run: Callable, bpe_folder: Path) -> None:
+    ran = run("export", bpe_folder, "-o", "model.gguf", "--quant", "q4_k")
+    assert ran.code == 0, ran.err
+    assert "q4_k (q8_0 for 2, q5_0 for 14 of 16 matrices)" in ran.out
+    assert "f32\n" in run("export", bpe_folder, "-o", "plain.gguf", "--quant", "f32").out
+
+
 def test_an_unknown_source_has_the_close_names_of_adapters_too(run: Callable, adapters: Path) -> None:
     ran = run("export", "adapters/piratte", "-o", "poet.gguf")
     assert ran.code == 2

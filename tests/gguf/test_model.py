@@ -24,6 +24,7 @@ ERRORS = {
     "q8_0": 1 / 127,
     "q5_1": 1 / 15,
     "q5_0": 1 / 15,
+    "q4_k": 1 / 7,
     "q4_1": 1 / 7,
     "q4_0": 1 / 7,
 }
@@ -122,6 +123,34 @@ def test_a_tied_head_is_written_once_it_differs(
     assert (HEAD in found) == (targets != ["q_proj"])
     if HEAD in found:
         torch.testing.assert_close(found[HEAD], base.model.get_output_embeddings().weight)
+
+
+@torch.no_grad()
+def test_q4_k_is_q5_0_where_rows_are_no_whole_blocks(bpe_folder: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(
+        bpe_folder, hidden_size=256, intermediate_size=320
+    )  # heads of 16: o has 64 inputs
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(bpe_folder)
+    types = export(Model.open(str(bpe_folder)), Merge(), tmp_path / "out.gguf", "q4_k")
+    assert types == {"q4_k": 2 * 5, "q5_0": 2 * 2, "q8_0": 2}
+    read = {each.name: each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert (read["blk.1.ffn_up.weight"], read["blk.1.ffn_down.weight"], read[HEAD]) == ("Q4_K", "Q5_0", "Q8_0")
+    weight, found = model.model.layers[1].mlp.up_proj.weight, tensors(tmp_path / "out.gguf")["blk.1.ffn_up.weight"]
+    assert (found - weight).norm() < 0.08 * weight.norm()
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"])
+def test_a_weight_beyond_the_scales_of_a_type_is_named(
+    quant: str, bpe_folder: Path, tmp_path: Path, tiny: LlamaForCausalLM
+) -> None:
+    with torch.no_grad():
+        tiny.model.layers[0].mlp.up_proj.weight[3, 5] = 1e9
+    tiny.save_pretrained(bpe_folder)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(BaseModelError, match=r"blk\.0\.ffn_up\.weight has values beyond the range of"):
+        export(Model.open(str(bpe_folder)), Merge(), tmp_path / "out.gguf", quant)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_the_header_says_what_llama_cpp_needs(

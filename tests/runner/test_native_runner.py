@@ -16,7 +16,7 @@ from tests.tiny_models import VOCABULARY, adapter
 from loradeck import Base
 from loradeck.base.blocked import BlockWeight
 from loradeck.base.load import SMOLLM2
-from loradeck.base.weights import prepare, shared_copy
+from loradeck.base.weights import Weights, prepare, shared_copy
 from loradeck.native import step
 from loradeck.runner.choice import runner_of
 from loradeck.runner.model_runner import ModelRunner
@@ -189,3 +189,9 @@ def test_a_mixture_of_experts_through_adapters_of_peft(kind: str, make: Callable
 def test_the_real_base_in_int8_is_computed_natively() -> None:
     base = Base.load(SMOLLM2, dtype="float32", device="cpu", weights="int8")
     assert isinstance(runner_of(base.model), NativeRunner)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_quantised_base_has_all_its_tokens(base: Base, weights: Weights) -> None:
+    prepare(base.model, weights)
+    assert runner_of(base.model).vocabulary == VOCABULARY

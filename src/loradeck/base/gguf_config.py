@@ -48,6 +48,8 @@ LONGROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
 def why_no_config(file: GgufFile) -> str | None:
     """Return why `config_of` cannot read a file's architecture, or None if it can."""
     name = file.settings.get("general.architecture")
+    if name == "olmo2" and file.settings.get("olmo2.attention.sliding_window"):
+        return "its architecture is OLMo 3"  # under the same name
     return None if name in REORDERED | PLAIN else f"its architecture is {name}"
 
 
@@ -75,7 +77,7 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     values |= {theirs: number(ours, math.inf) for ours, theirs in SETTINGS.items()}
     own = OPTIONAL_SETTINGS.get(name, {})
     values |= {theirs: number(ours, math.inf, optional=True) for ours, theirs in own.items()}
-    rotated = number("rope.dimension_count", largest, optional=True)
+    rotary = number("rope.dimension_count", largest, optional=True)
     theta = number("rope.freq_base", math.inf, optional=True) or 10_000.0
     if EMBEDDING not in file.tensors:
         problems.append(f"{EMBEDDING} is missing")
@@ -93,8 +95,8 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     if name == "phi3":
         values["sliding_window"] = values.get("sliding_window") or None  # 0 is none
     rope = _rope(file, name, theta, head_dim, values)
-    if rotated and rotated < head_dim:
-        rope["partial_rotary_factor"] = rotated / head_dim
+    if rotary and rotary < head_dim:
+        rope["partial_rotary_factor"] = rotary / head_dim
     if name == "gemma3":
         local = file.settings.get("gemma3.rope.freq_base_swa", 10_000.0)
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}

@@ -55,6 +55,11 @@ class GgufTensor:
         """Bytes of the tensor."""
         return prod(self.shape[:-1]) * self.row
 
+    @property
+    def end(self) -> int:
+        """Where its bytes end."""
+        return self.offset + self.size
+
 
 class GgufFile:
     """An open GGUF file; a context manager, which closes it.
@@ -171,8 +176,9 @@ class GgufFile:
             self.path = paths[0]
         problems: list[str] = []
         for number, part in enumerate(self._parts):
-            if part.settings.get("split.no", number) != number:
-                problems.append(f"{part.path.name} says that it is part {part.settings['split.no'] + 1}")
+            place = part.settings.get("split.no", number)  # from 0
+            if place != number:
+                problems.append(f"the split.no of {part.path.name} is {place!r:.80}, not {number}")
             for tensor in part.tensors(number, problems):
                 if tensor.name in self.tensors:
                     problems.append(f"{tensor.name} is there twice")
@@ -206,21 +212,27 @@ class _Part:
         """Yield the tensors of this part, whose number is given; add what is wrong with others to the problems."""
         import gguf
 
-        for name, shape, kind, offset in self._table:
+        tail: list[GgufTensor] = []
+        for name, shape, code, offset in self._table:
             try:
-                known = gguf.GGMLQuantizationType(kind)
-                inputs, size = gguf.GGML_QUANT_SIZES[known]
+                kind = gguf.GGMLQuantizationType(code)
+                inputs, size = gguf.GGML_QUANT_SIZES[kind]
             except (ValueError, KeyError):
-                problems.append(f"{name} has the unknown type {kind}")
+                problems.append(f"{name} has the unknown type {code}")
                 continue
-            tensor = GgufTensor(name, shape, known, inputs, size, number, self.data + offset)
+            tensor = GgufTensor(name, shape, kind, inputs, size, number, self.data + offset)
             if not shape or min(shape) < 1 or shape[-1] % inputs:
                 problems.append(f"{name} is {shape}, in blocks of {inputs}")
-            elif tensor.offset + tensor.size > self.size:
-                end = tensor.offset + tensor.size
-                problems.append(f"{name} ends at byte {end}, and {self.path.name} at {self.size}")
+            elif tensor.end > self.size:
+                tail.append(tensor)
             else:
                 yield tensor
+        if tail:
+            last = max(tail, key=lambda tensor: tensor.end)
+            problems.append(
+                f"{self.path.name} has {self.size} bytes, and {len(tail)} tensors end after them, the last at byte "
+                f"{last.end}: {last.name}"
+            )
 
     def _read_header(self) -> None:
         if self._take(4) != b"GGUF":

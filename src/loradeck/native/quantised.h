@@ -173,6 +173,8 @@ typedef struct { /* a block of one output, taken apart; scales of 16 or 32 input
     uint16_t half, half_minimum;
     float number;
 } FileBlock;
+#define EACH_CODE(statement) \
+    for (int part = 0; part < 8; part++) for (int i = 0; i < 32; i++) statement;
 static void take_apart(FileBlock *b, const uint8_t *from, i64 format) {
     const uint8_t *q, *h;
     memset(b, 0, sizeof *b);
@@ -200,7 +202,7 @@ static void take_apart(FileBlock *b, const uint8_t *from, i64 format) {
         break;
     case Q2_K:
         for (int i = 0; i < 16; i++) b->scale[i] = from[i]; /* and the minimum, which stays in its upper bits */
-        for (int i = 0; i < 256; i++) b->code[i] = from[16 + i / 128 * 32 + i % 32] >> 2 * (i % 128 / 32) & 3;
+        EACH_CODE(b->code[32 * part + i] = from[16 + part / 4 * 32 + i] >> 2 * (part % 4) & 3)
         memcpy(&b->half, from + 80, 2), memcpy(&b->half_minimum, from + 82, 2);
         break;
     case Q3_K:
@@ -208,8 +210,7 @@ static void take_apart(FileBlock *b, const uint8_t *from, i64 format) {
             const int low = i < 8 ? from[96 + i] & 15 : from[88 + i] >> 4, high = from[104 + i % 4] >> 2 * (i / 4) & 3;
             b->scale[i] = (uint8_t)((low | high << 4) - 32);
         }
-        for (int i = 0; i < 256; i++)
-            b->code[i] = (from[32 + i / 128 * 32 + i % 32] >> 2 * (i % 128 / 32) & 3) | (from[i % 32] >> i / 32 & 1) << 2;
+        EACH_CODE(b->code[32 * part + i] = (from[32 + part / 4 * 32 + i] >> 2 * (part % 4) & 3) | (from[i] >> part & 1) << 2)
         memcpy(&b->half, from + 108, 2);
         break;
     case Q4_K: case Q5_K:
@@ -220,15 +221,12 @@ static void take_apart(FileBlock *b, const uint8_t *from, i64 format) {
             b->scale[i + 4] = (q[i + 8] & 15) | q[i] >> 6 << 4, b->minimum[i + 4] = q[i + 8] >> 4 | q[i + 4] >> 6 << 4;
         }
         h = from + 16, q = format == Q5_K ? from + 48 : h;
-        for (int i = 0; i < 256; i++) {
-            b->code[i] = q[i / 64 * 32 + i % 32] >> i % 64 / 32 * 4 & 15;
-            if (format == Q5_K) b->code[i] |= (h[i % 32] >> i / 32 & 1) << 4;
-        }
+        EACH_CODE(b->code[32 * part + i] = q[part / 2 * 32 + i] >> part % 2 * 4 & 15)
+        if (format == Q5_K) EACH_CODE(b->code[32 * part + i] |= (h[i] >> part & 1) << 4)
         break;
     case Q6_K:
-        for (int i = 0; i < 256; i++)
-            b->code[i] = (from[i / 128 * 64 + i / 32 % 2 * 32 + i % 32] >> i % 128 / 64 * 4 & 15)
-                       | (from[128 + i / 128 * 32 + i % 32] >> 2 * (i % 128 / 32) & 3) << 4;
+        EACH_CODE(b->code[32 * part + i] = (from[part / 4 * 64 + part % 2 * 32 + i] >> part % 4 / 2 * 4 & 15)
+                                         | (from[128 + part / 4 * 32 + i] >> 2 * (part % 4) & 3) << 4)
         memcpy(b->scale, from + 192, 16);
         memcpy(&b->half, from + 208, 2);
         break;
@@ -238,15 +236,22 @@ static void take_apart(FileBlock *b, const uint8_t *from, i64 format) {
             const int low = from[4 + i / 2] >> i % 2 * 4 & 15, high = from[2 + i / 4] >> 2 * (i % 4) & 3;
             b->scale[i] = (uint8_t)((low | high << 4) - 32);
         }
-        for (int i = 0; i < 256; i++) b->code[i] = from[8 + i / 32 * 16 + i % 16] >> i % 32 / 16 * 4 & 15;
+        for (int part = 0; part < 8; part++)
+            for (int i = 0; i < 16; i++) {
+                b->code[32 * part + i] = from[8 + part * 16 + i] & 15;
+                b->code[32 * part + 16 + i] = from[8 + part * 16 + i] >> 4;
+            }
         break;
     }
 }
 INLINE void put_plane(char *plane, const uint8_t *code, int output, const int bits, int shift) {
-    const int n = 32 / bits, mask = (1 << bits) - 1;
+    const uint32_t mask = 0x01010101u * ((1 << bits) - 1);
     for (int k = 0; k < bits; k++) {
-        uint32_t word = 0;
-        for (int i = 0; i < n; i++) word |= (uint32_t)(code[k * n + i] >> shift & mask) << (8 * (i % 4) + bits * (i / 4));
+        uint32_t word = 0, four;
+        for (int i = 0; i < 8 / bits; i++) { /* four codes at once */
+            memcpy(&four, code + k * 32 / bits + 4 * i, 4);
+            word |= (four >> shift & mask) << bits * i;
+        }
         memcpy(plane + (k * 16 + output) * 4, &word, 4);
     }
 }

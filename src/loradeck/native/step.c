@@ -390,14 +390,14 @@ static void make_plain(Step *s, int thread) {
     const i64 size = SIZES[p->format], width = p->count * 16 * size;
     float room[512] __attribute__((aligned(64)));
     i64 phase = 0;
-    UNITS(u, p->count)
-        for (i64 g = 0; g < p->w.groups; g++) {
-            decode(room, p->w.blocks + p->tile[u] * tile_bytes_of(&p->w), g, p->w.format, F32);
+    UNITS(g, p->w.groups) /* so that each of 32 rows is written from its start to its end */
+        for (i64 n = 0; n < p->count; n++) {
+            decode(room, p->w.blocks + p->tile[n] * tile_bytes_of(&p->w), g, p->w.format, F32);
             for (i64 i = 0; i < 32; i++)
                 for (i64 c = 0; c < 16; c += LANES)
-                    store(p->y + (g * 32 + i) * width + (u * 16 + c) * size, *(vec *)(room + i * 16 + c), p->format);
+                    store(p->y + (g * 32 + i) * width + (n * 16 + c) * size, *(vec *)(room + i * 16 + c), p->format);
         }
-    END(p->count);
+    END(p->w.groups);
 }
 static void lay_out_tiles(Step *s, int thread) {
     const Layout *l = s->layout;

@@ -33,7 +33,7 @@ class ModelRunner:
         self.model = model
         self.bank = Bank(model)
         warm_up(model.device)
-        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
         try:
             self.trial = Trial(model)
             model.set_attn_implementation(attention.NAME)

@@ -17,7 +17,7 @@ HALF_TOLERANCE = 5e-2
 
 def prompts(model: PreTrainedModel) -> list[list[int]]:
     """Return random prompts for a model, always the same."""
-    vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
     rng = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (length,), generator=rng).tolist() for length in LENGTHS]
 
