@@ -31,13 +31,13 @@ def test_it_reports_the_installation(run: Callable, monkeypatch: pytest.MonkeyPa
 
 def test_it_reports_the_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "why_not_packed", lambda dtype: "slow" if dtype == torch.float32 else None)
-    monkeypatch.setattr(quantised, "why_not_int8_product", lambda: None)
+    monkeypatch.setattr(quantised, "why_not_quantised", lambda: "no compiler")
     monkeypatch.setattr(cpu, "why_not_available", lambda: "no compiler")
     monkeypatch.setattr(dispatch, "why_not_triton", lambda device: "no Triton")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     facts = json.loads(run("doctor", "--json").out)
     assert facts["packed weights"] == "not in float32 (slow); in bfloat16"
-    assert facts["int8 weights"] == "with torch's int8 kernel"
+    assert facts["quantised weights"] == "no compiler"
     assert facts["adapters on a CPU"] == "portable (no compiler)"
     assert facts["adapters on a GPU"] == "portable (no Triton)"
 

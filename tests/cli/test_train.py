@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from loradeck.base import load
 from loradeck.base.load import Base
 from loradeck.cli.train import suffixes
+from loradeck.gguf.model import Merge, Model, export
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import read_folder
@@ -111,6 +113,42 @@ def test_ctrl_c_saves_what_there_is_and_resume_goes_on(run: Callable, tiny_folde
     assert run("train", "-o", "out", "--resume").code == 0
     files = [Path(name) / "adapter_model.safetensors" for name in ("out", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_it_trains_on_the_blocks_of_a_file(
+    run: Callable, bpe_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(Model.open(str(bpe_folder)), Merge(), Path("tiny.gguf"), "q4_1")
+    flags = ["--r", 2, "--epochs", 3, "--batch-size", 1]
+    assert run("train", "tiny.gguf", dataset, "-o", "plain", *flags, "--dtype", "float32").code == 0
+    monkeypatch.setattr(load, "dequantised_folder", None)
+    assert run("train", "tiny.gguf", dataset, "-o", "whole", *flags).code == 0
+    assert interrupted(run, "train", "tiny.gguf", dataset, "-o", "out", *flags).code == 130
+    assert run("train", "-o", "out", "--resume").code == 0
+    files = [Path(name) / "adapter_model.safetensors" for name in ("out", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    records = [read_folder(name).origin.provenance for name in ("whole", "plain")]
+    assert records[0]["base_quantisation"].startswith("Q4_1")
+    assert "base_quantisation" not in records[1]
+    assert records[0]["base_fingerprint"] == records[1]["base_fingerprint"]
+    assert run("generate", "tiny.gguf", "Hello!", "--adapter", "out", "--max-new-tokens", 2).code == 0
+
+
+def test_it_trains_on_weights_that_it_quantises(run: Callable, tiny_folder: Path, dataset: Path) -> None:
+    flags = ["--r", 2, "--max-steps", 2, "--weights", "int4"]
+    assert run("train", tiny_folder, dataset, "-o", "out", *flags).code == 0
+    assert read_folder("out").origin.provenance["base_quantisation"] == "Q4_1"
+    assert 'weights = "int4"' in Path("out/run.toml").read_text()
+    assert run("train", "-o", "out", "--resume", "--max-steps", 3).code == 0
+    ran = run("train", "-o", "out", "--resume", "--max-steps", 4, "--weights", "int8")
+    assert ran.code == 2
+    assert "weights is 'int8', the run has 'int4'" in ran.err
+    assert run("sweep", tiny_folder, dataset, "-o", "best", "--lr", "1e-3,3e-3", *flags).code == 0
+    assert read_folder("best").origin.provenance["base_quantisation"] == "Q4_1"
+    Path("run.toml").write_text(
+        f'base = "{tiny_folder}"\nweights = "int3"\n[[adapter]]\nname = "a"\ndata = "{dataset}"\n'
+    )
+    assert "invalid weights 'int3'" in run("train", "run.toml", "-o", "none").err
 
 
 def test_a_run_is_resumed_only_as_itself(run: Callable, tiny_folder: Path, dataset: Path) -> None:

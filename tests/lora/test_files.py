@@ -543,6 +543,37 @@ class TestBases:
         assert "b" * 12 in str(caught.value)
         assert bank.load(stamped, any_base=True) == "stamped"
 
+    @pytest.mark.parametrize(("theirs", "ours"), [("Q4_1", None), (None, "Q4_K, Q6_K"), ("Q8_0", "Q4_1")])
+    def test_a_quantised_one_may_be_the_same_base(self, bank, folder, caplog, theirs, ours):
+        bank.model.base_quantisation = theirs
+        stamped = self.save(bank, folder)
+        with safetensors.safe_open(stamped / TENSORS, "pt") as file:
+            assert json.loads(file.metadata()["loradeck"]).get("base_quantisation") == theirs
+        bank.model.base_quantisation = ours
+        bank.load(stamped)
+        assert not caplog.records
+        bank.unload("stamped")
+        bank.model.fingerprint = "b" * 64
+        assert bank.load(stamped) == "stamped"
+        (record,) = caplog.records
+        text = record.getMessage()
+        assert record.levelname == "WARNING"
+        assert all(each in text for each in (*filter(None, (theirs, ours)), "a" * 12, "b" * 12, "another base"))
+        bank.unload("stamped")
+        bank.load(stamped, any_base=True)
+        assert len(caplog.records) == 1
+
+    def test_but_not_if_a_shape_differs(self, bank, folder, caplog):
+        bank.model.base_quantisation = "Q4_1"
+        stamped = self.save(bank, folder)
+        bank.model.fingerprint = "b" * 64
+        bank.detach()
+        bank.model.linear = nn.Linear(3, 5)
+        bank = Bank(bank.model)
+        with pytest.raises(AdapterError, match="does not fit this base"):
+            bank.load(stamped)
+        assert not caplog.records
+
     def test_without_a_record_on_either_side(self, bank, folder):
         stamped = self.save(bank, folder)
         del bank.model.fingerprint

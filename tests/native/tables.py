@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+from tests.native.test_quantised import small_blocks
 from torch import Tensor
 
 from loradeck.native.adapter import NativeAdapter
 from loradeck.native.blocks import pack, pad, padded
 from loradeck.native.model import NativeModel
 from loradeck.native.pages import PAGE
+from loradeck.native.quantised import KINDS, Quantised
+from loradeck.native.quantised import pack as quantise
 from loradeck.native.slots import SLOTS, Slot
 from loradeck.native.step import Chunk, run
 from loradeck.native.table import Experts, Layer, Linear, Table
@@ -34,6 +37,9 @@ class Shape:
     vocabulary: int = 70
     layers: int = 2
     dtype: torch.dtype = torch.float32
+    """Of the weights that are not quantised."""
+    quantised: str | None = None
+    """The kind of the weights whose inputs are whole blocks of it."""
     norms: str = "1011"
     """Which of the norms of attention's and the MLP's input and output there are."""
     head_norm: str = ""
@@ -63,14 +69,15 @@ class Shape:
 def shapes(**fixed: object) -> st.SearchStrategy[Shape]:
     """Return models of all parts and widths, and some that are the same in each."""
     drawn: dict[str, st.SearchStrategy] = {
-        "hidden": st.sampled_from((20, 32, 48, 64, 96)),
+        "hidden": st.sampled_from((20, 32, 48, 64, 96, 256)),
         "key_heads": st.sampled_from((1, 2, 3)),
         "group": st.sampled_from((1, 2, 3)),
         "head_dim": st.sampled_from((8, 20, 32, 48, 64, 96)),
-        "intermediate": st.sampled_from((24, 32, 100)),
+        "intermediate": st.sampled_from((24, 32, 100, 256)),
         "vocabulary": st.sampled_from((17, 64, 130)),
         "layers": st.integers(1, 3),
-        "dtype": st.sampled_from((*FLOATS, torch.int8)),
+        "dtype": st.sampled_from(FLOATS),
+        "quantised": st.sampled_from((*[None] * len(KINDS), *KINDS)),
         "norms": st.sampled_from(("1010", "0101", "1111", "0110")),
         "head_norm": st.sampled_from(("", "each", "all")),
         "biases": st.booleans(),
@@ -105,11 +112,12 @@ def table_of(shape: Shape) -> Table:
     def norm(there: bool, size: int) -> Tensor | None:
         return 1 + normal(size) / 4 if there else None
 
-    def weight_of(outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
-        if shape.dtype == torch.int8:
-            whole = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
-            return whole, (1 + normal(outputs).abs()) / (100 * inputs**0.5)
-        return (normal(outputs, inputs) / inputs**0.5).to(shape.dtype), None
+    def weight_of(outputs: int, inputs: int) -> Tensor | Quantised:
+        kind = KINDS[shape.quantised] if shape.quantised else None
+        if kind is None or inputs % kind.inputs:
+            return (normal(outputs, inputs) / inputs**0.5).to(shape.dtype)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return quantise(torch.from_numpy(small_blocks(kind, outputs, inputs, seed)), kind, inputs)
 
     def linears_of(prefix: str, part: tuple[Slot, ...] = SLOTS) -> dict[Slot, Linear]:
         queries, keys = heads * shape.head_dim, shape.key_heads * shape.head_dim
@@ -128,13 +136,14 @@ def table_of(shape: Shape) -> Table:
         linears: dict[Slot, Linear] = {}
         for module, slots in modules.items():
             outputs = sum(sizes[slot][0] for slot in slots)
-            weight, scales = weight_of(outputs, sizes[slots[0]][1])
+            weight = weight_of(outputs, sizes[slots[0]][1])
+            in_blocks = shape.blocked and isinstance(weight, Tensor)
             bias = normal(outputs) / 4 if shape.biases else None
             start = 0
             for slot in slots:
-                path, stored = f"{prefix}.{module}", block(weight) if shape.blocked else weight
-                blocked = weight.shape[1] * shape.blocked
-                linears[slot] = Linear(path, stored, start, sizes[slot][0], bias, scales, blocked)
+                stored = block(weight) if in_blocks else weight
+                blocked = weight.shape[1] if in_blocks else 0
+                linears[slot] = Linear(f"{prefix}.{module}", stored, start, sizes[slot][0], bias, blocked)
                 start += sizes[slot][0]
         return linears
 
@@ -142,9 +151,8 @@ def table_of(shape: Shape) -> Table:
         if not count:
             return None
         path = f"layers.{number}.experts"
-        weight, scales = weight_of(count, shape.hidden)
         return Experts(
-            Linear(f"{path}.router", weight, 0, count, scales=scales),
+            Linear(f"{path}.router", weight_of(count, shape.hidden), 0, count),
             shape.chosen,
             shape.normalised,
             tuple(linears_of(f"{path}.{expert}", SLOTS[4:]) for expert in range(count)),
@@ -180,8 +188,8 @@ def table_of(shape: Shape) -> Table:
 
         return rotary
 
-    weight, scales = weight_of(shape.vocabulary, shape.hidden)
-    embedding, embedding_scales = (weight, scales) if shape.tied else weight_of(shape.vocabulary, shape.hidden)
+    weight = weight_of(shape.vocabulary, shape.hidden)
+    embedding = weight if shape.tied else weight_of(shape.vocabulary, shape.hidden)
     return Table(
         shape.hidden,
         heads,
@@ -192,10 +200,9 @@ def table_of(shape: Shape) -> Table:
         1e-5,
         tuple(layer_of(number) for number in range(shape.layers)),
         embedding,
-        embedding_scales,
         shape.embedding_scale,
         1 + normal(shape.hidden) / 4,
-        Linear("head", weight, 0, shape.vocabulary, normal(shape.vocabulary) / 4 if shape.biases else None, scales),
+        Linear("head", weight, 0, shape.vocabulary, normal(shape.vocabulary) / 4 if shape.biases else None),
         (rotary_of(10000.0), rotary_of(100.0)),
         shape.activation,  # type: ignore[arg-type]
         shape.head_dim**-0.5,

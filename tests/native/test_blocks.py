@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
 
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+BITS = {2: torch.int16, 4: torch.int32}
 SIZES = st.integers(1, 5)
 
 

@@ -7,10 +7,11 @@ from tests.decoders import MODELS, SIZES, build, text
 from torch import nn
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
-from loradeck.base.quantised import quantise
+from loradeck.base.quantiser import quantise
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 from loradeck.native import reference
+from loradeck.native.quantised import KINDS, pack
 from loradeck.native.table import Linear
 from loradeck.runner.description import describe
 
@@ -58,11 +59,11 @@ def test_a_norm_is_of_each_head_or_of_all_together() -> None:
     assert reference.head_norm(x, None, 1e-6) is x
 
 
-def test_rows_of_an_int8_module_have_their_own_scales_and_biases() -> None:
-    weight, scales = quantise(random(10, 6))
-    bias, x = random(10, seed=1), random(3, 6, seed=2)
-    whole = F.linear(x, weight.float() * scales[:, None], bias)
-    part = reference.project(Linear("qkv", weight, 4, 3, bias, scales), x)
+def test_rows_of_a_quantised_module_have_their_own_biases() -> None:
+    weight = pack(quantise(random(10, 64), "Q4_1", "qkv"), KINDS["Q4_1"], 64)
+    bias, x = random(10, seed=1), random(3, 64, seed=2)
+    whole = F.linear(x, weight.dense(), bias)
+    part = reference.project(Linear("qkv", weight, 4, 3, bias), x)
     assert torch.allclose(part, whole[:, 4:7], atol=1e-6)
 
 

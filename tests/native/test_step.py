@@ -19,9 +19,7 @@ def tokens_of(length: int, vocabulary: int, seed: int) -> list[int]:
 
 def dtype_for(shape: Shape, halves: bool) -> Shape:
     """Return a model that a build can compute."""
-    if not halves or shape.dtype == torch.int8:
-        return shape
-    return Shape(**{**vars(shape), "dtype": torch.bfloat16})
+    return Shape(**{**vars(shape), "dtype": torch.bfloat16}) if halves else shape
 
 
 def close(logits: torch.Tensor, definition: torch.Tensor, tolerance: float) -> bool:

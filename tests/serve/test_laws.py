@@ -8,6 +8,7 @@ import torch
 from tests.tiny_models import CONTEXT, MODELS, adapter
 
 from loradeck import AdapterStore, Base
+from loradeck.base.weights import Weights, prepare
 from loradeck.errors import RequestError
 from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.config import EngineConfig
@@ -61,6 +62,14 @@ def test_log_probabilities_are_those_of_training(serve: Serve, base: Base, store
         own = torch.nn.functional.cross_entropy(logits[0, :-1], text[0, 1:], reduction="none")
     expected = (-own[len(prompt) - 1 :]).tolist()
     assert [token.logprob for token in tokens] == pytest.approx(expected, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_log_probabilities_are_those_of_training_on_quantised_weights(
+    serve: Serve, base: Base, store: AdapterStore, weights: Weights
+) -> None:
+    prepare(base.model, weights)
+    test_log_probabilities_are_those_of_training(serve, base, store)
 
 
 def test_a_prompts_log_probabilities_survive_giving_way(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loradeck.base.frozen import FrozenLinear, Layout
 from loradeck.base.matmul import BLOCK, linear
 from loradeck.dtypes import computes_in
-from loradeck.native.blocks import OUTPUTS
+from loradeck.native.blocks import FORMATS, OUTPUTS
 from loradeck.native.library import any_library, multiplies_halves
 from loradeck.native.product import product
 from loradeck.native.quantised import Quantised
@@ -105,7 +105,7 @@ class QuantisedLinear(_QuantisedLayout, FrozenLinear):
         if x.dtype != self.dtype or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, self.dense(), self.bias)
         items = x.reshape(-1, self.in_features)
-        if len(items) <= FEW:
+        if len(items) <= FEW and x.dtype in FORMATS:
             halves = multiplies_halves(x.dtype)
             return product(x, weight.quantised, self.out_features, self.bias, halves=halves)
         items = items.to(_product_dtype(x))
