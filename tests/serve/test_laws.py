@@ -53,7 +53,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(kind: str, make: Callabl
 
 def test_log_probabilities_are_those_of_training(serve: Serve, base: Base, store: AdapterStore) -> None:
     prompt = prompts(1, seed=4, longest=60)[0] * 3
-    tokens = serve().generate([prompt], "a2", SCORED)[0]
+    tokens = serve(activations="plain").generate([prompt], "a2", SCORED)[0]
     text = torch.tensor([prompt + ids(tokens)])
     with alone(base, store, "a2", trainable=True):
         logits = base.model.train()(text).logits
