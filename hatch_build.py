@@ -30,7 +30,8 @@ class PrebuiltLibraries(BuildHookInterface):
             for capability in (compiler.FEATURES if x86 else ("DEFAULT",))
         ]
         if x86:
-            builds.append((library.SOURCE, f"{library.OPTIONS} {library.HALVES}", "AVX512"))
+            more = (library.BYTES, library.HALVES)
+            builds += [(library.SOURCE, f"{library.OPTIONS} {options}", "AVX512") for options in more]
         for build in builds:
             path = compiler.prebuild(*build, folder)
             build_data["force_include"][str(path)] = str(compiler.PREBUILT.relative_to(source) / path.name)

@@ -121,17 +121,17 @@ def test_a_lesser_cpu(installed: Path, tmp_path: Path, machine: str, runs: bool)
 
 
 AVX512 = r"zmm|ymm(1[6-9]|2\d|3[01])|%k[0-7]"
-CPUS = {  # as torch sees them: capability, and whether they multiply in bfloat16
-    "Nehalem": ("DEFAULT", False),
-    "Haswell": ("AVX2", False),
-    "Zen 2": ("AVX2", False),
-    "Skylake-X": ("AVX512", False),
-    "Cascade Lake": ("AVX512", False),
-    "Zen 4": ("AVX512", True),
-    "Sapphire Rapids": ("AVX512", True),
-    "Sapphire Rapids, held to AVX2": ("AVX2", True),  # ATEN_CPU_CAPABILITY
-    "Graviton 2": ("DEFAULT", False),
-    "M1": ("DEFAULT", False),
+CPUS = {  # as torch sees them: capability, and whether they multiply bytes and in bfloat16
+    "Nehalem": ("DEFAULT", False, False),
+    "Haswell": ("AVX2", False, False),
+    "Zen 2": ("AVX2", False, False),
+    "Skylake-X": ("AVX512", False, False),
+    "Cascade Lake": ("AVX512", True, False),
+    "Zen 4": ("AVX512", True, True),
+    "Sapphire Rapids": ("AVX512", True, True),
+    "Sapphire Rapids, held to AVX2": ("AVX2", True, True),  # ATEN_CPU_CAPABILITY
+    "Graviton 2": ("DEFAULT", False, False),
+    "M1": ("DEFAULT", False, False),
 }
 
 
@@ -139,9 +139,10 @@ CPUS = {  # as torch sees them: capability, and whether they multiply in bfloat1
 def test_each_cpu_loads_the_library_for_its_own_instructions(
     libraries: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    capability, halves = CPUS[name]
+    capability, in_bytes, halves = CPUS[name]
+    features = {"avx512_bf16": halves, "amx_bf16": True, "avx512_vnni": in_bytes}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": halves, "amx_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     monkeypatch.setattr(compiler, "PREBUILT", libraries)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -149,7 +150,7 @@ def test_each_cpu_loads_the_library_for_its_own_instructions(
     assert in_halves == (halves and capability == "AVX512")
     for source, options in (
         (cpu.SOURCE, ""),
-        (library.SOURCE, f"{library.OPTIONS} {library.HALVES if in_halves else ''}"),
+        (library.SOURCE, f"{library.OPTIONS} {library.options_for(halves=in_halves)}"),
     ):
         if capability == "DEFAULT":
             with pytest.raises(OSError, match="no C compiler"):
@@ -158,6 +159,7 @@ def test_each_cpu_loads_the_library_for_its_own_instructions(
         code = disassembled(Path(compiler.load(source, options)._name))
         assert bool(re.search(AVX512, code)) == (capability == "AVX512")
         assert ("vdpbf16ps" in code) == (in_halves and source == library.SOURCE)
+        assert ("vpdpbusd" in code) == (in_bytes and capability == "AVX512" and source == library.SOURCE)
 
 
 def disassembled(path: Path) -> str:

@@ -12,6 +12,7 @@ from loradeck.base.compat import cache_argument
 from loradeck.base.load import Base
 from loradeck.base.text import Detokenizer, Prompt, decode, encode, pad_left, stop_ids
 from loradeck.errors import ConfigError, RouteError
+from loradeck.native.activations import Activations
 from loradeck.native.adapter import NativeAdapter
 from loradeck.runner.native_batch import NativeBatch, native_model, packed_adapter
 from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
@@ -31,6 +32,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    activations: Activations = "auto",
     on_step: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Return one completion per prompt, computed as one batch, without the token that ended its turn.
@@ -38,11 +40,13 @@ def generate(
     A prompt is a string or a list of messages. `adapters` is one entry for the whole batch (a name, `{name: weight}`,
     or None for the base alone) or a list with one entry per prompt. A temperature of 0 takes the likeliest token;
     above it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
-    repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context. `on_step` is
-    called after each step with the number of tokens that the longest answer has.
+    repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context.
+    `activations` are what quantised weights are multiplied with in the compiled step, as in an engine's settings.
+    `on_step` is called after each step with the number of tokens that the longest answer has.
 
     Raises:
-        ConfigError: no prompt, an empty one, one longer than the context, or a number out of its bounds.
+        ConfigError: no prompt, an empty one, one longer than the context, a number out of its bounds, or int8
+            activations for a base that takes none.
         RouteError: adapters that do not fit the prompts, or no bank that holds them.
         UnknownAdapterError: a name that is not resident.
         RequestError: the logits are NaN or Inf.
@@ -55,7 +59,7 @@ def generate(
             hint="Give one entry per prompt, or one for all.",
         )
     sequences = _sequences(base, prompts, max_new_tokens, temperature, top_p, seed)
-    for _ in _steps(base, bank, sequences, adapters):
+    for _ in _steps(base, bank, sequences, adapters, activations):
         if on_step is not None:
             on_step(max(sequence.generated for sequence in sequences))
     return [decode(base.tokenizer, sequence.tokens[len(sequence.prompt) :]) for sequence in sequences]
@@ -71,6 +75,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    activations: Activations = "auto",
 ) -> Iterator[str]:
     """Yield one completion in pieces as they come; joined, they are what `generate` returns for the prompt alone.
 
@@ -80,7 +85,7 @@ def stream(
     sequences = _sequences(base, [prompt], max_new_tokens, temperature, top_p, seed)
     _route(bank, adapter)  # raises now if the adapter is unknown, not at the first piece
     text = Detokenizer(base.tokenizer)
-    steps = _steps(base, bank, sequences, adapter)
+    steps = _steps(base, bank, sequences, adapter, activations)
     return (piece for tokens in steps for token in tokens.values() if (piece := text.push(token.id)))
 
 
@@ -107,13 +112,15 @@ def _steps(
     bank: "Bank | None",
     sequences: Sequence[TokenSequence],
     adapters: "RouteEntry | Sequence[RouteEntry]",
+    activations: Activations,
 ) -> Iterator[dict[int, Token]]:
     """Continue all sequences and yield the next token of some of them, by their index, again and again until all end.
 
     The token that ends a turn is neither appended nor yielded.
     """
     sampler = Sampler(stop_ids(base.tokenizer, base.model.generation_config))
-    batch = _native_batch(base, bank, sequences, adapters) or _Batch(base, [sequence.prompt for sequence in sequences])
+    batch = _native_batch(base, bank, sequences, adapters, activations)
+    batch = batch or _Batch(base, [sequence.prompt for sequence in sequences])
     running = len(sequences)
     while running:
         with _route(bank, adapters):  # not across a yield: it would be the reader's route too
@@ -133,12 +140,18 @@ def _steps(
 
 
 def _native_batch(
-    base: Base, bank: "Bank | None", sequences: Sequence[TokenSequence], adapters: "RouteEntry | Sequence[RouteEntry]"
+    base: Base,
+    bank: "Bank | None",
+    sequences: Sequence[TokenSequence],
+    adapters: "RouteEntry | Sequence[RouteEntry]",
+    activations: Activations,
 ) -> NativeBatch | None:
     """Return the sequences as the compiled step computes them, each through its adapters; None if it cannot."""
     from loradeck.lora.routing import is_open, weights_of
 
-    native = None if is_open() else native_model(base.model)  # a route of the caller's applies to the modules
+    native = (
+        None if is_open() else native_model(base.model, activations)
+    )  # a route of the caller's applies to the modules
     if native is None:
         return None
 

@@ -16,7 +16,6 @@ static void *numbers(i64 count, i64 format, double size) {
     char *all = malloc(count * SIZES[format]);
     for (i64 i = 0; i < count; i++) {
         if (format == F32) ((float *)all)[i] = uniform() * size;
-        else if (format == I8) ((int8_t *)all)[i] = uniform() * 127;
         else ((uint16_t *)all)[i] = half_bits(uniform() * size, (int)format);
     }
     return all;
@@ -26,9 +25,20 @@ static float *norm(i64 count) {
     for (i64 i = 0; i < count; i++) all[i] += 1;
     return all;
 }
+static char *quantised(const Matrix *m) { /* of a format without superblocks */
+    const i64 group = quantised_bytes(m->format), count = m->tiles * m->groups;
+    char *all = malloc(count * group);
+    for (i64 g = 0; g < count; g++) {
+        char *from = all + g * group, *scales = from + plane_bytes(FORMAT[m->format].low) + plane_bytes(FORMAT[m->format].high);
+        for (char *code = from; code < scales; code++) *code = (char)(uniform() * 127);
+        for (uint16_t *half = (uint16_t *)scales; (char *)half < from + group; half++) *half = half_bits(uniform() * 0.02, F16);
+    }
+    return all;
+}
 static Matrix matrix(i64 outputs, i64 inputs, i64 format, int bias) {
-    return (Matrix){numbers(outputs * inputs, format, 0.2), outputs / 16, inputs / 32, format,
-                    format == I8 ? numbers(outputs, F32, 0.002) : 0, bias ? numbers(outputs, F32, 0.2) : 0};
+    Matrix m = {0, outputs / 16, inputs / 32, format, bias ? numbers(outputs, F32, 0.2) : 0};
+    m.blocks = format < QUANTISED ? numbers(outputs * inputs, format, 0.2) : quantised(&m);
+    return m;
 }
 static const i64 OUTPUTS[] = {HEADS * DIM, KEY_HEADS * DIM, KEY_HEADS * DIM, HIDDEN, INTER, INTER, HIDDEN};
 static const i64 INPUTS[] = {HIDDEN, HIDDEN, HIDDEN, HEADS * DIM, HIDDEN, HIDDEN, INTER};
@@ -84,7 +94,7 @@ static void new_pages(const Model *m) {
 }
 static float alone[SEQUENCES][LENGTH][VOCABULARY], together_[SEQUENCES][LENGTH][VOCABULARY];
 
-static int check(i64 format, i64 cache, i64 activation) {
+static int check(i64 format, i64 cache, i64 activation, i64 rounds) {
     state = 42;
     Layer layers[LAYERS];
     for (i64 i = 0; i < LAYERS; i++) {
@@ -98,9 +108,9 @@ static int check(i64 format, i64 cache, i64 activation) {
         l->turned = 16, l->window = i ? 0 : 20, l->norms_all = all;
         l->experts = i == 2 ? experts(format) : (Experts){0};
     }
-    const Model m = {LAYERS, HIDDEN, HEADS, KEY_HEADS, DIM, INTER, VOCABULARY, HIDDEN, DIM, activation, cache, F32, layers,
-                     activation ? numbers(VOCABULARY * HIDDEN, F32, 1) : 0, 0, norm(HIDDEN), matrix(VOCABULARY, HIDDEN, format, 0),
-                     1e-5, 2, 0.2f, 5, 0.8f, 1.5f, 4};
+    const Matrix head = matrix(VOCABULARY, HIDDEN, format, 0);
+    const Model m = {LAYERS, HIDDEN, HEADS, KEY_HEADS, DIM, INTER, VOCABULARY, HIDDEN, DIM, activation, cache, F32, rounds, layers,
+                     activation ? numbers(VOCABULARY * HIDDEN, F32, 1) : 0, norm(HIDDEN), head, head, 1e-5, 2, 0.2f, 5, 0.8f, 1.5f, 4};
     const i64 formats[] = {F32, BF16, F16};
     Use uses[SEQUENCES][2];
     Route routes[SEQUENCES];
@@ -165,11 +175,12 @@ static int check_sampling(void) {
 }
 int main(void) {
     int wrong = check_sampling();
-    wrong |= check(BF16, BF16, SILU);
+    wrong |= check(BF16, BF16, SILU, 0);
 #ifdef HALVES
-    wrong |= check(I8, BF16, GELU);
+    wrong |= check(Q4_1, BF16, GELU, 0) | check(IQ4_NL, BF16, SILU, 1);
 #else
-    wrong |= check(F32, F32, GELU) | check(F16, F16, GELU_TANH) | check(I8, F32, SILU);
+    wrong |= check(F32, F32, GELU, 0) | check(F16, F16, GELU_TANH, 0);
+    wrong |= check(Q4_1, F32, SILU, 0) | check(Q5_0, F32, SILU, 1) | check(IQ4_NL, F32, GELU, 1);
 #endif
     if (wrong) puts("a sequence has other bits beside others");
     return wrong;

@@ -17,9 +17,12 @@ from loradeck import Base
 from loradeck.base.blocked import BlockWeight
 from loradeck.base.load import SMOLLM2
 from loradeck.base.weights import Weights, prepare, shared_copy
-from loradeck.native import step
+from loradeck.errors import ConfigError
+from loradeck.native import model, step
+from loradeck.native.library import any_library, int8_pays
 from loradeck.runner.choice import runner_of
 from loradeck.runner.model_runner import ModelRunner
+from loradeck.runner.native_batch import native_model
 from loradeck.runner.native_runner import NativeRunner
 from loradeck.runner.request import Key, Request, Scheduled
 from loradeck.sampling import SamplingParams
@@ -195,3 +198,64 @@ def test_the_real_base_in_int8_is_computed_natively() -> None:
 def test_a_quantised_base_has_all_its_tokens(base: Base, weights: Weights) -> None:
     prepare(base.model, weights)
     assert runner_of(base.model).vocabulary == VOCABULARY
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_int8_activations_are_taken_for_quantised_weights(
+    base: Base, weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(base.model, weights)
+    with caplog.at_level(logging.INFO):
+        runner = runner_of(shared_copy(base.model), activations="int8")
+        plain = runner_of(shared_copy(base.model), activations="plain")
+    assert isinstance(runner, NativeRunner)
+    assert isinstance(plain, NativeRunner)
+    assert runner.native.int8
+    assert not plain.native.int8
+    assert "computed natively, with int8 activations, by" in caplog.text
+    logits = [logits_of(each, [5, 6, 7, 8, 9]) for each in (runner, plain)]
+    assert not torch.equal(*logits)
+    assert (logits[0] - logits[1]).norm() < 0.05 * logits[1].norm()
+
+
+def logits_of(runner: NativeRunner, tokens: list[int]) -> torch.Tensor:
+    cache, request = runner.new_cache(1 << 20), Request(tokens, SamplingParams(prompt_logprobs=0))
+    assert cache.reserve(request, len(tokens))
+    return runner.run([Scheduled(request, len(tokens))], cache)[0]
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
+def test_by_default_int8_activations_are_taken_where_they_were_measured(
+    base: Base, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    prepare(base.model, "int8")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert int8_pays(halves=False) == (capability != "DEFAULT")
+    assert not int8_pays(halves=True)
+    monkeypatch.setattr(model, "int8_pays", lambda halves: capability == "AVX2")
+    monkeypatch.setattr(model, "library", lambda _: any_library())
+    runner = runner_of(shared_copy(base.model))
+    assert isinstance(runner, NativeRunner)
+    assert runner.native.int8 == (capability == "AVX2")
+
+
+@pytest.mark.parametrize("case", ["plain weights", "blocks", "eager", "unknown model"])
+def test_int8_activations_are_refused_where_nothing_takes_them(
+    base: Base, make: Callable[[str], Base], case: str
+) -> None:
+    chosen = make("gpt2") if case == "unknown model" else base
+    if case in ("blocks", "eager"):
+        prepare(chosen.model, "blocks" if case == "blocks" else "int8")
+    with pytest.raises(ConfigError, match="takes no int8 activations"):
+        runner_of(shared_copy(chosen.model), enforce_eager=case == "eager", activations="int8")
+
+
+def test_generate_takes_activations_too(base: Base) -> None:
+    with pytest.raises(ConfigError, match="takes no int8 activations: its weights are not quantised"):
+        native_model(base.model, "int8")
+    prepare(base.model, "int8")
+    for activations, int8 in (("int8", True), ("plain", False), ("int8", True)):
+        native = native_model(base.model, activations)
+        assert native is not None
+        assert native.int8 == int8
+        assert native_model(base.model, activations) is native

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loradeck.base.frozen import Layout, LayoutLinear
 from loradeck.native.blocks import INPUTS, OUTPUTS, pack, pad, padded, unpack
-from loradeck.native.library import HALVES, multiplies_halves
+from loradeck.native.library import multiplies_halves, options_for
 from loradeck.native.library import origin as library_origin
 from loradeck.native.product import product
 
@@ -119,7 +119,7 @@ def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]] | None:
 
 def origin(dtype: torch.dtype) -> str:
     """Return where the library that multiplies weights of this dtype comes from, in words."""
-    return library_origin(HALVES if multiplies_halves(dtype) else "")
+    return library_origin(options_for(halves=multiplies_halves(dtype)))
 
 
 @cache

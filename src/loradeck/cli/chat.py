@@ -12,7 +12,7 @@ from loradeck.cli import blend
 from loradeck.cli.chat_backends import ChatBackend, Local, Remote
 from loradeck.cli.display.text import printable, terminal_width
 from loradeck.cli.display.wrap import WordWrap
-from loradeck.cli.options import Adapters, AnyBase, Dtype, SamplingOptions, System, Weights
+from loradeck.cli.options import Activations, Adapters, AnyBase, Dtype, SamplingOptions, System, Weights
 from loradeck.errors import ConfigError, LoradeckError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def chat(
     sampling: ChatSampling = SAMPLING,
     dtype: Dtype = "auto",
     weights: Weights = "blocks",
+    activations: Activations = "auto",
 ) -> None:
     """Chat with a base or a server; switch adapters between turns.
 
@@ -75,7 +76,7 @@ def chat(
     else:
         assert base is not None
         cap_kernel_cache()
-        backend, blends = Local.load(base, dtype, weights, adapters, any_base=any_base)
+        backend, blends = Local.load(base, dtype, weights, adapters, any_base=any_base, activations=activations)
     print(printable(f"{backend.name} with {_listed(backend.names()) or 'no adapter'}; /help lists the commands"))
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` line editing

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from loradeck.blend import format_blend
 from loradeck.cli import blend
-from loradeck.cli.options import Adapters, Dtype, SamplingOptions, Weights
+from loradeck.cli.options import Activations, Adapters, Dtype, SamplingOptions, Weights
 from loradeck.errors import ConfigError, UnknownAdapterError
 
 if TYPE_CHECKING:
@@ -45,10 +45,18 @@ class Local:
 
     base: "Base"
     bank: "Bank"
+    activations: Activations = "auto"
 
     @classmethod
     def load(
-        cls, base: str, dtype: Dtype, weights: Weights, adapters: Adapters, *, any_base: bool = False
+        cls,
+        base: str,
+        dtype: Dtype,
+        weights: Weights,
+        adapters: Adapters,
+        *,
+        any_base: bool = False,
+        activations: Activations = "auto",
     ) -> "tuple[Local, list[blend.Blend | None]]":
         """Load a base and adapters onto it; return also the argument of `bank.route` for each adapter."""
         blend.check(adapters)
@@ -63,7 +71,7 @@ class Local:
                 hint="Use a base tuned for chat, or continue a text with `loradeck generate`.",
             )
         bank = Bank(loaded.model)
-        return cls(loaded, bank), blend.load(bank, adapters, any_base=any_base)
+        return cls(loaded, bank, activations), blend.load(bank, adapters, any_base=any_base)
 
     @property
     def name(self) -> str:
@@ -81,7 +89,7 @@ class Local:
     def stream(self, messages: list[dict[str, str]], entry: "RouteEntry", sampling: SamplingOptions) -> Iterator[str]:
         from loradeck.generation import stream
 
-        return stream(self.base, self.bank, messages, entry, **asdict(sampling))
+        return stream(self.base, self.bank, messages, entry, **asdict(sampling), activations=self.activations)
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,17 @@ def _compiled_step() -> str:
 
 
 def _quantised_weights() -> str:
-    from loradeck.base.quantised import why_not_quantised
+    import torch
 
-    return why_not_quantised() or "in the compiled step, activations in the dtype of the model"
+    from loradeck.base.quantised import why_not_quantised
+    from loradeck.native.library import int8_pays, multiplies_halves
+
+    if why := why_not_quantised():
+        return why
+    dtypes = (torch.float32, torch.bfloat16)
+    kinds = ["int8" if int8_pays(halves=multiplies_halves(dtype)) else "plain" for dtype in dtypes]
+    apart = "" if kinds[0] == kinds[1] else f", {kinds[1]} ones in bfloat16"
+    return f"in the compiled step, by default with {kinds[0]} activations{apart}"
 
 
 def _cpu_adapters() -> str:

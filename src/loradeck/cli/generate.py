@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
 from loradeck.cli.display.text import print_json, printable
-from loradeck.cli.options import Adapters, AnyBase, AsJson, Dtype, SamplingOptions, System, Weights
+from loradeck.cli.options import Activations, Adapters, AnyBase, AsJson, Dtype, SamplingOptions, System, Weights
 from loradeck.cli.prompts import read_prompts, title, with_system
 from loradeck.errors import ConfigError
 
@@ -28,6 +28,7 @@ def generate(
     batch_size: int = 32,
     dtype: Dtype = "auto",
     weights: Weights = "blocks",
+    activations: Activations = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts in batches, each with its own adapter.
@@ -81,6 +82,7 @@ def generate(
                 rows[batch],
                 entries[batch],
                 **options,
+                activations=activations,
                 on_step=lambda count, done=done: status.update(f"{done}, {count} tokens of the next"),
             )
             answers += new

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from cyclopts import Parameter
 
 from loradeck.errors import ConfigError
+from loradeck.native import activations as native
 
 STDIN = "/dev/stdin"  # what a lone `-` on the command line becomes
 TYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
@@ -31,6 +32,13 @@ Weights: TypeAlias = Annotated[
     Parameter(
         help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; blocks for the "
         "compiled step; int8, half the memory of bfloat16, and int4, a third of it: faster for few rows, at an error."
+    ),
+]
+Activations: TypeAlias = Annotated[
+    native.Activations,
+    Parameter(
+        help="What quantised weights are multiplied with: int8, rounded to 8 bits, is faster; plain is exact; auto "
+        "takes int8 on CPUs where that was measured to be faster."
     ),
 ]
 TrainingWeights: TypeAlias = Annotated[

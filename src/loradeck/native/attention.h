@@ -102,6 +102,7 @@ static void attend(const Attention *a, const Segment *g, const Panel *q, const P
         for (i64 d = 0; d < D; d += LANES)
             put(panel_at(out, row, (first + d) / 32) + (first + d) % 32,
                 *(vec *)(sums + (d / 16 * rows + r) * 16 + d % 16) * inverse[r]);
+        for (i64 d = 0; d < D; d += 32) round_group(out, row, (first + d) / 32);
     }
 }
 

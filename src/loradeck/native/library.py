@@ -13,7 +13,8 @@ from loradeck.ops import compiler
 
 SOURCE = Path(__file__).with_name("step.c")
 OPTIONS = "-O2 -ffp-contract=off"  # besides the compiler's own
-HALVES = "-DHALVES -mavx512bf16"
+BYTES = "-mavx512vnni"  # multiplies bytes by the CPU's own instruction
+HALVES = f"-DHALVES -mavx512bf16 {BYTES}"  # CPUs that have the one have the other
 _loaded: list[ctypes.CDLL] = []
 
 
@@ -65,7 +66,7 @@ class CModel(Structure):
             (name, c_int64)
             for name in (
                 "layers", "hidden", "heads", "key_heads", "dim", "inter", "vocabulary", "true_hidden", "true_dim",
-                "activation", "cache_format", "embedding_format",
+                "activation", "cache_format", "embedding_format", "rounds",
             )
         ),
         ("layer", POINTER(CLayer)),
@@ -153,8 +154,8 @@ class CChoice(Structure):
 
 
 @cache
-def library(options: str = "") -> ctypes.CDLL:
-    """Return the step compiled with these options, besides `OPTIONS`: with `HALVES` it multiplies in bfloat16.
+def library(options: str) -> ctypes.CDLL:
+    """Return the step compiled with these options, besides `OPTIONS`.
 
     Raises:
         OSError: as `compiler.load`.
@@ -181,7 +182,22 @@ def any_library() -> ctypes.CDLL:
     Raises:
         OSError: as `library`.
     """
-    return latest() or library(HALVES if multiplies_halves(torch.bfloat16) else "")
+    return latest() or library(options_for(halves=multiplies_halves(torch.bfloat16)))
+
+
+def options_for(*, halves: bool) -> str:
+    """Return the options for this CPU. `halves`: multiply in bfloat16."""
+    return HALVES if halves else BYTES if multiplies_bytes() else ""
+
+
+def int8_pays(*, halves: bool) -> bool:
+    """Whether int8 activations are the default on this CPU: where they were measured to be faster."""
+    return not halves and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def multiplies_bytes() -> bool:
+    """Whether the CPU has an instruction for products of bytes."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_has("avx512_vnni")
 
 
 def multiplies_halves(dtype: torch.dtype) -> bool:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loradeck.native.activations import Activations
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
-from loradeck.native.library import HALVES, NORMS, CExperts, CLayer, CMatrix, CModel, library
+from loradeck.native.library import NORMS, CExperts, CLayer, CMatrix, CModel, int8_pays, library, options_for
 from loradeck.native.quantised import Quantised
 from loradeck.native.slots import SLOTS, Slot
 from loradeck.native.table import Experts, Layer, Linear, Table
@@ -40,15 +41,16 @@ class NativeModel:
         page_bytes: what 32 tokens of a sequence take in the KV cache.
     """
 
-    def __init__(self, table: Table, *, halves: bool) -> None:
+    def __init__(self, table: Table, *, halves: bool, activations: Activations = "plain") -> None:
         """Pack a model. `halves`: multiply in bfloat16, in which all weights must be then that are not quantised.
 
         Raises:
-            ValueError: the weights have a dtype, or a mixture of them, that cannot be computed.
+            ValueError: the weights have a dtype, or a mixture of them, that cannot be computed; or int8 activations are
+                asked for, and no weights are quantised that take them.
             OSError: the step cannot be compiled.
         """
         self.table, self.halves = table, halves
-        self.library = library(HALVES if halves else "")
+        self.library = library(options_for(halves=halves))
         hidden, inter, head_dim = (padded(size, INPUTS) for size in (table.hidden, table.intermediate, table.head_dim))
         self.vocabulary = padded(table.vocabulary, HEAD_OUTPUTS)
         self._hidden = Width(1, table.hidden, hidden)
@@ -61,6 +63,7 @@ class NativeModel:
             "gate": (inters, self._hidden), "up": (inters, self._hidden), "down": (self._hidden, inters),
         }  # fmt: skip
         self._memory: list[Tensor] = []
+        self._takes_int8 = False
         self._matrices: list[Array[CMatrix]] = []
         """Of each layer's experts."""
         self._lock = Lock()
@@ -87,6 +90,7 @@ class NativeModel:
             activation=ACTIVATIONS[table.activation],
             cache_format=FORMATS[self._cache_dtype()],
             embedding_format=0 if embedding is None else FORMATS[embedding.dtype],
+            rounds=self._rounds(activations),
             layer=self._layers,
             embedding=None if embedding is None else self._address(embedding),
             norm=self._floats(table.norm, self._hidden),
@@ -102,6 +106,11 @@ class NativeModel:
         )
         self.page_bytes: int = self.library.loradeck_page_bytes(self.c)
         self.table = _without_weights(table)
+
+    @property
+    def int8(self) -> bool:
+        """Whether quantised matrices are multiplied with int8 activations."""
+        return bool(self.c.rounds)
 
     def reach(self, positions: int) -> None:
         """Make the tables of cos and sin as long as a step needs them."""
@@ -174,6 +183,7 @@ class NativeModel:
         tiles = weight.tiles[first : first + outputs.total // OUTPUTS]
         if len(tiles) * OUTPUTS != outputs.total:
             return None
+        self._takes_int8 |= weight.kind.takes_int8
         return CMatrix(self._address(tiles), len(tiles), inputs.total // INPUTS, weight.kind.number)
 
     def _blocks(self, linear: Linear, outputs: Width, inputs: Width) -> Tensor:
@@ -211,6 +221,11 @@ class NativeModel:
         tensor = tensor.contiguous()
         self._memory.append(tensor)
         return tensor.data_ptr()
+
+    def _rounds(self, activations: Activations) -> bool:
+        if activations == "int8" and not self._takes_int8:
+            raise ValueError("it has no quantised weights that take them")
+        return self._takes_int8 and (activations == "int8" or (activations == "auto" and int8_pays(halves=self.halves)))
 
     def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""

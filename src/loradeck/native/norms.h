@@ -28,6 +28,7 @@ static void add_and_norm(float *hidden, const float *branch, const float *out_no
         if (in_norm) v = v * *(const vec *)(in_norm + i);
         put(panel_at(x, row, i / 32) + i % 32, v);
     }
+    for (i64 g = 0; g < padded / 32; g++) round_group(x, row, g);
 }
 
 #endif

@@ -99,20 +99,32 @@ INLINE vec fused(vec a, vec b, vec c) {
     return a * b + c;
 #endif
 }
-INLINE float total(vec v) { /* always in the same order */
-    float lane[LANES];
-    memcpy(lane, &v, sizeof lane);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+/* One number of a vector's, always in the same order: each half with the other */
+#if defined __AVX2__
+INLINE __m256 half_of(vec v, int half) {
+#if LANES == 16
+    return half ? _mm512_extractf32x8_ps((__m512)v, 1) : _mm512_castps512_ps256((__m512)v);
+#else
+    return (__m256)v;
+#endif
 }
-INLINE float largest(vec v) {
-    float lane[LANES];
-    memcpy(lane, &v, sizeof lane);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
-    return lane[0];
-}
+#define FOLD(v, op) \
+    __m256 eight = LANES == 16 ? _mm256_##op##_ps(half_of(v, 0), half_of(v, 1)) : half_of(v, 0); \
+    __m128 four = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
+    four = _mm_##op##_ps(four, _mm_movehl_ps(four, four)); \
+    return _mm_cvtss_f32(_mm_##op##_ss(four, _mm_shuffle_ps(four, four, 1)))
+INLINE float total(vec v) { FOLD(v, add); }
+INLINE float largest(vec v) { FOLD(v, max); }
+#else
+#define FOLD(v, result) \
+    float lane[LANES]; \
+    memcpy(lane, &v, sizeof lane); \
+    for (int half = LANES / 2; half; half /= 2) \
+        for (int i = 0; i < half; i++) { const float a = lane[i], b = lane[i + half]; lane[i] = result; } \
+    return lane[0]
+INLINE float total(vec v) { FOLD(v, a + b); }
+INLINE float largest(vec v) { FOLD(v, a > b ? a : b); }
+#endif
 
 /* e^x to 1e-7 of it for -87 <= x <= 88, from 2^n e^f with |f| <= ln 2 / 2 (Cephes) */
 INLINE vec bounded_exponential(vec x) {

@@ -9,6 +9,7 @@
 #define PRODUCT_H
 #include "numbers.h"
 #include "quantised.h"
+#include "activations.h"
 #ifdef HALVES /* activations are multiplied in bfloat16, by the machine's own instruction */
 typedef uint16_t num;
 #define PLAIN BF16 /* what quantised weights are decoded to */
@@ -35,6 +36,7 @@ typedef struct {
 typedef struct {
     num *numbers;
     i64 rows;
+    Rounded *rounded; /* (groups, rows) for quantised matrices, or null: they too are multiplied with the numbers */
 } Panel;
 
 INLINE num *panel_at(const Panel *p, i64 row, i64 group) { return p->numbers + (group * p->rows + row) * 32; }
@@ -47,6 +49,12 @@ INLINE void put(num *to, vec v) {
 #else
     memcpy(to, &v, sizeof v);
 #endif
+}
+/* Round what has been put into a group of a panel, where it is asked for. */
+NOINLINE void round_group(const Panel *p, i64 row, i64 group) {
+    vec x[32 / LANES];
+    for (int n = 0; n < 32 / LANES; n++) x[n] = load(panel_at(p, row, group) + n * LANES, PLAIN);
+    if (p->rounded) round_to_bytes(p->rounded + group * p->rows + row, x);
 }
 /* The address of one number of a block */
 INLINE char *number_at(char *block, i64 input, i64 output, i64 format) {
@@ -213,6 +221,9 @@ static void tiles_of(float *sum, i64 sum_tile, const Matrix *m, i64 tile, int ti
     if (m->format < QUANTISED)
         product(sum, sum_tile, m->blocks + tile * tile_bytes_of(m), tile_bytes_of(m), m->groups, BLOCK[m->format],
                 panel_at(x, row, 0), x->rows * 32, rows, tiles, m->format);
+    else if (x->rounded && ADD_TILES[m->format])
+        ADD_TILES[m->format](sum, sum_tile, m->blocks + tile * tile_bytes_of(m), tile_bytes_of(m), tiles, m->groups,
+                             x->rounded + row, x->rows, rows);
     else quantised_product(sum, sum_tile, m, tile, tiles, panel_at(x, row, 0), x->rows * 32, rows);
     if (!m->bias) return;
     for (int t = 0; t < tiles; t++)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loradeck.native.blocks import FORMATS, OUTPUTS, pad
-from loradeck.native.library import HALVES, CMatrix, CProduct, library
+from loradeck.native.library import CMatrix, CProduct, library, options_for
 from loradeck.native.quantised import Quantised
 
 
@@ -29,6 +29,6 @@ def product(x: Tensor, weight: Tensor | Quantised, outputs: int, bias: Tensor | 
         bias = pad(bias.detach().float(), matrix.tiles * OUTPUTS)
         matrix.bias = bias.data_ptr()
     c = CProduct(matrix, items.data_ptr(), y.data_ptr(), len(items), items.shape[1], outputs, FORMATS[items.dtype])
-    if len(items) and library(HALVES if halves else "").loradeck_product(ctypes.byref(c), torch.get_num_threads()):
+    if len(items) and library(options_for(halves=halves)).loradeck_product(ctypes.byref(c), torch.get_num_threads()):
         raise MemoryError("out of memory in a product; send fewer rows at once")
     return y.view(*x.shape[:-1], outputs)

@@ -149,8 +149,9 @@ INLINE void decode_as(char *to, const char *group, const char *super, const int 
         }
     }
 }
-#define EACH_FORMAT(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(IQ4_NL) X(MXFP4) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_XS) \
-    X(U4) X(NF4) X(I8)
+#define EACH_OF_BYTES(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(IQ4_NL) X(MXFP4) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) \
+    X(IQ4_XS) X(U4) X(I8)
+#define EACH_FORMAT(X) EACH_OF_BYTES(X) X(NF4) /* whose codes stand for no whole numbers */
 #define DECODER(f) NOINLINE void decode_##f(char *to, const char *group, const char *super, const int plain) { \
     if (plain == F32) decode_as(to, group, super, f, F32); else decode_as(to, group, super, f, BF16); }
 EACH_FORMAT(DECODER)
@@ -160,11 +161,16 @@ static void (*const DECODE[])(char *, const char *, const char *, int) = {
     EACH_FORMAT(DECODER)
 #undef DECODER
 };
+/* Group g of a tile, and the scales before it */
+INLINE const char *group_of(const char *tile, i64 g, i64 format, const char **super) {
+    const i64 before = SUPER_BYTES[FORMAT[format].scales], in_super = before ? g & 7 : 0;
+    *super = tile + (before ? g >> 3 : g) * super_bytes(format); /* a division would take as long as the rest */
+    return *super + before + in_super * quantised_bytes(format);
+}
 /* Decode group g of a tile, to float32 or, in a build for it, to bfloat16. */
 INLINE void decode(void *to, const char *tile, i64 g, i64 format, const int plain) {
-    const i64 before = SUPER_BYTES[FORMAT[format].scales], in_super = before ? g & 7 : 0;
-    const char *super = tile + (before ? g >> 3 : g) * super_bytes(format); /* a division would take as long as the rest */
-    DECODE[format](to, super + before + in_super * quantised_bytes(format), super, plain);
+    const char *super, *group = group_of(tile, g, format, &super);
+    DECODE[format](to, group, super, plain);
 }
 
 /* ---- from a file's blocks ---- */

@@ -32,6 +32,11 @@ class Kind(NamedTuple):
     inputs: int
     bytes: int
 
+    @property
+    def takes_int8(self) -> bool:
+        """Whether it can be multiplied with int8 activations: its codes stand for whole numbers of 8 bits."""
+        return self.name != "NF4"
+
 
 KINDS: Mapping[str, Kind] = {
     name: Kind(name, number, inputs, size)

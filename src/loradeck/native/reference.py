@@ -25,6 +25,7 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+SMALLEST = torch.finfo(torch.float32).smallest_normal
 
 
 @torch.no_grad()
@@ -138,3 +139,13 @@ def attend(
 def cap(z: Tensor, limit: float | None) -> Tensor:
     """Limit · tanh(z / limit); z if there is no limit."""
     return z if limit is None else limit * (z / limit).tanh()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What inputs x (…, I) are to quantised matrices with int8 activations, I a multiple of 32.
+
+    32 inputs that follow each other are scale · code, where the codes are x / scale rounded, and scale = max |x| / 127.
+    """
+    groups = x.float().unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups * scale.reciprocal().where(scale >= SMALLEST, 0)).round() * scale).flatten(-2)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loradeck.native.library import CChoice, latest, library
+from loradeck.native.library import CChoice, any_library, latest
 
 CANDIDATES = 1024  # the likeliest tokens that top_p looks at before it looks at all
 
@@ -140,7 +140,7 @@ def _usable(c: ctypes.CDLL | None) -> ctypes.CDLL | None:
     rows = [row, replace(row, top_k=9), replace(row, top_p=0.9), replace(row, min_p=0.1), replace(row, adjusted=x[1])]
     rows = [replace(each, u=u) for each in rows for u in (0.2, 0.7)]
     try:
-        c = c or library()
+        c = c or any_library()
         for one, other in zip(choose_in_c(c, rows), choose_in_torch(rows), strict=True):
             if one.token != other.token:
                 raise ValueError("another token on this machine")

@@ -26,7 +26,7 @@ typedef struct {
 typedef struct {
     i64 layers, hidden, heads, key_heads, dim, inter, vocabulary; /* padded: to 32, and the vocabulary to 64 */
     i64 true_hidden, true_dim;                                    /* not padded */
-    i64 activation, cache_format, embedding_format;
+    i64 activation, cache_format, embedding_format, rounds; /* rounds: what quantised matrices are multiplied with */
     const Layer *layer;
     const char *embedding; /* (vocabulary, true_hidden), or null: the rows of `lookup` */
     const float *norm;
@@ -218,11 +218,13 @@ static void gate_and_up(Step *s, i64 layer, const Group *g, const Panel *x, i64 
             if (!s->m->layer[layer].experts.count)
                 for (i64 t = 0; t < 2; t++) expands(s, part + t * rows * 16, layer, slot, unit * 2 + t, row, rows);
         }
-        for (i64 r = 0; r < rows; r++)
+        for (i64 r = 0; r < rows; r++) {
             for (i64 c = 0; c < 32; c += LANES) {
                 const float *gate = sum + (c / 16 * rows + r) * 16 + c % 16, *up = gate + 2 * rows * 16;
                 put(panel_at(&s->active, row + r, unit) + c, activated(*(vec *)gate, s->m->activation) * *(vec *)up);
             }
+            round_group(&s->active, row + r, unit);
+        }
     }
 }
 static void choose_experts(Step *s, const Experts *e, i64 row, i64 rows, float *sum) {
@@ -236,8 +238,10 @@ static void choose_experts(Step *s, const Experts *e, i64 row, i64 rows, float *
 }
 /* gathered = the rows of x, by expert; one group of 32 inputs */
 static void gather(Step *s, const Experts *e, i64 unit) {
-    for (i64 i = 0; i < s->b->rows * e->chosen; i++)
+    for (i64 i = 0; i < s->b->rows * e->chosen; i++) {
         memcpy(panel_at(&s->gathered, i, unit), panel_at(&s->x, s->order[i] / e->chosen, unit), 32 * sizeof(num));
+        round_group(&s->gathered, i, unit);
+    }
 }
 /* branch = the weighted sum of a row's experts, in the order of their numbers, of two tiles */
 static void mix(Step *s, const Experts *e, i64 groups, i64 unit, float *sum) {
@@ -446,6 +450,10 @@ static void choose_tokens(Step *s, int thread) {
 static void work(Step *step, int thread) { step->way(step, thread); }
 static struct { char *bytes; i64 size; } room; /* kept from step to step; the team's lock guards it */
 
+INLINE Panel panel(char *from, i64 *at, i64 rows, i64 inputs, i64 rounds) {
+    num *numbers = cut(from, at, rows * inputs * sizeof(num));
+    return (Panel){numbers, rows, rounds ? cut(from, at, rows * inputs / 32 * sizeof(Rounded)) : 0};
+}
 static i64 lay_out(Step *s, char *from) { /* return the bytes that a step needs, from an address that may be null */
     const Model *m = s->m;
     const i64 T = s->b->rows, W = s->b->wanted, group = m->heads / m->key_heads, width = m->heads * m->dim;
@@ -457,18 +465,18 @@ static i64 lay_out(Step *s, char *from) { /* return the bytes that a step needs,
     s->branch = cut(from, &at, T * m->hidden * 4);
     s->raw = cut(from, &at, T * (m->heads + m->key_heads) * m->dim * 4);
     s->h = cut(from, &at, SLOTS * T * s->b->ranks * 4);
-    s->x = (Panel){cut(from, &at, T * m->hidden * sizeof(num)), T};
+    s->x = panel(from, &at, T, m->hidden, m->rounds);
     s->query = (Panel){cut(from, &at, T * width * sizeof(num)), T * group};
-    s->attended = (Panel){cut(from, &at, T * width * sizeof(num)), T};
-    s->gathered = (Panel){cut(from, &at, pairs * m->hidden * sizeof(num)), pairs};
+    s->attended = panel(from, &at, T, width, m->rounds);
+    s->gathered = panel(from, &at, pairs, m->hidden, m->rounds);
     const i64 most = pairs > T ? pairs : T;
-    s->active = (Panel){cut(from, &at, most * m->inter * sizeof(num)), most};
+    s->active = panel(from, &at, most, m->inter, m->rounds);
     s->chosen = cut(from, &at, pairs * sizeof(i64));
     s->order = cut(from, &at, pairs * sizeof(i64));
     s->weight = cut(from, &at, pairs * 4);
     s->group = cut(from, &at, pairs * sizeof(Group));
     s->groups = cut(from, &at, m->layers * sizeof(i64));
-    s->last = (Panel){cut(from, &at, W * m->hidden * sizeof(num)), W};
+    s->last = panel(from, &at, W, m->hidden, m->rounds);
     s->scratch = cut(from, &at, s->members * s->scratch_bytes);
     return at;
 }

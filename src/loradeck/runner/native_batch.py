@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loradeck.base.blocked import BlockLinear, multiplies_halves
+from loradeck.base.blocked import BlockLinear
+from loradeck.base.quantised import QuantisedLinear
+from loradeck.errors import ConfigError
 from loradeck.lora.adapter import Adapter
 from loradeck.native import step
+from loradeck.native.activations import Activations
 from loradeck.native.adapter import NativeAdapter
+from loradeck.native.library import multiplies_halves
 from loradeck.native.model import NativeModel
 from loradeck.native.pages import PAGE
 from loradeck.native.step import Chunk, Uses
@@ -132,30 +136,47 @@ def packed_adapter(model: NativeModel, adapter: Adapter) -> NativeAdapter:
     return NativeAdapter(model, {path: weights for path in adapter.sites if (weights := adapter.weights(path))})
 
 
-def native_model(model: PreTrainedModel) -> NativeModel | None:
+def native_model(model: PreTrainedModel, activations: Activations = "auto") -> NativeModel | None:
     """Return a model as the step reads it, without a copy; None if its weights do not lie in blocks, or it cannot be.
 
     It is packed once, and again when a weight has changed: a merge does that.
+
+    Raises:
+        ConfigError: int8 activations are asked for, and it cannot be.
     """
-    if not any(isinstance(module, BlockLinear) for module in model.modules()):
+    if not any(isinstance(module, BlockLinear | QuantisedLinear) for module in model.modules()):
+        if activations == "int8":
+            raise no_int8("its weights are not quantised")
         return None
     weights = tuple(part for parameter in model.parameters() for part in (id(parameter), parameter._version))
     known, native = _models.get(model, ((), None))
-    if known != weights:
-        native = _try(model)
-        _models[model] = weights, native
+    if known != (activations, *weights):
+        native = _try(model, activations)
+        _models[model] = (activations, *weights), native
     return native
 
 
-def _try(model: PreTrainedModel) -> NativeModel | None:
+def no_int8(why: object) -> ConfigError:
+    """Return the error that says why a model does not take int8 activations."""
+    return ConfigError(
+        f"the base takes no int8 activations: {why}",
+        hint="They are for quantised weights in the compiled step.",
+        python="Load the base with weights='int4' or 'int8', or leave activations='auto'.",
+        cli="Add --weights int4 or int8, or leave --activations out.",
+    )
+
+
+def _try(model: PreTrainedModel, activations: Activations) -> NativeModel | None:
     try:
-        native = NativeModel(describe(model), halves=multiplies_halves(model.dtype))
+        native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), activations=activations)
         texts = prompts(model)
         batch = NativeBatch(native, texts, [()] * len(LENGTHS))
         _, logits = batch.forward()
-        if not all(map(agrees, logits, own_logits(model, texts))):
+        if not all(agrees(*each, int8=native.int8) for each in zip(logits, own_logits(model, texts), strict=True)):
             raise ValueError("its logits differ from the model's own")
     except Exception as error:  # what compilers and other people's models raise has no common class
+        if activations == "int8":
+            raise no_int8(error) from error
         log.info("%s is computed by transformers' modules: %s", type(model).__name__, error)
         return None
     return native

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from loradeck.lora.adapter import Adapter
 from loradeck.native import pages, step
+from loradeck.native.activations import Activations
 from loradeck.native.adapter import NativeAdapter
 from loradeck.native.library import multiplies_halves
 from loradeck.native.model import NativeModel
@@ -33,7 +34,7 @@ class NativeRunner:
     Requests with an adapter of a module that the step does not know are computed by transformers' modules.
     """
 
-    def __init__(self, eager: ModelRunner) -> None:
+    def __init__(self, eager: ModelRunner, activations: Activations = "auto") -> None:
         """Pack the runner's model.
 
         Raises:
@@ -44,9 +45,9 @@ class NativeRunner:
         model = eager.model
         if model.device.type != "cpu":
             raise ValueError(f"it is on {model.device}")
-        self.native = NativeModel(describe(model), halves=multiplies_halves(model.dtype))
+        self.native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), activations=activations)
         self._adapters: WeakKeyDictionary[Adapter, tuple[int, NativeAdapter | None]] = WeakKeyDictionary()
-        eager.trial.check(self)
+        eager.trial.check(self, int8=self.native.int8)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -13,6 +13,7 @@ LENGTHS = (7, 5)
 CHUNKS = ((4, 1), (2, 4), (1, 0))  # tokens of each prompt in one step after the other
 TOLERANCE = {torch.float32: 1e-3}  # share of the logits' norm
 HALF_TOLERANCE = 5e-2
+INT8_TOLERANCE = 5e-2  # more, for the rounding of int8 activations
 
 
 def prompts(model: PreTrainedModel) -> list[list[int]]:
@@ -28,9 +29,12 @@ def own_logits(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[T
         return [model(input_ids=torch.tensor([text], device=model.device)).logits[0, -1] for text in texts]
 
 
-def agrees(logits: Tensor, own: Tensor) -> bool:
-    """Whether logits are the model's own to the rounding of its dtype. NaN agrees with nothing."""
-    tolerance = TOLERANCE.get(own.dtype, HALF_TOLERANCE)
+def agrees(logits: Tensor, own: Tensor, *, int8: bool = False) -> bool:
+    """Whether logits are the model's own to the rounding of its dtype, and of int8 activations if there are some.
+
+    NaN agrees with nothing.
+    """
+    tolerance = TOLERANCE.get(own.dtype, HALF_TOLERANCE) + INT8_TOLERANCE * int8
     return bool((logits.float() - own.float()).norm() <= tolerance * own.float().norm())
 
 
@@ -41,7 +45,7 @@ class Trial:
         self._prompts = prompts(model)
         self._logits = own_logits(model, self._prompts)
 
-    def check(self, runner: Runner) -> None:
+    def check(self, runner: Runner, *, int8: bool = False) -> None:
         """Compare prompts that are read in chunks, side by side, with the model's logits for each alone.
 
         Raises:
@@ -54,6 +58,6 @@ class Trial:
             for work in batch:
                 cache.reserve(work.request, work.request.computed + work.count)
             for work, logits in zip(batch, runner.run(batch, cache), strict=True):
-                if work.ends and not agrees(logits[-1], self._logits[requests.index(work.request)]):
+                if work.ends and not agrees(logits[-1], self._logits[requests.index(work.request)], int8=int8):
                     raise ValueError("batched rows differ from the same rows computed alone")
                 work.request.computed += work.count

@@ -57,13 +57,16 @@ class Engine:
 
         Raises:
             BaseModelError: the base's attention cannot be computed row by row.
-            ConfigError: kv_cache_bytes is too small for this base, or the draft model has another vocabulary.
+            ConfigError: kv_cache_bytes is too small for this base, the draft model has another vocabulary, or the
+                base takes no int8 activations.
             LoradeckError: the base's model already has a bank.
         """
         self.base = base
         self.store = store
         self.config = config or EngineConfig()
-        self._runner = runner_of(shared_copy(base.model), enforce_eager=self.config.enforce_eager)
+        self._runner = runner_of(
+            shared_copy(base.model), enforce_eager=self.config.enforce_eager, activations=self.config.activations
+        )
         drafts = self.config.num_speculative_tokens > 0 and self._runner.is_batch_invariant(())
         if self.config.num_speculative_tokens and not drafts:
             log.info("no tokens are drafted: only the compiled step computes the same bits with and without drafts")
