@@ -30,7 +30,7 @@ static char *quantised(const Matrix *m) { /* of a format without superblocks */
     char *all = malloc(count * group);
     for (i64 g = 0; g < count; g++) {
         char *from = all + g * group, *scales = from + plane_bytes(FORMAT[m->format].low) + plane_bytes(FORMAT[m->format].high);
-        for (char *code = from; code < scales; code++) *code = (char)(uniform() * 127);
+        for (char *code = from; code < scales; code++) *code = (char)(int)(uniform() * 127);
         for (uint16_t *half = (uint16_t *)scales; (char *)half < from + group; half++) *half = half_bits(uniform() * 0.02, F16);
     }
     return all;
