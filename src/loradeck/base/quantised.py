@@ -75,7 +75,7 @@ class _QuantisedLayout(Layout):
 
     def dense(self) -> Tensor:
         """Return the weight (out, in) in the dtype that the layer computes in."""
-        weight = self.weight
+        weight = self.get_parameter("weight")
         return weight.quantised.dense(dtype=self.dtype) if isinstance(weight, QuantisedWeight) else weight
 
     def plain(self) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class _QuantisedLayout(Layout):
     def lay_out(self) -> None:
         """Leave a plain weight as it is: to quantise it again would change it."""
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "_QuantisedLayout":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Layout:
         weight = self._parameters["weight"]
         like = fn(torch.empty(0, dtype=self.dtype))
         if not isinstance(weight, QuantisedWeight) or like.device != weight.device:
@@ -159,8 +159,9 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def set_weight(module: nn.Linear | nn.Embedding, weight: QuantisedWeight, dtype: torch.dtype) -> None:
     """Give a frozen layer a quantised weight, in place; it computes in a dtype."""
-    module.__class__ = QuantisedLinear if isinstance(module, nn.Linear) else QuantisedEmbedding
-    module.weight, module.dtype = weight, dtype
+    layer: Any = module
+    layer.__class__ = QuantisedLinear if isinstance(module, nn.Linear) else QuantisedEmbedding
+    layer.weight, layer.dtype = weight, dtype
 
 
 def quantisation(model: nn.Module) -> str | None:

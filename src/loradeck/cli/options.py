@@ -46,7 +46,7 @@ TrainingWeights: TypeAlias = Annotated[
     Parameter(
         help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; or int8 or int4, which "
         "take about a half and a third of bfloat16's memory. A .gguf file stays as it is quantised unless --dtype is "
-        "given."
+        "given.",
     ),
 ]
 Adapters: TypeAlias = Annotated[

@@ -5,7 +5,7 @@ import shlex
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loradeck.base.load import Base
+    from loradeck.base.weights import Weights
     from loradeck.train.events import AnyEvent, Listener
     from loradeck.train.job import Progress
     from loradeck.train.run import Answer, Run
@@ -139,7 +140,7 @@ def carry_out(
 
     check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
     console = Console()
-    base = Base.load(recipe.base, dtype=recipe.dtype, weights=recipe.weights)
+    base = Base.load(recipe.base, dtype=recipe.dtype, weights=cast("Weights", recipe.weights))
     with reading_progress() as on_read:
         run = Run(recipe, output, base, on_read=on_read)
     run.answer = answerer(base, run)

@@ -53,10 +53,10 @@ def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None
     Raises:
         AdapterError: they differ, none of them is quantised, and `any_base` is not set.
     """
-    theirs, ours = files.origin.provenance.get("base_fingerprint"), getattr(model, "fingerprint", None)
+    theirs, their_kind = (files.origin.provenance.get(key) for key in ("base_fingerprint", "base_quantisation"))
+    ours, our_kind = (vars(model).get(key) for key in ("fingerprint", "base_quantisation"))
     if any_base or not theirs or not isinstance(ours, str) or theirs == ours:
         return
-    their_kind, our_kind = files.origin.provenance.get("base_quantisation"), getattr(model, "base_quantisation", None)
     what = (
         f"{files.folder} was trained on another base: {files.origin.base_model or 'unnamed'}, "
         f"fingerprint {theirs[:12]}{_in(their_kind)}; this one has {ours[:12]}{_in(our_kind)}"
