@@ -12,8 +12,8 @@ from loradeck.base.compat import cache_argument
 from loradeck.base.load import Base
 from loradeck.base.text import Detokenizer, Prompt, decode, encode, pad_left, stop_ids
 from loradeck.errors import ConfigError, RouteError
-from loradeck.native.activations import Activations
 from loradeck.native.adapter import NativeAdapter
+from loradeck.runner.activations import Activations
 from loradeck.runner.native_batch import NativeBatch, native_model, packed_adapter
 from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
 

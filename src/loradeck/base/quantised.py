@@ -20,6 +20,7 @@ from loradeck.base.matmul import BLOCK, linear
 from loradeck.dtypes import computes_in
 from loradeck.native.blocks import FORMATS, OUTPUTS
 from loradeck.native.library import any_library, multiplies_halves
+from loradeck.native.library import int8_pays as int8_pays
 from loradeck.native.product import product
 from loradeck.native.quantised import Quantised
 

@@ -120,8 +120,7 @@ def _compiled_step() -> str:
 def _quantised_weights() -> str:
     import torch
 
-    from loradeck.base.quantised import why_not_quantised
-    from loradeck.native.library import int8_pays, multiplies_halves
+    from loradeck.base.quantised import int8_pays, multiplies_halves, why_not_quantised
 
     if why := why_not_quantised():
         return why

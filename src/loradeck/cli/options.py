@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from cyclopts import Parameter
 
 from loradeck.errors import ConfigError
-from loradeck.native import activations as native
+from loradeck.serve import config
 
 STDIN = "/dev/stdin"  # what a lone `-` on the command line becomes
 TYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
@@ -35,7 +35,7 @@ Weights: TypeAlias = Annotated[
     ),
 ]
 Activations: TypeAlias = Annotated[
-    native.Activations,
+    config.Activations,
     Parameter(
         help="What quantised weights are multiplied with: int8, rounded to 8 bits, is faster; plain is exact; auto "
         "takes int8 on CPUs where that was measured to be faster."

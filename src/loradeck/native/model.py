@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loradeck.native.activations import Activations
 from loradeck.native.blocks import FORMATS, INPUTS, OUTPUTS, pack, pad, padded, unpack
 from loradeck.native.library import NORMS, CExperts, CLayer, CMatrix, CModel, int8_pays, library, options_for
 from loradeck.native.quantised import Quantised
@@ -41,7 +40,7 @@ class NativeModel:
         page_bytes: what 32 tokens of a sequence take in the KV cache.
     """
 
-    def __init__(self, table: Table, *, halves: bool, activations: Activations = "plain") -> None:
+    def __init__(self, table: Table, *, halves: bool, int8: bool | None = False) -> None:
         """Pack a model. `halves`: multiply in bfloat16, in which all weights must be then that are not quantised.
 
         Raises:
@@ -90,7 +89,7 @@ class NativeModel:
             activation=ACTIVATIONS[table.activation],
             cache_format=FORMATS[self._cache_dtype()],
             embedding_format=0 if embedding is None else FORMATS[embedding.dtype],
-            rounds=self._rounds(activations),
+            rounds=self._rounds(int8),
             layer=self._layers,
             embedding=None if embedding is None else self._address(embedding),
             norm=self._floats(table.norm, self._hidden),
@@ -222,10 +221,11 @@ class NativeModel:
         self._memory.append(tensor)
         return tensor.data_ptr()
 
-    def _rounds(self, activations: Activations) -> bool:
-        if activations == "int8" and not self._takes_int8:
+    def _rounds(self, int8: bool | None) -> bool:
+        """`None`: where int8 activations pay."""
+        if int8 and not self._takes_int8:
             raise ValueError("it has no quantised weights that take them")
-        return self._takes_int8 and (activations == "int8" or (activations == "auto" and int8_pays(halves=self.halves)))
+        return self._takes_int8 and (int8_pays(halves=self.halves) if int8 is None else int8)
 
     def _cache_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""

@@ -4,8 +4,8 @@ import logging
 
 from transformers import PreTrainedModel
 
-from loradeck.native.activations import Activations
 from loradeck.ops import compiler
+from loradeck.runner.activations import Activations
 from loradeck.runner.interface import Runner
 from loradeck.runner.model_runner import ModelRunner
 from loradeck.runner.native_batch import no_int8

@@ -19,12 +19,12 @@ from loradeck.base.quantised import QuantisedLinear
 from loradeck.errors import ConfigError
 from loradeck.lora.adapter import Adapter
 from loradeck.native import step
-from loradeck.native.activations import Activations
 from loradeck.native.adapter import NativeAdapter
 from loradeck.native.library import multiplies_halves
 from loradeck.native.model import NativeModel
 from loradeck.native.pages import PAGE
 from loradeck.native.step import Chunk, Uses
+from loradeck.runner.activations import INT8, Activations
 from loradeck.runner.description import describe
 from loradeck.runner.page_pool import PagePool
 from loradeck.runner.speculation import MAX_DRAFTS, MEMORY_BOUND, Acceptance, PromptLookup, draft_counts
@@ -168,7 +168,7 @@ def no_int8(why: object) -> ConfigError:
 
 def _try(model: PreTrainedModel, activations: Activations) -> NativeModel | None:
     try:
-        native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), activations=activations)
+        native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), int8=INT8[activations])
         texts = prompts(model)
         batch = NativeBatch(native, texts, [()] * len(LENGTHS))
         _, logits = batch.forward()

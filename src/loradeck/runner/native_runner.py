@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from loradeck.lora.adapter import Adapter
 from loradeck.native import pages, step
-from loradeck.native.activations import Activations
 from loradeck.native.adapter import NativeAdapter
 from loradeck.native.library import multiplies_halves
 from loradeck.native.model import NativeModel
 from loradeck.native.step import Chunk, Uses
+from loradeck.runner.activations import INT8, Activations
 from loradeck.runner.attention import AttentionParams, Part, attend_all
 from loradeck.runner.description import describe
 from loradeck.runner.model_runner import ModelRunner
@@ -45,7 +45,7 @@ class NativeRunner:
         model = eager.model
         if model.device.type != "cpu":
             raise ValueError(f"it is on {model.device}")
-        self.native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), activations=activations)
+        self.native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), int8=INT8[activations])
         self._adapters: WeakKeyDictionary[Adapter, tuple[int, NativeAdapter | None]] = WeakKeyDictionary()
         eager.trial.check(self, int8=self.native.int8)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import get_args
 
 from loradeck.errors import ConfigError
-from loradeck.native.activations import Activations
+from loradeck.runner.activations import Activations
 from loradeck.runner.speculation import MAX_DRAFTS
 
 
