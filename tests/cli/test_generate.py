@@ -176,7 +176,7 @@ def test_the_flag_selects_the_weights(run: Callable, tiny_folder: Path) -> None:
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--top-p", "0.5"], "--top-p needs a temperature above 0\nAdd --temperature"),
         (["--dtype", "int8"], "Choose from"),
-        (["--weights", "int4"], "Choose from"),
+        (["--weights", "int3"], "Choose from"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read: No such file"),
         (["--prompts", "."], ". cannot be read: Is a directory"),

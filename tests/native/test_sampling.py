@@ -210,11 +210,11 @@ def test_code_that_is_wrong_is_not_used(
 
 
 def test_without_a_compiler_torch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(options: str = "") -> ctypes.CDLL:
+    def fail() -> ctypes.CDLL:
         raise OSError("no C compiler")
 
     monkeypatch.setattr(sampling, "latest", lambda: None)
-    monkeypatch.setattr(sampling, "library", fail)
+    monkeypatch.setattr(sampling, "any_library", fail)
     sampling._usable.cache_clear()
     logits = random(50, 0)
     assert sampling.choose([Row(logits)]) == choose_in_torch([Row(logits)])

@@ -112,7 +112,7 @@ def _check_packages(path: Path, *packages: str) -> None:
 
 def _dequantise_by_transformers(path: Path, fresh: Path) -> None:
     if len(parts(path)) > 1:
-        raise BaseModelError(f"{path} is one of several parts", hint="Join them: llama-gguf-split --merge PART FILE")
+        raise BaseModelError(f"{path} is one of several parts", hint="Join them with llama.cpp's llama-gguf-split.")
     with TemporaryDirectory() as alone:  # transformers would also read other files next to the GGUF
         origin: dict[str, Any] = {"gguf_file": "base.gguf"}
         (Path(alone) / "base.gguf").symlink_to(path.resolve())

@@ -111,6 +111,10 @@ class NativeModel:
         """Whether quantised matrices are multiplied with int8 activations."""
         return bool(self.c.rounds)
 
+    @int8.setter
+    def int8(self, rounds: bool) -> None:
+        self.c.rounds = rounds
+
     def reach(self, positions: int) -> None:
         """Make the tables of cos and sin as long as a step needs them."""
         with self._lock:

@@ -28,7 +28,7 @@ from loradeck.runner.activations import INT8, Activations
 from loradeck.runner.description import describe
 from loradeck.runner.page_pool import PagePool
 from loradeck.runner.speculation import MAX_DRAFTS, MEMORY_BOUND, Acceptance, PromptLookup, draft_counts
-from loradeck.runner.trial import LENGTHS, agrees, own_logits, prompts
+from loradeck.runner.trial import LENGTHS, agrees, check_with, own_logits, prompts
 
 log = logging.getLogger(__name__)
 _models: WeakKeyDictionary[PreTrainedModel, tuple[tuple[object, ...], NativeModel | None]] = WeakKeyDictionary()
@@ -170,10 +170,14 @@ def _try(model: PreTrainedModel, activations: Activations) -> NativeModel | None
     try:
         native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), int8=INT8[activations])
         texts = prompts(model)
-        batch = NativeBatch(native, texts, [()] * len(LENGTHS))
-        _, logits = batch.forward()
-        if not all(agrees(*each, int8=native.int8) for each in zip(logits, own_logits(model, texts), strict=True)):
-            raise ValueError("its logits differ from the model's own")
+        definition = own_logits(model, texts)
+
+        def check() -> None:
+            _, logits = NativeBatch(native, texts, [()] * len(LENGTHS)).forward()
+            if not all(agrees(*each, int8=native.int8) for each in zip(logits, definition, strict=True)):
+                raise ValueError("its logits differ from the model's own")
+
+        check_with(native, activations, check)
     except Exception as error:  # what compilers and other people's models raise has no common class
         if activations == "int8":
             raise no_int8(error) from error

@@ -24,6 +24,7 @@ from loradeck.runner.model_runner import ModelRunner
 from loradeck.runner.native_batch import packed_adapter
 from loradeck.runner.paged_cache import PagedCache
 from loradeck.runner.request import Key, Scheduled
+from loradeck.runner.trial import check_with
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class NativeRunner:
             raise ValueError(f"it is on {model.device}")
         self.native = NativeModel(describe(model), halves=multiplies_halves(model.dtype), int8=INT8[activations])
         self._adapters: WeakKeyDictionary[Adapter, tuple[int, NativeAdapter | None]] = WeakKeyDictionary()
-        eager.trial.check(self, int8=self.native.int8)
+        check_with(self.native, activations, lambda: eager.trial.check(self, int8=self.native.int8))
 
     @property
     def model(self) -> PreTrainedModel:

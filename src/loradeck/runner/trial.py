@@ -1,11 +1,14 @@
 """What a runner must reproduce: the logits that the model itself computes for two prompts, each alone."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loradeck.native.model import NativeModel
+from loradeck.runner.activations import Activations
 from loradeck.runner.interface import Runner
 from loradeck.runner.request import Request, Scheduled
 
@@ -14,6 +17,8 @@ CHUNKS = ((4, 1), (2, 4), (1, 0))  # tokens of each prompt in one step after the
 TOLERANCE = {torch.float32: 1e-3}  # share of the logits' norm
 HALF_TOLERANCE = 5e-2
 INT8_TOLERANCE = 5e-2  # more, for the rounding of int8 activations
+
+log = logging.getLogger(__name__)
 
 
 def prompts(model: PreTrainedModel) -> list[list[int]]:
@@ -36,6 +41,22 @@ def agrees(logits: Tensor, own: Tensor, *, int8: bool = False) -> bool:
     """
     tolerance = TOLERANCE.get(own.dtype, HALF_TOLERANCE) + INT8_TOLERANCE * int8
     return bool((logits.float() - own.float()).norm() <= tolerance * own.float().norm())
+
+
+def check_with(native: NativeModel, activations: Activations, check: Callable[[], None]) -> None:
+    """Check a native model; where int8 activations are the default only, with plain ones if it fails.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    try:
+        check()
+    except ValueError as error:
+        if activations != "auto" or not native.int8:
+            raise
+        log.info("int8 activations are not used: %s", error)
+        native.int8 = False
+        check()
 
 
 class Trial:
