@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
     peer = dict(each.split("=", 1) for each in run.options.python).get(PEER)
     if not peer or "tiny" in run.options.files:
         run.options.record = False
-        print("nothing is written: " + ("tiny is for tests" if peer else f"without {PEER}"))
+        print("no record: " + ("tiny is for tests" if peer else f"it needs {PEER}"))
     versions: dict[str, str] = {}
     for file in run.options.files:
         only = {measure for measure in FILES[file] if measure in run.options.only}

@@ -48,7 +48,5 @@ def test_the_adapters_of_others_are_left_alone(run: Callable, adapters: Path) ->
 def test_on_the_real_base(run: Callable, smollm2: Base) -> None:
     ran = run("demo", "--quick")
     assert ran.code == 0, ran.err
-    # The base is in bfloat16 where the CPU computes in it.
-    shares = {"3.6% of the base's 538 MB", "7.3% of the base's 269 MB"}
-    assert any(f"saved in adapters/pirate: 19.5 MB, {share}" in ran.out for share in shares)
+    assert "saved in adapters/pirate: 19.5 MB, 20.2% of the base's 96.6 MB" in ran.out  # in the blocks of its file
     assert "4 rows in " in ran.out
