@@ -54,6 +54,10 @@ class Catalogue:
         """Note that it is published."""
         self._published[name] = self._started[name]
 
+    def give_up(self, name: str) -> None:
+        """Note that it was refused."""
+        self._started[name] = self._published[name]
+
     def latest(self, name: str) -> int:
         """Return the latest version that is visible for certain."""
         return self._published[name]

@@ -68,7 +68,7 @@ class Judge:
         """Judge an answer by the route that suits it best, of those that its names can have resolved to."""
         verdicts = []
         for route in answer.routes:
-            if not all(folder.is_dir() for folder, _ in route):  # of a version whose publication failed
+            if not all(folder.is_dir() for folder, _ in route):  # of a version that was refused
                 continue
             verdicts.append(self.judge_by(answer, route))
             if verdicts[-1].right:

@@ -217,11 +217,13 @@ async def administer(session: Session, seed: int, stop: asyncio.Event) -> None:
                     catalogue.start(name)
                 verb = "unload" if kind == "unloads by hand" else "load"
                 reply = await http.post(f"/v1/{verb}_lora_adapter", json=body)
-                if kind == "publishes":
+                if kind == "publishes" and reply.status_code == 200:
                     catalogue.finish(name)
+                elif kind == "publishes":
+                    catalogue.give_up(name)
                 if "no room" in reply.text:
                     ledger.count("loads by hand without room")
-                    kind = kind if kind == "publishes" else ""  # it is published all the same
+                    kind = ""  # what has no room is not published
                 elif reply.status_code != 200 and "loaded" not in reply.text:
                     ledger.fail(RuntimeError(f"{verb} {name}: {reply.status_code} {reply.text}"))
                 ledger.count(kind, 1 if kind else 0)
