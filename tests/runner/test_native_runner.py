@@ -20,6 +20,7 @@ from loradeck.base.weights import Weights, prepare, shared_copy
 from loradeck.errors import ConfigError
 from loradeck.native import model, step
 from loradeck.native.library import any_library, int8_pays
+from loradeck.runner import trial
 from loradeck.runner.choice import runner_of
 from loradeck.runner.model_runner import ModelRunner
 from loradeck.runner.native_batch import native_model
@@ -237,6 +238,22 @@ def test_by_default_int8_activations_are_taken_where_they_were_measured(
     runner = runner_of(shared_copy(base.model))
     assert isinstance(runner, NativeRunner)
     assert runner.native.int8 == (capability == "AVX2")
+
+
+def test_int8_activations_that_fail_the_trial_are_given_up_unless_they_are_asked_for(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(base.model, "int8")
+    monkeypatch.setattr(model, "int8_pays", lambda halves: True)
+    assert runner_of(shared_copy(base.model)).native.int8
+    assert native_model(shared_copy(base.model)).int8
+    monkeypatch.setattr(trial, "INT8_TOLERANCE", -1.0)
+    runner = runner_of(shared_copy(base.model))
+    assert isinstance(runner, NativeRunner)
+    assert not runner.native.int8
+    assert not native_model(shared_copy(base.model)).int8
+    with pytest.raises(ConfigError, match="takes no int8 activations"):
+        runner_of(shared_copy(base.model), activations="int8")
 
 
 @pytest.mark.parametrize("case", ["plain weights", "blocks", "eager", "unknown model"])
