@@ -240,9 +240,9 @@ def memory(file: Path) -> dict[str, float]:
 
 def resident_with(make: Callable[[Path], object], file: Path) -> int:
     """Return the bytes that this process holds with what is made of a file."""
-    made = make(file)
+    value = make(file)
     nbytes = resident()
-    del made
+    del value
     return nbytes
 
 
@@ -275,7 +275,7 @@ def training(file: Path, adapter: Path, sequences: int, rounds: int) -> dict[str
         }
         first = take_turns(turns, 1)
         steps = take_turns(turns, rounds)
-    times = {name: statistics.median(each for each, _ in own) for name, own in steps.items()}
+    times = {name: statistics.median(each for each, _ in pairs) for name, pairs in steps.items()}
     peaks = {name: mebibytes for name, [(_, mebibytes)] in first.items()}
     return {
         "blocks / in full, time": times["blocks"] / times["in full"],

@@ -104,11 +104,11 @@ def test_the_header_is_as_gguf_reads_it(tiny_file: Path) -> None:
                 assert value == reader.fields[key].contents()
         assert file.settings["tokenizer.ggml.tokens"] is None
         for tensor in reader.tensors:
-            found = file.tensors[tensor.name]
-            assert (found.type, found.offset, found.size) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
-            assert found.shape == tuple(reversed(tensor.shape.tolist()))
+            entry = file.tensors[tensor.name]
+            assert (entry.type, entry.offset, entry.size) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
+            assert entry.shape == tuple(reversed(tensor.shape.tolist()))
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            assert torch.equal(file.values(found), torch.from_numpy(values.copy()))
+            assert torch.equal(file.values(entry), torch.from_numpy(values.copy()))
 
 
 # ---- the same model
@@ -202,9 +202,9 @@ def test_the_rope_of_llama_3(context: int, bpe: PreTrainedTokenizerBase, tmp_pat
     model.save_pretrained(tmp_path / "plain")
     bpe.save_pretrained(tmp_path / "plain")
     export(Model.open(str(tmp_path / "plain")), Merge(), tmp_path / "tiny.gguf", "f32")
-    found = in_blocks(tmp_path / "tiny.gguf")
-    assert found.config.rope_parameters == model.config.rope_parameters
-    assert_same(found, model)
+    result = in_blocks(tmp_path / "tiny.gguf")
+    assert result.config.rope_parameters == model.config.rope_parameters
+    assert_same(result, model)
 
 
 def test_factors_unlike_llama_3s_are_refused(bpe: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -278,9 +278,9 @@ def test_load_keeps_the_blocks_and_stores_no_weights(tiny_file: Path, cache: Pat
     assert not base.model.training
     assert base.model.generation_config.eos_token_id == 2
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    kept = [path for path in cache.rglob("*") if "-tokenizer" in str(path) and path.is_file()]
-    assert kept
-    assert not any(path.suffix == ".safetensors" for path in kept)
+    paths = [path for path in cache.rglob("*") if "-tokenizer" in str(path) and path.is_file()]
+    assert paths
+    assert not any(path.suffix == ".safetensors" for path in paths)
 
 
 def test_the_tokenizer_is_that_of_transformers(tiny_file: Path, bpe: PreTrainedTokenizerBase) -> None:
@@ -400,13 +400,13 @@ def split(file: Path, count: int) -> list[Path]:
     """The parts of a file, as llama-gguf-split writes them: the metadata is in the first."""
     reader = gguf.GGUFReader(file)
     names = [tensor.name for tensor in reader.tensors]
-    made = []
+    files = []
     for part in range(count):
         mine = set(names[part * len(names) // count : (part + 1) * len(names) // count])
         drop = {key: None for key in reader.fields if part and not key.startswith("GGUF.")}
         numbers = {"split.no": part, "split.count": count, "split.tensors.count": len(names)}
         path = file.with_name(f"{file.stem}-{part + 1:05}-of-{count:05}.gguf")
-        made.append(
+        files.append(
             rewrite(
                 file,
                 path,
@@ -414,7 +414,7 @@ def split(file: Path, count: int) -> list[Path]:
                 tensor=lambda *each, mine=mine: each if each[0] in mine else None,
             )
         )
-    return made
+    return files
 
 
 @pytest.mark.parametrize("given", [0, 2])

@@ -192,8 +192,8 @@ def test_another_dtype_decodes_the_same_weights(model: LlamaForCausalLM) -> None
     assert near(logits(model), before, 0.1)
     model.float()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    kept = [*map(id, model.parameters())]
-    assert [each for each, one in zip(kept, model.parameters(), strict=True) if isinstance(one, QuantisedWeight)] == [
+    ids = [*map(id, model.parameters())]
+    assert [each for each, one in zip(ids, model.parameters(), strict=True) if isinstance(one, QuantisedWeight)] == [
         each for each, one in zip(weights, model.parameters(), strict=True) if isinstance(one, QuantisedWeight)
     ]
     assert near(logits(model), before, 0.02)  # the norms were rounded

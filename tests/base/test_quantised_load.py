@@ -56,11 +56,11 @@ def test_it_is_the_plain_base_prepared(
     assert base.fingerprint == plain.fingerprint
     assert base.model.generation_config.to_dict() == plain.model.generation_config.to_dict()
     prepare(plain.model, weights)
-    expected, found = values(plain), values(base)
-    assert [*found] == [*expected]
-    assert sum(isinstance(each, QuantisedWeight) for each in found.values()) == 14 + 1 + (not tied)
-    assert all(torch.equal(found[path], each) and found[path].dtype == each.dtype for path, each in expected.items())
-    assert not any(each.requires_grad for each in found.values())
+    expected, result = values(plain), values(base)
+    assert [*result] == [*expected]
+    assert sum(isinstance(each, QuantisedWeight) for each in result.values()) == 14 + 1 + (not tied)
+    assert all(torch.equal(result[path], each) and result[path].dtype == each.dtype for path, each in expected.items())
+    assert not any(each.requires_grad for each in result.values())
     assert not base.model.training
     with torch.no_grad():
         assert torch.equal(base.model(IDS).logits, plain.model(IDS).logits)

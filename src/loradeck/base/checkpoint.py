@@ -168,8 +168,8 @@ def _gptq(checkpoint: Checkpoint, module: str) -> Weight:
     group = checkpoint.settings["group_size"]
     places = torch.arange(codes.shape[1]) // (codes.shape[1] if group == -1 else group)
     index = f"{module}.g_idx"
-    if index in checkpoint.files and not torch.equal(given := checkpoint.get(index).long(), places):
-        return (codes - zeros[:, given]) * scales[:, given].float()  # inputs of a group do not lie together
+    if index in checkpoint.files and not torch.equal(groups := checkpoint.get(index).long(), places):
+        return (codes - zeros[:, groups]) * scales[:, groups].float()  # inputs of a group do not lie together
     return _u4_or_plain(codes, scales, zeros, bits)
 
 
@@ -200,8 +200,8 @@ def _packed(checkpoint: Checkpoint, module: str) -> Weight:
         zeros = _codes(checkpoint.get(name).T, bits).T[:outputs]
     index = f"{module}.weight_g_idx"
     if actorder in ("group", True) and index in checkpoint.files:
-        given = checkpoint.get(index).long()
-        return (codes - zeros[:, given]) * scales[:, given].float()
+        groups = checkpoint.get(index).long()
+        return (codes - zeros[:, groups]) * scales[:, groups].float()
     return _u4_or_plain(codes, scales, zeros, bits)
 
 

@@ -75,8 +75,8 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     values = {theirs: number(ours, largest) for ours, theirs in SIZES.items()}
     values |= {theirs: number(ours, largest, optional=True) for ours, theirs in OPTIONAL_SIZES.items()}
     values |= {theirs: number(ours, math.inf) for ours, theirs in SETTINGS.items()}
-    own = OPTIONAL_SETTINGS.get(name, {})
-    values |= {theirs: number(ours, math.inf, optional=True) for ours, theirs in own.items()}
+    names = OPTIONAL_SETTINGS.get(name, {})
+    values |= {theirs: number(ours, math.inf, optional=True) for ours, theirs in names.items()}
     rotary = number("rope.dimension_count", largest, optional=True)
     theta = number("rope.freq_base", math.inf, optional=True) or 10_000.0
     if EMBEDDING not in file.tensors:

@@ -150,7 +150,7 @@ def _scale(x: Tensor, half: int) -> Tensor:
 
 
 def _slope(x: Tensor, codes: Tensor) -> Tensor:
-    """Return the scale of each group with the smallest squared error: x ≈ scale codes."""
+    """Return the scale of each group with the smallest squared error, where x ≈ scale · code."""
     return (x * codes).sum(0) * _inverse((codes * codes).sum(0))
 
 
