@@ -1,11 +1,14 @@
 """The step's definition (`loradeck.native.reference`) with the roundings that a step makes by its dtypes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.native.tables import Blend
 from torch import Tensor
 
 from loradeck.native import reference
+from loradeck.native.quantised import Quantised
 from loradeck.native.table import Experts, Linear, Table
 
 
@@ -21,10 +24,16 @@ def logits(table: Table, tokens: list[int], blend: Blend, cache: torch.dtype, ha
         return x.bfloat16().float() if halves else x
 
     def rounded_project(linear: Linear, x: Tensor, updates: reference.Updates | None = None) -> Tensor:
+        if isinstance(linear.stored, Quantised):
+            linear = replace(linear, stored=halved(linear.weight))
         return project(linear, halved(x), updates)
 
     def rounded_attend(query: Tensor, key: Tensor, value: Tensor, scale: float, *more: float | None) -> Tensor:
         return attend(halved(query * scale), key.to(cache).float(), value.to(cache).float(), 1.0, *more)
+
+    def rounded_softmax(scores: Tensor) -> Tensor:
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return halved(weights) / weights.sum(-1, keepdim=True)
 
     def clear_choose(experts: Experts, x: Tensor) -> reference.Choice:
         nonlocal clear
@@ -37,6 +46,7 @@ def logits(table: Table, tokens: list[int], blend: Blend, cache: torch.dtype, ha
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "project", rounded_project)
         patch.setattr(reference, "attend", rounded_attend)
+        patch.setattr(reference, "softmax", rounded_softmax)
         patch.setattr(reference, "choose", clear_choose)
         return reference.logits(table, torch.tensor(tokens), updates_of(blend))[:clear]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from tests.native.test_quantised import small_blocks
+from tests.native.test_quantised import linear_blocks
 from torch import Tensor
 
 from loradeck.native.adapter import NativeAdapter
@@ -117,7 +117,7 @@ def table_of(shape: Shape) -> Table:
         if kind is None or inputs % kind.inputs:
             return (normal(outputs, inputs) / inputs**0.5).to(shape.dtype)
         seed = int(torch.randint(2**31, (), generator=generator))
-        return quantise(torch.from_numpy(small_blocks(kind, outputs, inputs, seed)), kind, inputs)
+        return quantise(torch.from_numpy(linear_blocks(kind, outputs, inputs, seed)), kind, inputs)
 
     def linears_of(prefix: str, part: tuple[Slot, ...] = SLOTS) -> dict[Slot, Linear]:
         queries, keys = heads * shape.head_dim, shape.key_heads * shape.head_dim

@@ -219,15 +219,22 @@ def test_rows_that_are_not_there_are_refused() -> None:
 # ---- products
 
 
-def small_blocks(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> np.ndarray:
-    """Blocks whose values are about 1 at most."""
+def linear_blocks(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> np.ndarray:
+    """Blocks whose values are as large as a linear's: their standard deviation is about 1 / √inputs."""
     blocks = random_blocks(kind, outputs, inputs, seed).reshape(-1, kind.bytes)
-    for place in SCALES[kind.name]:
-        blocks[:, place + 1] = blocks[:, place + 1] & 0x83 | 0x08  # 1e-4 to 5e-4, of both signs
-    if kind.name == "MXFP4":
-        blocks[:, 0] = 121 + blocks[:, 0] % 4
-    if kind.name == "I8":
-        blocks[:, :4] = np.full(len(blocks), 0.01, np.float32).view(np.uint8).reshape(-1, 4)
+    rng = np.random.default_rng(seed)
+    scales = rng.uniform(0.5, 1.5, len(blocks)) * rng.choice([-1, 1], len(blocks))
+
+    def store(scales: np.ndarray) -> None:
+        for place in SCALES[kind.name]:
+            blocks[:, place : place + 2] = scales.astype(np.float16).view(np.uint8).reshape(-1, 2)
+        if kind.name in SINGLE:
+            blocks[:, :4] = scales.astype(np.float32).view(np.uint8).reshape(-1, 4)
+        if kind.name == "MXFP4":
+            blocks[:, 0] = 127 + np.round(np.log2(abs(scales)))
+
+    store(scales)
+    store(scales / (float(values_of(blocks, kind).std()) * inputs**0.5))
     return blocks.reshape(outputs, -1)
 
 
@@ -236,7 +243,7 @@ def small_blocks(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> np.nda
 def test_a_product_is_that_of_the_values(
     kind: Kind, rows: int, outputs: int, inputs: int, threads: int, halves: bool
 ) -> None:
-    matrix = packed(small_blocks(kind, outputs, inputs), kind)
+    matrix = packed(linear_blocks(kind, outputs, inputs), kind)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, generator=generator)
     weight = matrix.dense()
@@ -250,7 +257,7 @@ def test_a_product_is_that_of_the_values(
 
 @kinds
 def test_a_row_has_its_bits_in_any_batch(kind: Kind, threads: int) -> None:
-    matrix = packed(small_blocks(kind, 70, 512), kind)
+    matrix = packed(linear_blocks(kind, 70, 512), kind)
     x = torch.randn(37, 512, generator=torch.Generator().manual_seed(1))
     batch = product(x, matrix, 70, None, halves=False)
     alone = torch.cat([product(row[None], matrix, 70, None, halves=False) for row in x])

@@ -133,7 +133,12 @@ def attend(
     scores = cap(torch.einsum("tnd,snd->nts", query, key) * scale, softcap)
     distance = torch.arange(count)[:, None] - torch.arange(count)
     hidden = (distance < 0) | (distance >= (window or count))
-    return torch.einsum("nts,snd->tnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value)
+    return torch.einsum("nts,snd->tnd", softmax(scores.masked_fill(hidden, -torch.inf)), value)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Scores (…, T) -> the weights of T tokens, whose sum is 1."""
+    return scores.softmax(-1)
 
 
 def cap(z: Tensor, limit: float | None) -> Tensor:
