@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,6 +292,8 @@ def test_the_tokenizer_is_that_of_transformers(tiny_file: Path, bpe: PreTrainedT
         assert ids == theirs(text)["input_ids"] == bpe(text)["input_ids"]
     assert base.tokenizer.chat_template == theirs.chat_template == bpe.chat_template
     assert (base.tokenizer.eos_token, base.tokenizer.bos_token) == (theirs.eos_token, theirs.bos_token)
+    assert base.tokenizer.added_tokens_decoder == theirs.added_tokens_decoder
+    assert base.tokenizer.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
 
 
 def test_the_file_is_not_needed_after_the_load(tiny_file: Path) -> None:
@@ -312,6 +315,20 @@ def test_the_second_load_reads_no_vocabulary(tiny_file: Path, monkeypatch: pytes
     monkeypatch.setattr(gguf, "GGUFReader", never)
     second = Base.load(tiny_file.rename(tiny_file.with_name("moved.gguf")), device="cpu")
     assert (second.name, second.fingerprint) == ("moved", first.fingerprint)
+
+
+def test_no_vocabulary_is_parsed_in_python(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Base.load(tiny_file, device="cpu")
+    load, names = json.load, []
+
+    def watched(file: Any, **options: Any) -> object:
+        names.append(Path(file.name).name)
+        return load(file, **options)
+
+    monkeypatch.setattr(json, "load", watched)
+    Base.load(tiny_file, device="cpu")
+    assert "tokenizer_config.json" in names
+    assert "tokenizer.json" not in names
 
 
 def test_another_header_has_another_tokenizer(tiny_file: Path, tmp_path: Path) -> None:
@@ -557,6 +574,15 @@ def test_lengths_that_lie(tiny_file: Path) -> None:
     for where, words in ((at, "an array of"), (at + 8, "ends within its header"), (24, "a text of")):
         tiny_file.write_bytes(content[:where] + struct.pack("<Q", 2**60) + content[where + 8 :])
         _refused(tiny_file, words)
+
+
+@pytest.mark.parametrize("longest", [3, 9, 70_000, 150_000])
+def test_texts_of_any_length_are_skipped(longest: int, tiny_file: Path, tmp_path: Path) -> None:
+    texts = ["a" * (number % longest) for number in range(200)] + ["b" * longest, ""] * 3
+    path = rewrite(tiny_file, tmp_path / "other.gguf", settings={"tokenizer.ggml.tokens": texts})
+    with GgufFile(tiny_file) as file, GgufFile(path) as other:
+        assert other.settings == file.settings
+        assert torch.equal(other.values(other.tensors[LAST]), file.values(file.tensors[LAST]))
 
 
 def test_a_swapped_byte_order_is_named(tiny_file: Path) -> None:
