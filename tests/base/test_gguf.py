@@ -576,15 +576,6 @@ def test_lengths_that_lie(tiny_file: Path) -> None:
         _refused(tiny_file, words)
 
 
-@pytest.mark.parametrize("longest", [3, 9, 70_000, 150_000])
-def test_texts_of_any_length_are_skipped(longest: int, tiny_file: Path, tmp_path: Path) -> None:
-    texts = ["a" * (number % longest) for number in range(200)] + ["b" * longest, ""] * 3
-    path = rewrite(tiny_file, tmp_path / "other.gguf", settings={"tokenizer.ggml.tokens": texts})
-    with GgufFile(tiny_file) as file, GgufFile(path) as other:
-        assert other.settings == file.settings
-        assert torch.equal(other.values(other.tensors[LAST]), file.values(file.tensors[LAST]))
-
-
 def test_a_swapped_byte_order_is_named(tiny_file: Path) -> None:
     content = tiny_file.read_bytes()
     tiny_file.write_bytes(content[:4] + content[4:8][::-1] + content[8:])

@@ -24,7 +24,6 @@ HINT = "Copy the file again; it must be a complete GGUF file of a decoder-only m
 VERSIONS = (2, 3)
 MOST = 1 << 16  # settings, and tensors, of a part
 LONGEST = 1 << 24  # bytes of a text, and texts of an array
-WINDOW = 1 << 16  # bytes of a vocabulary that are read at a time
 DIMENSIONS = 4  # of a tensor, in ggml
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -295,17 +294,13 @@ class _Part:
         """Skip an array of texts. A vocabulary has some hundred thousand, so this is a tight loop."""
         if count > LONGEST:
             raise ValueError(f"an array of {count} texts in its header; at most {LONGEST} are read")
-        length_at = struct.Struct("<Q").unpack_from
-        start, window, at = self.file.tell(), b"", 0
+        read, at, end = self.file.read, self.file.tell(), self.size
         for _ in range(count):
-            if at + 8 > len(window):
-                start, at = start + at, 0
-                window = self.read(start, start + WINDOW) if start < self.size else b""
-                if len(window) < 8:
-                    raise ValueError("it ends within its header")
-            at += 8 + length_at(window, at)[0]
-        self.file.seek(start)
-        self._skip(at)
+            length = int.from_bytes(read(8), "little")
+            at += 8 + length
+            if at > end:
+                raise ValueError("it ends within its header")
+            read(length)
 
     def _skip(self, count: int) -> None:
         if count > self.size - self.file.tell():
