@@ -19,7 +19,6 @@ from loradeck.lora.hub import download, local, upload
 from loradeck.lora.manifest import read_folder
 from loradeck.store import AdapterStore
 
-
 # The hub's client itself uploads in a way that its HTTP library will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -222,7 +221,8 @@ def test_push_then_pull_is_the_same_adapter(
         assert (published / name).read_bytes() == (folder / name).read_bytes()
     assert main(["push", str(folder), "me/poet@draft", "--public"]) == 0
     assert repository.private
-    assert repository.revisions["draft"] == repository.revisions["main"]
+    draft, latest = (repository.commits[repository.revisions[name]] for name in ("draft", "main"))
+    assert draft == latest
 
 
 def test_a_push_removes_the_tensors_of_an_older_adapter(hub: Hub, folder: Path) -> None:
