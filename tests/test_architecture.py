@@ -48,6 +48,7 @@ MAY = {
         "gguf",
         "serve",
         "store",
+        "stored",
         "generation",
         "train",
         "dataset",
