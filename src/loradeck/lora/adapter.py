@@ -16,7 +16,7 @@ from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
 from loradeck.lora.folder import CARD, CONFIG, TENSORS
-from loradeck.lora.manifest import AdapterFiles, TargetModule, keys_of, read_folder
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import Origin, write_config
 from loradeck.lora.spelling import PREFIX
@@ -126,7 +126,7 @@ class Adapter(nn.Module):
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             # Shapes first, before memory is allocated for the tensors.
-            _refuse_copies(files, _copy_problems(files, check_copy))
+            _refuse_copies(files, _check_shapes(files, check_copy))
             if _is_one_tensor(files):
                 adapter._read_whole(files.headers[0])
             else:
@@ -154,9 +154,11 @@ class Adapter(nn.Module):
         self.register_parameter(f"flat_{dtype}", nn.Parameter(body.view(DTYPES[dtype]), requires_grad=False))
         self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
-    def _read_parts(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
+    def _read_parts(
+        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]
+    ) -> dict[str, str | None]:
         """Gather the tensors of all files into a flat tensor per dtype; return what is wrong with copies."""
-        problems: list[str] = []
+        reasons: dict[str, str | None] = {}
         parts: dict[str, list[tuple[str, Tensor]]] = {}
         for header in files.headers:
             body = torch.empty(header.size, dtype=torch.uint8)
@@ -165,11 +167,11 @@ class Adapter(nn.Module):
                 tensor = body[entry.begin : entry.end].clone().view(DTYPES[entry.dtype]).view(entry.shape)
                 if key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
-                elif reason := check_copy(key, tensor):
-                    problems.append(f"{files.spelling(key)} {reason}")
+                else:
+                    reasons[key] = check_copy(key, tensor)
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
-        return problems
+        return reasons
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -306,18 +308,20 @@ def _is_one_tensor(files: AdapterFiles) -> bool:
     return len(files.headers) == 1 and not files.copies and len(dtypes) == 1
 
 
-def _copy_problems(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
+def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:
+    """Return what is wrong with the shape of each copy of a weight."""
     shapes = {key: files.entries[key][1].shape for key in files.copies}
-    reasons = {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
-    return [f"{files.spelling(key)} {reason}" for key, reason in reasons.items() if reason]
+    return {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
 
 
-def _refuse_copies(files: AdapterFiles, problems: list[str]) -> None:
+def _refuse_copies(files: AdapterFiles, reasons: Mapping[str, str | None]) -> None:
+    """Raise an error if there is a reason against any copy of a weight."""
+    problems = {key: f"{files.spelling(key)} {reason}" for key, reason in reasons.items() if reason}
     if problems:
-        trained = any(".base_layer.weight " not in problem for problem in problems)
+        trained = not all(key.endswith(ADAPTED_COPY) for key in problems)
         raise UnsupportedError(
             f"{files.folder} has weights of a base itself, which are not this base's; this is not supported",
-            problems,
+            [*problems.values()],
             hint=f"Load the base it was trained on.{' If it trained them too, merge it there with PEFT.' * trained}",
             **({} if trained else ANY_BASE),
         )

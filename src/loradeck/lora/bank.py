@@ -334,12 +334,10 @@ class Bank:
         return True
 
     def _fit(
-        self, sites: Mapping[str, TargetModule], what: str, spellings: Mapping[str, str] | None = None
+        self, sites: Mapping[str, TargetModule], what: str, spellings: Mapping[str, str] = {}
     ) -> dict[str, LayerKind]:
         adapted = {path: layer.kind for path, layer in self._layers.items()}
-        return self._fitting.get(
-            sites, lambda: compatibility.layer_kinds(self.model, adapted, sites, what, spellings or {})
-        )
+        return self._fitting.get(sites, lambda: compatibility.layer_kinds(self.model, adapted, sites, what, spellings))
 
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
         head = targets.output_head(self.model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loradeck.errors import AdapterError, ConfigError
 from loradeck.lora import targets
 from loradeck.lora.folder import CONFIG
-from loradeck.lora.manifest import AdapterFiles, TargetModule, keys_of
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of
 from loradeck.lora.peft import unknown_settings
 from loradeck.lora.spelling import PREFIX
 from loradeck.lora.unsupported import ANY_BASE
@@ -19,7 +19,6 @@ from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
 log = logging.getLogger(__name__)
 
-ADAPTED = ".base_layer.weight"  # the end of the key of a copy of an adapted module's weight; a bias may be trained
 SHOWN = 5  # modules in a warning
 ROWS = 4096  # of a weight that are compared at once
 
@@ -160,7 +159,7 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool
         reason = why_other_values(weight, tensor)
     else:
         reason = "repeats a weight that is quantised in this base, so the two cannot be compared"
-    if not (reason and any_base and key.endswith(ADAPTED)):
+    if not (reason and any_base and key.endswith(ADAPTED_COPY)):
         return reason
     if not tensor.is_meta:
         log.warning("%s %s; the base's own weight is used", key, reason)
@@ -176,7 +175,7 @@ def why_other_shape(weight: Tensor, tensor: Tensor) -> str | None:
 
 
 def why_other_values(weight: Tensor, tensor: Tensor) -> str | None:
-    """Return how far a tensor is from a weight of its shape, None if as far as their dtypes round; nothing for meta."""
+    """Return how far a tensor is from a weight of its shape, None if no farther than rounding or on the meta device."""
     if tensor.is_meta:
         return None
     limits = [torch.finfo(each.dtype) for each in (weight, tensor)]

@@ -17,6 +17,7 @@ from loradeck.lora.unsupported import RETRAIN
 
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+ADAPTED_COPY = ".base_layer.weight"  # the end of a copy's key, of a module with a pair: PEFT never trains it
 INDEX = TENSORS + ".index.json"
 TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
 
@@ -122,6 +123,7 @@ def read_folder(folder: str | Path, in_base: Callable[[str], bool] = lambda _: F
     spellings: dict[str, str] = {}
     if not all(_SPELLED.get((header.entries,), lambda header=header: _is_canonical(header)) for header in headers):
         headers = tuple(_respelled(header, in_base, spellings) for header in headers)
+        config, origin = _respelled_targets(config, origin)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers, spellings)
     files = AdapterFiles(folder, config, origin, headers, {}, (), spellings)
     order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
@@ -150,6 +152,14 @@ def _respelled(header: Header, in_base: Callable[[str], bool], spellings: dict[s
             spellings[key] = written
         entries[key] = entry
     return replace(header, entries=entries)
+
+
+def _respelled_targets(config: LoraConfig, origin: Origin) -> tuple[LoraConfig, Origin]:
+    if isinstance(config.target_modules, str):
+        return config, origin
+    targets = [*dict.fromkeys(map(plain, config.target_modules))]
+    written = {**(origin.written or {}), "target_modules": targets}
+    return replace(config, target_modules=targets), replace(origin, written=written)
 
 
 def _joined(headers: Sequence[Header], spellings: Mapping[str, str]) -> dict[str, Entry]:
@@ -278,7 +288,6 @@ def _is_target(files: AdapterFiles, halves: Mapping[str, Mapping[str, Entry]]) -
     targets = files.config.target_modules
     if isinstance(targets, str):
         return lambda _: True
-    spelled = [*targets, *(map(plain, targets) if files.spellings else ())]
     # With ensure_weight_tying, PEFT saves an embedding's pair again, transposed, as that of the tied output head.
     heads = [
         (pair["eB"].shape[::-1], pair["eA"].shape[::-1])
@@ -286,7 +295,7 @@ def _is_target(files: AdapterFiles, halves: Mapping[str, Mapping[str, Entry]]) -
         if _ties(files.origin) and pair.keys() >= {"eA", "eB"}
     ]
     return lambda path: (
-        any(path == target or path.endswith("." + target) for target in spelled)
+        any(path == target or path.endswith("." + target) for target in targets)
         or (halves[path].keys() >= {"A", "B"} and (halves[path]["A"].shape, halves[path]["B"].shape) in heads)
     )
 
