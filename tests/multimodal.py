@@ -1,0 +1,84 @@
+"""Tiny random models of multimodal families, as transformers saves whole checkpoints of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+VOCABULARY = 128
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEADS = {"head_dim": 8}
+MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
+PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+SIGLIP = {
+    "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+CLIP = {**SIGLIP, "model_type": "clip_vision_model", "projection_dim": 8}
+QWEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32, "intermediate_size": 24}
+QWEN_2 = {**QWEN, "hidden_size": 16, "fullatt_block_indexes": [0]}
+QWEN_3 = {**QWEN, "hidden_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+GEMMA_4 = {
+    "global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+LLAMA_4 = {
+    "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2, "attention_chunk_size": 32,
+}  # fmt: skip
+LLAMA_4_VISION = {
+    "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-vl": ("qwen2_vl", {
+        "text_config": {**SIZES, "rope_parameters": MROPE},
+        "vision_config": {"depth": 1, "num_heads": 2, "patch_size": 4, "embed_dim": 16, "hidden_size": 32},
+    }),
+    "qwen2.5-vl": ("qwen2_5_vl", {"text_config": {**SIZES, "rope_parameters": MROPE}, "vision_config": QWEN_2}),
+    "qwen3-vl": ("qwen3_vl", {"text_config": {**SIZES, **HEADS, "rope_parameters": MROPE}, "vision_config": QWEN_3}),
+    "qwen3.5": ("qwen3_5", {"text_config": {**SIZES, **HEADS, **LINEAR_ATTENTION}, "vision_config": QWEN_3}),
+    "gemma3": ("gemma3", {
+        "text_config": {**SIZES, **HEADS, "sliding_window": 8}, "vision_config": SIGLIP, "mm_tokens_per_image": 4,
+    }),
+    "gemma4": ("gemma4", {"text_config": {**SIZES, **HEADS, **GEMMA_4}, "vision_config": {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+        "num_key_value_heads": 2, "patch_size": 4,
+    }, "audio_config": None}),
+    "llava": ("llava", {"text_config": {"model_type": "llama", **SIZES}, "vision_config": CLIP}),
+    "mistral3": ("mistral3", {"text_config": {"model_type": "mistral", **SIZES}, "vision_config": PIXTRAL}),
+    "llama4": ("llama4", {"text_config": {**SIZES, **HEADS, **LLAMA_4}, "vision_config": LLAMA_4_VISION}),
+}  # fmt: skip
+
+
+def whole(family: str) -> PreTrainedModel:
+    """A whole model, with vision; the same weights each time."""
+    kind, settings = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **settings)
+    name = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
