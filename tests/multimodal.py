@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-VOCABULARY = 128
+VOCABULARY = 260  # of the tiny tokenizer, and one more
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -82,3 +82,13 @@ def whole(family: str) -> PreTrainedModel:
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
     return model.eval().requires_grad_(False)
+
+
+def text_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the whole model, or of one in PEFT, for text: ids (rows, tokens) -> (rows, tokens, vocabulary)."""
+    inner = getattr(model, "base_model", model)
+    inner = getattr(inner, "model", inner) if inner is not model and hasattr(model, "peft_config") else model
+    if type(inner).__name__.startswith("Llama4"):  # transformers 5.24 computes the whole one for images only
+        model = inner.language_model
+    with torch.no_grad():
+        return model(input_ids=ids).logits

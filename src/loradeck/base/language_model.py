@@ -26,6 +26,7 @@ from loradeck.errors import BaseModelError
 # Language models for which transformers has no class: on text alone, whose positions in time, height and width are
 # the same, their rotary embedding is that of the plain model.
 PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+MROPE = ("type", "mrope_section", "mrope_interleaved")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _text_config(source: str | Path, whole: PretrainedConfig) -> PretrainedConfi
     values = config.to_dict()
     kind = PLAIN.get(values.pop("model_type"), config.model_type)
     if kind != config.model_type:
-        rope = {key: value for key, value in values.pop("rope_parameters").items() if key in ROPE}
+        rope = {key: value for key, value in values.pop("rope_parameters").items() if key not in MROPE}
         config = AutoConfig.for_model(kind, **values, rope_parameters=rope)
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         config = type(config).from_dict(values)  # the whole model's own stays as it is

@@ -139,6 +139,7 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     kinds: dict[str, LayerKind] = {}
     for folder, weight in folders.items():
         files = read_folder(folder)
+        files = files.respelled(compatibility.respelling(model.skeleton, kinds, files))
         kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder)
         compatibility.check_base(model.skeleton, files, any_base=False)
         weighted.append((Adapter.from_files(files, check_copy=partial(_why_not_a_copy, model)), weight))

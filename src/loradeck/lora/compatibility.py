@@ -2,16 +2,43 @@
 
 import logging
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError
-from loradeck.lora import targets
-from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule
+from loradeck.lora import targets, whole_model
+from loradeck.lora.manifest import AdapterFiles, TargetModule, copied_module
 from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
 log = logging.getLogger(__name__)
+
+
+def respelling(model: nn.Module, adapted: Mapping[str, LayerKind], files: AdapterFiles) -> Mapping[str, str]:
+    """Return how to respell an adapter's modules to fit a model, as {path: path in the model}; nothing if they do.
+
+    They are respelled only if then, and in one way alone, every module is there and every shape fits. `adapted` is as
+    in `layer_kinds`.
+
+    Raises:
+        AdapterError: as `layer_kinds`, of the spelling that fits best.
+    """
+    errors: list[AdapterError] = []
+    fits: list[Mapping[str, str]] = []
+    modules = [*files.sites, *map(copied_module, files.copies)]
+    for paths in chain([{}], whole_model.respellings(model, modules)):
+        try:
+            layer_kinds(model, adapted, files.respelled(paths).sites, str(files.folder))
+        except AdapterError as error:
+            errors.append(error)
+        else:
+            if not paths:
+                return {}
+            fits.append(paths)
+    if len(fits) != 1:
+        raise min(errors, key=lambda error: len(error.problems))
+    return fits[0]
 
 
 def layer_kinds(
@@ -28,7 +55,7 @@ def layer_kinds(
     for path, site in sites.items():
         kind = adapted.get(path) or targets.check(model, path, closed)
         if isinstance(kind, str):
-            problems.append(f"{path} {kind}")
+            problems.append(f"{path} {whole_model.why_left_out(model, path) or kind}")
         elif kind.name != site.kind:
             problems.append(f"{path} is a {kind.name} layer here, the adapter's is {site.kind}")
         elif kind.shapes(site.r) != (site.a_shape, site.b_shape):
@@ -81,9 +108,9 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor) -> str | None:
 
     Of a tensor on the meta device only the shape is compared.
     """
-    path, _, name = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    name = key.rpartition(".")[2]
     try:
-        module = model.get_submodule(path)
+        module = model.get_submodule(copied_module(key))
         weight = module.get_parameter(name)
     except AttributeError:
         return "belongs to no weight of this base"

@@ -1,8 +1,9 @@
 """The contents of an adapter's folder: config and tensor headers, checked against each other. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -48,6 +49,7 @@ class AdapterFiles:
     headers: tuple[Header, ...]
     sites: dict[str, TargetModule]  # by module path
     copies: tuple[str, ...]  # keys that repeat a weight of the base (PEFT saves targeted embeddings whole)
+    paths: Mapping[str, str] = field(default_factory=dict)  # as on disk, of modules that are respelled
 
     @property
     def entries(self) -> dict[str, tuple[Header, Entry]]:
@@ -69,8 +71,44 @@ class AdapterFiles:
         """Bytes of the trained values."""
         return sum(entry.end - entry.begin for entry in self._trained())
 
+    def respelled(self, paths: Mapping[str, str]) -> "AdapterFiles":
+        """Return the same files with other paths of modules: path -> new path, for modules and those with copies."""
+        if not paths:
+            return self
+        entries = [header.entries for header in self.headers]
+        key = entries, self.sites, self.copies, paths
+        entries, sites, copies, old = _RESPELLED.get(key, lambda: _respelled(*key))
+        headers = tuple(replace(header, entries=each) for header, each in zip(self.headers, entries, strict=True))
+        return replace(self, headers=headers, sites=sites, copies=copies, paths=old)
+
     def _trained(self) -> list[Entry]:
         return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
+
+
+_Spelling: TypeAlias = tuple[list[dict[str, Entry]], dict[str, TargetModule], tuple[str, ...], Mapping[str, str]]
+_RESPELLED: Memo[_Spelling, _Spelling] = Memo()
+
+
+def _respelled(
+    entries: list[dict[str, Entry]], sites: dict[str, TargetModule], copies: tuple[str, ...], paths: Mapping[str, str]
+) -> _Spelling:
+    keys = {
+        old: new
+        for path, site in sites.items()
+        for old, new in zip(keys_of(path, site), keys_of(paths.get(path, path), site), strict=True)
+    }
+    keys |= {key: key.replace(path, paths.get(path, path), 1) for key in copies for path in [copied_module(key)]}
+    return (
+        [{keys[key]: entry for key, entry in each.items()} for each in entries],
+        {paths.get(path, path): site for path, site in sites.items()},
+        tuple(keys[key] for key in copies),
+        {new: old for old, new in paths.items()},
+    )
+
+
+def copied_module(key: str) -> str:
+    """Return the path of the module whose weight a copy repeats."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")[0]
 
 
 def is_adapter(folder: Path) -> bool:

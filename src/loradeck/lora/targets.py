@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -70,14 +70,14 @@ def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> LayerKind |
     return kind if not isinstance(kind, str) else f"is a {type(module).__name__}, which {kind}"
 
 
-def suffixes(model: nn.Module, paths: Sequence[str]) -> str | tuple[str, ...]:
-    """Return the shortest path endings that match exactly `paths` among the model's modules, sorted.
+def suffixes(modules: Iterable[str], paths: Sequence[str]) -> str | tuple[str, ...]:
+    """Return the shortest path endings that match exactly `paths` among all modules' paths, sorted.
 
     If no ending can (a path that also ends another one), return a regex.
     """
     wanted = set(paths)
     others: set[str] = set()
-    for path, _ in model.named_modules():
+    for path in modules:
         if path not in wanted:
             others.update(_endings(path))
     chosen = {path: next((end for end in _endings(path) if end not in others), "") for path in paths}
