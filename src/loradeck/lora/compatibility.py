@@ -37,7 +37,7 @@ def respelling(model: nn.Module, adapted: Mapping[str, LayerKind], files: Adapte
                 return {}
             fits.append(paths)
     if len(fits) != 1:
-        raise min(errors, key=lambda error: len(error.problems))
+        raise min(reversed(errors), key=lambda error: len(error.problems))
     return fits[0]
 
 

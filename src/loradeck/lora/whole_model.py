@@ -49,7 +49,7 @@ def respellings(model: nn.Module, paths: Collection[str]) -> Iterator[dict[str, 
     seen: list[dict[str, str]] = []
     for place in places:
         moved = _moved(paths, place)
-        if moved not in seen and modules.issuperset(moved.values()) and moved:
+        if moved not in seen and not modules.isdisjoint(moved.values()):
             seen.append(moved)
             yield moved
 
