@@ -1,11 +1,13 @@
 """Tiny random models of multimodal families, as transformers saves whole checkpoints of them."""
 
-from collections.abc import Callable
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 VOCABULARY = 260  # of the tiny tokenizer, and one more
@@ -84,11 +86,27 @@ def whole(family: str) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def text_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the whole model, or of one in PEFT, for text: ids (rows, tokens) -> (rows, tokens, vocabulary)."""
-    inner = getattr(model, "base_model", model)
-    inner = getattr(inner, "model", inner) if inner is not model and hasattr(model, "peft_config") else model
-    if type(inner).__name__.startswith("Llama4"):  # transformers 5.24 computes the whole one for images only
-        model = inner.language_model
-    with torch.no_grad():
-        return model(input_ids=ids).logits
+def adapted(family: str, folder: Path, seed: int = 0, **settings: object) -> PeftModel:
+    """The whole model with an adapter in PEFT that changes its text; it is saved in a folder."""
+    targets = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": targets, **settings}
+    generator = torch.Generator().manual_seed(seed)
+    with warnings.catch_warnings(), torch.no_grad():  # what PEFT says of its own doings is not our matter here
+        warnings.simplefilter("ignore")
+        model = get_peft_model(whole(family), LoraConfig(**settings, init_lora_weights=False))  # type: ignore[arg-type]
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.save_pretrained(folder)
+    assert isinstance(model, PeftModel)
+    return model.eval()
+
+
+@torch.no_grad()
+def text_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a whole model, also of one in PEFT, for text: ids (rows, tokens) -> (rows, tokens, vocabulary)."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if type(inner).__name__.startswith("Llama4"):  # transformers 5.24 computes the whole one with images only
+        inner = inner.language_model
+    logits: Tensor = inner(input_ids=ids).logits
+    return logits

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
-from tests.multimodal import FAMILIES, VOCABULARY, text_logits, whole
+from peft import PeftModel
+from tests.multimodal import FAMILIES, VOCABULARY, adapted, text_logits, whole
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from loradeck import Adapter, Bank, Base, LoraConfig
-from loradeck.errors import AdapterError, LoradeckError
+from loradeck.errors import AdapterError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -23,7 +22,6 @@ pytestmark = [
 ]
 IDS = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-TEXT = r".*language_model.*\.({})"  # a target that leaves vision out
 SPELLINGS = ("model.language_model.", "language_model.model.", "model.")
 
 
@@ -41,19 +39,8 @@ def load(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[s
 
 
 def trained(family: str, folder: Path, seed: int = 0, **settings: object) -> Tensor:
-    """Save an adapter that PEFT made on the whole model, with random values; return PEFT's logits."""
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": TEXT.format("q_proj|v_proj|down_proj"), **settings}
-    model = get_peft_model(whole(family), PeftConfig(**settings, init_lora_weights=False))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    logits = text_logits(model.eval(), IDS)
-    with warnings.catch_warnings():  # what PEFT says of its own doings is not our matter here
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
-    return logits
+    """Save an adapter that PEFT made on the whole model; return PEFT's logits."""
+    return text_logits(adapted(family, folder, seed, **settings), IDS)
 
 
 def peft_logits(family: str, folder: Path) -> Tensor:
@@ -61,9 +48,9 @@ def peft_logits(family: str, folder: Path) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
         model = PeftModel.from_pretrained(whole(family), str(folder))
-    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A}
+    found = {name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A}
     tensors = safetensors.torch.load_file(folder / TENSORS)
-    assert len(adapted) == len([key for key in tensors if key.endswith("lora_A.weight")])
+    assert len(found) == len([key for key in tensors if key.endswith("lora_A.weight")])
     return text_logits(model.eval(), IDS)
 
 
@@ -252,9 +239,9 @@ def test_all_linear_is_the_language_model_and_its_targets_match_no_module_of_vis
     assert len(bank["poet"].sites) == 14
     bank.save("poet", tmp_path / "poet")
     model = PeftModel.from_pretrained(whole("qwen2.5-vl"), str(tmp_path / "poet"))
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A]
-    assert len(adapted) == 14
-    assert all(".language_model.layers." in name for name in adapted)
+    found = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A]
+    assert len(found) == 14
+    assert all(".language_model.layers." in name for name in found)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava", "llama4"])

@@ -47,7 +47,8 @@ class Base:
     """A frozen model and its tokenizer.
 
     `name` is short and meant for people; `source` is the argument of `load`, which loads the same base again. The model
-    carries `fingerprint`, `base_name` and `base_quantisation` as attributes of its own.
+    carries `fingerprint`, `base_name` and `base_quantisation` as attributes of its own, and that of a multimodal one
+    `whole_paths` and `left_out`: see `loradeck.base.language_model`.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -66,6 +67,8 @@ class Base:
         weights: Weights = "plain",
     ) -> "Base":
         """Load a decoder-only language model with its tokenizer, frozen and in eval mode.
+
+        Of a multimodal model it is the language model, for text only; the other weights are not read.
 
         Args:
             source: A folder with a transformers model, a hub id, a `.gguf` file, or `smollm2-135m`. The model may be
@@ -190,7 +193,7 @@ def _model(
     if is_multimodal(config):
         folder = _download(where)
         part = language_model(source, config, files_of(folder))
-        log.info("%s is multimodal (%s): its language model is loaded, for text only", source, config.model_type)
+        log.warning("%s is multimodal (%s): its language model is loaded, for text only", source, config.model_type)
         config = part.config
     model = None
     if weights in QUANTISED or (device.type == "cpu" and is_quantised(config)):

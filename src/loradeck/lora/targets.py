@@ -111,6 +111,20 @@ def closed(model: nn.Module) -> dict[str, str]:
     }
 
 
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the stacks of matrices that are parameters of no layer, such as a mixture's experts; they take no adapter.
+
+    By the path of their module and their own name.
+    """
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if isinstance(kind_of(module), str)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2
+    }
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that turns hidden states into logits, None if the model names none."""
     get = getattr(model, "get_output_embeddings", None)
