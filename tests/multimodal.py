@@ -61,7 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-vl": ("qwen3_vl", {"text_config": {**SIZES, **HEADS, "rope_parameters": MROPE}, "vision_config": QWEN_3}),
     "qwen3.5": ("qwen3_5", {"text_config": {**SIZES, **HEADS, **LINEAR_ATTENTION}, "vision_config": QWEN_3}),
     "gemma3": ("gemma3", {
-        "text_config": {**SIZES, **HEADS, "sliding_window": 8}, "vision_config": SIGLIP, "mm_tokens_per_image": 4,
+        "text_config": {**SIZES, **HEADS, "sliding_window": 8, "query_pre_attn_scalar": 8}, "vision_config": SIGLIP, "mm_tokens_per_image": 4,
     }),
     "gemma4": ("gemma4", {"text_config": {**SIZES, **HEADS, **GEMMA_4}, "vision_config": {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,

@@ -113,7 +113,8 @@ class TestFamilies:
         bank.save("poet", tmp_path / "poet")
         inner = "language_model.model." if family == "llama4" else "model.language_model."
         assert all(
-            key.startswith(f"base_model.model.{inner}") for key in safetensors.torch.load_file(tmp_path / "poet" / TENSORS)
+            key.startswith(f"base_model.model.{inner}")
+            for key in safetensors.torch.load_file(tmp_path / "poet" / TENSORS)
         )
         assert equal(peft_logits(family, tmp_path / "poet"), expected)
         bank.load(tmp_path / "poet", "again")

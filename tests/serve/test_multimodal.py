@@ -60,9 +60,7 @@ def test_the_engine_and_generate_continue_as_the_whole_model_does(
     texts = generate(base, bank, prompts, entries, max_new_tokens=TOKENS)
     bank.detach()
     ends = stop_ids(base.tokenizer, base.model.generation_config)
-    assert texts == [
-        decode(base.tokenizer, takewhile(lambda token: token not in ends, tokens)) for tokens in expected
-    ]
+    assert texts == [decode(base.tokenizer, takewhile(lambda token: token not in ends, tokens)) for tokens in expected]
     store = AdapterStore(tmp_path / "store")
     for name in "ab":
         store.publish(name, tmp_path / name)

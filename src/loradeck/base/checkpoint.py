@@ -64,9 +64,7 @@ class Checkpoint:
     def slices(self) -> Iterator[dict[str, Any]]:
         """Open the files until the block ends: yield for each tensor what reads it, or a part of it."""
         with ExitStack() as stack:
-            opened = {
-                path: stack.enter_context(safe_open(path, framework="pt")) for path in {*self.files.values()}
-            }
+            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {*self.files.values()}}
             yield {name: opened[path].get_slice(self.keys[name]) for name, path in self.files.items()}
 
     def generation_config(self) -> GenerationConfig | None:

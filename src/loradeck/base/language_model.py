@@ -45,6 +45,10 @@ class LanguageModel:
     whole_paths: Mapping[str, str]
     left_out: tuple[str, ...]
 
+    def mark(self, model: nn.Module) -> None:
+        """Give a model of it `whole_paths` and `left_out` as attributes of its own, by which adapters are read."""
+        vars(model).update(whole_paths=self.whole_paths, left_out=self.left_out)
+
 
 def is_multimodal(config: PretrainedConfig) -> bool:
     """Whether a configuration's language model is only a part of the model."""
@@ -67,7 +71,8 @@ def language_model(source: str | Path, whole: PretrainedConfig, tensors: Iterabl
         heads = [found for above in _above(prefix) if _under(found := above + head, keys)]
         if len(heads) > 1:
             raise BaseModelError(f"{source} has two heads of its language model: {' and '.join(heads)}", hint=HINT)
-        parts |= {head: found for found in heads}
+        if heads:
+            parts[head] = heads[0]
         config.tie_word_embeddings = not heads and bool(getattr(whole, "tie_word_embeddings", False))
     names = {
         name + key.removeprefix(place): key

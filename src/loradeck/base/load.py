@@ -210,7 +210,7 @@ def _model(
         if weights in QUANTISED:
             prepare(model, weights)
     if part is not None:
-        vars(model).update(whole_paths=part.whole_paths, left_out=part.left_out)
+        part.mark(model)
     return model
 
 

@@ -330,9 +330,7 @@ class Bank:
         return {path: layer.kind for path, layer in self._layers.items()}
 
     def _fit(self, sites: Mapping[str, TargetModule], what: str) -> dict[str, LayerKind]:
-        return self._fitting.get(
-            sites, lambda: compatibility.layer_kinds(self.model, self._adapted(), sites, what)
-        )
+        return self._fitting.get(sites, lambda: compatibility.layer_kinds(self.model, self._adapted(), sites, what))
 
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
         head = targets.output_head(self.model)
