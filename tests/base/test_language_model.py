@@ -106,6 +106,30 @@ def test_files_without_text_are_never_opened(folder: Callable[..., Path]) -> Non
         load(path)
 
 
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "gemma3", "mistral3"])
+def test_a_quantised_checkpoint_keeps_its_language_models_values(folder: Callable[..., Path], family: str) -> None:
+    path = folder(family)
+    plain = load(path).model
+    tensors = load_file(path / WEIGHTS)
+    values = {}
+    for key in [key for key in tensors if key.endswith("_proj.weight") and "vis" not in key]:
+        scale = tensors[key].abs().amax() / 448
+        codes = (tensors[key] / scale).to(torch.float8_e4m3fn)
+        values[key.partition("layers.")[2]] = codes.float() * scale
+        tensors |= {key: codes, f"{key}_scale_inv": scale}
+    save_file(tensors, path / WEIGHTS, {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": ["visual", "lm_head"]}
+    (path / "config.json").write_text(json.dumps(config))
+    expected = [name for name, _ in plain.named_parameters() if name.partition("layers.")[2] in values]
+    assert len(expected) == 14
+    with torch.no_grad():
+        for name in expected:
+            plain.get_parameter(name).copy_(values[name.partition("layers.")[2]])
+        wanted = plain(input_ids=IDS).logits
+    assert torch.equal(logits(load(path)), wanted)
+
+
 def test_an_index_names_files_of_its_folder_only(folder: Callable[..., Path]) -> None:
     path = folder("gemma3")
     (path / WEIGHTS).rename(path.parent / "outside.safetensors")

@@ -3,7 +3,7 @@
 Nothing here knows a family of models by name, but for those whose language model is another's: see `PLAIN`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from loradeck.base.checkpoint import COMPLETE
+from loradeck.base.checkpoint import COMPLETE, Checkpoint, files_of, settings_of
 from loradeck.base.source import HINT
 from loradeck.errors import BaseModelError
 
@@ -35,13 +35,13 @@ class LanguageModel:
 
     Attributes:
         config: of the language model alone.
-        keys: the checkpoint's name of each tensor of the language model.
+        checkpoint: its tensors, by the names that they have in it.
         whole_paths: where its parts lie in the whole model: paths of modules here -> there.
         left_out: the paths of all other modules of the whole model.
     """
 
     config: PretrainedConfig
-    keys: Mapping[str, str]
+    checkpoint: Checkpoint
     whole_paths: Mapping[str, str]
     left_out: tuple[str, ...]
 
@@ -55,40 +55,38 @@ def is_multimodal(config: PretrainedConfig) -> bool:
     return config.get_text_config() is not config
 
 
-def language_model(source: str | Path, whole: PretrainedConfig, tensors: Iterable[str]) -> LanguageModel:
-    """Find the language model in a multimodal checkpoint, by the names of its tensors.
+def language_model(source: str | Path, whole: PretrainedConfig, folder: Path) -> LanguageModel:
+    """Find the language model in the folder of a multimodal checkpoint, by the names of its tensors.
 
     Raises:
         BaseModelError: its weights are not there, or not clearly; transformers has no class for it.
     """
-    keys = [*tensors]
+    keys = [*files_of(folder)]
     config = _text_config(source, whole)
     model = _on_meta(AutoModelForCausalLM, config)
     body, head = _body(model), _head(model)
     prefix = _prefix(source, model, body, keys)
-    parts = {f"{body}.{name}": f"{prefix}{name}" for name, _ in model.get_submodule(body).named_children()}
+    inner = model.get_submodule(body)
+    inside = [name for name, _ in (*inner.named_children(), *inner.named_parameters(recurse=False))]
+    parts = {f"{body}.{name}": prefix + name for name in inside}
     if head is not None:
-        heads = [found for above in _above(prefix) if _under(found := above + head, keys)]
+        heads = [above + head for above in _above(prefix) if any(_under(key, above + head) for key in keys)]
         if len(heads) > 1:
             raise BaseModelError(f"{source} has two heads of its language model: {' and '.join(heads)}", hint=HINT)
         if heads:
             parts[head] = heads[0]
         config.tie_word_embeddings = not heads and bool(getattr(whole, "tie_word_embeddings", False))
-    names = {
-        name + key.removeprefix(place): key
-        for key in keys
-        for name, place in parts.items()
-        if key.startswith(place + ".")
-    }
-    full = _on_meta(AutoModelForMultimodalLM, whole) if type(whole) in MODEL_FOR_MULTIMODAL_LM_MAPPING else None
-    if full is None:
-        return LanguageModel(config, names, {body: prefix.removesuffix(".")}, ())
+    names = {name + key.removeprefix(place): key for key in keys for name, place in parts.items() if _under(key, place)}
+    checkpoint = Checkpoint(folder, settings_of(config), names)
+    if type(whole) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return LanguageModel(config, checkpoint, {body: prefix.removesuffix(".")}, ())
+    full = _on_meta(AutoModelForMultimodalLM, whole)
     paths = {body: _body(full)}
     if head is not None and (theirs := _head(full)) is not None:
         paths[head] = theirs
-    inside = tuple(paths.values())
-    others = (path for path, _ in full.named_modules() if path and not _under_any(path, inside))
-    return LanguageModel(config, names, paths, tuple(others))
+    everything = [path for path, _ in full.named_modules() if path]
+    left_out = (path for path in everything if not any(_under(path, each) for each in paths.values()))
+    return LanguageModel(config, checkpoint, paths, tuple(left_out))
 
 
 def _text_config(source: str | Path, whole: PretrainedConfig) -> PretrainedConfig:
@@ -158,9 +156,5 @@ def _above(prefix: str) -> list[str]:
     return ["".join(part + "." for part in parts[:count]) for count in reversed(range(len(parts)))] or [""]
 
 
-def _under(path: str, keys: Iterable[str]) -> bool:
-    return any(key.startswith(path + ".") for key in keys)
-
-
-def _under_any(path: str, parents: Iterable[str]) -> bool:
-    return any(path == parent or path.startswith(parent + ".") for parent in parents)
+def _under(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent + ".")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from loradeck.base import SMOLLM2, is_hub_id
-from loradeck.base.checkpoint import Checkpoint, files_of, is_direct, is_quantised, read_checkpoint, settings_of
+from loradeck.base.checkpoint import Checkpoint, is_direct, is_quantised, read_checkpoint, settings_of
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
 from loradeck.base.gguf_file import base_name
@@ -184,28 +184,25 @@ def _model(
     """Load the model of a folder or hub id; int8 and int4 weights are quantised while it is read.
 
     With `keep`, the weights of a checkpoint that is quantised stay so. Of one that is multimodal only the language
-    model is read; the model carries `whole_paths` and `left_out`, see `LanguageModel`, as attributes of its own.
+    model is read.
     """
     if weights in QUANTISED:
         check_quantised(weights, dtype, device)
     config = pretrained_config(source, where)
-    part = None
-    if is_multimodal(config):
-        folder = _download(where)
-        part = language_model(source, config, files_of(folder))
+    part = language_model(source, config, _download(where)) if is_multimodal(config) else None
+    if part is not None:
         log.warning("%s is multimodal (%s): its language model is loaded, for text only", source, config.model_type)
         config = part.config
-    model = None
-    if weights in QUANTISED or (device.type == "cpu" and is_quantised(config)):
-        checkpoint = Checkpoint(_download(where), settings_of(config), part and part.keys)
-        if is_direct(checkpoint, config):
-            keep = keep and why_not_quantised() is None
-            model = read_checkpoint(checkpoint, config, dtype, keep=keep, weights=weights)
-    if model is None:
-        if part is None:
-            model = pretrained_model(source, where, dtype)  # it knows the names of older checkpoints
+    by_weight = weights in QUANTISED or (device.type == "cpu" and is_quantised(config))
+    checkpoint = part.checkpoint if part else Checkpoint(_download(where), settings_of(config)) if by_weight else None
+    if checkpoint is not None and by_weight and is_direct(checkpoint, config):
+        keep = keep and why_not_quantised() is None
+        model = read_checkpoint(checkpoint, config, dtype, keep=keep, weights=weights)
+    else:
+        if part is not None:
+            model = model_of_checkpoint(source, part.checkpoint, config, dtype)
         else:
-            model = model_of_checkpoint(source, Checkpoint(folder, {}, part.keys), config, dtype)
+            model = pretrained_model(source, where, dtype)  # it knows the names of older checkpoints
         model.requires_grad_(False)
         if weights in QUANTISED:
             prepare(model, weights)

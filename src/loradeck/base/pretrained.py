@@ -52,7 +52,7 @@ def model_of_checkpoint(
     Raises:
         BaseModelError: weights are missing.
     """
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with checkpoint.slices() as slices:
         model, report = kind.from_pretrained(
             None, config=config, state_dict=slices, dtype=dtype, output_loading_info=True

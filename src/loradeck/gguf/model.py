@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from loradeck.base.checkpoint import COMPLETE, Checkpoint, files_of
+from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.fingerprint import fingerprint_of
 from loradeck.base.language_model import is_multimodal, language_model
 from loradeck.base.load import load_tokenizer, local_folder
@@ -70,10 +70,10 @@ class Model:
         try:
             with quiet():
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                part = language_model(source, config, files_of(folder)) if is_multimodal(config) else None
+                part = language_model(source, config, folder) if is_multimodal(config) else None
                 config = part.config if part else config
                 architecture, skeleton = architecture_of(config, source)
-            checkpoint = Checkpoint(folder, {}, part and part.keys)
+            checkpoint = part.checkpoint if part else Checkpoint(folder, {})
         except (BaseModelError, UnsupportedError):
             raise
         except Exception as error:  # what untrusted files make transformers raise has no common class
