@@ -77,7 +77,7 @@ class AdapterFiles:
             return self
         entries = [header.entries for header in self.headers]
         key = entries, self.sites, self.copies, paths
-        entries, sites, copies, old = _RESPELLED.get(key, lambda: _respelled(*key))
+        entries, sites, copies, old = _MOVED.get(key, lambda: _moved(*key))
         headers = tuple(replace(header, entries=each) for header, each in zip(self.headers, entries, strict=True))
         return replace(self, headers=headers, sites=sites, copies=copies, paths=old)
 
@@ -86,10 +86,10 @@ class AdapterFiles:
 
 
 _Spelling: TypeAlias = tuple[list[dict[str, Entry]], dict[str, TargetModule], tuple[str, ...], Mapping[str, str]]
-_RESPELLED: Memo[_Spelling, _Spelling] = Memo()
+_MOVED: Memo[_Spelling, _Spelling] = Memo()
 
 
-def _respelled(
+def _moved(
     entries: list[dict[str, Entry]], sites: dict[str, TargetModule], copies: tuple[str, ...], paths: Mapping[str, str]
 ) -> _Spelling:
     keys = {
