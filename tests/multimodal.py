@@ -72,6 +72,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("llama4", {"text_config": {**SIZES, **HEADS, **LLAMA_4}, "vision_config": LLAMA_4_VISION}),
 }  # fmt: skip
 
+# Of each family: the name in the table of docs/adapters.md, and what it says of load, serve and export.
+SUPPORT = {
+    "qwen2-vl": ("Qwen 2-VL", "Qwen2ForCausalLM", "compiled step", "model"),
+    "qwen2.5-vl": ("Qwen 2.5-VL", "Qwen2ForCausalLM", "compiled step", "model"),
+    "qwen3-vl": ("Qwen 3-VL", "Qwen3ForCausalLM", "compiled step", "model"),
+    "qwen3.5": ("Qwen 3.5", "Qwen3_5ForCausalLM", "no: `generate` and `chat` do", "no"),
+    "gemma3": ("Gemma 3", "Gemma3ForCausalLM", "compiled step", "model, adapter"),
+    "gemma4": ("Gemma 4", "Gemma4ForCausalLM", "transformers' modules", "no"),
+    "llava": ("LLaVA", "LlamaForCausalLM", "compiled step", "model"),
+    "mistral3": ("Mistral 3", "MistralForCausalLM", "compiled step", "model"),
+    "llama4": ("Llama 4", "Llama4ForCausalLM", "transformers' modules", "no"),
+}
+
 
 def whole(family: str) -> PreTrainedModel:
     """A whole model, with vision; the same weights each time."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.multimodal import FAMILIES, VOCABULARY, text_logits, whole
+from tests.multimodal import FAMILIES, SUPPORT, VOCABULARY, text_logits, whole
 from transformers import PreTrainedTokenizerFast
 
 from loradeck import Base
@@ -56,8 +56,17 @@ def test_its_logits_for_text_are_those_of_the_whole_model(
     said = [record.getMessage() for record in caplog.records if "text only" in record.getMessage()]
     assert len(said) == 1
     assert f"is multimodal ({FAMILIES[family][0]})" in said[0]
+    assert type(base.model).__name__ == SUPPORT[family][1]
     parameters = sum(parameter.numel() for parameter in whole(family).parameters())
     assert sum(parameter.numel() for parameter in base.model.parameters()) < parameters
+
+
+def test_the_table_of_the_documentation_is_what_is_tested() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    rows = [f"| {name} | `{kind}` | yes | {served} | {exported} |" for name, kind, served, exported in SUPPORT.values()]
+    table = [line for line in page.splitlines() if "ForCausalLM` |" in line]
+    assert table == rows
+    assert SUPPORT.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.multimodal import adapted, whole
+from tests.multimodal import SUPPORT, adapted, whole
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from loradeck import Bank, Base
@@ -185,7 +185,10 @@ def test_without_the_package_it_says_how_to_get_it(
     assert "pip install 'loradeck[gguf]'" in ran.err
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "gemma3", "llava", "mistral3"])
+EXPORTED = [family for family, (*_, exported) in SUPPORT.items() if exported.startswith("model")]
+
+
+@pytest.mark.parametrize("family", EXPORTED)
 def test_a_multimodal_model_is_exported_as_its_language_model(
     run: Callable, tmp_path: Path, bpe_folder: Path, family: str
 ) -> None:
@@ -210,15 +213,22 @@ def test_a_multimodal_model_is_exported_as_its_language_model(
     assert not torch.allclose(both["blk.1.ffn_down.weight"], weight, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", ["qwen3.5", "gemma4", "llama4"])
-def test_a_language_model_that_llama_cpp_has_no_words_for_here_is_refused(
+@pytest.mark.parametrize("family", SUPPORT)
+def test_what_llama_cpp_has_no_words_for_here_is_refused(
     run: Callable, tmp_path: Path, bpe_folder: Path, family: str
 ) -> None:
+    """A language model, and an adapter alone: llama.cpp has architectures of its own for most of the whole models."""
     shutil.copytree(bpe_folder, tmp_path / "both", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
     whole(family).save_pretrained(tmp_path / "both")
-    ran = run("export", "both", "-o", "model.gguf")
-    assert (ran.code, "cannot export for architecture" in ran.err) == (2, True), ran.err
-    assert not Path("model.gguf").exists()
+    adapted(family, tmp_path / "poet")
+    exported = SUPPORT[family][3]
+    for what, arguments in (("model", ("both",)), ("adapter", ("poet", "--base", "both"))):
+        ran = run("export", *arguments, "-o", f"{what}.gguf")
+        if what in exported:
+            assert ran.code == 0, ran.err
+        else:
+            assert (ran.code, "cannot export for architecture" in ran.err) == (2, True), ran.err
+            assert not Path(f"{what}.gguf").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # PEFT says it of its own default

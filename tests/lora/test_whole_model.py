@@ -148,6 +148,21 @@ class TestFamilies:
             assert all(torch.equal(saved[key], own_tensors[key]) for key in saved)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3.5", "llama4"])
+def test_an_adapter_of_the_whole_model_loads_on_a_checkpoint_of_its_language_model(
+    load: Callable[[str], Base], tmp_path: Path, family: str
+) -> None:
+    expected = trained(family, tmp_path / "first")
+    base = load(family)
+    base.model.save_pretrained(tmp_path / "text")
+    base.tokenizer.save_pretrained(tmp_path / "text")
+    text = Base.load(tmp_path / "text", dtype="float32", device="cpu")
+    assert not hasattr(text.model, "whole_paths")
+    bank = Bank(text.model)
+    bank.load(tmp_path / "first")
+    assert equal(routed(text, bank, "first"), expected)
+
+
 class Spelled(nn.Module):
     """Linear layers at the paths given, all of one shape."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.multimodal import FAMILIES, VOCABULARY, adapted, text_logits, whole
+from tests.multimodal import FAMILIES, SUPPORT, VOCABULARY, adapted, text_logits, whole
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -22,8 +22,7 @@ from loradeck.serve.engine import Engine
 from .conftest import ids
 
 TOKENS = 8
-BY_MODULES = {"gemma4", "llama4"}  # what the compiled step has no words for
-REFUSED = {"qwen3.5"}  # linear attention
+RUNNERS = {"compiled step": NativeRunner, "transformers' modules": ModelRunner}
 
 
 @pytest.fixture
@@ -64,11 +63,12 @@ def test_the_engine_and_generate_continue_as_the_whole_model_does(
     store = AdapterStore(tmp_path / "store")
     for name in "ab":
         store.publish(name, tmp_path / name)
-    if family in REFUSED:
+    served = SUPPORT[family][2]
+    if served.startswith("no"):
         with pytest.raises(BaseModelError, match="cannot be served: not all of its layers have an attention"):
             Engine(base, store)
         return
     with Engine(base, store, EngineConfig(max_rows=4, max_step_tokens=16)) as engine:
-        assert type(engine._runner) is (ModelRunner if family in BY_MODULES else NativeRunner)
+        assert type(engine._runner) is RUNNERS[served]
         params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
         assert [ids(answer) for answer in engine.generate(prompts, entries, params)] == expected
