@@ -223,6 +223,14 @@ class TestSpellings:
         with pytest.raises(AdapterError, match=r"model\.layers\.0\.q_proj is not a module of this base"):
             Bank(Spelled(*both)).load(made(tmp_path / "poet", *under("model.")))
 
+    def test_two_spellings_of_one_module_in_a_file_are_refused(self, tmp_path: Path) -> None:
+        bank = Bank(Spelled(*under("model.")))
+        folder = made(tmp_path / "poet", *under("model."), *under("model.language_model."))
+        with pytest.raises(AdapterError) as caught:
+            bank.load(folder)
+        assert len(caught.value.problems) == len(LAYERS)
+        assert all("model.language_model.layers" in problem for problem in caught.value.problems)
+
     def test_a_model_that_has_the_modules_as_they_are_keeps_them(self, tmp_path: Path) -> None:
         both = [*under("model.language_model."), *under("model.")]
         bank = Bank(Spelled(*both))

@@ -49,7 +49,8 @@ def respellings(model: nn.Module, paths: Collection[str]) -> Iterator[dict[str, 
     seen: list[dict[str, str]] = []
     for place in places:
         moved = _moved(paths, place)
-        if moved not in seen and not modules.isdisjoint(moved.values()):
+        apart = len({moved.get(path, path) for path in paths}) == len({*paths})  # no two become one
+        if apart and moved not in seen and not modules.isdisjoint(moved.values()):
             seen.append(moved)
             yield moved
 
