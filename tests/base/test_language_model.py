@@ -192,6 +192,17 @@ def test_two_language_models_are_refused(folder: Callable[..., Path]) -> None:
     assert load(path).model is not None
 
 
+def test_two_heads_are_refused(folder: Callable[..., Path]) -> None:
+    path = folder("llava")
+    tensors = load_file(path / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
+    save_file(tensors, path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(
+        BaseModelError, match=r"has two heads of its language model: language_model\.lm_head and lm_head"
+    ):
+        load(path)
+
+
 def test_a_language_model_that_transformers_has_no_class_for_is_refused(folder: Callable[..., Path]) -> None:
     path = folder("qwen3-vl")
     config = json.loads((path / "config.json").read_text())
