@@ -25,15 +25,13 @@ SIZES = {
 }
 HEADS = {"head_dim": 8}
 MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
-PIXTRAL = {
-    "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
 }  # fmt: skip
-SIGLIP = {
-    "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
-}  # fmt: skip
-CLIP = {**SIGLIP, "model_type": "clip_vision_model", "projection_dim": 8}
+SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
+PIXTRAL = {**VISION, "model_type": "pixtral"}
+CLIP = {**VISION, "model_type": "clip_vision_model", "projection_dim": 8}
 QWEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32, "intermediate_size": 24}
 QWEN_2 = {**QWEN, "hidden_size": 16, "fullatt_block_indexes": [0]}
 QWEN_3 = {**QWEN, "hidden_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
@@ -72,6 +70,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("llama4", {"text_config": {**SIZES, **HEADS, **LLAMA_4}, "vision_config": LLAMA_4_VISION}),
 }  # fmt: skip
 
+# Loaded by the same rules; their language models lie under names of their own, or are another family's.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "idefics3": ("idefics3", {"text_config": {"model_type": "llama", **SIZES}, "vision_config": VISION}),
+    "llava-next": ("llava_next", {"text_config": {"model_type": "qwen2", **SIZES}, "vision_config": CLIP}),
+}
+
 # Of each family: the name in the table of docs/adapters.md, and what it says of load, serve and export.
 SUPPORT = {
     "qwen2-vl": ("Qwen 2-VL", "Qwen2ForCausalLM", "compiled step", "model"),
@@ -88,7 +92,7 @@ SUPPORT = {
 
 def whole(family: str) -> PreTrainedModel:
     """A whole model, with vision; the same weights each time."""
-    kind, settings = FAMILIES[family]
+    kind, settings = (FAMILIES | OTHERS)[family]
     config = AutoConfig.for_model(kind, **settings)
     name = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
     with torch.random.fork_rng(devices=[]):
