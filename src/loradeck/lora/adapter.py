@@ -38,6 +38,7 @@ class Adapter(nn.Module):
         config: the LoraConfig, with its targets resolved.
         sites: kind, rank, scaling and shapes for each module path.
         origin: where it comes from.
+        paths: how its files spell the modules that they spell otherwise.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
     """
 
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
         self.config = config
         self.sites: Mapping[str, TargetModule] = sites
         self.origin = origin or Origin()
+        self.paths: Mapping[str, str] = {}
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.moves = 0  # how often its tensors were moved or cast
@@ -122,6 +124,7 @@ class Adapter(nn.Module):
         """
         check_copy = check_copy or (lambda *_: "is a copy of a weight of the base")
         adapter = cls(files.config, files.sites, files.origin)
+        adapter.paths = files.paths
         adapter.fan_in_fan_out = bool((files.origin.written or {}).get("fan_in_fan_out"))
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
@@ -142,7 +145,7 @@ class Adapter(nn.Module):
         if trainable:
             pairs = {path: (_float32(a), _float32(b)) for path, (a, b) in pairs.items()}
         copy = type(self).with_sites(self.config, self.sites, pairs, origin=self.origin, trainable=trainable)
-        copy.fan_in_fan_out = self.fan_in_fan_out
+        copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
         return copy
 
     def _read_whole(self, header: safetensors_io.Header) -> None:
@@ -226,7 +229,7 @@ class Adapter(nn.Module):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor under its key in a PEFT file."""
         for path, site in self.sites.items():
-            yield from zip(keys_of(path, site), self.pair(path), strict=True)
+            yield from zip(keys_of(self.paths.get(path, path), site), self.pair(path), strict=True)
 
     @property
     def trainable(self) -> bool:

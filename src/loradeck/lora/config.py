@@ -129,16 +129,23 @@ class LoraConfig:
                 problems.append(f"{name} is {shorten(value)}, not a mapping from patterns to numbers")
         return problems
 
-    def of_modules(self, ranks: Mapping[str, int], targets: str | Sequence[str]) -> "LoraConfig":
-        """Return the same settings for exactly these modules (path -> rank), which `targets` match."""
-        alphas = {path: alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+    def of_modules(
+        self, ranks: Mapping[str, int], targets: str | Sequence[str], paths: Mapping[str, str] | None = None
+    ) -> "LoraConfig":
+        """Return the same settings for exactly these modules (path -> rank), which `targets` match.
+
+        `paths` are the new paths of those that move.
+        """
+        paths = paths or {}
+        alphas = {paths.get(path, path): alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+        ranks = {paths.get(path, path): r for path, r in ranks.items() if r != self.r}
         return replace(
             self,
             target_modules=targets,
             exclude_modules=(),
             layers_to_transform=None,
             layers_pattern=(),
-            rank_pattern=literal_pattern({path: r for path, r in ranks.items() if r != self.r}),
+            rank_pattern=literal_pattern(ranks),
             alpha_pattern=literal_pattern(alphas),
         )
 

@@ -1,8 +1,9 @@
 """The contents of an adapter's folder: config and tensor headers, checked against each other. Imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -52,6 +53,7 @@ class AdapterFiles:
     sites: dict[str, TargetModule]  # by module path
     copies: tuple[str, ...]  # keys that repeat a weight of the base (PEFT saves targeted embeddings whole)
     spellings: Mapping[str, str]  # key -> how the file spells it, of those that it spells another way
+    paths: Mapping[str, str] = field(default_factory=dict)  # as on disk, of modules that are respelled
 
     @property
     def entries(self) -> dict[str, tuple[Header, Entry]]:
@@ -82,8 +84,46 @@ class AdapterFiles:
         """Return a key as the file spells it, for errors."""
         return self.spellings.get(key, key)
 
+    def respelled(self, paths: Mapping[str, str]) -> "AdapterFiles":
+        """Return the same files with other paths of modules: path -> new path, for modules and those with copies."""
+        if not paths:
+            return self
+        before = [header.entries for header in self.headers]
+        key = before, self.sites, self.copies, paths
+        after, sites, copies, old = _MOVED.get(key, lambda: _moved(*key))
+        headers = tuple(replace(header, entries=each) for header, each in zip(self.headers, after, strict=True))
+        moves = {new: old for pair in zip(before, after, strict=True) for old, new in zip(*pair, strict=True)}
+        spellings = {new: self.spelling(old) for new, old in moves.items() if new != self.spelling(old)}
+        return replace(self, headers=headers, sites=sites, copies=copies, spellings=spellings, paths=old)
+
     def _trained(self) -> list[Entry]:
         return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
+
+
+_Spelling: TypeAlias = tuple[list[dict[str, Entry]], dict[str, TargetModule], tuple[str, ...], Mapping[str, str]]
+_MOVED: Memo[_Spelling, _Spelling] = Memo()
+
+
+def _moved(
+    entries: list[dict[str, Entry]], sites: dict[str, TargetModule], copies: tuple[str, ...], paths: Mapping[str, str]
+) -> _Spelling:
+    keys = {
+        old: new
+        for path, site in sites.items()
+        for old, new in zip(keys_of(path, site), keys_of(paths.get(path, path), site), strict=True)
+    }
+    keys |= {key: key.replace(path, paths.get(path, path), 1) for key in copies for path in [copied_module(key)]}
+    return (
+        [{keys[key]: entry for key, entry in each.items()} for each in entries],
+        {paths.get(path, path): site for path, site in sites.items()},
+        tuple(keys[key] for key in copies),
+        {new: old for old, new in paths.items()},
+    )
+
+
+def copied_module(key: str) -> str:
+    """Return the path of the module whose weight a copy repeats."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")[0]
 
 
 def is_adapter(folder: Path) -> bool:
