@@ -401,7 +401,7 @@ def test_a_folder_that_is_trained_again_is_noticed(
     store: AdapterStore, settled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if settled:  # as if a second had passed, so headers are cached
-        monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
+        monkeypatch.setattr("loradeck.disk.SETTLED", -(10**9))
     adapter(2).save(store.folder / "poet")
     found = store.find("poet")
     first = found.sha256()
@@ -415,7 +415,7 @@ def test_a_folder_that_is_trained_again_is_noticed(
 
 
 def test_a_change_with_the_old_mtime_is_noticed(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
+    monkeypatch.setattr("loradeck.disk.SETTLED", -(10**9))
     file = adapter().save(store.folder / "poet") / "adapter_model.safetensors"
     found, times = store.find("poet"), file.stat()
     first = found.sha256()
@@ -429,7 +429,7 @@ def test_a_change_with_the_old_mtime_is_noticed(store: AdapterStore, monkeypatch
 def test_headers_are_read_once_while_the_files_stay_the_same(
     store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
+    monkeypatch.setattr("loradeck.disk.SETTLED", -(10**9))
     adapter().save(store.folder / "poet")
     first = store.find("poet")
     digest = first.sha256()
@@ -439,7 +439,7 @@ def test_headers_are_read_once_while_the_files_stay_the_same(
 
 
 def test_files_written_just_now_are_not_cached(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loradeck.stored.SETTLED", 10**15)  # just now: in the last eleven days
+    monkeypatch.setattr("loradeck.disk.SETTLED", 10**15)  # just now: in the last eleven days
     adapter().save(store.folder / "poet")
     store.find("poet")
 

@@ -10,12 +10,12 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from loradeck.disk import new_folder
+from loradeck.disk import Stamp, new_folder
 from loradeck.errors import AdapterError
 from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
-from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule, keys_of, read_folder
+from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule, keys_of, read_folder, stamp
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
 from loradeck.ops.dropout import Dropout
@@ -35,6 +35,7 @@ class Adapter(nn.Module):
         config: the LoraConfig, with its targets resolved.
         sites: kind, rank, scaling and shapes for each module path.
         origin: where it comes from.
+        folder: the folder it was read from, as `stamp` says it was then; None for one made in memory.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
     """
 
@@ -44,6 +45,8 @@ class Adapter(nn.Module):
         self.config = config
         self.sites: Mapping[str, TargetModule] = sites
         self.origin = origin or Origin()
+        self.folder: Path | None = None
+        self.stamp: Stamp = ()
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.moves = 0  # how often its tensors were moved or cast
@@ -119,6 +122,7 @@ class Adapter(nn.Module):
         check_copy = check_copy or (lambda *_: "is a copy of a weight of the base")
         adapter = cls(files.config, files.sites, files.origin)
         adapter.fan_in_fan_out = bool((files.origin.written or {}).get("fan_in_fan_out"))
+        adapter.folder, adapter.stamp = files.folder.absolute(), stamp(files.folder)
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             # Shapes first, before memory is allocated for the tensors.
@@ -138,6 +142,7 @@ class Adapter(nn.Module):
             pairs = {path: (_float32(a), _float32(b)) for path, (a, b) in pairs.items()}
         copy = type(self).with_sites(self.config, self.sites, pairs, origin=self.origin, trainable=trainable)
         copy.fan_in_fan_out = self.fan_in_fan_out
+        copy.folder, copy.stamp = self.folder, self.stamp
         return copy
 
     def _copy_problems(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:

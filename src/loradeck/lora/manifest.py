@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from loradeck.disk import Stamp, stamp_of
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora.config import PATH_LENGTH, LoraConfig, shorten
 from loradeck.lora.memo import Memo
@@ -17,6 +18,7 @@ LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 INDEX = TENSORS + ".index.json"
 TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
+STAMPED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # an adapter's files, and those of a tokenizer beside it
 
 UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA magnitudes",
@@ -82,6 +84,18 @@ def is_adapter(folder: Path) -> bool:
         return (folder / CONFIG).exists() or any(folder.glob(TENSOR_FILES))
     except OSError:
         return True
+
+
+def stamp(folder: Path) -> Stamp:
+    """Return a value that changes whenever a file of an adapter does, or one that other tools write beside it.
+
+    Raises:
+        AdapterError: the folder cannot be read.
+    """
+    try:
+        return stamp_of(folder, STAMPED)
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def keys_of(path: str, site: TargetModule) -> tuple[str, str]:
