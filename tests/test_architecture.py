@@ -30,7 +30,7 @@ MAY = {
     "ops": {"disk", "dtypes"},
     "lora": {"ops", *GROUND},
     "stored": {"lora", *GROUND},
-    "store": {"stored", "lora", *GROUND},
+    "store": {"stored", "lora", "base", *GROUND},
     "native": {"ops", *GROUND},
     "base": {"native", *GROUND},
     "generation": {"runner", "lora", "base", "native", "sampling", *GROUND},

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,10 +40,10 @@ def generate(
     """Return one completion per prompt, computed as one batch, without the token that ended its turn.
 
     A prompt is a string or a list of messages. `adapters` is one entry for the whole batch (a name, `{name: weight}`,
-    or None for the base alone) or a list with one entry per prompt. An adapter whose folder has a tokenizer or a chat
-    template of its own has its prompts encoded, and its answers decoded and ended, by that. A temperature of 0 takes the likeliest token;
-    above it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
+    or None for the base alone) or a list with one entry per prompt. A temperature of 0 takes the likeliest token; above
+    it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
     repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context.
+    A tokenizer or chat template in an adapter's folder encodes its prompts, and decodes and ends its answers.
     `activations` are what quantised weights are multiplied with in the compiled step, as in an engine's settings.
     `on_step` is called after each step with the number of tokens that the longest answer has.
 
@@ -98,9 +97,7 @@ def stream(
     return (piece for tokens in steps for token in tokens.values() if (piece := text.push(token.id)))
 
 
-def tokenizers_of(
-    base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry]"
-) -> list[PreTrainedTokenizerBase]:
+def tokenizers_of(base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry]") -> list[PreTrainedTokenizerBase]:
     """Return the tokenizer of a row of each entry: of adapters that agree on one of their own, else the base's.
 
     Raises:
@@ -113,7 +110,7 @@ def tokenizers_of(
     tokenizers = []
     for entry in entries:
         adapters = [_present(bank)[name] for name, _ in weights_of(entry)]
-        files = [TokenizerFiles.of(adapter.folder or Path(), adapter.stamp) for adapter in adapters]
+        files = [TokenizerFiles.of(adapter.folder, adapter.stamp) for adapter in adapters]
         tokenizers.append(base.adapter_tokenizers.of(files))
     return tokenizers
 

@@ -25,6 +25,7 @@ from loradeck.api.responses import (
     json_response,
 )
 from loradeck.api.state import ServerState, state_of
+from loradeck.base.tokenizer_files import TokenizerFiles
 from loradeck.errors import AdapterError, UnknownAdapterError
 from loradeck.lora.names import check_name
 from loradeck.stored import read_stored
@@ -159,6 +160,7 @@ def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
         raise _taken(f"The adapter {name!r} is already loaded.")
     if not body.load_inplace and exists and not is_latest:
         raise _taken(f"The name {name!r} is taken.", hint="load_inplace=true publishes the next version of it.")
+    state.engine.tokenizer_of(source)  # raises if it has one that cannot be used
     if is_latest:
         cache.load(source)
     else:
@@ -207,9 +209,14 @@ def _source(store: "AdapterStore", name: str, path: str) -> "Stored":
 def _is_latest(store: "AdapterStore", name: str, source: "Stored") -> bool:
     """Return whether an adapter has the content of a name's latest version, wherever it comes from."""
     try:
-        return store.find(name).sha256() == source.sha256()
+        latest = store.find(name)
+        return latest.sha256() == source.sha256() and _tokenizer(latest) == _tokenizer(source)
     except (UnknownAdapterError, AdapterError):
         return False
+
+
+def _tokenizer(stored: "Stored") -> dict[str, bytes]:
+    return TokenizerFiles.of(stored.path, stored.stamp).read()
 
 
 def _is_loaded(state: ServerState, name: str, sha256: str) -> bool:

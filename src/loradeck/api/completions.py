@@ -61,8 +61,7 @@ def _texts(logprobs: LogprobFormatter, body: CompletionRequest, prompts: list[li
     """Return the text of each prompt: as the client wrote it, or decoded from its token ids."""
     sources = [body.prompt] if isinstance(body.prompt, str) else body.prompt[: len(prompts)]
     return [
-        source if isinstance(source, str) else logprobs.text(ids)
-        for source, ids in zip(sources, prompts, strict=True)
+        source if isinstance(source, str) else logprobs.text(ids) for source, ids in zip(sources, prompts, strict=True)
     ]
 
 

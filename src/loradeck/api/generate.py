@@ -155,7 +155,8 @@ def submit(
 ) -> "list[Generation]":
     """Submit `n` requests for each prompt to the engine: all or none.
 
-    `selection` is what the client asked for, `model` what it is. `continues` says whether the answers continue the text of their prompts or are texts of their own.
+    `selection` is what the client asked for, `model` what it is. `continues` says whether the answers continue the text
+    of their prompts or are texts of their own.
 
     Raises:
         HttpError: 400, too many answers, or an empty or too long prompt; 503, the server is shutting down.

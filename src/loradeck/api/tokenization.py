@@ -9,6 +9,7 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loradeck.api import generate
 from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError, invalid_field
 from loradeck.api.requests import (
@@ -59,7 +60,7 @@ def _tokenizer(state: ServerState, key: ApiKey, model: str | None) -> "PreTraine
     """Return the tokenizer of what a request names. Reads the disk."""
     selection = state.names.named(model)
     key.check_adapters(selection.names)
-    return resolve(state, key, selection).tokenizer
+    return generate.resolve(state, key, selection).tokenizer
 
 
 def _tokenize(state: ServerState, key: ApiKey, body: TokenizeRequest) -> TokenizeResponse:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -49,12 +50,11 @@ class AdapterTokenizers:
     Files of the same content are one tokenizer; one that equals the base's is the base's.
     """
 
-    def __init__(self, base: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-        """`config` is the model's."""
+    def __init__(self, base: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> None:
+        """`config` is the model's; without it a tokenizer may have any ids."""
         self.base = base
         self._config = config
-        rows = getattr(config.get_text_config(), "vocab_size", 0)
-        self._ids = max(rows, 1 + max(base.get_vocab().values(), default=0))
+        self._ids = math.inf if config is None else _ids(base, config)
         self._lock, self._loading = Lock(), Lock()
         self._digests: OrderedDict[TokenizerFiles, str] = OrderedDict()
         self._tokenizers: OrderedDict[str, PreTrainedTokenizerBase] = OrderedDict()
@@ -164,6 +164,11 @@ class AdapterTokenizers:
             tokenizer._tokenizer = other._tokenizer  # the compiled part, which takes nearly all of the memory
         self._equals[whole] = tokenizer
         return tokenizer
+
+
+def _ids(base: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """Return how many ids there are: the rows of the embedding, or more if the base's own tokenizer has more."""
+    return max(getattr(config.get_text_config(), "vocab_size", 0), 1 + max(base.get_vocab().values(), default=0))
 
 
 def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,6 +1,7 @@
 """The files of a tokenizer and its chat template that other tools write beside an adapter. Needs no torch."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +30,9 @@ class TokenizerFiles:
     stamp: Stamp
 
     @classmethod
-    def of(cls, folder: Path, stamp: Stamp) -> Self:
-        """Return the tokenizer's files among those of a folder's stamp."""
-        return cls(folder, tuple(file for file in stamp if file[0] in NAMES))
+    def of(cls, folder: Path | None, stamp: Stamp) -> Self:
+        """Return the tokenizer's files among those of a folder's stamp; none without a folder."""
+        return cls(folder or Path(), tuple(file for file in stamp if file[0] in NAMES))
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -77,7 +78,7 @@ class TokenizerFiles:
         return content
 
 
-def digest_of(contents: dict[str, bytes]) -> str:
+def digest_of(contents: Mapping[str, bytes]) -> str:
     """Return one sha256, in hex, of files' names and contents."""
     digest = hashlib.sha256()
     for name, content in sorted(contents.items()):

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loradeck.base.adapter_tokenizer import AdapterTokenizers
 from loradeck.base.fingerprint import fingerprint_of
 from loradeck.base.load import load_tokenizer, local_folder
 from loradeck.base.pretrained import quiet
 from loradeck.base.quantiser import ENCODERS, quantise
+from loradeck.base.tokenizer_files import TokenizerFiles
 from loradeck.disk import new_file
 from loradeck.errors import AdapterError, BaseModelError, UnsupportedError
 from loradeck.gguf import metadata
@@ -169,7 +171,7 @@ def export(model: Model, merge: Merge, file: Path, quant: str) -> Counter[str]:
             writer.add_file_type(getattr(gguf.LlamaFileType, _file_type(quant)))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             metadata.add_settings(writer, model.config, model.architecture)
-            add_vocabulary(writer, load_tokenizer(model.source), _generation(model.folder), model.config.vocab_size)
+            add_vocabulary(writer, _tokenizer(model, merge), _generation(model.folder), model.config.vocab_size)
             for entry in entries:
                 shape = gguf.quant_shape_to_byte_shape(entry.shape, types[entry.name])
                 writer.add_tensor_info(
@@ -264,6 +266,12 @@ def _float32() -> "np.dtype[Any]":
     import numpy as np
 
     return np.dtype(np.float32)
+
+
+def _tokenizer(model: Model, merge: Merge) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the adapters that are merged if they agree on one of their own, else the base's."""
+    tokenizers = AdapterTokenizers(load_tokenizer(model.source), model.config)
+    return tokenizers.of(TokenizerFiles.of(adapter.folder, adapter.stamp) for adapter, _ in merge.weighted)
 
 
 def _generation(folder: Path) -> GenerationConfig | None:

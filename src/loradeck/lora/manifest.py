@@ -18,7 +18,13 @@ LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 INDEX = TENSORS + ".index.json"
 TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
-STAMPED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # an adapter's files, and those of a tokenizer beside it
+STAMPED = (
+    ".json",
+    ".safetensors",
+    ".jinja",
+    ".model",
+    ".txt",
+)  # an adapter's files, and a tokenizer's beside it
 
 UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA magnitudes",

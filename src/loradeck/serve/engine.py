@@ -12,6 +12,8 @@ from threading import Lock
 from types import TracebackType
 from typing import Self, SupportsIndex
 
+from transformers import PreTrainedTokenizerBase
+
 from loradeck.base import openmp
 from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
@@ -33,6 +35,7 @@ from loradeck.serve.served_model import ServedModel
 from loradeck.serve.stats import Observer, Stats
 from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
+from loradeck.stored import Stored
 
 DEFAULT = SamplingParams()
 
@@ -124,10 +127,17 @@ class Engine:
             ConfigError: the adapters are larger than the budget.
         """
         key, adapters = self.adapter_cache.resolve(entry)
-        files = [TokenizerFiles.of(stored.path, stored.stamp) for stored in adapters.values()]
-        tokenizer = self.base.adapter_tokenizers.of(files)
+        tokenizer = self.tokenizer_of(*adapters.values())
         ends = self._in_vocabulary(stop_ids(tokenizer, self.base.model.generation_config))
         return ServedModel(key, adapters, tokenizer, ends)
+
+    def tokenizer_of(self, *adapters: Stored) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of requests for these adapters. Reads the disk.
+
+        Raises:
+            AdapterError: the tokenizer of one cannot be used.
+        """
+        return self.base.adapter_tokenizers.of(TokenizerFiles.of(stored.path, stored.stamp) for stored in adapters)
 
     def submit(
         self,
@@ -144,10 +154,10 @@ class Engine:
         Iterate over the answer for its tokens, or ask for its `text()`. It ends at `sampling.stop` and the other
         limits even if nobody reads it.
 
-        `entry` is None for the base, a name or name@version, {name: weight}, or what `resolve` returned for one of these
-        when the prompt was encoded. `adapter` is its name in metrics.
-        The tokens of an adapter are shared fairly between its `tenant`s. `continues` says whether the answer continues
-        the prompt's text or begins one of its own, without a leading space, as in a chat.
+        `entry` is None for the base, a name or name@version, {name: weight}, or what `resolve` returned for one of them
+        when the prompt was encoded. `adapter` is its name in metrics. The tokens of an adapter are shared fairly
+        between its `tenant`s. `continues` says whether the answer continues the prompt's text or begins one of its own,
+        without a leading space, as in a chat.
 
         Raises:
             UnknownAdapterError, AdapterError: as `resolve`.
