@@ -195,4 +195,3 @@ def test_a_blend_has_what_its_adapters_agree_on(server: LocalServer, store: Adap
     for blend in ("plain*0.5+loud*0.5", "plain*0.5+poet*0.5"):
         assert server.request("/tokenize", {**body, "model": blend}).json()["tokens"] == expected
         assert server.request(CHAT, {**QUESTION, "model": blend}).json()["usage"]["prompt_tokens"] == len(expected)
-
