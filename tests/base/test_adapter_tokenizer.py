@@ -100,6 +100,38 @@ def test_older_tools_write_the_template_into_the_configuration(
     assert own(folder).decode(prompt(own(folder))) == "hé\n"
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_files_of_transformers_4(own: Own, folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    shipped = with_other_ids(tiny_tokenizer)
+    (folder / "tokenizer.json").write_text(shipped.backend_tokenizer.to_str())
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    specials = {
+        str(id): {"content": str(token), **flags, "special": True} for id, token in shipped.added_tokens_decoder.items()
+    }
+    config = {
+        "add_bos_token": False,
+        "added_tokens_decoder": specials,
+        "bos_token": None,
+        "chat_template": SHOUTING,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "extra_special_tokens": {},
+        "model_max_length": 2048,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "right",
+        "split_special_tokens": False,
+        "tokenizer_class": name,
+        "unk_token": None,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>", **flags}}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 2}))
+    tokenizer = own(folder)
+    assert tokenizer("hé")["input_ids"] == shipped("hé")["input_ids"]
+    assert tokenizer.decode(prompt(tokenizer)) == "[user] hé!<|endoftext|>[answer] "
+    assert (tokenizer.eos_token_id, tokenizer.bos_token) == (0, None)
+
+
 def test_what_a_folder_has_not_is_the_bases(own: Own, folder: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     shipped = with_other_ids(tiny_tokenizer, eos_token="<|endoftext|>")
     shipped.save_pretrained(folder)
