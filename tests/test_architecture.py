@@ -17,20 +17,22 @@ SOURCE = ROOT / "src" / "loradeck"
 FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
 # What each room may import of ours, besides itself, from the ground up.
-GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp"}
+GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp", "hub", "tokenizer_files"}
 MAY = {
     "errors": set(),
     "disk": set(),
     "dtypes": set(),
     "blend": {"errors"},
     "llamacpp": set(),
+    "hub": set(),
+    "tokenizer_files": {"disk", "errors"},
     "sampling": {"native", "errors"},
     "toy": set(),
     "demo": set(),
     "ops": {"disk", "dtypes"},
     "lora": {"ops", *GROUND},
     "stored": {"lora", *GROUND},
-    "store": {"stored", "lora", "base", *GROUND},
+    "store": {"stored", "lora", *GROUND},
     "native": {"ops", *GROUND},
     "base": {"native", *GROUND},
     "generation": {"runner", "lora", "base", "native", "sampling", *GROUND},
@@ -47,6 +49,7 @@ MAY = {
         "gguf",
         "serve",
         "store",
+        "stored",
         "generation",
         "train",
         "dataset",

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from loradeck.base.compat import cache_argument
 from loradeck.base.load import Base
 from loradeck.base.text import Detokenizer, Prompt, decode, encode, pad_left, stop_ids
-from loradeck.base.tokenizer_files import TokenizerFiles
 from loradeck.errors import ConfigError, RouteError
 from loradeck.native.adapter import NativeAdapter
 from loradeck.runner.activations import Activations
@@ -110,8 +109,7 @@ def tokenizers_of(base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry
     tokenizers = []
     for entry in entries:
         adapters = [_present(bank)[name] for name, _ in weights_of(entry)]
-        files = [TokenizerFiles.of(adapter.folder, adapter.stamp) for adapter in adapters]
-        tokenizers.append(base.adapter_tokenizers.of(files))
+        tokenizers.append(base.adapter_tokenizers.of(adapter.tokenizer_files for adapter in adapters))
     return tokenizers
 
 

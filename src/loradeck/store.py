@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from loradeck.base import tokenizer_files
-from loradeck.base.tokenizer_files import TokenizerFiles
+from loradeck import tokenizer_files
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder, stamp
 from loradeck.lora.names import check_name, valid_name
 from loradeck.lora.peft import CARD, CONFIG
 from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
+from loradeck.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
     from loradeck.lora.adapter import Adapter

@@ -16,6 +16,7 @@ from loradeck.disk import Stamp, is_settled
 from loradeck.errors import AdapterError
 from loradeck.lora.manifest import INDEX, AdapterFiles, read_folder, stamp
 from loradeck.lora.peft import CONFIG, TENSORS
+from loradeck.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper
@@ -58,16 +59,23 @@ class Stored:
     stamp: Stamp = field(repr=False)
     recorded_sha256: str | None = field(default=None, repr=False, compare=False)
     """The sha256 that publishing recorded; None if there is none, or the files have changed since."""
+    commit: str | None = None
+    """That of an adapter of the hub."""
 
     @property
     def spec(self) -> str:
-        """The name with which `AdapterStore.find` finds this version, whatever is published later."""
-        return f"{self.name}@{self.version}"
+        """The name with which this version is found, whatever is published later."""
+        return f"{self.name}@{self.version if self.commit is None else self.commit}"
 
     @property
     def created(self) -> float:
         """When its newest file was written, in seconds since 1970."""
         return max(mtime for _, _, mtime, _, _ in self.stamp) / 1e9
+
+    @property
+    def tokenizer_files(self) -> TokenizerFiles:
+        """The files of its own tokenizer and chat template."""
+        return TokenizerFiles.of(self.path, self.stamp)
 
     def sha256(self) -> str:
         """Return the identity of its content, for cache keys: as recorded, else computed from the files.

@@ -11,12 +11,13 @@ import pytest
 from tests.own_tokenizers import PLAIN, SHOUTING, with_eos, with_other_ids
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loradeck.base import adapter_tokenizer, tokenizer_files
+from loradeck import tokenizer_files
+from loradeck.base import adapter_tokenizer
 from loradeck.base.adapter_tokenizer import AdapterTokenizers
 from loradeck.base.tokenizer_difference import differences
-from loradeck.base.tokenizer_files import TokenizerFiles
 from loradeck.errors import AdapterError
 from loradeck.lora.manifest import stamp
+from loradeck.tokenizer_files import TokenizerFiles
 
 CONFIG = LlamaConfig(vocab_size=260)
 TALK = [{"role": "user", "content": "hé"}]

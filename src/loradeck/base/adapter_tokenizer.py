@@ -21,7 +21,9 @@ from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from loradeck.base.pretrained import pretrained_tokenizer, quiet
-from loradeck.base.tokenizer_files import (
+from loradeck.disk import is_settled
+from loradeck.errors import AdapterError, BaseModelError
+from loradeck.tokenizer_files import (
     ADDITIONS,
     CONFIG,
     HINT,
@@ -31,8 +33,6 @@ from loradeck.base.tokenizer_files import (
     TokenizerFiles,
     digest_of,
 )
-from loradeck.disk import is_settled
-from loradeck.errors import AdapterError, BaseModelError
 
 KNOWN_FOLDERS = 1 << 14  # whose content's hash is remembered; about a kilobyte each
 KNOWN_CONTENTS = 32  # whose tokenizer is kept; one takes up to some 50 MB, unless its vocabulary is another's too

@@ -36,6 +36,8 @@ VERBS = (
     "diff",
     "merge",
     "export",
+    "pull",
+    "push",
     "rm",
     "doctor",
 )

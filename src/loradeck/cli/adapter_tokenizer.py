@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loradeck.base.tokenizer_files import TokenizerFiles
 from loradeck.cli.display.text import format_size
 from loradeck.errors import AdapterError
 from loradeck.lora.manifest import AdapterFiles, stamp
+from loradeck.tokenizer_files import TokenizerFiles
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from loradeck.base.fingerprint import fingerprint_of
 from loradeck.base.load import load_tokenizer, local_folder
 from loradeck.base.pretrained import quiet
 from loradeck.base.quantiser import ENCODERS, quantise
-from loradeck.base.tokenizer_files import TokenizerFiles
 from loradeck.disk import new_file
 from loradeck.errors import AdapterError, BaseModelError, UnsupportedError
 from loradeck.gguf import metadata
@@ -271,7 +270,7 @@ def _float32() -> "np.dtype[Any]":
 def _tokenizer(model: Model, merge: Merge) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the adapters that are merged if they agree on one of their own, else the base's."""
     tokenizers = AdapterTokenizers(load_tokenizer(model.source), model.config)
-    return tokenizers.of(TokenizerFiles.of(adapter.folder, adapter.stamp) for adapter, _ in merge.weighted)
+    return tokenizers.of(adapter.tokenizer_files for adapter, _ in merge.weighted)
 
 
 def _generation(folder: Path) -> GenerationConfig | None:

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from loradeck.disk import Stamp, new_folder
+from loradeck.disk import new_folder
 from loradeck.errors import AdapterError
 from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
@@ -20,6 +20,7 @@ from loradeck.lora.memo import Memo
 from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.weights import LoraWeights, finite
+from loradeck.tokenizer_files import TokenizerFiles
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -35,7 +36,7 @@ class Adapter(nn.Module):
         config: the LoraConfig, with its targets resolved.
         sites: kind, rank, scaling and shapes for each module path.
         origin: where it comes from.
-        folder: the folder it was read from, as `stamp` says it was then; None for one made in memory.
+        tokenizer_files: those of a tokenizer in the folder it was read from; none if it was made in memory.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
     """
 
@@ -45,8 +46,7 @@ class Adapter(nn.Module):
         self.config = config
         self.sites: Mapping[str, TargetModule] = sites
         self.origin = origin or Origin()
-        self.folder: Path | None = None
-        self.stamp: Stamp = ()
+        self.tokenizer_files = TokenizerFiles()
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.moves = 0  # how often its tensors were moved or cast
@@ -122,7 +122,7 @@ class Adapter(nn.Module):
         check_copy = check_copy or (lambda *_: "is a copy of a weight of the base")
         adapter = cls(files.config, files.sites, files.origin)
         adapter.fan_in_fan_out = bool((files.origin.written or {}).get("fan_in_fan_out"))
-        adapter.folder, adapter.stamp = files.folder.absolute(), stamp(files.folder)
+        adapter.tokenizer_files = TokenizerFiles.of(files.folder.absolute(), stamp(files.folder))
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             # Shapes first, before memory is allocated for the tensors.
@@ -142,7 +142,7 @@ class Adapter(nn.Module):
             pairs = {path: (_float32(a), _float32(b)) for path, (a, b) in pairs.items()}
         copy = type(self).with_sites(self.config, self.sites, pairs, origin=self.origin, trainable=trainable)
         copy.fan_in_fan_out = self.fan_in_fan_out
-        copy.folder, copy.stamp = self.folder, self.stamp
+        copy.tokenizer_files = self.tokenizer_files
         return copy
 
     def _copy_problems(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from loradeck.base import openmp
 from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
-from loradeck.base.tokenizer_files import TokenizerFiles
 from loradeck.base.weights import shared_copy
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
@@ -137,7 +136,7 @@ class Engine:
         Raises:
             AdapterError: the tokenizer of one cannot be used.
         """
-        return self.base.adapter_tokenizers.of(TokenizerFiles.of(stored.path, stored.stamp) for stored in adapters)
+        return self.base.adapter_tokenizers.of(stored.tokenizer_files for stored in adapters)
 
     def submit(
         self,

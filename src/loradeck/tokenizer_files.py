@@ -26,13 +26,13 @@ HINT = "Save it again with tokenizer.save_pretrained(folder), or remove these fi
 class TokenizerFiles:
     """Which of a folder's files belong to a tokenizer, as they were when the folder was last looked into."""
 
-    folder: Path
-    stamp: Stamp
+    folder: Path = Path()
+    stamp: Stamp = ()
 
     @classmethod
-    def of(cls, folder: Path | None, stamp: Stamp) -> Self:
-        """Return the tokenizer's files among those of a folder's stamp; none without a folder."""
-        return cls(folder or Path(), tuple(file for file in stamp if file[0] in NAMES))
+    def of(cls, folder: Path, stamp: Stamp) -> Self:
+        """Return the tokenizer's files among those of a folder's stamp."""
+        return cls(folder, tuple(file for file in stamp if file[0] in NAMES))
 
     @cached_property
     def names(self) -> frozenset[str]:
