@@ -224,8 +224,14 @@ def test_a_tokenizer_beside_an_adapter_is_published_and_removed_with_it(store: A
     (source / "chat_template.jinja").write_text("{{ messages }}")
     later = store.publish("poet", source)
     assert (later != made, later.sha256() == made.sha256()) == (True, True)
+    assert not later.equals(made)
+    loaded = Adapter.load(later.path)
+    again = store.publish("poet", loaded)
+    assert all((again.path / name).read_bytes() == (later.path / name).read_bytes() for name in names)
     store.remove("poet")
     assert visible(store.folder) == set()
+    saved = Adapter.load(loaded.save(source.parent / "saved"))  # the tensors are not lost with the tokenizer
+    assert (saved.config.r, saved.tokenizer_files.names) == (2, frozenset())
     (source / "config.json").write_text("{}")  # the folder is a model's too
     remove_adapter(source)
     assert names < {path.name for path in source.iterdir()}

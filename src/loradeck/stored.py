@@ -77,6 +77,14 @@ class Stored:
         """The files of its own tokenizer and chat template."""
         return TokenizerFiles.of(self.path, self.stamp)
 
+    def equals(self, other: "Stored") -> bool:
+        """Return whether another adapter has the same content, its tokenizer included. Reads the disk.
+
+        Raises:
+            AdapterError: the files of one have changed since they were found.
+        """
+        return self.sha256() == other.sha256() and self.tokenizer_files.read() == other.tokenizer_files.read()
+
     def sha256(self) -> str:
         """Return the identity of its content, for cache keys: as recorded, else computed from the files.
 

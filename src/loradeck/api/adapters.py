@@ -208,9 +208,7 @@ def _source(state: ServerState, name: str, path: str) -> "Stored":
 def _is_latest(store: "AdapterStore", name: str, source: "Stored") -> bool:
     """Return whether an adapter has the content of a name's latest version, wherever it comes from."""
     try:
-        latest = store.find(name)
-        same = latest.sha256() == source.sha256()
-        return same and latest.tokenizer_files.read() == source.tokenizer_files.read()
+        return store.find(name).equals(source)
     except (UnknownAdapterError, AdapterError):
         return False
 

@@ -1,5 +1,6 @@
 """One adapter: a configuration and its low-rank tensors; on disk, a PEFT folder."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
@@ -21,6 +22,8 @@ from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.weights import LoraWeights, finite
 from loradeck.tokenizer_files import TokenizerFiles
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -247,7 +250,8 @@ class Adapter(nn.Module):
     def save(self, folder: str | Path, *, notes: str = "") -> Path:
         """Write a PEFT folder atomically: whatever happens, `folder` holds the old adapter or this one.
 
-        Other files in an existing folder stay; so does its model card, unless `notes` (markdown) are given.
+        Other files in an existing folder stay; so does its model card, unless `notes` (markdown) are given. A tokenizer
+        of the adapter's own is written too.
 
         Raises:
             AdapterError: a tensor is not finite, or the folder cannot be written.
@@ -262,6 +266,8 @@ class Adapter(nn.Module):
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
                 (fresh / TENSORS).write_bytes(safetensors_io.encode(self._raw(), self.origin.metadata))
+                for name, content in self._tokenizer(folder).items():
+                    (fresh / name).write_bytes(content)
                 if notes or not (folder / CARD).exists():
                     (fresh / CARD).write_text(
                         card.text(self.config, self.origin, modules=len(self.sites), nbytes=self.nbytes, notes=notes),
@@ -270,6 +276,16 @@ class Adapter(nn.Module):
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             raise AdapterError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return folder
+
+    def _tokenizer(self, folder: Path) -> dict[str, bytes]:
+        """Return the tokenizer's files for a folder; none if it has them, or if they are there no more."""
+        if folder.absolute() == self.tokenizer_files.folder:
+            return {}
+        try:
+            return self.tokenizer_files.read()
+        except AdapterError as error:  # the tensors are worth more
+            log.warning("%s is saved without its tokenizer: %s", folder, error.message)
+            return {}
 
     def describe(self, **provenance: str) -> None:
         """Add to the adapter's provenance, which is saved with the tensors."""
