@@ -241,6 +241,22 @@ def test_what_cannot_be_used_is_one_error(
             own(folder)
 
 
+def test_what_cannot_be_used_is_not_loaded_again_and_again(
+    own: Own, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    monkeypatch.setattr("loradeck.disk.SETTLED", -(10**9))
+    with pytest.raises(AdapterError) as first:
+        own(folder)
+    monkeypatch.setattr(adapter_tokenizer, "pretrained_tokenizer", None)
+    with pytest.raises(AdapterError) as second:
+        own(folder)
+    assert (second.value.message, second.value.hint) == (first.value.message, first.value.hint)
+    monkeypatch.undo()
+    (folder / "tokenizer.json").unlink()
+    assert own(folder) is own()
+
+
 @pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_TEMPLATE"])
 def test_large_files_are_refused_before_they_are_read(
     own: Own, folder: Path, monkeypatch: pytest.MonkeyPatch, limit: str

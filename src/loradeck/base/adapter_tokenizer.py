@@ -58,6 +58,7 @@ class AdapterTokenizers:
         self._lock, self._loading = Lock(), Lock()
         self._digests: OrderedDict[TokenizerFiles, str] = OrderedDict()
         self._tokenizers: OrderedDict[str, PreTrainedTokenizerBase] = OrderedDict()
+        self._failures: OrderedDict[TokenizerFiles, tuple[str, str]] = OrderedDict()
         self._equals: WeakValueDictionary[str, PreTrainedTokenizerBase] = WeakValueDictionary()
         self._remarked = False
 
@@ -78,29 +79,40 @@ class AdapterTokenizers:
     def _tokenizer(self, files: TokenizerFiles) -> PreTrainedTokenizerBase:
         if not files.names:
             return self.base
-        tokenizer = self._known(files)
-        if tokenizer is None:
-            with self._loading:
-                tokenizer = self._known(files) or self._read(files)
-        return tokenizer
-
-    def _known(self, files: TokenizerFiles) -> PreTrainedTokenizerBase | None:
         with self._lock:
-            digest = _recent(self._digests, files)
-            return None if digest is None else _recent(self._tokenizers, digest)
-
-    def _read(self, files: TokenizerFiles) -> PreTrainedTokenizerBase:
-        contents = files.read()
-        digest = digest_of(contents)
-        with self._lock:
-            tokenizer = _recent(self._tokenizers, digest)
+            digest = _recent(self._digests, files) or ""
+            tokenizer, failure = _recent(self._tokenizers, digest), _recent(self._failures, files)
+        if failure is not None:
+            message, hint = failure
+            raise AdapterError(message, hint=hint)
         if tokenizer is None:
-            tokenizer = self._shared(self._load(files, contents))
+            digest, tokenizer = self._checked(files)
         with self._lock:
             _remember(self._tokenizers, digest, tokenizer, KNOWN_CONTENTS)
             if is_settled(files.stamp):
                 _remember(self._digests, files, digest, KNOWN_FOLDERS)
         return tokenizer
+
+    def _checked(self, files: TokenizerFiles) -> tuple[str, PreTrainedTokenizerBase]:
+        """Return the hash of the files and their tokenizer; why it cannot be used is remembered."""
+        try:
+            with self._loading:  # one at a time: each takes memory
+                digest, tokenizer = self._read(files)
+            _check_template(files, tokenizer)  # without the lock: a template may take any time
+        except AdapterError as error:
+            if is_settled(files.stamp) and not isinstance(error.__cause__, OSError):
+                with self._lock:
+                    _remember(self._failures, files, (error.message, error.hint), KNOWN_FOLDERS)
+            raise
+        return digest, tokenizer
+
+    def _read(self, files: TokenizerFiles) -> tuple[str, PreTrainedTokenizerBase]:
+        """Return the hash of the files and their tokenizer, which is loaded if it is not known."""
+        contents = files.read()
+        digest = digest_of(contents)
+        with self._lock:
+            tokenizer = _recent(self._tokenizers, digest)
+        return digest, tokenizer or self._shared(self._load(files, contents))
 
     def _load(self, files: TokenizerFiles, contents: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
         """Load a tokenizer; what the folder has not is the base's.
@@ -114,7 +126,7 @@ class AdapterTokenizers:
         else:
             tokenizer = self._load_files(files, contents)
             tokenizer.chat_template = tokenizer.chat_template or self.base.chat_template
-        self._check(files, tokenizer)
+        self._check_ids(files, tokenizer)
         return tokenizer
 
     def _load_files(self, files: TokenizerFiles, contents: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
@@ -133,7 +145,7 @@ class AdapterTokenizers:
             except BaseModelError as error:
                 raise AdapterError(error.message, hint=HINT) from error
 
-    def _check(self, files: TokenizerFiles, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _check_ids(self, files: TokenizerFiles, tokenizer: PreTrainedTokenizerBase) -> None:
         token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
         if number >= self._ids:
             raise AdapterError(
@@ -141,15 +153,6 @@ class AdapterTokenizers:
                 f"embedding has {self._ids} rows",
                 hint="Tokens that were added to the vocabulary are not supported; train without new tokens.",
             )
-        if tokenizer.chat_template is None:
-            return
-        try:
-            tokenizer.apply_chat_template(PROBE, tokenize=False)
-        except TemplateSyntaxError as error:
-            name = TEMPLATE if TEMPLATE in files.names else CONFIG
-            raise AdapterError(f"{files.folder / name}, line {error.lineno}: {error.message}", hint=HINT) from error
-        except Exception:
-            return  # it may reject these messages and take others
 
     def _shared(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """Return an equal tokenizer if there is one; else this one, with the vocabulary of one that has the same."""
@@ -169,6 +172,19 @@ class AdapterTokenizers:
 def _ids(base: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
     """Return how many ids there are: the rows of the embedding, or more if the base's own tokenizer has more."""
     return max(getattr(config.get_text_config(), "vocab_size", 0), 1 + max(base.get_vocab().values(), default=0))
+
+
+def _check_template(files: TokenizerFiles, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that is none; one that rejects a message may take others."""
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template(PROBE, tokenize=False)
+    except TemplateSyntaxError as error:
+        name = TEMPLATE if TEMPLATE in files.names else CONFIG
+        raise AdapterError(f"{files.folder / name}, line {error.lineno}: {error.message}", hint=HINT) from error
+    except Exception:
+        return
 
 
 def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
