@@ -35,7 +35,7 @@ from loradeck.tokenizer_files import (
 )
 
 KNOWN_FOLDERS = 1 << 14  # whose content's hash is remembered; about a kilobyte each
-KNOWN_CONTENTS = 32  # whose tokenizer is kept; one takes up to some 50 MB, unless its vocabulary is another's too
+KNOWN_CONTENTS = 64  # whose tokenizer is kept; one takes up to some 50 MB, unless its vocabulary is another's too
 PROBE = [{"role": "user", "content": "?"}]
 
 K = TypeVar("K")
@@ -87,46 +87,49 @@ class AdapterTokenizers:
             raise AdapterError(message, hint=hint)
         if tokenizer is None:
             digest, tokenizer = self._checked(files)
-        with self._lock:
-            _remember(self._tokenizers, digest, tokenizer, KNOWN_CONTENTS)
             if is_settled(files.stamp):
-                _remember(self._digests, files, digest, KNOWN_FOLDERS)
+                with self._lock:
+                    _remember(self._digests, files, digest, KNOWN_FOLDERS)
         return tokenizer
 
     def _checked(self, files: TokenizerFiles) -> tuple[str, PreTrainedTokenizerBase]:
         """Return the hash of the files and their tokenizer; why it cannot be used is remembered."""
         try:
             with self._loading:  # one at a time: each takes memory
-                digest, tokenizer = self._read(files)
+                contents = files.read()
+                tokenizer = self._of_contents(files, contents)
             _check_template(files, tokenizer)  # without the lock: a template may take any time
         except AdapterError as error:
             if is_settled(files.stamp) and not isinstance(error.__cause__, OSError):
                 with self._lock:
                     _remember(self._failures, files, (error.message, error.hint), KNOWN_FOLDERS)
             raise
-        return digest, tokenizer
+        return digest_of(contents), tokenizer
 
-    def _read(self, files: TokenizerFiles) -> tuple[str, PreTrainedTokenizerBase]:
-        """Return the hash of the files and their tokenizer, which is loaded if it is not known."""
-        contents = files.read()
+    def _of_contents(self, files: TokenizerFiles, contents: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of these contents; what they leave out is the base's.
+
+        Raises:
+            AdapterError: it cannot be loaded, or the base has no embedding for its tokens.
+        """
+        if not contents:
+            return self.base
         digest = digest_of(contents)
         with self._lock:
             tokenizer = _recent(self._tokenizers, digest)
-        return digest, tokenizer or self._shared(self._load(files, contents))
-
-    def _load(self, files: TokenizerFiles, contents: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
-        """Load a tokenizer; what the folder has not is the base's.
-
-        Raises:
-            AdapterError: it cannot be loaded, its template is no template, or the base has no embedding for its tokens.
-        """
-        if contents.keys() == {TEMPLATE}:
-            tokenizer = copy.copy(self.base)
+        if tokenizer is not None:
+            return tokenizer
+        if TEMPLATE in contents:  # many adapters differ in nothing else
+            others = {name: content for name, content in contents.items() if name != TEMPLATE}
+            tokenizer = copy.copy(self._of_contents(files, others))
             tokenizer.chat_template = contents[TEMPLATE].decode()
         else:
             tokenizer = self._load_files(files, contents)
             tokenizer.chat_template = tokenizer.chat_template or self.base.chat_template
-        self._check_ids(files, tokenizer)
+            self._check_ids(files, tokenizer)
+        tokenizer = self._shared(tokenizer)
+        with self._lock:
+            _remember(self._tokenizers, digest, tokenizer, KNOWN_CONTENTS)
         return tokenizer
 
     def _load_files(self, files: TokenizerFiles, contents: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
@@ -158,9 +161,11 @@ class AdapterTokenizers:
         """Return an equal tokenizer if there is one; else this one, with the vocabulary of one that has the same."""
         if getattr(tokenizer, "backend_tokenizer", None) is None:  # it is written in Python; such are rare
             return tokenizer
-        vocabulary, whole = _vocabulary_digest(tokenizer), _digest(tokenizer)
         if not self._equals and getattr(self.base, "backend_tokenizer", None) is not None:
-            self._equals[_vocabulary_digest(self.base)] = self._equals[_digest(self.base)] = self.base
+            vocabulary = _vocabulary_digest(self.base)
+            self._equals[vocabulary] = self._equals[_digest(self.base, vocabulary)] = self.base
+        vocabulary = _vocabulary_digest(tokenizer)
+        whole = _digest(tokenizer, vocabulary)
         if (equal := self._equals.get(whole)) is not None:
             return equal
         if (other := self._equals.setdefault(vocabulary, tokenizer)) is not tokenizer:
@@ -197,10 +202,10 @@ def _vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(compiled.to_str().encode()).hexdigest()
 
 
-def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the sha256 of all that texts and their tokens depend on."""
+def _digest(tokenizer: PreTrainedTokenizerBase, vocabulary: str) -> str:
+    """Return the sha256 of all that texts and their tokens depend on, given that of the vocabulary."""
     parts = [
-        _vocabulary_digest(tokenizer),
+        vocabulary,
         tokenizer.special_tokens_map,
         sorted(tokenizer.all_special_ids),
         tokenizer.chat_template,
