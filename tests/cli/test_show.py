@@ -55,6 +55,10 @@ def test_its_own_tokenizer_is_compared_with_the_bases(
     assert "equal to that of" in run("show", folder).out
     report = json.loads(run("show", folder, "--json").out)["tokenizer"]
     assert (report["base"], report["differences"]) == (str(tiny_folder), {})
+    config.write_text(json.dumps({**named, "base_model_name_or_path": str(adapters)}))
+    assert "give --base BASE" in run("show", folder).out  # that is no base
+    assert run("show", folder, "--base", adapters).code == 2
+    config.write_text(json.dumps(named))
     (folder / "tokenizer.json").write_text("{")
     ran = run("show", folder)
     assert ran.code == 0

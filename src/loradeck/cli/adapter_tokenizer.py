@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loradeck.cli.display.text import format_size
-from loradeck.errors import AdapterError
+from loradeck.errors import AdapterError, BaseModelError
 from loradeck.lora.manifest import AdapterFiles, stamp
 from loradeck.tokenizer_files import TokenizerFiles
 
@@ -30,20 +30,24 @@ class AdapterTokenizer:
         """
         files = TokenizerFiles.of(listing.folder, stamp(listing.folder))
         recorded = listing.origin.base_model
-        base = base or (recorded if recorded and _is_here(recorded) else None)
-        if not files.names or base is None:
+        source = base or (recorded if recorded and _is_here(recorded) else None)
+        if not files.names or source is None:
             return cls(files)
 
         from loradeck.base.adapter_tokenizer import AdapterTokenizers
         from loradeck.base.load import load_tokenizer
         from loradeck.base.tokenizer_difference import differences
 
-        theirs = load_tokenizer(base)
         try:
+            theirs = load_tokenizer(source)
             own = AdapterTokenizers(theirs).of([files])
         except AdapterError as error:
-            return cls(files, base, error=error.message)
-        return cls(files, base, differences(own, theirs))
+            return cls(files, source, error=error.message)
+        except BaseModelError:
+            if base is None:  # what the adapter names need not be a base
+                return cls(files)
+            raise
+        return cls(files, source, differences(own, theirs))
 
     @property
     def facts(self) -> dict[str, str]:
