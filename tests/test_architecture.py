@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "loradeck"
 FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
 # What each room may import of ours, besides itself, from the ground up.
-GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp", "hub"}
+GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp", "hub", "tokenizer_files"}
 MAY = {
     "errors": set(),
     "disk": set(),
@@ -25,6 +25,7 @@ MAY = {
     "blend": {"errors"},
     "llamacpp": set(),
     "hub": set(),
+    "tokenizer_files": {"disk", "errors"},
     "sampling": {"native", "errors"},
     "toy": set(),
     "demo": set(),

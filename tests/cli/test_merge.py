@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.multimodal import FAMILIES, adapted, text_logits, whole
+from tests.own_tokenizers import PLAIN, with_other_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck.base import load
@@ -59,6 +60,16 @@ def test_of_a_multimodal_base_the_language_model_is_merged(
         assert not hasattr(model.config, "vision_config")
         with torch.no_grad():
             torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_adapters_own_tokenizer_is_the_merged_models(
+    run: Callable, tiny_folder: Path, adapters: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = with_other_ids(tiny_tokenizer, chat_template=PLAIN)
+    own.save_pretrained(adapters / "poet")
+    assert run("merge", tiny_folder, adapters / "poet", "-o", "out").code == 0
+    merged = AutoTokenizer.from_pretrained("out")
+    assert (merged("Hi")["input_ids"], merged.chat_template) == (own("Hi")["input_ids"], PLAIN)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

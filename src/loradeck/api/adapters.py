@@ -159,6 +159,7 @@ def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
         raise _taken(f"The adapter {name!r} is already loaded.")
     if not body.load_inplace and exists and not is_latest:
         raise _taken(f"The name {name!r} is taken.", hint="load_inplace=true publishes the next version of it.")
+    state.engine.tokenizer_of(source)  # raises if it has one that cannot be used
     if is_latest:
         cache.load(source)
     else:
@@ -207,7 +208,7 @@ def _source(state: ServerState, name: str, path: str) -> "Stored":
 def _is_latest(store: "AdapterStore", name: str, source: "Stored") -> bool:
     """Return whether an adapter has the content of a name's latest version, wherever it comes from."""
     try:
-        return store.find(name).sha256() == source.sha256()
+        return store.find(name).equals(source)
     except (UnknownAdapterError, AdapterError):
         return False
 

@@ -6,6 +6,7 @@ missing.
 
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from loradeck.base import SMOLLM2
+from loradeck.base.adapter_tokenizer import AdapterTokenizers
 from loradeck.base.checkpoint import Checkpoint, is_direct, is_quantised, read_checkpoint, settings_of
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
@@ -112,6 +114,11 @@ class Base:
     def context(self) -> int | None:
         """Maximum tokens of a row, prompt and answer together; None for a model without a limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def adapter_tokenizers(self) -> AdapterTokenizers:
+        """The tokenizers of adapters that have their own."""
+        return AdapterTokenizers(self.tokenizer, self.model.config)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -83,15 +83,15 @@ def pretrained_config(source: str | Path, where: str, gguf_file: str | None = No
     return config
 
 
-def pretrained_tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+def pretrained_tokenizer(source: str | Path, where: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; the options are those of transformers' `from_pretrained`.
 
     Raises:
         BaseModelError: it cannot be loaded.
     """
     hint = "Put the model's own tokenizer.json and tokenizer_config.json there."
     with base_errors(f"the tokenizer of {source}", hint):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         if tokenizer is None:
             raise FileNotFoundError("it is missing")
     _return_freed_memory()  # to parse a vocabulary takes several times what it holds: 190 MB that Gemma 3's would keep

@@ -38,7 +38,7 @@ def pull(repository: str, name: Path | None = None, /, *, as_json: AsJson = Fals
     version = None
     with suppress(LoradeckError):  # there is none yet, or it is unusable
         version = store.find(path.name)
-    is_new = version is None or version.sha256() != downloaded.sha256()
+    is_new = version is None or not version.equals(downloaded)
     if version is None or is_new:
         version = store.publish(path.name, folder)
     shown = path.parent / version.path.name

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loradeck.base.adapter_tokenizer import AdapterTokenizers
 from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.fingerprint import fingerprint_of
 from loradeck.base.language_model import is_multimodal, language_model
@@ -161,7 +162,7 @@ def export(model: Model, merge: Merge, file: Path, quant: str) -> Counter[str]:
             writer.add_file_type(getattr(gguf.LlamaFileType, _file_type(quant)))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             metadata.add_settings(writer, model.config, model.architecture)
-            add_vocabulary(writer, load_tokenizer(model.source), _generation(model.folder), model.config.vocab_size)
+            add_vocabulary(writer, _tokenizer(model, merge), _generation(model.folder), model.config.vocab_size)
             for entry in entries:
                 shape = gguf.quant_shape_to_byte_shape(entry.shape, types[entry.name])
                 writer.add_tensor_info(
@@ -256,6 +257,12 @@ def _float32() -> "np.dtype[Any]":
     import numpy as np
 
     return np.dtype(np.float32)
+
+
+def _tokenizer(model: Model, merge: Merge) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the adapters that are merged if they agree on one of their own, else the base's."""
+    tokenizers = AdapterTokenizers(load_tokenizer(model.source), model.config)
+    return tokenizers.of(adapter.tokenizer_files for adapter, _ in merge.weighted)
 
 
 def _generation(folder: Path) -> GenerationConfig | None:

@@ -1,5 +1,6 @@
 """One adapter: a configuration and its low-rank tensors; on disk, a PEFT folder."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
@@ -16,13 +17,16 @@ from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
 from loradeck.lora.folder import CARD, CONFIG, TENSORS
-from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder, stamp
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import Origin, write_config
 from loradeck.lora.spelling import PREFIX
 from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.weights import LoraWeights, finite
+from loradeck.tokenizer_files import TokenizerFiles
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -39,6 +43,7 @@ class Adapter(nn.Module):
         sites: kind, rank, scaling and shapes for each module path.
         origin: where it comes from.
         paths: how its files spell the modules that they spell otherwise.
+        tokenizer_files: those of a tokenizer in the folder it was read from; none if it was made in memory.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
     """
 
@@ -49,6 +54,7 @@ class Adapter(nn.Module):
         self.sites: Mapping[str, TargetModule] = sites
         self.origin = origin or Origin()
         self.paths: Mapping[str, str] = {}
+        self.tokenizer_files = TokenizerFiles()
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.moves = 0  # how often its tensors were moved or cast
@@ -126,6 +132,7 @@ class Adapter(nn.Module):
         adapter = cls(files.config, files.sites, files.origin)
         adapter.paths = files.paths
         adapter.fan_in_fan_out = bool((files.origin.written or {}).get("fan_in_fan_out"))
+        adapter.tokenizer_files = TokenizerFiles.of(files.folder.absolute(), stamp(files.folder))
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             # Shapes first, before memory is allocated for the tensors.
@@ -146,6 +153,7 @@ class Adapter(nn.Module):
             pairs = {path: (_float32(a), _float32(b)) for path, (a, b) in pairs.items()}
         copy = type(self).with_sites(self.config, self.sites, pairs, origin=self.origin, trainable=trainable)
         copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
+        copy.tokenizer_files = self.tokenizer_files
         return copy
 
     def _read_whole(self, header: safetensors_io.Header) -> None:
@@ -249,7 +257,8 @@ class Adapter(nn.Module):
     def save(self, folder: str | Path, *, notes: str = "") -> Path:
         """Write a PEFT folder atomically: whatever happens, `folder` holds the old adapter or this one.
 
-        Other files in an existing folder stay; so does its model card, unless `notes` (markdown) are given.
+        Other files in an existing folder stay; so does its model card, unless `notes` (markdown) are given. A tokenizer
+        of the adapter's own is written too.
 
         Raises:
             AdapterError: a tensor is not finite, or the folder cannot be written.
@@ -264,6 +273,8 @@ class Adapter(nn.Module):
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
                 (fresh / TENSORS).write_bytes(safetensors_io.encode(self._raw(), self.origin.metadata))
+                for name, content in self._tokenizer(folder).items():
+                    (fresh / name).write_bytes(content)
                 if notes or not (folder / CARD).exists():
                     (fresh / CARD).write_text(
                         card.text(self.config, self.origin, modules=len(self.sites), nbytes=self.nbytes, notes=notes),
@@ -272,6 +283,16 @@ class Adapter(nn.Module):
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             raise AdapterError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return folder
+
+    def _tokenizer(self, folder: Path) -> dict[str, bytes]:
+        """Return the tokenizer's files for a folder; none if it has them, or if they are there no more."""
+        if folder.absolute() == self.tokenizer_files.folder:
+            return {}
+        try:
+            return self.tokenizer_files.read()
+        except AdapterError as error:  # the tensors are worth more
+            log.warning("%s is saved without its tokenizer: %s", folder, error.message)
+            return {}
 
     def describe(self, **provenance: str) -> None:
         """Add to the adapter's provenance, which is saved with the tensors."""

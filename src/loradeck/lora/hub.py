@@ -16,15 +16,13 @@ from loradeck.errors import AdapterError, LoradeckError
 from loradeck.hub import TIMEOUT, is_hub_id, why_refused, why_unreachable
 from loradeck.lora.folder import CARD, CONFIG
 from loradeck.lora.manifest import INDEX
+from loradeck.tokenizer_files import NAMES as TOKENIZER
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 ADAPTER = (CONFIG, "adapter_model*.safetensors", INDEX)
-FILES = (
-    *ADAPTER, CARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+FILES = (*ADAPTER, CARD, *sorted(TOKENIZER))
 MOST = 8 << 30  # bytes of an adapter
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from loradeck.disk import Stamp, stamp_of
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError, shorten
 from loradeck.lora.config import PATH_LENGTH, LoraConfig
 from loradeck.lora.folder import CONFIG, TENSORS, check_lfs
@@ -21,6 +22,13 @@ EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 ADAPTED_COPY = ".base_layer.weight"  # the end of a copy's key, of a module with a pair: PEFT never trains it
 INDEX = TENSORS + ".index.json"
 TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
+STAMPED = (
+    ".json",
+    ".safetensors",
+    ".jinja",
+    ".model",
+    ".txt",
+)  # an adapter's files, and a tokenizer's beside it
 
 UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA magnitudes",
@@ -135,6 +143,18 @@ def is_adapter(folder: Path) -> bool:
         return (folder / CONFIG).exists() or any(folder.glob(TENSOR_FILES))
     except OSError:
         return True
+
+
+def stamp(folder: Path) -> Stamp:
+    """Return a value that changes whenever a file of an adapter does, or one that other tools write beside it.
+
+    Raises:
+        AdapterError: the folder cannot be read.
+    """
+    try:
+        return stamp_of(folder, STAMPED)
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def keys_of(path: str, site: TargetModule) -> tuple[str, str]:

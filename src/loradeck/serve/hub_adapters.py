@@ -9,7 +9,8 @@ from threading import BoundedSemaphore, Lock
 from loradeck.errors import AdapterError, BusyError, UnknownAdapterError
 from loradeck.hub import is_hub_id
 from loradeck.lora import hub
-from loradeck.stored import Stored, read_stored, stamp
+from loradeck.lora.manifest import stamp
+from loradeck.stored import Stored, read_stored
 
 REFRESH = 300.0  # seconds after which the hub is asked again for a name's commit
 AT_ONCE = 8  # requests that wait for the hub; each has a thread
