@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from loradeck import Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
 from loradeck.cli import main
+from loradeck.gguf.adapter import export
 from loradeck.gguf.architecture import LLAMACPP_NAMES, read_architecture
 from loradeck.gguf.model import Merge, Model, load_adapters
 from loradeck.gguf.model import export as export_model
 from loradeck.llamacpp import PLAIN, REORDERED
-from loradeck.lora.gguf import export
 
 PYTHON = os.environ.get("LORADECK_LLAMACPP") or (sys.executable if find_spec("xllamacpp") else "")
 pytestmark = pytest.mark.skipif(

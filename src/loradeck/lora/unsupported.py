@@ -14,9 +14,10 @@ WITHOUT_EFFECT = frozenset({
     "qalora_group_size", "runtime_config",
 })  # fmt: skip
 
+INIT, CHANGED = "init_lora_weights", "was initialised from the base's weights and changed them"
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
-CONVERT = "PEFT converts it to a plain LoRA: see path_initial_model_for_weight_conversion in its documentation."
+CONVERT = "`loradeck convert` makes it a plain LoRA, from the weights of its base or from its first values."
 REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_dora": (bool, "is DoRA, whose magnitudes rescale the base", RETRAIN),
     "bias": (lambda v: v not in (None, "none"), "trains biases of the base itself", RETRAIN),
@@ -33,9 +34,9 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "kasa_config": (bool, "is KaSA, which changes the base by a truncated SVD", RETRAIN),
     "velora_config": (bool, "is VeLoRA, which saves tensors of its training too", RETRAIN),
     "monteclora_config": (bool, "is MonteCLoRA, which samples its tensors", RETRAIN),
-    "init_lora_weights": (
+    INIT: (
         lambda v: isinstance(v, str) and v.lower().startswith(BASE_CHANGED),
-        "was initialised from the base's weights and changed them",
+        CHANGED,
         CONVERT,
     ),
 }
