@@ -146,13 +146,13 @@ def write(adapter: Adapter, folder: Path, *, tied: bool) -> Adapter:
         for path in paths
         for end, tensor in zip(ENDS, _transposed(*result.pair(path)), strict=True)
     }
-    keys = dict.fromkeys(layer[1] if (layer := LAYER.fullmatch(path)) else path for path in paths)
+    keys = {layer[1] if (layer := LAYER.fullmatch(path)) else path for path in paths}
     site = result.sites[paths[0]]
     table: dict[str, Any] = {
         "fine_tune_type": "lora",
         "lora_parameters": {
             "dropout": adapter.config.lora_dropout,
-            "keys": [*keys],
+            "keys": sorted(keys),
             "rank": site.r,
             "scale": site.scaling,
         },
