@@ -26,7 +26,7 @@ def main() -> None:
     json.dump([model(mx.array([row]))[0].tolist() for row in asked["ids"]], sys.stdout)
 
 
-def save(model, folder: Path, asked: dict) -> None:  # noqa: ANN001 - mlx has no types here
+def save(model, folder: Path, asked: dict) -> None:
     """Make an adapter, and save it as mlx_lm.lora does."""
     mx.random.seed(7)
     model.freeze()
@@ -35,7 +35,9 @@ def save(model, folder: Path, asked: dict) -> None:  # noqa: ANN001 - mlx has no
     model.load_weights(list(tensors.items()), strict=False)
     folder.mkdir()
     table = {"fine_tune_type": "lora", "model": asked["base"], "seed": 0, "train": True, "data": "data"}
-    save_config({**table, **{key: asked[key] for key in ("num_layers", "lora_parameters")}}, folder / "adapter_config.json")
+    save_config(
+        {**table, **{key: asked[key] for key in ("num_layers", "lora_parameters")}}, folder / "adapter_config.json"
+    )
     mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
 
 

@@ -648,6 +648,16 @@ class TestFormat:
             entry = header.entries["z"]
             assert bytes(body[entry.begin : entry.end]) == self.TENSORS["z"].numpy().tobytes()
 
+    def test_null_is_no_metadata(self, tmp_path):
+        """As mlx writes it."""
+        content = self.encode(self.TENSORS, {})
+        length = int.from_bytes(content[:8], "little")
+        text = content[8 : 8 + length].replace(b'"__metadata__":{}', b'"__metadata__":null')
+        (tmp_path / "theirs").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        assert safetensors.torch.load_file(tmp_path / "theirs").keys() == self.TENSORS.keys()
+        header = safetensors_io.read_header(tmp_path / "theirs")
+        assert (header.metadata, header.entries.keys()) == ({}, self.TENSORS.keys())
+
     def test_every_tensor_lies_aligned(self, tmp_path):
         (tmp_path / "ours").write_bytes(self.encode(self.TENSORS, {"a": "b" * 5}))
         header = safetensors_io.read_header(tmp_path / "ours")

@@ -25,7 +25,9 @@ asks_mlx = pytest.mark.skipif(
 IDS = [[5, 80, 130, 7, 259, 3], [9, 9, 31, 64]]
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 PARAMETERS = {"rank": 3, "scale": 2.5, "dropout": 0.1}
-MIXED = LoraConfig(r=4, lora_alpha=12, use_rslora=True, rank_pattern={"q_proj": 6, "down_proj": 3}, alpha_pattern={"o_proj": 40})
+MIXED = LoraConfig(
+    r=4, lora_alpha=12, use_rslora=True, rank_pattern={"q_proj": 6, "down_proj": 3}, alpha_pattern={"o_proj": 40}
+)
 
 
 def tensors(**own: tuple[int, ...]) -> dict[str, Tensor]:
