@@ -154,7 +154,7 @@ def test_the_first_values_make_it_plain(init: str, tmp_path: Path, tiny: LlamaFo
     own = {"corda_config": CordaConfig(corda_method="kpm")} if init == "corda" else {}
     config = PeftConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "down_proj"], **own)
     if own:
-        preprocess_corda(tiny, config, run_model=lambda: outputs(tiny))
+        preprocess_corda(tiny, config, run_model=lambda: tiny(IDS[:1]))
     wanted = trained(tiny, tmp_path / "theirs", config)
     if init != "pissa":
         with pytest.raises(UnsupportedError, match="not in the folder\nGive the adapter as it was saved before"):
