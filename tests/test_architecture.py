@@ -17,13 +17,14 @@ SOURCE = ROOT / "src" / "loradeck"
 FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
 # What each room may import of ours, besides itself, from the ground up.
-GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp"}
+GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp", "hub"}
 MAY = {
     "errors": set(),
     "disk": set(),
     "dtypes": set(),
     "blend": {"errors"},
     "llamacpp": {"errors"},
+    "hub": set(),
     "sampling": {"native", "errors"},
     "toy": set(),
     "demo": set(),
@@ -49,6 +50,7 @@ MAY = {
         "gguf",
         "serve",
         "store",
+        "stored",
         "generation",
         "train",
         "dataset",

@@ -21,7 +21,7 @@ from loradeck.errors import AdapterError, ConfigError, UnsupportedError
 from loradeck.gguf import adapter as gguf
 from loradeck.gguf.architecture import read_architecture
 from loradeck.llamacpp import check_installed
-from loradeck.lora import compatibility, foreign, initial, mlx, torch_file
+from loradeck.lora import compatibility, foreign, hub, initial, mlx, torch_file
 from loradeck.lora.adapter import DTYPES, Adapter, raw
 from loradeck.lora.combine import lower_rank
 from loradeck.lora.manifest import AdapterFiles, read_folder
@@ -62,7 +62,8 @@ def convert(
     """Convert an adapter to another program's format, atomically.
 
     Args:
-        source: A folder of PEFT or mlx-lm, or a file: .safetensors, .bin or .gguf. Pickles run no code.
+        source: A folder of PEFT or mlx-lm, or a file: .safetensors, .bin or .gguf; or a hub id of a PEFT adapter.
+            Pickles run no code.
         output: A new folder; for gguf a new file.
         to: peft; vllm is PEFT's folder with one rank and one scaling for all modules; mlx is mlx-lm's folder; gguf is
             llama.cpp's file.
@@ -79,7 +80,7 @@ def convert(
         AdapterError: with every problem found in the adapter; nothing was written.
         BaseModelError: the base cannot be loaded.
     """
-    source, output = Path(source), Path(output)
+    source, output = hub.local(source), Path(output)
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}", hint=f"Use one of {', '.join(FORMATS)}.")
     if output.exists() and (to == "gguf" or not output.is_dir() or any(output.iterdir())):

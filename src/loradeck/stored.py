@@ -61,11 +61,13 @@ class Stored:
     stamp: Stamp = field(repr=False)
     recorded_sha256: str | None = field(default=None, repr=False, compare=False)
     """The sha256 that publishing recorded; None if there is none, or the files have changed since."""
+    commit: str | None = None
+    """That of an adapter of the hub."""
 
     @property
     def spec(self) -> str:
-        """The name with which `AdapterStore.find` finds this version, whatever is published later."""
-        return f"{self.name}@{self.version}"
+        """The name with which this version is found, whatever is published later."""
+        return f"{self.name}@{self.version if self.commit is None else self.commit}"
 
     @property
     def created(self) -> float:

