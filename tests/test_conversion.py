@@ -24,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 
 from loradeck import Adapter, Bank, Base, LoraConfig, convert
 from loradeck.base.fingerprint import fingerprint
+from loradeck.conversion import FORMATS
 from loradeck.errors import AdapterError, ConfigError, LoradeckError, UnsupportedError
 from loradeck.gguf.adapter import export, read
 from loradeck.llamacpp import Architecture
@@ -517,6 +518,37 @@ def test_a_file_of_llama_cpp_becomes_a_folder(tmp_path: Path, tiny: LlamaForCaus
     convert(tmp_path / "poet.gguf", tmp_path / "back", base=tiny_folder)
     assert torch.allclose(routed(tiny, tmp_path / "back"), routed(tiny, tmp_path / "poet"), atol=1e-4, rtol=1e-4)
     assert Adapter.load(tmp_path / "back").origin.base_model == str(tiny_folder)
+
+
+# ---- the page
+
+
+def test_the_table_of_the_page_is_true(tmp_path: Path, tiny_folder: Path) -> None:
+    pytest.importorskip("gguf", reason="needs pip install gguf")
+    made().save(tmp_path / "peft")
+    q = "model.layers.1.self_attn.q_proj"
+    for to in FORMATS:
+        if to != "peft":
+            convert(tmp_path / "peft", tmp_path / to, to=to, base=tiny_folder)
+    pickled(made().save(tmp_path / "pickle"))
+    for source in ("pickle", *FORMATS):
+        done = convert(tmp_path / source, tmp_path / "in" / source, base=tiny_folder)
+        torch.testing.assert_close(update(done.adapter, q), update(made(), q), rtol=1e-4, atol=1e-4)
+    tools = {
+        "PEFT": ("peft", True),
+        "PEFT, as pickles": ("pickle", False),
+        "mlx-lm": ("mlx", True),
+        "llama.cpp": ("gguf", True),
+        "vLLM": ("vllm", True),
+    }
+    page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:2] == "| "]
+    table = {row[0]: row[2:] for row in rows if row[0] in tools}
+    assert {tool: cells[1].startswith("`--to") for tool, cells in table.items()} == {
+        tool: writes for tool, (_, writes) in tools.items()
+    }
+    assert {cells[1] for cells in table.values() if cells[1] != "no"} == {f"`--to {to}`" for to in FORMATS}
+    assert {cells[0] for cells in table.values()} == {"yes"}
 
 
 # ---- folders

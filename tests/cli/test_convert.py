@@ -102,6 +102,12 @@ def test_every_command_names_the_one_that_converts(run: Callable, command: list[
         assert f"{source} {what}\nConvert it: loradeck convert {source} -o NEW{base}\n" in ran.err
 
 
+def test_a_lora_file_is_no_base(run: Callable, tiny_folder: Path, adapters: Path) -> None:
+    assert run("convert", "adapters/poet", "-o", "poet.gguf", "--base", tiny_folder, "--to", "gguf").code == 0
+    ran = run("generate", "poet.gguf", "Hello")
+    assert (ran.code, "poet.gguf is a LoRA file of llama.cpp, not a base\n" in ran.err) == (2, True), ran.err
+
+
 def test_the_server_names_the_command_too(run: Callable, tiny_folder: Path) -> None:
     ran = run("serve", tiny_folder, "--adapters", as_mlx(Path("mlx")))
     assert (ran.code, "Convert it: loradeck convert mlx -o NEW\n" in ran.err) == (2, True), ran.err

@@ -106,6 +106,10 @@ def test_a_folder_without_tensors_or_config_is_refused(tmp_path: Path) -> None:
     (folder / "adapter_config.json").unlink()
     with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
         convert(folder, tmp_path / "peft")
+    folder = write(tmp_path / "run", tensors())
+    (folder / "adapters.safetensors").rename(folder / "0000100_adapters.safetensors")
+    with pytest.raises(AdapterError, match=r"run holds no adapters\.safetensors"):
+        convert(folder, tmp_path / "peft")
 
 
 def test_other_commands_name_the_command_that_converts(tmp_path: Path) -> None:

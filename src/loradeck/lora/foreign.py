@@ -34,7 +34,7 @@ def form_of(path: Path) -> Form | None:
     """
     if path.is_file():
         return form_of_file(path)
-    if (path / MLX_TENSORS).exists():
+    if any(path.glob(f"*{MLX_TENSORS}")):  # checkpoints of a run have a number before it
         return "mlx"
     return "pickle" if (path / PICKLE).exists() and not any(path.glob("*.safetensors*")) else None
 
