@@ -35,6 +35,7 @@ VERBS = (
     "prune",
     "diff",
     "merge",
+    "convert",
     "export",
     "pull",
     "push",

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, starmap
 from pathlib import Path
 from typing import Any, Self
 
@@ -249,11 +249,6 @@ class Adapter(nn.Module):
         """Bytes of all tensors."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    def _raw(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
-        for key, tensor in self.tensors():
-            plain = tensor.detach().cpu().contiguous()
-            yield key, DTYPE_NAMES[plain.dtype], tuple(plain.shape), plain.view(-1).view(torch.uint8).numpy().tobytes()
-
     def save(self, folder: str | Path, *, notes: str = "") -> Path:
         """Write a PEFT folder atomically: whatever happens, `folder` holds the old adapter or this one.
 
@@ -272,7 +267,7 @@ class Adapter(nn.Module):
         try:
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
-                (fresh / TENSORS).write_bytes(safetensors_io.encode(self._raw(), self.origin.metadata))
+                (fresh / TENSORS).write_bytes(safetensors_io.encode(starmap(raw, self.tensors()), self.origin.metadata))
                 for name, content in self._tokenizer(folder).items():
                     (fresh / name).write_bytes(content)
                 if notes or not (folder / CARD).exists():
@@ -313,6 +308,12 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
         pass
+
+
+def raw(key: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], bytes]:
+    """Return a tensor as `safetensors_io.encode` takes it."""
+    plain = tensor.detach().cpu().contiguous()
+    return key, DTYPE_NAMES[plain.dtype], tuple(plain.shape), plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 _SPANS: Memo[dict[str, safetensors_io.Entry], dict[str, Span]] = Memo()

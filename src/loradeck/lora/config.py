@@ -13,6 +13,7 @@ from loradeck.lora.unsupported import ORIGIN, REFUSED, WITHOUT_EFFECT
 T = TypeVar("T")
 
 MAX_RANK = 65_536
+MAX_ALPHA = 1e9
 PATH_LENGTH = 300
 
 
@@ -96,7 +97,7 @@ class LoraConfig:
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
             # Not math.isfinite: it raises on an integer beyond a float's range.
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= 1e9:
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
                 problems.append(f"{name} is {shorten(alpha)}, not a number up to 1e9")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout is {shorten(self.lora_dropout)}, not a number p with 0 <= p < 1")

@@ -1,5 +1,6 @@
 """The contents of an adapter's folder: config and tensor headers, checked against each other. Imports no torch."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +10,11 @@ import msgspec
 
 from loradeck.disk import Stamp, stamp_of
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError, shorten
+from loradeck.lora import foreign
 from loradeck.lora.config import PATH_LENGTH, LoraConfig
 from loradeck.lora.folder import CONFIG, TENSORS, check_lfs
 from loradeck.lora.memo import Memo
+from loradeck.lora.patterns import literal_pattern
 from loradeck.lora.peft import Origin, read_config
 from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
 from loradeck.lora.spelling import PREFIX, canonical, plain
@@ -163,20 +166,48 @@ def keys_of(path: str, site: TargetModule) -> tuple[str, str]:
     return PREFIX + path + a, PREFIX + path + b
 
 
-def read_folder(folder: str | Path, in_base: Callable[[str], bool] = lambda _: False) -> AdapterFiles:
+def config_of(sites: Mapping[str, TargetModule]) -> LoraConfig:
+    """Return a config that gives each of these modules its rank and scaling."""
+    alphas = {path: _whole(site.scaling * site.r) for path, site in sites.items()}
+    ranks = {path: site.r for path, site in sites.items()}
+    ((r, _),), ((alpha, _),) = Counter(ranks.values()).most_common(1), Counter(alphas.values()).most_common(1)
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=tuple(sorted(sites)),
+        rank_pattern=literal_pattern({path: rank for path, rank in ranks.items() if rank != r}),
+        alpha_pattern=literal_pattern({path: other for path, other in alphas.items() if other != alpha}),
+    )
+
+
+def _whole(number: float) -> float:
+    return int(number) if number.is_integer() else number
+
+
+def read_folder(
+    folder: str | Path,
+    in_base: Callable[[str], bool] = lambda _: False,
+    *,
+    tensors: Path | None = None,
+    changed_base: bool = False,
+) -> AdapterFiles:
     """Read a PEFT folder's configuration and tensor headers, and check them against each other.
 
-    Keys that a tool spells in another way than PEFT are respelled, except those with a path that `in_base(path)` knows:
-    see `loradeck.lora.spelling`.
+    Args:
+        folder: The adapter's folder.
+        in_base: Whether the base has a module of a path: keys that a tool spells in another way than PEFT are
+            respelled, except those with such a path; see `loradeck.lora.spelling`.
+        tensors: A safetensors file in place of the folder's own.
+        changed_base: Read an adapter whose initialisation changed the base too; alone it is not the whole change.
 
     Raises:
         UnsupportedError: the adapter uses a feature that is not supported.
         AdapterError: with every problem found in the folder.
     """
     folder = folder if isinstance(folder, Path) else Path(folder)
-    config, origin = read_config(folder)
+    config, origin = read_config(folder, changed_base=changed_base)
     try:
-        headers: tuple[Header, ...] = (read_header(folder / TENSORS),)
+        headers: tuple[Header, ...] = (read_header(tensors or folder / TENSORS),)
     except FileNotFoundError:
         headers = tuple(_read_shard(path) for path in _shards(folder))
     origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
@@ -249,12 +280,8 @@ def _shards(folder: Path) -> list[Path]:
     """Return the files of an adapter that is not in one file."""
     if (folder / INDEX).is_file():
         return _indexed(folder)
-    if (folder / "adapter_model.bin").exists():
-        raise UnsupportedError(
-            f"{folder / 'adapter_model.bin'} is a pickle, which can run code when opened",
-            hint='If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
-            "s.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"",
-        )
+    if (folder / foreign.PICKLE).exists():
+        raise foreign.refusal("pickle", folder / foreign.PICKLE)
     raise AdapterError(f"{folder} holds no {TENSORS}", hint="Download or save the adapter again.")
 
 
