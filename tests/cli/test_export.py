@@ -159,7 +159,7 @@ def test_an_unsuitable_base_is_refused(run: Callable, adapters: Path, base: str,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] replaces whole modules of the base"),
+        ({"trainable_token_indices": [4]}, "trainable_token_indices=[4] replaces rows of the embedding"),
         ({"use_dora": True}, "use_dora=True is DoRA"),
         ({"alora_invocation_tokens": [5]}, "is an activated LoRA"),
     ],
