@@ -50,6 +50,7 @@ class AdapterFiles:
     headers: tuple[Header, ...]
     sites: dict[str, TargetModule]  # by module path
     copies: tuple[str, ...]  # keys that repeat a weight of the base (PEFT saves targeted embeddings whole)
+    saved: Mapping[str, Mapping[str, str]]  # by the path of a module that is replaced: parameter name -> key
     spellings: Mapping[str, str]  # key -> how the file spells it, of those that it spells another way
 
     @property
@@ -123,16 +124,15 @@ def read_folder(folder: str | Path, in_base: Callable[[str], bool] = lambda _: F
     if not all(_SPELLED.get((header.entries,), lambda header=header: _is_canonical(header)) for header in headers):
         headers = tuple(_respelled(header, in_base, spellings) for header in headers)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers, spellings)
-    files = AdapterFiles(folder, config, origin, headers, {}, (), spellings)
+    files = AdapterFiles(folder, config, origin, headers, {}, (), {}, spellings)
     order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
-    sites, copies = _CHECKED.get((config, order, _ties(origin), entries), lambda: _sites(files, entries))
-    return replace(files, sites=sites, copies=copies)
+    sites, copies, saved = _CHECKED.get((config, order, _ties(origin), entries), lambda: _sites(files, entries))
+    return replace(files, sites=sites, copies=copies, saved=saved)
 
 
 _SPELLED: Memo[tuple[dict[str, Entry]], bool] = Memo()
-_CHECKED: Memo[
-    tuple[LoraConfig, list[str], bool, dict[str, Entry]], tuple[dict[str, TargetModule], tuple[str, ...]]
-] = Memo()
+_Content = tuple[dict[str, TargetModule], tuple[str, ...], dict[str, dict[str, str]]]
+_CHECKED: Memo[tuple[LoraConfig, list[str], bool, dict[str, Entry]], _Content] = Memo()
 
 
 def _is_canonical(header: Header) -> bool:
@@ -202,9 +202,10 @@ def _indexed(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> tuple[dict[str, TargetModule], tuple[str, ...]]:
+def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> _Content:
     problems: list[str] = []
     copies: list[str] = []
+    saved: dict[str, dict[str, str]] = {}
     halves: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         written = files.spelling(key)
@@ -215,6 +216,8 @@ def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> tuple[dict[str,
             halves.setdefault(path, {})[half] = entry
         elif unsupported := next((what for part, what in UNSUPPORTED.items() if part in key), None):
             raise UnsupportedError(f"{files.folder} has {unsupported} ({written}); this is not supported", hint=RETRAIN)
+        elif module := files.config.saved_module(key.removeprefix(PREFIX)):
+            saved.setdefault(module[0], {})[module[1]] = key
         elif key.endswith((".weight", ".bias")):
             copies.append(key)
         else:
@@ -242,7 +245,7 @@ def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> tuple[dict[str,
             problems,
             hint="Train or save the adapter again; nothing was loaded.",
         )
-    return sites, tuple(copies)
+    return sites, tuple(copies), saved
 
 
 def _split(key: str) -> tuple[str, str] | None:
