@@ -130,12 +130,14 @@ def lacking(model: nn.Module, files: AdapterFiles) -> list[str]:
 
 
 def check_saved(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]], what: str) -> None:
-    """Check that modules of these parameters can replace the model's, by path.
+    """Check that modules of these parameters can replace the model's, by path, and bring what the model lacks.
 
     Raises:
         AdapterError: with every module that is missing or has other parameters.
     """
-    problems: list[str] = []
+    brought = {f"{path}.{name}" for path, tensors in saved.items() for name in tensors}
+    missing = sorted(vars(model).get("missing_weights", frozenset()) - brought)
+    problems = [f"{name} is neither in the base nor in the adapter" for name in missing]
     for path, tensors in saved.items():
         try:
             module = model.get_submodule(path)

@@ -78,6 +78,12 @@ def _saved(
         )
     std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
     missing = vars(model).get("missing_weights", frozenset())
+    lacking = sorted(name for name in missing if not config.saved_module(name))
+    if lacking:
+        raise TargetError(
+            f"the base lacks {', '.join(lacking)}",
+            hint="Name their modules in modules_to_save, so that the adapter has its own.",
+        )
     with torch.inference_mode(False), torch.no_grad():
         return {
             path: initial(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.errors import RouteError
+from loradeck.ops.layer_kinds import dense_weight
 from loradeck.ops.mapping import AdapterWeights, LoraMapping
 
 Tensors = Mapping[str, nn.Parameter]
@@ -16,31 +17,28 @@ NO_LABEL = -torch.inf  # the logit of a label that an adapter's head does not ha
 
 
 def why_not_replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return what keeps these tensors from replacing a module's. The last linear layer may have other outputs."""
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    """Return what keeps these tensors from replacing a module's. One linear layer may have other outputs."""
+    shapes = _shapes(module)
     problems = [f"has no {name}" for name in sorted(shapes.keys() - tensors.keys())]
     problems += [f"has {name}, which this base has not" for name in sorted(tensors.keys() - shapes.keys())]
-    other = [name for name in shapes.keys() & tensors.keys() if shapes[name] != tensors[name].shape]
-    outputs = {
-        (tensors[name].shape[0], name.rpartition(".")[0])
-        for name in other
-        if _is_linear(module, name) and tensors[name].dim() and tensors[name].shape[1:] == shapes[name][1:]
-    }
-    if len(outputs) > 1 or any((tensors[name].shape[:1] or (0,))[0] not in dict(outputs) for name in other):
-        problems += [f"has {name} {[*tensors[name].shape]}, not {[*shapes[name]]}" for name in sorted(other)]
+    other = sorted(name for name in shapes.keys() & tensors.keys() if shapes[name] != tensors[name].shape)
+    layers = {(name.rpartition(".")[0], tensors[name].shape[:1]) for name in other}
+    same_inputs = all(_is_linear(module, name) and shapes[name][1:] == tensors[name].shape[1:] for name in other)
+    if len(layers) > 1 or not same_inputs:
+        problems += [f"has {name} {[*tensors[name].shape]}, not {[*shapes[name]]}" for name in other]
     return problems
 
 
 def replacement(module: nn.Module, tensors: Tensors) -> nn.Module:
-    """Return a copy of a module with these parameters; its buffers are copies of the module's."""
+    """Return a copy of a module with these parameters, and copies of its buffers. Its linear layers are plain ones."""
     memo: dict[int, Any] = {id(parameter): tensors[name] for name, parameter in module.named_parameters()}
-    for part in module.modules():  # a copy calls its own class, and no adapter's layer
-        memo[id(vars(part).get("forward"))] = None
+    for path, part in module.named_modules():
+        memo[id(vars(part).get("forward"))] = None  # of an adapter's layer, which is the original's
+        if isinstance(part, nn.Linear):
+            memo[id(part)] = _linear({name: tensors.get(f"{path}.{name}".lstrip(".")) for name in ("weight", "bias")})
     copy = deepcopy(module, memo)
     for part in copy.modules():
         vars(part).pop("forward", None)
-        if isinstance(part, nn.Linear):
-            part.out_features = len(part.weight)
     return copy
 
 
@@ -54,12 +52,14 @@ def initial(
     """
     last = next(iter([path for path, part in module.named_modules() if isinstance(part, nn.Linear)][::-1]), None)
     parameters = {}
-    for name, parameter in module.named_parameters():
-        value = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)).clone()
-        if outputs is not None and name.rpartition(".")[0] == last and len(value) != outputs:
-            value, new = value.new_zeros(outputs, *value.shape[1:]), True
-        else:
-            new = name in missing
+    for name, shape in _shapes(module).items():
+        path, _, kind = name.rpartition(".")
+        part = module.get_submodule(path)
+        value = (dense_weight(part) if kind == "weight" else part.get_parameter(kind)).detach()
+        new = name in missing
+        if outputs is not None and path == last and shape[0] != outputs:
+            value, new = value.new_zeros(outputs, *shape[1:]), True
+        value = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
         if new and value.dim() > 1:
             value.normal_(std=std, generator=generator)
         parameters[name] = value
@@ -122,6 +122,26 @@ def _output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[nn.Mo
             )
         total = total + weight * (part - y)
     return total
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a module's parameters; a base's layers may store their weights in another form."""
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    for path, part in module.named_modules():
+        name = f"{path}.weight".lstrip(".")
+        if isinstance(part, nn.Linear):
+            shapes[name] = torch.Size((part.out_features, part.in_features))
+        elif isinstance(part, nn.Embedding):
+            shapes[name] = torch.Size((part.num_embeddings, part.embedding_dim))
+    return shapes
+
+
+def _linear(tensors: Mapping[str, nn.Parameter | None]) -> nn.Linear:
+    weight, bias = tensors["weight"], tensors["bias"]
+    assert weight is not None
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight, linear.bias = weight, bias
+    return linear
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:
