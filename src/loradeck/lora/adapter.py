@@ -349,7 +349,7 @@ def _copy_problems(files: AdapterFiles, check_copy: Callable[[str, Tensor], str 
 
 def _refuse_copies(files: AdapterFiles, problems: list[str]) -> None:
     if problems:
-        trained = any(".base_layer." not in problem for problem in problems)
+        trained = any(".base_layer.weight " not in problem for problem in problems)
         raise UnsupportedError(
             f"{files.folder} has weights of a base itself, which are not this base's; this is not supported",
             problems,

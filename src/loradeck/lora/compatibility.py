@@ -20,6 +20,7 @@ from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
 log = logging.getLogger(__name__)
 
+ADAPTED = ".base_layer.weight"  # the end of the key of a copy of an adapted module's weight; a bias may be trained
 SHOWN = 5  # modules in a warning
 ROWS = 4096  # of a weight that are compared at once
 
@@ -181,7 +182,7 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool
         reason = why_other_values(weight, tensor)
     else:
         reason = "repeats a weight that is quantised in this base, so the two cannot be compared"
-    if not (reason and any_base and ".base_layer." in key):
+    if not (reason and any_base and key.endswith(ADAPTED)):
         return reason
     if not tensor.is_meta:
         log.warning("%s %s; the base's own weight is used", key, reason)
@@ -212,8 +213,7 @@ def why_other_values(weight: Tensor, tensor: Tensor) -> str | None:
         largest, farthest = max(largest, float(size.max())), max(farthest, float(distance.max()))
     if same:
         return None
-    share = farthest / largest if largest else torch.inf
     return (
-        f"differs from this base's weight by up to {share:.2g} of its largest value "
+        f"differs from this base's weight by up to {farthest:.2g}, where its largest is {largest:.2g} "
         "(modules_to_save, bias, or another base)"
     )

@@ -16,7 +16,7 @@ def no_adapter(path: Path) -> AdapterError:
         return AdapterError(f"{path} is a file, not an adapter's folder", hint=f"Give its folder: {path.parent}")
     names = sorted((inner.parent.name for inner in path.glob(f"[!.]*/{CONFIG}")), key=_numbers_by_value)
     if names:
-        shown = ", ".join(names[-SHOWN:]) if len(names) <= SHOWN else f"{len(names)}: {', '.join(names[:SHOWN])}, …"
+        shown = f"{len(names)}, the last of them " * (len(names) > SHOWN) + ", ".join(names[-SHOWN:])
         return AdapterError(
             f"{path} holds no {CONFIG} itself, but folders with adapters: {shown}",
             hint=f"Give one of them, such as {path / names[-1]}",

@@ -8,7 +8,7 @@ import msgspec
 
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError, shorten
 from loradeck.lora.config import PATH_LENGTH, LoraConfig
-from loradeck.lora.folder import CONFIG, TENSORS
+from loradeck.lora.folder import CONFIG, TENSORS, check_lfs
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import Origin, read_config
 from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
@@ -190,7 +190,9 @@ def _shards(folder: Path) -> list[Path]:
 
 def _indexed(folder: Path) -> list[Path]:
     try:
-        table = msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, object])
+        content = (folder / INDEX).read_bytes()
+        check_lfs(folder / INDEX, content)
+        table = msgspec.json.decode(content, type=dict[str, object])
         names = sorted(set(msgspec.convert(table.get("weight_map"), dict[str, str]).values()))
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / INDEX} cannot be read: {error}") from None

@@ -3,6 +3,7 @@
 The facts are from PEFT 0.21's source; the tests check them against PEFT itself.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -82,7 +83,13 @@ def _parse(path: Path, content: bytes) -> tuple[LoraConfig, Origin]:
     try:
         config = LoraConfig(**msgspec.convert(settings, _Fields).as_dict())
     except msgspec.ValidationError as error:
-        raise AdapterError(f"{path}: {error}", hint="Correct that value, or save the adapter again.") from None
+        key = re.search(r"`\$\.(\w+)", str(error))
+        value = f"{key[1]} is {shorten(settings[key[1]])}: " if key else ""
+        message = str(error).partition(" - at ")[0]
+        raise AdapterError(
+            f"{path}: {value}{message[:1].lower()}{message[1:]}",
+            hint="Correct that value, or save the adapter again.",
+        ) from None
     except ConfigError as error:
         raise AdapterError(
             f"{path} is invalid", error.problems, hint="Correct the values, or save the adapter again."

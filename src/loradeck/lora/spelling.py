@@ -5,19 +5,19 @@ from collections.abc import Callable
 
 PREFIX = "base_model.model."
 
-# What torch's and accelerate's wrappers put into the path of the module they wrap.
-WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+# What torch's and accelerate's wrappers put into the path of the module they wrap, wherever that is.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # DistributedDataParallel and DeepSpeed wrap whole models, in a child whose name other models have too.
-OUTER = rf"(?:(?:{WRAPPERS}|module)\.(?!lora_|base_layer\.|(?:weight|bias)$))*"
-START = re.compile(rf"{OUTER}(?:base_model\.model\.{OUTER})*")
-WITHIN = re.compile(rf"(?:(?<=\.)|^)(?:{WRAPPERS})\.")
+START = re.compile(r"(?:base_model\.model\.|module\.(?!lora_|base_layer\.|(?:weight|bias)$))*")
 # A PeftModel in memory has a level for the adapter's name; its files do not.
 NAMED = re.compile(
     r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)|(\.lora_embedding_[AB]|\.lora_magnitude_vector)\.[^.]+$"
 )
-# Most keys need nothing: a quick look saves a load most of the time that respelling would take.
-USUAL = re.compile(r"base_model\.model\.(?!base_model\.|module\.)(?:(?!_)[^.]+\.)+lora_(?:[AB]\.weight|embedding_[AB])")
 TENSOR = re.compile(r"\.(?:lora_[AB]\.(?:weight|bias)|lora_\w+|(?:base_layer\.)?(?:weight|bias))$")
+# Most keys need nothing, and a quick look says so.
+USUAL = re.compile(
+    r"base_model\.model\.(?!base_model\.|module\.)(?:(?!_|lora_)[^.]+\.)+lora_(?:[AB]\.weight|embedding_[AB])"
+)
 
 
 def canonical(key: str, in_base: Callable[[str], bool] = lambda _: False) -> str:
@@ -28,7 +28,7 @@ def canonical(key: str, in_base: Callable[[str], bool] = lambda _: False) -> str
     """
     if USUAL.fullmatch(key):
         return key
-    key = NAMED.sub(lambda match: match[1] or match[2], key)
+    key = NAMED.sub(lambda match: match[1] or match[2], "." + key)[1:]
     path = key.removeprefix(PREFIX)
     bare = plain(key)
     return PREFIX + (path if path != bare and in_base(TENSOR.sub("", path)) else bare)
@@ -36,4 +36,4 @@ def canonical(key: str, in_base: Callable[[str], bool] = lambda _: False) -> str
 
 def plain(path: str) -> str:
     """Return a module path, or the rest of a key, without prefix and wrappers."""
-    return WITHIN.sub("", START.sub("", path, count=1))
+    return START.sub("", WRAPPERS.sub("", path), count=1)
