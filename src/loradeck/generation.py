@@ -127,6 +127,7 @@ def _sequences(
     seed: int | None,
 ) -> list[TokenSequence]:
     """Encode the prompts; the longest one bounds the tokens of all answers."""
+    base.check_generates()
     rows = [encode(tokenizer, prompt) for tokenizer, prompt in zip(tokenizers, prompts, strict=True)]
     length = answer_length(base, rows, max_new_tokens)
     return [

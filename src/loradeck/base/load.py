@@ -33,6 +33,7 @@ from loradeck.base.pretrained import (
 )
 from loradeck.base.quantised import quantisation, why_not_quantised
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
+from loradeck.base.task import TASKS, Task
 from loradeck.base.weights import QUANTISED, Weights, check_quantised, prepare
 from loradeck.dtypes import computes_in
 from loradeck.errors import BaseModelError, ConfigError
@@ -59,6 +60,7 @@ class Base:
     name: str
     source: str
     fingerprint: str
+    task: str = "generate"
 
     @classmethod
     def load(
@@ -68,8 +70,9 @@ class Base:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         weights: Weights = "plain",
+        task: Task = "generate",
     ) -> "Base":
-        """Load a decoder-only language model with its tokenizer, frozen and in eval mode.
+        """Load a model with its tokenizer, frozen and in eval mode.
 
         Of a multimodal model it is the language model, for text only; the other weights are not read.
 
@@ -83,32 +86,52 @@ class Base:
             weights: `plain`, `packed` for the CPU's fastest kernels, or `int8` or `int4`, quantised while they are
                 read: see `loradeck.base.weights`. The fingerprint is always that of the plain weights.
 
+            task: `generate` takes a decoder-only language model; `classify`, `tokens`, `reward` and `embed` also
+                encoders. A head that the files lack gives 0 for every label: adapters bring their own.
+
         A program that serves on a CPU should first call `loradeck.base.onednn.cap_kernel_cache`, to bound the memory
         that compiled kernels take.
 
         Raises:
             BaseModelError: nothing is there, or it cannot be loaded completely without running its code.
-            ConfigError: invalid dtype, device or weights.
+            ConfigError: invalid dtype, device, weights or task.
         """
+        if task not in TASKS:
+            raise ConfigError(f"unknown task {task!r:.40}", hint=f"Use {', '.join(TASKS)}.")
         torch_device = _device(device)
         torch_dtype = _dtype(dtype, torch_device)
         name, where = _locate(source)
         with base_errors(source), quiet():
-            keep = dtype == "auto" and torch_device.type == "cpu" and weights in KEEP_BLOCKS
+            keep = task == "generate" and dtype == "auto" and torch_device.type == "cpu" and weights in KEEP_BLOCKS
             parts = read_in_blocks(where, torch_dtype) if isinstance(where, Path) and keep else None
             if parts is None:
                 folder = str(dequantised_folder(where)) if isinstance(where, Path) else where
                 _check(source, folder)
-                model = _model(source, folder, torch_dtype, torch_device, weights, keep=keep)
+                model = _model(source, folder, torch_dtype, torch_device, weights, task, keep=keep)
                 parts = model, pretrained_tokenizer(source, folder)
             model, tokenizer = parts
+            text = model.config.get_text_config()
+            if task != "generate" and text.pad_token_id is None:  # classifiers find a row's last token by it
+                text.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
             model.requires_grad_(False).eval().to(torch_device)  # type: ignore[arg-type]
-        base = cls(model, tokenizer, name, str(source), fingerprint(model))
+        base = cls(model, tokenizer, name, str(source), fingerprint(model), task)
         origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # the name other tools know it by
         vars(model).update(fingerprint=base.fingerprint, base_name=origin, base_quantisation=quantisation(model))
         if weights not in QUANTISED:
             prepare(model, weights)
         return base
+
+    def check_generates(self) -> None:
+        """Check that it was loaded to generate text.
+
+        Raises:
+            ConfigError: it was loaded for another task.
+        """
+        if self.task != "generate":
+            raise ConfigError(
+                f"{self.name} was loaded for the task {self.task}, so it generates no text",
+                python="Base.load(base) loads it to generate.",
+            )
 
     @property
     def context(self) -> int | None:
@@ -187,7 +210,14 @@ def _download(where: str) -> Path:
 
 
 def _model(
-    source: str | Path, where: str, dtype: torch.dtype, device: torch.device, weights: Weights, *, keep: bool
+    source: str | Path,
+    where: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Weights,
+    task: Task,
+    *,
+    keep: bool,
 ) -> PreTrainedModel:
     """Load the model of a folder or hub id; int8 and int4 weights are quantised while it is read.
 
@@ -196,12 +226,13 @@ def _model(
     """
     if weights in QUANTISED:
         check_quantised(weights, dtype, device)
-    config = pretrained_config(source, where)
-    part = language_model(source, config, _download(where)) if is_multimodal(config) else None
+    config = pretrained_config(source, where, task=task)
+    generates = task == "generate"
+    part = language_model(source, config, _download(where)) if generates and is_multimodal(config) else None
     if part is not None:
         log.warning("%s is multimodal (%s): its language model is loaded, for text only", source, config.model_type)
         config = part.config
-    by_weight = weights in QUANTISED or (device.type == "cpu" and is_quantised(config))
+    by_weight = generates and (weights in QUANTISED or (device.type == "cpu" and is_quantised(config)))
     checkpoint = part.checkpoint if part else Checkpoint(_download(where), settings_of(config)) if by_weight else None
     if checkpoint is not None and by_weight and is_direct(checkpoint, config):
         keep = keep and why_not_quantised() is None
@@ -210,7 +241,7 @@ def _model(
         if part is not None:
             model = model_of_checkpoint(source, part.checkpoint, config, dtype)
         else:
-            model = pretrained_model(source, where, dtype)  # it knows the names of older checkpoints
+            model = pretrained_model(source, where, dtype, task)  # it knows the names of older checkpoints
         model.requires_grad_(False)
         if weights in QUANTISED:
             prepare(model, weights)

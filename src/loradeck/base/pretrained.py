@@ -12,7 +12,6 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,17 +21,21 @@ from transformers.utils import logging as transformers_logging
 
 from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.source import HINT
+from loradeck.base.task import CLASSES, clear, lacks_only_head, set_labels
 from loradeck.errors import BaseModelError, LoradeckError
 
 
-def pretrained_model(source: str | Path, where: str, dtype: torch.dtype, **gguf: Any) -> PreTrainedModel:
-    """Load a causal language model; every weight must be in its files.
+def pretrained_model(
+    source: str | Path, where: str, dtype: torch.dtype, task: str = "generate", **gguf: Any
+) -> PreTrainedModel:
+    """Load a model for a task; every weight must be in its files, but those of a head that an adapter can bring.
 
     Raises:
         BaseModelError: it is another kind of model, or lacks weights.
     """
-    config = pretrained_config(source, where, gguf.get("gguf_file"))
-    model, report = AutoModelForCausalLM.from_pretrained(
+    config = pretrained_config(source, where, gguf.get("gguf_file"), task)
+    set_labels(config, task)
+    model, report = CLASSES[task].from_pretrained(
         where,
         config=config,
         dtype=dtype,
@@ -41,7 +44,10 @@ def pretrained_model(source: str | Path, where: str, dtype: torch.dtype, **gguf:
         output_loading_info=True,
         **gguf,
     )
-    _check(source, model, report)
+    if task != "generate" and lacks_only_head(model, report["missing_keys"]):
+        clear(model, report["missing_keys"])
+    else:
+        _check(source, model, report)
     return model
 
 
@@ -71,14 +77,17 @@ def _check(source: str | Path, model: PreTrainedModel, report: Mapping[str, Coll
         )
 
 
-def pretrained_config(source: str | Path, where: str, gguf_file: str | None = None) -> PretrainedConfig:
-    """Load the configuration of a causal language model.
+def pretrained_config(
+    source: str | Path, where: str, gguf_file: str | None = None, task: str = "generate"
+) -> PretrainedConfig:
+    """Load the configuration of a model for a task.
 
     Raises:
         BaseModelError: it is another kind of model.
     """
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, gguf_file=gguf_file)
-    if config.is_encoder_decoder or any("MaskedLM" in name for name in config.architectures or ()):
+    masked = task == "generate" and any("MaskedLM" in name for name in config.architectures or ())
+    if config.is_encoder_decoder or masked:
         raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=HINT)
     return config
 

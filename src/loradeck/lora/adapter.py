@@ -45,6 +45,8 @@ class Adapter(nn.Module):
         paths: how its files spell the modules that they spell otherwise.
         tokenizer_files: those of a tokenizer in the folder it was read from; none if it was made in memory.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
+        saved: the names of the parameters of each module that it replaces, by the module's path.
+        replacements: these modules, with its parameters; a bank makes them.
     """
 
     def __init__(self, config: LoraConfig, sites: Mapping[str, TargetModule], origin: Origin | None = None) -> None:
@@ -57,6 +59,8 @@ class Adapter(nn.Module):
         self.tokenizer_files = TokenizerFiles()
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
+        self.saved: Mapping[str, tuple[str, ...]] = {}
+        self.replacements: dict[str, nn.Module] = {}
         self.moves = 0  # how often its tensors were moved or cast
         self._spans: Mapping[str, Span] = {}  # of each key, in the flat parameters
         self._layout: FlatLayout | None = None
@@ -88,9 +92,10 @@ class Adapter(nn.Module):
         pairs: Mapping[str, tuple[Tensor, Tensor]],
         *,
         origin: Origin | None = None,
+        saved: Mapping[str, Mapping[str, Tensor]] | None = None,
         trainable: bool = False,
     ) -> Self:
-        """Make an adapter of tensors, with their sites."""
+        """Make an adapter of tensors, with their sites; `saved` are the parameters of the modules that it replaces."""
         adapter = cls(config, sites, origin)
         with torch.inference_mode(False), torch.no_grad():  # see from_files
             for path, pair in pairs.items():
@@ -99,7 +104,15 @@ class Adapter(nn.Module):
                         _parameter_name(key),
                         nn.Parameter(tensor.detach().clone(), requires_grad=trainable),
                     )
+            adapter._save_modules(saved or {}, trainable=trainable)
         return adapter
+
+    def _save_modules(self, saved: Mapping[str, Mapping[str, Tensor]], *, trainable: bool) -> None:
+        self.saved = {path: tuple(tensors) for path, tensors in saved.items()}
+        for path, tensors in saved.items():
+            for name, tensor in tensors.items():
+                key = _parameter_name(f"{path}.{name}")
+                self.register_parameter(key, nn.Parameter(tensor.detach().clone(), requires_grad=trainable))
 
     @classmethod
     def load(cls, folder: str | Path, *, trainable: bool = False) -> Self:
@@ -122,7 +135,8 @@ class Adapter(nn.Module):
         """Read the tensors of a folder whose headers are read.
 
         `check_copy(key, tensor)` returns what is wrong with a copy of a weight of the base, or None; it is called
-        first with a tensor on the meta device, then with the values. Without it a copy is a problem.
+        first with a tensor on the meta device, then with the values. Without it a copy is a problem. A module that is
+        replaced by a copy of itself is left out.
 
         Raises:
             UnsupportedError: a tensor replaces a weight of the base.
@@ -149,9 +163,13 @@ class Adapter(nn.Module):
     def copy(self, *, trainable: bool) -> Self:
         """Return a copy with a parameter for each tensor; a trainable one is in at least float32, as new ones are."""
         pairs = {path: self.pair(path) for path in self.sites}
+        saved: dict[str, dict[str, Tensor]] = {path: {**self.saved_module(path)} for path in self.saved}
         if trainable:
             pairs = {path: (_float32(a), _float32(b)) for path, (a, b) in pairs.items()}
-        copy = type(self).with_sites(self.config, self.sites, pairs, origin=self.origin, trainable=trainable)
+            saved = {path: {name: _float32(each) for name, each in tensors.items()} for path, tensors in saved.items()}
+        copy = type(self).with_sites(
+            self.config, self.sites, pairs, origin=self.origin, saved=saved, trainable=trainable
+        )
         copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
         copy.tokenizer_files = self.tokenizer_files
         return copy
@@ -171,17 +189,26 @@ class Adapter(nn.Module):
         """Gather the tensors of all files into a flat tensor per dtype; return what is wrong with copies."""
         reasons: dict[str, str | None] = {}
         parts: dict[str, list[tuple[str, Tensor]]] = {}
+        modules = {key: (path, name) for path, keys in files.saved.items() for name, key in keys.items()}
+        saved: dict[str, dict[str, Tensor]] = {}
         for header in files.headers:
             body = torch.empty(header.size, dtype=torch.uint8)
             safetensors_io.read_body(header, body.numpy().data)
             for key, entry in header.entries.items():
                 tensor = body[entry.begin : entry.end].clone().view(DTYPES[entry.dtype]).view(entry.shape)
-                if key not in files.copies:
+                if key in modules:
+                    path, name = modules[key]
+                    saved.setdefault(path, {})[name] = tensor
+                elif key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
                 else:
                     reasons[key] = check_copy(key, tensor)
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
+        for path, keys in files.saved.items():
+            if all(check_copy(key, saved[path][name]) is None for name, key in keys.items()):
+                del saved[path]
+        self._save_modules(saved, trainable=False)
         return reasons
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
@@ -194,7 +221,9 @@ class Adapter(nn.Module):
     def _not_finite(self, files: AdapterFiles) -> list[str]:
         problems: list[str] = []
         for name, flat in self._parameters.items():
-            if flat is not None and not finite(flat):
+            if flat is not None and not name.startswith("flat_") and not finite(flat):
+                problems.append(f"{files.spelling(PREFIX + name.replace('/', '.'))} holds NaN or Inf")
+            elif flat is not None and not finite(flat):
                 spans = {key: span[1:] for key, span in self._spans.items() if span[0] == name}
                 problems += [
                     f"{files.spelling(key)} holds NaN or Inf"
@@ -234,10 +263,17 @@ class Adapter(nn.Module):
         assert parameter is not None
         return parameter.detach()[span[1] : span[2]].view(shape) if span else parameter
 
+    def saved_module(self, path: str) -> dict[str, nn.Parameter]:
+        """Return the parameters of a module that it replaces."""
+        return {name: self.get_parameter(_parameter_name(f"{path}.{name}")) for name in self.saved[path]}
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor under its key in a PEFT file."""
         for path, site in self.sites.items():
             yield from zip(keys_of(self.paths.get(path, path), site), self.pair(path), strict=True)
+        for path in self.saved:
+            written = PREFIX + self.paths.get(path, path)
+            yield from ((f"{written}.{name}", tensor) for name, tensor in self.saved_module(path).items())
 
     @property
     def trainable(self) -> bool:
@@ -330,7 +366,7 @@ def _float32(tensor: Tensor) -> Tensor:
 def _is_one_tensor(files: AdapterFiles) -> bool:
     """Whether the body of the files, as it is, is one flat tensor of all pairs: the usual adapter."""
     dtypes = {entry.dtype for header in files.headers for entry in header.entries.values()}
-    return len(files.headers) == 1 and not files.copies and len(dtypes) == 1
+    return len(files.headers) == 1 and not files.copies and not files.saved and len(dtypes) == 1
 
 
 def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:

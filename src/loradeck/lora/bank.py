@@ -21,6 +21,7 @@ from loradeck.lora.manifest import AdapterFiles, TargetModule, read_folder
 from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name, default_name
 from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, kept_of, opened, weights_of
+from loradeck.lora.saved_modules import replacement
 from loradeck.lora.working_set import WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
 
@@ -105,11 +106,19 @@ class Bank:
 
     # ---- adding and removing
 
-    def add(self, name: str, adapter: LoraConfig | Adapter, *, generator: torch.Generator | None = None) -> Adapter:
+    def add(
+        self,
+        name: str,
+        adapter: LoraConfig | Adapter,
+        *,
+        num_labels: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Adapter:
         """Add a new trainable adapter for a config, or an existing Adapter.
 
-        A new adapter does not change the output until it is trained. `generator` draws its initial values and its
-        dropout; torch's global one by default.
+        A new adapter does not change the output until it is trained, but for a head of modules_to_save with another
+        number of outputs, `num_labels`, than the base's, or that the base lacks. `generator` draws its initial values
+        and its dropout; torch's global one by default.
 
         Raises:
             TargetError: the config's targets match no module, or one that takes no adapter.
@@ -120,10 +129,12 @@ class Bank:
             self._check_new(name)
             if isinstance(adapter, Adapter):
                 kinds = self._fit(adapter.sites, "This adapter")
+                saved = {path: adapter.saved_module(path) for path in adapter.saved}
+                compatibility.check_saved(self.model, saved, "This adapter")
             else:
                 self._check_unmerged()
                 kinds = targets.resolve(self.model, adapter)
-                adapter = init.adapter(self.model, adapter, kinds, generator)
+                adapter = init.adapter(self.model, adapter, kinds, generator, num_labels=num_labels)
             self._take(name, adapter, kinds)
             return adapter
 
@@ -172,11 +183,16 @@ class Bank:
         files = read_folder(folder, self._has)
         with self._lock:
             paths = self._respelling.get(
-                (files.sites, files.copies),
+                (files.sites, (*files.copies, *files.saved)),
                 lambda: compatibility.respelling(self.model, self._adapted(), files),
             )
             files = files.respelled(paths)
             self._fit(files.sites, str(folder), files.spellings)
+        shapes = {
+            path: {name: torch.empty(files.entries[key][1].shape, device="meta") for name, key in keys.items()}
+            for path, keys in files.saved.items()
+        }
+        compatibility.check_saved(self.model, shapes, str(folder))
         compatibility.check_base(self.model, files, any_base=any_base)
         return files
 
@@ -207,6 +223,7 @@ class Bank:
             adapters = [self[name] for name in self.names()] + [*members]
             shapes = {id(adapter.sites): adapter.sites for adapter in adapters}  # few, and shared
             needed = {path for sites in shapes.values() for path in sites}
+            needed.update(path for adapter in adapters for path in adapter.saved)
             for path in self._layers.keys() - needed:
                 self._layers.pop(path).detach()
                 self._fitting.clear()
@@ -291,7 +308,7 @@ class Bank:
             if any(route.members for route in [*self._open]):
                 raise RouteError("a route is open", hint="Merge outside of any route.")
             weighted = [(self[name], weight) for name, weight in weights_of(entry)]
-            kinds = {path: layer.kind for path, layer in self._layers.items()}
+            kinds = {path: layer.kind for path, layer in self._layers.items() if layer.kind}
             self._unmerged = merge.fold(self.model, kinds, weighted)
 
     def unmerge(self) -> None:
@@ -338,7 +355,7 @@ class Bank:
         return True
 
     def _adapted(self) -> dict[str, LayerKind]:
-        return {path: layer.kind for path, layer in self._layers.items()}
+        return {path: layer.kind for path, layer in self._layers.items() if layer.kind}
 
     def _fit(
         self, sites: Mapping[str, TargetModule], what: str, spellings: Mapping[str, str] = {}
@@ -346,9 +363,18 @@ class Bank:
         fit = partial(compatibility.layer_kinds, self.model, self._adapted(), sites, what, spellings)
         return self._fitting.get(sites, fit)
 
+    def _kind(self, path: str) -> LayerKind | None:
+        """Return the kind of the module at a path, None if it takes no pair."""
+        kind = targets.check(self.model, path, targets.closed(self.model))
+        return None if isinstance(kind, str) else kind
+
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
         head = targets.output_head(self.model)
-        for path, kind in kinds.items():
+        for path in adapter.saved:
+            module = self.model.get_submodule(path)
+            adapter.replacements[path] = replacement(module, adapter.saved_module(path))
+        needed: dict[str, LayerKind | None] = {**kinds, **{path: self._kind(path) for path in adapter.saved}}
+        for path, kind in needed.items():
             if path not in self._layers:
                 module = self.model.get_submodule(path)
                 self._layers[path] = LoraLayer(self, path, module, kind, self._open, is_head=module is head)

@@ -13,6 +13,7 @@ from loradeck.lora import targets, whole_model
 from loradeck.lora.folder import CONFIG
 from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, copied_module, keys_of
 from loradeck.lora.peft import unknown_settings
+from loradeck.lora.saved_modules import why_not_replaced
 from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
@@ -33,7 +34,7 @@ def respelling(model: nn.Module, adapted: Mapping[str, LayerKind], files: Adapte
     """
     errors: list[AdapterError] = []
     fits: list[Mapping[str, str]] = []
-    modules = [*files.sites, *map(copied_module, files.copies)]
+    modules = [*files.sites, *map(copied_module, (*files.copies, *files.saved_keys))]
     for paths in chain([{}], whole_model.respellings(model, modules)):
         try:
             spelled = files.respelled(paths)
@@ -153,6 +154,27 @@ def lacking(model: nn.Module, files: AdapterFiles) -> list[str]:
         return targets.lacking(model, files.config, files.sites)
     except ConfigError as error:
         raise AdapterError(f"{files.folder / CONFIG}: {error.message}", hint=error.hint) from None
+
+
+def check_saved(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]], what: str) -> None:
+    """Check that modules of these parameters can replace the model's, by path, and bring what the model lacks.
+
+    Raises:
+        AdapterError: with every module that is missing or has other parameters.
+    """
+    brought = {f"{path}.{name}" for path, tensors in saved.items() for name in tensors}
+    missing = sorted(vars(model).get("missing_weights", frozenset()) - brought)
+    problems = [f"{name} is neither in the base nor in the adapter" for name in missing]
+    for path, tensors in saved.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            problems.append(f"{path} is not a module of this base")
+        else:
+            problems += [f"{path} {reason}" for reason in why_not_replaced(module, tensors)]
+    if problems:
+        hint = "Load the base it was trained on, for its task; nothing was loaded."
+        raise AdapterError(f"{what} replaces modules that this base has not", problems, hint=hint)
 
 
 def warn_of_gaps(files: AdapterFiles, paths: Sequence[str]) -> None:

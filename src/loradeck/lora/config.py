@@ -73,9 +73,11 @@ class LoraConfig:
     """Ranks of single modules: a regex for the end of a path -> r; the first match applies."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """The same for lora_alpha."""
+    modules_to_save: Sequence[str] = ()
+    """Modules that the adapter replaces by its own, by the ends of their paths: the head of a classifier."""
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
@@ -117,6 +119,9 @@ class LoraConfig:
             value = getattr(self, name)
             if not isinstance(value, (str, tuple)) or not all(isinstance(part, str) for part in value):
                 problems.append(f"{name} is {shorten(value)}, not a string or a list of strings")
+        saved = self.modules_to_save
+        if not isinstance(saved, tuple) or not all(isinstance(part, str) and part for part in saved):
+            problems.append(f"modules_to_save is {shorten(saved)}, not a list of strings")
         layers = self.layers_to_transform
         if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, tuple) else (layers,))):
             problems.append(f"layers_to_transform is {shorten(layers)}, not an integer or a list of integers")
@@ -149,6 +154,18 @@ class LoraConfig:
             rank_pattern=literal_pattern(ranks),
             alpha_pattern=literal_pattern(alphas),
         )
+
+    def saved_module(self, path: str) -> tuple[str, str] | None:
+        """Return the module that modules_to_save names, and the name in it, of the parameter at a path; None if none.
+
+        Of nested ones the outer module counts: `classifier` for classifier.dense.weight.
+        """
+        parts = path.split(".")
+        for end in range(1, len(parts)):
+            module = ".".join(parts[:end])
+            if any(module == name or module.endswith("." + name) for name in self.modules_to_save):
+                return module, ".".join(parts[end:])
+        return None
 
     def rank(self, path: str) -> int:
         """Return r of the module at `path`."""

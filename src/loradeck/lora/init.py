@@ -7,17 +7,24 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
+from loradeck.errors import TargetError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import TargetModule
 from loradeck.lora.peft import Origin
+from loradeck.lora.saved_modules import initial
 from loradeck.lora.targets import suffixes
 from loradeck.lora.whole_model import module_names, paths_in_files
 from loradeck.ops.layer_kinds import LayerKind
 
 
 def adapter(
-    model: nn.Module, config: LoraConfig, kinds: Mapping[str, LayerKind], generator: torch.Generator | None
+    model: nn.Module,
+    config: LoraConfig,
+    kinds: Mapping[str, LayerKind],
+    generator: torch.Generator | None,
+    *,
+    num_labels: int | None = None,
 ) -> Adapter:
     """Return a trainable adapter for these modules that does not change the output yet.
 
@@ -32,7 +39,8 @@ def adapter(
         a_shape, b_shape = kind.shapes(r)
         sites[path] = TargetModule(kind.name, r, config.scaling(path, r), a_shape, b_shape)
         pairs[path] = _initial(kind, a_shape, b_shape, _dtype(model.get_submodule(path)), generator)
-    new = Adapter.with_sites(config, sites, pairs, trainable=True)
+    saved = _saved(model, config, num_labels, generator)
+    new = Adapter.with_sites(config, sites, pairs, saved=saved, trainable=True)
     new.fan_in_fan_out = any(kind.fan_in_fan_out for kind in kinds.values())
     stamp(model, new)
     prepare(new, generator)
@@ -51,6 +59,43 @@ def _initial(
         if kind.name == "embedding":
             return a, b.normal_(generator=generator)
         return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator), b
+
+
+def _saved(
+    model: nn.Module, config: LoraConfig, num_labels: int | None, generator: torch.Generator | None
+) -> dict[str, dict[str, Tensor]]:
+    """Return the initial parameters of the modules of modules_to_save.
+
+    Raises:
+        TargetError: there is none.
+    """
+    paths = dict.fromkeys(
+        module[0] for path, _ in model.named_parameters() if (module := config.saved_module(path)) is not None
+    )
+    if config.modules_to_save and not paths:
+        raise TargetError(
+            f"modules_to_save {[*config.modules_to_save]} match no module of this model",
+            hint="Load the base for a task that has a head.",
+        )
+    std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
+    missing = vars(model).get("missing_weights", frozenset())
+    lacking = sorted(name for name in missing if not config.saved_module(name))
+    if lacking:
+        raise TargetError(
+            f"the base lacks {', '.join(lacking)}",
+            hint="Name their modules in modules_to_save, so that the adapter has its own.",
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        return {
+            path: initial(
+                model.get_submodule(path),
+                num_labels,
+                std,
+                {name.removeprefix(f"{path}.") for name in missing if name.startswith(f"{path}.")},
+                generator,
+            )
+            for path in paths
+        }
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from loradeck.errors import RouteError
 from loradeck.lora.routing import Route, current
+from loradeck.lora.saved_modules import outputs_of
 from loradeck.ops import dispatch
 from loradeck.ops.autograd import in_backward
 from loradeck.ops.layer_kinds import LayerKind
@@ -15,7 +16,7 @@ from loradeck.ops.weights import LayerAdapters
 
 
 class LoraLayer:
-    """Replaces a module's `forward`, and restores it.
+    """Replaces a module's `forward`, and restores it. A module without a `kind` takes no pair, but can be replaced.
 
     The module itself is unchanged: its class, its parameters and its paths are the base's, so quantised layers, tied
     weights and code that reads `module.weight` see no difference.
@@ -28,7 +29,7 @@ class LoraLayer:
         bank: object,
         path: str,
         module: nn.Module,
-        kind: LayerKind,
+        kind: LayerKind | None,
         open_routes: set[Route],
         *,
         is_head: bool = False,
@@ -40,20 +41,26 @@ class LoraLayer:
         module.forward = self  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """f(x) + Σ_a w_a · scaling_a · B_a (A_a x): x and the result as the base's forward has them."""
+        """f(x) + Σ_a w_a · scaling_a · B_a (A_a x): x and the result as the base's forward has them.
+
+        Rows of adapters that replace the module get their replacements' results.
+        """
         y = self.base(*args, **kwargs)
         route = current(self.bank) or self._recomputed()
         if route is None:
             return y
-        adapters = route.layer(self.path, self.kind)
-        if adapters is None:
+        adapters = route.layer(self.path, self.kind) if self.kind else None
+        modules = route.replacements(self.path)
+        if adapters is None and modules is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
         mapping = route.head_mapping if self.is_head and route.head_mapping else route.mapping
         self._check(x, route, mapping, adapters)
         if not mapping.total:  # no token of this step reaches the head
             return y
-        return dispatch.lora(x, y, adapters, mapping, training=self.module.training)
+        if adapters is not None:
+            y = dispatch.lora(x, y, adapters, mapping, training=self.module.training)
+        return y if modules is None else outputs_of(y, x, mapping, modules, packed=route.packed)
 
     def _recomputed(self) -> Route | None:
         """Return the route for a layer that the backward pass computes again (gradient checkpointing).
@@ -71,8 +78,8 @@ class LoraLayer:
             )
         return routes[0]
 
-    def _check(self, x: Tensor, route: Route, mapping: LoraMapping, adapters: LayerAdapters) -> None:
-        rows = self.kind.count(x) if route.packed else x.shape[0]
+    def _check(self, x: Tensor, route: Route, mapping: LoraMapping, adapters: LayerAdapters | None) -> None:
+        rows = (self.kind.count(x) if self.kind else x.shape[:2].numel()) if route.packed else x.shape[0]
         total = mapping.total
         if rows != total and (route.packed or rows % total):
             unit = "tokens" if route.packed else "rows"
@@ -80,7 +87,7 @@ class LoraLayer:
                 f"{self.path} got {rows} {unit}; the route is for {total}",
                 hint="Give the route one entry per row of the batch, or one entry for the whole batch.",
             )
-        if self.module.training and in_backward() and not adapters.repeats(mapping.adapters):
+        if adapters and self.module.training and in_backward() and not adapters.repeats(mapping.adapters):
             raise RouteError(
                 f"{self.path} is recomputed in the backward pass (gradient checkpointing), where an adapter's "
                 "dropout would draw another mask",

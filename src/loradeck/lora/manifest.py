@@ -63,6 +63,7 @@ class AdapterFiles:
     headers: tuple[Header, ...]
     sites: dict[str, TargetModule]  # by module path
     copies: tuple[str, ...]  # keys that repeat a weight of the base (PEFT saves targeted embeddings whole)
+    saved: Mapping[str, Mapping[str, str]]  # by the path of a module that is replaced: parameter name -> key
     spellings: Mapping[str, str]  # key -> how the file spells it, of those that it spells another way
     paths: Mapping[str, str] = field(default_factory=dict)  # as on disk, of modules that are respelled
 
@@ -95,17 +96,27 @@ class AdapterFiles:
         """Return a key as the file spells it, for errors."""
         return self.spellings.get(key, key)
 
+    @property
+    def saved_keys(self) -> list[str]:
+        """The keys of the parameters of modules that are replaced."""
+        return [key for keys in self.saved.values() for key in keys.values()]
+
     def respelled(self, paths: Mapping[str, str]) -> "AdapterFiles":
         """Return the same files with other paths of modules: path -> new path, for modules and those with copies."""
         if not paths:
             return self
         before = [header.entries for header in self.headers]
-        key = before, self.sites, self.copies, paths
-        after, sites, copies, old = _MOVED.get(key, lambda: _moved(*key))
+        key = before, self.sites, (*self.copies, *self.saved_keys), paths
+        after, sites, whole, old = _MOVED.get(key, lambda: _moved(*key))
+        copies, moved = whole[: len(self.copies)], iter(whole[len(self.copies) :])
+        saved: dict[str, dict[str, str]] = {}
+        for names in self.saved.values():
+            for name, new in zip(names, moved, strict=False):
+                saved.setdefault(new.removeprefix(PREFIX).removesuffix(f".{name}"), {})[name] = new
         headers = tuple(replace(header, entries=each) for header, each in zip(self.headers, after, strict=True))
         moves = {new: old for pair in zip(before, after, strict=True) for old, new in zip(*pair, strict=True)}
         spellings = {new: self.spelling(old) for new, old in moves.items() if new != self.spelling(old)}
-        return replace(self, headers=headers, sites=sites, copies=copies, spellings=spellings, paths=old)
+        return replace(self, headers=headers, sites=sites, copies=copies, saved=saved, spellings=spellings, paths=old)
 
     def _trained(self) -> list[Entry]:
         return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
@@ -216,16 +227,15 @@ def read_folder(
         headers = tuple(_respelled(header, in_base, spellings) for header in headers)
         config, origin = _respelled_targets(config, origin)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers, spellings)
-    files = AdapterFiles(folder, config, origin, headers, {}, (), spellings)
+    files = AdapterFiles(folder, config, origin, headers, {}, (), {}, spellings)
     order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
-    sites, copies = _CHECKED.get((config, order, _ties(origin), entries), lambda: _sites(files, entries))
-    return replace(files, sites=sites, copies=copies)
+    sites, copies, saved = _CHECKED.get((config, order, _ties(origin), entries), lambda: _sites(files, entries))
+    return replace(files, sites=sites, copies=copies, saved=saved)
 
 
 _SPELLED: Memo[tuple[dict[str, Entry]], bool] = Memo()
-_CHECKED: Memo[
-    tuple[LoraConfig, list[str], bool, dict[str, Entry]], tuple[dict[str, TargetModule], tuple[str, ...]]
-] = Memo()
+_Content = tuple[dict[str, TargetModule], tuple[str, ...], dict[str, dict[str, str]]]
+_CHECKED: Memo[tuple[LoraConfig, list[str], bool, dict[str, Entry]], _Content] = Memo()
 
 
 def _is_canonical(header: Header) -> bool:
@@ -301,9 +311,10 @@ def _indexed(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> tuple[dict[str, TargetModule], tuple[str, ...]]:
+def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> _Content:
     problems: list[str] = []
     copies: list[str] = []
+    saved: dict[str, dict[str, str]] = {}
     halves: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         written = files.spelling(key)
@@ -314,6 +325,8 @@ def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> tuple[dict[str,
             halves.setdefault(path, {})[half] = entry
         elif unsupported := next((what for part, what in UNSUPPORTED.items() if part in key), None):
             raise UnsupportedError(f"{files.folder} has {unsupported} ({written}); this is not supported", hint=RETRAIN)
+        elif module := files.config.saved_module(key.removeprefix(PREFIX)):
+            saved.setdefault(module[0], {})[module[1]] = key
         elif key.endswith((".weight", ".bias")):
             copies.append(key)
         else:
@@ -341,7 +354,7 @@ def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> tuple[dict[str,
             problems,
             hint="Train or save the adapter again; nothing was loaded.",
         )
-    return sites, tuple(copies)
+    return sites, tuple(copies), saved
 
 
 def _split(key: str) -> tuple[str, str] | None:

@@ -119,6 +119,7 @@ class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
+    modules_to_save: list[str] = ()  # type: ignore[assignment]
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__struct_fields__}
@@ -156,7 +157,7 @@ def write_config(config: LoraConfig, origin: Origin, *, fan_in_fan_out: bool) ->
         "layers_to_transform": None,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "modules_to_save": None,
+        "modules_to_save": [*config.modules_to_save] or None,
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),

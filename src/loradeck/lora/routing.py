@@ -8,6 +8,8 @@ from functools import lru_cache
 from operator import index
 from sys import float_info
 
+from torch import nn
+
 from loradeck.errors import RouteError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.working_set import WorkingSet, WorkingSets
@@ -56,6 +58,10 @@ class Route:
     def members(self) -> tuple[Adapter, ...]:
         """The adapters that it may use."""
         return self.working_set.members if self.working_set else ()
+
+    def replacements(self, path: str) -> Sequence[nn.Module | None] | None:
+        """Return what these adapters have in place of the module at a path, None if none of them replaces it."""
+        return None if self.working_set is None else self.working_set.replacements(path)
 
     def layer(self, path: str, kind: LayerKind) -> LayerAdapters | None:
         """Return what the layer at a path holds for these adapters, None if none of them adapts it."""

@@ -82,7 +82,11 @@ def _matched(
 def _chosen(paths: Sequence[str], config: LoraConfig) -> list[str]:
     """Return the paths that exclude_modules and layers_to_transform leave."""
     excluded = _matcher("exclude_modules", config.exclude_modules)
-    return [path for path in paths if not excluded(path) and _in_layers(path, config)]
+    return [
+        path
+        for path in paths
+        if not excluded(path) and _in_layers(path, config) and not config.saved_module(f"{path}.weight")
+    ]
 
 
 def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> LayerKind | str:

@@ -14,7 +14,7 @@ WITHOUT_EFFECT = frozenset({
     "peft_version", "qalora_group_size", "runtime_config",
 })  # fmt: skip
 # Settings that replace weights of the base by tensors of the file: it counts whether there are any.
-IN_TENSORS = frozenset({"bias", "modules_to_save"})
+IN_TENSORS = frozenset({"bias"})
 
 INIT, CHANGED = "init_lora_weights", "was initialised from the base's weights and changed them"
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -29,7 +29,6 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "bias": (lambda v: bool(v) and v != "none", "trains biases of the base itself", RETRAIN),
     "enable_lora": (bool, "adapts parts of merged projections, as PEFT before 0.3 did", RETRAIN),
     "lora_bias": (bool, "adds a bias to B", RETRAIN),
-    "modules_to_save": (bool, "replaces whole modules of the base", RETRAIN),
     "trainable_token_indices": (bool, "replaces rows of the embedding", RETRAIN),
     "target_parameters": (bool, "adapts bare parameters (MoE experts), not modules", RETRAIN),
     "layer_replication": (bool, "repeats layers of the base", RETRAIN),

@@ -7,7 +7,7 @@ from threading import Lock
 from typing import NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loradeck.lora.adapter import Adapter
 from loradeck.ops.layer_kinds import LayerKind
@@ -69,6 +69,11 @@ class WorkingSet:
                 adapters = LayerAdapters(kind, LayerWeights(self, path), partial(self._addresses, path))
             self._layers[path] = adapters
             return adapters
+
+    def replacements(self, path: str) -> tuple[nn.Module | None, ...] | None:
+        """Return what the members have in place of the module at a path, None if none of them replaces it."""
+        modules = tuple(adapter.replacements.get(path) for adapter in self.members)
+        return modules if any(module is not None for module in modules) else None
 
     def _addresses(self, path: str) -> Addresses:
         tables = self._tables

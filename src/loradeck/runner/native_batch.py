@@ -133,6 +133,8 @@ def packed_adapter(model: NativeModel, adapter: Adapter) -> NativeAdapter:
     Raises:
         ValueError: it adapts what the step does not know.
     """
+    if adapter.saved:
+        raise ValueError("it replaces modules")
     return NativeAdapter(model, {path: weights for path in adapter.sites if (weights := adapter.weights(path))})
 
 

@@ -60,10 +60,11 @@ class Engine:
 
         Raises:
             BaseModelError: the base's attention cannot be computed row by row.
-            ConfigError: kv_cache_bytes is too small for this base, the draft model has another vocabulary, or the
-                base takes no int8 activations.
+            ConfigError: the base was loaded for another task or takes no int8 activations, kv_cache_bytes is too small
+                for it, or the draft model has another vocabulary.
             LoradeckError: the base's model already has a bank.
         """
+        base.check_generates()
         self.base = base
         self.store = store
         self.config = config or EngineConfig()

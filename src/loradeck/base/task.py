@@ -1,0 +1,49 @@
+"""What a base is loaded for: the class of transformers that computes it, and the head, which the base may lack."""
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+Task: TypeAlias = Literal["generate", "classify", "tokens", "reward", "embed"]
+TASKS: tuple[str, ...] = get_args(Task)
+CLASSES: Mapping[str, type] = {
+    "generate": AutoModelForCausalLM,
+    "classify": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "reward": AutoModelForSequenceClassification,
+    "embed": AutoModel,
+}
+POOLER = "pooler."  # of a model that was pretrained without one, as DeBERTa
+
+
+def lacks_only_head(model: PreTrainedModel, missing: set[str]) -> bool:
+    """Return whether weights that a checkpoint lacks are all those of the head, which an adapter can bring."""
+    prefix = f"{model.base_model_prefix}."
+    return not any(name.startswith(prefix) and not name.startswith(prefix + POOLER) for name in missing)
+
+
+def clear(model: PreTrainedModel, missing: set[str]) -> None:
+    """Set weights that a checkpoint lacks to zero, where transformers has drawn them, and note them in the model.
+
+    A base without a head gives 0 for every label. The attribute `missing_weights` holds the names.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in missing:
+            parameters[name].zero_()
+    vars(model)["missing_weights"] = frozenset(missing)
+
+
+def set_labels(config: PretrainedConfig, task: str) -> None:
+    """Give a reward model its one output."""
+    if task == "reward":
+        config.num_labels = 1
