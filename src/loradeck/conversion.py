@@ -24,8 +24,8 @@ from loradeck.llamacpp import check_installed
 from loradeck.lora import compatibility, foreign, hub, initial, mlx, torch_file
 from loradeck.lora.adapter import DTYPES, Adapter, raw
 from loradeck.lora.combine import lower_rank
+from loradeck.lora.folder import TENSORS
 from loradeck.lora.manifest import AdapterFiles, read_folder
-from loradeck.lora.peft import TENSORS
 from loradeck.lora.safetensors_io import encode
 from loradeck.lora.uniform import uniform
 

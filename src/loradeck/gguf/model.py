@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -30,8 +29,9 @@ from loradeck.gguf.vocabulary import add_vocabulary
 from loradeck.llamacpp import EMBEDDING, FACTORS, GEMMA, HEAD, Architecture, names
 from loradeck.lora import compatibility
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.manifest import PREFIX, read_folder
+from loradeck.lora.manifest import read_folder
 from loradeck.lora.merge import merged_weight
+from loradeck.lora.spelling import PREFIX
 from loradeck.ops.layer_kinds import LayerKind
 
 if TYPE_CHECKING:
@@ -139,8 +139,9 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     kinds: dict[str, LayerKind] = {}
     for folder, weight in folders.items():
         files = read_folder(folder)
-        kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder)
+        kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder, files.spellings)
         compatibility.check_base(model.skeleton, files, any_base=False)
+        compatibility.warn_of_gaps(files, compatibility.lacking(model.skeleton, files))
         weighted.append((Adapter.from_files(files, check_copy=partial(_why_not_a_copy, model)), weight))
     return Merge(weighted, kinds)
 
@@ -279,6 +280,4 @@ def _why_not_a_copy(model: Model, key: str, tensor: Tensor) -> str | None:
     if path not in model.files:
         return "belongs to no weight of this base"
     weight = model.weight(path)
-    if tensor.shape != weight.shape or not (tensor.is_meta or torch.equal(weight, tensor.to(weight.dtype))):
-        return "differs from this base's weight (modules_to_save, or a resized vocabulary): not supported"
-    return None
+    return compatibility.why_other_shape(weight, tensor) or compatibility.why_other_values(weight, tensor)

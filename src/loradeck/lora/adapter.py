@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.disk import new_folder
-from loradeck.errors import AdapterError
+from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
-from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule, keys_of, read_folder
+from loradeck.lora.folder import CARD, CONFIG, TENSORS
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder
 from loradeck.lora.memo import Memo
-from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
+from loradeck.lora.peft import Origin, write_config
+from loradeck.lora.spelling import PREFIX
+from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.weights import LoraWeights, finite
 
@@ -114,6 +117,7 @@ class Adapter(nn.Module):
         first with a tensor on the meta device, then with the values. Without it a copy is a problem.
 
         Raises:
+            UnsupportedError: a tensor replaces a weight of the base.
             AdapterError: with every problem found.
         """
         check_copy = check_copy or (lambda *_: "is a copy of a weight of the base")
@@ -122,13 +126,14 @@ class Adapter(nn.Module):
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             # Shapes first, before memory is allocated for the tensors.
-            _raise(files, adapter._copy_problems(files, check_copy))
-            problems: list[str] = []
+            _refuse_copies(files, _check_shapes(files, check_copy))
             if _is_one_tensor(files):
                 adapter._read_whole(files.headers[0])
             else:
-                problems += adapter._read_parts(files, check_copy)
-            _raise(files, problems + adapter._not_finite())
+                _refuse_copies(files, adapter._read_parts(files, check_copy))
+            if problems := adapter._not_finite(files):
+                hint = "Train or save the adapter again; nothing was loaded."
+                raise AdapterError(f"{files.folder} is not a valid adapter", problems, hint=hint)
         return adapter.copy(trainable=True) if trainable else adapter
 
     def copy(self, *, trainable: bool) -> Self:
@@ -140,11 +145,6 @@ class Adapter(nn.Module):
         copy.fan_in_fan_out = self.fan_in_fan_out
         return copy
 
-    def _copy_problems(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
-        shapes = {key: files.entries[key][1].shape for key in files.copies}
-        reasons = {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
-        return [f"{key} {reason}" for key, reason in reasons.items() if reason]
-
     def _read_whole(self, header: safetensors_io.Header) -> None:
         """Take the body of a file as the flat tensor: nothing is copied."""
         body = torch.empty(header.size, dtype=torch.uint8)
@@ -154,9 +154,11 @@ class Adapter(nn.Module):
         self.register_parameter(f"flat_{dtype}", nn.Parameter(body.view(DTYPES[dtype]), requires_grad=False))
         self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
-    def _read_parts(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
+    def _read_parts(
+        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]
+    ) -> dict[str, str | None]:
         """Gather the tensors of all files into a flat tensor per dtype; return what is wrong with copies."""
-        problems: list[str] = []
+        reasons: dict[str, str | None] = {}
         parts: dict[str, list[tuple[str, Tensor]]] = {}
         for header in files.headers:
             body = torch.empty(header.size, dtype=torch.uint8)
@@ -165,11 +167,11 @@ class Adapter(nn.Module):
                 tensor = body[entry.begin : entry.end].clone().view(DTYPES[entry.dtype]).view(entry.shape)
                 if key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
-                elif reason := check_copy(key, tensor):
-                    problems.append(f"{key} {reason}")
+                else:
+                    reasons[key] = check_copy(key, tensor)
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
-        return problems
+        return reasons
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -178,13 +180,15 @@ class Adapter(nn.Module):
         flat = torch.cat([tensor.flatten() for _, tensor in tensors])
         self.register_parameter(name, nn.Parameter(flat, requires_grad=False))
 
-    def _not_finite(self) -> list[str]:
+    def _not_finite(self, files: AdapterFiles) -> list[str]:
         problems: list[str] = []
         for name, flat in self._parameters.items():
             if flat is not None and not finite(flat):
                 spans = {key: span[1:] for key, span in self._spans.items() if span[0] == name}
                 problems += [
-                    f"{key} holds NaN or Inf" for key, (start, end) in spans.items() if not finite(flat[start:end])
+                    f"{files.spelling(key)} holds NaN or Inf"
+                    for key, (start, end) in spans.items()
+                    if not finite(flat[start:end])
                 ]
         return problems
 
@@ -305,10 +309,23 @@ def _is_one_tensor(files: AdapterFiles) -> bool:
     return len(files.headers) == 1 and not files.copies and len(dtypes) == 1
 
 
-def _raise(files: AdapterFiles, problems: list[str]) -> None:
+def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:
+    """Return what is wrong with the shape of each copy of a weight."""
+    shapes = {key: files.entries[key][1].shape for key in files.copies}
+    return {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
+
+
+def _refuse_copies(files: AdapterFiles, reasons: Mapping[str, str | None]) -> None:
+    """Raise an error if there is a reason against any copy of a weight."""
+    problems = {key: f"{files.spelling(key)} {reason}" for key, reason in reasons.items() if reason}
     if problems:
-        hint = "Train or save the adapter again; nothing was loaded."
-        raise AdapterError(f"{files.folder} is not a valid adapter", problems, hint=hint)
+        trained = not all(key.endswith(ADAPTED_COPY) for key in problems)
+        raise UnsupportedError(
+            f"{files.folder} has weights of a base itself, which are not this base's; this is not supported",
+            [*problems.values()],
+            hint=f"Load the base it was trained on.{' If it trained them too, merge it there with PEFT.' * trained}",
+            **({} if trained else ANY_BASE),
+        )
 
 
 def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> TargetModule:

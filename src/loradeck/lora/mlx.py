@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loradeck.disk import new_folder
-from loradeck.errors import AdapterError, UnsupportedError
+from loradeck.errors import AdapterError, UnsupportedError, shorten
 from loradeck.lora.adapter import Adapter, raw
-from loradeck.lora.config import MAX_ALPHA, MAX_RANK, shorten
+from loradeck.lora.config import MAX_ALPHA, MAX_RANK
+from loradeck.lora.folder import CONFIG
 from loradeck.lora.foreign import MLX_TENSORS
 from loradeck.lora.manifest import TargetModule, config_of
-from loradeck.lora.peft import CONFIG, Origin, read_content
+from loradeck.lora.peft import Origin, read_content
 from loradeck.lora.safetensors_io import encode, read_header
 from loradeck.lora.uniform import uniform
 

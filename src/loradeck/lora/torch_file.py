@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loradeck.errors import AdapterError
+from loradeck.errors import AdapterError, shorten
 from loradeck.lora.adapter import DTYPE_NAMES
-from loradeck.lora.config import shorten
 
 MAX_PICKLE = 16 << 20  # bytes, of names and shapes
 HINT = "Load it in PEFT, if you trust it, and save it as safetensors."
