@@ -130,3 +130,11 @@ class LogitsError(RequestError):
 
 class RequestTimeoutError(RequestError):
     """A request was not done in time."""
+
+
+def shorten(value: object, length: int = 40) -> str:
+    """Return a value from a stranger's file for an error message."""
+    if isinstance(value, int) and abs(value) > 10**12:
+        return "an integer beyond 10^12"  # printing it could itself take forever
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -20,9 +20,9 @@ import msgspec
 
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
+from loradeck.lora.folder import CARD, CONFIG
 from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder
 from loradeck.lora.names import check_name, valid_name
-from loradeck.lora.peft import CARD, CONFIG
 from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
 
 if TYPE_CHECKING:

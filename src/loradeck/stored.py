@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import msgspec
 
 from loradeck.errors import AdapterError
+from loradeck.lora.folder import CONFIG, TENSORS
 from loradeck.lora.manifest import INDEX, AdapterFiles, read_folder
-from loradeck.lora.peft import CONFIG, TENSORS
 
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper

@@ -2,6 +2,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 
 def test_it_shows_settings_modules_and_provenance(run: Callable, adapters: Path) -> None:
     ran = run("show", adapters / "pirate")
@@ -29,3 +31,31 @@ def test_other_folders_are_refused(run: Callable, adapters: Path, tmp_path: Path
         assert ran.code == 2
         assert ran.out == ""
         assert message in ran.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("show", "{}"), ("diff", "{}", "adapters/poet"), ("publish", "{}", "store/x"),
+        ("generate", "nothing", "x", "--adapter", "{}"), ("merge", "nothing", "{}", "-o", "out"),
+    ],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_file_or_the_folder_above_is_said_to_be_that(run: Callable, adapters: Path, command: tuple[str, ...]) -> None:
+    """In one line, by every verb, before a base is loaded."""
+    for path, text, hint in (
+        (
+            "adapters/poet/adapter_model.safetensors",
+            "is a file, not an adapter's folder",
+            "Give its folder: adapters/poet",
+        ),
+        (
+            "adapters",
+            "holds no adapter_config.json itself, but folders with adapters: cut, pirate, poet",
+            "adapters/poet",
+        ),
+    ):
+        ran = run(*(part.format(path) for part in command))
+        assert ran.code == 2
+        assert f"{path} {text}" in ran.err
+        assert ran.err.rstrip().endswith(hint)

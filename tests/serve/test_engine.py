@@ -7,12 +7,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny_models import MODELS, VOCABULARY, adapter
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -32,7 +34,7 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.stop_strings import StopFilter
 
-from .conftest import fill, greedy, ids, prompts, until
+from .conftest import fill, greedy, ids, logprobs, prompts, until
 
 pytestmark = pytest.mark.slow
 
@@ -557,3 +559,21 @@ def test_whatever_happens_every_answer_is_its_own(serve: Serve, base: Base, stor
     assert {stream.finish for *_, stream in sent} <= {"stop", "length", "cancelled"}
     assert engine._loop._cache.row_bytes == 0
     assert engine.adapter_cache.nbytes <= 2 * nbytes
+
+
+@pytest.mark.parametrize("runner", ["compiled", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_pair_of_two_dtypes(base: Base, store: AdapterStore, dtype: torch.dtype, runner: str) -> None:
+    """A in float32 and B in bfloat16, as some trainers write them: what its forward computes, on any base."""
+    file = store.find("a1").path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key: tensor.bfloat16() if "lora_B" in key else tensor for key, tensor in tensors.items()}, file)
+    narrow = replace(base, model=deepcopy(base.model).to(dtype))
+    prompt = [*range(5, 25)]
+    wanted = logprobs(narrow, store, prompt, "a1")[-1]
+    config = EngineConfig(max_rows=4, max_step_tokens=16, enforce_eager=runner == "eager")
+    with Engine(narrow, store, config) as engine:
+        ((token,),) = engine.generate([prompt], ["a1"], SamplingParams(max_tokens=1, logprobs=5))
+    assert len(token.top) == 5
+    error = max(abs(value - wanted[i].item()) for i, value in token.top)
+    assert error < (1e-4 if dtype == torch.float32 else 0.1)

@@ -2,7 +2,7 @@
 
 import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub.utils as hub
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.source import HINT
 from loradeck.errors import BaseModelError, LoradeckError
 
@@ -39,13 +41,34 @@ def pretrained_model(source: str | Path, where: str, dtype: torch.dtype, **gguf:
         output_loading_info=True,
         **gguf,
     )
+    _check(source, model, report)
+    return model
+
+
+def model_of_checkpoint(
+    source: str | Path, checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load a causal language model from some tensors of a checkpoint; every weight must be among them.
+
+    Raises:
+        BaseModelError: weights are missing.
+    """
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with checkpoint.slices() as slices:
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=slices, dtype=dtype, output_loading_info=True
+        )
+    _check(source, model, report)
+    if (settings := checkpoint.generation_config()) is not None:
+        model.generation_config = settings
+    return model
+
+
+def _check(source: str | Path, model: PreTrainedModel, report: Mapping[str, Collection[str]]) -> None:
     if report["missing_keys"]:  # transformers would initialise them at random
         raise BaseModelError(
-            f"{source} lacks weights of its {type(model).__name__}",
-            sorted(report["missing_keys"]),
-            hint="Copy all the model's files again.",
+            f"{source} lacks weights of its {type(model).__name__}", sorted(report["missing_keys"]), hint=COMPLETE
         )
-    return model
 
 
 def pretrained_config(source: str | Path, where: str, gguf_file: str | None = None) -> PretrainedConfig:

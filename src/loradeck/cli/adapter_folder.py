@@ -21,7 +21,7 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
         AdapterError: the folder is not a complete adapter, or the hub does not show it.
     """
     folder = hub.local(folder)
-    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for an invalid path
+    if not os.path.exists(folder):  # noqa: PTH110 - Path.exists raises for an invalid path
         raise AdapterError(f"{folder} is not a folder", hint=close_adapters(folder))
     return read_folder(Path(folder))
 

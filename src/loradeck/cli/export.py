@@ -111,12 +111,13 @@ def _load(files: "AdapterFiles", source: str) -> "Adapter":
 
     from loradeck.base.load import Base
     from loradeck.lora.adapter import DTYPES, Adapter
-    from loradeck.lora.compatibility import why_not_a_copy
+    from loradeck.lora.compatibility import respelling, why_not_a_copy
 
     if not files.copies:
         return Adapter.from_files(files)
     _, copy = files.entries[files.copies[0]]
     base = Base.load(source, dtype=DTYPES[copy.dtype], device="cpu")
+    files = files.respelled(respelling(base.model, {}, files))
     return Adapter.from_files(files, check_copy=partial(why_not_a_copy, base.model))
 
 

@@ -13,12 +13,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.fingerprint import fingerprint_of
+from loradeck.base.language_model import is_multimodal, language_model
 from loradeck.base.load import load_tokenizer, local_folder
 from loradeck.base.pretrained import quiet
 from loradeck.base.quantiser import ENCODERS, quantise
@@ -30,8 +30,9 @@ from loradeck.gguf.vocabulary import add_vocabulary
 from loradeck.llamacpp import EMBEDDING, FACTORS, GEMMA, HEAD, Architecture, names
 from loradeck.lora import compatibility
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.manifest import PREFIX, read_folder
+from loradeck.lora.manifest import read_folder
 from loradeck.lora.merge import merged_weight
+from loradeck.lora.spelling import PREFIX
 from loradeck.ops.layer_kinds import LayerKind
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Model:
     skeleton: PreTrainedModel
     """On the meta device."""
     architecture: Architecture
-    files: Mapping[str, Path]
-    """The file of each weight."""
+    checkpoint: Checkpoint
+    """Of a multimodal base only what its language model has, by the names that it has there."""
 
     @classmethod
     def open(cls, source: str) -> "Model":
@@ -69,38 +70,27 @@ class Model:
         try:
             with quiet():
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                if config.get_text_config() is not config:
-                    raise UnsupportedError(
-                        f"{source} is multimodal ({config.model_type}); only its adapters can be exported",
-                        hint="Convert the model with llama.cpp's convert_hf_to_gguf.py.",
-                        cli="Export the adapter alone: loradeck export ADAPTER -o FILE.",
-                    )
+                part = language_model(source, config, folder) if is_multimodal(config) else None
+                config = part.config if part else config
                 architecture, skeleton = architecture_of(config, source)
-            files: dict[str, Path] = {}
-            for path in sorted(folder.glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    files |= dict.fromkeys(file.keys(), path)
+            checkpoint = part.checkpoint if part else Checkpoint(folder, {})
         except (BaseModelError, UnsupportedError):
             raise
         except Exception as error:  # what untrusted files make transformers raise has no common class
             line = str(error).strip().partition("\n")[0] or type(error).__name__
             raise BaseModelError(f"cannot read {source}: {line}") from error
         metadata.check(config, architecture)
-        missing = [path for path, _ in skeleton.named_parameters() if path not in files]
+        missing = [path for path, _ in skeleton.named_parameters() if path not in checkpoint.files]
         if missing:
-            raise BaseModelError(f"{source} lacks weights", missing, hint="Copy all the model's files again.")
-        return cls(source, name, folder, config, skeleton, architecture, files)
-
-    def weight(self, path: str) -> Tensor:
-        """Read a weight."""
-        with safe_open(self.files[path], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(path)
-        return tensor
+            raise BaseModelError(f"{source} lacks weights", missing, hint=COMPLETE)
+        if part is not None:
+            part.mark(skeleton)
+        return cls(source, name, folder, config, skeleton, architecture, checkpoint)
 
     @cached_property
     def fingerprint(self) -> str:
         """As `Base.fingerprint`."""
-        parameters = ((path, self.weight(path)) for path in sorted(dict(self.skeleton.named_parameters())))
+        parameters = ((path, self.checkpoint.get(path)) for path in sorted(dict(self.skeleton.named_parameters())))
         return fingerprint_of(type(self.skeleton).__name__, parameters)
 
 
@@ -139,8 +129,10 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     kinds: dict[str, LayerKind] = {}
     for folder, weight in folders.items():
         files = read_folder(folder)
-        kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder)
+        files = files.respelled(compatibility.respelling(model.skeleton, kinds, files))
+        kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder, files.spellings)
         compatibility.check_base(model.skeleton, files, any_base=False)
+        compatibility.warn_of_gaps(files, compatibility.lacking(model.skeleton, files))
         weighted.append((Adapter.from_files(files, check_copy=partial(_why_not_a_copy, model)), weight))
     return Merge(weighted, kinds)
 
@@ -219,7 +211,7 @@ def _entries(model: Model, merge: Merge) -> Iterator[Entry]:
 def _value(model: Model, merge: Merge, path: str, module: str, name: str) -> Tensor:
     """Return a weight as llama.cpp has it, in float32: of the module, from the parameter at a path."""
     base = model.architecture
-    weight = model.weight(path)
+    weight = model.checkpoint.get(path)
     value = merge(module, weight) if path.endswith(".weight") else weight.float()
     if base.name in GEMMA and name.endswith("norm.weight"):
         value = value + 1
@@ -276,9 +268,7 @@ def _why_not_a_copy(model: Model, key: str, tensor: Tensor) -> str | None:
     names = {id(parameter): name for name, parameter in model.skeleton.named_parameters()}
     copied = parameters.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     path = names[id(copied)] if copied is not None else ""  # of a tied head, the embedding's
-    if path not in model.files:
+    if path not in model.checkpoint.files:
         return "belongs to no weight of this base"
-    weight = model.weight(path)
-    if tensor.shape != weight.shape or not (tensor.is_meta or torch.equal(weight, tensor.to(weight.dtype))):
-        return "differs from this base's weight (modules_to_save, or a resized vocabulary): not supported"
-    return None
+    weight = model.checkpoint.get(path)
+    return compatibility.why_other_shape(weight, tensor) or compatibility.why_other_values(weight, tensor)

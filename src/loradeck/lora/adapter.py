@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.disk import new_folder
-from loradeck.errors import AdapterError
+from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
-from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule, keys_of, read_folder
+from loradeck.lora.folder import CARD, CONFIG, TENSORS
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder
 from loradeck.lora.memo import Memo
-from loradeck.lora.peft import CARD, CONFIG, TENSORS, Origin, write_config
+from loradeck.lora.peft import Origin, write_config
+from loradeck.lora.spelling import PREFIX
+from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.weights import LoraWeights, finite
 
@@ -35,6 +38,7 @@ class Adapter(nn.Module):
         config: the LoraConfig, with its targets resolved.
         sites: kind, rank, scaling and shapes for each module path.
         origin: where it comes from.
+        paths: how its files spell the modules that they spell otherwise.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
     """
 
@@ -44,6 +48,7 @@ class Adapter(nn.Module):
         self.config = config
         self.sites: Mapping[str, TargetModule] = sites
         self.origin = origin or Origin()
+        self.paths: Mapping[str, str] = {}
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.moves = 0  # how often its tensors were moved or cast
@@ -114,21 +119,24 @@ class Adapter(nn.Module):
         first with a tensor on the meta device, then with the values. Without it a copy is a problem.
 
         Raises:
+            UnsupportedError: a tensor replaces a weight of the base.
             AdapterError: with every problem found.
         """
         check_copy = check_copy or (lambda *_: "is a copy of a weight of the base")
         adapter = cls(files.config, files.sites, files.origin)
+        adapter.paths = files.paths
         adapter.fan_in_fan_out = bool((files.origin.written or {}).get("fan_in_fan_out"))
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             # Shapes first, before memory is allocated for the tensors.
-            _raise(files, adapter._copy_problems(files, check_copy))
-            problems: list[str] = []
+            _refuse_copies(files, _check_shapes(files, check_copy))
             if _is_one_tensor(files):
                 adapter._read_whole(files.headers[0])
             else:
-                problems += adapter._read_parts(files, check_copy)
-            _raise(files, problems + adapter._not_finite())
+                _refuse_copies(files, adapter._read_parts(files, check_copy))
+            if problems := adapter._not_finite(files):
+                hint = "Train or save the adapter again; nothing was loaded."
+                raise AdapterError(f"{files.folder} is not a valid adapter", problems, hint=hint)
         return adapter.copy(trainable=True) if trainable else adapter
 
     def copy(self, *, trainable: bool) -> Self:
@@ -137,13 +145,8 @@ class Adapter(nn.Module):
         if trainable:
             pairs = {path: (_float32(a), _float32(b)) for path, (a, b) in pairs.items()}
         copy = type(self).with_sites(self.config, self.sites, pairs, origin=self.origin, trainable=trainable)
-        copy.fan_in_fan_out = self.fan_in_fan_out
+        copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
         return copy
-
-    def _copy_problems(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
-        shapes = {key: files.entries[key][1].shape for key in files.copies}
-        reasons = {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
-        return [f"{key} {reason}" for key, reason in reasons.items() if reason]
 
     def _read_whole(self, header: safetensors_io.Header) -> None:
         """Take the body of a file as the flat tensor: nothing is copied."""
@@ -154,9 +157,11 @@ class Adapter(nn.Module):
         self.register_parameter(f"flat_{dtype}", nn.Parameter(body.view(DTYPES[dtype]), requires_grad=False))
         self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
-    def _read_parts(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
+    def _read_parts(
+        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]
+    ) -> dict[str, str | None]:
         """Gather the tensors of all files into a flat tensor per dtype; return what is wrong with copies."""
-        problems: list[str] = []
+        reasons: dict[str, str | None] = {}
         parts: dict[str, list[tuple[str, Tensor]]] = {}
         for header in files.headers:
             body = torch.empty(header.size, dtype=torch.uint8)
@@ -165,11 +170,11 @@ class Adapter(nn.Module):
                 tensor = body[entry.begin : entry.end].clone().view(DTYPES[entry.dtype]).view(entry.shape)
                 if key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
-                elif reason := check_copy(key, tensor):
-                    problems.append(f"{key} {reason}")
+                else:
+                    reasons[key] = check_copy(key, tensor)
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
-        return problems
+        return reasons
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -178,13 +183,15 @@ class Adapter(nn.Module):
         flat = torch.cat([tensor.flatten() for _, tensor in tensors])
         self.register_parameter(name, nn.Parameter(flat, requires_grad=False))
 
-    def _not_finite(self) -> list[str]:
+    def _not_finite(self, files: AdapterFiles) -> list[str]:
         problems: list[str] = []
         for name, flat in self._parameters.items():
             if flat is not None and not finite(flat):
                 spans = {key: span[1:] for key, span in self._spans.items() if span[0] == name}
                 problems += [
-                    f"{key} holds NaN or Inf" for key, (start, end) in spans.items() if not finite(flat[start:end])
+                    f"{files.spelling(key)} holds NaN or Inf"
+                    for key, (start, end) in spans.items()
+                    if not finite(flat[start:end])
                 ]
         return problems
 
@@ -222,7 +229,7 @@ class Adapter(nn.Module):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor under its key in a PEFT file."""
         for path, site in self.sites.items():
-            yield from zip(keys_of(path, site), self.pair(path), strict=True)
+            yield from zip(keys_of(self.paths.get(path, path), site), self.pair(path), strict=True)
 
     @property
     def trainable(self) -> bool:
@@ -304,10 +311,23 @@ def _is_one_tensor(files: AdapterFiles) -> bool:
     return len(files.headers) == 1 and not files.copies and len(dtypes) == 1
 
 
-def _raise(files: AdapterFiles, problems: list[str]) -> None:
+def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:
+    """Return what is wrong with the shape of each copy of a weight."""
+    shapes = {key: files.entries[key][1].shape for key in files.copies}
+    return {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
+
+
+def _refuse_copies(files: AdapterFiles, reasons: Mapping[str, str | None]) -> None:
+    """Raise an error if there is a reason against any copy of a weight."""
+    problems = {key: f"{files.spelling(key)} {reason}" for key, reason in reasons.items() if reason}
     if problems:
-        hint = "Train or save the adapter again; nothing was loaded."
-        raise AdapterError(f"{files.folder} is not a valid adapter", problems, hint=hint)
+        trained = not all(key.endswith(ADAPTED_COPY) for key in problems)
+        raise UnsupportedError(
+            f"{files.folder} has weights of a base itself, which are not this base's; this is not supported",
+            [*problems.values()],
+            hint=f"Load the base it was trained on.{' If it trained them too, merge it there with PEFT.' * trained}",
+            **({} if trained else ANY_BASE),
+        )
 
 
 def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> TargetModule:

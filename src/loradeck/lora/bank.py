@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -51,6 +50,8 @@ class Bank:
         self._open: set[Route] = set()
         self._sweep_later = False  # an adapter was unloaded while a route to it was open
         self._fitting: Memo[Mapping[str, TargetModule], dict[str, LayerKind]] = Memo()
+        self._lacking: Memo[tuple[LoraConfig, object, Mapping[str, TargetModule]], list[str]] = Memo()
+        self._respelling: Memo[tuple[Mapping[str, TargetModule], Sequence[str]], Mapping[str, str]] = Memo()
         self._unmerged: dict[str, nn.Parameter] = {}  # the base's weights, while adapters are merged into it
         self._lock = RLock()
 
@@ -132,7 +133,8 @@ class Bank:
         """Load a PEFT folder and return the adapter's name, by default the folder's up to any `@`, as in poet@2.
 
         The folder may be a hub id, as owner/name or owner/name@revision: see `loradeck.lora.hub`. All or nothing: after
-        an error the bank is unchanged. `any_base` accepts an adapter that was trained on another base.
+        an error the bank is unchanged. `any_base` accepts an adapter that was trained on another base. The log warns of
+        modules that the adapter targets and has no tensors for.
 
         Raises:
             UnsupportedError: the adapter uses a feature that is not supported.
@@ -147,25 +149,34 @@ class Bank:
         folder = hub.local(folder)
         files = self.check(folder, any_base=any_base)
         # Read without the lock: the disk may be slow, and other threads may unload meanwhile.
-        adapter = Adapter.from_files(
-            files, trainable=trainable, check_copy=partial(compatibility.why_not_a_copy, self.model)
-        )
+        check_copy = partial(compatibility.why_not_a_copy, self.model, any_base=any_base)
+        adapter = Adapter.from_files(files, trainable=trainable, check_copy=check_copy)
         if trainable:
             init.prepare(adapter, generator=None)
+        scope = files.config, files.targets, files.sites
+        lacking = self._lacking.get(scope, lambda: compatibility.lacking(self.model, files))
         with self._lock:
             self._check_new(name)
             self._take(name, adapter, self._fit(files.sites, str(folder)))
+        compatibility.warn_of_gaps(files, lacking)
         return name
 
     def check(self, folder: str | Path, *, any_base: bool = False) -> AdapterFiles:
         """Check by its headers that a PEFT folder is complete and fits this model; return what they say.
 
+        Its modules are spelled as this model's, even where the folder spells them otherwise.
+
         Raises:
             UnsupportedError, AdapterError: as `load`.
         """
-        files = read_folder(folder)
+        files = read_folder(folder, self._has)
         with self._lock:
-            self._fit(files.sites, str(folder))
+            paths = self._respelling.get(
+                (files.sites, files.copies),
+                lambda: compatibility.respelling(self.model, self._adapted(), files),
+            )
+            files = files.respelled(paths)
+            self._fit(files.sites, str(folder), files.spellings)
         compatibility.check_base(self.model, files, any_base=any_base)
         return files
 
@@ -304,11 +315,8 @@ class Bank:
             self._check_new(name)
             weighted = [(self[other], weight) for other, weight in weights.items()]
             result = combine(weighted, method=method, r=r, density=density, seed=seed)
-            adapter = result.adapter
-            shortest = targets.suffixes(self.model, [*adapter.sites])
-            adapter.config = replace(adapter.config, target_modules=shortest)
-            init.stamp(self.model, adapter)
-            self.add(name, adapter)
+            init.stamp(self.model, result.adapter)
+            self.add(name, result.adapter)
             return result
 
     def _check_new(self, name: str) -> None:
@@ -322,9 +330,21 @@ class Bank:
         if self._unmerged:
             raise RouteError("adapters are merged into the base", python="Call bank.unmerge() first.")
 
-    def _fit(self, sites: Mapping[str, TargetModule], what: str) -> dict[str, LayerKind]:
-        adapted = {path: layer.kind for path, layer in self._layers.items()}
-        return self._fitting.get(sites, lambda: compatibility.layer_kinds(self.model, adapted, sites, what))
+    def _has(self, path: str) -> bool:
+        try:
+            self.model.get_submodule(path)
+        except AttributeError:
+            return False
+        return True
+
+    def _adapted(self) -> dict[str, LayerKind]:
+        return {path: layer.kind for path, layer in self._layers.items()}
+
+    def _fit(
+        self, sites: Mapping[str, TargetModule], what: str, spellings: Mapping[str, str] = {}
+    ) -> dict[str, LayerKind]:
+        fit = partial(compatibility.layer_kinds, self.model, self._adapted(), sites, what, spellings)
+        return self._fitting.get(sites, fit)
 
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
         head = targets.output_head(self.model)

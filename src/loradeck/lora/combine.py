@@ -22,8 +22,9 @@ from torch import Tensor
 
 from loradeck.errors import AdapterError, ConfigError
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.config import MAX_RANK, LoraConfig, literal_pattern
+from loradeck.lora.config import MAX_RANK, LoraConfig
 from loradeck.lora.manifest import TargetModule
+from loradeck.lora.patterns import literal_pattern
 from loradeck.lora.peft import Origin
 from loradeck.ops.weights import finite
 

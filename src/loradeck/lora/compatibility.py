@@ -1,34 +1,79 @@
 """Whether an adapter fits a model: its modules, its shapes, its base. Changes nothing."""
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain, takewhile
 
 import torch
 from torch import Tensor, nn
 
-from loradeck.errors import AdapterError
-from loradeck.lora import targets
-from loradeck.lora.manifest import PREFIX, AdapterFiles, TargetModule
+from loradeck.errors import AdapterError, ConfigError
+from loradeck.lora import targets, whole_model
+from loradeck.lora.folder import CONFIG
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, copied_module, keys_of
+from loradeck.lora.peft import unknown_settings
+from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
 log = logging.getLogger(__name__)
 
+SHOWN = 5  # modules in a warning
+ROWS = 4096  # of a weight that are compared at once
+
+
+def respelling(model: nn.Module, adapted: Mapping[str, LayerKind], files: AdapterFiles) -> Mapping[str, str]:
+    """Return how to respell an adapter's modules to fit a model, as {path: path in the model}; nothing if they do.
+
+    They are respelled only if then, and in one way alone, every module is there and every shape fits. `adapted` is as
+    in `layer_kinds`.
+
+    Raises:
+        AdapterError: as `layer_kinds`, of the spelling that fits best.
+    """
+    errors: list[AdapterError] = []
+    fits: list[Mapping[str, str]] = []
+    modules = [*files.sites, *map(copied_module, files.copies)]
+    for paths in chain([{}], whole_model.respellings(model, modules)):
+        try:
+            spelled = files.respelled(paths)
+            layer_kinds(model, adapted, spelled.sites, str(files.folder), spelled.spellings)
+        except AdapterError as error:
+            errors.append(error)
+        else:
+            if not paths:
+                return {}
+            fits.append(paths)
+    if len(fits) != 1:
+        raise min(reversed(errors), key=lambda error: len(error.problems))
+    return fits[0]
+
 
 def layer_kinds(
-    model: nn.Module, adapted: Mapping[str, LayerKind], sites: Mapping[str, TargetModule], what: str
+    model: nn.Module,
+    adapted: Mapping[str, LayerKind],
+    sites: Mapping[str, TargetModule],
+    what: str,
+    spellings: Mapping[str, str] = {},
 ) -> dict[str, LayerKind]:
     """Return the kind of each module that an adapter needs; `adapted` are the kinds of modules with adapters.
+
+    `spellings` are how the file has keys that it spells another way, for errors.
 
     Raises:
         AdapterError: with every module that is missing or has other shapes.
     """
     kinds: dict[str, LayerKind] = {}
     problems = []
+    without: list[str] = []  # paths of modules that are missing, or take no adapter
     closed = targets.closed(model)
     for path, site in sites.items():
         kind = adapted.get(path) or targets.check(model, path, closed)
         if isinstance(kind, str):
-            problems.append(f"{path} {kind}")
+            key = spellings.get(keys_of(path, site)[0])
+            reason = whole_model.why_left_out(model, path) or kind
+            problems.append(f"{path}{f' ({key} in the file)' if key else ''} {reason}")
+            without.append(path)
         elif kind.name != site.kind:
             problems.append(f"{path} is a {kind.name} layer here, the adapter's is {site.kind}")
         elif kind.shapes(site.r) != (site.a_shape, site.b_shape):
@@ -39,10 +84,29 @@ def layer_kinds(
     if not sites:
         problems.append("it adapts no module")
     if problems:
-        raise AdapterError(
-            f"{what} does not fit this base", problems, hint="Load the base it was trained on; nothing was loaded."
-        )
+        hint = next(filter(None, (_hint(model, path) for path in without[:1])), "Load the base it was trained on")
+        raise AdapterError(f"{what} does not fit this base", problems, hint=f"{hint}; nothing was loaded.")
     return kinds
+
+
+def _hint(model: nn.Module, path: str) -> str | None:
+    """Return what to do about a module that is missing or takes no adapter, None if this seems to be another base."""
+    paths = {other for other, _ in model.named_modules()}
+    if path in paths:
+        return "Train it again without such modules, or merge it into its base with PEFT and use that model"
+    experts = re.match(r"(.*\bexperts)\.\d+\.", path)
+    if experts and experts[1] in paths:
+        return (
+            f"{experts[1]} has the weights of all experts in one parameter here, as in transformers 5, and the adapter "
+            "a pair for each expert, as in transformers 4: merge it into its base there, and use that model"
+        )
+    parts = path.split(".")[::-1]
+    for other in paths:
+        others = other.split(".")[::-1]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False)))
+        if same > 1 and not any(part.isdigit() for part in parts[same:] + others[same:]):
+            return f"The base has {other}: rename the keys in the file, or load the base whose modules have these paths"
+    return None
 
 
 def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None:
@@ -67,8 +131,7 @@ def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None
         raise AdapterError(
             what,
             hint="Load that base.",
-            python="If you know that this one is compatible, pass any_base=True.",
-            cli="If you know that this one is compatible: `loradeck generate`, `chat` and `merge` take --any-base.",
+            **ANY_BASE,
         )
 
 
@@ -76,21 +139,85 @@ def _in(kind: str | None) -> str:
     return f" in {kind}" if kind else ""
 
 
-def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor) -> str | None:
-    """Return why a tensor of the file is not a copy of a weight of the base, None if it is.
+def lacking(model: nn.Module, files: AdapterFiles) -> list[str]:
+    """Return the modules of a model that an adapter's configuration targets and that its file has no tensors for.
 
-    Of a tensor on the meta device only the shape is compared.
+    Without target_modules, as in some old files, the configuration does not say.
+
+    Raises:
+        AdapterError: matching its regexes takes too long.
     """
-    path, _, name = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    if not files.targets:
+        return []
     try:
-        module = model.get_submodule(path)
+        return targets.lacking(model, files.config, files.sites)
+    except ConfigError as error:
+        raise AdapterError(f"{files.folder / CONFIG}: {error.message}", hint=error.hint) from None
+
+
+def warn_of_gaps(files: AdapterFiles, paths: Sequence[str]) -> None:
+    """Warn of what the files leave open: modules that `lacking` found, and settings that nobody here knows."""
+    if paths:
+        shown = ", ".join(paths[:SHOWN]) + (f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else "")
+        log.warning(
+            "%s has no tensors for %d modules that its %s targets, so they stay as they are in this base: %s",
+            files.folder, len(paths), CONFIG, shown,
+        )  # fmt: skip
+    if unknown := unknown_settings(files.origin.written or {}):
+        log.warning("%s has unknown settings, which are ignored: %s", files.folder / CONFIG, ", ".join(unknown)[:200])
+
+
+def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool = False) -> str | None:
+    """Return why a tensor of the file is not a copy of a weight of the base, None if it is one up to rounding.
+
+    Of a tensor on the meta device only the shape is compared. With `any_base`, the copies that PEFT saves of modules
+    that the adapter adapts may have other values, since the adapter does not train them: the log says how far.
+    """
+    name = key.rpartition(".")[2]
+    try:
+        module = model.get_submodule(copied_module(key))
         weight = module.get_parameter(name)
     except AttributeError:
         return "belongs to no weight of this base"
-    if not weight.is_floating_point():
-        return "repeats a weight that is quantised in this base, so the two cannot be compared"
-    weight = dense_weight(module) if name == "weight" else weight
-    same = weight.shape == tensor.shape
-    if not same or not (tensor.is_meta or torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))):
-        return "differs from this base's weight (modules_to_save, or a resized vocabulary): not supported"
+    if weight.is_floating_point():
+        weight = dense_weight(module) if name == "weight" else weight
+        if weight.shape != tensor.shape:
+            return why_other_shape(weight, tensor)
+        reason = why_other_values(weight, tensor)
+    else:
+        reason = "repeats a weight that is quantised in this base, so the two cannot be compared"
+    if not (reason and any_base and key.endswith(ADAPTED_COPY)):
+        return reason
+    if not tensor.is_meta:
+        log.warning("%s %s; the base's own weight is used", key, reason)
     return None
+
+
+def why_other_shape(weight: Tensor, tensor: Tensor) -> str | None:
+    """Return why a tensor of this shape is no copy of a weight, None if the shapes are the same."""
+    if weight.shape == tensor.shape:
+        return None
+    ours, theirs = (tuple(each.shape) for each in (weight, tensor))
+    return f"differs from this base's weight: it is {theirs}, not {ours} (modules_to_save, or a resized vocabulary)"
+
+
+def why_other_values(weight: Tensor, tensor: Tensor) -> str | None:
+    """Return how far a tensor is from a weight of its shape, None if no farther than rounding or on the meta device."""
+    if tensor.is_meta:
+        return None
+    limits = [torch.finfo(each.dtype) for each in (weight, tensor)]
+    relative = max(limit.eps for limit in limits)
+    absolute = max(limit.eps * limit.smallest_normal for limit in limits)
+    largest = farthest = 0.0
+    same = True
+    for ours, theirs in zip(weight.detach().split(ROWS), tensor.split(ROWS), strict=True):
+        size = ours.to("cpu", torch.float32).abs()
+        distance = (ours.to("cpu", torch.float32) - theirs.to("cpu", torch.float32)).abs().nan_to_num(torch.inf)
+        same = same and bool((distance <= relative * size + absolute).all())
+        largest, farthest = max(largest, float(size.max())), max(farthest, float(distance.max()))
+    if same:
+        return None
+    return (
+        f"differs from this base's weight by up to {farthest:.2g}, where its largest is {largest:.2g} "
+        "(modules_to_save, bias, or another base)"
+    )

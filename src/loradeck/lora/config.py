@@ -1,20 +1,19 @@
 """LoraConfig: the settings of an adapter, named as in PEFT."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from loradeck.errors import ConfigError
+from loradeck.errors import ConfigError, shorten
+from loradeck.lora.patterns import PatternTable, literal_pattern, why_invalid
 from loradeck.lora.unsupported import ORIGIN, REFUSED, WITHOUT_EFFECT
 
 T = TypeVar("T")
 
 MAX_RANK = 65_536
-PATH_LENGTH, PATTERN_LENGTH, TARGET_LENGTH = 300, 512, 16_384
-MATCH_STEPS = 20_000_000  # of a pattern on the longest path; less than a second
+PATH_LENGTH = 300
 
 
 def _refuse_by_name(config: type[T]) -> type[T]:
@@ -106,10 +105,9 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value not in ("all-linear", "attention"):
-                problems += _regex_problems(name, value)
+                problems += _invalid(name, [value])
         for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, name):
-                problems += _regex_problems(name, key) or _cost_problems(name, key)
+            problems += _invalid(name, getattr(self, name))
         return problems
 
     def _wrong_types(self) -> list[str]:
@@ -131,26 +129,33 @@ class LoraConfig:
                 problems.append(f"{name} is {shorten(value)}, not a mapping from patterns to numbers")
         return problems
 
-    def of_modules(self, ranks: Mapping[str, int], targets: str | Sequence[str]) -> "LoraConfig":
-        """Return the same settings for exactly these modules (path -> rank), which `targets` match."""
-        alphas = {path: alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+    def of_modules(
+        self, ranks: Mapping[str, int], targets: str | Sequence[str], paths: Mapping[str, str] | None = None
+    ) -> "LoraConfig":
+        """Return the same settings for exactly these modules (path -> rank), which `targets` match.
+
+        `paths` are the new paths of those that move.
+        """
+        paths = paths or {}
+        alphas = {paths.get(path, path): alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+        ranks = {paths.get(path, path): r for path, r in ranks.items() if r != self.r}
         return replace(
             self,
             target_modules=targets,
             exclude_modules=(),
             layers_to_transform=None,
             layers_pattern=(),
-            rank_pattern=literal_pattern({path: r for path, r in ranks.items() if r != self.r}),
+            rank_pattern=literal_pattern(ranks),
             alpha_pattern=literal_pattern(alphas),
         )
 
     def rank(self, path: str) -> int:
         """Return r of the module at `path`."""
-        return self._ranks(path, self.r)
+        return self._ranks.get(path, self.r)
 
     def alpha(self, path: str) -> float:
         """Return lora_alpha of the module at `path`."""
-        return self._alphas(path, self.lora_alpha)
+        return self._alphas.get(path, self.lora_alpha)
 
     def scaling(self, path: str, r: int | None = None) -> float:
         """Return the factor of B (A x) for the module at `path`; `r` defaults to its rank in this config."""
@@ -158,78 +163,14 @@ class LoraConfig:
         return self.alpha(path) / (math.sqrt(r) if self.use_rslora else r)
 
     @cached_property
-    def _ranks(self) -> "_Pattern[int]":
-        return _Pattern(self.rank_pattern)
+    def _ranks(self) -> PatternTable[int]:
+        return PatternTable("rank_pattern", self.rank_pattern)
 
     @cached_property
-    def _alphas(self) -> "_Pattern[float]":
-        return _Pattern(self.alpha_pattern)
+    def _alphas(self) -> PatternTable[float]:
+        return PatternTable("alpha_pattern", self.alpha_pattern)
 
 
-class _Pattern(Generic[T]):
-    """PEFT's lookup: the first key k with re.match(rf"(.*\\.)?({k})$", path).
-
-    Keys that are one literal path ("^" + re.escape(path), as loradeck writes them) are looked up in a dict.
-    """
-
-    def __init__(self, pattern: Mapping[str, T]) -> None:
-        literal = {_literal(key): value for key, value in pattern.items()}
-        self.literal: dict[str, T] | None = None
-        if None not in literal:
-            self.literal = {key: value for key, value in literal.items() if key is not None}
-        self.compiled = (
-            []
-            if self.literal is not None
-            else [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
-        )
-
-    def __call__(self, path: str, default: T) -> T:
-        if self.literal is not None:
-            return self.literal.get(path, default)
-        return next((value for key, value in self.compiled if key.match(path)), default)
-
-
-def literal_pattern(values: Mapping[str, T]) -> dict[str, T]:
-    """Return a rank_pattern or alpha_pattern for whole paths; no two keys match one path, so any order will do."""
-    return {"^" + re.escape(path): value for path, value in sorted(values.items())}
-
-
-def _literal(key: str) -> str | None:
-    """Return the path of a key "^" + re.escape(path), None for any other key."""
-    path = re.sub(r"\\(.)", r"\1", key[1:])
-    return path if key == "^" + re.escape(path) else None
-
-
-def _regex_problems(name: str, pattern: str) -> list[str]:
-    try:
-        if len(pattern) > TARGET_LENGTH:
-            raise OverflowError(f"{len(pattern)} characters are more than {TARGET_LENGTH}")
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        return [f"{name} has an invalid regex {shorten(pattern)}: {error}"]
-    return []
-
-
-def _cost_problems(name: str, pattern: str) -> list[str]:
-    """Reject regexes whose matching time is unbounded: files come from strangers, and every path is matched."""
-    bare = re.sub(r"\\\D|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
-    cause = ""
-    if len(pattern) > PATTERN_LENGTH:
-        cause = f"is longer than {PATTERN_LENGTH} characters"
-    elif re.search(r"\)[*+{]|\(\?[^:]|\\", bare):
-        cause = "repeats a group, looks around or refers back"
-    else:
-        repeats = len(re.findall(r"[*+{]|(?<![*+}(])\?", bare))
-        groups = max(bare.count("("), 1)
-        choices = (bare.count("|") / groups + 1) ** groups  # an upper bound: all combinations of alternatives
-        if math.comb(PATH_LENGTH, repeats + 1) * choices > MATCH_STEPS:
-            cause = "repeats or chooses too often"
-    return [f"{name} has {shorten(pattern)}, which {cause}: matching could take forever"] if cause else []
-
-
-def shorten(value: object, length: int = 40) -> str:
-    """Return a value from a stranger's file for an error message."""
-    if isinstance(value, int) and abs(value) > 10**12:
-        return "an integer beyond 10^12"  # printing it could itself take forever
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _invalid(name: str, patterns: Iterable[str]) -> list[str]:
+    reasons = {pattern: why_invalid(pattern) for pattern in patterns}
+    return [f"{name} has an invalid regex {shorten(key)}: {reason}" for key, reason in reasons.items() if reason]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from loradeck.errors import AdapterError, LoradeckError
 from loradeck.hub import TIMEOUT, is_hub_id, why_refused, why_unreachable
+from loradeck.lora.folder import CARD, CONFIG
 from loradeck.lora.manifest import INDEX
-from loradeck.lora.peft import CARD, CONFIG
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling

@@ -1,20 +1,24 @@
 """The contents of an adapter's folder: config and tensor headers, checked against each other. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
-from loradeck.errors import AdapterError, UnsupportedError
-from loradeck.lora.config import PATH_LENGTH, LoraConfig, shorten
+from loradeck.errors import AdapterError, ConfigError, UnsupportedError, shorten
+from loradeck.lora.config import PATH_LENGTH, LoraConfig
+from loradeck.lora.folder import CONFIG, TENSORS, check_lfs
 from loradeck.lora.memo import Memo
-from loradeck.lora.peft import CONFIG, RETRAIN, TENSORS, Origin, read_config
+from loradeck.lora.peft import Origin, read_config
 from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
+from loradeck.lora.spelling import PREFIX, canonical, plain
+from loradeck.lora.unsupported import RETRAIN
 
-PREFIX = "base_model.model."
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+ADAPTED_COPY = ".base_layer.weight"  # the end of a copy's key, of a module with a pair: PEFT never trains it
 INDEX = TENSORS + ".index.json"
 TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
 
@@ -48,6 +52,8 @@ class AdapterFiles:
     headers: tuple[Header, ...]
     sites: dict[str, TargetModule]  # by module path
     copies: tuple[str, ...]  # keys that repeat a weight of the base (PEFT saves targeted embeddings whole)
+    spellings: Mapping[str, str]  # key -> how the file spells it, of those that it spells another way
+    paths: Mapping[str, str] = field(default_factory=dict)  # as on disk, of modules that are respelled
 
     @property
     def entries(self) -> dict[str, tuple[Header, Entry]]:
@@ -69,8 +75,55 @@ class AdapterFiles:
         """Bytes of the trained values."""
         return sum(entry.end - entry.begin for entry in self._trained())
 
+    @property
+    def targets(self) -> object:
+        """target_modules as the configuration has them; None if it does not say."""
+        return (self.origin.written or {}).get("target_modules")
+
+    def spelling(self, key: str) -> str:
+        """Return a key as the file spells it, for errors."""
+        return self.spellings.get(key, key)
+
+    def respelled(self, paths: Mapping[str, str]) -> "AdapterFiles":
+        """Return the same files with other paths of modules: path -> new path, for modules and those with copies."""
+        if not paths:
+            return self
+        before = [header.entries for header in self.headers]
+        key = before, self.sites, self.copies, paths
+        after, sites, copies, old = _MOVED.get(key, lambda: _moved(*key))
+        headers = tuple(replace(header, entries=each) for header, each in zip(self.headers, after, strict=True))
+        moves = {new: old for pair in zip(before, after, strict=True) for old, new in zip(*pair, strict=True)}
+        spellings = {new: self.spelling(old) for new, old in moves.items() if new != self.spelling(old)}
+        return replace(self, headers=headers, sites=sites, copies=copies, spellings=spellings, paths=old)
+
     def _trained(self) -> list[Entry]:
         return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
+
+
+_Spelling: TypeAlias = tuple[list[dict[str, Entry]], dict[str, TargetModule], tuple[str, ...], Mapping[str, str]]
+_MOVED: Memo[_Spelling, _Spelling] = Memo()
+
+
+def _moved(
+    entries: list[dict[str, Entry]], sites: dict[str, TargetModule], copies: tuple[str, ...], paths: Mapping[str, str]
+) -> _Spelling:
+    keys = {
+        old: new
+        for path, site in sites.items()
+        for old, new in zip(keys_of(path, site), keys_of(paths.get(path, path), site), strict=True)
+    }
+    keys |= {key: key.replace(path, paths.get(path, path), 1) for key in copies for path in [copied_module(key)]}
+    return (
+        [{keys[key]: entry for key, entry in each.items()} for each in entries],
+        {paths.get(path, path): site for path, site in sites.items()},
+        tuple(keys[key] for key in copies),
+        {new: old for old, new in paths.items()},
+    )
+
+
+def copied_module(key: str) -> str:
+    """Return the path of the module whose weight a copy repeats."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")[0]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -90,8 +143,11 @@ def keys_of(path: str, site: TargetModule) -> tuple[str, str]:
     return PREFIX + path + a, PREFIX + path + b
 
 
-def read_folder(folder: str | Path) -> AdapterFiles:
+def read_folder(folder: str | Path, in_base: Callable[[str], bool] = lambda _: False) -> AdapterFiles:
     """Read a PEFT folder's configuration and tensor headers, and check them against each other.
+
+    Keys that a tool spells in another way than PEFT are respelled, except those with a path that `in_base(path)` knows:
+    see `loradeck.lora.spelling`.
 
     Raises:
         UnsupportedError: the adapter uses a feature that is not supported.
@@ -104,22 +160,62 @@ def read_folder(folder: str | Path) -> AdapterFiles:
     except FileNotFoundError:
         headers = tuple(_read_shard(path) for path in _shards(folder))
     origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
-    entries = headers[0].entries if len(headers) == 1 else _joined(headers)
+    spellings: dict[str, str] = {}
+    if not all(_SPELLED.get((header.entries,), lambda header=header: _is_canonical(header)) for header in headers):
+        headers = tuple(_respelled(header, in_base, spellings) for header in headers)
+        config, origin = _respelled_targets(config, origin)
+    entries = headers[0].entries if len(headers) == 1 else _joined(headers, spellings)
+    files = AdapterFiles(folder, config, origin, headers, {}, (), spellings)
     order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
-    sites, copies = _CHECKED.get((config, order, entries), lambda: _sites(folder, config, entries))
-    return AdapterFiles(folder, config, origin, headers, sites, copies)
+    sites, copies = _CHECKED.get((config, order, _ties(origin), entries), lambda: _sites(files, entries))
+    return replace(files, sites=sites, copies=copies)
 
 
-_CHECKED: Memo[tuple[LoraConfig, list[str], dict[str, Entry]], tuple[dict[str, TargetModule], tuple[str, ...]]] = Memo()
+_SPELLED: Memo[tuple[dict[str, Entry]], bool] = Memo()
+_CHECKED: Memo[
+    tuple[LoraConfig, list[str], bool, dict[str, Entry]], tuple[dict[str, TargetModule], tuple[str, ...]]
+] = Memo()
 
 
-def _joined(headers: Sequence[Header]) -> dict[str, Entry]:
+def _is_canonical(header: Header) -> bool:
+    return all(canonical(key) == key for key in header.entries)
+
+
+def _respelled(header: Header, in_base: Callable[[str], bool], spellings: dict[str, str]) -> Header:
+    """Return a header with canonical keys; note in `spellings` how the file has those that it spells another way."""
+    entries: dict[str, Entry] = {}
+    for written, entry in header.entries.items():
+        key = canonical(written, in_base)
+        if key in entries:
+            raise _twice(header, written, shorten(spellings.get(key, key), 120))
+        if key != written:
+            spellings[key] = written
+        entries[key] = entry
+    return replace(header, entries=entries)
+
+
+def _respelled_targets(config: LoraConfig, origin: Origin) -> tuple[LoraConfig, Origin]:
+    if isinstance(config.target_modules, str):
+        return config, origin
+    targets = [*dict.fromkeys(map(plain, config.target_modules))]
+    written = {**(origin.written or {}), "target_modules": targets}
+    return replace(config, target_modules=targets), replace(origin, written=written)
+
+
+def _joined(headers: Sequence[Header], spellings: Mapping[str, str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for header in headers:
         for key in header.entries.keys() & entries.keys():
-            raise AdapterError(f"{header.path} has the tensor {key}, which another shard has too")
+            raise _twice(header, spellings.get(key, key), "that of another shard")
         entries.update(header.entries)
     return entries
+
+
+def _twice(header: Header, key: str, other: str) -> AdapterError:
+    return AdapterError(
+        f"{header.path} has the tensor {shorten(key, 120)}, which is the same as {other}",
+        hint="Remove one of the two, or save the adapter again; nothing was loaded.",
+    )
 
 
 def _read_shard(path: Path) -> Header:
@@ -144,7 +240,9 @@ def _shards(folder: Path) -> list[Path]:
 
 def _indexed(folder: Path) -> list[Path]:
     try:
-        table = msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, object])
+        content = (folder / INDEX).read_bytes()
+        check_lfs(folder / INDEX, content)
+        table = msgspec.json.decode(content, type=dict[str, object])
         names = sorted(set(msgspec.convert(table.get("weight_map"), dict[str, str]).values()))
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / INDEX} cannot be read: {error}") from None
@@ -156,36 +254,43 @@ def _indexed(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _sites(
-    folder: Path, config: LoraConfig, entries: Mapping[str, Entry]
-) -> tuple[dict[str, TargetModule], tuple[str, ...]]:
+def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> tuple[dict[str, TargetModule], tuple[str, ...]]:
     problems: list[str] = []
     copies: list[str] = []
     halves: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
-        if len(key) > len(PREFIX) + PATH_LENGTH:
-            problems.append(f"the key {shorten(key, 120)} is too long: {len(key)} characters")
-        elif not key.startswith(PREFIX):
-            problems.append(f"the key {shorten(key, 120)} does not start with {PREFIX}")
+        written = files.spelling(key)
+        if len(written) > len(PREFIX) + PATH_LENGTH:
+            problems.append(f"the key {shorten(written, 120)} is too long: {len(written)} characters")
         elif (parts := _split(key)) is not None:
             path, half = parts
             halves.setdefault(path, {})[half] = entry
         elif unsupported := next((what for part, what in UNSUPPORTED.items() if part in key), None):
-            raise UnsupportedError(f"{folder} has {unsupported} ({key}); this is not supported", hint=RETRAIN)
-        elif key.endswith(".weight"):
+            raise UnsupportedError(f"{files.folder} has {unsupported} ({written}); this is not supported", hint=RETRAIN)
+        elif key.endswith((".weight", ".bias")):
             copies.append(key)
         else:
-            problems.append(f"unknown key {shorten(key, 120)}")
+            problems.append(f"unknown key {shorten(written, 120)}")
     sites: dict[str, TargetModule] = {}
-    for path, pair in halves.items():
-        site = _site(path, pair, config, problems)
-        if site:
-            sites[path] = site
+    config = replace(files.config)  # a new one, whose patterns have their time for this file alone
+    is_target = _is_target(files, halves)
+    try:
+        for path, pair in halves.items():
+            shapes = _shapes(path, pair, problems)
+            if shapes and not is_target(path):
+                problems.append(f"{path} has tensors but is not a target in {CONFIG}")  # PEFT would ignore them
+            elif shapes and config.rank(path) != (r := shapes[1][0]):
+                problems.append(f"{path} has rank {r} in its tensors and {_rank(files, config, path)} in {CONFIG}")
+            elif shapes:
+                kind, a, b = shapes
+                sites[path] = TargetModule(kind, a[0], config.scaling(path, a[0]), a, b)
+    except ConfigError as error:
+        raise AdapterError(f"{files.folder / CONFIG}: {error.message}", hint=error.hint) from None
     if not halves and not problems:
         problems.append("it has no A and no B")
     if problems:
         raise AdapterError(
-            f"{folder} is incomplete or inconsistent",
+            f"{files.folder} is incomplete or inconsistent",
             problems,
             hint="Train or save the adapter again; nothing was loaded.",
         )
@@ -199,25 +304,47 @@ def _split(key: str) -> tuple[str, str] | None:
     return None
 
 
-def _site(path: str, pair: Mapping[str, Entry], config: LoraConfig, problems: list[str]) -> TargetModule | None:
+def _shapes(
+    path: str, pair: Mapping[str, Entry], problems: list[str]
+) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+    """Return a pair's kind of module and the shapes of A and B, None if they are no pair."""
     names = sorted(pair)
     if names not in (["A", "B"], ["eA", "eB"]):
         problems.append(f"{path} has {' and '.join(names)} only, not one A and one B")
         return None
     a, b = (pair[name].shape for name in names)
     kind = "embedding" if names[0] == "eA" else "linear" if len(a) == 2 else "conv"
-    r = a[0] if a else 0
     if len(a) < 2 or len(a) != len(b) or 0 in a or 0 in b:
         problems.append(f"{path} has A {a} and B {b}: not matrices, as when a sharded training saves only one part")
         return None
-    if kind != "conv" and b[1] != r:
-        problems.append(f"{path} has A {a} of rank {r}, but B {b} of rank {b[1]}")
+    if kind != "conv" and b[1] != a[0]:
+        problems.append(f"{path} has A {a} of rank {a[0]}, but B {b} of rank {b[1]}")
         return None
-    targets = config.target_modules
-    if not isinstance(targets, str) and not any(path == target or path.endswith("." + target) for target in targets):
-        problems.append(f"{path} has tensors but is not a target in adapter_config.json")  # PEFT would ignore them
-        return None
-    if config.rank(path) != r:
-        problems.append(f"{path} has rank {r} in its tensors and {config.rank(path)} in adapter_config.json")
-        return None
-    return TargetModule(kind, r, config.scaling(path, r), a, b)
+    return kind, a, b
+
+
+def _is_target(files: AdapterFiles, halves: Mapping[str, Mapping[str, Entry]]) -> Callable[[str], bool]:
+    """Return a function that says whether a path is a target in the configuration; a regex is not looked at."""
+    targets = files.config.target_modules
+    if isinstance(targets, str):
+        return lambda _: True
+    # With ensure_weight_tying, PEFT saves an embedding's pair again, transposed, as that of the tied output head.
+    heads = [
+        (pair["eB"].shape[::-1], pair["eA"].shape[::-1])
+        for pair in halves.values()
+        if _ties(files.origin) and pair.keys() >= {"eA", "eB"}
+    ]
+    return lambda path: (
+        any(path == target or path.endswith("." + target) for target in targets)
+        or (halves[path].keys() >= {"A", "B"} and (halves[path]["A"].shape, halves[path]["B"].shape) in heads)
+    )
+
+
+def _ties(origin: Origin) -> bool:
+    return bool((origin.written or {}).get("ensure_weight_tying"))
+
+
+def _rank(files: AdapterFiles, config: LoraConfig, path: str) -> str:
+    """Return a module's rank as the configuration gives it, for errors."""
+    r = config.rank(path)
+    return f"{r}" if r != config.r or (files.origin.written or {}).get("r") else f"no r, so PEFT's default of {r},"

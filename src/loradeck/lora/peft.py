@@ -3,6 +3,7 @@
 The facts are from PEFT 0.21's source; the tests check them against PEFT itself.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import msgspec
 
 from loradeck.disk import read_start
-from loradeck.errors import AdapterError, ConfigError, UnsupportedError
-from loradeck.lora.config import LoraConfig, shorten
+from loradeck.errors import AdapterError, ConfigError, UnsupportedError, shorten
+from loradeck.lora.config import LoraConfig
+from loradeck.lora.folder import CONFIG, check_lfs, no_adapter
 from loradeck.lora.memo import Memo
-from loradeck.lora.unsupported import ORIGIN, REFUSED, RETRAIN, WITHOUT_EFFECT
+from loradeck.lora.unsupported import IN_TENSORS, ORIGIN, REFUSED, RETRAIN, WITHOUT_EFFECT, may_change_results
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_CONFIG = 4 << 20  # bytes; enough for one pattern per module of a large model
 
 READ = frozenset(field.name for field in fields(LoraConfig))
@@ -58,6 +59,7 @@ _PARSED: Memo[bytes, tuple[LoraConfig, Origin]] = Memo(64)
 
 
 def _parse(path: Path, content: bytes) -> tuple[LoraConfig, Origin]:
+    check_lfs(path, content)
     try:
         table = msgspec.json.decode(content, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
@@ -69,25 +71,36 @@ def _parse(path: Path, content: bytes) -> tuple[LoraConfig, Origin]:
             f"{path} has peft_type {table.get('peft_type')!r}; only LORA adapters are supported", hint=RETRAIN
         )
     for key, (is_set, what, hint) in REFUSED.items():
-        if is_set(table.get(key)):
+        if key not in IN_TENSORS and is_set(table.get(key)):
             raise UnsupportedError(f"{path}: {key}={shorten(table[key], 60)} {what}; this is not supported", hint=hint)
-    unknown = sorted(key for key in table.keys() - READ - ORIGIN - WITHOUT_EFFECT - REFUSED.keys() if table[key])
+    unknown = [*filter(may_change_results, unknown_settings(table))]
     if unknown:
         raise UnsupportedError(
-            f"{path} has unknown settings: {', '.join(unknown)[:200]}",
-            hint="If it does not change what the adapter computes, remove it from the file.",
+            f"{path} has unknown settings, which may change what the adapter computes: {', '.join(unknown)[:200]}",
+            hint="Remove from the file what does not.",
         )
     settings = {key: table[key] for key in READ if table.get(key) is not None}
     try:
         config = LoraConfig(**msgspec.convert(settings, _Fields).as_dict())
     except msgspec.ValidationError as error:
-        raise AdapterError(f"{path}: {error}", hint="Correct that value, or save the adapter again.") from None
+        key = re.search(r"`\$\.(\w+)", str(error))
+        value = f"{key[1]} is {shorten(settings[key[1]])}: " if key else ""
+        message = str(error).partition(" - at ")[0]
+        raise AdapterError(
+            f"{path}: {value}{message[:1].lower()}{message[1:]}",
+            hint="Correct that value, or save the adapter again.",
+        ) from None
     except ConfigError as error:
         raise AdapterError(
             f"{path} is invalid", error.problems, hint="Correct the values, or save the adapter again."
         ) from None
     fields = {key: value if isinstance(value := table.get(key), str) else None for key in ORIGIN}
     return config, Origin(fields["base_model_name_or_path"], fields["revision"], fields["task_type"], written=table)
+
+
+def unknown_settings(table: Mapping[str, Any]) -> list[str]:
+    """Return the keys of an adapter_config.json that are set, and that this version of loradeck does not know."""
+    return sorted(key for key in table.keys() - READ - ORIGIN - WITHOUT_EFFECT - REFUSED.keys() if table[key])
 
 
 class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -114,10 +127,8 @@ def _read(path: Path) -> bytes:
         if size > MAX_CONFIG:
             raise AdapterError(f"{path} has {size} bytes, more than the limit of {MAX_CONFIG}")
         return read_start(path, size + 1)[0]
-    except FileNotFoundError:
-        hint = f"An adapter's folder contains {CONFIG} and {TENSORS}, as PEFT writes them too."
-        what = "is not a folder" if not path.parent.is_dir() else f"holds no {CONFIG}"
-        raise AdapterError(f"{path.parent} {what}", hint=hint) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise no_adapter(path.parent) from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null byte in the path

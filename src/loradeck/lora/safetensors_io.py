@@ -16,6 +16,7 @@ import msgspec
 
 from loradeck.disk import read_start
 from loradeck.errors import AdapterError
+from loradeck.lora.folder import check_lfs
 from loradeck.lora.memo import Memo
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -57,6 +58,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         start, status = read_start(path, START)
+        check_lfs(path, start)
         total = status.st_size
         length = int.from_bytes(start[:8], "little")
         if total < 8 or length > min(total - 8, MAX_HEADER):

@@ -2,12 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from loradeck.errors import TargetError
 from loradeck.lora.config import LoraConfig
+from loradeck.lora.patterns import Patterns
 from loradeck.ops.layer_kinds import SUPPORTED, LayerKind, kind_of
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # names of output heads, as transformers' models use them
@@ -22,23 +23,12 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, LayerKind]:
     Raises:
         TargetError: no module matches (close names are listed), or a target takes no adapter.
     """
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = _modules(model)
     unreachable = closed(model)
-    targets = config.target_modules
-    if targets == "all-linear" or targets == "attention":
-        head = output_head(model)
-        chosen = [
-            path
-            for path, module in modules.items()
-            if getattr(kind_of(module), "name", None) == "linear" and path not in unreachable
-            and (ATTENTION.search(path) if targets == "attention" else not _is_head(path, module, head))
-        ]  # fmt: skip
-    else:
-        chosen = [path for path in modules if matches(path, targets)]
-    matched = bool(chosen)
-    chosen = [path for path in chosen if not matches(path, config.exclude_modules) and _in_layers(path, config)]
+    matched = _matched(model, modules, config, unreachable)
+    chosen = _chosen(matched, config)
     if not chosen:
-        raise _nothing(modules, config, matched=matched)
+        raise _nothing(modules, config, matched=bool(matched))
     kinds: dict[str, LayerKind] = {}
     problems = []
     for path in chosen:
@@ -58,6 +48,43 @@ def resolve(model: nn.Module, config: LoraConfig) -> dict[str, LayerKind]:
     return kinds
 
 
+def lacking(model: nn.Module, config: LoraConfig, paths: Container[str]) -> list[str]:
+    """Return the modules that the config targets, that take an adapter, and that are not among `paths`."""
+    modules = _modules(model)
+    unreachable = closed(model)
+    return [
+        path
+        for path in _chosen(_matched(model, modules, config, unreachable), config)
+        if path not in paths and path not in unreachable and not isinstance(kind_of(modules[path]), str)
+    ]
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in model.named_modules() if path}
+
+
+def _matched(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, unreachable: Container[str]
+) -> list[str]:
+    """Return the paths that target_modules match."""
+    targets = config.target_modules
+    if targets != "all-linear" and targets != "attention":
+        return [*filter(_matcher("target_modules", targets), modules)]
+    head = output_head(model)
+    return [
+        path
+        for path, module in modules.items()
+        if getattr(kind_of(module), "name", None) == "linear" and path not in unreachable
+        and (ATTENTION.search(path) if targets == "attention" else not _is_head(path, module, head))
+    ]  # fmt: skip
+
+
+def _chosen(paths: Sequence[str], config: LoraConfig) -> list[str]:
+    """Return the paths that exclude_modules and layers_to_transform leave."""
+    excluded = _matcher("exclude_modules", config.exclude_modules)
+    return [path for path in paths if not excluded(path) and _in_layers(path, config)]
+
+
 def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> LayerKind | str:
     """Return the kind of the module at `path`, or the reason why it takes no adapter."""
     try:
@@ -70,14 +97,14 @@ def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> LayerKind |
     return kind if not isinstance(kind, str) else f"is a {type(module).__name__}, which {kind}"
 
 
-def suffixes(model: nn.Module, paths: Sequence[str]) -> str | tuple[str, ...]:
-    """Return the shortest path endings that match exactly `paths` among the model's modules, sorted.
+def suffixes(modules: Iterable[str], paths: Sequence[str]) -> str | tuple[str, ...]:
+    """Return the shortest path endings that match exactly `paths` among all modules' paths, sorted.
 
     If no ending can (a path that also ends another one), return a regex.
     """
     wanted = set(paths)
     others: set[str] = set()
-    for path, _ in model.named_modules():
+    for path in modules:
         if path not in wanted:
             others.update(_endings(path))
     chosen = {path: next((end for end in _endings(path) if end not in others), "") for path in paths}
@@ -88,11 +115,13 @@ def suffixes(model: nn.Module, paths: Sequence[str]) -> str | tuple[str, ...]:
     return f"({whole})" + "".join(rf"|(.*\.)?{re.escape(end)}" for end in endings)
 
 
-def matches(path: str, targets: str | Sequence[str]) -> bool:
-    """Whether `path` is a target: by suffix for a list, by full match for a regex."""
+def _matcher(name: str, targets: str | Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that says whether a path is a target: by suffix for a list, by full match for a regex."""
     if isinstance(targets, str):
-        return bool(targets) and re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith("." + target) for target in targets)
+        patterns = Patterns(name, [targets] if targets else [])
+        return lambda path: patterns.first(path) is not None
+    suffixes = frozenset(targets)
+    return lambda path: not suffixes.isdisjoint(_endings(path))
 
 
 def _endings(path: str) -> list[str]:
@@ -108,6 +137,20 @@ def closed(model: nn.Module) -> dict[str, str]:
         if isinstance(module, CLOSED)
         for inner, _ in module.named_modules()
         if inner
+    }
+
+
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the stacks of matrices that are parameters of no layer, such as a mixture's experts; they take no adapter.
+
+    By the path of their module and their own name.
+    """
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if isinstance(kind_of(module), str)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2
     }
 
 

@@ -10,16 +10,23 @@ ORIGIN = frozenset({"base_model_name_or_path", "revision", "task_type"})
 # Settings of training, or PEFT's bookkeeping: the output of the trained tensors does not depend on them.
 WITHOUT_EFFECT = frozenset({
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "runtime_config",
+    "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "merge_weights", "peft_type",
+    "peft_version", "qalora_group_size", "runtime_config",
 })  # fmt: skip
+# Settings that replace weights of the base by tensors of the file: it counts whether there are any.
+IN_TENSORS = frozenset({"bias", "modules_to_save"})
 
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
 CONVERT = "PEFT converts it to a plain LoRA: see path_initial_model_for_weight_conversion in its documentation."
+ANY_BASE = {
+    "python": "If you know that this one is compatible, pass any_base=True.",
+    "cli": "If you know that this one is compatible: `loradeck generate`, `chat` and `merge` take --any-base.",
+}
 REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_dora": (bool, "is DoRA, whose magnitudes rescale the base", RETRAIN),
-    "bias": (lambda v: v not in (None, "none"), "trains biases of the base itself", RETRAIN),
+    "bias": (lambda v: bool(v) and v != "none", "trains biases of the base itself", RETRAIN),
+    "enable_lora": (bool, "adapts parts of merged projections, as PEFT before 0.3 did", RETRAIN),
     "lora_bias": (bool, "adds a bias to B", RETRAIN),
     "modules_to_save": (bool, "replaces whole modules of the base", RETRAIN),
     "trainable_token_indices": (bool, "replaces rows of the embedding", RETRAIN),
@@ -39,3 +46,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         CONVERT,
     ),
 }
+
+
+def may_change_results(key: str) -> bool:
+    """Whether an unknown key of an adapter_config.json may be a switch, or a method's settings, of a later PEFT."""
+    return key.startswith("use_") or (key.endswith("_config") and not key.startswith("_"))
