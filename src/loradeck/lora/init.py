@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
@@ -13,7 +14,7 @@ from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import TargetModule
 from loradeck.lora.peft import Origin
 from loradeck.lora.saved_modules import initial
-from loradeck.lora.targets import suffixes
+from loradeck.lora.targets import suffixes, task_heads
 from loradeck.ops.layer_kinds import LayerKind
 
 
@@ -33,6 +34,7 @@ def adapter(
     """
     sites: dict[str, TargetModule] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    config = with_head(model, config, num_labels)
     for path, kind in kinds.items():
         r = config.rank(path)
         a_shape, b_shape = kind.shapes(r)
@@ -112,7 +114,8 @@ def stamp(model: nn.Module, adapter: Adapter) -> None:
     names = (getattr(model, attribute, None) for attribute in ("base_name", "name_or_path"))
     name = next((name for name in names if isinstance(name, str) and name), None)
     # PEFT selects its wrapper class by the task type.
-    task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else adapter.origin.task_type
+    kind = type(model).__name__
+    task = next((task for end, task in TASK_TYPES.items() if kind.endswith(end)), adapter.origin.task_type)
     adapter.origin = Origin(name, adapter.origin.revision, task, adapter.origin.metadata)
     record = {"loradeck": version("loradeck"), "torch": str(torch.__version__)}
     base = {"base_fingerprint": "fingerprint", "base_quantisation": "base_quantisation"}
