@@ -125,7 +125,13 @@ class Base:
     @property
     def context(self) -> int | None:
         """Maximum tokens of a row, prompt and answer together; None for a model without a limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        padded = [
+            module.padding_idx + 1
+            for path, module in self.model.named_modules()
+            if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        ]
+        return limit and limit - max(padded, default=0)  # RoBERTa's positions begin after the padding's
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

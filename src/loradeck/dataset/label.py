@@ -84,7 +84,9 @@ def _name(label: object, path: str) -> str:
     if isinstance(label, int):
         return f"{label}"
     if isinstance(label, float):
-        raise DataError(f"{path}: is the number {label:g}; a label is a text or an integer, regression is not supported")
+        raise DataError(
+            f"{path}: is the number {label:g}; a label is a text or an integer, regression is not supported"
+        )
     if isinstance(label, list):
         raise DataError(f"{path}: is a list; several labels of one text are not supported")
     raise DataError(f"{path}: is empty" if isinstance(label, str) else f"{path}: must be a text or an integer")

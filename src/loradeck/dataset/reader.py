@@ -158,10 +158,12 @@ class DatasetReader:
         """Return a record's examples, None if it is to be left out, and the remarks on it."""
         numbers = self._numbers(split, record) if isinstance(record, LabelledText | TaggedWords) else []
         tokens = likely_tokens(record)
+        ignored = isinstance(record, PlainText) and not {"label", "labels"}.isdisjoint(record.unused)
+        remarks = {"has a label, which a language model does not learn; the task classify does"} if ignored else set()
         if self.tokenizer is None:
-            return [], {f"holds {token}, which looks like a control token" for token in tokens}
+            return [], remarks | {f"holds {token}, which looks like a control token" for token in tokens}
         others = [token for token in tokens if token not in control_tokens(self.tokenizer)]
-        remarks = {f"holds {token}, which looks like another base's control token" for token in others}
+        remarks |= {f"holds {token}, which looks like another base's control token" for token in others}
         fold, skip = self.config.fold_system, self.config.skip_long
         tokenizer, length = self.tokenizer, self.max_length
         try:

@@ -402,6 +402,7 @@ def _as_context(messages: Sequence[Message]) -> list[Message]:
 
 
 def require_text(**texts: str) -> None:
+    """Raise a DataError if one of the texts, by their keys, is empty."""
     for key, text in texts.items():
         if not text.strip():
             raise DataError(f"$.{key}: is empty")

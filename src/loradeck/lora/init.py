@@ -17,6 +17,27 @@ from loradeck.lora.saved_modules import initial
 from loradeck.lora.targets import suffixes, task_heads
 from loradeck.ops.layer_kinds import LayerKind
 
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
+"""PEFT's name of a task, by the end of the name of the class that computes it."""
+
+
+def with_head(model: nn.Module, config: LoraConfig, num_labels: int | None) -> LoraConfig:
+    """Return a config that saves the model's head, if it names none and the adapter needs one of its own.
+
+    That is so if the base lacks weights, or the number of labels is given.
+    """
+    lacks = bool(vars(model).get("missing_weights"))
+    return (
+        config
+        if config.modules_to_save or not (lacks or num_labels)
+        else replace(config, modules_to_save=task_heads(model))
+    )
+
 
 def adapter(
     model: nn.Module,
@@ -34,7 +55,6 @@ def adapter(
     """
     sites: dict[str, TargetModule] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    config = with_head(model, config, num_labels)
     for path, kind in kinds.items():
         r = config.rank(path)
         a_shape, b_shape = kind.shapes(r)

@@ -1,6 +1,7 @@
 """The plan of a job, which `--dry-run` prints: its sizes, settings and first example."""
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 
 from loradeck.cli.display.text import columns
 from loradeck.dataset.record import Span
@@ -52,6 +53,8 @@ class Plan:
     """The first example's text in spans that are trained on, or not."""
     notes: tuple[str, ...] = ()
     """What of the dataset is passed over, left out, or read otherwise than written."""
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """How often the dataset's training split has each label of a classifier."""
 
     @property
     def ratio(self) -> float:
@@ -71,6 +74,7 @@ def plan(run: Run, name: str) -> Plan:
         base_bytes=sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes,
         form=split.dataset.form,
         notes=split.dataset.notes,
+        labels=split.dataset.label_counts.get("train", {}),
         examples=len(split.train),
         valid=len(split.valid),
         truncated=sizes.truncated,
