@@ -15,7 +15,7 @@ def test_sft_counts_supervised_tokens() -> None:
     objective = SFT()
     units = [ONE.sequences, OTHER.sequences]
     assert objective.count(units) == 3
-    losses, margins = objective.losses(units, torch.tensor([2.0, 5.0]), None)
+    losses, margins, correct = objective.outcome(units, torch.tensor([2.0, 5.0]), None)
     assert (losses.tolist(), margins) == ([2.0, 5.0], None)
 
 
@@ -28,7 +28,7 @@ def test_dpo_is_its_formula(beta: float, dpo_sft_weight: float) -> None:
     one, other, start_one, start_other = -2.0, -5.0, -2.5, -4.0  # log-probabilities
     losses = torch.tensor([-one, -other, -other, -one])
     reference = torch.tensor([-start_one, -start_other, -start_other, -start_one])
-    losses, margins = objective.losses(units, losses, reference)
+    losses, margins, correct = objective.outcome(units, losses, reference)
     margin = beta * ((one - start_one) - (other - start_other))
     chosen = [-one / 2, -other / 1]  # per token: ONE has two that are trained on, OTHER one
     assert losses.tolist() == pytest.approx(
@@ -43,5 +43,5 @@ def test_dpo_is_its_formula(beta: float, dpo_sft_weight: float) -> None:
 
 def test_dpo_at_its_start_is_log_two() -> None:
     same = torch.tensor([3.0, 4.0])
-    losses, _ = DPO(0.1, 0.0).losses([(ONE, OTHER)], same, same)
+    losses, *_ = DPO(0.1, 0.0).outcome([(ONE, OTHER)], same, same)
     assert losses.tolist() == pytest.approx([math.log(2)])

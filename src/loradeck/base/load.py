@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
@@ -129,7 +130,9 @@ class Base:
         padded = [
             module.padding_idx + 1
             for path, module in self.model.named_modules()
-            if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+            if path.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
         ]
         return limit and limit - max(padded, default=0)  # RoBERTa's positions begin after the padding's
 

@@ -141,7 +141,8 @@ def forms_of(task: str) -> Forms:
 
 def fitting_task(keys: Json) -> str | None:
     """Return the first task for which a record has one of the forms; None if there is none."""
-    for task, forms in FORMS.items():
+    for task in ("classify", "tokens", "generate"):  # a text with a label is also a text
+        forms = FORMS[task]
         present = _present(keys) | forms.usual(keys).keys()
         if any(present.issuperset(required) for _, required in forms.table):
             return task
@@ -149,7 +150,7 @@ def fitting_task(keys: Json) -> str | None:
 
 
 class Labels:
-    """The names of a dataset's labels. Their numbers are their places in `names`."""
+    """The names of a dataset's labels, sorted once they are closed, and a number for each, by its first appearance."""
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         """Take the names, if they are known; else those of the training split, until `close`."""
@@ -158,7 +159,7 @@ class Labels:
         self._numbers = {name: number for number, name in enumerate(self.names)}
 
     def number(self, name: str, path: str) -> int:
-        """Return a label's number, which is a preliminary one until the labels are closed; `path` is for errors.
+        """Return a label's number, which stays the same when the labels are closed; `path` is for errors.
 
         Raises:
             DataError: it is not one of those that are known.
@@ -172,13 +173,11 @@ class Labels:
         return self._numbers[name]
 
     def close(self) -> list[int]:
-        """Sort the names and accept no others; return the number of each label by its preliminary number."""
-        before = self.names
+        """Sort the names and accept no others; return for each number the place of its label in `names`."""
         if not self.closed:
-            self.names = sorted(before, key=int if all(map(INTEGER.fullmatch, before)) else None)
+            self.names.sort(key=int if all(map(INTEGER.fullmatch, self.names)) else None)
         self.closed = True
-        self._numbers = {name: number for number, name in enumerate(self.names)}
-        return [self._numbers[name] for name in before]
+        return [self.names.index(name) for name in self._numbers]
 
     def problem(self, examples: int, key: str) -> DataError | None:
         """Return what is wrong with the labels of so many examples, of a key: only one, or nearly as many as those."""
