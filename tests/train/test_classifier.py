@@ -282,7 +282,7 @@ def test_examples_of_another_task_are_refused(bert: Base, tmp_path: Path, tokeni
     bank = Bank(bert.model)
     bank.add("new", LoraConfig(), num_labels=2)
     pairs = read_dataset(write(tmp_path, PAIRS), tokenizer, 32, task="reward").train
-    with pytest.raises(ConfigError, match="loaded for task 'classify', and the examples are not labelled"):
+    with pytest.raises(ConfigError, match="loaded for the task classify, and the examples are for another one"):
         train(bert, bank, "new", pairs, CONFIG)
     four = read(bert, tmp_path, [{"text": word, "label": word} for word in ("film", "book", "the", "a")])
     with pytest.raises(ConfigError, match="label 3 is beyond the head, which has 2 outputs"):

@@ -140,11 +140,11 @@ class DatasetReader:
             raise DataError(error.message, **hint) from error
 
     def _close_labels(self) -> None:
-        """Number the labels, of which training has no more, and say what is wrong with them."""
-        self.label_numbers = self.labels.close()
+        """Number the labels, of which training has no more, and say what is wrong with new ones."""
         key = "label" if self.task == "classify" else "tags"
-        if problem := self.labels.problem(self.counts["train"].total(), key):
+        if not self.labels.closed and (problem := self.labels.problem(self.counts["train"].total(), key)):
             self.problems.add(Finding.of(problem))
+        self.label_numbers = self.labels.close()
 
     def _numbers(self, split: Split, record: LabelledText | TaggedWords) -> list[int | None]:
         """Return the numbers of a record's labels."""

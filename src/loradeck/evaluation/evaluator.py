@@ -70,6 +70,10 @@ def evaluate(
         raise DataError("there are no examples to evaluate on", hint="Give at least one.")
     progress = on_progress or (lambda *_: None)
     check_kind(examples[0], base.task)
+    if base.task != "generate" and (config.exact_match or config.pattern is not None):
+        raise ConfigError(
+            "exact_match and pattern are about answers, which this base does not give", hint="Leave them out."
+        )
     if vars(base.model).get("missing_weights"):
         del entries[BASE]
     if not entries:

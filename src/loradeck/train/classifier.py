@@ -77,28 +77,25 @@ class Rewards:
 
 
 def losses_of(base: Base) -> Losses | ClassifierLosses | Rewards:
-    """Return what computes an example's loss, or its reward, on a base.
-
-    Raises:
-        ConfigError: the base was loaded for embeddings.
-    """
-    if base.task == "embed":
-        raise ConfigError("a base for embeddings has no loss", hint="Load it for another task.")
+    """Return what computes an example's loss, or its reward, on a base."""
     if base.task == "reward":
         return Rewards(base.model)
     return Losses(base.model) if base.task == "generate" else ClassifierLosses(base.model)
 
 
 def check_kind(example: Example | Preference, task: str) -> None:
-    """Raise a ConfigError if an example is for another task than the base was loaded for."""
-    kinds = {"generate": "the task generate", "reward": "preference pairs"}
-    fits = {
-        "generate": not isinstance(example.sequences[0], Labelled),
-        "reward": isinstance(example, Preference),
-    }.get(task, isinstance(example, Labelled))
+    """Check that an example is for the task that a base was loaded for.
+
+    Raises:
+        ConfigError: it is not, or the base was loaded for embeddings.
+    """
+    if task == "embed":
+        raise ConfigError("a base that was loaded for embeddings has no loss", hint="Load it for another task.")
+    labelled = isinstance(example.sequences[0], Labelled)
+    fits = {"generate": not labelled, "reward": isinstance(example, Preference)}.get(task, labelled)
     if not fits:
         raise ConfigError(
-            f"the base was loaded for task {task!r}, and the examples are not {kinds.get(task, 'labelled')}",
+            f"the base was loaded for the task {task}, and the examples are for another one",
             python=f"Read them with task={task!r}: see loradeck.dataset.read.read_dataset.",
         )
 
