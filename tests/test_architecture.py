@@ -17,13 +17,15 @@ SOURCE = ROOT / "src" / "loradeck"
 FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
 # What each room may import of ours, besides itself, from the ground up.
-GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp"}
+GROUND = {"errors", "disk", "dtypes", "blend", "llamacpp", "hub", "tokenizer_files"}
 MAY = {
     "errors": set(),
     "disk": set(),
     "dtypes": set(),
     "blend": {"errors"},
-    "llamacpp": set(),
+    "llamacpp": {"errors"},
+    "hub": set(),
+    "tokenizer_files": {"disk", "errors"},
     "sampling": {"native", "errors"},
     "toy": set(),
     "demo": set(),
@@ -37,6 +39,7 @@ MAY = {
     "dataset": {"base", *GROUND},
     "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},
     "gguf": {"lora", "ops", "base", *GROUND},
+    "conversion": {"gguf", "lora", "base", *GROUND},
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
     "runner": {"sampling", "lora", "base", "native", "ops", *GROUND},
     "serve": {"runner", "sampling", "store", "stored", "lora", "ops", "base", *GROUND},
@@ -44,9 +47,11 @@ MAY = {
     "cli": {
         "api",
         "evaluation",
+        "conversion",
         "gguf",
         "serve",
         "store",
+        "stored",
         "generation",
         "train",
         "dataset",

@@ -13,6 +13,7 @@ from loradeck.lora.unsupported import ORIGIN, REFUSED, WITHOUT_EFFECT
 T = TypeVar("T")
 
 MAX_RANK = 65_536
+MAX_ALPHA = 1e9
 PATH_LENGTH = 300
 
 
@@ -78,7 +79,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, str):
+            if name == "modules_to_save" and value is None:  # as PEFT has it
+                object.__setattr__(self, name, ())
+            elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.layers_to_transform, Sequence):
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
@@ -98,7 +101,7 @@ class LoraConfig:
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
             # Not math.isfinite: it raises on an integer beyond a float's range.
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= 1e9:
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
                 problems.append(f"{name} is {shorten(alpha)}, not a number up to 1e9")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout is {shorten(self.lora_dropout)}, not a number p with 0 <= p < 1")
@@ -134,28 +137,36 @@ class LoraConfig:
                 problems.append(f"{name} is {shorten(value)}, not a mapping from patterns to numbers")
         return problems
 
-    def of_modules(self, ranks: Mapping[str, int], targets: str | Sequence[str]) -> "LoraConfig":
-        """Return the same settings for exactly these modules (path -> rank), which `targets` match."""
-        alphas = {path: alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+    def of_modules(
+        self, ranks: Mapping[str, int], targets: str | Sequence[str], paths: Mapping[str, str] | None = None
+    ) -> "LoraConfig":
+        """Return the same settings for exactly these modules (path -> rank), which `targets` match.
+
+        `paths` are the new paths of those that move.
+        """
+        paths = paths or {}
+        alphas = {paths.get(path, path): alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+        ranks = {paths.get(path, path): r for path, r in ranks.items() if r != self.r}
         return replace(
             self,
             target_modules=targets,
             exclude_modules=(),
             layers_to_transform=None,
             layers_pattern=(),
-            rank_pattern=literal_pattern({path: r for path, r in ranks.items() if r != self.r}),
+            rank_pattern=literal_pattern(ranks),
             alpha_pattern=literal_pattern(alphas),
         )
 
     def saved_module(self, path: str) -> tuple[str, str] | None:
         """Return the module that modules_to_save names, and the name in it, of the parameter at a path; None if none.
 
-        Of nested ones the outer module counts: `classifier` for classifier.dense.weight.
+        A name stands for all paths that end with it, as in PEFT: `norm` for input_layernorm too. Of nested modules the
+        outer one counts: `classifier` for classifier.dense.weight.
         """
         parts = path.split(".")
         for end in range(1, len(parts)):
             module = ".".join(parts[:end])
-            if any(module == name or module.endswith("." + name) for name in self.modules_to_save):
+            if module.endswith(tuple(self.modules_to_save)):
                 return module, ".".join(parts[end:])
         return None
 

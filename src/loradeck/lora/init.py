@@ -15,6 +15,7 @@ from loradeck.lora.manifest import TargetModule
 from loradeck.lora.peft import Origin
 from loradeck.lora.saved_modules import initial
 from loradeck.lora.targets import suffixes, task_heads
+from loradeck.lora.whole_model import module_names, paths_in_files
 from loradeck.ops.layer_kinds import LayerKind
 
 TASK_TYPES = {
@@ -31,12 +32,9 @@ def with_head(model: nn.Module, config: LoraConfig, num_labels: int | None) -> L
 
     That is so if the base lacks weights, or the number of labels is given.
     """
-    lacks = bool(vars(model).get("missing_weights"))
-    return (
-        config
-        if config.modules_to_save or not (lacks or num_labels)
-        else replace(config, modules_to_save=task_heads(model))
-    )
+    if config.modules_to_save or not (num_labels or vars(model).get("missing_weights")):
+        return config
+    return replace(config, modules_to_save=task_heads(model))
 
 
 def adapter(
@@ -61,7 +59,7 @@ def adapter(
         sites[path] = TargetModule(kind.name, r, config.scaling(path, r), a_shape, b_shape)
         pairs[path] = _initial(kind, a_shape, b_shape, _dtype(model.get_submodule(path)), generator)
     saved = _saved(model, config, num_labels, generator)
-    new = Adapter.with_sites(_resolved(model, config, sites), sites, pairs, saved=saved, trainable=True)
+    new = Adapter.with_sites(config, sites, pairs, saved=saved, trainable=True)
     new.fan_in_fan_out = any(kind.fan_in_fan_out for kind in kinds.values())
     stamp(model, new)
     prepare(new, generator)
@@ -124,13 +122,15 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _resolved(model: nn.Module, config: LoraConfig, sites: Mapping[str, TargetModule]) -> LoraConfig:
-    """Return the config with targets and patterns that match exactly these modules."""
-    return config.of_modules({path: site.r for path, site in sites.items()}, suffixes(model, [*sites]))
-
-
 def stamp(model: nn.Module, adapter: Adapter) -> None:
-    """Record the base and the versions that an adapter was created with, as far as the model has them."""
+    """Record the base and the versions that an adapter was created with, as far as the model has them.
+
+    Its config gets targets and patterns that match exactly its modules, as files spell them.
+    """
+    adapter.paths = paths_in_files(model, adapter.sites)
+    targets = suffixes(module_names(model), [adapter.paths.get(path, path) for path in adapter.sites])
+    ranks = {path: site.r for path, site in adapter.sites.items()}
+    adapter.config = adapter.config.of_modules(ranks, targets, adapter.paths)
     names = (getattr(model, attribute, None) for attribute in ("base_name", "name_or_path"))
     name = next((name for name in names if isinstance(name, str) and name), None)
     # PEFT selects its wrapper class by the task type.

@@ -12,26 +12,29 @@ from threading import Lock
 from types import TracebackType
 from typing import Self, SupportsIndex
 
+from transformers import PreTrainedTokenizerBase
+
 from loradeck.base import openmp
 from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
 from loradeck.base.weights import shared_copy
-from loradeck.blend import format_blend
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.runner.choice import runner_of
 from loradeck.runner.draft_model import DraftModel
 from loradeck.runner.request import Request
-from loradeck.sampling import Sampler, SamplingParams, Token
+from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
 from loradeck.serve.loop import Loop
 from loradeck.serve.scheduler import Scheduler
+from loradeck.serve.served_model import ServedModel
 from loradeck.serve.stats import Observer, Stats
 from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
+from loradeck.stored import Stored
 
 DEFAULT = SamplingParams()
 
@@ -89,7 +92,6 @@ class Engine:
         self._loop = Loop(
             self._runner,
             cache,
-            Sampler(self._in_vocabulary(stop_ids(base.tokenizer, base.model.generation_config))),
             Scheduler(self.config, cache, self.adapter_cache),
             Drafter(self.config, cache, self._runner.is_batch_invariant, longest=self._longest, model=model),
             self.adapter_cache,
@@ -113,10 +115,34 @@ class Engine:
 
     # ---- requests
 
+    def resolve(self, entry: RouteEntry = None) -> ServedModel:
+        """Return the adapters that an entry names now, with their tokenizer, for `submit`. Reads the disk.
+
+        An adapter whose folder has a tokenizer or a chat template of its own has that; a blend has its adapters' if
+        they agree on one; all others have the base's.
+
+        Raises:
+            UnknownAdapterError: the store has no such adapter.
+            AdapterError: an adapter, or its tokenizer, cannot be used.
+            ConfigError: the adapters are larger than the budget.
+        """
+        key, adapters = self.adapter_cache.resolve(entry)
+        tokenizer = self.tokenizer_of(*adapters.values())
+        ends = self._in_vocabulary(stop_ids(tokenizer, self.base.model.generation_config))
+        return ServedModel(key, adapters, tokenizer, ends)
+
+    def tokenizer_of(self, *adapters: Stored) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of requests for these adapters. Reads the disk.
+
+        Raises:
+            AdapterError: the tokenizer of one cannot be used.
+        """
+        return self.base.adapter_tokenizers.of(stored.tokenizer_files for stored in adapters)
+
     def submit(
         self,
         tokens: Sequence[int],
-        entry: RouteEntry = None,
+        entry: RouteEntry | ServedModel = None,
         sampling: SamplingParams = DEFAULT,
         *,
         tenant: str = "",
@@ -128,33 +154,32 @@ class Engine:
         Iterate over the answer for its tokens, or ask for its `text()`. It ends at `sampling.stop` and the other
         limits even if nobody reads it.
 
-        `entry` is None for the base, a name or name@version, or {name: weight}. `adapter` is its name in metrics.
-        The tokens of an adapter are shared fairly between its `tenant`s. `continues` says whether the answer continues
-        the prompt's text or begins one of its own, without a leading space, as in a chat.
+        `entry` is None for the base, a name or name@version, {name: weight}, or what `resolve` returned for one of them
+        when the prompt was encoded. `adapter` is its name in metrics. The tokens of an adapter are shared fairly
+        between its `tenant`s. `continues` says whether the answer continues the prompt's text or begins one of its own,
+        without a leading space, as in a chat.
 
         Raises:
-            UnknownAdapterError: the store has no such adapter.
-            AdapterError: the adapter cannot be used.
+            UnknownAdapterError, AdapterError: as `resolve`.
             ConfigError: the prompt is empty, too long, not a list of token ids, or has unknown ones.
             BusyError: too many requests wait, or the engine is shutting down.
         """
         prompt = _token_ids(tokens)
         self._check(prompt, sampling)
-        key, adapters = self.adapter_cache.resolve(entry)
-        versions = format_blend((adapters[sha256].spec, weight) for sha256, weight in key)
+        model = entry if isinstance(entry, ServedModel) else self.resolve(entry)
         request = Request(
             prompt,
             sampling,
-            key,
+            model.key,
             uuid.uuid4().hex,
+            stop_ids=model.stop_ids,
             adapter=adapter,
-            versions=versions,
+            versions=model.versions,
             tenant=tenant,
             arrived=time.monotonic(),
         )
-        text = StopFilter(
-            self.base.tokenizer, sampling.stop, prompt if continues else (), min_tokens=sampling.min_tokens
-        )
+        context = prompt if continues else ()
+        text = StopFilter(model.tokenizer, sampling.stop, context, min_tokens=sampling.min_tokens)
         generation = Generation(request, text, self._loop.wake)
         with self._lock:
             if self._draining or self._loop.failed:
@@ -162,7 +187,7 @@ class Engine:
             waiting = self._loop.waiting
             if waiting >= self.config.max_waiting:
                 raise BusyError(f"{waiting} requests are waiting", retry_after=self.stats.estimated_wait(waiting))
-            self._loop.add(generation, adapters)
+            self._loop.add(generation, model.adapters)
         return generation
 
     def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Generation:
@@ -264,5 +289,5 @@ def _token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
     try:
         return [operator.index(token) for token in prompt]
     except TypeError as error:
-        python = "Encode a text with loradeck.base.text.encode(base.tokenizer, text)."
+        python = "Encode a text with loradeck.base.text.encode(engine.resolve(name).tokenizer, text)."
         raise ConfigError("a prompt is a list of token ids", python=python) from error

@@ -4,13 +4,13 @@ import itertools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Event, Thread
 
 from loradeck.errors import LoradeckError, RequestError, RequestTimeoutError
 from loradeck.runner.interface import Cache, Runner
 from loradeck.runner.request import Finish, Request, Scheduled
-from loradeck.sampling import Sampler, Token
+from loradeck.sampling import Token, next_tokens
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
@@ -31,7 +31,6 @@ class Loop:
         self,
         runner: Runner,
         cache: Cache,
-        sampler: Sampler,
         scheduler: Scheduler,
         drafter: Drafter,
         adapter_cache: AdapterCache,
@@ -40,14 +39,14 @@ class Loop:
         observer: Observer | None,
     ) -> None:
         """`longest` is the maximum number of tokens in a row."""
-        self._runner, self._cache, self._sampler = runner, cache, sampler
+        self._runner, self._cache = runner, cache
         self._scheduler, self._drafter, self._adapter_cache = scheduler, drafter, adapter_cache
         self._longest = longest
         self._observer = observer
         self.stats = Stats(scheduler, drafter, cache)
         self.failed = False
         self._generations: dict[Request, Generation] = {}
-        self._arriving: deque[tuple[Generation, dict[str, Stored]]] = deque()
+        self._arriving: deque[tuple[Generation, Mapping[str, Stored]]] = deque()
         self._stopped = False
         self._changed = Event()
         self._thread = Thread(target=self._run, name="loradeck-engine", daemon=True)
@@ -66,7 +65,7 @@ class Loop:
         """Tell the thread that there may be something to do."""
         self._changed.set()
 
-    def add(self, generation: Generation, adapters: dict[str, Stored]) -> None:
+    def add(self, generation: Generation, adapters: Mapping[str, Stored]) -> None:
         """Add a request with its adapters on disk, by content hash."""
         self._arriving.append((generation, adapters))
         if self.failed:  # perhaps just now, too late for the thread to see this one
@@ -141,7 +140,7 @@ class Loop:
     def _run_and_sample(self, batch: Sequence[Scheduled]) -> list[StepResult]:
         """Run the model and sample. If that fails, do so for each request alone, so that only the culprit fails."""
         try:
-            return sample(self._sampler, self._runner.run(batch, self._cache), batch)
+            return sample(self._runner.run(batch, self._cache), batch)
         except Exception as error:
             if len(batch) == 1:
                 return [StepResult.failed(error)]
@@ -185,7 +184,7 @@ class Loop:
             if not rows:
                 break
             requests = [work.request for work, _ in rows]
-            tokens = self._sampler.sample([ahead[place] for _, ahead in rows], requests)
+            tokens = next_tokens([ahead[place] for _, ahead in rows], requests)
             for request in requests:
                 self._scheduler.advance(request, 1)
             accepted.update(requests)
