@@ -1,6 +1,7 @@
 """Classifiers, taggers and reward models: what they learn, the laws of training, and the same logits in PEFT."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from transformers import (
 )
 
 from loradeck import Bank, Base, LoraConfig
-from loradeck.dataset.example import Example
-from loradeck.dataset.labelled import Labelled
+from loradeck.dataset.example import Example, Preference
+from loradeck.dataset.label import forms_of
+from loradeck.dataset.labelled import Labelled, compared
 from loradeck.dataset.read import Dataset, read_dataset
+from loradeck.dataset.record import PreferencePair, parse
 from loradeck.errors import ConfigError
 from loradeck.evaluation.evaluator import evaluate
 from loradeck.train import checkpoint
@@ -307,3 +310,25 @@ def test_the_context_of_roberta_is_that_of_its_positions(tmp_path: Path, tokeniz
     base.model(input_ids=ids)
     with pytest.raises((IndexError, RuntimeError)):
         base.model(input_ids=torch.full((1, 40), 5))
+
+
+def test_the_example_of_the_page_runs(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole("bert", "classify", 2).bert.save_pretrained("bert-base-uncased")
+    tokenizer.save_pretrained("bert-base-uncased")
+    write(tmp_path, REVIEWS, "reviews.jsonl")
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "mood" in block)
+    exec(compile(example, page, "exec"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_answers_for_a_chat_template_are_encoded_as_for_dpo(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = parse(json.dumps(PAIRS[0]).encode(), {}, forms_of("reward"))
+    assert isinstance(pair, PreferencePair)
+    assert compared(pair, tiny_tokenizer, 64) == Preference.of(pair, tiny_tokenizer, 64)

@@ -91,9 +91,9 @@ def check_kind(example: Example | Preference, task: str) -> None:
     """
     if task == "embed":
         raise ConfigError("a base that was loaded for embeddings has no loss", hint="Load it for another task.")
-    labelled = isinstance(example.sequences[0], Labelled)
-    fits = {"generate": not labelled, "reward": isinstance(example, Preference)}.get(task, labelled)
-    if not fits:
+    of_language = not isinstance(example.sequences[0], Labelled)
+    fits = {"generate": of_language, "reward": isinstance(example, Preference)}
+    if not fits.get(task, isinstance(example, Labelled)):
         raise ConfigError(
             f"the base was loaded for the task {task}, and the examples are for another one",
             python=f"Read them with task={task!r}: see loradeck.dataset.read.read_dataset.",
