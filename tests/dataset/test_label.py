@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from loradeck.dataset.check import check_dataset
 from loradeck.dataset.config import DataConfig
 from loradeck.dataset.label import forms_of
-from loradeck.dataset.labelled import Labelled
+from loradeck.dataset.labelled_example import LabelledExample
 from loradeck.dataset.read import read_dataset
 from loradeck.dataset.record import LabelledText, TaggedWords, parse
 from loradeck.errors import ConfigError, DataError
@@ -155,25 +155,25 @@ def test_an_unknown_task(write: Write, tiny_tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_the_label_is_at_the_last_token_that_is_left(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = Labelled.of_text(["abc"], 7, tiny_tokenizer, 64)
+    whole = LabelledExample.of_text(["abc"], 7, tiny_tokenizer, 64)
     assert (whole.labels, whole.supervised, whole.truncated) == ([-100, -100, 7], 1, False)
-    cut = Labelled.of_text(["abc"], 7, tiny_tokenizer, 2)
+    cut = LabelledExample.of_text(["abc"], 7, tiny_tokenizer, 2)
     assert (cut.tokens, cut.labels, cut.truncated) == (whole.tokens[:2], [-100, 7], True)
 
 
 def test_the_first_token_of_a_word_is_labelled(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     words, labels = ["ab", "é", "c"], [0, None, 2]
-    example = Labelled.of_words(words, labels, tiny_tokenizer, 64)
+    example = LabelledExample.of_words(words, labels, tiny_tokenizer, 64)
     assert example.tokens == tiny_tokenizer("ab é c")["input_ids"]
     assert example.labels == [0, -100, -100, -100, -100, -100, 2]
-    cut = Labelled.of_words(words, labels, tiny_tokenizer, 4)
+    cut = LabelledExample.of_words(words, labels, tiny_tokenizer, 4)
     assert (cut.labels, cut.truncated) == ([0, -100, -100, -100], True)
     with pytest.raises(DataError, match="no tag within max_length"):
-        Labelled.of_words(words, [None, None, 2], tiny_tokenizer, 4)
+        LabelledExample.of_words(words, [None, None, 2], tiny_tokenizer, 4)
 
 
 def test_a_word_that_begins_with_a_space_in_its_token(spaced_tokenizer: PreTrainedTokenizerFast) -> None:
-    example = Labelled.of_words(["a", "b"], [1, 0], spaced_tokenizer, 64)
+    example = LabelledExample.of_words(["a", "b"], [1, 0], spaced_tokenizer, 64)
     names = spaced_tokenizer.convert_ids_to_tokens(example.tokens)
     assert dict(zip(names, example.labels, strict=True)) | {"<s>": -100} == {"<s>": -100, "▁a": 1, "▁b": 0}
 

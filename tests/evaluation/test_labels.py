@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from loradeck import Bank, Base, LoraConfig, evaluate
 from loradeck.dataset.read import read_dataset
 from loradeck.errors import ConfigError
+from loradeck.evaluation.config import EvalConfig
 from loradeck.evaluation.labels import label_reports, macro_f1, micro_f1
 
 
@@ -64,3 +65,7 @@ def test_labels_are_compared_by_their_names(base: Base, tmp_path: Path) -> None:
     adapter.describe(labels=json.dumps(["good", "more", "bad"]))
     with pytest.raises(ConfigError, match="'other' does not have the labels 'neg', 'pos' of the dataset"):
         evaluate(base, bank, data.train, ["other"], labels=data.labels)
+    with pytest.raises(ConfigError, match="the names of the labels are missing"):
+        evaluate(base, bank, data.train, ["other"])
+    with pytest.raises(ConfigError, match="exact_match and pattern are about answers"):
+        evaluate(base, bank, data.train, ["other"], EvalConfig(exact_match=True), labels=data.labels)

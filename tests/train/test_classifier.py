@@ -25,7 +25,7 @@ from transformers import (
 from loradeck import Bank, Base, LoraConfig
 from loradeck.dataset.example import Example, Preference
 from loradeck.dataset.label import forms_of
-from loradeck.dataset.labelled import Labelled, compared
+from loradeck.dataset.labelled_example import LabelledExample, encode_pair
 from loradeck.dataset.read import Dataset, read_dataset
 from loradeck.dataset.record import PreferencePair, parse
 from loradeck.errors import ConfigError
@@ -108,7 +108,7 @@ def read(base: Base, folder: Path, records: Sequence[Mapping[str, Any]]) -> Data
 def inputs(base: Base, example: Example) -> dict[str, torch.Tensor]:
     """One row of a model, with the token types of BERT."""
     found = {"input_ids": torch.tensor([example.tokens])}
-    if base.model.config.model_type == "bert" and isinstance(example, Labelled) and example.second:
+    if base.model.config.model_type == "bert" and isinstance(example, LabelledExample) and example.second:
         found["token_type_ids"] = torch.tensor([[int(at >= example.second) for at in range(len(example.tokens))]])
     return found
 
@@ -331,4 +331,4 @@ def test_the_example_of_the_page_runs(
 def test_answers_for_a_chat_template_are_encoded_as_for_dpo(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     pair = parse(json.dumps(PAIRS[0]).encode(), {}, forms_of("reward"))
     assert isinstance(pair, PreferencePair)
-    assert compared(pair, tiny_tokenizer, 64) == Preference.of(pair, tiny_tokenizer, 64)
+    assert encode_pair(pair, tiny_tokenizer, 64) == Preference.of(pair, tiny_tokenizer, 64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loradeck.dataset.example import Example, Preference
-from loradeck.dataset.labelled import Labelled
+from loradeck.dataset.labelled_example import LabelledExample
 from loradeck.train.objective import DPO, SFT, Labels, Reward
 
 ONE, OTHER = Example([1, 2, 3], [-100, 2, 3]), Example([1, 4], [-100, 4])
@@ -46,7 +46,7 @@ def test_dpo_is_its_formula(beta: float, dpo_sft_weight: float) -> None:
 
 def test_the_loss_of_labels_is_their_mean() -> None:
     objective = Labels()
-    units = [(Labelled([1, 2], [0, 3]),), (Labelled([1, 2, 3], [-100, -100, 1]),)]
+    units = [(LabelledExample([1, 2], [0, 3]),), (LabelledExample([1, 2, 3], [-100, -100, 1]),)]
     assert objective.count(units) == 3
     losses, margins, correct = objective.outcome(units, torch.tensor([[2.0, 1.0], [5.0, 0.0]]), None)
     assert correct is not None

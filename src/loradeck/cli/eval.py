@@ -109,8 +109,8 @@ def _labels(adapters: Sequence[str]) -> tuple[str, ...]:
     from loradeck.cli.adapter_folder import read_adapter
 
     folders = dict.fromkeys(folder for text in adapters for folder in blend.parse(text))
-    known = [labels for folder in folders if (labels := read_adapter(folder).origin.labels)]
-    return tuple(label for label in known[0] if all(label in labels for labels in known)) if known else ()
+    lists = [labels for folder in folders if (labels := read_adapter(folder).origin.labels)]
+    return tuple(label for label in lists[0] if all(label in labels for labels in lists)) if lists else ()
 
 
 def label_table(report: "Report") -> str:

@@ -30,7 +30,7 @@ class TooLongError(DataError):
 class Example:
     """One sequence to train on. `labels[t]` is `tokens[t]` where it is trained on, UNSUPERVISED elsewhere.
 
-    Those of a Labelled one, for a classifier, are other numbers: see there.
+    Those of a LabelledExample one, for a classifier, are other numbers: see there.
     """
 
     tokens: list[int]

@@ -13,7 +13,7 @@ from loradeck.dataset.control import control_tokens, likely_tokens
 from loradeck.dataset.example import Example, Preference, TooLongError, examples, stop_tokens
 from loradeck.dataset.finding import Finding, Findings
 from loradeck.dataset.label import Labels, fitting_task, forms_of
-from loradeck.dataset.labelled import compared, labelled
+from loradeck.dataset.labelled_example import encode_labelled, encode_pair
 from loradeck.dataset.record import PAIRS, LabelledText, PlainText, PreferencePair, Record, TaggedWords, parse
 from loradeck.dataset.source import Row, Source, Split
 from loradeck.errors import ConfigError, DataError
@@ -158,8 +158,9 @@ class DatasetReader:
         """Return a record's examples, None if it is to be left out, and the remarks on it."""
         numbers = self._numbers(split, record) if isinstance(record, LabelledText | TaggedWords) else []
         tokens = likely_tokens(record)
-        ignored = isinstance(record, PlainText) and not {"label", "labels"}.isdisjoint(record.unused)
-        remarks = {"has a label, which a language model does not learn; the task classify does"} if ignored else set()
+        remarks: set[str] = set()
+        if isinstance(record, PlainText) and not {"label", "labels"}.isdisjoint(record.unused):
+            remarks.add("has a label, which a language model does not learn; the task classify does")
         if self.tokenizer is None:
             return [], remarks | {f"holds {token}, which looks like a control token" for token in tokens}
         others = [token for token in tokens if token not in control_tokens(self.tokenizer)]
@@ -168,9 +169,9 @@ class DatasetReader:
         tokenizer, length = self.tokenizer, self.max_length
         try:
             if isinstance(record, LabelledText | TaggedWords):
-                tokenized: Examples | None = [labelled(record, numbers, tokenizer, length)]
+                tokenized: Examples | None = [encode_labelled(record, numbers, tokenizer, length)]
             elif isinstance(record, PreferencePair) and self.task == "reward":
-                tokenized = [compared(record, tokenizer, length, fold_system=fold, remarks=remarks)]
+                tokenized = [encode_pair(record, tokenizer, length, fold_system=fold, remarks=remarks)]
             else:
                 tokenized = examples(record, tokenizer, length, fold_system=fold, remarks=remarks)
         except TooLongError:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
-from loradeck.dataset.labelled import Labelled
+from loradeck.dataset.labelled_example import LabelledExample
 from loradeck.errors import DataError
 
 ENTRY = np.dtype(
@@ -93,7 +93,7 @@ class TokenFile:
             DataError: the disk is full.
         """
         sides = example.sequences
-        self._sides, self._labelled = len(sides), isinstance(sides[0], Labelled)
+        self._sides, self._labelled = len(sides), isinstance(sides[0], LabelledExample)
         encoded = [_encode(side) for side in sides]
         hash_ = hashlib.blake2b(digest_size=8)
         for tokens in encoded:
@@ -136,7 +136,7 @@ class TokenFile:
             labels: list[int] = stored[length:-1].tolist()
             if self.label_numbers:
                 labels = [label if label == UNSUPERVISED else self.label_numbers[label] for label in labels]
-            return Labelled(stored[:length].tolist(), labels, truncated, second=int(stored[-1]))
+            return LabelledExample(stored[:length].tolist(), labels, truncated, second=int(stored[-1]))
         supervised = stored >= 0
         return Example(
             np.where(supervised, stored, ~stored).tolist(),
@@ -215,7 +215,7 @@ def _full(error: OSError) -> DataError:
 
 
 def _encode(example: Example) -> NDArray[np.int32]:
-    if isinstance(example, Labelled):
+    if isinstance(example, LabelledExample):
         return np.array([*example.tokens, *example.labels, example.second], np.int32)
     tokens = np.array(example.tokens, np.int32)
     return np.where(np.array(example.labels) == UNSUPERVISED, ~tokens, tokens)

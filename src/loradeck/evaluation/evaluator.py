@@ -79,6 +79,8 @@ def evaluate(
     if not entries:
         raise ConfigError(f"{base.name} has no head of its own", hint="Give adapters to evaluate.")
     if base.task in ("classify", "tokens"):
+        if not labels:
+            raise ConfigError("the names of the labels are missing", python="Give labels=dataset.labels.")
         with torch.no_grad(), evaluation(base.model):
             return _labels(base, bank, examples, entries, labels, config.max_tokens, progress)  # type: ignore[arg-type]
     with torch.no_grad(), evaluation(base.model):
@@ -141,8 +143,8 @@ def _labels(
             losses[name] += float(cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum"))
             predictions[name][at] = [names[name][number] for number in logits.argmax(-1).tolist()]
     references = [labels[label] for example in rows for label in example.labels if label != UNSUPERVISED]
-    found = {name: [label for at in range(len(rows)) for label in each[at]] for name, each in predictions.items()}
-    return labels_report(rows, losses, references, found)
+    in_order = {name: [label for at in range(len(rows)) for label in each[at]] for name, each in predictions.items()}
+    return labels_report(rows, losses, references, in_order)
 
 
 def _members(

@@ -126,8 +126,8 @@ def labels_report(
         predictions: The most likely labels, by adapter.
     """
     adapters = []
-    for name, found in predictions.items():
-        labels = label_reports(references, found)
+    for name, answers in predictions.items():
+        labels = label_reports(references, answers)
         adapters.append(
             AdapterReport(
                 adapter=name,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from loradeck.base.load import Base
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
-from loradeck.dataset.labelled import Labelled
+from loradeck.dataset.labelled_example import LabelledExample
 from loradeck.errors import ConfigError
 from loradeck.train.batching import PADDING
 from loradeck.train.loss import Losses
@@ -91,9 +91,11 @@ def check_kind(example: Example | Preference, task: str) -> None:
     """
     if task == "embed":
         raise ConfigError("a base that was loaded for embeddings has no loss", hint="Load it for another task.")
-    of_language = not isinstance(example.sequences[0], Labelled)
-    fits = {"generate": of_language, "reward": isinstance(example, Preference)}
-    if not fits.get(task, isinstance(example, Labelled)):
+    fits = {
+        "generate": not isinstance(example.sequences[0], LabelledExample),
+        "reward": isinstance(example, Preference),
+    }
+    if not fits.get(task, isinstance(example, LabelledExample)):
         raise ConfigError(
             f"the base was loaded for the task {task}, and the examples are for another one",
             python=f"Read them with task={task!r}: see loradeck.dataset.read.read_dataset.",
@@ -111,7 +113,7 @@ def _logits(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
         "input_ids": _padded([example.tokens for example in examples], padding, device),
         "attention_mask": _padded([[1] * length for length in lengths], 0, device),
     }
-    seconds = [example.second if isinstance(example, Labelled) else 0 for example in examples]
+    seconds = [example.second if isinstance(example, LabelledExample) else 0 for example in examples]
     if any(seconds) and getattr(config, "type_vocab_size", 0) > 1:
         types = [
             [int(bool(second) and at >= second) for at in range(length)]

@@ -13,7 +13,7 @@ from loradeck.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled(Example):
+class LabelledExample(Example):
     """A sequence in which `labels` holds numbers of labels: that of a text at its last token, of a word at its first.
 
     Other tokens are UNSUPERVISED. Tokens from `second` on are of the second segment (token type 1), if there is one.
@@ -73,25 +73,25 @@ class Labelled(Example):
         return cls(tokens, labels, truncated, second=types.index(1) if 1 in types else 0)
 
 
-def labelled(
+def encode_labelled(
     record: LabelledText | TaggedWords,
     numbers: Sequence[int | None],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-) -> Labelled:
+) -> LabelledExample:
     """Encode a record with the numbers of its labels.
 
     Raises:
-        DataError: see Labelled.
+        DataError: see LabelledExample.
     """
     if isinstance(record, TaggedWords):
-        return Labelled.of_words(record.words, numbers, tokenizer, max_length)
+        return LabelledExample.of_words(record.words, numbers, tokenizer, max_length)
     (label,) = numbers
     assert label is not None
-    return Labelled.of_text(record.texts, label, tokenizer, max_length)
+    return LabelledExample.of_text(record.texts, label, tokenizer, max_length)
 
 
-def compared(
+def encode_pair(
     pair: PreferencePair,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -108,7 +108,7 @@ def compared(
     if tokenizer.chat_template is None and tokenizer.eos_token is None:
         texts = [(side.prompt, side.completion) for side in sides if isinstance(side, Completion)]
         if len(texts) == 2:
-            return Preference(*(Labelled.of_text(each, 0, tokenizer, max_length) for each in texts))
+            return Preference(*(LabelledExample.of_text(each, 0, tokenizer, max_length) for each in texts))
     (preference,) = examples(pair, tokenizer, max_length, fold_system=fold_system, remarks=remarks)
     assert isinstance(preference, Preference)
     return preference
