@@ -79,8 +79,8 @@ def eval(
     if as_json:
         print_json(report)
         return
-    counted = "labels" if data.labels else "trained tokens"
-    print(printable(f"{dataset}, {chosen}: {report.examples:,} examples, {report.tokens:,} {counted}\n"))
+    counts = {"generate": f", {report.tokens:,} trained tokens", "reward": ""}.get(task, f", {report.tokens:,} labels")
+    print(printable(f"{dataset}, {chosen}: {report.examples:,} examples{counts}\n"))
     print(table(report))
     if data.labels:
         print(f"\n{label_table(report)}")

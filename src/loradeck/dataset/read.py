@@ -95,6 +95,6 @@ def read_dataset(
         **splits,
         sha256=files.sha256,
         notes=notes,
-        labels=tuple(reader.labels.names),
+        labels=tuple(reader.labels.names) if reader.counts else (),
         label_counts=reader.counts,
     )
