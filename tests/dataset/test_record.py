@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loradeck.dataset.message import Message
 from loradeck.dataset.label import forms_of
+from loradeck.dataset.message import Message
 from loradeck.dataset.record import FORMS, Completion, Conversation, PlainText, PreferencePair, TokenIds, parse
 from loradeck.errors import DataError
 
