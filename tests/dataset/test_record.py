@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loradeck.dataset.label import forms_of
 from loradeck.dataset.message import Message
 from loradeck.dataset.record import FORMS, Completion, Conversation, PlainText, PreferencePair, TokenIds, parse
 from loradeck.errors import DataError
@@ -539,10 +540,18 @@ def test_any_line_is_a_record_or_a_data_error(content: bytes) -> None:
 
 def test_the_page_on_data_shows_each_form() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
-    forms = list(dict.fromkeys(parse(line.encode()).form for line in lines))
+
+    def shown(part: str, task: str) -> list[str]:
+        blocks = re.findall(r"```json\n(.*?)```", part, re.DOTALL)
+        lines = [line.encode() for block in blocks for line in block.splitlines()]
+        return list(dict.fromkeys(parse(line, {}, forms_of(task)).form for line in lines))
+
+    generate, labels = page.split("\n### With `--task classify`")
+    texts, words = labels.split("**Tokens and tags**")
     known = "preference pairs, tokens, messages, sharegpt, prompt and completion, alpaca, text"
-    assert ", ".join(forms) == known
+    assert ", ".join(shown(generate, "generate")) == known
+    assert shown(texts, "classify") == ["text and label"]
+    assert shown(words, "tokens") == ["tokens and tags"]
 
 
 @pytest.mark.parametrize("half", ["\\ud83d", "\\ud83d and more", "\\uDE00 and more", "x \\ud83d\\n"])

@@ -112,10 +112,22 @@ def test_a_run_without_a_step_has_no_losses() -> None:
 
 def test_preferences_have_an_accuracy() -> None:
     rated = Evaluation(job="poet", step=2, seconds=21, loss=0.5, tokens=9, best=True, accuracy=0.75, margin=1.5)
-    steps = [msgspec.structs.replace(step, accuracy=0.5) for step in STEPS]
+    steps = [msgspec.structs.replace(step, accuracy=0.5, margin=0.2) for step in STEPS]
     cells = rows(section(steps=steps, evaluations=[rated]))
     assert cells["validation loss"] == "0.5000 at the kept step, over 9 pairs, accuracy 75.0%, margin 1.50"
     assert cells["pairs trained on"] == "1,200"
+
+
+def test_a_classifier_has_labels_and_another_use() -> None:
+    rated = Evaluation(job="poet", step=2, seconds=21, loss=0.5, tokens=9, best=True, accuracy=0.75)
+    steps = [msgspec.structs.replace(step, accuracy=0.5) for step in STEPS]
+    text = section(steps=steps, evaluations=[rated], task="classify", labels=["neg", "pos", "so so"])
+    cells = rows(text)
+    assert cells["validation loss"] == "0.5000 at the kept step, over 9 labels, accuracy 75.0%"
+    assert cells["labels trained on"] == "1,200"
+    assert "task='classify'" in text
+    assert "AutoModelForSequenceClassification" in text
+    assert "num_labels=3" in text
 
 
 def test_each_snippet_loads_the_base_by_its_own_name() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
@@ -136,7 +137,15 @@ class Base:
     @property
     def context(self) -> int | None:
         """Maximum tokens of a row, prompt and answer together; None for a model without a limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        padded = [
+            module.padding_idx + 1
+            for path, module in self.model.named_modules()
+            if path.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ]
+        return limit and limit - max(padded, default=0)  # RoBERTa's positions begin after the padding's
 
     @cached_property
     def adapter_tokenizers(self) -> AdapterTokenizers:

@@ -24,6 +24,11 @@ from loradeck.base.source import HINT
 from loradeck.base.task import CLASSES, clear, lacks_only_head, set_labels
 from loradeck.errors import BaseModelError, LoradeckError
 
+OTHER_TASK = {
+    "python": 'Or load it for another task, as task="classify".',
+    "cli": "Or, where there is the flag, give its task, such as --task classify.",
+}
+
 
 def pretrained_model(
     source: str | Path, where: str, dtype: torch.dtype, task: str = "generate", **gguf: Any
@@ -73,7 +78,10 @@ def model_of_checkpoint(
 def _check(source: str | Path, model: PreTrainedModel, report: Mapping[str, Collection[str]]) -> None:
     if report["missing_keys"]:  # transformers would initialise them at random
         raise BaseModelError(
-            f"{source} lacks weights of its {type(model).__name__}", sorted(report["missing_keys"]), hint=COMPLETE
+            f"{source} lacks weights of its {type(model).__name__}",
+            sorted(report["missing_keys"]),
+            hint=COMPLETE,
+            **(OTHER_TASK if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else {}),
         )
 
 
@@ -88,7 +96,9 @@ def pretrained_config(
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, gguf_file=gguf_file)
     masked = task == "generate" and any("MaskedLM" in name for name in config.architectures or ())
     if config.is_encoder_decoder or masked:
-        raise BaseModelError(f"{source} is a {config.model_type}, not a decoder-only language model", hint=HINT)
+        raise BaseModelError(
+            f"{source} is a {config.model_type}, not a decoder-only language model", hint=HINT, **OTHER_TASK
+        )
     return config
 
 

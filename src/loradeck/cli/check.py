@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from loradeck.cli.display.reading_progress import reading_progress
-from loradeck.cli.display.text import columns, print_json, printable
-from loradeck.cli.options import AsJson
+from loradeck.cli.display.text import columns, label_counts, print_json, printable
+from loradeck.cli.options import AsJson, Task
 from loradeck.dataset.config import DataConfig
 from loradeck.train.config import TrainConfig
 
@@ -29,6 +29,7 @@ def check(
     /,
     *,
     base: str | None = None,
+    task: Task = "generate",
     max_length: int = TrainConfig.max_length,
     reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     as_json: AsJson = False,
@@ -52,20 +53,23 @@ def check(
 
         tokenizer = load_tokenizer(base)
     with reading_progress() as on_read:
-        report = check_dataset(dataset, tokenizer, max_length, reading, on_read=on_read)
+        report = check_dataset(dataset, tokenizer, max_length, reading, task=task, on_read=on_read)
     if as_json:
         print_json(report)
     else:
-        _print(report)
+        _print(report, task)
     return int(bool(report.problems))
 
 
-def _print(report: "Report") -> None:
+def _print(report: "Report", task: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     print(printable(f"{report.name}: {report.form}\n"))
     print(_table(report))
+    for split, part in report.splits.items():
+        if part.labels:
+            print(f"{split}: {len(part.labels):,} labels: {label_counts(part.labels)}")
     for split, part in report.splits.items():
         for duplicates, remark in (
             (part.duplicates, f"{split}: duplicate"),
@@ -88,9 +92,9 @@ def _print(report: "Report") -> None:
         print("no problems")
         return
     from loradeck.dataset.finding import error_of
-    from loradeck.dataset.read import HINT
+    from loradeck.dataset.label import forms_of
 
-    error = error_of(report.name, report.problems, HINT)
+    error = error_of(report.name, report.problems, f"Each record has {forms_of(task).expected}.")
     count, records = len(report.problems), sum(problem.records for problem in report.problems)
     where = f" in {records:,} records" if records > count else ""
     print(f"{count} problem{'s' * (count > 1)}{where}: fix or remove these records. {error.hint_for('cli')}")

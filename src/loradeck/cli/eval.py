@@ -1,6 +1,6 @@
 """`loradeck eval`: adapters and the base measured side by side on one dataset."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +10,7 @@ from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli import blend
 from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import columns, print_json, printable
-from loradeck.cli.options import Adapters, AsJson, Dtype, Weights
+from loradeck.cli.options import Adapters, AsJson, Dtype, Task, Weights
 from loradeck.dataset.config import DataConfig
 from loradeck.errors import DataError
 from loradeck.evaluation.config import EvalConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loradeck.evaluation.report import AdapterReport, Report
 
 CONFIG, READING = EvalConfig(), DataConfig()
-HEADER = ("adapter", "loss", "perplexity", "exact match", "pattern", "accuracy", "margin")
+HEADER = ("adapter", "loss", "perplexity", "exact match", "pattern", "accuracy", "margin", "F1", "micro F1")
 
 
 def eval(
@@ -36,6 +36,7 @@ def eval(
     config: Annotated[EvalConfig, Parameter(name="*")] = CONFIG,
     reading: Annotated[DataConfig, Parameter(name="*")] = READING,
     max_length: int = TrainConfig.max_length,
+    task: Task = "generate",
     dtype: Dtype = "auto",
     weights: Weights = "blocks",
     as_json: AsJson = False,
@@ -44,7 +45,8 @@ def eval(
 
     All are computed in one pass over the base: the loss on what the dataset
     trains on, greedy answers to its questions, or for preference pairs DPO's
-    accuracy and margin. ADAPTER is a folder, or a blend such as
+    accuracy and margin; with --task classify or tokens accuracy and F1, label
+    by label. ADAPTER is a folder, or a blend such as
     adapters/poet*0.7+adapters/pirate*0.3. The base is the row `none`.
 
     Args:
@@ -59,24 +61,29 @@ def eval(
     from loradeck.dataset.read import read_dataset
 
     with reading_progress() as on_read:
-        data = read_dataset(dataset, load_tokenizer(base), max_length, reading, on_read=on_read)
+        data = read_dataset(
+            dataset, load_tokenizer(base), max_length, reading, task=task, labels=_labels(adapters), on_read=on_read
+        )
     chosen, examples = _split(data, split)
 
     from loradeck.evaluation.evaluator import BASE, evaluate
     from loradeck.lora.bank import Bank
 
     cap_kernel_cache()
-    loaded = Base.load(base, dtype=dtype, weights=weights)
+    loaded = Base.load(base, dtype=dtype, weights=weights, task=task)
     bank = Bank(loaded.model)
     texts = [text for text in dict.fromkeys(adapters) if text != BASE]
     entries = dict(zip(texts, blend.load(bank, texts), strict=True))
     with _progress() as on_progress:
-        report = evaluate(loaded, bank, examples, entries, config, on_progress=on_progress)
+        report = evaluate(loaded, bank, examples, entries, config, labels=data.labels, on_progress=on_progress)
     if as_json:
         print_json(report)
         return
-    print(printable(f"{dataset}, {chosen}: {report.examples:,} examples, {report.tokens:,} trained tokens\n"))
+    counts = {"generate": f", {report.tokens:,} trained tokens", "reward": ""}.get(task, f", {report.tokens:,} labels")
+    print(printable(f"{dataset}, {chosen}: {report.examples:,} examples{counts}\n"))
     print(table(report))
+    if data.labels:
+        print(f"\n{label_table(report)}")
     for sample in report.samples:
         print(printable(f"\n> {sample.prompt}\n[dataset] {sample.reference}"))
         for name, answer in sample.answers.items():
@@ -95,6 +102,26 @@ def _split(data: "Dataset", name: "Split | None") -> "tuple[Split, SplitExamples
         raise DataError(f"{data.name} has no {name} split", hint=f"It has {' and '.join(present)}.")
     name = name or present[0]
     return name, splits[name]
+
+
+def _labels(adapters: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels that all adapters have, of those that record theirs; empty if none does."""
+    from loradeck.cli.adapter_folder import read_adapter
+
+    folders = dict.fromkeys(folder for text in adapters for folder in blend.parse(text))
+    lists = [labels for folder in folders if (labels := read_adapter(folder).origin.labels)]
+    return tuple(label for label in lists[0] if all(label in labels for labels in lists)) if lists else ()
+
+
+def label_table(report: "Report") -> str:
+    """Return the F1 of each label with its count, adapters side by side."""
+    rows: dict[str, list[str]] = {}
+    for place, adapter in enumerate(report.adapters):
+        for label in adapter.labels or ():
+            row = rows.setdefault(label.label, [label.label, f"{label.count:,}", *["-"] * len(report.adapters)])
+            row[2 + place] = f"{label.f1:.3f}"
+    head = ["label", "count", *(f"F1 {adapter.adapter}" for adapter in report.adapters)]
+    return columns([head, *rows.values()], right=range(1, len(head)))
 
 
 def table(report: "Report") -> str:
@@ -116,6 +143,8 @@ def _cells(row: "AdapterReport") -> tuple[str, ...]:
         cell(row.pattern_rate, ".1%"),
         cell(row.accuracy, ".1%"),
         cell(row.margin, "+.4f"),
+        cell(row.f1, ".3f"),
+        cell(row.micro_f1, ".3f"),
     )
 
 

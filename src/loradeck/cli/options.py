@@ -34,6 +34,13 @@ Weights: TypeAlias = Annotated[
         "compiled step; int8, half the memory of bfloat16, and int4, a third of it: faster for few rows, at an error."
     ),
 ]
+Task: TypeAlias = Annotated[
+    Literal["generate", "classify", "tokens", "reward"],
+    Parameter(
+        help="What the base is for: generate text; classify texts with a label each; tokens, words with a tag each; or "
+        "reward, to score answers after preference pairs."
+    ),
+]
 Activations: TypeAlias = Annotated[
     config.Activations,
     Parameter(

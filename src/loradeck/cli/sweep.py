@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from cyclopts import Parameter
 
 from loradeck.cli.display.text import columns, printable
-from loradeck.cli.options import Dtype, TrainingWeights
-from loradeck.cli.train import DEFAULTS, LORA, READING, RECIPE, SHARED, carry_out, check_output, read_run, suffixes
+from loradeck.cli.options import Dtype, Task, TrainingWeights
+from loradeck.cli.train import (
+    DEFAULTS,
+    LORA,
+    READING,
+    RECIPE,
+    SHARED,
+    carry_out,
+    check_output,
+    command_to_try,
+    read_run,
+    suffixes,
+)
 from loradeck.dataset.config import DataConfig
 from loradeck.errors import ConfigError, TrainingError
 from loradeck.lora.config import LoraConfig
@@ -40,6 +51,7 @@ def sweep(
     recipe: Annotated[TrainConfig, Parameter(name="*", parse=RECIPE_FLAGS)] = RECIPE,
     shared: Annotated[PassConfig, Parameter(name="*")] = SHARED,
     valid: str | None = None,
+    task: Task = "generate",
     dtype: Dtype = "auto",
     weights: TrainingWeights = "packed",
     dry_run: bool = False,
@@ -68,8 +80,8 @@ def sweep(
     from loradeck.train.sweep import HELD_OUT, halve, trials
 
     if resume:
-        arguments = (base, dataset, lr, r, reading, lora, recipe, shared, valid, dtype, weights)
-        if arguments != (None, None, None, None, *DEFAULTS, None, "auto", "packed"):
+        arguments = (base, dataset, lr, r, reading, lora, recipe, shared, valid, task, dtype, weights)
+        if arguments != (None, None, None, None, *DEFAULTS, None, "generate", "auto", "packed"):
             raise ConfigError("--resume takes no other settings", hint="Resume with only --output and --resume.")
         run_recipe = read_run(output, sweep=True)
         if say_finished(output):
@@ -91,10 +103,10 @@ def sweep(
         )
         jobs = trials(job, numbers("--lr", lr, float), numbers("--r", r, int))
         run_recipe = RunRecipe(
-            base=resolve_base(base), dtype=dtype, weights=weights, shared=shared, jobs=jobs, sweep=True
+            base=resolve_base(base), dtype=dtype, weights=weights, task=task, shared=shared, jobs=jobs, sweep=True
         )
     run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, each_pass=halve)
-    return 0 if dry_run else conclude(run, run_recipe.base)
+    return 0 if dry_run else conclude(run, run_recipe)
 
 
 def say_finished(folder: Path) -> bool:
@@ -112,7 +124,7 @@ def say_finished(folder: Path) -> bool:
     return True
 
 
-def conclude(run: "Run", base: str) -> int:
+def conclude(run: "Run", recipe: RunRecipe) -> int:
     """Publish the best trial's adapter and print a table of all trials; return the exit code.
 
     Raises:
@@ -135,7 +147,7 @@ def conclude(run: "Run", base: str) -> int:
         rows.append((name, loss, str(progress.best_step), why.strip()))
     print(columns(rows, right={1, 2}))
     print(printable(f"{run.folder}: the adapter of {winner}"))
-    print(printable("try: " + shlex.join(["loradeck", "generate", base, "Hello!", "--adapter", str(run.folder)])))
+    print(printable("try: " + command_to_try(recipe, run.folder)))
     return 0
 
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
-from loradeck.cli.options import Dtype, TrainingWeights, is_typed
+from loradeck.cli.options import Dtype, Task, TrainingWeights, is_typed
 from loradeck.cli.output import check_writable
 from loradeck.cli.process import quick_imports
 from loradeck.cli.writers import Kind
@@ -24,6 +24,7 @@ from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, read_recipe, r
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loradeck.base import task as base_task
     from loradeck.base.load import Base
     from loradeck.base.weights import Weights
     from loradeck.train.events import AnyEvent, Listener
@@ -52,6 +53,7 @@ def train(
     valid: str | None = None,
     from_: str | None = None,
     last_layers: int | None = None,
+    task: Task = "generate",
     dtype: Dtype = "auto",
     weights: TrainingWeights = "packed",
     log: Kind | None = None,
@@ -91,17 +93,19 @@ def train(
         "train": recipe,
     }
     if base is not None and base.endswith(".toml") and dataset is None:
-        flags = (reading, lora, recipe, shared, valid, from_, last_layers, dtype, weights)
-        if flags != (*DEFAULTS, None, None, None, "auto", "packed"):
+        flags = (reading, lora, recipe, shared, valid, from_, last_layers, task, dtype, weights)
+        if flags != (*DEFAULTS, None, None, None, "generate", "auto", "packed"):
             raise ConfigError("a run file takes no other settings", hint="Write them into the file.")
         run_recipe = read_recipe(base)
     elif base is not None and dataset is not None:
         job = JobRecipe(name=output.resolve().name, data=resolve(dataset), **settings)
-        run_recipe = RunRecipe(base=resolve_base(base), dtype=dtype, weights=weights, shared=shared, jobs=(job,))
+        run_recipe = RunRecipe(
+            base=resolve_base(base), dtype=dtype, weights=weights, task=task, shared=shared, jobs=(job,)
+        )
     elif resume and base is None:
         stored = read_run(output, sweep=False)
         jobs = tuple(replace(job, **settings) for job in stored.jobs)
-        run_recipe = replace(stored, dtype=dtype, weights=weights, shared=shared, jobs=jobs)
+        run_recipe = replace(stored, dtype=dtype, weights=weights, task=task, shared=shared, jobs=jobs)
     else:
         raise ConfigError(
             "a base and a dataset are needed", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER"
@@ -115,7 +119,7 @@ def train(
     else:
         check_output(output, overwrite=overwrite)
     run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, log=log)
-    return 0 if dry_run else conclude(run, run_recipe.base)
+    return 0 if dry_run else conclude(run, run_recipe)
 
 
 def carry_out(
@@ -140,10 +144,11 @@ def carry_out(
 
     check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
     console = Console()
-    base = Base.load(recipe.base, dtype=recipe.dtype, weights=cast("Weights", recipe.weights))
+    weights, task = cast("Weights", recipe.weights), cast("base_task.Task", recipe.task)
+    base = Base.load(recipe.base, dtype=recipe.dtype, weights=weights, task=task)
     with reading_progress() as on_read:
         run = Run(recipe, output, base, on_read=on_read)
-    run.answer = answerer(base, run)
+    run.answer = answerer(base, run) if task == "generate" else None
     names = list(run.data)
     for name in names[:1] if recipe.sweep else names:
         console.print(plan_table(plan(run, name)))
@@ -183,7 +188,7 @@ def answerer(base: "Base", run: "Run") -> "Answer":
     return lambda names, prompts: generate(base, run.bank, prompts, names, max_new_tokens=ANSWER_TOKENS)
 
 
-def conclude(run: "Run", base: str) -> int:
+def conclude(run: "Run", recipe: RunRecipe) -> int:
     """Print the results of a run and the next command to try; return the exit code."""
     results = {name: job.progress for name, job in run.trainer.jobs.items()}
     for name, progress in results.items():
@@ -202,9 +207,16 @@ def conclude(run: "Run", base: str) -> int:
         return 130
     if any(progress.end is not None and progress.end.reason == "diverged" for progress in results.values()):
         return 1
-    adapter = str(run.adapter_folder(next(iter(results))))
-    print(printable("try: " + shlex.join(["loradeck", "generate", base, "Hello!", "--adapter", adapter])))
+    print(printable("try: " + command_to_try(recipe, run.adapter_folder(next(iter(results))))))
     return 0
+
+
+def command_to_try(recipe: RunRecipe, adapter: Path) -> str:
+    """Return the command that uses an adapter of a run."""
+    if recipe.task == "generate":
+        return shlex.join(["loradeck", "generate", recipe.base, "Hello!", "--adapter", str(adapter)])
+    data = recipe.jobs[0].valid or recipe.jobs[0].data
+    return shlex.join(["loradeck", "eval", recipe.base, data, "--task", recipe.task, "--adapter", str(adapter)])
 
 
 def outcome(progress: "Progress") -> str:
@@ -213,10 +225,9 @@ def outcome(progress: "Progress") -> str:
     assert end is not None
     validation = f", best validation loss {best:.4f} at step {end.kept}" if best else ""
     steps = f"{end.step} step{'s' * (end.step != 1)}"
-    preference = ""
-    if progress.accuracy is not None and progress.margin is not None:
-        preference = f", accuracy {progress.accuracy:.0%}, margin {progress.margin:.1f}"
-    return f"{end.reason} after {steps}, loss {losses[0]:.3f} -> {losses[-1]:.3f}{preference}{validation}"
+    quality = "" if progress.accuracy is None else f", accuracy {progress.accuracy:.0%}"
+    quality += "" if progress.margin is None else f", margin {progress.margin:.1f}"
+    return f"{end.reason} after {steps}, loss {losses[0]:.3f} -> {losses[-1]:.3f}{quality}{validation}"
 
 
 def say_finished(recipe: RunRecipe, folder: Path) -> bool:
@@ -290,7 +301,9 @@ def check_same(recipe: RunRecipe, stored: RunRecipe) -> None:
     Raises:
         ConfigError: names each setting that differs, with both values.
     """
-    problems = _differences(recipe, stored, ("base", "dtype", "weights")) + _differences(recipe.shared, stored.shared)
+    problems = _differences(recipe, stored, ("base", "dtype", "weights", "task")) + _differences(
+        recipe.shared, stored.shared
+    )
     if [job.name for job in recipe.jobs] != [job.name for job in stored.jobs]:
         problems.append("the adapters' names differ")
     else:

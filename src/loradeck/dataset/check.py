@@ -17,7 +17,7 @@ from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example
 from loradeck.dataset.finding import Finding
 from loradeck.dataset.reader import DatasetReader, ParsedRow
-from loradeck.dataset.record import PreferencePair, Record, Span, TokenIds
+from loradeck.dataset.record import LabelledText, PreferencePair, Record, Span, TaggedWords, TokenIds
 from loradeck.dataset.source import Position, find
 
 
@@ -65,6 +65,8 @@ class SplitReport(msgspec.Struct, rename={"supervised": "learned"}):
     """Records that are also in the training split."""
     prompts: list[Duplicate] = []
     """Records whose prompt is also in the training split, with another answer."""
+    labels: dict[str, int] = {}
+    """How often each label occurs, for a classifier."""
 
 
 class Report(msgspec.Struct, rename={"unused": "passed_over"}):
@@ -92,19 +94,20 @@ def check_dataset(
     max_length: int,
     config: DataConfig | None = None,
     *,
+    task: str = "generate",
     on_read: Callable[[Position], None] | None = None,
 ) -> Report:
     """Read a dataset as training would, past its invalid records. Without a tokenizer, count characters.
 
-    `on_read` is called after each record.
+    `task` is the base's. `on_read` is called after each record.
 
     Raises:
         DataError: it cannot be found.
-        ConfigError: max_length is below 2.
+        ConfigError: max_length is below 2, or there are no records for such a task.
     """
     config = config or DataConfig()
     files = find(source, config.encoding)
-    reader = DatasetReader(files, tokenizer, max_length, config)
+    reader = DatasetReader(files, tokenizer, max_length, config, task)
     report = Report(str(source), splits={split: SplitReport() for split in files.rows})
     seen: dict[str, dict[bytes, str]] = {split: {} for split in files.rows}
     train_prompts: dict[bytes, str] = {}
@@ -138,6 +141,8 @@ def check_dataset(
     report.form = ", ".join(forms) or "none"
     for split_name, count in reader.skipped.items():
         report.splits[split_name].skipped = count
+    for split_name, counts in reader.counts.items():
+        report.splits[split_name].labels = {name: counts[name] for name in reader.labels.names if counts[name]}
     report.unused, report.remarks = reader.unused.list(), reader.remarks.list()
     report.problems = reader.problems.list()
     return report
@@ -157,7 +162,7 @@ def _sizes(row: ParsedRow) -> list[tuple[int, int]]:
 
 
 def _first(row: ParsedRow, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Span]]:
-    if tokenizer is None:
+    if tokenizer is None or isinstance(row.record, LabelledText | TaggedWords):
         return _sides(row.record)
     return [each.spans(tokenizer) for example in row.examples[:1] for each in example.sequences]
 

@@ -70,20 +70,32 @@ def guess(keys: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def unknown_form(what: str, keys: Mapping[str, Any], columns: Mapping[str, str]) -> DataError:
-    """Return the error of a record of none of the forms, with the setting that may help."""
+def unknown_form(
+    what: str, keys: Mapping[str, Any], columns: Mapping[str, str], needed: Sequence[str] = ()
+) -> DataError:
+    """Return the error of a record of none of the forms, with the setting that may help.
+
+    It names the columns that are `needed`; without any it guesses.
+    """
     names = [key for key, value in keys.items() if value is not None]
     shown = ", ".join(f"{name!r:.24}" for name in names[:SHOWN]) + ", …" * (len(names) > SHOWN)
     if absent := [theirs for theirs in columns.values() if theirs not in names]:
         return DataError(f"$: has no {absent[0]!r:.24}, which columns names; the keys are {shown or 'none'}")
-    return with_suggestion(DataError(f"{what}, but the keys are {shown or 'none'}"), names)
+    error = DataError(f"{what}, but the keys are {shown or 'none'}")
+    if needed:
+        return naming(error, {ours: ours if ours in names else "COLUMN" for ours in needed})
+    return with_suggestion(error, names)
 
 
 def with_suggestion(
     error: DataError, names: Sequence[str], needed: Sequence[str] = ("prompt", "completion")
 ) -> DataError:
-    """Return an error about missing columns with the setting that names them, in the words of Python and of the CLI."""
-    mapping = guess(names) or dict.fromkeys(needed, "COLUMN")
+    """Return an error about missing columns with the setting that names them, as far as they can be guessed."""
+    return naming(error, guess(names) or dict.fromkeys(needed, "COLUMN"))
+
+
+def naming(error: DataError, mapping: Mapping[str, str]) -> DataError:
+    """Return an error with the setting that names columns, in the words of Python and of the CLI."""
     cli = f"{as_flag(mapping)}, or in a run file columns = {_quoted(as_text(mapping))}"
     return DataError(error.message, hint="Name the columns:", python=as_python(mapping), cli=cli)
 

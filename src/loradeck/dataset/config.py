@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loradeck.dataset.record import FORMS
+from loradeck.dataset.label import FORMS
 from loradeck.errors import ConfigError
 
-KEYS = sorted({key for form, _ in FORMS for key in form.__struct_encode_fields__})
+KEYS = sorted({key for forms in FORMS.values() for form, _ in forms.table for key in form.__struct_encode_fields__})
 EXAMPLE = {
     "python": 'Give columns={"prompt": "question", "completion": "answer"}.',
     "cli": "Give --columns prompt=question,completion=answer, or a table columns in a run file.",

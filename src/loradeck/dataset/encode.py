@@ -13,10 +13,12 @@ from loradeck.dataset.record import (
     UNSUPERVISED,
     Completion,
     Conversation,
+    LabelledText,
     PlainText,
     PreferencePair,
     Record,
     Span,
+    TaggedWords,
     TokenIds,
 )
 from loradeck.dataset.template import fold_system, marks, sequences
@@ -62,6 +64,8 @@ class Encoder:
                 return [(record.tokens, record.labels)]
             case PreferencePair():
                 raise DataError("$: a preference pair makes two sequences")
+            case LabelledText() | TaggedWords():
+                raise DataError("$: has labels, which a language model does not learn")
 
     def _conversation(self, conversation: Conversation) -> list[Encoded]:
         template, control = marks(self.tokenizer), control_pattern(self.tokenizer)

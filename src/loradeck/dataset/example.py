@@ -28,7 +28,10 @@ class TooLongError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence to train on. `labels[t]` is `tokens[t]` where it is trained on, UNSUPERVISED elsewhere."""
+    """One sequence to train on. `labels[t]` is `tokens[t]` where it is trained on, UNSUPERVISED elsewhere.
+
+    Those of a LabelledExample one, for a classifier, are other numbers: see there.
+    """
 
     tokens: list[int]
     labels: list[int]

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.config import DataConfig
 from loradeck.dataset.control import control_tokens, likely_tokens
 from loradeck.dataset.example import Example, Preference, TooLongError, examples, stop_tokens
 from loradeck.dataset.finding import Finding, Findings
-from loradeck.dataset.record import PAIRS, Record, parse
+from loradeck.dataset.label import Labels, fitting_task, forms_of
+from loradeck.dataset.labelled_example import encode_labelled, encode_pair
+from loradeck.dataset.record import PAIRS, LabelledText, PlainText, PreferencePair, Record, TaggedWords, parse
 from loradeck.dataset.source import Row, Source, Split
 from loradeck.errors import ConfigError, DataError
 
@@ -37,6 +40,14 @@ class DatasetReader:
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
     config: DataConfig = field(default_factory=DataConfig)
+    task: str = "generate"
+    """What the records are for, as in Base.load."""
+    labels: Labels = field(default_factory=Labels)
+    """For a classifier: complete once the training split is read."""
+    label_numbers: list[int] = field(default_factory=list)
+    """The number of each label, by that of the examples that `rows` yields."""
+    counts: dict[Split, Counter[str]] = field(default_factory=dict)
+    """How often each split has each label."""
     problems: Findings = field(default_factory=Findings)
     unused: Findings = field(default_factory=lambda: Findings(by_cause=False))
     """The keys that are passed over."""
@@ -53,7 +64,8 @@ class DatasetReader:
             raise ConfigError(
                 f"max_length must be at least 2, not {self.max_length}", hint="The first token is never predicted."
             )
-        if self.tokenizer is not None:
+        forms_of(self.task)
+        if self.tokenizer is not None and self.task == "generate":
             self.stop_tokens = stop_tokens(self.tokenizer)
 
     def rows(self) -> Iterator[ParsedRow]:
@@ -73,9 +85,11 @@ class DatasetReader:
                     self.problems.add(Finding(f"{split}: is empty"))
                 elif not valid and self.skipped[split]:
                     self.problems.add(Finding(f"{split}: nothing is left within {self.max_length} tokens; raise it"))
+                if split == "train" and self.counts:
+                    self._close_labels()
             except DataError as error:  # about the file as a whole
                 self.problems.add(Finding.of(error))
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self.task == "generate":
             marks = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_tokens))
             for form in (form for form, learns in self.learns_to_stop.items() if not learns):
                 what = (
@@ -93,12 +107,12 @@ class DatasetReader:
         """Return a row's record and examples; None if it is left out as too long."""
         if isinstance(row.content, DataError):
             raise row.content
-        record, forms = parse(row.content, self.config.source_columns), self.learns_to_stop
+        record, forms = self._record(row.content), self.learns_to_stop
         if forms and (record.form == PAIRS) != (PAIRS in forms):
             raise DataError(f"$: {record.form} cannot be mixed with {', '.join(forms)}; make two datasets")
         for key in record.unused:
             self.unused.add(Finding(key if key.strip() and key.isprintable() else repr(key)), row.location)
-        tokenized, remarks = self._tokenized(record)
+        tokenized, remarks = self._tokenized(split, record)
         for remark in sorted(remarks):
             self.remarks.add(Finding(remark), row.location)
         if tokenized is None:
@@ -107,16 +121,59 @@ class DatasetReader:
         forms[record.form] = forms.get(record.form, split != "train") or any(map(self._stops, tokenized))
         return ParsedRow(split, row.location, record, tokenized)
 
-    def _tokenized(self, record: Record) -> tuple[Examples | None, set[str]]:
-        """Return a record's examples, None if it is to be left out, and the remarks on it."""
-        tokens = likely_tokens(record)
-        if self.tokenizer is None:
-            return [], {f"holds {token}, which looks like a control token" for token in tokens}
-        others = [token for token in tokens if token not in control_tokens(self.tokenizer)]
-        remarks = {f"holds {token}, which looks like another base's control token" for token in others}
-        fold, skip = self.config.fold_system, self.config.skip_long
+    def _record(self, content: bytes) -> Record:
+        """Return a row's record.
+
+        Raises:
+            DataError: it has none of the forms. If it has one of another task, the hint says so.
+        """
         try:
-            tokenized = examples(record, self.tokenizer, self.max_length, fold_system=fold, remarks=remarks)
+            return parse(content, self.config.source_columns, forms_of(self.task))
+        except DataError as error:
+            if "unknown form" not in error.message:
+                raise
+            task = fitting_task(msgspec.json.decode(content.decode("utf-8-sig")))
+            if task is None:
+                raise
+            cli = f"Give --task {task}." if task != "generate" else "Leave out --task."
+            hint = {"hint": "These records are for another task.", "python": f'Give task="{task}".', "cli": cli}
+            raise DataError(error.message, **hint) from error
+
+    def _close_labels(self) -> None:
+        """Number the labels, of which training has no more, and say what is wrong with new ones."""
+        key = "label" if self.task == "classify" else "tags"
+        if not self.labels.closed and (problem := self.labels.problem(self.counts["train"].total(), key)):
+            self.problems.add(Finding.of(problem))
+        self.label_numbers = self.labels.close()
+
+    def _numbers(self, split: Split, record: LabelledText | TaggedWords) -> list[int | None]:
+        """Return the numbers of a record's labels."""
+        names = [record.label] if isinstance(record, LabelledText) else record.tags
+        path = "$.label" if isinstance(record, LabelledText) else "$.tags"
+        numbers = [None if name is None else self.labels.number(name, path) for name in names]
+        self.counts.setdefault(split, Counter()).update(name for name in names if name is not None)
+        return numbers
+
+    def _tokenized(self, split: Split, record: Record) -> tuple[Examples | None, set[str]]:
+        """Return a record's examples, None if it is to be left out, and the remarks on it."""
+        numbers = self._numbers(split, record) if isinstance(record, LabelledText | TaggedWords) else []
+        tokens = likely_tokens(record)
+        remarks: set[str] = set()
+        if isinstance(record, PlainText) and not {"label", "labels"}.isdisjoint(record.unused):
+            remarks.add("has a label, which a language model does not learn; the task classify does")
+        if self.tokenizer is None:
+            return [], remarks | {f"holds {token}, which looks like a control token" for token in tokens}
+        others = [token for token in tokens if token not in control_tokens(self.tokenizer)]
+        remarks |= {f"holds {token}, which looks like another base's control token" for token in others}
+        fold, skip = self.config.fold_system, self.config.skip_long
+        tokenizer, length = self.tokenizer, self.max_length
+        try:
+            if isinstance(record, LabelledText | TaggedWords):
+                tokenized: Examples | None = [encode_labelled(record, numbers, tokenizer, length)]
+            elif isinstance(record, PreferencePair) and self.task == "reward":
+                tokenized = [encode_pair(record, tokenizer, length, fold_system=fold, remarks=remarks)]
+            else:
+                tokenized = examples(record, tokenizer, length, fold_system=fold, remarks=remarks)
         except TooLongError:
             if not skip:
                 raise

@@ -1,10 +1,10 @@
 """One record of a dataset: the forms it can have, and what is wrong with it.
 
-However a file writes it, a record is one of five things: a conversation, a prompt with its completion, a plain text,
-token ids, or a preference pair (two answers to one prompt).
+However a file writes it, a record is one of seven things: a conversation, a prompt with its completion, a plain text,
+token ids, a preference pair (two answers to one prompt), a text with its label, or words with their tags.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, takewhile
 from types import MappingProxyType
@@ -31,7 +31,7 @@ from loradeck.errors import DataError
 
 UNSUPERVISED = -100  # torch.nn.functional.cross_entropy's ignore_index
 PAIRS = "preference pairs"
-LISTS = ("messages", "conversations", "history", "tokens", "input_ids", "labels", "attention_mask")
+LISTS = ("messages", "conversations", "history", "tokens", "input_ids", "labels", "attention_mask", "tags")
 CELL = "A list in a cell must be JSON; save the dataset as JSON lines."
 EXPECTED = "messages, prompt and completion, text, alpaca, sharegpt, tokens and labels, or chosen and rejected"
 
@@ -117,7 +117,36 @@ class PreferencePair:
         return chosen + rejected[shared:]
 
 
-Record: TypeAlias = Conversation | Completion | PlainText | TokenIds | PreferencePair
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text, or a pair of texts, and its label."""
+
+    texts: tuple[str, ...]
+    label: str
+    form: str = field(default="text and label", compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
+
+    def spans(self) -> list[Span]:
+        """Return the texts, and the label, which is learned."""
+        return [*(Span(text, trained=False) for text in self.texts), Span(self.label, trained=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedWords:
+    """Words, each with its tag, or None where there is nothing to learn."""
+
+    words: list[str]
+    tags: list[str | None]
+    form: str = field(default="tokens and tags", compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
+
+    def spans(self) -> list[Span]:
+        """Return the words, and their tags, which are learned."""
+        tags = " ".join("-" if tag is None else tag for tag in self.tags)
+        return [Span(" ".join(self.words), trained=False), Span(tags, trained=True)]
+
+
+Record: TypeAlias = Conversation | Completion | PlainText | TokenIds | PreferencePair | LabelledText | TaggedWords
 
 
 class _RawTurns(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,10 +213,10 @@ class _RawAlpaca(_RawTurns, frozen=True, kw_only=True):
     def to_record(self) -> Record:
         # As LLaMA-Factory: the input follows the instruction on a new line; answers of the history are trained on too.
         question = "\n".join(filter(None, [self.instruction, self.input]))
-        _require_text(instruction=question, output=self.output)
+        require_text(instruction=question, output=self.output)
         messages: list[Message] = []
         for index, (user, assistant) in enumerate(self.history or []):
-            _require_text(**{f"history[{index}][0]": user, f"history[{index}][1]": assistant})
+            require_text(**{f"history[{index}][0]": user, f"history[{index}][1]": assistant})
             messages += [Message("user", user), Message("assistant", assistant)]
         messages += [Message("user", question), Message("assistant", self.output)]
         return replace(self.conversation(messages, "$.history"), form="alpaca")
@@ -199,7 +228,7 @@ class _RawCompletion(_RawTurns, frozen=True, kw_only=True):
 
     def to_record(self) -> Record:
         if isinstance(self.prompt, str) and isinstance(self.completion, str) and not self.has_context:
-            _require_text(prompt=self.prompt, completion=self.completion)
+            require_text(prompt=self.prompt, completion=self.completion)
             return Completion(self.prompt, self.completion)
         prompt = _as_context(_side(self.prompt, "user", "$.prompt"))
         completion = _side(self.completion, "assistant", "$.completion")
@@ -210,7 +239,7 @@ class _RawText(msgspec.Struct, frozen=True):
     text: str
 
     def to_record(self) -> Record:
-        _require_text(text=self.text)
+        require_text(text=self.text)
         return PlainText(self.text)
 
 
@@ -246,7 +275,7 @@ class _RawPreference(_RawTurns, frozen=True, kw_only=True):
         prompt, chosen, rejected = self.prompt, self.chosen, self.rejected
         texts = isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
         if texts and not self.has_context:
-            _require_text(prompt=prompt, chosen=chosen, rejected=rejected)
+            require_text(prompt=prompt, chosen=chosen, rejected=rejected)
             sides = [Completion(prompt, chosen), Completion(prompt, rejected)]
         else:
             key = "prompt" if prompt is not None else "conversations"
@@ -277,7 +306,20 @@ class _RawPreference(_RawTurns, frozen=True, kw_only=True):
         return [_as_context(shared) + side[len(shared) :] for side in sides]
 
 
-# A record has the first form whose keys it has: many datasets of a later form also render each record as text.
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """The forms of a record for one task: it has the first of them whose keys it has."""
+
+    table: tuple[tuple[Any, Collection[str]], ...]
+    expected: str
+    """What a record of none of them should have."""
+    usual: Callable[[Json], Mapping[str, str]] = lambda _: {}
+    """Returns the names that a record uses for our keys, where they are other ones and need not be told."""
+    needed: tuple[str, ...] = ()
+    """The keys that a suggestion of columns names; empty if it is to be guessed."""
+
+
+# Many datasets of a later form also render each record as text.
 FORMS: tuple[tuple[Any, set[str]], ...] = (
     (_RawPreference, {"chosen", "rejected"}),
     (_RawTokens, {"tokens", "labels"}),
@@ -288,9 +330,11 @@ FORMS: tuple[tuple[Any, set[str]], ...] = (
     (_RawAlpaca, {"instruction", "output"}),
     (_RawText, {"text"}),
 )
+GENERATE = Forms(FORMS, EXPECTED)
+REWARD = Forms(FORMS[:1], "chosen and rejected, with a prompt", needed=("prompt", "chosen", "rejected"))
 
 
-def parse(line: bytes, columns: Mapping[str, str] = MappingProxyType({})) -> Record:
+def parse(line: bytes, columns: Mapping[str, str] = MappingProxyType({}), forms: Forms = GENERATE) -> Record:
     """Parse one line of JSON; keys that are null, or not part of the form, are passed over.
 
     `columns` maps our keys to the line's, where they differ.
@@ -303,7 +347,7 @@ def parse(line: bytes, columns: Mapping[str, str] = MappingProxyType({})) -> Rec
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start} is not UTF-8") from error
     try:
-        return _record(msgspec.json.decode(text, type=Json), columns)
+        return _record(msgspec.json.decode(text, type=Json), columns, forms)
     except RecursionError as error:
         raise DataError("is nested too deeply") from error
     except msgspec.DecodeError as error:
@@ -311,14 +355,16 @@ def parse(line: bytes, columns: Mapping[str, str] = MappingProxyType({})) -> Rec
         raise DataError(f"{path.strip('`') or '$'}: {what}") from error
 
 
-def _record(keys: Json, columns: Mapping[str, str]) -> Record:
+def _record(keys: Json, columns: Mapping[str, str], forms: Forms) -> Record:
+    columns = {**forms.usual(rename(keys, columns)), **columns}
     renamed = rename(keys, columns)
     present = {key for key, value in renamed.items() if value is not None}
-    form = next((form for form, required in FORMS if required <= present), None)
+    form = next((form for form, required in forms.table if present.issuperset(required)), None)
     if form is None:
-        raise unknown_form(f"$: unknown form; expected {EXPECTED}", keys, columns)
+        raise unknown_form(f"$: unknown form; expected {forms.expected}", keys, columns, forms.needed)
     try:
-        check_record(renamed, plain=form in (_RawText, _RawTokens))
+        others = {key: value for key, value in renamed.items() if key not in form.__struct_encode_fields__}
+        check_record(others, plain=form in (_RawText, _RawTokens))
         record: Record = convert(_with_lists(renamed, form.__struct_encode_fields__), form, "$").to_record()
     except DataError as error:
         if error.message.startswith("$.prompt: is missing"):
@@ -345,7 +391,7 @@ def _side(content: str | Json | list[Json], role: str, path: str) -> list[Messag
     """Return one side of a record (prompt, completion, chosen, rejected) as messages; a string is one of `role`."""
     name = path.removeprefix("$.")
     if isinstance(content, str):
-        _require_text(**{name: content})
+        require_text(**{name: content})
         return [Message(role, content)]
     return [to_message(content, path, name)] if isinstance(content, dict) else to_messages(content, path)
 
@@ -355,7 +401,8 @@ def _as_context(messages: Sequence[Message]) -> list[Message]:
     return [replace(message, weight=0) if message.trained else message for message in messages]
 
 
-def _require_text(**texts: str) -> None:
+def require_text(**texts: str) -> None:
+    """Raise a DataError if one of the texts, by their keys, is empty."""
     for key, text in texts.items():
         if not text.strip():
             raise DataError(f"$.{key}: is empty")

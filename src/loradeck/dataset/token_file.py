@@ -1,8 +1,9 @@
 """Examples on disk, so that a dataset needs the same memory whatever its size.
 
 One file holds the tokens of one sequence after the other as int32; a token that is not trained on is stored as its
-complement, ~token, which is negative. Another holds an ENTRY for each sequence. Both are temporary files without a
-name: they vanish with the last reference, or with the process.
+complement, ~token, which is negative. A sequence with labels is its tokens, its labels, and where its second segment
+begins. Another file holds an ENTRY for each sequence. Both are temporary files without a name: they vanish with the
+last reference, or with the process.
 """
 
 import hashlib
@@ -21,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
+from loradeck.dataset.labelled_example import LabelledExample
 from loradeck.errors import DataError
 
 ENTRY = np.dtype(
     [
-        ("offset", "<u8"),  # in tokens
+        ("offset", "<u8"),  # in numbers of the other file
         ("hash", "<u8"),  # of the example; both sequences of a preference pair have the same
         ("length", "<u4"),
         ("supervised", "<u4"),
@@ -77,6 +79,9 @@ class TokenFile:
         self._count = 0
         self._sides = 1
         """Sequences of an example."""
+        self._labelled = False
+        self.label_numbers: Sequence[int] = ()
+        """What a label that was written is read as, if the labels are numbered anew."""
 
     def __len__(self) -> int:
         return self._count
@@ -88,7 +93,7 @@ class TokenFile:
             DataError: the disk is full.
         """
         sides = example.sequences
-        self._sides = len(sides)
+        self._sides, self._labelled = len(sides), isinstance(sides[0], LabelledExample)
         encoded = [_encode(side) for side in sides]
         hash_ = hashlib.blake2b(digest_size=8)
         for tokens in encoded:
@@ -96,7 +101,7 @@ class TokenFile:
         number = int.from_bytes(hash_.digest(), "little")
         try:
             for side, tokens in zip(sides, encoded, strict=True):
-                entry = (self._position, number, len(tokens), side.supervised, side.truncated)
+                entry = (self._position, number, len(side.tokens), side.supervised, side.truncated)
                 self._entries.write(np.array(entry, ENTRY).tobytes())
                 self._tokens.write(tokens.tobytes())
                 self._position += len(tokens)
@@ -123,14 +128,20 @@ class TokenFile:
         return sides[0] if self._sides == 1 else Preference(*sides)
 
     def _sequence(self, entry: np.void) -> Example:
-        size = np.dtype(np.int32).itemsize
-        content = os.pread(self._tokens.fileno(), int(entry["length"]) * size, int(entry["offset"]) * size)
+        size, length, truncated = np.dtype(np.int32).itemsize, int(entry["length"]), bool(entry["truncated"])
+        count = 2 * length + 1 if self._labelled else length
+        content = os.pread(self._tokens.fileno(), count * size, int(entry["offset"]) * size)
         stored = np.frombuffer(content, np.int32)
+        if self._labelled:
+            labels: list[int] = stored[length:-1].tolist()
+            if self.label_numbers:
+                labels = [label if label == UNSUPERVISED else self.label_numbers[label] for label in labels]
+            return LabelledExample(stored[:length].tolist(), labels, truncated, second=int(stored[-1]))
         supervised = stored >= 0
         return Example(
             np.where(supervised, stored, ~stored).tolist(),
             np.where(supervised, stored, UNSUPERVISED).tolist(),
-            truncated=bool(entry["truncated"]),
+            truncated,
         )
 
     def entries(self, start: int, stop: int) -> NDArray[np.void]:
@@ -204,5 +215,7 @@ def _full(error: OSError) -> DataError:
 
 
 def _encode(example: Example) -> NDArray[np.int32]:
+    if isinstance(example, LabelledExample):
+        return np.array([*example.tokens, *example.labels, example.second], np.int32)
     tokens = np.array(example.tokens, np.int32)
     return np.where(np.array(example.labels) == UNSUPERVISED, ~tokens, tokens)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.example import Example, Preference
 from loradeck.evaluation.config import EvalConfig
+from loradeck.evaluation.labels import LabelReport, label_reports, macro_f1, micro_f1
 from loradeck.evaluation.question import Question
 
 
@@ -19,17 +20,24 @@ class AdapterReport:
 
     adapter: str
     loss: float
-    """Nats per trained token; for preference pairs DPO's loss per pair, -log σ(margin)."""
-    perplexity: float | None
-    """exp(loss); None for preference pairs."""
-    exact_match: float | None
+    """Nats per trained token, or per label; for preference pairs the loss per pair, -log σ(margin)."""
+    perplexity: float | None = None
+    """exp(loss); None for preference pairs and labels."""
+    exact_match: float | None = None
     """Share of answers that equal the dataset's."""
-    pattern_rate: float | None
+    pattern_rate: float | None = None
     """Share of answers in which the pattern is found."""
-    accuracy: float | None
-    """Share of preference pairs with a margin above 0; None for the base, which is the reference."""
-    margin: float | None
-    """Mean of β · ((log p(chosen) - log p_base(chosen)) - (log p(rejected) - log p_base(rejected)))."""
+    accuracy: float | None = None
+    """Share of labels that are right, or of preference pairs with a margin above 0; None for DPO's reference."""
+    margin: float | None = None
+    """Mean of β · ((log p(chosen) - log p_base(chosen)) - (log p(rejected) - log p_base(rejected))); of a reward model,
+    of r(chosen) - r(rejected)."""
+    f1: float | None = None
+    """Of a classifier: the mean of its labels' F1 (macro)."""
+    micro_f1: float | None = None
+    """F1 over all tags but O, if there is O; else it is the accuracy."""
+    labels: list[LabelReport] | None = None
+    """Of a classifier: each label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class Report:
 
     examples: int
     tokens: int
-    """Trained tokens that the loss is about."""
+    """Trained tokens, or labels, that the loss is about."""
     answers: int
     """Questions that each adapter answered."""
     adapters: list[AdapterReport]
@@ -101,6 +109,52 @@ def report(
         for index, question in enumerate(questions[: config.samples])
     ]
     return Report(len(examples), tokens, len(questions), adapters, samples)
+
+
+def labels_report(
+    examples: Sequence[Example],
+    losses: Mapping[str, float],
+    references: Sequence[str],
+    predictions: Mapping[str, Sequence[str]],
+) -> Report:
+    """Return the report on classifiers.
+
+    Args:
+        examples: All examples.
+        losses: The sum of -log p over all labels, by adapter.
+        references: The dataset's labels, one after the other.
+        predictions: The most likely labels, by adapter.
+    """
+    adapters = []
+    for name, answers in predictions.items():
+        labels = label_reports(references, answers)
+        adapters.append(
+            AdapterReport(
+                adapter=name,
+                loss=losses[name] / len(references),
+                accuracy=sum(label.correct for label in labels) / len(references),
+                f1=macro_f1(labels),
+                micro_f1=micro_f1(labels),
+                labels=labels,
+            )
+        )
+    return Report(len(examples), len(references), 0, adapters, [])
+
+
+def rewards_report(examples: Sequence[Preference], rewards: Mapping[str, Sequence[float]]) -> Report:
+    """Return the report on reward models from the rewards of the chosen and the rejected answer of each pair."""
+    adapters = []
+    for name, values in rewards.items():
+        margins = [chosen - rejected for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
+        adapters.append(
+            AdapterReport(
+                adapter=name,
+                loss=fmean(map(_dpo_loss, margins)),
+                accuracy=fmean(margin > 0 for margin in margins),
+                margin=fmean(margins),
+            )
+        )
+    return Report(len(examples), sum(example.supervised for example in examples), 0, adapters, [])
 
 
 def _margins(losses: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:

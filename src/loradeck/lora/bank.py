@@ -117,8 +117,8 @@ class Bank:
         """Add a new trainable adapter for a config, or an existing Adapter.
 
         A new adapter does not change the output until it is trained, but for a head of modules_to_save with another
-        number of outputs, `num_labels`, than the base's, or that the base lacks. `generator` draws its initial values
-        and its dropout; torch's global one by default.
+        number of outputs, `num_labels`, than the base's, or that the base lacks. If modules_to_save is empty, these two
+        make it the model's head. `generator` draws its initial values and its dropout; torch's global one by default.
 
         Raises:
             TargetError: the config's targets match no module, or one that takes no adapter.
@@ -133,6 +133,7 @@ class Bank:
                 compatibility.check_saved(self.model, saved, "This adapter")
             else:
                 self._check_unmerged()
+                adapter = init.with_head(self.model, adapter, num_labels)
                 kinds = targets.resolve(self.model, adapter)
                 adapter = init.adapter(self.model, adapter, kinds, generator, num_labels=num_labels)
             self._take(name, adapter, kinds)

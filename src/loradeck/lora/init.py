@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
@@ -13,9 +14,27 @@ from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import TargetModule
 from loradeck.lora.peft import Origin
 from loradeck.lora.saved_modules import initial
-from loradeck.lora.targets import suffixes
+from loradeck.lora.targets import suffixes, task_heads
 from loradeck.lora.whole_model import module_names, paths_in_files
 from loradeck.ops.layer_kinds import LayerKind
+
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
+"""PEFT's name of a task, by the end of the name of the class that computes it."""
+
+
+def with_head(model: nn.Module, config: LoraConfig, num_labels: int | None) -> LoraConfig:
+    """Return a config that saves the model's head, if it names none and the adapter needs one of its own.
+
+    That is so if the base lacks weights, or the number of labels is given.
+    """
+    if config.modules_to_save or not (num_labels or vars(model).get("missing_weights")):
+        return config
+    return replace(config, modules_to_save=task_heads(model))
 
 
 def adapter(
@@ -115,7 +134,8 @@ def stamp(model: nn.Module, adapter: Adapter) -> None:
     names = (getattr(model, attribute, None) for attribute in ("base_name", "name_or_path"))
     name = next((name for name in names if isinstance(name, str) and name), None)
     # PEFT selects its wrapper class by the task type.
-    task = "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else adapter.origin.task_type
+    kind = type(model).__name__
+    task = next((task for end, task in TASK_TYPES.items() if kind.endswith(end)), adapter.origin.task_type)
     adapter.origin = Origin(name, adapter.origin.revision, task, adapter.origin.metadata)
     record = {"loradeck": version("loradeck"), "torch": str(torch.__version__)}
     base = {"base_fingerprint": "fingerprint", "base_quantisation": "base_quantisation"}

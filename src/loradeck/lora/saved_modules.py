@@ -59,7 +59,8 @@ def initial(
         new = name in missing
         if outputs is not None and path == last and shape[0] != outputs:
             value, new = value.new_zeros(outputs, *shape[1:]), True
-        value = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        value = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if new and value.dim() > 1:
             value.normal_(std=std, generator=generator)
         parameters[name] = value

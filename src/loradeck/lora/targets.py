@@ -165,6 +165,23 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def task_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules that a classifier has besides its body, and that an adapter is to bring.
+
+    They are those whose weights the base lacks, else the last one.
+    """
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    lacking = sorted(vars(model).get("missing_weights", ()))
+    if lacking:
+        return tuple(dict.fromkeys(".".join(name.split(".")[: 2 if name.startswith(body) else 1]) for name in lacking))
+    heads = [
+        name
+        for name, module in model.named_children()
+        if f"{name}." != body and next(module.parameters(), None) is not None
+    ]
+    return tuple(heads[-1:])
+
+
 def _is_head(path: str, module: nn.Module, head: nn.Module | None) -> bool:
     return module is head or path.rpartition(".")[2] in HEADS
 

@@ -26,20 +26,21 @@ class Step(Event, frozen=True):
     took: float
     """Seconds that its pass took, without what happens between passes, such as evaluations."""
     loss: float
-    """Mean over the step's supervised tokens, in nats (DPO: over its pairs), before the update."""
+    """Mean over the step's supervised tokens or labels, in nats (over its preference pairs), before the update."""
     learning_rate: float
     grad_norm: float
     """2-norm of the gradient, before clipping."""
     tokens: int
     """Tokens this job has read since the run began, without padding."""
     supervised: int
-    """Tokens that this step was trained on (DPO: pairs)."""
+    """Tokens that this step was trained on; labels of a classifier, preference pairs."""
     memory: int
     """Resident set of the process, in bytes."""
     accuracy: float | None = None
-    """DPO: share of the step's pairs with a margin above 0."""
+    """Share of the step's labels that are the most likely ones, or of its preference pairs with a margin above 0."""
     margin: float | None = None
-    """DPO: mean margin, by how much more than at the start the chosen answer is preferred: see train.objective."""
+    """Preference pairs: mean margin, by how much the chosen answer is preferred (DPO: more than at the start): see
+    train.objective."""
 
 
 class Evaluation(Event, frozen=True):
@@ -48,7 +49,7 @@ class Evaluation(Event, frozen=True):
     loss: float
     """As in Step."""
     tokens: int
-    """Number of supervised tokens (DPO: pairs) that the loss is averaged over."""
+    """Number of supervised tokens, labels or preference pairs that the loss is averaged over."""
     best: bool
     """Whether the loss is the lowest so far."""
     accuracy: float | None = None

@@ -23,7 +23,7 @@ from loradeck.lora.adapter import Adapter
 from loradeck.train.batching import BatchSampler
 from loradeck.train.config import TrainConfig
 from loradeck.train.events import End, EndReason, Evaluation, Step
-from loradeck.train.objective import DPO, SFT, Objective, Unit
+from loradeck.train.objective import Outcome, Unit, objective_of
 from loradeck.train.schedule import Schedule
 
 BETAS = (0.9, 0.95)  # Tinker's AdamW: the second moment forgets in 20 steps, and many LoRA runs have only 50
@@ -43,9 +43,9 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """Of each step."""
     accuracy: float | None = None
-    """DPO: of the last step."""
+    """Of labels or preference pairs, in the last step."""
     margin: float | None = None
-    """DPO: of the last step."""
+    """Of preference pairs, in the last step."""
     validation: dict[int, float] = field(default_factory=dict)
     """Validation losses by step."""
     best_loss: float | None = None
@@ -61,17 +61,23 @@ class Sums:
     """What is added up over the units of a step or an evaluation."""
 
     loss: float = 0.0
-    margin: float = 0.0
-    """DPO's."""
-    correct: int = 0
-    """Pairs with a margin above 0."""
+    margin: float | None = None
+    """Of preference pairs."""
+    correct: int | None = None
+    """Labels that are the most likely ones, or pairs with a margin above 0."""
 
-    def add(self, losses: Tensor, margins: Tensor | None) -> None:
-        """Add the losses and margins of some units."""
-        self.loss += float(losses.detach().sum())
-        if margins is not None:
-            self.margin += float(margins.detach().sum())
-            self.correct += int((margins > 0).sum())
+    def add(self, outcome: Outcome) -> None:
+        """Add what an objective gave for some units."""
+        self.loss += float(outcome.losses.detach().sum())
+        if outcome.margins is not None:
+            self.margin = (self.margin or 0.0) + float(outcome.margins.detach().sum())
+        if outcome.correct is not None:
+            self.correct = (self.correct or 0) + int(outcome.correct.sum())
+
+    def quality(self, count: int) -> dict[str, float]:
+        """Return the accuracy and the mean margin over `count`, as far as the objective has them."""
+        sums = {"accuracy": self.correct, "margin": self.margin}
+        return {name: value / count for name, value in sums.items() if value is not None}
 
 
 class Job:
@@ -85,13 +91,13 @@ class Job:
         config: TrainConfig,
         model: PretrainedConfig,
         *,
+        task: str = "generate",
         valid: Sequence[Example] | Sequence[Preference] = (),
     ) -> None:
         self.name, self.adapter, self.config = name, adapter, config
         self.train, self.valid = train, valid
-        preferences = isinstance(train[0], Preference)
-        self.objective: Objective = DPO(config.dpo_beta, config.dpo_sft_weight) if preferences else SFT()
-        self.schedule = Schedule.of(config, len(train), model, preferences=preferences)
+        self.objective = objective_of(task, config, preferences=isinstance(train[0], Preference))
+        self.schedule = Schedule.of(config, len(train), model, preferences=self.objective.needs_reference)
         self.eval_every = config.eval_every or math.ceil(self.schedule.steps / EVALUATIONS)
         self.optimizer = _optimizer(adapter, config)
         self.reference: str | None = None
@@ -133,9 +139,9 @@ class Job:
             text = f"{self.config.seed} {self.progress.step} {index}"
             self.adapter.dropout.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
-    def add_losses(self, losses: Tensor, margins: Tensor | None) -> None:
+    def add_losses(self, outcome: Outcome) -> None:
         """Add the losses of some units of the current step."""
-        self._sums.add(losses, margins)
+        self._sums.add(outcome)
 
     def update(self, units: Sequence[Unit], pass_start: float, clock: Callable[[], float]) -> Step:
         """Take an optimizer step with the accumulated gradients. `clock` gives the run's seconds, as `pass_start`.
@@ -164,8 +170,8 @@ class Job:
         progress.step += 1
         progress.tokens += sum(len(example.tokens) for unit in units for example in unit)
         progress.losses.append(loss)
-        preference = self._preference(sums, count)
-        progress.accuracy, progress.margin = preference.get("accuracy"), preference.get("margin")
+        quality = sums.quality(count)
+        progress.accuracy, progress.margin = quality.get("accuracy"), quality.get("margin")
         seconds = clock()
         return Step(
             job=self.name,
@@ -179,7 +185,7 @@ class Job:
             tokens=progress.tokens,
             supervised=count,
             memory=_resident_bytes(),
-            **preference,
+            **quality,
         )
 
     @property
@@ -213,13 +219,7 @@ class Job:
             loss=mean,
             tokens=count,
             best=best,
-            **self._preference(sums, count),
-        )
-
-    def _preference(self, sums: "Sums", count: int) -> dict[str, float]:
-        """Return DPO's accuracy and mean margin, nothing for SFT."""
-        return (
-            {"accuracy": sums.correct / count, "margin": sums.margin / count} if self.objective.needs_reference else {}
+            **sums.quality(count),
         )
 
     def end_reason(self) -> tuple[EndReason, str] | None:
@@ -253,10 +253,11 @@ class Job:
 
 
 def _optimizer(adapter: Adapter, config: TrainConfig) -> AdamW:
-    """Return AdamW over A and over B, whose learning rates may differ (LoRA+)."""
+    """Return AdamW over A and over B, whose learning rates may differ (LoRA+); modules that are saved have A's."""
     pairs = [adapter.pair(path) for path in adapter.sites]
+    heads = [parameter for path in adapter.saved for parameter in adapter.saved_module(path).values()]
     groups = [
-        {"params": [a for a, _ in pairs], "ratio": 1.0},
+        {"params": [*(a for a, _ in pairs), *heads], "ratio": 1.0},
         {"params": [b for _, b in pairs], "ratio": config.loraplus_lr_ratio},
     ]
     fused = next(adapter.parameters()).device.type in FUSED

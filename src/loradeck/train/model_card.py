@@ -25,20 +25,23 @@ def training_section(
     evaluations: Sequence[Evaluation],
     end: End,
     parent: str | None = None,
+    task: str = "generate",
+    labels: Sequence[str] = (),
 ) -> str:
     """Return the card's section on training: data, recipe, how it went, versions, use, limits.
 
     `base` is the base's name for transformers, `source` its name for Base.load. `data` describes the dataset in rows
     (its name, form, counts, hash); without a licence the card says that it is unknown. `steps` and `evaluations` are
     the job's, in order, as `read_history` returns them. `parent` is the adapter that it went on
-    from. All text is escaped: none of it can become markup.
+    from; `task` is what the base was loaded for, and `labels` are those of a classifier. All text is escaped: none of
+    it can become markup.
     """
     parts = {
         "Data": _table({**data, "licence": data.get("licence", "unknown: see the dataset's own terms")}),
         "Recipe": _table(_recipe(lora, recipe, steps, parent)) + "\n\nAll other settings are loradeck's defaults.",
         "How it went": _table(_outcome(steps, evaluations, end)),
         "Versions": _table({package: version(package) for package in PACKAGES}),
-        "Use": _use(base, source),
+        "Use": _use(base, source) if task == "generate" else _use_head(base, source, task, len(labels) or 1),
         "Limits": _limits(evaluations),
     }
     return "\n\n".join(["## Training", *(f"### {head}\n\n{part}" for head, part in parts.items())]) + "\n"
@@ -85,9 +88,8 @@ def _outcome(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End)
         }
     evaluation = next((each for each in reversed(evaluations) if each.step == end.kept), None)
     if evaluation:
-        accuracy = ""
-        if evaluation.accuracy is not None and evaluation.margin is not None:
-            accuracy = f", accuracy {evaluation.accuracy:.1%}, margin {evaluation.margin:.2f}"
+        accuracy = "" if evaluation.accuracy is None else f", accuracy {evaluation.accuracy:.1%}"
+        accuracy += "" if evaluation.margin is None else f", margin {evaluation.margin:.2f}"
         count = f"{evaluation.tokens:,} {_counted(evaluation)}"
         rows["validation loss"] = f"{evaluation.loss:.4f} at the kept step, over {count}{accuracy}"
     else:
@@ -96,7 +98,7 @@ def _outcome(steps: Sequence[Step], evaluations: Sequence[Evaluation], end: End)
 
 
 def _counted(event: Step | Evaluation) -> str:
-    return "tokens" if event.accuracy is None else "pairs"
+    return "pairs" if event.margin is not None else "tokens" if event.accuracy is None else "labels"
 
 
 def _use(base: str, source: str) -> str:
@@ -118,6 +120,30 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({name}), FOLDER)
+```"""
+
+
+def _use_head(base: str, source: str, task: str, outputs: int) -> str:
+    name, loader_name = ascii(base), ascii(source)  # so that a stranger's text cannot leave its line
+    kind = "TokenClassification" if task == "tokens" else "SequenceClassification"
+    return f"""With loradeck, where FOLDER is the folder of this card:
+
+```python
+from loradeck import Bank, Base
+
+base = Base.load({loader_name}, task={task!r})
+bank = Bank(base.model)
+with bank.route(bank.load(FOLDER)):
+    logits = base.model(**base.tokenizer("Hello!", return_tensors="pt")).logits
+```
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelFor{kind} as Model
+
+model = PeftModel.from_pretrained(Model.from_pretrained({name}, num_labels={outputs}), FOLDER)
 ```"""
 
 

@@ -12,6 +12,7 @@ import tomli_w
 
 from loradeck.base import SMOLLM2
 from loradeck.dataset.config import DataConfig
+from loradeck.dataset.label import forms_of
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.names import check_name
@@ -69,12 +70,15 @@ class RunRecipe:
     dtype: str = "auto"
     weights: str = "packed"
     """Format of the base's weights; see `loradeck.base.weights`."""
+    task: str = "generate"
+    """What the base is loaded for: generate, classify, tokens or reward."""
     shared: PassConfig = field(default_factory=PassConfig)
     jobs: tuple[JobRecipe, ...]
     sweep: bool = False
     """Whether the jobs are trials, stopped by successive halving."""
 
     def __post_init__(self) -> None:
+        forms_of(self.task)
         names = [job.name for job in self.jobs]
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if not names or duplicates:
@@ -90,6 +94,7 @@ class RunRecipe:
                 "base": self.base,
                 "dtype": self.dtype,
                 "weights": self.weights,
+                "task": self.task,
                 "sweep": self.sweep or None,
                 **asdict(self.shared),
             }
@@ -135,7 +140,8 @@ def read_recipe(path: Path | str) -> RunRecipe:
     recipes = [_job({**defaults, **job}, f"adapter[{index}]", path.parent, problems) for index, job in enumerate(jobs)]
     base, sweep = content.pop("base", None), content.pop("sweep", False)
     dtype, weights = content.pop("dtype", RunRecipe.dtype), content.pop("weights", RunRecipe.weights)
-    texts = {"base": base, "dtype": dtype, "weights": weights}
+    task = content.pop("task", RunRecipe.task)
+    texts = {"base": base, "dtype": dtype, "weights": weights, "task": task}
     problems += [f"{key}: must be a string" for key, value in texts.items() if not isinstance(value, str)]
     problems += [] if isinstance(sweep, bool) else ["sweep: must be true or false"]
     shared = _convert(content, PassConfig, "", problems)
@@ -146,6 +152,7 @@ def read_recipe(path: Path | str) -> RunRecipe:
                 base=resolve_base(base, path.parent),
                 dtype=dtype,
                 weights=weights,
+                task=task,
                 shared=shared,
                 jobs=tuple(job for job in recipes if job),
                 sweep=sweep,

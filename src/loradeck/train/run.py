@@ -93,8 +93,10 @@ class Run:
         )
 
         @cache
-        def read(source: str, max_length: int, config: DataConfig) -> Dataset:
-            return read_dataset(source, base.tokenizer, max_length, config, on_read=on_read)
+        def read(source: str, max_length: int, config: DataConfig, labels: tuple[str, ...] = ()) -> Dataset:
+            return read_dataset(
+                source, base.tokenizer, max_length, config, task=base.task, labels=labels, on_read=on_read
+            )
 
         self.data: dict[str, JobData] = {}
         self.parents: dict[str, str] = {}
@@ -103,12 +105,16 @@ class Run:
         jobs = []
         for job_recipe in recipe.jobs:
             name, config = job_recipe.name, job_recipe.train
-            data = self.data[name] = _load(job_recipe, read)
+            labels = read_parent(job_recipe).origin.labels if job_recipe.from_ else ()
+            data = self.data[name] = _load(job_recipe, read, labels)
             if job_recipe.from_ is None:
                 generator = torch.Generator().manual_seed(config.seed)
-                self.bank.add(name, job_recipe.adapter_config(layers), generator=generator)
+                outputs = {"generate": None, "reward": 1}.get(base.task, len(data.dataset.labels))
+                self.bank.add(name, job_recipe.adapter_config(layers), num_labels=outputs, generator=generator)
             else:
                 job_recipe = replace(job_recipe, lora=self._load_parent(job_recipe))
+            if data.dataset.labels:
+                self.bank[name].describe(labels=msgspec.json.encode(data.dataset.labels).decode())
             job = self.trainer.add(name, data.train, config, valid=data.valid)
             resolved = replace(config, learning_rate=job.schedule.peak, eval_every=job.eval_every)
             jobs.append(replace(job_recipe, train=resolved))
@@ -222,6 +228,8 @@ class Run:
             parent=parent and Path(parent).name,
             lora=job.adapter.config,
             recipe=job.config,
+            task=self.base.task,
+            labels=data.dataset.labels,
             steps=history.steps,
             evaluations=history.evaluations,
             end=end,
@@ -295,18 +303,19 @@ def _results(job: Job, history: JobHistory) -> dict[str, str]:
         "margin": judged and judged.margin,
     }
     return {
-        "objective": "dpo" if job.objective.needs_reference else "sft",
+        "objective": job.objective.name,
         "steps": f"{kept}",
         "tokens": f"{progress.tokens}",
         **{name: f"{number:.4f}" for name, number in numbers.items() if number is not None},
     }
 
 
-def _load(job: JobRecipe, read: Callable[[str, int, DataConfig], Dataset]) -> JobData:
-    dataset = read(job.data, job.train.max_length, job.reading)
+def _load(job: JobRecipe, read: Callable[..., Dataset], labels: tuple[str, ...]) -> JobData:
+    """Read a job's data; `labels` are those of the adapter that it goes on from."""
+    dataset = read(job.data, job.train.max_length, job.reading, labels)
     train, valid = dataset.train, dataset.valid
     if job.valid is not None:
-        other = read(job.valid, job.train.max_length, job.reading)
+        other = read(job.valid, job.train.max_length, job.reading, dataset.labels)
         valid = other.valid or other.train
     elif not valid and job.train.valid_ratio:
         train, valid = held_out(train, job.train.valid_ratio, job.train.seed)

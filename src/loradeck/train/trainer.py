@@ -23,10 +23,10 @@ from loradeck.errors import ConfigError, DataError, TrainingError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.train.batching import split_units
+from loradeck.train.classifier import check_kind, losses_of
 from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.events import AnyEvent, End, EndReason, Listener
 from loradeck.train.job import Job, Sums
-from loradeck.train.loss import Losses
 from loradeck.train.mode import evaluation, training
 from loradeck.train.objective import Unit
 
@@ -80,7 +80,7 @@ class Trainer:
         """Seconds that the run took before it was resumed."""
         self._emit: Listener = on_event or (lambda _: None)
         self._on_evaluated = on_evaluated or (lambda _: None)
-        self._losses = Losses(base.model)
+        self._losses = losses_of(base)
         self._started = time.perf_counter()
 
     @property
@@ -108,7 +108,8 @@ class Trainer:
 
         Raises:
             DataError: there are no examples.
-            ConfigError: an example is longer than the base's context, or the adapter already has a job.
+            ConfigError: an example is longer than the base's context, or for another task than the base's, or the
+                adapter already has a job.
             UnknownAdapterError: there is no such adapter.
             AdapterError: the adapter is frozen.
         """
@@ -116,8 +117,10 @@ class Trainer:
             raise DataError("there are no examples to train on", hint="Give at least one.")
         if name in self.jobs:
             raise ConfigError(f"{name!r} already has a job", hint="One job trains one adapter.")
+        for examples in filter(None, (train, valid)):
+            check_kind(examples[0], self.base.task)
         self.bank.parameters(name)
-        job = Job(name, self.bank[name], train, config, self.base.model.config, valid=valid)
+        job = Job(name, self.bank[name], train, config, self.base.model.config, task=self.base.task, valid=valid)
         longest = max(Sizes.of(examples).longest for examples in (train, valid) if examples)
         if self.base.context is not None and longest > self.base.context:
             raise ConfigError(
@@ -195,9 +198,9 @@ class Trainer:
             total = torch.zeros((), device=self.base.model.device)
             for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                 job = micro_batch.job
-                unit_losses, margins = job.objective.losses(micro_batch.units, job_losses, reference)
-                job.add_losses(unit_losses, margins)
-                total = total + unit_losses.sum() / counts[job]
+                outcome = job.objective.outcome(micro_batch.units, job_losses, reference)
+                job.add_losses(outcome)
+                total = total + outcome.losses.sum() / counts[job]
             total.backward()
 
     @torch.no_grad()
@@ -210,7 +213,7 @@ class Trainer:
                 with self._example_losses(batch) as losses:
                     for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                         job = micro_batch.job
-                        sums[job].add(*job.objective.losses(micro_batch.units, job_losses, reference))
+                        sums[job].add(job.objective.outcome(micro_batch.units, job_losses, reference))
                         counts[job] += job.objective.count(micro_batch.units)
         for job in jobs:
             self._emit_or_end(job, partial(job.record_evaluation, sums[job], counts[job], self.seconds))
@@ -279,8 +282,8 @@ class Trainer:
 
 
 def _is_new(adapter: Adapter) -> bool:
-    """Whether an adapter does not change the base's output: A or B of every pair is zero."""
-    return not any(bool(a.any()) and bool(b.any()) for a, b in map(adapter.pair, adapter.sites))
+    """Whether an adapter does not change the base's output: A or B of every pair is zero, and it replaces no module."""
+    return not adapter.saved and not any(bool(a.any()) and bool(b.any()) for a, b in map(adapter.pair, adapter.sites))
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +291,7 @@ class TrainResult:
     """The outcome of training one adapter."""
 
     losses: list[float]
-    """Of each step: nats per supervised token, or DPO's loss per pair."""
+    """Of each step: nats per supervised token or label, or the loss per preference pair."""
     tokens: int
     """Tokens read, without padding."""
     seconds: float

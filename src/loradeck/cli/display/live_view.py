@@ -16,6 +16,7 @@ from rich.text import Text
 
 from loradeck.cli.display.plan import Plan
 from loradeck.cli.display.progress_state import Job, ProgressState
+from loradeck.cli.display.text import label_counts
 from loradeck.train.events import AnyEvent, End, Evaluation, Listener, Sample, Step
 
 LINES = 10  # steps of a job that are printed if there is no terminal
@@ -108,8 +109,9 @@ class _Jobs:
             "tokens/s": [_speed(job) for job in jobs],
             "left": [_state(job) for job in jobs],
         }
-        if not any(job.step and job.step.accuracy is not None for job in jobs):
-            del self.columns["accuracy"], self.columns["margin"]
+        for name in ("accuracy", "margin"):
+            if not any(job.step and getattr(job.step, name) is not None for job in jobs):
+                del self.columns[name]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = {
@@ -168,13 +170,13 @@ def _line(job: Job, event: AnyEvent) -> str:
     if isinstance(event, Step):
         if event.step not in (1, event.steps) and event.step % math.ceil(event.steps / LINES):
             return ""
-        parts = [f"step {_steps(job)}", f"loss {_loss(event)}", *_preference(event)]
+        parts = [f"step {_steps(job)}", f"loss {_loss(event)}", *_quality(event)]
         parts += [f"{job.tokens_per_second:,.0f} tokens/s"] if job.tokens_per_second is not None else []
         parts += [f"{_time(job.left)} left"] if job.left is not None else []
         return " · ".join(parts)
     if isinstance(event, Evaluation):
         parts = [f"step {event.step}", f"validation loss {_loss(event)}{', best so far' if event.best else ''}"]
-        return " · ".join([*parts, *_preference(event)])
+        return " · ".join([*parts, *_quality(event)])
     if isinstance(event, End):
         detail = f" · {_excerpt(event.detail)}" if event.detail else ""
         return f"{event.reason} after step {event.step} · kept step {event.kept}{detail}"
@@ -206,8 +208,9 @@ def _margin(event: Step | Evaluation | None) -> str:
     return "" if event is None or event.margin is None else f"{event.margin:.1f}"
 
 
-def _preference(event: Step | Evaluation) -> list[str]:
-    return [f"accuracy {_accuracy(event)}, margin {_margin(event)}"] if event.accuracy is not None else []
+def _quality(event: Step | Evaluation) -> list[str]:
+    values = {"accuracy": _accuracy(event), "margin": _margin(event)}
+    return [", ".join(f"{name} {value}" for name, value in values.items() if value)] if any(values.values()) else []
 
 
 def _speed(job: Job) -> str:
@@ -244,7 +247,9 @@ def plan_table(plan: Plan) -> RenderableType:
         "examples": f"{plan.examples:,} ({plan.form}), at most {plan.longest:,} tokens, {plan.truncated:,} "
         f"truncated; {plan.valid:,} for validation",
         **({"data": "\n".join(map(_excerpt, plan.notes))} if plan.notes else {}),
-        "tokens": f"{plan.tokens:,} per epoch, of which {plan.supervised:,} are learned",
+        "tokens": f"{plan.tokens:,} per epoch, "
+        + (f"with {plan.supervised:,} labels" if plan.labels else f"of which {plan.supervised:,} are learned"),
+        **({"labels": label_counts(plan.labels)} if plan.labels else {}),
         "steps": f"{plan.schedule.steps:,} of {plan.batch_size:,} examples",
         "learning rate": f"{plan.schedule.peak:.2g}, {plan.schedule.decay} after "
         f"{plan.schedule.warmup:,} step{'s' * (plan.schedule.warmup != 1)} of warm-up ({plan.schedule.reason})",

@@ -1,7 +1,8 @@
 """The plan of a job, which `--dry-run` prints: its sizes, settings and first example."""
 
 import re
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 
 from torch import nn
 
@@ -58,6 +59,8 @@ class Plan:
     """What all-linear cannot adapt, with its share of the base."""
     notes: tuple[str, ...] = ()
     """What of the dataset is passed over, left out, or read otherwise than written."""
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """How often the dataset's training split has each label of a classifier."""
 
     @property
     def ratio(self) -> float:
@@ -80,6 +83,7 @@ def plan(run: Run, name: str) -> Plan:
         left_out=_left_out(run.base.model, base_bytes) if lora.target_modules == "all-linear" else "",
         form=split.dataset.form,
         notes=split.dataset.notes,
+        labels=split.dataset.label_counts.get("train", {}),
         examples=len(split.train),
         valid=len(split.valid),
         truncated=sizes.truncated,

@@ -6,11 +6,12 @@ No rich here: the output of verbs that list things must come at once, and be eas
 import os
 import re
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import compress, zip_longest
 
 # Control characters but tab and line feed: names, configurations and answers are untrusted, and terminals obey them.
 GAP = "  "  # between columns
+LABELS, LABEL = 20, 40  # labels that are shown, and characters of each
 LEAST = 10  # columns of a text that is broken into lines
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -124,3 +125,11 @@ def print_json(value: object) -> None:
     if not text.isascii() and not (sys.stdout.encoding or "").lower().startswith("utf"):
         text = json.dumps(json.loads(text), indent=2)  # with escapes for what the terminal has no letters for
     sys.stdout.write(f"{text}\n")
+
+
+def label_counts(counts: Mapping[str, int]) -> str:
+    """Return labels with their numbers and shares, the most frequent first: pos 60 (75.0%), neg 20 (25.0%)."""
+    total = sum(counts.values())
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    shown = [f"{printable(name)[:LABEL]} {count:,} ({count / total:.1%})" for name, count in ordered[:LABELS]]
+    return ", ".join(shown) + (f", and {len(counts) - LABELS:,} more" if len(counts) > LABELS else "")
