@@ -1,0 +1,105 @@
+"""Rows of many clients at once on one base that classifies, rewards or embeds, each through its own adapters."""
+
+import time
+import uuid
+from collections.abc import Sequence
+
+from loradeck.base.load import Base
+from loradeck.base.task import POOLING, check_task
+from loradeck.base.weights import shared_copy
+from loradeck.blend import format_blend
+from loradeck.errors import ConfigError
+from loradeck.lora.bank import Bank
+from loradeck.lora.routing import RouteEntry
+from loradeck.runner.pooling_runner import PoolingRow, PoolingRunner
+from loradeck.runner.request import Request
+from loradeck.sampling import SamplingParams
+from loradeck.serve.config import EngineConfig
+from loradeck.serve.pooling_loop import PoolingLoop
+from loradeck.serve.pooling_result import PoolingResult
+from loradeck.serve.request_engine import RequestEngine, token_ids
+from loradeck.serve.stats import Observer
+from loradeck.store import AdapterStore
+from loradeck.stored import Stored
+
+NOTHING_TO_GENERATE = SamplingParams(max_tokens=0)
+
+
+class PoolingEngine(RequestEngine[PoolingResult]):
+    """Batches of rows on one base and any adapters of a store.
+
+    The base is not changed: the engine works on a copy that shares its weights. Of the configuration, what concerns
+    the KV cache, drafts and the compiled step has no effect; a row is never cut, so one that is longer than
+    `max_step_tokens` is a batch of its own.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        store: AdapterStore | None = None,
+        config: EngineConfig | None = None,
+        *,
+        observer: Observer | None = None,
+    ) -> None:
+        """Start to serve a base.
+
+        Raises:
+            ConfigError: the base was loaded to generate.
+            LoradeckError: the base's model already has a bank.
+        """
+        check_task(base.task, POOLING)
+        config = config or EngineConfig()
+        bank = Bank(shared_copy(base.model))
+        vocabulary: int = base.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+        super().__init__(base, store, config, bank, vocabulary=vocabulary)
+        self._start(PoolingLoop(PoolingRunner(base, bank), config, self.adapter_cache, observer))
+
+    def submit(
+        self,
+        rows: Sequence[PoolingRow | Sequence[int]],
+        entry: RouteEntry = None,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+    ) -> list[PoolingResult]:
+        """Submit rows, all through the same adapters of the store. Any thread may; reads the disk.
+
+        `entry` is None for the base, a name or name@version, or {name: weight}. `adapter` is its name in metrics. The
+        tokens of an adapter are shared fairly between its `tenant`s.
+
+        Raises:
+            UnknownAdapterError: the store has no such adapter.
+            AdapterError: the adapter cannot be used.
+            ConfigError: a row is empty, too long, not a list of token ids, or has unknown ones.
+            BusyError: too many requests wait, or the engine is shutting down.
+        """
+        checked = [self._checked(row) for row in rows]
+        key, adapters = self.adapter_cache.resolve(entry)
+        versions = format_blend((adapters[sha256].spec, weight) for sha256, weight in key)
+        labels = _labels(adapters[sha256] for sha256, _ in key)
+        answers = []
+        for row in checked:
+            request = Request(
+                row.tokens,
+                NOTHING_TO_GENERATE,
+                key,
+                uuid.uuid4().hex,
+                adapter=adapter,
+                versions=versions,
+                tenant=tenant,
+                arrived=time.monotonic(),
+            )
+            answers.append(PoolingResult(request, row, labels, self._loop.wake))
+        self._add(answers, adapters)
+        return answers
+
+    def _checked(self, row: PoolingRow | Sequence[int]) -> PoolingRow:
+        tokens = token_ids(row.tokens if isinstance(row, PoolingRow) else row)
+        self.check_tokens(tokens)
+        if not tokens:
+            raise ConfigError("the input is empty", hint="Give at least one token.")
+        if self.base.context is not None and len(tokens) > self.base.context:
+            raise ConfigError(
+                f"an input of {len(tokens)} tokens; a row has at most {self.base.context}", hint="Shorten the input."
+            )
+        return PoolingRow(tokens, row.types if isinstance(row, PoolingRow) else ())
