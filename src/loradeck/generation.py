@@ -93,6 +93,7 @@ def _sequences(
     base: Base, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, top_p: float, seed: int | None
 ) -> list[TokenSequence]:
     """Encode the prompts; the longest one bounds the tokens of all answers."""
+    base.check_generates()
     rows = [encode(base.tokenizer, prompt) for prompt in prompts]
     length = answer_length(base, rows, max_new_tokens)
     return [

@@ -45,10 +45,9 @@ def classify(
     texts: Sequence[str | Sequence[int]],
     adapters: "RouteEntry | Sequence[RouteEntry]" = None,
 ) -> list[Tensor]:
-    """Return the probabilities of each text's labels, (labels,), of a base for tokens those of each token, (tokens, labels).
+    """Return the probabilities of each text's labels (labels,) or, of a base for tokens, of each token's (tokens, labels).
 
-    How many labels there are is up to the text's adapter. Arguments and errors are those of `embed`, but for the task:
-    `classify` or `tokens`.
+    How many labels there are is up to the text's adapter. Arguments and errors are those of `embed`, but for the task.
     """
     check_task(base.task, ("classify", "tokens"))
     return [probabilities(logits, base.model.config) for logits in _compute(base, bank, texts, adapters)]

@@ -46,6 +46,8 @@ class Facts:
     base_model: str | None
     base_fingerprint: str | None
     """See `Base.fingerprint`; None if the adapter does not record one."""
+    labels: tuple[str, ...]
+    """The names of a classifier's labels; () if the adapter does not record any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,16 @@ def _facts(path: Path, _: Stamp) -> Facts:
         parameter_bytes=listing.parameter_bytes,
         base_model=listing.origin.base_model,
         base_fingerprint=listing.origin.provenance.get("base_fingerprint"),
+        labels=_labels(listing.origin.provenance.get("labels", "")),
     )
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    """Return the names in a JSON list; () if it is none."""
+    try:
+        return msgspec.json.decode(text, type=tuple[str, ...])
+    except (msgspec.MsgspecError, RecursionError):
+        return ()
 
 
 @lru_cache(CACHED_FOLDERS)

@@ -22,8 +22,11 @@ from transformers import (
     RobertaConfig,
 )
 
-from loradeck import Adapter, Bank, Base, LoraConfig
-from loradeck.errors import AdapterError, RouteError, TargetError
+from loradeck import Adapter, AdapterStore, Bank, Base, LoraConfig, generate
+from loradeck.base.text import encode
+from loradeck.errors import AdapterError, ConfigError, RouteError, TargetError, UnsupportedError
+from loradeck.sampling import SamplingParams
+from loradeck.serve.engine import Engine
 
 SIZES = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -358,3 +361,57 @@ def test_a_language_model_with_a_head_of_its_own(
     torch.testing.assert_close(mixed[1], before[1])
     seen = MASK[::2].bool()
     torch.testing.assert_close(mixed[::2][seen], theirs[::2][seen], rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_takes_the_head_too(classifier: Base, tmp_path: Path) -> None:
+    bank = Bank(classifier.model)
+    for name, labels in (("a", 2), ("five", 5)):
+        adapter = bank.add(name, HEAD, num_labels=labels)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    before = logits(classifier.model)
+    state = {name: value.clone() for name, value in classifier.model.state_dict().items()}
+    for entry in ("five", "a", {"a": 0.5}):
+        with bank.route(entry):
+            routed = logits(classifier.model)
+        bank.merge(entry)
+        if isinstance(entry, str):
+            torch.testing.assert_close(logits(classifier.model), routed, rtol=1e-5, atol=1e-5)
+            classifier.model.save_pretrained(tmp_path / entry)
+            merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / entry).eval()
+            assert torch.equal(logits(merged), logits(classifier.model))
+        bank.unmerge()
+        assert torch.equal(logits(classifier.model), before)
+        assert classifier.model.config.num_labels == 2
+    for name, value in classifier.model.state_dict().items():
+        assert torch.equal(value, state[name])
+    with pytest.raises(UnsupportedError, match="heads with different numbers of labels have no blend"):
+        bank.merge({"five": 0.5})
+    with pytest.raises(UnsupportedError, match="an adapter replaces classifier"):
+        bank.combine({"a": 1.0, "five": 1.0}, name="both")
+
+
+def test_a_classifier_generates_no_text(classifier: Base) -> None:
+    for use in (lambda: Engine(classifier), lambda: generate(classifier, None, ["hi"])):
+        with pytest.raises(ConfigError, match="whole was loaded for the task classify, so it generates no text"):
+            use()
+    with pytest.raises(ConfigError, match="unknown task 'answer'"):
+        Base.load("nowhere", task="answer")  # type: ignore[arg-type]
+
+
+def test_an_engine_serves_a_language_model_with_a_head_of_an_adapter(tiny_folder: Path, tmp_path: Path) -> None:
+    base = Base.load(tiny_folder, dtype="float32", device="cpu", weights="blocks")
+    store = AdapterStore(tmp_path / "store")
+    bank = Bank(base.model)
+    adapter = bank.add("poet", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    expected = generate(base, bank, ["one", "two"], ["poet", None], max_new_tokens=12)
+    store.publish("poet", adapter)
+    bank.detach()
+    with Engine(base, store) as engine:
+        running = [
+            engine.submit(encode(base.tokenizer, prompt), entry, SamplingParams(temperature=0, max_tokens=12))
+            for prompt, entry in (("one", "poet"), ("two", None))
+        ]
+        assert [each.text() for each in running] == expected

@@ -115,6 +115,18 @@ class Base:
             prepare(model, weights)
         return base
 
+    def check_generates(self) -> None:
+        """Check that it was loaded to generate text.
+
+        Raises:
+            ConfigError: it was loaded for another task.
+        """
+        if self.task != "generate":
+            raise ConfigError(
+                f"{self.name} was loaded for the task {self.task}, so it generates no text",
+                python="Base.load(base) loads it to generate.",
+            )
+
     @property
     def context(self) -> int | None:
         """Maximum tokens of a row, prompt and answer together; None for a model without a limit."""

@@ -49,7 +49,9 @@ class Pooling:
 
 
 def pooling_of(model: PreTrainedModel, where: str) -> Pooling:
-    """Return the pooling of a folder or hub id: as its files say, else the mean of encoders, the last token of decoders.
+    """Return the pooling of a folder or hub id, as its files say.
+
+    Without such files it is the mean of an encoder's states, and a decoder's last.
 
     Raises:
         BaseModelError: its files ask for what is not supported here, or cannot be read.

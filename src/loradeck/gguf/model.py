@@ -142,6 +142,10 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
         kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder, files.spellings)
         compatibility.check_base(model.skeleton, files, any_base=False)
         compatibility.warn_of_gaps(files, compatibility.lacking(model.skeleton, files))
+        if files.saved:
+            raise UnsupportedError(
+                f"{folder} replaces {', '.join(files.saved)}: such modules are not exported", hint="Use loradeck merge."
+            )
         weighted.append((Adapter.from_files(files, check_copy=partial(_why_not_a_copy, model)), weight))
     return Merge(weighted, kinds)
 

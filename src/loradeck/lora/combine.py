@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loradeck.errors import AdapterError, ConfigError
+from loradeck.errors import AdapterError, ConfigError, UnsupportedError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.config import MAX_RANK, LoraConfig
 from loradeck.lora.manifest import TargetModule
@@ -107,6 +107,11 @@ def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}, not 0 < density <= 1")
     for adapter, weight in weighted:
+        if adapter.saved:
+            raise UnsupportedError(
+                f"an adapter replaces {', '.join(adapter.saved)}: such modules cannot be combined",
+                hint="Route a blend instead.",
+            )
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= float_info.max:
             raise ConfigError(f"invalid weight {repr(weight)[:40]}", hint="A weight is a finite number.")
         problems = [f"{key} holds NaN or Inf" for key, tensor in adapter.tensors() if not finite(tensor)]

@@ -26,9 +26,10 @@ def merged_weight(weight: Tensor, kind: LayerKind, pairs: Sequence[tuple[Tensor,
 def fold(
     model: nn.Module, kinds: Mapping[str, LayerKind], weighted: Iterable[tuple[Adapter, float]]
 ) -> dict[str, nn.Parameter]:
-    """Replace weights by merged ones and return the base's own parameters by module path.
+    """Replace weights by merged ones and return the base's own parameters by their paths.
 
-    A merged module gets a new parameter; the old one, which may be tied to another module, is not written to.
+    A merged module gets a new parameter; the old one, which may be tied to another module, is not written to. A module
+    that an adapter replaces gets W + Σ weight · (W_a − W), or with one adapter at weight 1 that one's parameters.
 
     Raises:
         UnsupportedError: a weight is not a plain floating-point tensor, or a grouped convolution's.
@@ -59,16 +60,44 @@ def fold(
                 raise AdapterError(
                     f"{path} would hold NaN or Inf after merging", hint="Check the adapter and its weight."
                 )
-            merged[path] = nn.Parameter(total.contiguous(), requires_grad=weight.requires_grad)
-    originals: dict[str, nn.Parameter] = {}
-    for path, parameter in merged.items():
-        module = model.get_submodule(path)
-        originals[path] = module.weight  # type: ignore[assignment]
-        module.weight = parameter
+            merged[f"{path}.weight"] = nn.Parameter(total.contiguous(), requires_grad=weight.requires_grad)
+        for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.saved):
+            merged |= _replaced(model, path, [pair for pair in weighted if path in pair[0].saved], len(weighted))
+    originals = {path: model.get_parameter(path) for path in merged}
+    unfold(model, merged)
     return originals
 
 
 def unfold(model: nn.Module, originals: Mapping[str, nn.Parameter]) -> None:
     """Restore the base's own parameters."""
     for path, parameter in originals.items():
-        model.get_submodule(path).weight = parameter
+        module, _, name = path.rpartition(".")
+        part = model.get_submodule(module)
+        setattr(part, name, parameter)
+        if isinstance(part, nn.Linear) and name == "weight" and part.out_features != len(parameter):
+            part.out_features = len(parameter)
+            config: Any = getattr(model, "config", None)
+            if config is not None:  # a classifier's head is the only layer whose outputs change
+                config.num_labels = len(parameter)
+
+
+def _replaced(
+    model: nn.Module, path: str, weighted: Sequence[tuple[Adapter, float]], adapters: int
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module that some of so many adapters replace."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name in weighted[0][0].saved[path]:
+        base = model.get_parameter(f"{path}.{name}")
+        values = [(adapter.saved_module(path)[name].to(base.device), weight) for adapter, weight in weighted]
+        if len(values) == adapters == 1 and values[0][1] == 1:
+            total = values[0][0].to(base.dtype)
+        elif any(value.shape != base.shape for value, _ in values):
+            raise UnsupportedError(
+                f"cannot merge into {path}: heads with different numbers of labels have no blend",
+                hint="Merge one adapter, at weight 1.",
+            )
+        else:
+            wide = torch.promote_types(base.dtype, torch.float32)
+            total = sum((w * (value.to(wide) - base.to(wide)) for value, w in values), base.to(wide)).to(base.dtype)
+        parameters[f"{path}.{name}"] = nn.Parameter(total.clone(), requires_grad=base.requires_grad)
+    return parameters

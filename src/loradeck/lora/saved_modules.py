@@ -140,7 +140,8 @@ def _linear(tensors: Mapping[str, nn.Parameter | None]) -> nn.Linear:
     weight, bias = tensors["weight"], tensors["bias"]
     assert weight is not None
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight, linear.bias = weight, bias
+    linear.register_parameter("weight", weight)
+    linear.register_parameter("bias", bias)
     return linear
 
 

@@ -24,7 +24,7 @@ from loradeck.serve.generation import Generation
 from loradeck.serve.loop import Loop
 from loradeck.serve.request_engine import RequestEngine, token_ids
 from loradeck.serve.scheduler import Scheduler
-from loradeck.serve.stats import Observer
+from loradeck.serve.stats import GenerationStats, Observer
 from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
 
@@ -39,6 +39,8 @@ class Engine(RequestEngine[Generation]):
     The base is not changed: the engine works on a copy that shares its weights.
     """
 
+    _loop: Loop
+
     def __init__(
         self,
         base: Base,
@@ -52,16 +54,23 @@ class Engine(RequestEngine[Generation]):
 
         Raises:
             BaseModelError: the base's attention cannot be computed row by row.
-            ConfigError: kv_cache_bytes is too small for this base, the draft model has another vocabulary, or the
-                base takes no int8 activations.
+            ConfigError: the base was loaded for another task or takes no int8 activations, kv_cache_bytes is too small
+                for it, or the draft model has another vocabulary.
             LoradeckError: the base's model already has a bank.
         """
+        base.check_generates()
         config = config or EngineConfig()
         self._runner = runner_of(
             shared_copy(base.model), enforce_eager=config.enforce_eager, activations=config.activations
         )
-        runner = self._runner
-        super().__init__(base, store, config, runner.bank, vocabulary=runner.vocabulary, prepare=runner.prepare)
+        super().__init__(
+            base,
+            store,
+            config,
+            self._runner.bank,
+            vocabulary=self._runner.vocabulary,
+            prepare=self._runner.prepare,
+        )
         drafts = self.config.num_speculative_tokens > 0 and self._runner.is_batch_invariant(())
         if self.config.num_speculative_tokens and not drafts:
             log.info("no tokens are drafted: only the compiled step computes the same bits with and without drafts")
@@ -88,6 +97,11 @@ class Engine(RequestEngine[Generation]):
             observer=observer,
         )
         self._start(loop)
+
+    @property
+    def stats(self) -> GenerationStats:
+        """The current load: running and waiting requests, KV cache use."""
+        return self._loop.stats
 
     # ---- requests
 

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 class Loop(RequestLoop[Generation]):
     """Continues the prompts that are added, until it is stopped."""
 
+    stats: GenerationStats
+
     def __init__(
         self,
         runner: Runner,

@@ -20,7 +20,6 @@ from loradeck.serve.pooling_result import PoolingResult
 from loradeck.serve.request_engine import RequestEngine, token_ids
 from loradeck.serve.stats import Observer
 from loradeck.store import AdapterStore
-from loradeck.stored import Stored
 
 NOTHING_TO_GENERATE = SamplingParams(max_tokens=0)
 
@@ -76,7 +75,7 @@ class PoolingEngine(RequestEngine[PoolingResult]):
         checked = [self._checked(row) for row in rows]
         key, adapters = self.adapter_cache.resolve(entry)
         versions = format_blend((adapters[sha256].spec, weight) for sha256, weight in key)
-        labels = _labels(adapters[sha256] for sha256, _ in key)
+        labels = next((facts.labels for sha256, _ in key if (facts := adapters[sha256].facts).labels), ())
         answers = []
         for row in checked:
             request = Request(
