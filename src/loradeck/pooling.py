@@ -45,7 +45,7 @@ def classify(
     texts: Sequence[str | Sequence[int]],
     adapters: "RouteEntry | Sequence[RouteEntry]" = None,
 ) -> list[Tensor]:
-    """Return the probabilities of each text's labels (labels,) or, of a base for tokens, of each token's (tokens, labels).
+    """Return the probabilities of each text's labels (labels,); of a base for tokens, of each token's.
 
     How many labels there are is up to the text's adapter. Arguments and errors are those of `embed`, but for the task.
     """
@@ -72,9 +72,8 @@ def _compute(
 ) -> list[Tensor]:
     if isinstance(texts, str) or not texts:
         raise ConfigError("texts is not a list with at least one text", hint="Give a list: [text].")
-    entries = [*adapters] if isinstance(adapters, Sequence) and not isinstance(adapters, str) else None
-    if entries is None:
-        entries = [adapters] * len(texts)  # type: ignore[list-item]
+    several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    entries: list[RouteEntry] = [*adapters] if several else [adapters] * len(texts)  # type: ignore[list-item, misc]
     if len(entries) != len(texts):
         raise RouteError(
             f"the numbers of adapters and texts differ: {len(entries)} and {len(texts)}",

@@ -161,6 +161,86 @@ class TextCompletion(msgspec.Struct):
     object: Literal["text_completion"] = "text_completion"
 
 
+# ---- classes, vectors, scores
+
+
+class Classification(msgspec.Struct):
+    """An input's probabilities, and the name of the likeliest label."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassificationResponse(msgspec.Struct):
+    """`POST /classify`."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Classification]
+    usage: Usage
+    object: Literal["list"] = "list"
+
+
+class Embedding(msgspec.Struct):
+    """An input's vector: its numbers, or base64 of them as float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingResponse(msgspec.Struct):
+    """`POST /v1/embeddings`."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: Usage
+    object: Literal["list"] = "list"
+
+
+class Pooled(msgspec.Struct):
+    """An input's vector, or what a head says of it or of each of its tokens."""
+
+    index: int
+    data: list[list[float]] | list[float] | str
+    object: Literal["pooling"] = "pooling"
+
+
+class PoolingResponse(msgspec.Struct):
+    """`POST /pooling`."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: Usage
+    object: Literal["list"] = "list"
+
+
+class Score(msgspec.Struct):
+    """What a head says of two texts, or the cosine of their vectors."""
+
+    index: int
+    score: float
+    object: Literal["score"] = "score"
+
+
+class ScoreResponse(msgspec.Struct):
+    """`POST /score`."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+    object: Literal["list"] = "list"
+
+
 # ---- models and adapters
 
 

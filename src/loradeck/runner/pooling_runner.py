@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loradeck.base.load import Base
 from loradeck.errors import LogitsError
@@ -20,7 +21,7 @@ from loradeck.lora.routing import RouteEntry, weights_of
 from loradeck.lora.saved_modules import NO_LABEL
 
 PROBE = (2, 3)  # rows and tokens of a batch whose numbers of rows are recorded; none divides the other
-_shared: "WeakKeyDictionary[nn.Module, frozenset[str]]" = WeakKeyDictionary()
+_shared: "WeakKeyDictionary[PreTrainedModel, frozenset[str]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class PoolingRunner:
     def __init__(self, base: Base, bank: Bank | None) -> None:
         """The bank, if there are adapters, is the base's."""
         self.base, self.bank = base, bank
-        self._model = base.model if bank is None else bank.model
+        self._model = base.model if bank is None else cast("PreTrainedModel", bank.model)
         config = base.model.config.get_text_config()
         self._accepted = signature(type(base.model).forward).parameters
         self._pad: int = config.pad_token_id or 0  # classifiers find a row's last token by it
@@ -122,7 +123,7 @@ def _labels(logits: Tensor) -> Tensor:
     return logits[..., : int(present.nonzero().max()) + 1 if present.any() else 1]
 
 
-def _modules_of_all_rows(model: nn.Module) -> frozenset[str]:
+def _modules_of_all_rows(model: PreTrainedModel) -> frozenset[str]:
     """Return the paths of the modules that get other rows than the batch has, found by computing a small one."""
     if model not in _shared:
         paths: set[str] = set()

@@ -33,13 +33,11 @@ DEFAULT = SamplingParams()
 log = logging.getLogger(__name__)
 
 
-class Engine(RequestEngine[Generation]):
+class Engine(RequestEngine[Generation, GenerationStats]):
     """Continuous batching over one base and any adapters of a store.
 
     The base is not changed: the engine works on a copy that shares its weights.
     """
-
-    _loop: Loop
 
     def __init__(
         self,
@@ -97,11 +95,6 @@ class Engine(RequestEngine[Generation]):
             observer=observer,
         )
         self._start(loop)
-
-    @property
-    def stats(self) -> GenerationStats:
-        """The current load: running and waiting requests, KV cache use."""
-        return self._loop.stats
 
     # ---- requests
 

@@ -20,10 +20,8 @@ from loradeck.serve.stats import GenerationStats, Observer
 log = logging.getLogger(__name__)
 
 
-class Loop(RequestLoop[Generation]):
+class Loop(RequestLoop[Generation, GenerationStats]):
     """Continues the prompts that are added, until it is stopped."""
-
-    stats: GenerationStats
 
     def __init__(
         self,

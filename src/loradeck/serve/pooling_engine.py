@@ -18,13 +18,13 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.pooling_loop import PoolingLoop
 from loradeck.serve.pooling_result import PoolingResult
 from loradeck.serve.request_engine import RequestEngine, token_ids
-from loradeck.serve.stats import Observer
+from loradeck.serve.stats import Observer, Stats
 from loradeck.store import AdapterStore
 
 NOTHING_TO_GENERATE = SamplingParams(max_tokens=0)
 
 
-class PoolingEngine(RequestEngine[PoolingResult]):
+class PoolingEngine(RequestEngine[PoolingResult, Stats]):
     """Batches of rows on one base and any adapters of a store.
 
     The base is not changed: the engine works on a copy that shares its weights. Of the configuration, what concerns

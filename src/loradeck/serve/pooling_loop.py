@@ -39,7 +39,7 @@ class PaddedRows:
         self._lengths.pop(request, None)
 
 
-class PoolingLoop(RequestLoop[PoolingResult]):
+class PoolingLoop(RequestLoop[PoolingResult, Stats]):
     """Computes the rows that are added, until it is stopped."""
 
     def __init__(

@@ -22,9 +22,7 @@ class PoolingResult:
         finish: why it ended; None before that.
     """
 
-    def __init__(
-        self, request: Request, row: PoolingRow, labels: tuple[str, ...], wake: Callable[[], None]
-    ) -> None:
+    def __init__(self, request: Request, row: PoolingRow, labels: tuple[str, ...], wake: Callable[[], None]) -> None:
         """`wake` tells the engine that the request was cancelled."""
         self.request, self.row, self.labels = request, row, labels
         self.finish: Finish | None = None

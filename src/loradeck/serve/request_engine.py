@@ -14,16 +14,15 @@ from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request_loop import A, RequestLoop
-from loradeck.serve.stats import Stats
+from loradeck.serve.request_loop import A, RequestLoop, S
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
 
 
-class RequestEngine(Generic[A]):
+class RequestEngine(Generic[A, S]):
     """Any thread submits requests and reads their answers; one thread computes."""
 
-    _loop: RequestLoop[A]
+    _loop: RequestLoop[A, S]
 
     def __init__(
         self,
@@ -48,14 +47,14 @@ class RequestEngine(Generic[A]):
         self._lock = Lock()
         self._draining = False
 
-    def _start(self, loop: RequestLoop[A]) -> None:
+    def _start(self, loop: RequestLoop[A, S]) -> None:
         """Compute from now on."""
         self._loop = loop
         openmp.release()  # the calling thread's: from now on the engine's thread computes
         loop.start()
 
     @property
-    def stats(self) -> Stats:
+    def stats(self) -> S:
         """The current load: running and waiting requests."""
         return self._loop.stats
 

@@ -34,14 +34,13 @@ class Answer(Protocol):
 
 
 A = TypeVar("A", bound=Answer)
+S = TypeVar("S", bound=Stats)
 
 
-class RequestLoop(Generic[A]):
+class RequestLoop(Generic[A, S]):
     """Computes the requests that are added, until it is stopped. What a step is, its kinds say."""
 
-    def __init__(
-        self, scheduler: Scheduler, adapter_cache: AdapterCache, stats: Stats, observer: Observer | None
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, adapter_cache: AdapterCache, stats: S, observer: Observer | None) -> None:
         self._scheduler, self._adapter_cache = scheduler, adapter_cache
         self.stats = stats
         self._observer = observer
