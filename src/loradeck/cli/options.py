@@ -34,6 +34,13 @@ Weights: TypeAlias = Annotated[
         "compiled step; int8, half the memory of bfloat16, and int4, a third of it: faster for few rows, at an error."
     ),
 ]
+Task: TypeAlias = Annotated[
+    Literal["generate", "classify", "tokens", "reward", "embed"],
+    Parameter(
+        help="What the base is loaded for: to generate text; to classify texts or their tokens; to reward them by one "
+        "number; or to embed them as vectors."
+    ),
+]
 Activations: TypeAlias = Annotated[
     config.Activations,
     Parameter(
