@@ -225,7 +225,7 @@ def _score(state: ServerState, logits: Tensor, use_activation: bool | None) -> f
 
 def _label_names(state: ServerState, result: "PoolingResult", count: int) -> Sequence[str]:
     """Return the names of a result's labels: the adapter's, else the base's, else numbers."""
-    names: dict[int, str] = state.engine.base.model.config.id2label or {}
+    names: Any = state.engine.base.model.config.id2label or {}
     for labels in (result.labels, [name for _, name in sorted(names.items())]):
         if len(labels) == count:
             return labels

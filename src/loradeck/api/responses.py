@@ -207,7 +207,7 @@ class Pooled(msgspec.Struct):
     """An input's vector, or what a head says of it or of each of its tokens."""
 
     index: int
-    data: list[list[float]] | list[float] | str
+    data: list[float | list[float]] | str
     object: Literal["pooling"] = "pooling"
 
 

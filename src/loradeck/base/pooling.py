@@ -83,7 +83,7 @@ def _mode(where: str, file: str, settings: Any) -> str:
     named = settings.get("pooling_mode")
     modes = [named] if named is not None else [mode for key, mode in KEYS.items() if settings.get(key)]
     if len(modes) != 1 or modes[0] not in MODES:
-        raise _unsupported(where, f"the pooling {' and '.join(map(str, modes)) or 'of no mode'!r:.60} in {file}")
+        raise _unsupported(where, f"the pooling {' and '.join(map(str, modes)) or 'of no mode':.60} in {file}")
     return str(modes[0])
 
 
