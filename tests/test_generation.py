@@ -2,10 +2,15 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
 import torch
+from tests.own_tokenizers import PLAIN, SHOUTING, with_other_ids
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -23,8 +28,9 @@ from transformers import (
 from loradeck import Bank, LoraConfig
 from loradeck.base.load import Base
 from loradeck.base.text import decode, encode, pad_left
-from loradeck.errors import ConfigError, RequestError, RouteError, UnknownAdapterError
+from loradeck.errors import AdapterError, ConfigError, RequestError, RouteError, UnknownAdapterError
 from loradeck.generation import generate, stream
+from loradeck.lora.routing import weights_of
 
 pytestmark = pytest.mark.slow
 
@@ -302,6 +308,55 @@ def test_refuses_a_prompt_longer_than_the_context(base: Base) -> None:
         generate(base, None, ["a", "x" * 300])
     with pytest.raises(ConfigError, match="leaves no room"):
         stream(base, None, "x" * 300)
+
+
+# ---- an adapter's own tokenizer
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED])
+def test_rows_of_a_batch_have_their_adapters_tokenizers(
+    base: Base, bank: Bank, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Each answer is that of a base with that tokenizer; adapters of this process have the base's."""
+    loud = with_other_ids(base.tokenizer, eos_token="<|endoftext|>", chat_template=SHOUTING)
+    loud.save_pretrained(bank.save("a", tmp_path / "loud"))
+    (bank.save("b", tmp_path / "plain") / "chat_template.jinja").write_text(PLAIN)
+    bank.load(tmp_path / "loud")
+    bank.load(tmp_path / "plain", trainable=True)
+    plain = copy(base.tokenizer)
+    plain.chat_template = PLAIN
+    question = [{"role": "user", "content": "hé"}]
+    entries = [None, "loud", "plain", "a", {"loud": 0.5, "plain": 0.5}]
+    own = [base.tokenizer, loud, plain, base.tokenizer, base.tokenizer]
+    answers = generate(base, bank, [question] * 5, entries, max_new_tokens=12, **options)
+    for index, (entry, tokenizer) in enumerate(zip(entries, own, strict=True)):
+        alone = replace(base, tokenizer=tokenizer)
+        names = {"loud": "a", "plain": "b"}  # the same tensors, without files
+        weights = {names.get(name, name): weight for name, weight in weights_of(entry)}
+        how = {**options, "seed": options["seed"] + index} if options else {}
+        expected = generate(alone, bank, [question], weights or None, max_new_tokens=12, **how)
+        assert answers[index : index + 1] == expected
+        assert "".join(stream(base, bank, question, entry, max_new_tokens=12, **how)) == answers[index]
+    assert answers[1] != answers[3]
+    assert answers[2] != generate(base, bank, [question], "b", max_new_tokens=12)[0]
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_anything_is_computed(
+    base: Base, bank: Bank, tmp_path: Path
+) -> None:
+    (bank.save("a", tmp_path / "poet") / "tokenizer.json").write_text("{")
+    bank.load(tmp_path / "poet")
+    for call in (lambda: generate(base, bank, ["x", "x"], [None, "poet"]), lambda: stream(base, bank, "x", "poet")):
+        with pytest.raises(AdapterError, match=r"poet/tokenizer.json is not a JSON object"):
+            call()
+    assert generate(base, bank, ["x"], max_new_tokens=2)
+
+
+def test_an_adapter_with_none_needs_its_folder_no_more(base: Base, bank: Bank, tmp_path: Path) -> None:
+    folder = bank.save("a", tmp_path / "poet")
+    bank.load(folder)
+    rmtree(folder)
+    assert generate(base, bank, ["x"], "poet", max_new_tokens=4) == generate(base, bank, ["x"], "a", max_new_tokens=4)
 
 
 # ---- the real base

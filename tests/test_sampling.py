@@ -21,7 +21,7 @@ from transformers import (
 
 from loradeck.errors import ConfigError, RequestError
 from loradeck.native import sampling as native
-from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
+from loradeck.sampling import Adjustment, SamplingParams, Token, TokenSequence, next_tokens
 
 V = 3000
 
@@ -35,13 +35,13 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         pytest.skip("the C code is not usable on this machine")
 
 
-def sequence(prompt: list[int] | None = None, **sampling: Any) -> TokenSequence:
-    return TokenSequence(prompt or [5, 6, 7], SamplingParams(**sampling))
+def sequence(prompt: list[int] | None = None, stops: Iterable[int] = (), **sampling: Any) -> TokenSequence:
+    return TokenSequence(prompt or [5, 6, 7], SamplingParams(**sampling), stop_ids=frozenset(stops))
 
 
-def sample(logits: torch.Tensor, *sequences: TokenSequence, stops: Iterable[int] = ()) -> list[Token]:
+def sample(logits: torch.Tensor, *sequences: TokenSequence) -> list[Token]:
     """The next token of each, from the same logits (V,)."""
-    tokens = Sampler(frozenset(stops)).sample(logits.expand(len(sequences), -1), sequences)
+    tokens = next_tokens(logits.expand(len(sequences), -1), sequences)
     assert all(isinstance(token, Token) for token in tokens)
     return tokens  # type: ignore[return-value]
 
@@ -91,13 +91,13 @@ def test_penalties_count_what_was_generated(logits: torch.Tensor) -> None:
 
 def test_bias_and_early_stops(logits: torch.Tensor) -> None:
     best, second, third = logits.topk(3).indices.tolist()
-    assert sample(logits, sequence(logit_bias={third: 99.0}), stops=[best]) == [Token(third)]
-    assert sample(logits, sequence(), stops=[best]) == [Token(best, ends=True)]
-    assert sample(logits, sequence(ignore_eos=True), stops=[best]) == [Token(best)]
-    early = sequence(min_tokens=1, stop_token_ids=frozenset({second}))
-    assert sample(logits, early, stops=[best]) == [Token(third)]
+    assert sample(logits, sequence(logit_bias={third: 99.0}, stops=[best])) == [Token(third)]
+    assert sample(logits, sequence(stops=[best])) == [Token(best, ends=True)]
+    assert sample(logits, sequence(ignore_eos=True, stops=[best])) == [Token(best)]
+    early = sequence(min_tokens=1, stop_token_ids=frozenset({second}), stops=[best])
+    assert sample(logits, early) == [Token(third)]
     early.tokens.append(third)
-    assert sample(logits, early, stops=[best]) == [Token(best, ends=True)]
+    assert sample(logits, early) == [Token(best, ends=True)]
 
 
 class ReadCounts(dict):
@@ -185,8 +185,8 @@ def test_bias_and_penalties_are_those_of_the_definition(data: st.DataObject) -> 
         min_tokens=data.draw(st.integers(0, 4)),
         stop_token_ids=data.draw(st.frozensets(token, max_size=3)),
     )
-    own = TokenSequence(prompt, sampling)
-    sampler = Sampler(frozenset({2}))
+    own = TokenSequence(prompt, sampling, stop_ids=frozenset({2}))
+    adjustment = None
     for step in range(6):
         logits = torch.randn(size, generator=torch.Generator().manual_seed(step)) * 3
         expected = logits.double()
@@ -198,7 +198,8 @@ def test_bias_and_penalties_are_those_of_the_definition(data: st.DataObject) -> 
             expected[key] -= sampling.presence_penalty + count * sampling.frequency_penalty
         for key in sampling.stop_token_ids | {2} if step < sampling.min_tokens else ():
             expected[key] = float("-inf")
-        torch.testing.assert_close(sampler._adjust(logits, own).double(), expected, atol=1e-5, rtol=1e-5)
+        adjustment = adjustment or Adjustment(own, logits)
+        torch.testing.assert_close(adjustment.apply(logits, own).double(), expected, atol=1e-5, rtol=1e-5)
         own.tokens += data.draw(st.lists(token, min_size=1, max_size=1))
 
 
@@ -229,7 +230,7 @@ def test_nan_fails_its_own_sequence_alone(logits: torch.Tensor) -> None:
     sequences = [sequence(), sequence(), sequence(temperature=1.0), sequence()]
     rows = [logits, nan, nan, logits]
     for tensors in (rows, torch.stack(rows)):
-        tokens = Sampler(frozenset()).sample(tensors, sequences)
+        tokens = next_tokens(tensors, sequences)
         assert [isinstance(token, RequestError) for token in tokens] == [False, True, True, False]
         assert tokens[0] == tokens[3] == Token(int(logits.argmax()))
 
@@ -253,20 +254,20 @@ def test_an_error_of_all_is_each_ones(logits: torch.Tensor, monkeypatch: pytest.
     """Sampled again one by one, they would draw a second time from their seeds."""
     full = MemoryError("full")
     monkeypatch.setattr(native, "choose", Mock(side_effect=full))
-    assert Sampler(frozenset()).sample(logits.expand(2, -1), [sequence(), sequence(temperature=1.0)]) == [full, full]
+    assert next_tokens(logits.expand(2, -1), [sequence(), sequence(temperature=1.0)]) == [full, full]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"logprobs": 1}])
 def test_one_logit_that_is_nan_or_inf_is_enough(logits: torch.Tensor, value: float, sampling: dict) -> None:
     logits[7] = value
-    assert isinstance(Sampler(frozenset()).sample(logits[None], [sequence(**sampling)])[0], RequestError)
+    assert isinstance(next_tokens(logits[None], [sequence(**sampling)])[0], RequestError)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_no_token_is_chosen_if_all_are_ruled_out(temperature: float) -> None:
     own = sequence(logit_bias=dict.fromkeys(range(4), float("-inf")), temperature=temperature)
-    (error,) = Sampler(frozenset()).sample(torch.zeros(1, 4), [own])
+    (error,) = next_tokens(torch.zeros(1, 4), [own])
     assert "every token is ruled out" in str(error)
 
 
@@ -277,7 +278,7 @@ def test_an_error_is_its_sequences_own_and_the_others_draw_once(logits: torch.Te
     expected = [sample(logits, alone)[0] for _ in range(4)]
     tokens = []
     for _ in range(4):
-        token, error = Sampler(frozenset()).sample(logits.expand(2, -1), [beside, broken])
+        token, error = next_tokens(logits.expand(2, -1), [beside, broken])
         tokens.append(token)
         assert isinstance(error, IndexError)
     assert tokens == expected

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from loradeck import Adapter, Bank, LoraConfig
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, UnknownAdapterError, UnsupportedError
 from loradeck.lora.manifest import is_adapter
-from loradeck.store import AdapterStore
+from loradeck.store import AdapterStore, remove_adapter
 from loradeck.stored import Stored, read_stored
 
 Q = "model.layers.{}.self_attn.q_proj"
@@ -135,7 +135,7 @@ def test_a_store_needs_no_torch(store: AdapterStore) -> None:
     adapter().save(store.folder / "plain")
     code = f"""
 import sys
-from loradeck.store import AdapterStore
+from loradeck.store import AdapterStore, remove_adapter
 store = AdapterStore({str(store.folder)!r})
 assert [each.sha256() for each in store.latest()], store.problems()
 store.remove("poet")
@@ -211,6 +211,31 @@ def test_only_the_adapters_own_files_are_copied(store: AdapterStore, source: Pat
     assert store.publish("poet", str(source)).sha256() == made.sha256()
     (source / "README.md").unlink()
     assert {path.name for path in store.publish("poet", source).path.iterdir()} == own - {"README.md"}
+
+
+def test_a_tokenizer_beside_an_adapter_is_published_and_removed_with_it(store: AdapterStore, source: Path) -> None:
+    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    for name in names:
+        (source / name).write_text("{}")
+    (source / "trainer_state.json").write_text("{}")
+    made = store.publish("poet", source)
+    assert names < {path.name for path in made.path.iterdir()}
+    assert not (made.path / "trainer_state.json").exists()
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    later = store.publish("poet", source)
+    assert (later != made, later.sha256() == made.sha256()) == (True, True)
+    assert not later.equals(made)
+    loaded = Adapter.load(later.path)
+    again = store.publish("poet", loaded)
+    assert all((again.path / name).read_bytes() == (later.path / name).read_bytes() for name in names)
+    store.remove("poet")
+    assert visible(store.folder) == set()
+    saved = Adapter.load(loaded.save(source.parent / "saved"))  # the tensors are not lost with the tokenizer
+    assert (saved.config.r, saved.tokenizer_files.names) == (2, frozenset())
+    (source / "config.json").write_text("{}")  # the folder is a model's too
+    remove_adapter(source)
+    assert names < {path.name for path in source.iterdir()}
+    assert not (source / "adapter_config.json").exists()
 
 
 def test_shards_are_published(store: AdapterStore, source: Path) -> None:
@@ -401,7 +426,7 @@ def test_a_folder_that_is_trained_again_is_noticed(
     store: AdapterStore, settled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if settled:  # as if a second had passed, so headers are cached
-        monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
+        monkeypatch.setattr("loradeck.disk.SETTLED", -(10**9))
     adapter(2).save(store.folder / "poet")
     found = store.find("poet")
     first = found.sha256()
@@ -415,7 +440,7 @@ def test_a_folder_that_is_trained_again_is_noticed(
 
 
 def test_a_change_with_the_old_mtime_is_noticed(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
+    monkeypatch.setattr("loradeck.disk.SETTLED", -(10**9))
     file = adapter().save(store.folder / "poet") / "adapter_model.safetensors"
     found, times = store.find("poet"), file.stat()
     first = found.sha256()
@@ -429,7 +454,7 @@ def test_a_change_with_the_old_mtime_is_noticed(store: AdapterStore, monkeypatch
 def test_headers_are_read_once_while_the_files_stay_the_same(
     store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loradeck.stored.SETTLED", -(10**9))
+    monkeypatch.setattr("loradeck.disk.SETTLED", -(10**9))
     adapter().save(store.folder / "poet")
     first = store.find("poet")
     digest = first.sha256()
@@ -439,7 +464,7 @@ def test_headers_are_read_once_while_the_files_stay_the_same(
 
 
 def test_files_written_just_now_are_not_cached(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loradeck.stored.SETTLED", 10**15)  # just now: in the last eleven days
+    monkeypatch.setattr("loradeck.disk.SETTLED", 10**15)  # just now: in the last eleven days
     adapter().save(store.folder / "poet")
     store.find("poet")
 
@@ -608,7 +633,7 @@ def test_prune(store: AdapterStore, source: Path) -> None:
 RACE = """
 import multiprocessing, os, sys
 from loradeck import Adapter
-from loradeck.store import AdapterStore
+from loradeck.store import AdapterStore, remove_adapter
 folder, rounds, *sources = sys.argv[1:]
 adapters, store = [Adapter.load(source) for source in sources], AdapterStore(folder)
 barrier = multiprocessing.get_context("fork").Barrier(len(adapters), timeout=600)
@@ -727,7 +752,7 @@ def test_a_version_replaced_during_a_query(
 STEPS = """
 import os, signal, sys
 from loradeck import Adapter
-from loradeck.store import AdapterStore
+from loradeck.store import AdapterStore, remove_adapter
 folder, source = sys.argv[1:]
 adapter, store = Adapter.load(source), AdapterStore(folder)
 actions = {

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.models import RandomAdapters
 from benchmarks.peers.workload import LONGEST, ROWS, Folder
 from loradeck import LoraConfig
+from loradeck.gguf.adapter import export
 from loradeck.gguf.architecture import read_architecture
-from loradeck.lora.gguf import export
 
 
 def save_adapters(folder: Folder, model: Any, count: int) -> None:

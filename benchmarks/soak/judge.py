@@ -19,7 +19,7 @@ from loradeck.native.pages import PAGE
 from loradeck.runner.choice import runner_of
 from loradeck.runner.native_runner import NativeRunner
 from loradeck.runner.request import Request, Scheduled
-from loradeck.sampling import Sampler, SamplingParams, TokenSequence
+from loradeck.sampling import SamplingParams, TokenSequence, next_tokens
 
 CONTROLS = 5  # one answer in CONTROLS is judged by a wrong adapter too
 
@@ -62,7 +62,7 @@ class Judge:
         if not isinstance(runner, NativeRunner):
             raise RuntimeError("answers have the same bits alone only where the compiled step computes them")
         self._runner, self._store = runner, store
-        self._sampler = Sampler(stop_ids(base.tokenizer, base.model.generation_config))
+        self._stop_ids = stop_ids(base.tokenizer, base.model.generation_config)
 
     def judge(self, answer: Answer) -> Verdict:
         """Judge an answer by the route that suits it best, of those that its names can have resolved to."""
@@ -78,10 +78,10 @@ class Judge:
     def judge_by(self, answer: Answer, route: Route) -> Verdict:
         """Judge an answer by a route."""
         verdict = Verdict(1, len(answer.tokens), logprobs=len(answer.logprobs))
-        sequence = TokenSequence(answer.request.prompt, answer.request.sampling)
+        sequence = TokenSequence(answer.request.prompt, answer.request.sampling, stop_ids=self._stop_ids)
         ends = []
         for index, logits in enumerate(self._logits(answer, route) if answer.tokens else ()):
-            (token,) = self._sampler.sample([logits], [sequence])
+            (token,) = next_tokens([logits], [sequence])
             if isinstance(token, Exception):
                 raise token
             served, logprob = answer.tokens[index], answer.logprobs[index] if answer.logprobs else None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
+    from loradeck.conversion import convert
     from loradeck.errors import LoradeckError
     from loradeck.evaluation.evaluator import evaluate
     from loradeck.generation import generate
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from loradeck.store import AdapterStore
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "AdapterStore", "Bank", "Base", "LoraConfig", "LoradeckError", "evaluate", "generate"]
+__all__ = ["Adapter", "AdapterStore", "Bank", "Base", "LoraConfig", "LoradeckError", "convert", "evaluate", "generate"]
 
 _MODULES = {
     "Adapter": "loradeck.lora.adapter",
@@ -23,6 +24,7 @@ _MODULES = {
     "Base": "loradeck.base.load",
     "LoraConfig": "loradeck.lora.config",
     "LoradeckError": "loradeck.errors",
+    "convert": "loradeck.conversion",
     "evaluate": "loradeck.evaluation.evaluator",
     "generate": "loradeck.generation",
 }

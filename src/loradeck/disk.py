@@ -1,5 +1,5 @@
-"""Atomic writes: after a kill -9, a file or folder is the old one or the new one. Also the cache folder, and reading
-the start of a file."""
+"""Atomic writes: after a kill -9, a file or folder is the old one or the new one. Also the cache folder, reading the
+start of a file, and stamps of folders."""
 
 import ctypes
 import errno
@@ -8,14 +8,19 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import TypeAlias
 
 UMASK = Lock()
 NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+SETTLED = 1_000_000_000  # ns; files written twice within a tick of the file system's clock look unchanged
+
+Stamp: TypeAlias = tuple[tuple[str, int, int, int, int], ...]  # of each file: name, bytes, mtime_ns, ctime_ns, inode
 
 
 def cache_folder() -> Path:
@@ -43,6 +48,22 @@ def read_start(path: Path, most: int) -> tuple[bytes, os.stat_result]:
     finally:
         os.close(handle)
     return content, status
+
+
+def stamp_of(folder: str | Path, suffixes: tuple[str, ...]) -> Stamp:
+    """Return a value that changes whenever a file in a folder does whose name ends with one of the suffixes.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    with os.scandir(folder) as entries:
+        files = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith(suffixes) and entry.is_file()]
+    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in files))
+
+
+def is_settled(stamp: Stamp) -> bool:
+    """Return whether files with this stamp cannot change any more without another stamp."""
+    return all(time.time_ns() - max(mtime, ctime) > SETTLED for _, _, mtime, ctime, _ in stamp)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from loradeck.base.compat import cache_argument
 from loradeck.base.load import Base
@@ -15,7 +16,7 @@ from loradeck.errors import ConfigError, RouteError
 from loradeck.native.adapter import NativeAdapter
 from loradeck.runner.activations import Activations
 from loradeck.runner.native_batch import NativeBatch, native_model, packed_adapter
-from loradeck.sampling import Sampler, SamplingParams, Token, TokenSequence
+from loradeck.sampling import SamplingParams, Token, TokenSequence, next_tokens
 
 if TYPE_CHECKING:
     from loradeck.lora.bank import Bank
@@ -38,9 +39,10 @@ def generate(
     """Return one completion per prompt, computed as one batch, without the token that ended its turn.
 
     A prompt is a string or a list of messages. `adapters` is one entry for the whole batch (a name, `{name: weight}`,
-    or None for the base alone) or a list with one entry per prompt. A temperature of 0 takes the likeliest token;
-    above it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
+    or None for the base alone) or a list with one entry per prompt. A temperature of 0 takes the likeliest token; above
+    it, `top_p` keeps the smallest set of tokens whose probabilities add up to it, and `seed` makes the choices
     repeatable: the prompt at index i draws with seed + i. An answer ends early at the base's context.
+    A tokenizer or chat template in an adapter's folder encodes its prompts, and decodes and ends its answers.
     `activations` are what quantised weights are multiplied with in the compiled step, as in an engine's settings.
     `on_step` is called after each step with the number of tokens that the longest answer has.
 
@@ -49,20 +51,24 @@ def generate(
             activations for a base that takes none.
         RouteError: adapters that do not fit the prompts, or no bank that holds them.
         UnknownAdapterError: a name that is not resident.
+        AdapterError: an adapter's own tokenizer cannot be used.
         RequestError: the logits are NaN or Inf.
     """
     if isinstance(prompts, str) or not prompts:
         raise ConfigError("prompts is not a list with at least one prompt", hint="Give a list: [prompt].")
-    if isinstance(adapters, Sequence) and not isinstance(adapters, str) and len(adapters) != len(prompts):
+    entries = _entries(adapters, len(prompts))
+    if len(entries) != len(prompts):
         raise RouteError(
-            f"the numbers of adapters and prompts differ: {len(adapters)} and {len(prompts)}",
+            f"the numbers of adapters and prompts differ: {len(entries)} and {len(prompts)}",
             hint="Give one entry per prompt, or one for all.",
         )
-    sequences = _sequences(base, prompts, max_new_tokens, temperature, top_p, seed)
+    tokenizers = tokenizers_of(base, bank, entries)
+    sequences = _sequences(base, tokenizers, prompts, max_new_tokens, temperature, top_p, seed)
     for _ in _steps(base, bank, sequences, adapters, activations):
         if on_step is not None:
             on_step(max(sequence.generated for sequence in sequences))
-    return [decode(base.tokenizer, sequence.tokens[len(sequence.prompt) :]) for sequence in sequences]
+    answers = [sequence.tokens[len(sequence.prompt) :] for sequence in sequences]
+    return [decode(tokenizer, answer) for tokenizer, answer in zip(tokenizers, answers, strict=True)]
 
 
 def stream(
@@ -82,19 +88,47 @@ def stream(
     The model runs in the thread that iterates, one token at a time, and stops when the iteration does. The arguments
     are checked before this returns; they and the errors are those of `generate`.
     """
-    sequences = _sequences(base, [prompt], max_new_tokens, temperature, top_p, seed)
     _route(bank, adapter)  # raises now if the adapter is unknown, not at the first piece
-    text = Detokenizer(base.tokenizer)
+    tokenizers = tokenizers_of(base, bank, [adapter])
+    sequences = _sequences(base, tokenizers, [prompt], max_new_tokens, temperature, top_p, seed)
+    text = Detokenizer(tokenizers[0])
     steps = _steps(base, bank, sequences, adapter, activations)
     return (piece for tokens in steps for token in tokens.values() if (piece := text.push(token.id)))
 
 
+def tokenizers_of(base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry]") -> list[PreTrainedTokenizerBase]:
+    """Return the tokenizer of a row of each entry: of adapters that agree on one of their own, else the base's.
+
+    Raises:
+        RouteError: an invalid entry, or no bank that holds the adapters.
+        UnknownAdapterError: a name that is not resident.
+        AdapterError: an adapter's own tokenizer cannot be used.
+    """
+    from loradeck.lora.routing import weights_of
+
+    tokenizers = []
+    for entry in entries:
+        adapters = [_present(bank)[name] for name, _ in weights_of(entry)]
+        tokenizers.append(base.adapter_tokenizers.of(adapter.tokenizer_files for adapter in adapters))
+    return tokenizers
+
+
+def _entries(adapters: "RouteEntry | Sequence[RouteEntry]", count: int) -> "list[RouteEntry]":
+    return [*adapters] if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters] * count
+
+
 def _sequences(
-    base: Base, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, top_p: float, seed: int | None
+    base: Base,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
 ) -> list[TokenSequence]:
     """Encode the prompts; the longest one bounds the tokens of all answers."""
     base.check_generates()
-    rows = [encode(base.tokenizer, prompt) for prompt in prompts]
+    rows = [encode(tokenizer, prompt) for tokenizer, prompt in zip(tokenizers, prompts, strict=True)]
     length = answer_length(base, rows, max_new_tokens)
     return [
         TokenSequence(
@@ -102,8 +136,9 @@ def _sequences(
             SamplingParams(
                 max_tokens=length, temperature=temperature, top_p=top_p, seed=None if seed is None else seed + i
             ),
+            stop_ids=stop_ids(tokenizer, base.model.generation_config),
         )
-        for i, row in enumerate(rows)
+        for i, (tokenizer, row) in enumerate(zip(tokenizers, rows, strict=True))
     ]
 
 
@@ -119,7 +154,6 @@ def _steps(
 
     The token that ends a turn is neither appended nor yielded.
     """
-    sampler = Sampler(stop_ids(base.tokenizer, base.model.generation_config))
     batch = _native_batch(base, bank, sequences, adapters, activations)
     batch = batch or _Batch(base, [sequence.prompt for sequence in sequences])
     running = len(sequences)
@@ -127,7 +161,7 @@ def _steps(
         with _route(bank, adapters):  # not across a yield: it would be the reader's route too
             rows, logits = batch.forward()
         tokens: dict[int, Token] = {}
-        for i, token in zip(rows, sampler.sample(logits, [sequences[i] for i in rows]), strict=True):
+        for i, token in zip(rows, next_tokens(logits, [sequences[i] for i in rows]), strict=True):
             if isinstance(token, Exception):
                 raise token
             if not token.ends:
@@ -156,8 +190,7 @@ def _native_batch(
     if native is None:
         return None
 
-    several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
-    entries = [*adapters] if several else [adapters] * len(sequences)
+    entries = _entries(adapters, len(sequences))
     packed: dict[str, NativeAdapter] = {}
     with _route(bank, adapters):  # raises if an adapter is unknown
         try:
@@ -221,11 +254,13 @@ class _Batch:
 
 
 def _route(bank: "Bank | None", adapters: "RouteEntry | Sequence[RouteEntry]") -> AbstractContextManager[object]:
-    if bank is not None:
-        return bank.route(adapters)
-    if adapters is not None:
+    return nullcontext() if bank is None and adapters is None else _present(bank).route(adapters)
+
+
+def _present(bank: "Bank | None") -> "Bank":
+    if bank is None:
         raise RouteError("adapters are given, but no bank that holds them", python="Give the bank, or adapters=None.")
-    return nullcontext()
+    return bank
 
 
 def answer_length(base: Base, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:

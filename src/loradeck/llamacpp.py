@@ -3,10 +3,13 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from loradeck.errors import ConfigError
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap
@@ -59,6 +62,16 @@ class Architecture:
 
     def _heads_of(self, weight: str, default: int) -> int:
         return {"attn_q": self.heads, "attn_k": self.kv_heads}.get(weight.split(".")[-2], default)
+
+
+def check_installed(what: str) -> None:
+    """Check that the package gguf is there; `what` needs it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if find_spec("gguf") is None:
+        raise ConfigError(f"{what} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
 
 
 def names(architecture: str, blocks: int) -> "TensorNameMap":

@@ -1,4 +1,4 @@
-"""The choice of the next token from a model's logits: one sampler for generate, stream and the engine.
+"""The choice of the next token from a model's logits, for generate, stream and the engine.
 
 The order: bias, penalties, stop tokens that come too early; then temperature, top_k, top_p, min_p, as in transformers.
 Log-probabilities are those of the model's own distribution, before all of these.
@@ -51,9 +51,9 @@ class SamplingParams:
     stop: Sequence[str] = ()
     """Strings that end the answer; neither they nor what follows is part of its text. The engine's only."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Tokens that end the answer, besides the base's own."""
+    """Tokens that end the answer, besides those of the base and of its tokenizer."""
     ignore_eos: bool = False
-    """Do not end at the base's own stop tokens."""
+    """Do not end at the stop tokens of the base and of its tokenizer."""
     logprobs: int | None = None
     """Return each token's log-probability and those of the K likeliest; None for neither."""
     prompt_logprobs: int | None = None
@@ -101,6 +101,8 @@ class TokenSequence:
 
     prompt: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = field(default=frozenset(), kw_only=True)
+    """Tokens that end the answer unless it ignores them: those of the base and of the sequence's tokenizer."""
     tokens: list[int] = field(init=False)
     """The prompt, then the answer."""
     rng: random.Random | None = field(init=False, default=None)
@@ -123,7 +125,7 @@ class Adjustment:
     Its tensors are built once, so that a step costs the same with any number of biased or repeated tokens.
     """
 
-    def __init__(self, sequence: TokenSequence, logits: Tensor, stop_ids: frozenset[int]) -> None:
+    def __init__(self, sequence: TokenSequence, logits: Tensor) -> None:
         """Read what does not change; `logits` (V,) give the size and the device."""
         self._read = 0  # tokens of the sequence that are counted
         self._bias: tuple[Tensor, Tensor] | None = None
@@ -137,8 +139,7 @@ class Adjustment:
         if sampling.presence_penalty or sampling.frequency_penalty:
             self._counts = torch.zeros_like(logits)
         if sampling.min_tokens:
-            early = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | stop_ids
-            self._early = torch.tensor([*early], dtype=torch.long, device=device)
+            self._early = torch.tensor([*_ends(sequence)], dtype=torch.long, device=device)
 
     @staticmethod
     def changes(sequence: TokenSequence) -> bool:
@@ -179,56 +180,20 @@ class Adjustment:
         self._read = len(tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampler:
-    """Chooses tokens; `stop_ids` are the base's own stop tokens."""
+def next_tokens(logits: Tensor | Sequence[Tensor], sequences: Sequence[TokenSequence]) -> list[Token | Exception]:
+    """Return the next token of each sequence, from logits (N, V); or the error of a sequence that has none.
 
-    stop_ids: frozenset[int]
-
-    def sample(self, logits: Tensor | Sequence[Tensor], sequences: Sequence[TokenSequence]) -> list[Token | Exception]:
-        """Return the next token of each sequence, from logits (N, V); or the error of a sequence that has none.
-
-        An error is the sequence's own: the others have drawn their random numbers, and must not draw again.
-        """
-        rows: list[Row | Exception] = []
-        for row, sequence in zip(logits, sequences, strict=True):
-            try:
-                rows.append(self._row(row, sequence))
-            except Exception as error:
-                rows.append(error)
-        choices = iter(_choices([row for row in rows if isinstance(row, Row)]))
-        chosen = [row if isinstance(row, Exception) else next(choices) for row in rows]
-        return [self._token(choice, sequence.sampling) for choice, sequence in zip(chosen, sequences, strict=True)]
-
-    def _row(self, logits: Tensor, sequence: TokenSequence) -> Row:
-        """Return what is asked of the logits (V,) of a sequence's next token; draw its random number."""
-        sampling = sequence.sampling
-        adjusted = self._adjust(logits.float(), sequence) if Adjustment.changes(sequence) else None
-        if sampling.temperature < COLD:
-            return Row(logits, adjusted, logprobs=sampling.logprobs)
-        if sequence.rng is None:
-            sequence.rng = random.Random(sampling.seed)
-        return Row(
-            logits,
-            adjusted,
-            min(sampling.temperature, HOT),
-            sampling.top_k,
-            sampling.top_p,
-            sampling.min_p,
-            sequence.rng.random(),
-            sampling.logprobs,
-        )
-
-    def _token(self, choice: Choice | Exception, sampling: SamplingParams) -> Token | Exception:
-        if isinstance(choice, Exception):
-            return choice
-        stops = choice.token in sampling.stop_token_ids or (choice.token in self.stop_ids and not sampling.ignore_eos)
-        return _error(choice) or Token(choice.token, choice.logprob, choice.top, stops)
-
-    def _adjust(self, logits: Tensor, sequence: TokenSequence) -> Tensor:
-        if sequence.adjustment is None:
-            sequence.adjustment = Adjustment(sequence, logits, self.stop_ids)
-        return sequence.adjustment.apply(logits, sequence)
+    An error is the sequence's own: the others have drawn their random numbers, and must not draw again.
+    """
+    rows: list[Row | Exception] = []
+    for row, sequence in zip(logits, sequences, strict=True):
+        try:
+            rows.append(_row(row, sequence))
+        except Exception as error:
+            rows.append(error)
+    choices = iter(_choices([row for row in rows if isinstance(row, Row)]))
+    chosen = [row if isinstance(row, Exception) else next(choices) for row in rows]
+    return [_token(choice, sequence) for choice, sequence in zip(chosen, sequences, strict=True)]
 
 
 def score(logits: Tensor, tokens: Sequence[int], count: int) -> list[Token]:
@@ -243,6 +208,44 @@ def score(logits: Tensor, tokens: Sequence[int], count: int) -> list[Token]:
         if error := _error(choice):
             raise error
     return [Token(choice.token, choice.logprob, choice.top) for choice in choices]
+
+
+def _row(logits: Tensor, sequence: TokenSequence) -> Row:
+    """Return what is asked of the logits (V,) of a sequence's next token; draw its random number."""
+    sampling = sequence.sampling
+    adjusted = _adjust(logits.float(), sequence) if Adjustment.changes(sequence) else None
+    if sampling.temperature < COLD:
+        return Row(logits, adjusted, logprobs=sampling.logprobs)
+    if sequence.rng is None:
+        sequence.rng = random.Random(sampling.seed)
+    return Row(
+        logits,
+        adjusted,
+        min(sampling.temperature, HOT),
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sequence.rng.random(),
+        sampling.logprobs,
+    )
+
+
+def _adjust(logits: Tensor, sequence: TokenSequence) -> Tensor:
+    if sequence.adjustment is None:
+        sequence.adjustment = Adjustment(sequence, logits)
+    return sequence.adjustment.apply(logits, sequence)
+
+
+def _token(choice: Choice | Exception, sequence: TokenSequence) -> Token | Exception:
+    if isinstance(choice, Exception):
+        return choice
+    return _error(choice) or Token(choice.token, choice.logprob, choice.top, choice.token in _ends(sequence))
+
+
+def _ends(sequence: TokenSequence) -> frozenset[int]:
+    """Return the tokens that end a sequence's answer."""
+    stops = sequence.sampling.stop_token_ids
+    return stops if sequence.sampling.ignore_eos else stops | sequence.stop_ids
 
 
 def _choices(rows: Sequence[Row]) -> Sequence[Choice | Exception]:

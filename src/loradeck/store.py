@@ -18,18 +18,21 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from loradeck import tokenizer_files
 from loradeck.disk import new_folder, write_file
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.folder import CARD, CONFIG
-from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder
+from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder, stamp
 from loradeck.lora.names import check_name, valid_name
 from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
+from loradeck.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
     from loradeck.lora.adapter import Adapter
 
 RECORDS = ".versions"  # a file for each number: it claims the number, and records the sha256
 LATEST = "latest"
+MODEL = "config.json"  # of transformers
 NUMBER = re.compile("[1-9][0-9]{0,17}")
 
 
@@ -113,7 +116,8 @@ class AdapterStore:
     def publish(self, name: str, source: "Adapter | Path | str") -> Stored:
         """Make an adapter, or a copy of a PEFT folder, the latest version of this name, atomically.
 
-        It is read completely first. Only the adapter's own files are copied: configuration, tensors and card.
+        It is read completely first. Only the adapter's own files are copied: configuration, tensors, card, and those of
+        a tokenizer or a chat template beside them.
 
         Raises:
             AdapterNameError: the name is invalid.
@@ -162,12 +166,13 @@ class AdapterStore:
         digest = digest_of(source, files)
         Adapter.from_files(listing, check_copy=lambda *_: None)  # only a bank can compare copies with its base
         card = [CARD] if (source / CARD).is_file() else []
+        tokenizer = TokenizerFiles.of(source, stamp(source))
         number, record = self._claim(name)
         try:
             with new_folder(self.path(name, number)) as new:
-                for file in files + card:
+                for file in [*files, *card, *tokenizer.names]:
                     shutil.copyfile(source / file, new / file)
-                if digest_of(new, files) != digest:
+                if digest_of(new, files) != digest or TokenizerFiles.of(source, stamp(source)) != tokenizer:
                     raise AdapterError(f"{source} was changed while it was read", hint="Publish it again.")
         except BaseException:
             record.unlink(missing_ok=True)
@@ -322,6 +327,8 @@ def is_store(folder: Path) -> bool:
 def adapter_files(folder: Path) -> list[Path]:
     """Return the files of an adapter that are there, in the order in which to remove them."""
     files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
+    if not (folder / MODEL).exists():  # else the tokenizer may be that of a model in the same folder
+        files += [folder / name for name in sorted(tokenizer_files.NAMES)]
     return [file for file in files if file.is_symlink() or file.is_file()]
 
 

@@ -4,8 +4,6 @@ Headers are cached per process for as long as the folder's files look unchanged;
 """
 
 import hashlib
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 
+from loradeck.disk import Stamp, is_settled
 from loradeck.errors import AdapterError
 from loradeck.lora.folder import CONFIG, TENSORS
-from loradeck.lora.manifest import INDEX, AdapterFiles, read_folder
+from loradeck.lora.manifest import INDEX, AdapterFiles, read_folder, stamp
+from loradeck.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper
 
 CACHED_FOLDERS = 1 << 14  # about a kilobyte each
-SETTLED = 1_000_000_000  # ns; files written twice within a tick of the file system's clock look unchanged
 
 T = TypeVar("T")
-Stamp = tuple[tuple[str, int, int, int, int], ...]  # of each file: name, bytes, mtime_ns, ctime_ns, inode
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +61,31 @@ class Stored:
     stamp: Stamp = field(repr=False)
     recorded_sha256: str | None = field(default=None, repr=False, compare=False)
     """The sha256 that publishing recorded; None if there is none, or the files have changed since."""
+    commit: str | None = None
+    """That of an adapter of the hub."""
 
     @property
     def spec(self) -> str:
-        """The name with which `AdapterStore.find` finds this version, whatever is published later."""
-        return f"{self.name}@{self.version}"
+        """The name with which this version is found, whatever is published later."""
+        return f"{self.name}@{self.version if self.commit is None else self.commit}"
 
     @property
     def created(self) -> float:
         """When its newest file was written, in seconds since 1970."""
         return max(mtime for _, _, mtime, _, _ in self.stamp) / 1e9
+
+    @property
+    def tokenizer_files(self) -> TokenizerFiles:
+        """The files of its own tokenizer and chat template."""
+        return TokenizerFiles.of(self.path, self.stamp)
+
+    def equals(self, other: "Stored") -> bool:
+        """Return whether another adapter has the same content, its tokenizer included. Reads the disk.
+
+        Raises:
+            AdapterError: the files of one have changed since they were found.
+        """
+        return self.sha256() == other.sha256() and self.tokenizer_files.read() == other.tokenizer_files.read()
 
     def sha256(self) -> str:
         """Return the identity of its content, for cache keys: as recorded, else computed from the files.
@@ -128,20 +141,6 @@ def digest_of(folder: Path, files: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def stamp(folder: Path) -> Stamp:
-    """Return a value that changes whenever a file of the adapter does.
-
-    Raises:
-        AdapterError: the folder cannot be read.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            files = [(e.name, e.stat()) for e in entries if e.name.endswith((".json", ".safetensors")) and e.is_file()]
-    except OSError as error:
-        raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error
-    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in files))
-
-
 def _read_record(path: Path, now: Stamp) -> str | None:
     try:
         record = msgspec.json.decode(path.read_bytes(), type=VersionRecord)
@@ -152,8 +151,7 @@ def _read_record(path: Path, now: Stamp) -> str | None:
 
 def _cached(function: "_lru_cache_wrapper[T]", path: Path, now: Stamp) -> T:
     """Call a cached function of a folder, past its cache while the files may still be changing."""
-    settled = all(time.time_ns() - max(mtime, ctime) > SETTLED for _, _, mtime, ctime, _ in now)
-    call: Callable[[Path, Stamp], T] = function if settled else function.__wrapped__
+    call: Callable[[Path, Stamp], T] = function if is_settled(now) else function.__wrapped__
     return call(path, now)
 
 

@@ -1,18 +1,24 @@
 """Chat completions and completions on an engine: their JSON, whole and streamed, and what the fields do."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck import AdapterStore, Bank, Base, generate
 from loradeck.api.config import ServerConfig
 from loradeck.api.generate import sampling_params
 from loradeck.api.metrics import Metrics
 from loradeck.api.requests import GenerationRequest
+from loradeck.base.text import decode
+from loradeck.base.weights import Weights
 from loradeck.sampling import SamplingParams
 from loradeck.serve.engine import Engine
 
@@ -83,6 +89,41 @@ def test_every_model_name_answers_as_generate_does(
         expected = generate(base, bank, [[{"role": "user", "content": "hi"}]], entry or None, max_new_tokens=8)
     bank.detach()
     assert [answer] == expected
+
+
+@pytest.mark.parametrize("weights", ["plain", "packed", "blocks"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_head_answers_prompts_of_several_tokens(
+    tiny: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, weights: Weights, tied: bool
+) -> None:
+    """The head sees only the tokens that are scored; beside it are rows of the base. PEFT is the oracle."""
+    tiny.config.tie_word_embeddings = tied
+    tiny.tie_weights()
+    tiny.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    prompt = tiny_tokenizer("Once upon")["input_ids"]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about tied weights
+        torch.manual_seed(0)
+        config = PeftConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+        peft = get_peft_model(tiny, config).eval()
+        peft.save_pretrained(tmp_path / "head")
+        out = peft.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    expected = decode(tiny_tokenizer, out[0, len(prompt) :].tolist())
+    store, metrics = AdapterStore(tmp_path / "store"), Metrics("tiny")
+    store.publish("head", tmp_path / "head")
+    loaded = Base.load(tmp_path / "base", dtype="float32", device="cpu", weights=weights)
+    with Engine(loaded, store, observer=metrics) as engine:
+        server = LocalServer(engine, metrics)
+        body = {**TEXT_REQUEST, "prompt": ["Once upon", "Once"], "ignore_eos": True}
+        for logprobs in (None, 1):
+            choices = server.request(TEXT, {**body, "model": "head", "logprobs": logprobs}).json()["choices"]
+            assert choices[0]["text"] == expected
+            scored = server.request(TEXT, {**body, "model": "head", "echo": True, "logprobs": logprobs}).json()
+            assert scored["choices"][0]["text"] == "Once upon" + expected
+        assert server.request(TEXT, body).json()["choices"][0]["text"] != expected
 
 
 def test_the_adapters_differ(server: LocalServer) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loradeck.base.checkpoint import read_checkpoint
+from loradeck.base.checkpoint import Checkpoint, read_checkpoint, settings_of
 from loradeck.base.load import Base
 from loradeck.base.quantised import QuantisedWeight
 from loradeck.errors import BaseModelError
@@ -44,7 +44,9 @@ def plain(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, *, keep: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return read_checkpoint(folder, AutoConfig.from_pretrained(folder), dtype, keep=keep).eval()
+    config = AutoConfig.from_pretrained(folder)
+    checkpoint = Checkpoint(folder, settings_of(config))
+    return read_checkpoint(checkpoint, config, dtype, keep=keep).eval()
 
 
 def check(folder: Path, oracle: Tensor, kind: str | None, share: float = 1e-5) -> None:

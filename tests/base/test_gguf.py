@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,6 +292,8 @@ def test_the_tokenizer_is_that_of_transformers(tiny_file: Path, bpe: PreTrainedT
         assert ids == theirs(text)["input_ids"] == bpe(text)["input_ids"]
     assert base.tokenizer.chat_template == theirs.chat_template == bpe.chat_template
     assert (base.tokenizer.eos_token, base.tokenizer.bos_token) == (theirs.eos_token, theirs.bos_token)
+    assert base.tokenizer.added_tokens_decoder == theirs.added_tokens_decoder
+    assert base.tokenizer.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
 
 
 def test_the_file_is_not_needed_after_the_load(tiny_file: Path) -> None:
@@ -312,6 +315,20 @@ def test_the_second_load_reads_no_vocabulary(tiny_file: Path, monkeypatch: pytes
     monkeypatch.setattr(gguf, "GGUFReader", never)
     second = Base.load(tiny_file.rename(tiny_file.with_name("moved.gguf")), device="cpu")
     assert (second.name, second.fingerprint) == ("moved", first.fingerprint)
+
+
+def test_no_vocabulary_is_parsed_in_python(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Base.load(tiny_file, device="cpu")
+    load, names = json.load, []
+
+    def watched(file: Any, **options: Any) -> object:
+        names.append(Path(file.name).name)
+        return load(file, **options)
+
+    monkeypatch.setattr(json, "load", watched)
+    Base.load(tiny_file, device="cpu")
+    assert "tokenizer_config.json" in names
+    assert "tokenizer.json" not in names
 
 
 def test_another_header_has_another_tokenizer(tiny_file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.own_tokenizers import PLAIN
 from transformers import PreTrainedTokenizerFast
 
 from loradeck.cli import chat as verb
@@ -43,6 +44,14 @@ def test_an_error_ends_a_turn_and_not_the_conversation(
     assert ran.code == 0
     assert message in ran.out
     assert "base, switched in" in ran.out
+
+
+def test_an_adapter_with_a_template_chats_on_a_base_without(run: Callable, tiny_folder: Path, adapters: Path) -> None:
+    (tiny_folder / "chat_template.jinja").unlink()
+    (adapters / "poet" / "chat_template.jinja").write_text(PLAIN)
+    ran = run("chat", tiny_folder, "-a", adapters / "poet", "--max-new-tokens", 2, typed="Hi\n/base\nHi\n")
+    assert ran.code == 0, ran.err
+    assert ran.out.count("there is no chat template") == 1
 
 
 def test_history_is_kept_and_ctrl_c_ends_an_answer(

@@ -77,6 +77,7 @@ def commands() -> dict[str, list[str]]:
         "show": ["show", "adapters/poëte"],
         "diff": ["diff", "adapters/poëte", "adapters/pirate", "--headers"],
         "merge": ["merge", "tiny", "adapters/poëte", "-o", "mérged"],
+        "convert": ["convert", "adapters/poëte", "--to", "mlx", "--rank", "2", "-o", "pöet"],
         "export": ["export", "adapters/poëte", "--base", "tiny", "-o", "poëte.gguf"],
         "export a model": ["export", "tiny", "-a", "adapters/pirate", "-o", "modèl.gguf"],
         "eval": ["eval", "tiny", "data.jsonl", "-a", "adapters/poëte", "--samples", "1", "--max-new-tokens", "4"],

@@ -12,16 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-)
+from tests.multimodal import SUPPORT, adapted, whole
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from loradeck import Bank, Base
 from loradeck.base.load import SMOLLM2, SMOLLM2_HUB_ID, SMOLLM2_PACKAGE, smollm2_file
 from loradeck.gguf import architecture
 from loradeck.lora.adapter import Adapter
@@ -90,7 +84,7 @@ def test_a_copy_that_was_trained_is_refused(
 def test_a_multimodal_base_is_its_language_model(
     run: Callable, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    base, folder = multimodal(), tmp_path / "gemma"
+    base, folder = whole("gemma3"), tmp_path / "gemma"
     base.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     poet = save_with_peft(base, tmp_path / "poet", r".*language_model.*\.(q_proj|down_proj)")
@@ -103,7 +97,7 @@ def test_a_multimodal_base_is_its_language_model(
     a, b = Adapter.load(poet).pair("model.language_model.layers.1.mlp.down_proj")
     assert torch.equal(written["blk.1.ffn_down.weight.lora_a"], a)
     assert torch.equal(written["blk.1.ffn_down.weight.lora_b"], b)
-    both = save_with_peft(multimodal(), tmp_path / "both", ["q_proj"])
+    both = save_with_peft(whole("gemma3"), tmp_path / "both", ["q_proj"])
     ran = run("export", both, "-o", "both.gguf", "--base", folder)
     assert (ran.code, "self_attn.q_proj is not a weight of this gemma3 base" in ran.err) == (2, True), ran.err
 
@@ -165,7 +159,7 @@ def test_an_unsuitable_base_is_refused(run: Callable, adapters: Path, base: str,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] replaces whole modules of the base"),
+        ({"trainable_token_indices": [4]}, "trainable_token_indices=[4] replaces rows of the embedding"),
         ({"use_dora": True}, "use_dora=True is DoRA"),
         ({"alora_invocation_tokens": [5]}, "is an activated LoRA"),
     ],
@@ -191,26 +185,62 @@ def test_without_the_package_it_says_how_to_get_it(
     assert "pip install 'loradeck[gguf]'" in ran.err
 
 
-def multimodal() -> Gemma3ForConditionalGeneration:
-    text = Gemma3TextConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
-    vision = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    return Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
+EXPORTED = [family for family, (*_, exported) in SUPPORT.items() if exported.startswith("model")]
 
 
-def test_a_multimodal_model_is_refused_by_name(run: Callable, tmp_path: Path, bpe_folder: Path) -> None:
+@pytest.mark.parametrize("family", EXPORTED)
+def test_a_multimodal_model_is_exported_as_its_language_model(
+    run: Callable, tmp_path: Path, bpe_folder: Path, family: str
+) -> None:
+    for name in ("both", "text"):
+        shutil.copytree(bpe_folder, tmp_path / name, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    whole(family).save_pretrained(tmp_path / "both")
+    adapted(family, tmp_path / "poet")
+    base = Base.load("both", dtype="float32", device="cpu")
+    base.model.save_pretrained("text")
+    bank = Bank(base.model)
+    bank.load("poet")
+    bank.merge("poet")
+    for source, adapter in (("both", ()), ("text", ()), ("both", ("-a", "poet"))):
+        ran = run("export", source, *adapter, "-o", f"{source}{len(adapter)}.gguf", "--quant", "f32")
+        assert ran.code == 0, ran.err
+    both, text, merged = (read(f"{name}.gguf") for name in ("both0", "text0", "both2"))
+    assert both.keys() == text.keys() == merged.keys()
+    assert all(torch.equal(both[name], text[name]) for name in both)
+    assert header("both0.gguf")["general.architecture"] == header("text0.gguf")["general.architecture"]
+    weight = base.model.get_submodule("model.layers.1.mlp.down_proj").weight
+    assert torch.allclose(merged["blk.1.ffn_down.weight"], weight, atol=1e-6)
+    assert not torch.allclose(both["blk.1.ffn_down.weight"], weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", SUPPORT)
+def test_what_llama_cpp_has_no_words_for_here_is_refused(
+    run: Callable, tmp_path: Path, bpe_folder: Path, family: str
+) -> None:
+    """A language model, and an adapter alone: llama.cpp has architectures of its own for most of the whole models."""
     shutil.copytree(bpe_folder, tmp_path / "both", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
-    multimodal().save_pretrained(tmp_path / "both")
-    ran = run("export", "both", "-o", "model.gguf")
-    assert ran.code == 2
-    assert "both is multimodal (gemma3)" in ran.err
-    assert "loradeck export ADAPTER" in ran.err
-    assert not (tmp_path / "model.gguf").exists()
+    whole(family).save_pretrained(tmp_path / "both")
+    adapted(family, tmp_path / "poet")
+    exported = SUPPORT[family][3]
+    for what, arguments in (("model", ("both",)), ("adapter", ("poet", "--base", "both"))):
+        ran = run("export", *arguments, "-o", f"{what}.gguf")
+        if what in exported:
+            assert ran.code == 0, ran.err
+        else:
+            assert (ran.code, "cannot export for architecture" in ran.err) == (2, True), ran.err
+            assert not Path(f"{what}.gguf").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # PEFT says it of its own default
+def test_pefts_copies_of_a_multimodal_models_head_are_left_out(
+    run: Callable, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    whole("gemma3").save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    adapted("gemma3", tmp_path / "poet", target_modules=r".*(language_model.*q_proj|embed_tokens)")
+    assert any("base_layer" in key for key in safetensors.torch.load_file(tmp_path / "poet/adapter_model.safetensors"))
+    ran = run("export", "poet", "-o", "poet.gguf", "--base", "base")
+    assert (ran.code, "llama.cpp would adapt both the embedding and the head" in ran.err) == (2, True), ran.err
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -227,6 +257,10 @@ def test_an_adapter_with_pefts_copies_is_merged(
     assert any("base_layer" in key for key in safetensors.torch.load_file(adapter / "adapter_model.safetensors"))
     ran = run("export", "base", "-a", "new", "-o", "model.gguf", "--quant", "f32")
     assert ran.code == 0, ran.err
+
+
+def read(file: str) -> dict[str, torch.Tensor]:
+    return {each.name: torch.from_numpy(each.data.copy()) for each in gguf.GGUFReader(file).tensors}
 
 
 def save_with_peft(model: PreTrainedModel, folder: Path, targets: str | list[str]) -> Path:

@@ -1,11 +1,14 @@
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from tests.own_tokenizers import PLAIN, with_other_ids
+from transformers import PreTrainedTokenizerFast
 
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.load import Base
@@ -36,6 +39,26 @@ def test_each_prompt_goes_through_its_own_adapter(run: Callable, tiny_folder: Pa
     plain = run(*command).out
     assert "> One  [adapters/poet]\n" in plain
     assert "> Two  [none]\n" in plain
+
+
+def test_an_adapters_own_tokenizer_reads_its_prompts(
+    run: Callable, tiny_folder: Path, adapters: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = with_other_ids(tiny_tokenizer, chat_template=PLAIN)
+    own.save_pretrained(adapters / "poet")
+    flags = ["-a", "adapters/poet", "-a", "none", "-a", "adapters/pirate", "--system", "Rhyme.", "--max-new-tokens", 6]
+    ran = run("generate", tiny_folder, "One", "Two", "Three", *flags, "--dtype", "float32", "--json")
+    assert ran.code == 0, ran.err
+    base = Base.load(tiny_folder, dtype="float32")
+    bank = Bank(base.model)
+    expected = []
+    for name, text, tokenizer in (("poet", "One", own), (None, "Two", None), ("pirate", "Three", None)):
+        if name:
+            bank.load(adapters / name, "x" + name)
+        messages = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": text}]
+        alone = replace(base, tokenizer=tokenizer or base.tokenizer)
+        expected += generate(alone, bank, [messages], "x" + name if name else None, max_new_tokens=6)
+    assert [each["answer"] for each in json.loads(ran.out)] == expected
 
 
 def test_one_answer_is_printed_bare(run: Callable, tiny_folder: Path) -> None:

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.multimodal import FAMILIES, adapted, text_logits, whole
+from tests.own_tokenizers import PLAIN, with_other_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck.base import load
@@ -43,6 +45,31 @@ def test_the_merged_model_computes_what_the_route_did(
         torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(expected, base.model(IDS).logits, atol=1e-2)
     assert AutoTokenizer.from_pretrained("out")("Hi")["input_ids"] == base.tokenizer("Hi")["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_a_multimodal_base_the_language_model_is_merged(
+    run: Callable, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    whole(family).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    expected = text_logits(adapted(family, tmp_path / "poet"), IDS)
+    ran = run("merge", "base", "poet", "-o", "out", "--dtype", "float32")
+    assert ran.code == 0, ran.err
+    for model in (AutoModelForCausalLM.from_pretrained("out"), Base.load("out", dtype="float32", device="cpu").model):
+        assert not hasattr(model.config, "vision_config")
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_adapters_own_tokenizer_is_the_merged_models(
+    run: Callable, tiny_folder: Path, adapters: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = with_other_ids(tiny_tokenizer, chat_template=PLAIN)
+    own.save_pretrained(adapters / "poet")
+    assert run("merge", tiny_folder, adapters / "poet", "-o", "out").code == 0
+    merged = AutoTokenizer.from_pretrained("out")
+    assert (merged("Hi")["input_ids"], merged.chat_template) == (own("Hi")["input_ids"], PLAIN)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,35 @@ def test_a_plan_is_what_the_run_does(planned: tuple[Plan, Run], base: Base) -> N
     run.train()
     progress = run.trainer.jobs["one"].progress
     assert (expected.schedule.steps, 2 * expected.tokens) == (progress.step, progress.tokens)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "llama"])
+def test_experts_that_take_no_adapter_are_named_with_their_share(
+    make: Callable[[str], Base], tmp_path: Path, kind: str
+) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("prompt,completion\nHi,Ahoy!\n")
+    base = make(kind)
+    parameters = dict(base.model.named_parameters())
+    experts = [each.numel() for path, each in parameters.items() if ".experts." in path]
+    share = sum(experts) / sum(each.numel() for each in parameters.values())
+    jobs = tuple(
+        JobRecipe(name=name, data=str(data), lora=LoraConfig(r=2, target_modules=targets))
+        for name, targets in (("all", "all-linear"), ("some", ["q_proj"]))
+    )
+    run = Run(RunRecipe(base="tiny", jobs=jobs), tmp_path / "one", base)
+    planned = plan(run, "all")
+    assert plan(run, "some").left_out == ""
+    out = io.StringIO()
+    Console(file=out, width=200).print(plan_table(planned))
+    if not experts:
+        assert planned.left_out == ""
+        assert "left out" not in out.getvalue()
+        return
+    assert share > 0.2
+    names = "model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj"
+    assert planned.left_out == f"{share:.0%} of the base: {names}, which are bare parameters and take no adapter"
+    assert planned.left_out in out.getvalue()
 
 
 def test_settings_have_reasons(planned: tuple[Plan, Run]) -> None:

@@ -79,6 +79,23 @@ def test_a_server_from_its_start_to_its_end(tiny_folder: Path, adapters: Path) -
         assert "cut cannot be served" in problems[0]
 
 
+def test_a_server_imports_nothing_that_only_other_verbs_need(tiny_folder: Path, tmp_path: Path) -> None:
+    """Most of a start is imports, of which each also takes memory."""
+    options = ["-X", "importtime", "-m", "loradeck", "serve", tiny_folder, "--port", "0"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, *options], stdout=subprocess.PIPE, stderr=log, text=True)
+        with process:
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            process.terminate()
+    assert "tiny" in ready
+    modules = set(re.findall(r"\| +([\w.]+)$", (tmp_path / "log").read_text(), flags=re.MULTILINE))
+    assert {"torch", "loradeck.serve.engine"} <= modules
+    others = {"datasets", "matplotlib", "pandas", "peft", "pyarrow", "scipy", "tensorboard"}
+    own = {"loradeck.demo", "loradeck.evaluation.evaluator", "loradeck.gguf", "loradeck.toy", "loradeck.train"}
+    assert not modules & {*others, *own}
+
+
 def test_a_draft_model(tiny_folder: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with serving(tiny_folder, "--draft-model", tiny_folder, "--num-speculative-tokens", 4) as (_, (_, curl)):
         answer = httpx.request(**request(curl), timeout=300)

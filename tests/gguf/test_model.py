@@ -5,6 +5,7 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 import torch
+from tests.conftest import CHAT_TEMPLATE
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,6 +53,15 @@ def tensors(file: Path) -> dict[str, Tensor]:
 
 def header(file: Path) -> dict[str, object]:
     return {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+
+
+def test_a_merged_adapters_own_template_is_the_files(bpe_folder: Path, poet: Path, tmp_path: Path) -> None:
+    (poet / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    model = Model.open(str(bpe_folder))
+    export(model, load_adapters(model, {str(poet): 1.0}), tmp_path / "poet.gguf", "f32")
+    assert header(tmp_path / "poet.gguf")["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    export(model, Merge(), tmp_path / "base.gguf", "f32")
+    assert header(tmp_path / "base.gguf")["tokenizer.chat_template"] == CHAT_TEMPLATE
 
 
 def merged(folder: Path, adapters: dict[Path, float]) -> Base:

@@ -21,14 +21,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from loradeck import Bank, Base, LoraConfig
+from loradeck import Adapter, Bank, Base, LoraConfig
 from loradeck.base.load import SMOLLM2, SMOLLM2_PACKAGE
 from loradeck.cli import main
+from loradeck.gguf.adapter import export, read
 from loradeck.gguf.architecture import LLAMACPP_NAMES, read_architecture
 from loradeck.gguf.model import Merge, Model, load_adapters
 from loradeck.gguf.model import export as export_model
 from loradeck.llamacpp import PLAIN, REORDERED
-from loradeck.lora.gguf import export
 
 PYTHON = os.environ.get("LORADECK_LLAMACPP") or (sys.executable if find_spec("xllamacpp") else "")
 pytestmark = pytest.mark.skipif(
@@ -101,6 +101,10 @@ def test_llama_cpp_computes_what_the_route_does(kind: str, tmp_path: Path, numbe
     bank.add("mixed", replace(MIXED, target_modules=everything))
     fill(bank, "mixed", 0.2)
     export(bank["mixed"], base, tmp_path / "mixed.gguf")
+    back = read(tmp_path / "mixed.gguf", base)
+    assert back.sites.keys() == bank["mixed"].sites.keys()
+    for path in back.sites:
+        torch.testing.assert_close(update(back, path), update(bank["mixed"], path), rtol=1e-5, atol=1e-5)
     bank.save("mixed", tmp_path / "mixed")
     write_model(tmp_path / "base", tmp_path / "merged.gguf", {str(tmp_path / "mixed"): 1.0})
     within = 5e-3 if base.name.startswith("gemma") else 5e-4  # llama.cpp looks GELU up in a table of half precision
@@ -225,6 +229,11 @@ def fill(bank: Bank, name: str, size: float) -> None:
     with torch.no_grad():
         for parameter in bank.parameters(name):
             parameter.normal_(0, size, generator=generator)
+
+
+def update(adapter: Adapter, path: str) -> Tensor:
+    a, b = adapter.pair(path)
+    return adapter.sites[path].scaling * b.detach() @ a.detach()
 
 
 def tokenize(base: Path, texts: Sequence[str]) -> list[list[int]]:

@@ -155,7 +155,9 @@ class TestTools:
         table = json.loads((folder / CONFIG).read_text())
         table["target_modules"] = [f"_orig_mod.{path}" for path in sorted(paths)]
         (folder / CONFIG).write_text(json.dumps(table))
-        check(folder, saved[1])
+        bank = check(folder, saved[1])
+        again = json.loads((bank.save("poet", folder.with_name("again")) / CONFIG).read_text())
+        assert again == {**table, "target_modules": sorted(paths)}
 
     def test_shards(self, saved, folder):
         tensors = {"module." + key: tensor for key, tensor in read(folder).items()}

@@ -140,6 +140,16 @@ def test_nothing_is_written_to():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_model_may_add_to_the_result_in_place():
+    """Llama 4 adds the experts' output to its shared expert's."""
+    x, y, *pairs = leaves()
+    plain, changed = (update(x, y, adapters(*pairs), LoraMapping((ONE,), (8,))) for _ in range(2))
+    changed.add_(1.0)
+    assert torch.equal(changed, plain + 1.0)
+    grads = [torch.autograd.grad(out.square().sum(), pairs[:2]) for out in (changed, plain + 1.0)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_tokens_of_the_base_are_returned_as_they_are():
     x, y, *pairs = leaves()
     assert update(x, y, adapters(*pairs), LoraMapping(((),), (8,))) is y

@@ -11,9 +11,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loradeck.base.frozen import LayoutLinear
 from loradeck.base.load import Base
-from loradeck.base.weights import Weights, prepare
+from loradeck.base.weights import Weights, prepare, set_quantised
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
+from loradeck.native import reference
 from loradeck.native.quantised import Quantised
 from loradeck.native.reference import logits
 from loradeck.runner.description import DescriptionError, describe
@@ -207,6 +208,88 @@ def test_a_changed_layer_is_refused(
     change(tiny)
     with pytest.raises(DescriptionError, match=reason):
         describe(tiny)
+
+
+def use_number(use: Callable[[int], float]) -> Callable[[LlamaForCausalLM], None]:
+    """Return a change of all layers to a class whose attention depends on the layer's number, in the second layer."""
+
+    def change(model: LlamaForCausalLM) -> None:
+        class Numbered(type(model.model.layers[0].self_attn)):  # type: ignore[misc]
+            def forward(self, *args: Any, **arguments: Any) -> tuple[Tensor, None]:
+                y, weights = super().forward(*args, **arguments)
+                return y * use(self.layer_idx), weights
+
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = Numbered
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda number: number + 1,
+        lambda number: [1, 2][number],
+        lambda number: {0: 1, 1: 2}[number],
+        lambda number: 2 if number == 1 else 1,
+        lambda number: 1 if number in (0, 7) else 2,
+        lambda number: 2 if number else 1,
+        lambda number: 2 if f"layer {number}" == "layer 1" else 1,
+        lambda number: 1 + float(number),
+    ],
+    ids=["sum", "list", "dict", "equal", "in", "bool", "text", "float"],
+)
+def test_a_layer_that_depends_on_its_number_is_tried(tiny: LlamaForCausalLM, use: Callable[[int], float]) -> None:
+    use_number(use)(tiny)
+    with pytest.raises(DescriptionError, match=r"`model.layers.1` computes something else than its parts suggest"):
+        describe(tiny)
+
+
+def tried(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how many of a model's layers are compared with the definition."""
+    outputs: list[Tensor] = []
+
+    def layer_output(*args: Any, **options: Any) -> Tensor:
+        outputs.append(definition(*args, **options))
+        return outputs[-1]
+
+    definition = reference.layer_output
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "layer_output", layer_output)
+        describe(model)
+    return len(outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("llama", 1), ("qwen2-window", 2), ("gemma3", 2), ("smollm3", 2), ("mixtral", 1)]
+)
+def test_one_layer_of_each_kind_is_tried(name: str, kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, settings = MODELS[name]
+    model = build(kind, {**SIZES, **settings})
+    assert len(model.get_decoder().layers) > kinds
+    assert tried(model, monkeypatch) == kinds
+
+
+def quantise_one(model: LlamaForCausalLM) -> None:
+    layer = model.model.layers[1].mlp.up_proj
+    set_quantised([layer], layer.weight, "int8", "up_proj")
+
+
+def set_attribute(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.limit = [7.0]
+
+
+def set_buffer(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.register_buffer("limit", torch.ones(2))
+
+
+@pytest.mark.parametrize("change", [quantise_one, set_attribute, set_buffer])
+def test_a_layer_that_differs_is_tried(
+    tiny: LlamaForCausalLM, change: Callable[[LlamaForCausalLM], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tried(tiny, monkeypatch)
+    change(tiny)
+    assert tried(tiny, monkeypatch) == before + 1
 
 
 def sharpen_router(mixture: Any) -> None:

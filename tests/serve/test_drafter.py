@@ -17,7 +17,7 @@ from loradeck.runner import draft_model
 from loradeck.runner.draft_model import DraftModel
 from loradeck.runner.request import Request, Scheduled
 from loradeck.runner.speculation import Acceptance, PromptLookup
-from loradeck.sampling import Sampler, SamplingParams, Token
+from loradeck.sampling import SamplingParams, Token, next_tokens
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.drafter import Drafter
 from loradeck.serve.engine import Engine
@@ -138,15 +138,15 @@ def test_an_error_at_a_later_place_comes_after_the_tokens_before_it(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = serve()
-    sample = Sampler.sample
 
-    def failing(self: Sampler, logits: Any, sequences: Any) -> list[Token | Exception]:
-        tokens = sample(self, logits, sequences)
+    def failing(logits: Any, sequences: Any) -> list[Token | Exception]:
+        tokens = next_tokens(logits, sequences)
         return [
             LogitsError("none") if own.generated == 30 else token for own, token in zip(sequences, tokens, strict=True)
         ]
 
-    monkeypatch.setattr(Sampler, "sample", failing)
+    for user in ("sampler", "loop"):
+        monkeypatch.setattr(f"loradeck.serve.{user}.next_tokens", failing)
     stream = engine.submit([5], None, SamplingParams(max_tokens=60, logit_bias={5: 1000.0}))
     tokens = []
     with pytest.raises(RequestError):

@@ -29,7 +29,7 @@ from loradeck.errors import (
     UnknownAdapterError,
 )
 from loradeck.ops import dispatch
-from loradeck.sampling import Sampler, SamplingParams, Token
+from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.serve.stop_strings import StopFilter
@@ -166,9 +166,11 @@ def test_stop_strings_of_characters_that_are_several_tokens(
 ) -> None:
     engine = serve()
     script = base.tokenizer("é語xyz", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(  # whatever the model says
-        Sampler, "sample", lambda _, logits, requests: [Token(script[request.generated]) for request in requests]
-    )
+    for user in ("sampler", "loop"):  # whatever the model says
+        monkeypatch.setattr(
+            f"loradeck.serve.{user}.next_tokens",
+            lambda _, requests: [Token(script[request.generated]) for request in requests],
+        )
     for stop, answer, count in (("語", "é", 5), ("語x", "é", 6), ("é", "", 2), ("\xe8", "é語xyz", len(script))):
         how = SamplingParams(max_tokens=len(script), stop=stop, ignore_eos=True)
         generation = engine.submit([5, 6], None, how)

@@ -7,11 +7,10 @@ import torch
 
 from loradeck.errors import LogitsError, RequestError
 from loradeck.runner.request import Request, Scheduled
-from loradeck.sampling import Sampler, SamplingParams, Token
+from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.sampler import StepResult, sample
 
 V = 50
-SAMPLER = Sampler(frozenset())
 
 
 def request(prompt: list[int], **sampling: Any) -> Request:
@@ -24,7 +23,7 @@ def test_the_log_probabilities_of_a_prompt_come_in_chunks() -> None:
     tokens: list[Token] = []
     for start, stop in ((0, 3), (3, 4)):
         work = Scheduled(own, stop - start)
-        (result,) = sample(SAMPLER, [rows[start:stop][-work.logits_to_keep or stop :]], [work])
+        (result,) = sample([rows[start:stop][-work.logits_to_keep or stop :]], [work])
         tokens += result.prompt
         assert result.token is None
         own.computed = stop
@@ -35,7 +34,7 @@ def test_the_log_probabilities_of_a_prompt_come_in_chunks() -> None:
 
 
 def test_a_prompt_that_is_not_read_to_its_end_has_no_token_yet() -> None:
-    assert sample(SAMPLER, [torch.zeros(0, V)], [Scheduled(request([5, 6, 7]), 2)]) == [StepResult()]
+    assert sample([torch.zeros(0, V)], [Scheduled(request([5, 6, 7]), 2)]) == [StepResult()]
 
 
 def test_each_request_has_its_own_result() -> None:
@@ -49,7 +48,7 @@ def test_each_request_has_its_own_result() -> None:
         request([5]),
     ]
     batch = [Scheduled(own, own.pending) for own in requests]
-    first, *failed, last = sample(SAMPLER, [logits, nan, nan.expand(2, -1), logits, logits], batch)
+    first, *failed, last = sample([logits, nan, nan.expand(2, -1), logits, logits], batch)
     assert first == last == StepResult(token=Token(int(logits.argmax())))
     assert [type(result.error) for result in failed] == [LogitsError, LogitsError, RequestError]
     assert "out of bounds" in str(failed[2].error)

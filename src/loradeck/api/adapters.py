@@ -55,8 +55,9 @@ async def get_model(request: Request) -> Response:
 
 
 def _list_models(state: ServerState, key: ApiKey) -> list[ModelCard]:
-    latest = [stored for stored in state.catalogue.usable() if key.may_use(stored.name)]
     residents = _residents(state)
+    adapters = [*state.catalogue.usable(), *state.engine.adapter_cache.hub.found()]
+    latest = [stored for stored in adapters if key.may_use(stored.name)]
     return [
         _base_card(state, state.names.base),
         *(_adapter_card(state, stored.name, stored, residents) for stored in latest),
@@ -71,10 +72,9 @@ def _get_model(state: ServerState, key: ApiKey, name: str) -> ModelCard:
     key.check_adapters(selection.names)
     if selection == BASE:
         return _base_card(state, name)
-    store = state.engine.store
-    if store is None or selection.label not in dict(selection.weights):  # a blend, or a scaled adapter
+    if selection.label not in dict(selection.weights):  # a blend, or a scaled adapter
         raise _unknown_model(name)
-    stored = store.find(selection.label)
+    stored = state.engine.adapter_cache.find(selection.label)
     state.engine.adapter_cache.check(stored)
     return _adapter_card(state, name, stored, _residents(state), sha256=stored.sha256())
 
@@ -151,7 +151,7 @@ async def unload_adapter(request: Request) -> Response:
 def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
     """Load an adapter. If this fails, the store and the adapters in memory are as before."""
     store, cache, name = _store(state), state.engine.adapter_cache, body.lora_name
-    source = _source(store, name, body.lora_path or name)
+    source = _source(state, name, body.lora_path or name)
     is_latest, exists = _is_latest(store, name, source), name in store.names()
     if state.names.parse(name) == BASE:
         raise _taken(f"The name {name!r} is the base's.")
@@ -159,6 +159,7 @@ def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
         raise _taken(f"The adapter {name!r} is already loaded.")
     if not body.load_inplace and exists and not is_latest:
         raise _taken(f"The name {name!r} is taken.", hint="load_inplace=true publishes the next version of it.")
+    state.engine.tokenizer_of(source)  # raises if it has one that cannot be used
     if is_latest:
         cache.load(source)
     else:
@@ -186,11 +187,11 @@ def _publish(state: ServerState, name: str, source: "Stored") -> None:
     log.info("published %(adapter)s from %(path)s", {"adapter": version.spec, "path": str(source.path)})
 
 
-def _source(store: "AdapterStore", name: str, path: str) -> "Stored":
-    """Return the adapter of a `lora_path`: one of the store, or that of an absolute path on this machine."""
+def _source(state: ServerState, name: str, path: str) -> "Stored":
+    """Return the adapter of a `lora_path`: one of the store or of the hub, or that of an absolute path here."""
     source = Path(path)
     with suppress(UnknownAdapterError):
-        return store.find(source.name if source.parent == store.folder else path)
+        return state.engine.adapter_cache.find(source.name if source.parent == _store(state).folder else path)
     try:
         if source.is_absolute() and source.is_dir():
             return read_stored(name, 0, source, None)
@@ -207,7 +208,7 @@ def _source(store: "AdapterStore", name: str, path: str) -> "Stored":
 def _is_latest(store: "AdapterStore", name: str, source: "Stored") -> bool:
     """Return whether an adapter has the content of a name's latest version, wherever it comes from."""
     try:
-        return store.find(name).sha256() == source.sha256()
+        return store.find(name).equals(source)
     except (UnknownAdapterError, AdapterError):
         return False
 

@@ -71,6 +71,7 @@ async def unknown_route(scope: Scope, receive: Receive, send: Send) -> None:  # 
     raise HttpError(404, f"There is no route {scope['path'][:MAX_PATH]}.", hint=hint)
 
 
+NAMED = (400, 404, 422)  # statuses of routes that name an adapter
 OPERATIONS = [
     Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
@@ -97,9 +98,9 @@ OPERATIONS = [
     Operation("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, req.UnloadAdapterRequest, errors=(404, 422)),
     Operation("GET", "/lora-adapters", adapters.list_lora_adapters, None, list[res.LoraAdapter]),
     Operation("POST", "/lora-adapters", adapters.set_lora_scales, list[req.LoraScale], res.SuccessResponse, (404,)),
-    Operation("POST", "/tokenize", tokenization.tokenize, req.TokenizeRequest, res.TokenizeResponse),
-    Operation("POST", "/detokenize", tokenization.detokenize, req.DetokenizeRequest, res.DetokenizeResponse),
-    Operation("GET", "/tokenizer_info", tokenization.tokenizer_info, None, res.TokenizerInfo),
+    Operation("POST", "/tokenize", tokenization.tokenize, req.TokenizeRequest, res.TokenizeResponse, NAMED),
+    Operation("POST", "/detokenize", tokenization.detokenize, req.DetokenizeRequest, res.DetokenizeResponse, NAMED),
+    Operation("GET", "/tokenizer_info", tokenization.tokenizer_info, None, res.TokenizerInfo, NAMED, query=("model",)),
     Operation("GET", "/health", get_health, None, res.HealthResponse, errors=(503,)),
     Operation("GET", "/version", get_version, None, res.VersionResponse),
     Operation("GET", "/metrics", get_metrics),

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from loradeck.api import generate
 from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError
-from loradeck.api.logprobs import LogprobFormatter
+from loradeck.api.logprobs import LogprobFormatter, formatter_of
 from loradeck.api.requests import ChatCompletionRequest, read_body
 from loradeck.api.responses import (
     AssistantMessage,
@@ -38,22 +38,26 @@ async def create_chat_completion(request: Request) -> Response | EventStream:
     """Answer a conversation."""
     state = state_of(request)
     body = await read_body(request, ChatCompletionRequest, state.config.max_body_bytes)
-    generations = await run_sync(_submit, state, request.state.key, body)
-    form = ChatFormat(body.model or state.names.base, state.fingerprint, state.logprobs if body.logprobs else None)
+    generations, logprobs = await run_sync(_submit, state, request.state.key, body)
+    form = ChatFormat(body.model or state.names.base, state.fingerprint, logprobs if body.logprobs else None)
     return await generate.respond(request, body, generations, form)
 
 
-def _submit(state: ServerState, key: ApiKey, body: ChatCompletionRequest) -> "list[Generation]":
+def _submit(
+    state: ServerState, key: ApiKey, body: ChatCompletionRequest
+) -> "tuple[list[Generation], LogprobFormatter]":
     selection = generate.select_adapters(state, key, body)
     generate.check_tokens(state, body)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
-    prompt = encode_messages(state.engine.base.tokenizer, body)
+    model = generate.resolve(state, key, selection)
+    prompt = encode_messages(model.tokenizer, body)
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = generate.sampling_params(body, generate.max_tokens(state, prompt, requested), logprobs)
     continues = bool(body.continue_final_message)
-    return generate.submit(state, key, selection, [prompt], [params], body.n or 1, continues=continues)
+    generations = generate.submit(state, key, selection, model, [prompt], [params], body.n or 1, continues=continues)
+    return generations, formatter_of(model.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from loradeck.api import generate
 from loradeck.api.auth import ApiKey
-from loradeck.api.logprobs import LogprobFormatter
+from loradeck.api.logprobs import LogprobFormatter, formatter_of
 from loradeck.api.requests import CompletionRequest, read_body
 from loradeck.api.responses import CompletionChoice, CompletionLogprobs, TextCompletion, Usage
 from loradeck.api.state import ServerState, state_of
@@ -31,16 +31,19 @@ async def create_completion(request: Request) -> Response | EventStream:
     """Continue a prompt, or several."""
     state = state_of(request)
     body = await read_body(request, CompletionRequest, state.config.max_body_bytes)
-    generations, echoes = await run_sync(_submit, state, request.state.key, body)
-    form = CompletionFormat(body, body.model or state.names.base, state.fingerprint, state.logprobs, echoes)
+    generations, echoes, logprobs = await run_sync(_submit, state, request.state.key, body)
+    form = CompletionFormat(body, body.model or state.names.base, state.fingerprint, logprobs, echoes)
     return await generate.respond(request, body, generations, form)
 
 
-def _submit(state: ServerState, key: ApiKey, body: CompletionRequest) -> "tuple[list[Generation], list[str]]":
-    """Return the generations, and for each the text of its prompt if the answer repeats it."""
+def _submit(
+    state: ServerState, key: ApiKey, body: CompletionRequest
+) -> "tuple[list[Generation], list[str], LogprobFormatter]":
+    """Return the generations, for each the text of its prompt if the answer repeats it, and the form of its tokens."""
     selection = generate.select_adapters(state, key, body)
     generate.check_tokens(state, body)
-    prompts = encode_prompts(state.engine.base.tokenizer, body.prompt, special=body.add_special_tokens is not False)
+    model = generate.resolve(state, key, selection)
+    prompts = encode_prompts(model.tokenizer, body.prompt, special=body.add_special_tokens is not False)
     requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prompt_logprobs = body.logprobs if body.echo else None
     params = [
@@ -48,17 +51,17 @@ def _submit(state: ServerState, key: ApiKey, body: CompletionRequest) -> "tuple[
         for prompt in prompts
     ]
     n = body.n or 1
-    echoes = _texts(state, body, prompts) if body.echo else [""] * len(prompts)
-    generations = generate.submit(state, key, selection, prompts, params, n, continues=True)
-    return generations, [echo for echo in echoes for _ in range(n)]
+    logprobs = formatter_of(model.tokenizer)
+    echoes = _texts(logprobs, body, prompts) if body.echo else [""] * len(prompts)
+    generations = generate.submit(state, key, selection, model, prompts, params, n, continues=True)
+    return generations, [echo for echo in echoes for _ in range(n)], logprobs
 
 
-def _texts(state: ServerState, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+def _texts(logprobs: LogprobFormatter, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
     """Return the text of each prompt: as the client wrote it, or decoded from its token ids."""
     sources = [body.prompt] if isinstance(body.prompt, str) else body.prompt[: len(prompts)]
     return [
-        source if isinstance(source, str) else state.logprobs.text(ids)
-        for source, ids in zip(sources, prompts, strict=True)
+        source if isinstance(source, str) else logprobs.text(ids) for source, ids in zip(sources, prompts, strict=True)
     ]
 
 

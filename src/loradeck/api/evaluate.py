@@ -170,16 +170,10 @@ def _adapters(state: ServerState, key: ApiKey, names: Sequence[str]) -> dict[str
         selection = state.names.parse(name, "adapters")
         key.check_adapters(selection.names)
         if selection != BASE:
-            weights = tuple((_version(state, spec), weight) for spec, weight in selection.weights)
+            find = state.engine.adapter_cache.find
+            weights = tuple((find(spec).spec, weight) for spec, weight in selection.weights)
             adapters[name] = AdapterSelection(weights)
     return adapters
-
-
-def _version(state: ServerState, spec: str) -> str:
-    store = state.engine.store
-    if store is None:
-        return spec  # the engine refuses it
-    return store.find(spec).spec
 
 
 def _examples(state: ServerState, records: Sequence[dict[str, Any]], max_length: int) -> list[Any]:

@@ -23,6 +23,7 @@ from loradeck.sampling import SamplingParams
 if TYPE_CHECKING:
     from loradeck.serve.generation import Generation, TextChunk
     from loradeck.serve.pooling_result import PoolingResult
+    from loradeck.serve.served_model import ServedModel
 
     FinishedGeneration: TypeAlias = tuple[Generation, Sequence[TextChunk]]
 
@@ -81,6 +82,19 @@ def select_adapters(state: ServerState, key: ApiKey, request: AdapterRequest) ->
     return selection
 
 
+def resolve(state: ServerState, key: ApiKey, selection: AdapterSelection) -> "ServedModel":
+    """Return the adapters of a selection as they are now, with their tokenizer; reads the disk.
+
+    Raises:
+        HttpError: 404, an unknown adapter.
+        LoradeckError: the engine refuses one.
+    """
+    try:
+        return state.engine.resolve(selection.entry)
+    except UnknownAdapterError as error:
+        raise _unknown_adapter(state, key, selection, error) from error
+
+
 def check_tokens(state: ServerState, request: GenerationRequest) -> None:
     """Check the token ids of a request, besides its prompt's.
 
@@ -133,15 +147,17 @@ def submit(
     state: ServerState,
     key: ApiKey,
     selection: AdapterSelection,
+    model: "ServedModel",
     prompts: Sequence[list[int]],
     params: Sequence[SamplingParams],
     n: int,
     *,
     continues: bool,
 ) -> "list[Generation]":
-    """Submit `n` requests for each prompt to the engine: all or none. Reads the disk.
+    """Submit `n` requests for each prompt to the engine: all or none.
 
-    `continues` says whether the answers continue the text of their prompts or are texts of their own.
+    `selection` is what the client asked for, `model` what it is. `continues` says whether the answers continue the text
+    of their prompts or are texts of their own.
 
     Raises:
         HttpError: 400, too many answers, or an empty or too long prompt; 503, the server is shutting down.
@@ -162,7 +178,7 @@ def submit(
             for number in range(n):
                 generation = state.generator.submit(
                     prompt,
-                    selection.entry,
+                    model,
                     _with_seed(prompt_params, number),
                     tenant=key.name,
                     adapter=selection.label,
@@ -174,13 +190,11 @@ def submit(
         state.release(generations)
         if state.shutting_down and isinstance(error, BusyError):
             raise shutting_down() from error
-        if isinstance(error, UnknownAdapterError):
-            raise unknown_adapter(state, key, selection, error) from error
         raise
     return generations
 
 
-def unknown_adapter(
+def _unknown_adapter(
     state: ServerState, key: ApiKey, selection: AdapterSelection, error: UnknownAdapterError
 ) -> HttpError:
     """Return a 404 that names the adapters of a similar name that the key may use."""

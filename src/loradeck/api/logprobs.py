@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from loradeck.api.responses import CompletionLogprobs, TokenLogprob, TopLogprob
@@ -95,6 +96,12 @@ class LogprobFormatter:
         if all(character in BYTE_OF for character in piece):
             return bytes(BYTE_OF[character] for character in piece)
         return text.encode()
+
+
+@lru_cache(maxsize=32)
+def formatter_of(tokenizer: "PreTrainedTokenizerBase") -> LogprobFormatter:
+    """Return the formatter of a tokenizer, with the tokens that it has seen."""
+    return LogprobFormatter(tokenizer)
 
 
 def _escape(raw: bytes) -> str:

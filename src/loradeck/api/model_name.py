@@ -109,9 +109,15 @@ class ModelNames:
         if len(set(selections.values())) > 1:
             *_, last = selections
             raise HttpError(400, f"{' and '.join(selections)} select different adapters; set only one.", param=last)
-        if len(fields) == 1 and not request.model:
-            return _blend([*self._ids.scales.items()], "lora")
-        return next(iter(selections.values()), BASE)
+        return next(iter(selections.values()), BASE) if len(fields) > 1 else self.named(request.model)
+
+    def named(self, model: str | None) -> AdapterSelection:
+        """Return the adapters of the field `model`; without a name, those that llama.cpp's scales select.
+
+        Raises:
+            HttpError: 400, an invalid blend.
+        """
+        return self.parse(model) if model else _blend([*self._ids.scales.items()], "lora")
 
     def parse(self, text: str, param: str = "model") -> AdapterSelection:
         """Return the adapters that a name stands for.

@@ -34,6 +34,8 @@ class Operation:
     """Statuses besides 200 and those that every operation has."""
     tasks: tuple[str, ...] = ()
     """The tasks of the bases that have this route; () for all."""
+    query: tuple[str, ...] = ()
+    """Its parameters in the URL; none is required."""
 
     @property
     def route(self) -> Route:
@@ -96,12 +98,13 @@ def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error:
     }
     if operation.body is not None:
         description["requestBody"] = {"required": True, "content": _json(schema_of[operation.body])}
-    parameters = operation.route.param_convertors
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in operation.route.param_convertors
+    ]
+    parameters += [{"name": name, "in": "query", "schema": {"type": "string"}} for name in operation.query]
     if parameters:
-        description["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in parameters
-        ]
+        description["parameters"] = parameters
     return description
 
 

@@ -3,8 +3,9 @@
 import base64
 import secrets
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from anyio.to_thread import run_sync
@@ -40,13 +41,16 @@ from loradeck.api.responses import (
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import run_until_disconnect
 from loradeck.api.tokenization import encode_messages, encode_prompts
-from loradeck.errors import BusyError, UnknownAdapterError
+from loradeck.errors import BusyError
 from loradeck.pooling import probabilities
 from loradeck.runner.pooling_runner import PoolingRow
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from loradeck.serve.pooling_result import PoolingResult
 
+Encode: TypeAlias = "Callable[[PreTrainedTokenizerBase], list[PoolingRow]]"
 VLLM_TASKS = {"classify": "classify", "tokens": "token_classify", "reward": "classify", "embed": "embed"}
 
 
@@ -54,7 +58,7 @@ async def classify(request: Request) -> Response:
     """Return the probabilities of each input's labels."""
     state = state_of(request)
     body = await read_body(request, ClassifyRequest, state.config.max_body_bytes)
-    results, outputs = await _compute(request, body, await run_sync(_rows, state, body))
+    results, outputs = await _compute(request, body, partial(_rows, body))
     data = []
     for index, (result, logits) in enumerate(zip(results, outputs, strict=True)):
         probs = _activated(state, logits, body.use_activation)
@@ -70,7 +74,7 @@ async def create_embeddings(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, EmbeddingRequest, state.config.max_body_bytes)
     _check_dimensions(state, body.dimensions)
-    results, outputs = await _compute(request, body, await run_sync(_rows, state, body))
+    results, outputs = await _compute(request, body, partial(_rows, body))
     data = [Embedding(index, _vector(state, body, output)) for index, output in enumerate(outputs)]
     return json_response(EmbeddingResponse(*_envelope("embd", state, body), data, generate.usage_of(results, 1)))
 
@@ -86,7 +90,7 @@ async def pool(request: Request) -> Response:
     if embeds and body.use_activation is not None:
         raise HttpError(400, "A vector has no activation.", param="use_activation")
     _check_dimensions(state, body.dimensions)
-    results, outputs = await _compute(request, body, await run_sync(_rows, state, body))
+    results, outputs = await _compute(request, body, partial(_rows, body))
     if not embeds:
         outputs = [_activated(state, output, body.use_activation) for output in outputs]
     data = [Pooled(index, _vector(state, body, output)) for index, output in enumerate(outputs)]
@@ -101,7 +105,7 @@ async def score(request: Request) -> Response:
     if embeds and body.use_activation is not None:
         raise HttpError(400, "A cosine has no activation.", param="use_activation")
     pairs = _pairs(body)
-    results, outputs = await _compute(request, body, await run_sync(_pair_rows, state, pairs, embeds))
+    results, outputs = await _compute(request, body, partial(_pair_rows, pairs, embeds))
     if embeds:
         firsts, seconds = outputs[: len(pairs)], outputs[len(pairs) :]
         scores = [float(cosine_similarity(a, b, dim=0)) for a, b in zip(firsts, seconds, strict=True)]
@@ -120,16 +124,16 @@ async def score_v1(request: Request) -> Response:
 
 
 async def _compute(
-    request: Request, body: AdapterRequest, rows: Sequence[PoolingRow]
+    request: Request, body: AdapterRequest, encode: Encode
 ) -> "tuple[list[PoolingResult], list[Tensor]]":
-    """Return what the engine computes for rows.
+    """Return what the engine computes for the rows that `encode` makes of a request.
 
     Raises:
         HttpError: 400, too many rows; 404, an unknown adapter; 503, the server is shutting down.
         LoradeckError: the engine refuses a row, or cannot compute it.
     """
     state = state_of(request)
-    results = await run_sync(_submit, state, request.state.key, body, rows)
+    results = await run_sync(_submit, state, request.state.key, body, encode)
     request.state.generations, request.state.n = results, 1  # for the log
 
     async def output(result: "PoolingResult") -> Tensor:
@@ -143,14 +147,14 @@ async def _compute(
         state.release(results)
 
 
-def _submit(state: ServerState, key: ApiKey, body: AdapterRequest, rows: Sequence[PoolingRow]) -> "list[PoolingResult]":
+def _submit(state: ServerState, key: ApiKey, body: AdapterRequest, encode: Encode) -> "list[PoolingResult]":
     selection = generate.select_adapters(state, key, body)
+    model = generate.resolve(state, key, selection)
+    rows = encode(model.tokenizer)
     if len(rows) > state.config.max_inputs:
         raise HttpError(400, f"{len(rows)} inputs exceed the limit of {state.config.max_inputs}.", param="input")
     try:
-        results = state.pooler.submit(rows, selection.entry, tenant=key.name, adapter=selection.label)
-    except UnknownAdapterError as error:
-        raise generate.unknown_adapter(state, key, selection, error) from error
+        results = state.pooler.submit(rows, model, tenant=key.name, adapter=selection.label)
     except BusyError as error:
         if state.shutting_down:
             raise shutting_down() from error
@@ -159,8 +163,7 @@ def _submit(state: ServerState, key: ApiKey, body: AdapterRequest, rows: Sequenc
     return results
 
 
-def _rows(state: ServerState, body: InputRequest) -> list[PoolingRow]:
-    tokenizer = state.engine.base.tokenizer
+def _rows(body: InputRequest, tokenizer: "PreTrainedTokenizerBase") -> list[PoolingRow]:
     if (body.input is None) == (body.messages is None):
         raise HttpError(400, "Give either input or messages.", param="input")
     if body.messages is not None:
@@ -193,9 +196,8 @@ def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
     return [*zip(ones, others, strict=True)]
 
 
-def _pair_rows(state: ServerState, pairs: Sequence[tuple[str, str]], embeds: bool) -> list[PoolingRow]:
+def _pair_rows(pairs: Sequence[tuple[str, str]], embeds: bool, tokenizer: Any) -> list[PoolingRow]:
     """Return a row for each pair; of a base that embeds, one for each first text, then one for each second."""
-    tokenizer: Any = state.engine.base.tokenizer
     if embeds:
         return [PoolingRow(tokenizer(pair[place])["input_ids"]) for place in (0, 1) for pair in pairs]
     encodings = [tokenizer(*pair) for pair in pairs]

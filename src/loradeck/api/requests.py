@@ -138,7 +138,7 @@ class ChatMessage(msgspec.Struct):
     """The assistant's content when it refused."""
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
-    """Refused, as messages of tools are, if the base's chat template leaves them out."""
+    """Refused, as messages of tools are, if the chat template leaves them out."""
     function_call: FunctionCall | None = None
     """OpenAI's older form of one tool call."""
     tool_call_id: str | None = None

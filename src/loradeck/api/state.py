@@ -13,7 +13,6 @@ from starlette.requests import Request as HttpRequest
 from loradeck.api.auth import ApiKeys
 from loradeck.api.catalogue import Catalogue
 from loradeck.api.config import ServerConfig
-from loradeck.api.logprobs import LogprobFormatter
 from loradeck.api.model_name import AdapterIds, ModelNames
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ class ServerState:
     adapter_ids: AdapterIds = field(init=False)
     names: ModelNames = field(init=False)
     catalogue: Catalogue = field(init=False)
-    logprobs: LogprobFormatter = field(init=False)
     live: "set[Generation | PoolingResult]" = field(init=False, default_factory=set)
     """Answers that a client waits for."""
     draining: bool = field(init=False, default=False)
@@ -51,7 +49,6 @@ class ServerState:
         self.adapter_ids = AdapterIds(self.engine.store)
         self.names = ModelNames(self.engine.base, self.adapter_ids)
         self.catalogue = Catalogue(self.engine.adapter_cache)
-        self.logprobs = LogprobFormatter(self.engine.base.tokenizer)
         self.metrics.watch(self.engine, self._live_requests)
 
     @property

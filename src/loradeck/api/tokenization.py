@@ -9,6 +9,8 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loradeck.api import generate
+from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError, invalid_field
 from loradeck.api.requests import (
     ChatCompletionRequest,
@@ -36,36 +38,44 @@ async def tokenize(request: Request) -> Response:
     """Return the token ids of a text, or of messages."""
     state = state_of(request)
     body = await read_body(request, TokenizeRequest, state.config.max_body_bytes)
-    return json_response(await run_sync(_tokenize, state, body))
+    return json_response(await run_sync(_tokenize, state, request.state.key, body))
 
 
 async def detokenize(request: Request) -> Response:
     """Return the text of token ids."""
     state = state_of(request)
     body = await read_body(request, DetokenizeRequest, state.config.max_body_bytes)
-    return json_response(await run_sync(_detokenize, state, body))
+    return json_response(await run_sync(_detokenize, state, request.state.key, body))
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """Return the tokenizer's special tokens and its chat template."""
-    tokenizer = state_of(request).engine.base.tokenizer
+    """Return the special tokens and the chat template of a model's tokenizer."""
+    model = request.query_params.get("model")
+    tokenizer = await run_sync(_tokenizer, state_of(request), request.state.key, model)
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None  # some have several
     return json_response(TokenizerInfo(tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, template))
 
 
-def _tokenize(state: ServerState, body: TokenizeRequest) -> TokenizeResponse:
-    base = state.engine.base
+def _tokenizer(state: ServerState, key: ApiKey, model: str | None) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of what a request names. Reads the disk."""
+    selection = state.names.named(model)
+    key.check_adapters(selection.names)
+    return generate.resolve(state, key, selection).tokenizer
+
+
+def _tokenize(state: ServerState, key: ApiKey, body: TokenizeRequest) -> TokenizeResponse:
+    tokenizer = _tokenizer(state, key, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise HttpError(400, "Give either a prompt or messages.", param="prompt")
     if body.prompt is None:
-        ids = encode_messages(base.tokenizer, body)
+        ids = encode_messages(tokenizer, body)
     else:
-        ids = encode_text(base.tokenizer, body.prompt, special=body.add_special_tokens is not False)
-    return TokenizeResponse(len(ids), base.context, ids)
+        ids = encode_text(tokenizer, body.prompt, special=body.add_special_tokens is not False)
+    return TokenizeResponse(len(ids), state.engine.base.context, ids)
 
 
-def _detokenize(state: ServerState, body: DetokenizeRequest) -> DetokenizeResponse:
-    tokenizer = state.engine.base.tokenizer
+def _detokenize(state: ServerState, key: ApiKey, body: DetokenizeRequest) -> DetokenizeResponse:
+    tokenizer = _tokenizer(state, key, body.model)
     with invalid_field("tokens"):
         return DetokenizeResponse(str(tokenizer.decode(check_ids(tokenizer, body.tokens))))
 
@@ -109,7 +119,7 @@ def encode_messages(
     """Return the token ids of a conversation, up to where the answer begins.
 
     Raises:
-        HttpError: 400, the base has no chat template, or the template rejects the messages, knows no such role, or
+        HttpError: 400, there is no chat template, or the template rejects the messages, knows no such role, or
             leaves out tools, their calls or their results.
     """
     variables = request.chat_template_kwargs or {}
@@ -134,7 +144,7 @@ def encode_messages(
         ignored = ignored_tools(tokenizer, messages, tools, **settings)
     if ignored is not None:
         param = "messages" if ignored != "tools" else "tools" if request.tools else "functions"
-        raise HttpError(400, f"The base's chat template ignores {ignored}.", param=param)
+        raise HttpError(400, f"The chat template ignores {ignored}.", param=param)
     return ids
 
 
@@ -143,7 +153,7 @@ def _check_roles(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatMe
         if message.role not in ROLES and not reads_role(tokenizer, message.role):
             raise HttpError(
                 400,
-                f"The base's chat template knows no role {message.role[:64]!r}.",
+                f"The chat template knows no role {message.role[:64]!r}.",
                 param=f"messages[{index}].role",
                 hint=f"The roles are {', '.join(ROLES)}.",
             )

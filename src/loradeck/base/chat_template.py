@@ -31,7 +31,7 @@ def encode_chat(
     """Return the token ids of a conversation as the chat template renders it; `variables` are the template's.
 
     Raises:
-        ConfigError: the base has no chat template, or the template rejects the messages.
+        ConfigError: there is no chat template, or the template rejects the messages.
     """
     ids = _apply(tokenizer, messages, tools, tokenize=True, add_generation_prompt=add_generation_prompt, **variables)
     return cast("list[int]", ids)
@@ -101,7 +101,7 @@ def _apply(
 ) -> Any:
     if tokenizer.chat_template is None:
         raise ConfigError(
-            "the base's tokenizer has no chat template for messages",
+            "there is no chat template for messages",
             hint="Give the prompt as one text, without roles or a system prompt, or use a base tuned for chat.",
         )
     settings: dict[str, Any] = {**variables, "tools": tools}
@@ -109,8 +109,8 @@ def _apply(
         return tokenizer.apply_chat_template(_turns(messages), return_dict=False, **settings)
     except Exception as error:  # a template is an untrusted program and can fail in any way
         raise ConfigError(
-            f"the base's chat template rejects the messages: {error}",
-            hint="Use the roles, and their order, that the base was trained with.",
+            f"the chat template rejects the messages: {error}",
+            hint="Use the roles, and their order, that the base or the adapter was trained with.",
         ) from error
 
 

@@ -6,7 +6,8 @@ O outputs   I inputs   G groups of inputs that share a scale
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -21,6 +22,8 @@ from loradeck.base.weights import QUANTISED, Weights, quantisable, set_quantised
 from loradeck.errors import BaseModelError
 from loradeck.native.quantised import KINDS, Quantised, pack
 
+INDEX = "model.safetensors.index.json"
+COMPLETE = "Copy all the model's files again."
 HINT = "Load the checkpoint that it was made from, with weights quantised at load: int8 or int4."
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where the outputs 0 to 7 lie in an integer
 
@@ -28,13 +31,18 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where the outputs 0 to 7 lie in an integ
 class Checkpoint:
     """The tensors of a folder, and how they are quantised."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """`settings`: the configuration's `quantization_config`."""
+    def __init__(self, folder: Path, settings: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> None:
+        """Open a folder.
+
+        Args:
+            folder: What it holds besides `*.safetensors` is not read.
+            settings: The configuration's `quantization_config`.
+            keys: Those tensors that count, by the names that they have here; the files with the others stay closed.
+        """
         self.folder, self.settings = folder, settings
-        self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+        files = files_of(folder)
+        self.keys: Mapping[str, str] = {key: key for key in files} if keys is None else keys
+        self.files: Mapping[str, Path] = {name: files[key] for name, key in self.keys.items()}
 
     @property
     def method(self) -> str:
@@ -47,10 +55,22 @@ class Checkpoint:
             BaseModelError: it is missing.
         """
         if name not in self.files:
-            raise BaseModelError(f"{self.folder} has no {name}", hint="Copy all the model's files again.")
+            raise BaseModelError(f"{self.folder} has no {name}", hint=COMPLETE)
         with safe_open(self.files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self.keys[name])
         return tensor
+
+    @contextmanager
+    def slices(self) -> Iterator[dict[str, Any]]:
+        """Open the files until the block ends: yield for each tensor what reads it, or a part of it."""
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {*self.files.values()}}
+            yield {name: opened[path].get_slice(self.keys[name]) for name, path in self.files.items()}
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Return the folder's settings for generation, None if it has none."""
+        there = (self.folder / "generation_config.json").exists()
+        return GenerationConfig.from_pretrained(self.folder) if there else None
 
     @cached_property
     def weights_settings(self) -> Mapping[str, Any]:
@@ -69,6 +89,32 @@ class Checkpoint:
         return BaseModelError(f"cannot read {self.folder}, which {self.method} has quantised: {reason}", hint=HINT)
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor in a folder, by its index if there is one; else each file's header is read.
+
+    Files that are not there have no tensors.
+
+    Raises:
+        BaseModelError: the index is not valid.
+    """
+    index = folder / INDEX
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # which transformers prefers
+        table = json.loads(index.read_bytes())
+        shards = table.get("weight_map") if isinstance(table, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise BaseModelError(f"{index} has no weight_map", hint=COMPLETE)
+        for name in sorted({*shards.values()}):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise BaseModelError(f"{index} names the file {name!r}, which is not one of this folder's")
+        there = {name for name in {*shards.values()} if (folder / name).is_file()}
+        return {key: folder / name for key, name in shards.items() if name in there}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return files
+
+
 Weight: TypeAlias = Tensor | Quantised
 Reading: TypeAlias = Callable[[Checkpoint, str], Weight]
 """From a module's path to its weight (O, I)."""
@@ -76,12 +122,11 @@ Reading: TypeAlias = Callable[[Checkpoint, str], Weight]
 
 def is_quantised(config: PretrainedConfig) -> bool:
     """Whether a checkpoint with this configuration is quantised by a tool of `MARKS`."""
-    return bool(_settings(config)) and Checkpoint(Path(), _settings(config)).method in MARKS
+    return bool(settings_of(config)) and Checkpoint(Path(), settings_of(config)).method in MARKS
 
 
-def is_direct(folder: Path, config: PretrainedConfig) -> bool:
+def is_direct(checkpoint: Checkpoint, config: PretrainedConfig) -> bool:
     """Return whether a checkpoint's tensors are the parameters of its model, none renamed, joined or tied elsewhere."""
-    checkpoint = Checkpoint(folder, _settings(config))
     if checkpoint.settings and checkpoint.method not in MARKS:
         return False
     skeleton = Skeleton(_without_settings(config), torch.float32)
@@ -96,7 +141,7 @@ def is_direct(folder: Path, config: PretrainedConfig) -> bool:
 
 
 def read_checkpoint(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, keep: bool, weights: Weights = "plain"
+    checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype, *, keep: bool, weights: Weights = "plain"
 ) -> PreTrainedModel:
     """Return the model of a checkpoint that is plain or that a tool of `MARKS` has quantised, read weight by weight.
 
@@ -107,7 +152,6 @@ def read_checkpoint(
         BaseModelError: weights are missing, have other shapes, or a layout that is not known.
         ConfigError: most weights of the model would not become int8 or int4.
     """
-    checkpoint = Checkpoint(folder, _settings(config))
     skeleton = Skeleton(_without_settings(config), dtype)
     skeleton.model.requires_grad_(False)
     layers = quantisable(skeleton.model, weights) if weights in QUANTISED else {}
@@ -132,16 +176,17 @@ def read_checkpoint(
         names = [f"{path} is missing" for path in missing]
         kind = type(skeleton.model).__name__
         raise BaseModelError(
-            f"{folder} does not have the weights of its {kind}",
+            f"{checkpoint.folder} does not have the weights of its {kind}",
             names + problems,
-            hint="Copy all the model's files again.",
+            hint=COMPLETE,
         )
-    if (folder / "generation_config.json").exists():
-        skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (settings := checkpoint.generation_config()) is not None:
+        skeleton.model.generation_config = settings
     return skeleton.model
 
 
-def _settings(config: PretrainedConfig) -> Mapping[str, Any]:
+def settings_of(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Return a configuration's `quantization_config`."""
     settings = getattr(config, "quantization_config", {})
     return settings if isinstance(settings, Mapping) else settings.to_dict()
 

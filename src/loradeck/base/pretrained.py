@@ -1,14 +1,16 @@
 """Models and tokenizers of transformers, loaded in silence; whatever goes wrong is a BaseModelError."""
 
+import ctypes
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.utils as hub
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
@@ -17,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.source import HINT
 from loradeck.base.task import CLASSES, clear, lacks_only_head, set_labels
 from loradeck.errors import BaseModelError, LoradeckError
@@ -43,13 +46,35 @@ def pretrained_model(
     )
     if task != "generate" and lacks_only_head(model, report["missing_keys"]):
         clear(model, report["missing_keys"])
-    elif report["missing_keys"]:  # transformers would initialise them at random
-        raise BaseModelError(
-            f"{source} lacks weights of its {type(model).__name__}",
-            sorted(report["missing_keys"]),
-            hint="Copy all the model's files again.",
-        )
+    else:
+        _check(source, model, report)
     return model
+
+
+def model_of_checkpoint(
+    source: str | Path, checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load a causal language model from some tensors of a checkpoint; every weight must be among them.
+
+    Raises:
+        BaseModelError: weights are missing.
+    """
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with checkpoint.slices() as slices:
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=slices, dtype=dtype, output_loading_info=True
+        )
+    _check(source, model, report)
+    if (settings := checkpoint.generation_config()) is not None:
+        model.generation_config = settings
+    return model
+
+
+def _check(source: str | Path, model: PreTrainedModel, report: Mapping[str, Collection[str]]) -> None:
+    if report["missing_keys"]:  # transformers would initialise them at random
+        raise BaseModelError(
+            f"{source} lacks weights of its {type(model).__name__}", sorted(report["missing_keys"]), hint=COMPLETE
+        )
 
 
 def pretrained_config(
@@ -67,18 +92,25 @@ def pretrained_config(
     return config
 
 
-def pretrained_tokenizer(source: str | Path, where: str, **gguf: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+def pretrained_tokenizer(source: str | Path, where: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; the options are those of transformers' `from_pretrained`.
 
     Raises:
         BaseModelError: it cannot be loaded.
     """
     hint = "Put the model's own tokenizer.json and tokenizer_config.json there."
     with base_errors(f"the tokenizer of {source}", hint):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         if tokenizer is None:
             raise FileNotFoundError("it is missing")
+    _return_freed_memory()  # to parse a vocabulary takes several times what it holds: 190 MB that Gemma 3's would keep
     return tokenizer
+
+
+def _return_freed_memory() -> None:
+    """Make glibc return to the system what is free."""
+    with suppress(OSError, AttributeError, TypeError):  # of another allocator, or another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

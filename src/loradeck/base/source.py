@@ -6,14 +6,14 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
 from loradeck.base import SMOLLM2
 from loradeck.errors import BaseModelError
+from loradeck.hub import TIMEOUT, why_refused, why_unreachable
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HINT = f"Give a folder with a transformers model, a hub id such as {SMOLLM2_HUB_ID}, a .gguf file, or {SMOLLM2}."
-TIMEOUT = 5.0  # seconds; transformers would try for a minute
 SHOWN = 3
 
 
@@ -27,22 +27,17 @@ def reach(hub_id: str) -> str:
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub_id, "config.json"), timeout=TIMEOUT)
     except EntryNotFoundError:  # an adapter, perhaps: its files say more
         return hub_id
-    except GatedRepoError as error:
-        hint = "Accept its terms on its page, and log in: hf auth login"
-        raise BaseModelError(f"{hub_id} is gated", hint=hint) from error
-    except RepositoryNotFoundError as error:
-        hint = close_names(hub_id) or "Check its name; to a private one, log in: hf auth login"
-        raise BaseModelError(f"the hub has no model {hub_id}, or does not show it to you", hint=hint) from error
     except Exception as error:  # of the HTTP library, which is the hub client's own choice
+        if refusal := why_refused(hub_id, "model", error):
+            message, hint = refusal
+            missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+            raise BaseModelError(message, hint=(missing and close_names(hub_id)) or hint) from error
         try:
             return huggingface_hub.snapshot_download(hub_id, local_files_only=True)
         except OSError:
             pass
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        what = "answers with an error" if isinstance(error, HfHubHTTPError) else "cannot be reached"
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} {what}: {reason}"
         raise BaseModelError(
-            f"{hub_id} is not in the cache, and {why}",
+            f"{hub_id} is not in the cache, and {why_unreachable(error)}",
             hint=close_names(hub_id) or "Check the network, or give a folder or a .gguf file.",
         ) from error
     return hub_id

@@ -35,9 +35,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         messages = cast("Sequence[Message]", prompt)
         _check(messages)
         if ignored := ignored_tools(tokenizer, messages, None):
-            raise ConfigError(
-                f"the base's chat template ignores {ignored}", hint="Leave them out, or use another base."
-            )
+            raise ConfigError(f"the chat template ignores {ignored}", hint="Leave them out, or use another base.")
         ids = encode_chat(tokenizer, messages)
     if not ids:
         raise ConfigError("the prompt is empty", hint="Give at least one token.")
@@ -52,7 +50,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[in
     """
     unknown = [token for token in ids if not 0 <= token < len(tokenizer)]
     if unknown:
-        raise ConfigError(f"unknown token id {unknown[0]}", hint=f"The base's ids are 0 to {len(tokenizer) - 1}.")
+        raise ConfigError(f"unknown token id {unknown[0]}", hint=f"The tokenizer's ids are 0 to {len(tokenizer) - 1}.")
     return [*ids]
 
 

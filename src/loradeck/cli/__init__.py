@@ -35,7 +35,10 @@ VERBS = (
     "prune",
     "diff",
     "merge",
+    "convert",
     "export",
+    "pull",
+    "push",
     "rm",
     "doctor",
 )

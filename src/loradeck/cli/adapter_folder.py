@@ -1,10 +1,11 @@
-"""An adapter's folder as an argument: its headers, or the close names of one that is not there."""
+"""An adapter's folder or hub id as an argument: its headers, or the close names of one that is not there."""
 
 import difflib
 import os
 from pathlib import Path
 
 from loradeck.errors import AdapterError
+from loradeck.lora import hub
 from loradeck.lora.manifest import AdapterFiles, is_adapter, read_folder
 
 DEFAULT = Path("adapters")  # where `loradeck demo` writes, and `loradeck ls` looks
@@ -14,10 +15,13 @@ SHOWN = 3
 def read_adapter(folder: str | Path) -> AdapterFiles:
     """Read the headers of an adapter's folder, as read_folder does; the error of a missing one lists close names.
 
+    That of a hub id is downloaded first.
+
     Raises:
-        AdapterError: the folder is not a complete adapter.
+        AdapterError: the folder is not a complete adapter, or the hub does not show it.
     """
-    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for an invalid path
+    folder = hub.local(folder)
+    if not os.path.exists(folder):  # noqa: PTH110 - Path.exists raises for an invalid path
         raise AdapterError(f"{folder} is not a folder", hint=close_adapters(folder))
     return read_folder(Path(folder))
 

@@ -62,16 +62,19 @@ class Local:
         blend.check(adapters)
 
         from loradeck.base.load import Base
+        from loradeck.generation import tokenizers_of
         from loradeck.lora.bank import Bank
 
         loaded = Base.load(base, dtype=dtype, weights=weights)
-        if loaded.tokenizer.chat_template is None:
+        bank = Bank(loaded.model)
+        blends = blend.load(bank, adapters, any_base=any_base)
+        tokenizers = [loaded.tokenizer, *tokenizers_of(loaded, bank, blends)]
+        if all(tokenizer.chat_template is None for tokenizer in tokenizers):
             raise ConfigError(
                 f"{loaded.name} has no chat template",
                 hint="Use a base tuned for chat, or continue a text with `loradeck generate`.",
             )
-        bank = Bank(loaded.model)
-        return cls(loaded, bank, activations), blend.load(bank, adapters, any_base=any_base)
+        return cls(loaded, bank, activations), blends
 
     @property
     def name(self) -> str:

@@ -1,21 +1,17 @@
 """`loradeck export`: an adapter, a base or a merged model in another program's format."""
 
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from loradeck.cli import blend
-from loradeck.cli.adapter_folder import close_adapters, read_adapter
+from loradeck.cli.adapter_folder import close_adapters
+from loradeck.cli.convert import print_conversion
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.output import check_writable
 from loradeck.errors import BaseModelError, ConfigError
-
-if TYPE_CHECKING:
-    from loradeck.lora.adapter import Adapter
-    from loradeck.lora.manifest import AdapterFiles
 
 ADAPTER_DTYPES: dict[str, Literal["float32", "float16"]] = {"f32": "float32", "f16": "float16"}
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"]
@@ -36,7 +32,7 @@ def export(
     `loradeck export BASE --adapter ADAPTER -o FILE` writes a model that needs
     nothing else: `llama-cli -m FILE`. `loradeck export ADAPTER -o FILE` writes
     the adapter alone, for any GGUF file of its base, however quantised:
-    `llama-server -m BASE.gguf --lora FILE`.
+    `llama-server -m BASE.gguf --lora FILE`. It is `loradeck convert --to gguf`.
 
     Args:
         source: A base (a folder, a hub id, a .gguf file, or smollm2-135m), or an adapter's folder.
@@ -51,15 +47,15 @@ def export(
             adapter names. Its weights are read only if the adapter has copies of them, as
             PEFT saves for the head and the embedding.
     """
+    from loradeck.llamacpp import check_installed
     from loradeck.lora.manifest import is_adapter
 
-    if find_spec("gguf") is None:
-        raise ConfigError(f"export to {to} needs the package gguf", hint="Run pip install 'loradeck[gguf]'.")
     if output.exists():
         raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
     check_writable(output)
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"{output} cannot be written: there is no folder {output.parent}", hint="Create it first.")
+    check_installed(f"export to {to}")
     if is_adapter(Path(source)):
         if adapter is not None:
             raise ConfigError(
@@ -90,34 +86,10 @@ def _export_adapter(folder: Path, output: Path, base: str | None, quant: Quant) 
             hint=f"To quantise base and adapter together: loradeck export BASE --adapter {folder} --quant {quant}.",
         )
 
-    from loradeck.gguf import architecture
-    from loradeck.lora import gguf
+    from loradeck import conversion
 
-    files = read_adapter(folder)
-    source = base or files.origin.base_model
-    if source is None:
-        raise ConfigError(f"{folder} does not name its base", hint="Give it with --base.")
-    shapes = architecture.read_architecture(source)
-    loaded = _load(files, source)
-    alpha = gguf.export(loaded, shapes, output, dtype=dtype)
-    file_size = format_size(output.stat().st_size)
-    print(printable(f"{output}: {file_size}, {len(loaded.sites)} modules, alpha {alpha:g}, {quant}"))
-    print(printable(f"try: llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}"))
-
-
-def _load(files: "AdapterFiles", source: str) -> "Adapter":
-    """Read the adapter; copies of the base's weights are compared with the base in their own dtype."""
-    from functools import partial
-
-    from loradeck.base.load import Base
-    from loradeck.lora.adapter import DTYPES, Adapter
-    from loradeck.lora.compatibility import why_not_a_copy
-
-    if not files.copies:
-        return Adapter.from_files(files)
-    _, copy = files.entries[files.copies[0]]
-    base = Base.load(source, dtype=DTYPES[copy.dtype], device="cpu")
-    return Adapter.from_files(files, check_copy=partial(why_not_a_copy, base.model))
+    done = conversion.convert(folder, output, to="gguf", base=base, dtype=dtype)
+    print_conversion(done, "gguf", quant)
 
 
 def _export_model(base: str, output: Path, adapter: str | None, quant: Quant) -> None:

@@ -69,7 +69,9 @@ def generate(
         loaded = Base.load(base, dtype=dtype, weights=weights)
         bank = Bank(loaded.model)
         entries = blend.load(bank, names, any_base=any_base)
-        rows = [encode(loaded.tokenizer, with_system(prompt, system)) for prompt in questions]
+        tokenizers = generation.tokenizers_of(loaded, bank, entries)
+        pairs = zip(tokenizers, questions, strict=True)
+        rows = [encode(tokenizer, with_system(prompt, system)) for tokenizer, prompt in pairs]
         generation.answer_length(loaded, rows, sampling.max_new_tokens)  # raises for all before the first is answered
         for start in range(0, len(rows), batch_size):
             done = f"{start} of {len(rows)} prompts answered"
@@ -87,8 +89,8 @@ def generate(
             )
             answers += new
             if not as_json:
-                pairs = zip(questions[batch], names[batch], strict=True)
-                heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in pairs]
+                asked = zip(questions[batch], names[batch], strict=True)
+                heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in asked]
                 _print(heads if len(rows) > 1 else [""], new, first=start == 0)
     if as_json:
         results = zip(questions, names, answers, strict=True)

@@ -27,8 +27,9 @@ def merge(
 ) -> None:
     """Merge an adapter or a blend into its base, as a new model.
 
-    The result is a complete transformers model with its tokenizer. Its weights
-    are rounded once, to the base's dtype; `--dtype float32` loses nothing.
+    The result is a complete transformers model with its tokenizer, or the
+    adapter's if its folder has one. Its weights are rounded once, to the base's
+    dtype; `--dtype float32` loses nothing.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
@@ -38,6 +39,7 @@ def merge(
     from loradeck.base.load import Base
     from loradeck.base.pretrained import quiet
     from loradeck.disk import new_folder
+    from loradeck.generation import tokenizers_of
     from loradeck.lora.bank import Bank
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -50,12 +52,13 @@ def merge(
     bank = Bank(loaded.model)
     (weights,) = blend.load(bank, [adapter], any_base=any_base)
     assert weights is not None
+    (tokenizer,) = tokenizers_of(loaded, bank, [weights])
     bank.merge(weights)
     untie(loaded.model)
     try:
         with quiet(), new_folder(output) as fresh:  # no progress bar for a second of writing
             loaded.model.save_pretrained(fresh)
-            loaded.tokenizer.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
     except OSError as error:
         raise BaseModelError(f"cannot write {output}: {error.strerror or error}") from error
     nbytes = sum(file.stat().st_size for file in output.iterdir())

@@ -10,8 +10,9 @@ from loradeck.errors import ConfigError
 def publish(adapter: Path, name: str, /, *, as_json: AsJson = False) -> None:
     """Publish an adapter as the latest version of a name.
 
-    The adapter is read completely, then copied: its configuration, tensors and
-    card. The version does not change any more, whatever happens to its source.
+    The adapter is read completely, then copied: its configuration, tensors, card
+    and tokenizer. The version does not change any more, whatever happens to its
+    source.
 
     Args:
         adapter: An adapter's folder, such as that of a training run, or of an

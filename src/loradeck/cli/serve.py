@@ -1,6 +1,7 @@
 """`loradeck serve`: one base and a store of adapters behind OpenAI's API."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from cyclopts import Parameter
 
 from loradeck.api.config import ServerConfig
 from loradeck.base.onednn import cap_kernel_cache
+from loradeck.cli.adapter_folder import read_adapter
 from loradeck.cli.display.text import printable
 from loradeck.cli.options import Dtype, Task, Weights
 from loradeck.cli.process import cap_allocator, quick_imports
@@ -71,10 +73,13 @@ def serve(
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
     if store and not count and is_adapter(store.folder):
+        read_adapter(str(adapters))  # another program's is no better in a folder
         raise ConfigError(f"{adapters} is an adapter, not a folder of adapters", hint="Give the folder that holds it.")
     with listen(host, port, has_keys=bool(api_keys)) as address:
         cap_allocator()
         cap_kernel_cache()
+        if engine.hub:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would be drawn into the log
         with quick_imports():
             from loradeck.api.app import app
             from loradeck.api.log import logging_to

@@ -1,4 +1,4 @@
-"""`loradeck show`: one adapter, from its headers, without torch."""
+"""`loradeck show`: one adapter, from its headers; torch is needed only to compare a tokenizer."""
 
 from pathlib import Path
 
@@ -6,18 +6,24 @@ from loradeck.cli.display.text import columns, format_size, format_value, print_
 from loradeck.cli.options import AsJson
 
 
-def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
+def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) -> None:
     """Show an adapter: its settings, modules and provenance, and its training's results.
+
+    If its folder has a tokenizer or a chat template of its own, which its rows
+    use, it also says where they differ from those of the base.
 
     Args:
         adapter: An adapter's folder, or its name in a store, as in adapters/poet.
+        base: The base whose tokenizer is compared; by default the one that the adapter names, if it is a local path.
     """
     from loradeck.cli.adapter_folder import read_adapter
+    from loradeck.cli.adapter_tokenizer import AdapterTokenizer
     from loradeck.cli.summary import config, kinds, locate, summarise
 
     listing = read_adapter(locate(adapter))
     head, groups, settings = summarise(listing), kinds(listing.sites.items()), config(listing)
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
+    tokenizer = AdapterTokenizer.of(listing, base)
     provenance = dict(sorted(listing.origin.provenance.items()))
     if as_json:
         print_json(
@@ -31,6 +37,7 @@ def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
                 "bytes": head.bytes,
                 "dtypes": dtypes,
                 "config": settings,
+                "tokenizer": tokenizer.as_json,
                 "kinds": groups,
                 "results": head.results,
                 "provenance": provenance,
@@ -43,6 +50,7 @@ def show(adapter: Path, /, *, as_json: AsJson = False) -> None:
         "size": f"{format_size(head.bytes)}: {head.parameters:,} parameters in {', '.join(dtypes)}, "
         f"{head.modules} modules",
         "written": head.date,
+        **tokenizer.facts,
         **{key: format_value(value) for key, value in settings.items()},
         **provenance,
     }

@@ -14,10 +14,10 @@ from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
-from loradeck.base import is_hub_id
 from loradeck.dataset import delimited, json_file, table
 from loradeck.dataset.text_file import open_utf8
 from loradeck.errors import DataError
+from loradeck.hub import is_hub_id
 
 Split: TypeAlias = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -1,4 +1,1 @@
-"""Bases and merged models as GGUF files for llama.cpp: weights, settings and vocabulary.
-
-Adapters as GGUF files are in lora/gguf.py.
-"""
+"""Bases, merged models and adapters as GGUF files of llama.cpp: weights, settings and vocabulary."""

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from loradeck.base import SMOLLM2, is_hub_id
+from loradeck.base import SMOLLM2
 from loradeck.base.gguf_file import GgufFile
 from loradeck.base.load import smollm2_file
 from loradeck.base.pretrained import quiet
 from loradeck.base.source import HINT, SMOLLM2_HUB_ID, close_names, reach
 from loradeck.errors import BaseModelError
+from loradeck.hub import is_hub_id
 from loradeck.llamacpp import MODEL_TYPES, PLAIN, REORDERED, Architecture, names, text_path
 
 # transformers' model_type -> llama.cpp's name, if they differ (conversion/ in llama.cpp)

@@ -13,11 +13,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loradeck.base.adapter_tokenizer import AdapterTokenizers
+from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.fingerprint import fingerprint_of
+from loradeck.base.language_model import is_multimodal, language_model
 from loradeck.base.load import load_tokenizer, local_folder
 from loradeck.base.pretrained import quiet
 from loradeck.base.quantiser import ENCODERS, quantise
@@ -54,8 +56,8 @@ class Model:
     skeleton: PreTrainedModel
     """On the meta device."""
     architecture: Architecture
-    files: Mapping[str, Path]
-    """The file of each weight."""
+    checkpoint: Checkpoint
+    """Of a multimodal base only what its language model has, by the names that it has there."""
 
     @classmethod
     def open(cls, source: str) -> "Model":
@@ -69,38 +71,27 @@ class Model:
         try:
             with quiet():
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                if config.get_text_config() is not config:
-                    raise UnsupportedError(
-                        f"{source} is multimodal ({config.model_type}); only its adapters can be exported",
-                        hint="Convert the model with llama.cpp's convert_hf_to_gguf.py.",
-                        cli="Export the adapter alone: loradeck export ADAPTER -o FILE.",
-                    )
+                part = language_model(source, config, folder) if is_multimodal(config) else None
+                config = part.config if part else config
                 architecture, skeleton = architecture_of(config, source)
-            files: dict[str, Path] = {}
-            for path in sorted(folder.glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    files |= dict.fromkeys(file.keys(), path)
+            checkpoint = part.checkpoint if part else Checkpoint(folder, {})
         except (BaseModelError, UnsupportedError):
             raise
         except Exception as error:  # what untrusted files make transformers raise has no common class
             line = str(error).strip().partition("\n")[0] or type(error).__name__
             raise BaseModelError(f"cannot read {source}: {line}") from error
         metadata.check(config, architecture)
-        missing = [path for path, _ in skeleton.named_parameters() if path not in files]
+        missing = [path for path, _ in skeleton.named_parameters() if path not in checkpoint.files]
         if missing:
-            raise BaseModelError(f"{source} lacks weights", missing, hint="Copy all the model's files again.")
-        return cls(source, name, folder, config, skeleton, architecture, files)
-
-    def weight(self, path: str) -> Tensor:
-        """Read a weight."""
-        with safe_open(self.files[path], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(path)
-        return tensor
+            raise BaseModelError(f"{source} lacks weights", missing, hint=COMPLETE)
+        if part is not None:
+            part.mark(skeleton)
+        return cls(source, name, folder, config, skeleton, architecture, checkpoint)
 
     @cached_property
     def fingerprint(self) -> str:
         """As `Base.fingerprint`."""
-        parameters = ((path, self.weight(path)) for path in sorted(dict(self.skeleton.named_parameters())))
+        parameters = ((path, self.checkpoint.get(path)) for path in sorted(dict(self.skeleton.named_parameters())))
         return fingerprint_of(type(self.skeleton).__name__, parameters)
 
 
@@ -139,6 +130,7 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     kinds: dict[str, LayerKind] = {}
     for folder, weight in folders.items():
         files = read_folder(folder)
+        files = files.respelled(compatibility.respelling(model.skeleton, kinds, files))
         kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder, files.spellings)
         compatibility.check_base(model.skeleton, files, any_base=False)
         compatibility.warn_of_gaps(files, compatibility.lacking(model.skeleton, files))
@@ -174,7 +166,7 @@ def export(model: Model, merge: Merge, file: Path, quant: str) -> Counter[str]:
             writer.add_file_type(getattr(gguf.LlamaFileType, _file_type(quant)))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             metadata.add_settings(writer, model.config, model.architecture)
-            add_vocabulary(writer, load_tokenizer(model.source), _generation(model.folder), model.config.vocab_size)
+            add_vocabulary(writer, _tokenizer(model, merge), _generation(model.folder), model.config.vocab_size)
             for entry in entries:
                 shape = gguf.quant_shape_to_byte_shape(entry.shape, types[entry.name])
                 writer.add_tensor_info(
@@ -224,7 +216,7 @@ def _entries(model: Model, merge: Merge) -> Iterator[Entry]:
 def _value(model: Model, merge: Merge, path: str, module: str, name: str) -> Tensor:
     """Return a weight as llama.cpp has it, in float32: of the module, from the parameter at a path."""
     base = model.architecture
-    weight = model.weight(path)
+    weight = model.checkpoint.get(path)
     value = merge(module, weight) if path.endswith(".weight") else weight.float()
     if base.name in GEMMA and name.endswith("norm.weight"):
         value = value + 1
@@ -271,6 +263,12 @@ def _float32() -> "np.dtype[Any]":
     return np.dtype(np.float32)
 
 
+def _tokenizer(model: Model, merge: Merge) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the adapters that are merged if they agree on one of their own, else the base's."""
+    tokenizers = AdapterTokenizers(load_tokenizer(model.source), model.config)
+    return tokenizers.of(adapter.tokenizer_files for adapter, _ in merge.weighted)
+
+
 def _generation(folder: Path) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
 
@@ -281,7 +279,7 @@ def _why_not_a_copy(model: Model, key: str, tensor: Tensor) -> str | None:
     names = {id(parameter): name for name, parameter in model.skeleton.named_parameters()}
     copied = parameters.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     path = names[id(copied)] if copied is not None else ""  # of a tied head, the embedding's
-    if path not in model.files:
+    if path not in model.checkpoint.files:
         return "belongs to no weight of this base"
-    weight = model.weight(path)
+    weight = model.checkpoint.get(path)
     return compatibility.why_other_shape(weight, tensor) or compatibility.why_other_values(weight, tensor)

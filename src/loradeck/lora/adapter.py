@@ -1,8 +1,9 @@
 """One adapter: a configuration and its low-rank tensors; on disk, a PEFT folder."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, starmap
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +17,16 @@ from loradeck.lora import card, safetensors_io
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
 from loradeck.lora.folder import CARD, CONFIG, TENSORS
-from loradeck.lora.manifest import AdapterFiles, TargetModule, keys_of, read_folder
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder, stamp
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import Origin, write_config
 from loradeck.lora.spelling import PREFIX
 from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.dropout import Dropout
 from loradeck.ops.weights import LoraWeights, finite
+from loradeck.tokenizer_files import TokenizerFiles
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -38,6 +42,8 @@ class Adapter(nn.Module):
         config: the LoraConfig, with its targets resolved.
         sites: kind, rank, scaling and shapes for each module path.
         origin: where it comes from.
+        paths: how its files spell the modules that they spell otherwise.
+        tokenizer_files: those of a tokenizer in the folder it was read from; none if it was made in memory.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
         saved: the names of the parameters of each module that it replaces, by the module's path.
         replacements: these modules, with its parameters; a bank makes them.
@@ -49,6 +55,8 @@ class Adapter(nn.Module):
         self.config = config
         self.sites: Mapping[str, TargetModule] = sites
         self.origin = origin or Origin()
+        self.paths: Mapping[str, str] = {}
+        self.tokenizer_files = TokenizerFiles()
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.saved: Mapping[str, tuple[str, ...]] = {}
@@ -136,11 +144,13 @@ class Adapter(nn.Module):
         """
         check_copy = check_copy or (lambda *_: "is a copy of a weight of the base")
         adapter = cls(files.config, files.sites, files.origin)
+        adapter.paths = files.paths
         adapter.fan_in_fan_out = bool((files.origin.written or {}).get("fan_in_fan_out"))
+        adapter.tokenizer_files = TokenizerFiles.of(files.folder.absolute(), stamp(files.folder))
         # A tensor made in inference mode has no version counter and could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             # Shapes first, before memory is allocated for the tensors.
-            _refuse_copies(files, _copy_problems(files, check_copy))
+            _refuse_copies(files, _check_shapes(files, check_copy))
             if _is_one_tensor(files):
                 adapter._read_whole(files.headers[0])
             else:
@@ -160,7 +170,8 @@ class Adapter(nn.Module):
         copy = type(self).with_sites(
             self.config, self.sites, pairs, origin=self.origin, saved=saved, trainable=trainable
         )
-        copy.fan_in_fan_out = self.fan_in_fan_out
+        copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
+        copy.tokenizer_files = self.tokenizer_files
         return copy
 
     def _read_whole(self, header: safetensors_io.Header) -> None:
@@ -172,9 +183,11 @@ class Adapter(nn.Module):
         self.register_parameter(f"flat_{dtype}", nn.Parameter(body.view(DTYPES[dtype]), requires_grad=False))
         self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
-    def _read_parts(self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
+    def _read_parts(
+        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]
+    ) -> dict[str, str | None]:
         """Gather the tensors of all files into a flat tensor per dtype; return what is wrong with copies."""
-        problems: list[str] = []
+        reasons: dict[str, str | None] = {}
         parts: dict[str, list[tuple[str, Tensor]]] = {}
         modules = {key: (path, name) for path, keys in files.saved.items() for name, key in keys.items()}
         saved: dict[str, dict[str, Tensor]] = {}
@@ -188,15 +201,15 @@ class Adapter(nn.Module):
                     saved.setdefault(path, {})[name] = tensor
                 elif key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
-                elif reason := check_copy(key, tensor):
-                    problems.append(f"{files.spelling(key)} {reason}")
+                else:
+                    reasons[key] = check_copy(key, tensor)
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
         for path, keys in files.saved.items():
             if all(check_copy(key, saved[path][name]) is None for name, key in keys.items()):
                 del saved[path]
         self._save_modules(saved, trainable=False)
-        return problems
+        return reasons
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -257,9 +270,10 @@ class Adapter(nn.Module):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor under its key in a PEFT file."""
         for path, site in self.sites.items():
-            yield from zip(keys_of(path, site), self.pair(path), strict=True)
+            yield from zip(keys_of(self.paths.get(path, path), site), self.pair(path), strict=True)
         for path in self.saved:
-            yield from ((f"{PREFIX}{path}.{name}", tensor) for name, tensor in self.saved_module(path).items())
+            written = PREFIX + self.paths.get(path, path)
+            yield from ((f"{written}.{name}", tensor) for name, tensor in self.saved_module(path).items())
 
     @property
     def trainable(self) -> bool:
@@ -271,15 +285,11 @@ class Adapter(nn.Module):
         """Bytes of all tensors."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    def _raw(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
-        for key, tensor in self.tensors():
-            plain = tensor.detach().cpu().contiguous()
-            yield key, DTYPE_NAMES[plain.dtype], tuple(plain.shape), plain.view(-1).view(torch.uint8).numpy().tobytes()
-
     def save(self, folder: str | Path, *, notes: str = "") -> Path:
         """Write a PEFT folder atomically: whatever happens, `folder` holds the old adapter or this one.
 
-        Other files in an existing folder stay; so does its model card, unless `notes` (markdown) are given.
+        Other files in an existing folder stay; so does its model card, unless `notes` (markdown) are given. A tokenizer
+        of the adapter's own is written too.
 
         Raises:
             AdapterError: a tensor is not finite, or the folder cannot be written.
@@ -293,7 +303,9 @@ class Adapter(nn.Module):
         try:
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
-                (fresh / TENSORS).write_bytes(safetensors_io.encode(self._raw(), self.origin.metadata))
+                (fresh / TENSORS).write_bytes(safetensors_io.encode(starmap(raw, self.tensors()), self.origin.metadata))
+                for name, content in self._tokenizer(folder).items():
+                    (fresh / name).write_bytes(content)
                 if notes or not (folder / CARD).exists():
                     (fresh / CARD).write_text(
                         card.text(self.config, self.origin, modules=len(self.sites), nbytes=self.nbytes, notes=notes),
@@ -302,6 +314,16 @@ class Adapter(nn.Module):
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             raise AdapterError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return folder
+
+    def _tokenizer(self, folder: Path) -> dict[str, bytes]:
+        """Return the tokenizer's files for a folder; none if it has them, or if they are there no more."""
+        if folder.absolute() == self.tokenizer_files.folder:
+            return {}
+        try:
+            return self.tokenizer_files.read()
+        except AdapterError as error:  # the tensors are worth more
+            log.warning("%s is saved without its tokenizer: %s", folder, error.message)
+            return {}
 
     def describe(self, **provenance: str) -> None:
         """Add to the adapter's provenance, which is saved with the tensors."""
@@ -324,6 +346,12 @@ class Adapter(nn.Module):
         pass
 
 
+def raw(key: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], bytes]:
+    """Return a tensor as `safetensors_io.encode` takes it."""
+    plain = tensor.detach().cpu().contiguous()
+    return key, DTYPE_NAMES[plain.dtype], tuple(plain.shape), plain.view(-1).view(torch.uint8).numpy().tobytes()
+
+
 _SPANS: Memo[dict[str, safetensors_io.Entry], dict[str, Span]] = Memo()
 
 
@@ -341,18 +369,20 @@ def _is_one_tensor(files: AdapterFiles) -> bool:
     return len(files.headers) == 1 and not files.copies and not files.saved and len(dtypes) == 1
 
 
-def _copy_problems(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> list[str]:
+def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:
+    """Return what is wrong with the shape of each copy of a weight."""
     shapes = {key: files.entries[key][1].shape for key in files.copies}
-    reasons = {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
-    return [f"{files.spelling(key)} {reason}" for key, reason in reasons.items() if reason]
+    return {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
 
 
-def _refuse_copies(files: AdapterFiles, problems: list[str]) -> None:
+def _refuse_copies(files: AdapterFiles, reasons: Mapping[str, str | None]) -> None:
+    """Raise an error if there is a reason against any copy of a weight."""
+    problems = {key: f"{files.spelling(key)} {reason}" for key, reason in reasons.items() if reason}
     if problems:
-        trained = any(".base_layer.weight " not in problem for problem in problems)
+        trained = not all(key.endswith(ADAPTED_COPY) for key in problems)
         raise UnsupportedError(
             f"{files.folder} has weights of a base itself, which are not this base's; this is not supported",
-            problems,
+            [*problems.values()],
             hint=f"Load the base it was trained on.{' If it trained them too, merge it there with PEFT.' * trained}",
             **({} if trained else ANY_BASE),
         )

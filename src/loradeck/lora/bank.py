@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, RouteError, UnknownAdapterError
-from loradeck.lora import compatibility, init, merge, targets
+from loradeck.lora import compatibility, hub, init, merge, targets
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.combine import Combination, Method, combine
 from loradeck.lora.config import LoraConfig
@@ -53,6 +52,7 @@ class Bank:
         self._sweep_later = False  # an adapter was unloaded while a route to it was open
         self._fitting: Memo[Mapping[str, TargetModule], dict[str, LayerKind]] = Memo()
         self._lacking: Memo[tuple[LoraConfig, object, Mapping[str, TargetModule]], list[str]] = Memo()
+        self._respelling: Memo[tuple[Mapping[str, TargetModule], Sequence[str]], Mapping[str, str]] = Memo()
         self._unmerged: dict[str, nn.Parameter] = {}  # the base's weights, while adapters are merged into it
         self._lock = RLock()
 
@@ -143,20 +143,21 @@ class Bank:
     ) -> str:
         """Load a PEFT folder and return the adapter's name, by default the folder's up to any `@`, as in poet@2.
 
-        All or nothing: after an error the bank is unchanged. `any_base` accepts an adapter that was trained on another
-        base. The log warns of modules that the adapter targets and has no tensors for.
+        The folder may be a hub id, as owner/name or owner/name@revision: see `loradeck.lora.hub`. All or nothing: after
+        an error the bank is unchanged. `any_base` accepts an adapter that was trained on another base. The log warns of
+        modules that the adapter targets and has no tensors for.
 
         Raises:
             UnsupportedError: the adapter uses a feature that is not supported.
             AdapterError: with every problem found.
             AdapterNameError: the name is taken or invalid.
         """
-        folder = Path(folder)
         try:
-            name = default_name(folder) if name is None else name
+            name = default_name(Path(folder)) if name is None else name
         except (OSError, ValueError, RuntimeError) as error:  # a null byte, or a loop of links
             raise AdapterError(f"{str(folder)!r} is not a folder: {error}") from None
         self._check_new(name)
+        folder = hub.local(folder)
         files = self.check(folder, any_base=any_base)
         # Read without the lock: the disk may be slow, and other threads may unload meanwhile.
         check_copy = partial(compatibility.why_not_a_copy, self.model, any_base=any_base)
@@ -174,11 +175,18 @@ class Bank:
     def check(self, folder: str | Path, *, any_base: bool = False) -> AdapterFiles:
         """Check by its headers that a PEFT folder is complete and fits this model; return what they say.
 
+        Its modules are spelled as this model's, even where the folder spells them otherwise.
+
         Raises:
             UnsupportedError, AdapterError: as `load`.
         """
         files = read_folder(folder, self._has)
         with self._lock:
+            paths = self._respelling.get(
+                (files.sites, (*files.copies, *files.saved)),
+                lambda: compatibility.respelling(self.model, self._adapted(), files),
+            )
+            files = files.respelled(paths)
             self._fit(files.sites, str(folder), files.spellings)
         shapes = {
             path: {name: torch.empty(files.entries[key][1].shape, device="meta") for name, key in keys.items()}
@@ -324,11 +332,8 @@ class Bank:
             self._check_new(name)
             weighted = [(self[other], weight) for other, weight in weights.items()]
             result = combine(weighted, method=method, r=r, density=density, seed=seed)
-            adapter = result.adapter
-            shortest = targets.suffixes(self.model, [*adapter.sites])
-            adapter.config = replace(adapter.config, target_modules=shortest)
-            init.stamp(self.model, adapter)
-            self.add(name, adapter)
+            init.stamp(self.model, result.adapter)
+            self.add(name, result.adapter)
             return result
 
     def _check_new(self, name: str) -> None:
@@ -349,13 +354,14 @@ class Bank:
             return False
         return True
 
+    def _adapted(self) -> dict[str, LayerKind]:
+        return {path: layer.kind for path, layer in self._layers.items() if layer.kind}
+
     def _fit(
-        self, sites: Mapping[str, TargetModule], what: str, spellings: Mapping[str, str] | None = None
+        self, sites: Mapping[str, TargetModule], what: str, spellings: Mapping[str, str] = {}
     ) -> dict[str, LayerKind]:
-        adapted = {path: layer.kind for path, layer in self._layers.items() if layer.kind}
-        return self._fitting.get(
-            sites, lambda: compatibility.layer_kinds(self.model, adapted, sites, what, spellings or {})
-        )
+        fit = partial(compatibility.layer_kinds, self.model, self._adapted(), sites, what, spellings)
+        return self._fitting.get(sites, fit)
 
     def _kind(self, path: str) -> LayerKind | None:
         """Return the kind of the module at a path, None if it takes no pair."""

@@ -12,8 +12,8 @@ For weights w_i and updates D_i = scaling_i · B_i A_i, the target is D = Σ w_i
 ties and dare are defined on the values of D_i, so they build one module's D at a time; concat and svd never build D.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from sys import float_info
 from typing import Literal
 
@@ -22,9 +22,8 @@ from torch import Tensor
 
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.config import MAX_RANK, LoraConfig
-from loradeck.lora.manifest import TargetModule
-from loradeck.lora.patterns import literal_pattern
+from loradeck.lora.config import MAX_RANK
+from loradeck.lora.manifest import TargetModule, config_of
 from loradeck.lora.peft import Origin
 from loradeck.ops.weights import finite
 
@@ -34,10 +33,14 @@ METHODS: tuple[Method, ...] = ("concat", "svd", "ties", "dare")
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """A new adapter, and its relative error ‖D - BA‖ / ‖D‖ from lowering the rank (Frobenius, all modules)."""
+    """A new adapter, and its relative error ‖D - BA‖ / ‖D‖ from lowering the rank (Frobenius).
+
+    `error` is that of all modules together, `errors` that of each.
+    """
 
     adapter: Adapter
     error: float
+    errors: Mapping[str, float]
 
 
 def combine(
@@ -65,6 +68,7 @@ def combine(
     generator = torch.Generator().manual_seed(seed)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     sites: dict[str, TargetModule] = {}
+    errors: dict[str, float] = {}
     lost = whole = 0.0
     with torch.inference_mode(False), torch.no_grad():
         for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.sites):
@@ -80,19 +84,38 @@ def combine(
                     a, b, dropped, total = _best_rank(*_stacked(factors), rank)
                 else:
                     dense = (_ties if method == "ties" else _dare)([b @ a for a, b in factors], density, generator)
-                    a, b, dropped, total = _best_rank_dense(dense, rank)
+                    a, b, dropped, total = best_rank(dense, rank)
                 lost, whole = lost + dropped, whole + total
+                errors[path] = _share(dropped, total)
             a = a.reshape(-1, *site.a_shape[1:]).to(dtype)
             b = b.reshape(*site.b_shape[:1], -1, *site.b_shape[2:]).to(dtype)
             if not (finite(a) and finite(b)):
                 raise AdapterError(f"{path} overflows {dtype}", hint="Combine at smaller weights, or in float32.")
             pairs[path] = a.contiguous(), b.contiguous()  # as files have them: other strides round differently
             sites[path] = TargetModule(site.kind, a.shape[0], 1.0, tuple(a.shape), tuple(b.shape))
-    config = _config(sites)
     origin = Origin(weighted[0][0].origin.base_model, task_type=weighted[0][0].origin.task_type)
-    adapter = Adapter.with_sites(config, sites, pairs, origin=origin)
+    adapter = Adapter.with_sites(config_of(sites), sites, pairs, origin=origin)
     adapter.fan_in_fan_out = weighted[0][0].fan_in_fan_out
-    return Combination(adapter, (lost / whole) ** 0.5 if whole else 0.0)
+    return Combination(adapter, _share(lost, whole), errors)
+
+
+def lower_rank(adapter: Adapter, r: int) -> Combination:
+    """Return the adapter with each rank above r lowered to r by svd; modules of lower ranks stay as they are.
+
+    Raises:
+        ConfigError, AdapterError: as `combine`.
+    """
+    low = combine([(adapter, 1.0)], method="svd", r=r)
+    kept = {path: site for path, site in adapter.sites.items() if site.r <= r}
+    sites = {path: kept.get(path, low.adapter.sites[path]) for path in adapter.sites}
+    pairs = {path: (adapter if path in kept else low.adapter).pair(path) for path in adapter.sites}
+    lowered = Adapter.with_sites(config_of(sites), sites, pairs, origin=replace(adapter.origin, written=None))
+    lowered.fan_in_fan_out = adapter.fan_in_fan_out
+    return replace(low, adapter=lowered)
+
+
+def _share(lost: float, whole: float) -> float:
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None, density: float) -> None:
@@ -155,7 +178,8 @@ def _best_rank(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float, flo
     )
 
 
-def _best_rank_dense(dense: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
+def best_rank(dense: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
+    """Return the best A, B of rank r for a matrix, of equal norms; the squared norms of the loss and of the whole."""
     u, s, v = torch.linalg.svd(dense, full_matrices=False)
     return *_halves(u, s, v, r), float(s[r:].square().sum()), float(s.square().sum())
 
@@ -187,17 +211,3 @@ def _dare(updates: list[Tensor], density: float, generator: torch.Generator) -> 
         keep = torch.empty(update.shape, dtype=update.dtype).bernoulli_(density, generator=generator)
         total += update * keep.to(update.device) / density
     return total
-
-
-def _config(sites: dict[str, TargetModule]) -> LoraConfig:
-    """Return a config with scaling 1 everywhere: alpha = r, per module where ranks differ."""
-    ranks = [site.r for site in sites.values()]
-    r = max(set(ranks), key=ranks.count)
-    pattern = {path: site.r for path, site in sites.items() if site.r != r}
-    return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=tuple(sorted(sites)),
-        rank_pattern=literal_pattern(pattern),
-        alpha_pattern=literal_pattern(pattern),
-    )

@@ -3,26 +3,51 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, ConfigError
-from loradeck.lora import targets
+from loradeck.lora import targets, whole_model
 from loradeck.lora.folder import CONFIG
-from loradeck.lora.manifest import AdapterFiles, TargetModule, keys_of
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, copied_module, keys_of
 from loradeck.lora.peft import unknown_settings
 from loradeck.lora.saved_modules import why_not_replaced
-from loradeck.lora.spelling import PREFIX
 from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.layer_kinds import LayerKind, dense_weight
 
 log = logging.getLogger(__name__)
 
-ADAPTED = ".base_layer.weight"  # the end of the key of a copy of an adapted module's weight; a bias may be trained
 SHOWN = 5  # modules in a warning
 ROWS = 4096  # of a weight that are compared at once
+
+
+def respelling(model: nn.Module, adapted: Mapping[str, LayerKind], files: AdapterFiles) -> Mapping[str, str]:
+    """Return how to respell an adapter's modules to fit a model, as {path: path in the model}; nothing if they do.
+
+    They are respelled only if then, and in one way alone, every module is there and every shape fits. `adapted` is as
+    in `layer_kinds`.
+
+    Raises:
+        AdapterError: as `layer_kinds`, of the spelling that fits best.
+    """
+    errors: list[AdapterError] = []
+    fits: list[Mapping[str, str]] = []
+    modules = [*files.sites, *map(copied_module, (*files.copies, *files.saved_keys))]
+    for paths in chain([{}], whole_model.respellings(model, modules)):
+        try:
+            spelled = files.respelled(paths)
+            layer_kinds(model, adapted, spelled.sites, str(files.folder), spelled.spellings)
+        except AdapterError as error:
+            errors.append(error)
+        else:
+            if not paths:
+                return {}
+            fits.append(paths)
+    if len(fits) != 1:
+        raise min(reversed(errors), key=lambda error: len(error.problems))
+    return fits[0]
 
 
 def layer_kinds(
@@ -47,7 +72,8 @@ def layer_kinds(
         kind = adapted.get(path) or targets.check(model, path, closed)
         if isinstance(kind, str):
             key = spellings.get(keys_of(path, site)[0])
-            problems.append(f"{path}{f' ({key} in the file)' if key else ''} {kind}")
+            reason = whole_model.why_left_out(model, path) or kind
+            problems.append(f"{path}{f' ({key} in the file)' if key else ''} {reason}")
             without.append(path)
         elif kind.name != site.kind:
             problems.append(f"{path} is a {kind.name} layer here, the adapter's is {site.kind}")
@@ -169,9 +195,9 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool
     Of a tensor on the meta device only the shape is compared. With `any_base`, the copies that PEFT saves of modules
     that the adapter adapts may have other values, since the adapter does not train them: the log says how far.
     """
-    path, _, name = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    name = key.rpartition(".")[2]
     try:
-        module = model.get_submodule(path)
+        module = model.get_submodule(copied_module(key))
         weight = module.get_parameter(name)
     except AttributeError:
         return "belongs to no weight of this base"
@@ -182,7 +208,7 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool
         reason = why_other_values(weight, tensor)
     else:
         reason = "repeats a weight that is quantised in this base, so the two cannot be compared"
-    if not (reason and any_base and key.endswith(ADAPTED)):
+    if not (reason and any_base and key.endswith(ADAPTED_COPY)):
         return reason
     if not tensor.is_meta:
         log.warning("%s %s; the base's own weight is used", key, reason)
@@ -198,7 +224,7 @@ def why_other_shape(weight: Tensor, tensor: Tensor) -> str | None:
 
 
 def why_other_values(weight: Tensor, tensor: Tensor) -> str | None:
-    """Return how far a tensor is from a weight of its shape, None if as far as their dtypes round; nothing for meta."""
+    """Return how far a tensor is from a weight of its shape, None if no farther than rounding or on the meta device."""
     if tensor.is_meta:
         return None
     limits = [torch.finfo(each.dtype) for each in (weight, tensor)]

@@ -13,6 +13,7 @@ from loradeck.lora.unsupported import ORIGIN, REFUSED, WITHOUT_EFFECT
 T = TypeVar("T")
 
 MAX_RANK = 65_536
+MAX_ALPHA = 1e9
 PATH_LENGTH = 300
 
 
@@ -98,7 +99,7 @@ class LoraConfig:
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
             # Not math.isfinite: it raises on an integer beyond a float's range.
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= 1e9:
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
                 problems.append(f"{name} is {shorten(alpha)}, not a number up to 1e9")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout is {shorten(self.lora_dropout)}, not a number p with 0 <= p < 1")
@@ -134,16 +135,23 @@ class LoraConfig:
                 problems.append(f"{name} is {shorten(value)}, not a mapping from patterns to numbers")
         return problems
 
-    def of_modules(self, ranks: Mapping[str, int], targets: str | Sequence[str]) -> "LoraConfig":
-        """Return the same settings for exactly these modules (path -> rank), which `targets` match."""
-        alphas = {path: alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+    def of_modules(
+        self, ranks: Mapping[str, int], targets: str | Sequence[str], paths: Mapping[str, str] | None = None
+    ) -> "LoraConfig":
+        """Return the same settings for exactly these modules (path -> rank), which `targets` match.
+
+        `paths` are the new paths of those that move.
+        """
+        paths = paths or {}
+        alphas = {paths.get(path, path): alpha for path in ranks if (alpha := self.alpha(path)) != self.lora_alpha}
+        ranks = {paths.get(path, path): r for path, r in ranks.items() if r != self.r}
         return replace(
             self,
             target_modules=targets,
             exclude_modules=(),
             layers_to_transform=None,
             layers_pattern=(),
-            rank_pattern=literal_pattern({path: r for path, r in ranks.items() if r != self.r}),
+            rank_pattern=literal_pattern(ranks),
             alpha_pattern=literal_pattern(alphas),
         )
 

@@ -14,6 +14,7 @@ from loradeck.lora.manifest import TargetModule
 from loradeck.lora.peft import Origin
 from loradeck.lora.saved_modules import initial
 from loradeck.lora.targets import suffixes
+from loradeck.lora.whole_model import module_names, paths_in_files
 from loradeck.ops.layer_kinds import LayerKind
 
 
@@ -39,7 +40,7 @@ def adapter(
         sites[path] = TargetModule(kind.name, r, config.scaling(path, r), a_shape, b_shape)
         pairs[path] = _initial(kind, a_shape, b_shape, _dtype(model.get_submodule(path)), generator)
     saved = _saved(model, config, num_labels, generator)
-    new = Adapter.with_sites(_resolved(model, config, sites), sites, pairs, saved=saved, trainable=True)
+    new = Adapter.with_sites(config, sites, pairs, saved=saved, trainable=True)
     new.fan_in_fan_out = any(kind.fan_in_fan_out for kind in kinds.values())
     stamp(model, new)
     prepare(new, generator)
@@ -102,13 +103,15 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _resolved(model: nn.Module, config: LoraConfig, sites: Mapping[str, TargetModule]) -> LoraConfig:
-    """Return the config with targets and patterns that match exactly these modules."""
-    return config.of_modules({path: site.r for path, site in sites.items()}, suffixes(model, [*sites]))
-
-
 def stamp(model: nn.Module, adapter: Adapter) -> None:
-    """Record the base and the versions that an adapter was created with, as far as the model has them."""
+    """Record the base and the versions that an adapter was created with, as far as the model has them.
+
+    Its config gets targets and patterns that match exactly its modules, as files spell them.
+    """
+    adapter.paths = paths_in_files(model, adapter.sites)
+    targets = suffixes(module_names(model), [adapter.paths.get(path, path) for path in adapter.sites])
+    ranks = {path: site.r for path, site in adapter.sites.items()}
+    adapter.config = adapter.config.of_modules(ranks, targets, adapter.paths)
     names = (getattr(model, attribute, None) for attribute in ("base_name", "name_or_path"))
     name = next((name for name in names if isinstance(name, str) and name), None)
     # PEFT selects its wrapper class by the task type.

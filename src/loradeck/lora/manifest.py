@@ -1,15 +1,20 @@
 """The contents of an adapter's folder: config and tensor headers, checked against each other. Imports no torch."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
+from loradeck.disk import Stamp, stamp_of
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError, shorten
+from loradeck.lora import foreign
 from loradeck.lora.config import PATH_LENGTH, LoraConfig
 from loradeck.lora.folder import CONFIG, TENSORS, check_lfs
 from loradeck.lora.memo import Memo
+from loradeck.lora.patterns import literal_pattern
 from loradeck.lora.peft import Origin, read_config
 from loradeck.lora.safetensors_io import ITEM_BYTES, Entry, Header, read_header
 from loradeck.lora.spelling import PREFIX, canonical, plain
@@ -17,8 +22,16 @@ from loradeck.lora.unsupported import RETRAIN
 
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+ADAPTED_COPY = ".base_layer.weight"  # the end of a copy's key, of a module with a pair: PEFT never trains it
 INDEX = TENSORS + ".index.json"
 TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
+STAMPED = (
+    ".json",
+    ".safetensors",
+    ".jinja",
+    ".model",
+    ".txt",
+)  # an adapter's files, and a tokenizer's beside it
 
 UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA magnitudes",
@@ -52,6 +65,7 @@ class AdapterFiles:
     copies: tuple[str, ...]  # keys that repeat a weight of the base (PEFT saves targeted embeddings whole)
     saved: Mapping[str, Mapping[str, str]]  # by the path of a module that is replaced: parameter name -> key
     spellings: Mapping[str, str]  # key -> how the file spells it, of those that it spells another way
+    paths: Mapping[str, str] = field(default_factory=dict)  # as on disk, of modules that are respelled
 
     @property
     def entries(self) -> dict[str, tuple[Header, Entry]]:
@@ -82,8 +96,56 @@ class AdapterFiles:
         """Return a key as the file spells it, for errors."""
         return self.spellings.get(key, key)
 
+    @property
+    def saved_keys(self) -> list[str]:
+        """The keys of the parameters of modules that are replaced."""
+        return [key for keys in self.saved.values() for key in keys.values()]
+
+    def respelled(self, paths: Mapping[str, str]) -> "AdapterFiles":
+        """Return the same files with other paths of modules: path -> new path, for modules and those with copies."""
+        if not paths:
+            return self
+        before = [header.entries for header in self.headers]
+        key = before, self.sites, (*self.copies, *self.saved_keys), paths
+        after, sites, whole, old = _MOVED.get(key, lambda: _moved(*key))
+        copies, moved = whole[: len(self.copies)], iter(whole[len(self.copies) :])
+        saved: dict[str, dict[str, str]] = {}
+        for names in self.saved.values():
+            for name, new in zip(names, moved, strict=False):
+                saved.setdefault(new.removeprefix(PREFIX).removesuffix(f".{name}"), {})[name] = new
+        headers = tuple(replace(header, entries=each) for header, each in zip(self.headers, after, strict=True))
+        moves = {new: old for pair in zip(before, after, strict=True) for old, new in zip(*pair, strict=True)}
+        spellings = {new: self.spelling(old) for new, old in moves.items() if new != self.spelling(old)}
+        return replace(self, headers=headers, sites=sites, copies=copies, saved=saved, spellings=spellings, paths=old)
+
     def _trained(self) -> list[Entry]:
         return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
+
+
+_Spelling: TypeAlias = tuple[list[dict[str, Entry]], dict[str, TargetModule], tuple[str, ...], Mapping[str, str]]
+_MOVED: Memo[_Spelling, _Spelling] = Memo()
+
+
+def _moved(
+    entries: list[dict[str, Entry]], sites: dict[str, TargetModule], copies: tuple[str, ...], paths: Mapping[str, str]
+) -> _Spelling:
+    keys = {
+        old: new
+        for path, site in sites.items()
+        for old, new in zip(keys_of(path, site), keys_of(paths.get(path, path), site), strict=True)
+    }
+    keys |= {key: key.replace(path, paths.get(path, path), 1) for key in copies for path in [copied_module(key)]}
+    return (
+        [{keys[key]: entry for key, entry in each.items()} for each in entries],
+        {paths.get(path, path): site for path, site in sites.items()},
+        tuple(keys[key] for key in copies),
+        {new: old for old, new in paths.items()},
+    )
+
+
+def copied_module(key: str) -> str:
+    """Return the path of the module whose weight a copy repeats."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")[0]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -97,32 +159,73 @@ def is_adapter(folder: Path) -> bool:
         return True
 
 
+def stamp(folder: Path) -> Stamp:
+    """Return a value that changes whenever a file of an adapter does, or one that other tools write beside it.
+
+    Raises:
+        AdapterError: the folder cannot be read.
+    """
+    try:
+        return stamp_of(folder, STAMPED)
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be read: {error.strerror}") from error
+
+
 def keys_of(path: str, site: TargetModule) -> tuple[str, str]:
     """Return the names of a module's A and B in a PEFT file."""
     a, b = EMBEDDING if site.kind == "embedding" else LINEAR
     return PREFIX + path + a, PREFIX + path + b
 
 
-def read_folder(folder: str | Path, in_base: Callable[[str], bool] = lambda _: False) -> AdapterFiles:
+def config_of(sites: Mapping[str, TargetModule]) -> LoraConfig:
+    """Return a config that gives each of these modules its rank and scaling."""
+    alphas = {path: _whole(site.scaling * site.r) for path, site in sites.items()}
+    ranks = {path: site.r for path, site in sites.items()}
+    ((r, _),), ((alpha, _),) = Counter(ranks.values()).most_common(1), Counter(alphas.values()).most_common(1)
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=tuple(sorted(sites)),
+        rank_pattern=literal_pattern({path: rank for path, rank in ranks.items() if rank != r}),
+        alpha_pattern=literal_pattern({path: other for path, other in alphas.items() if other != alpha}),
+    )
+
+
+def _whole(number: float) -> float:
+    return int(number) if number.is_integer() else number
+
+
+def read_folder(
+    folder: str | Path,
+    in_base: Callable[[str], bool] = lambda _: False,
+    *,
+    tensors: Path | None = None,
+    changed_base: bool = False,
+) -> AdapterFiles:
     """Read a PEFT folder's configuration and tensor headers, and check them against each other.
 
-    Keys that a tool spells in another way than PEFT are respelled, except those with a path that `in_base(path)` knows:
-    see `loradeck.lora.spelling`.
+    Args:
+        folder: The adapter's folder.
+        in_base: Whether the base has a module of a path: keys that a tool spells in another way than PEFT are
+            respelled, except those with such a path; see `loradeck.lora.spelling`.
+        tensors: A safetensors file in place of the folder's own.
+        changed_base: Read an adapter whose initialisation changed the base too; alone it is not the whole change.
 
     Raises:
         UnsupportedError: the adapter uses a feature that is not supported.
         AdapterError: with every problem found in the folder.
     """
     folder = folder if isinstance(folder, Path) else Path(folder)
-    config, origin = read_config(folder)
+    config, origin = read_config(folder, changed_base=changed_base)
     try:
-        headers: tuple[Header, ...] = (read_header(folder / TENSORS),)
+        headers: tuple[Header, ...] = (read_header(tensors or folder / TENSORS),)
     except FileNotFoundError:
         headers = tuple(_read_shard(path) for path in _shards(folder))
     origin = Origin(origin.base_model, origin.revision, origin.task_type, headers[0].metadata, origin.written)
     spellings: dict[str, str] = {}
     if not all(_SPELLED.get((header.entries,), lambda header=header: _is_canonical(header)) for header in headers):
         headers = tuple(_respelled(header, in_base, spellings) for header in headers)
+        config, origin = _respelled_targets(config, origin)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers, spellings)
     files = AdapterFiles(folder, config, origin, headers, {}, (), {}, spellings)
     order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
@@ -152,6 +255,14 @@ def _respelled(header: Header, in_base: Callable[[str], bool], spellings: dict[s
     return replace(header, entries=entries)
 
 
+def _respelled_targets(config: LoraConfig, origin: Origin) -> tuple[LoraConfig, Origin]:
+    if isinstance(config.target_modules, str):
+        return config, origin
+    targets = [*dict.fromkeys(map(plain, config.target_modules))]
+    written = {**(origin.written or {}), "target_modules": targets}
+    return replace(config, target_modules=targets), replace(origin, written=written)
+
+
 def _joined(headers: Sequence[Header], spellings: Mapping[str, str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for header in headers:
@@ -179,12 +290,8 @@ def _shards(folder: Path) -> list[Path]:
     """Return the files of an adapter that is not in one file."""
     if (folder / INDEX).is_file():
         return _indexed(folder)
-    if (folder / "adapter_model.bin").exists():
-        raise UnsupportedError(
-            f"{folder / 'adapter_model.bin'} is a pickle, which can run code when opened",
-            hint='If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
-            "s.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"",
-        )
+    if (folder / foreign.PICKLE).exists():
+        raise foreign.refusal("pickle", folder / foreign.PICKLE)
     raise AdapterError(f"{folder} holds no {TENSORS}", hint="Download or save the adapter again.")
 
 
@@ -281,7 +388,6 @@ def _is_target(files: AdapterFiles, halves: Mapping[str, Mapping[str, Entry]]) -
     targets = files.config.target_modules
     if isinstance(targets, str):
         return lambda _: True
-    spelled = [*targets, *(map(plain, targets) if files.spellings else ())]
     # With ensure_weight_tying, PEFT saves an embedding's pair again, transposed, as that of the tied output head.
     heads = [
         (pair["eB"].shape[::-1], pair["eA"].shape[::-1])
@@ -289,7 +395,7 @@ def _is_target(files: AdapterFiles, halves: Mapping[str, Mapping[str, Entry]]) -
         if _ties(files.origin) and pair.keys() >= {"eA", "eB"}
     ]
     return lambda path: (
-        any(path == target or path.endswith("." + target) for target in spelled)
+        any(path == target or path.endswith("." + target) for target in targets)
         or (halves[path].keys() >= {"A", "B"} and (halves[path]["A"].shape, halves[path]["B"].shape) in heads)
     )
 

@@ -41,18 +41,19 @@ class Patterns:
         for index, pattern in enumerate(self.patterns):
             if index not in self._compiled:
                 self._compiled[index] = self._compile(pattern)
-            self._left = end - time.thread_time()
+            left = self._left = end - time.thread_time()
             try:
-                if self._left <= 0:
-                    raise TimeoutError
-                if self._compiled[index](path, self._left):
-                    return index
+                matches = left > 0 and self._compiled[index](path, left)
+                self._left = end - time.thread_time()
             except TimeoutError:
                 self._left = 0.0
+            if self._left <= 0:
                 raise ConfigError(
                     f"{self.name} has {shorten(pattern)}, which takes too long to match with the modules' paths",
                     hint="Write it without repeats of repeats, or list the modules.",
-                ) from None
+                )
+            if matches:
+                return index
         return None
 
     def _compile(self, pattern: str) -> Match:

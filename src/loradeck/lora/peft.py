@@ -13,10 +13,11 @@ import msgspec
 
 from loradeck.disk import read_start
 from loradeck.errors import AdapterError, ConfigError, UnsupportedError, shorten
+from loradeck.lora import foreign
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.folder import CONFIG, check_lfs, no_adapter
 from loradeck.lora.memo import Memo
-from loradeck.lora.unsupported import IN_TENSORS, ORIGIN, REFUSED, RETRAIN, WITHOUT_EFFECT, may_change_results
+from loradeck.lora.unsupported import IN_TENSORS, INIT, ORIGIN, REFUSED, RETRAIN, WITHOUT_EFFECT, may_change_results
 
 MAX_CONFIG = 4 << 20  # bytes; enough for one pattern per module of a large model
 
@@ -43,22 +44,22 @@ class Origin:
         return {key: str(value) for key, value in record.items() if value is not None}
 
 
-def read_config(folder: Path) -> tuple[LoraConfig, Origin]:
-    """Read a folder's adapter_config.json.
+def read_config(folder: Path, *, changed_base: bool = False) -> tuple[LoraConfig, Origin]:
+    """Read a folder's adapter_config.json; one whose training changed the base only if `changed_base`.
 
     Raises:
         UnsupportedError: the adapter uses a feature that is not supported.
         AdapterError: the file is missing, not JSON, or invalid.
     """
     path = folder / CONFIG
-    content = _read(path)
-    return _PARSED.get(content, lambda: _parse(path, content))
+    content = read_content(path)
+    return _PARSED.get((content, changed_base), lambda: _parse(path, content, changed_base=changed_base))
 
 
-_PARSED: Memo[bytes, tuple[LoraConfig, Origin]] = Memo(64)
+_PARSED: Memo[tuple[bytes, bool], tuple[LoraConfig, Origin]] = Memo(64)
 
 
-def _parse(path: Path, content: bytes) -> tuple[LoraConfig, Origin]:
+def _parse(path: Path, content: bytes, *, changed_base: bool) -> tuple[LoraConfig, Origin]:
     check_lfs(path, content)
     try:
         table = msgspec.json.decode(content, type=dict[str, Any])
@@ -66,12 +67,14 @@ def _parse(path: Path, content: bytes) -> tuple[LoraConfig, Origin]:
         raise AdapterError(
             f"{path} is not a JSON object: {error}", hint="Download or save the adapter again."
         ) from None
+    if foreign.is_mlx(table):
+        raise foreign.refusal("mlx", path.parent)
     if table.get("peft_type") != "LORA":
         raise UnsupportedError(
             f"{path} has peft_type {table.get('peft_type')!r}; only LORA adapters are supported", hint=RETRAIN
         )
     for key, (is_set, what, hint) in REFUSED.items():
-        if key not in IN_TENSORS and is_set(table.get(key)):
+        if key not in IN_TENSORS and is_set(table.get(key)) and not (changed_base and key == INIT):
             raise UnsupportedError(f"{path}: {key}={shorten(table[key], 60)} {what}; this is not supported", hint=hint)
     unknown = [*filter(may_change_results, unknown_settings(table))]
     if unknown:
@@ -122,14 +125,19 @@ class _Fields(msgspec.Struct, kw_only=True, omit_defaults=True):
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
-def _read(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
+    """Return the content of an adapter_config.json, of bounded size.
+
+    Raises:
+        AdapterError: it is missing or cannot be read.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_CONFIG:
             raise AdapterError(f"{path} has {size} bytes, more than the limit of {MAX_CONFIG}")
         return read_start(path, size + 1)[0]
     except (FileNotFoundError, NotADirectoryError):
-        raise no_adapter(path.parent) from None
+        raise foreign.refused(path.parent) or no_adapter(path.parent) from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null byte in the path

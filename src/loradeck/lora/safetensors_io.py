@@ -91,8 +91,8 @@ def _split(text: str) -> tuple[Mapping[str, object], str]:
         metadata, end = DECODER.raw_decode(text, len(METADATA) - 1)
         if text.startswith(',"', end):
             return metadata, text[end + 1 :]
-    table = _decode(text)
-    return table.pop("__metadata__", {}), msgspec.json.encode(table).decode().removeprefix("{")
+    table = msgspec.json.decode(text, type=dict[str, dict[str, object] | None])  # mlx writes null for no metadata
+    return table.pop("__metadata__", None) or {}, msgspec.json.encode(table).decode().removeprefix("{")
 
 
 def _decode(text: str) -> dict[str, dict[str, object]]:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -101,14 +101,14 @@ def check(model: nn.Module, path: str, closed: Mapping[str, str]) -> LayerKind |
     return kind if not isinstance(kind, str) else f"is a {type(module).__name__}, which {kind}"
 
 
-def suffixes(model: nn.Module, paths: Sequence[str]) -> str | tuple[str, ...]:
-    """Return the shortest path endings that match exactly `paths` among the model's modules, sorted.
+def suffixes(modules: Iterable[str], paths: Sequence[str]) -> str | tuple[str, ...]:
+    """Return the shortest path endings that match exactly `paths` among all modules' paths, sorted.
 
     If no ending can (a path that also ends another one), return a regex.
     """
     wanted = set(paths)
     others: set[str] = set()
-    for path, _ in model.named_modules():
+    for path in modules:
         if path not in wanted:
             others.update(_endings(path))
     chosen = {path: next((end for end in _endings(path) if end not in others), "") for path in paths}
@@ -141,6 +141,20 @@ def closed(model: nn.Module) -> dict[str, str]:
         if isinstance(module, CLOSED)
         for inner, _ in module.named_modules()
         if inner
+    }
+
+
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the stacks of matrices that are parameters of no layer, such as a mixture's experts; they take no adapter.
+
+    By the path of their module and their own name.
+    """
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if isinstance(kind_of(module), str)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2
     }
 
 

@@ -16,9 +16,10 @@ WITHOUT_EFFECT = frozenset({
 # Settings that replace weights of the base by tensors of the file: it counts whether there are any.
 IN_TENSORS = frozenset({"bias"})
 
+INIT, CHANGED = "init_lora_weights", "was initialised from the base's weights and changed them"
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 RETRAIN = "Train it again without this setting, or merge it into its base with PEFT and use that model."
-CONVERT = "PEFT converts it to a plain LoRA: see path_initial_model_for_weight_conversion in its documentation."
+CONVERT = "`loradeck convert` makes it a plain LoRA, from the weights of its base or from its first values."
 ANY_BASE = {
     "python": "If you know that this one is compatible, pass any_base=True.",
     "cli": "If you know that this one is compatible: `loradeck generate`, `chat` and `merge` take --any-base.",
@@ -39,9 +40,9 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "kasa_config": (bool, "is KaSA, which changes the base by a truncated SVD", RETRAIN),
     "velora_config": (bool, "is VeLoRA, which saves tensors of its training too", RETRAIN),
     "monteclora_config": (bool, "is MonteCLoRA, which samples its tensors", RETRAIN),
-    "init_lora_weights": (
+    INIT: (
         lambda v: isinstance(v, str) and v.lower().startswith(BASE_CHANGED),
-        "was initialised from the base's weights and changed them",
+        CHANGED,
         CONVERT,
     ),
 }

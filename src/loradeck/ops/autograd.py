@@ -64,8 +64,9 @@ class _Update(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore [bad-override]  (torch declares any arguments)
     def forward(ctx: Any, x: Tensor, y: Tensor, terms: list[Term], *leaves: Tensor) -> Tensor:
-        # A copy of y: a hook or a saved tensor may still hold the base's output.
-        z = y.reshape(-1, y.shape[-1]).clone(memory_format=torch.contiguous_format)
+        # A copy of y: a hook or a saved tensor may still hold the base's output. No view: models add to it in place.
+        new = y.clone(memory_format=torch.contiguous_format)
+        z = new.view(-1, y.shape[-1])
         items, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x, y)
         saved: list[Tensor | None] = []
         with torch.autocast(x.device.type, enabled=False):
@@ -78,7 +79,7 @@ class _Update(torch.autograd.Function):
                 saved += a, b, h, keep
         ctx.terms, ctx.dtype, ctx.shape = terms, dtype, x.shape
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *saved)
-        return z.view(y.shape)
+        return new
 
     @staticmethod
     # pyrefly: ignore [bad-override]

@@ -1,7 +1,7 @@
 """A transformers model read into the table that the compiled step computes.
 
 No class is known by name: a layer must consist of the known parts, and computed alone on a few random tokens it must
-give what the definition gives for its row of the table.
+give what the definition gives for its row of the table. Of layers of the same kind, the first is computed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -24,6 +24,7 @@ from loradeck.native.quantised import Quantised
 from loradeck.native.slots import Slot
 from loradeck.native.table import Activation, Experts, Layer, Linear, Table
 from loradeck.ops.layer_kinds import dense_weight
+from loradeck.runner.layer_kind import kind_of
 from loradeck.runner.observation import FixedRouter, Observation, observe, with_part
 
 T = TypeVar("T")
@@ -71,6 +72,8 @@ class _Reader:
         """Of each norm that was read."""
         self.activations: list[Activation] = []
         """Of each MLP."""
+        self.observations: list[tuple[object, Observation]] = []
+        """Of the first layer of each kind."""
 
     def table(self) -> Table:
         self.check_forwards()
@@ -113,11 +116,14 @@ class _Reader:
             logit_scale=1 / getattr(config, "logits_scaling", 1.0),
             logit_cap=getattr(config, "final_logit_softcapping", None),
         )
-        layers = (self.agreed(table, *row, x, module) for row, module in zip(rows, modules, strict=True))
-        return replace(table, layers=tuple(layers))
+        turned: dict[Observation, int | None] = {}
+        for (layer, observation), module in zip(rows, modules, strict=True):
+            if observation not in turned:
+                turned[observation] = self.agreed(table, layer, observation, x, module).rotary
+        return replace(table, layers=tuple(replace(layer, rotary=turned[observation]) for layer, observation in rows))
 
     def layer(self, module: Any, x: Tensor, kind: str | None, rotary: int) -> tuple[Layer, Observation]:
-        """Return a layer's row, and what it computes of x alone."""
+        """Return a layer's row, and what the first layer of its kind computes of x alone."""
         parts = self.parts(module, {"self_attn", "mlp", "block_sparse_moe", *PLACES})
         attention = self.part(module, parts, "self_attn")
         mlp = self.part(module, parts, "block_sparse_moe" if "block_sparse_moe" in parts else "mlp")
@@ -131,7 +137,7 @@ class _Reader:
         o = self.linear(self.part(attention, projections, "o_proj"))
         experts = self.experts(mlp) if "experts" in mlp._modules else None
         products = {} if experts else self.mlp(mlp)
-        seen = self.observe(module, x, kind, experts)
+        seen = self.observation(module, x, kind, experts)
         queries, keys = (tensor[0].numel() for tensor in (seen.query, seen.key))
         projected = self.linears(attention, projections, "qkv_proj", {"q": queries, "k": keys, "v": keys})
         return Layer(
@@ -209,6 +215,16 @@ class _Reader:
         if not _near(seen.output.float() - hidden, y - hidden, tolerance, float(rounding)):
             raise self.refusal(module, "computes something else than its parts suggest")
         return layer
+
+    def observation(self, module: nn.Module, x: Tensor, kind: str | None, experts: Experts | None) -> Observation:
+        kind_of_layer = kind, kind_of(module)
+        for known, seen in self.observations:
+            if known == kind_of_layer:
+                return seen
+        seen = self.observe(module, x, kind, experts)
+        if not seen.uses_number:
+            self.observations.append((kind_of_layer, seen))
+        return seen
 
     def observe(self, module: nn.Module, x: Tensor, kind: str | None, experts: Experts | None) -> Observation:
         positions = _positions(self.decoder.rotary_emb, x, TOKENS, kind)

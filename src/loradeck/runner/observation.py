@@ -4,6 +4,7 @@ T tokens   H hidden size   Q query heads   K key heads   D width of a head
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AttentionInterface
 
 from loradeck.native import reference
 from loradeck.native.table import Experts
+from loradeck.runner.layer_kind import NUMBER, NUMBERED
 
 NAME = "loradeck_observed"
 
@@ -33,6 +35,18 @@ class Observation:
     """Names of more tensors that its attention takes."""
     output: Tensor
     """(T, H) of the layer."""
+    uses_number: bool
+    """Whether it looked at its place in the decoder, so that one of the same kind may compute something else."""
+
+
+def _refuse(*_: object) -> Any:
+    raise TypeError("the layer's number is hidden")
+
+
+class HiddenNumber:
+    """Stands in for a layer's number. It can be passed on, and whatever else is done with it fails."""
+
+    __eq__ = __hash__ = __bool__ = __repr__ = _refuse
 
 
 class FixedRouter(nn.Module):
@@ -65,15 +79,27 @@ def observe(layer: nn.Module, x: Tensor, **arguments: Any) -> Observation:
         LookupError: its attention is not one that can be replaced.
         Exception: what the layer raises if it cannot be called so.
     """
+    with suppress(Exception):
+        return _observe(layer, x, arguments, hides_number=True)
+    return _observe(layer, x, arguments, hides_number=False)
+
+
+def _observe(layer: nn.Module, x: Tensor, arguments: dict[str, Any], *, hides_number: bool) -> Observation:
     attention: Any = copy(layer.self_attn)
     attention.config = copy(attention.config)
     attention.config._attn_implementation = NAME
     alone = with_part(layer, ["self_attn"], attention)
+    if hides_number:
+        for path in NUMBERED:
+            module = alone.get_submodule(path)
+            if NUMBER in vars(module):
+                setattr(module, NUMBER, HiddenNumber())
     with torch.no_grad():
         output = alone(x[None], attention_mask=None, **arguments)
     if "call" not in vars(attention):
         raise LookupError("its attention is not one that can be replaced")
-    return Observation(*attention.call, output=(output if isinstance(output, Tensor) else output[0])[0])
+    output = output if isinstance(output, Tensor) else output[0]
+    return Observation(*attention.call, output=output[0], uses_number=not hides_number)
 
 
 def _attention(

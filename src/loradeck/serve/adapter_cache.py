@@ -24,6 +24,7 @@ from loradeck.lora.compatibility import why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
 from loradeck.runner.request import Key
 from loradeck.serve.config import EngineConfig
+from loradeck.serve.hub_adapters import HubAdapters
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
 
@@ -88,6 +89,7 @@ class AdapterCache:
         """`prepare` is called with each new adapter, in the loader's thread before others see it; `wake` after each."""
         self.bank = bank
         self.store = store
+        self.hub = HubAdapters(config.hub, config.hub_bytes)
         self.budget = config.adapter_bytes
         on_device = next(bank.model.parameters()).device.type != "cpu"
         self.memory_budget = config.memory_bytes if on_device else 0  # on a CPU both tiers are the same memory
@@ -141,7 +143,7 @@ class AdapterCache:
         weights: dict[str, float] = {}
         adapters: dict[str, Stored] = {}
         for spec, weight in weights_of(entry):
-            stored = self._find(spec)
+            stored = self.find(spec)
             sha256 = stored.sha256()
             adapters[sha256] = stored
             weights[sha256] = weights.get(sha256, 0.0) + weight
@@ -235,7 +237,7 @@ class AdapterCache:
                 leave no room.
             BusyError: the engine is shutting down.
         """
-        stored = self._find(adapter) if isinstance(adapter, str) else adapter
+        stored = self.find(adapter) if isinstance(adapter, str) else adapter
         sha256 = stored.sha256()
         self._check_size([stored])
         with self._lock:
@@ -262,7 +264,7 @@ class AdapterCache:
         """
         latest = ""  # it may have been loaded under another name
         with suppress(LoradeckError):
-            latest = self._find(name).sha256()
+            latest = self.find(name).sha256()
         return self._unload(lambda resident: resident.stored.name == name or resident.sha256 == latest)
 
     def discard(self, sha256: str) -> None:
@@ -288,7 +290,16 @@ class AdapterCache:
 
     # ---- moving
 
-    def _find(self, spec: str) -> Stored:
+    def find(self, spec: str) -> Stored:
+        """Return the adapter that a name now refers to: one of the store, or of the hub.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter, or no store.
+            AdapterError: it is unusable, or the hub does not give it.
+            BusyError: too many requests wait for the hub.
+        """
+        if self.hub.has(spec):
+            return self.hub.find(spec)
         if self.store is None:
             raise UnknownAdapterError(f"no adapter is named {spec!r}", hint="Give the engine a store of adapters.")
         return self.store.find(spec)

@@ -43,6 +43,10 @@ class EngineConfig:
     activations: Activations = "auto"
     """What quantised weights are multiplied with in the compiled step: int8, rounded to 8 bits, is faster; plain is
     exact; auto takes int8 on CPUs where that was measured to be faster."""
+    hub: tuple[str, ...] = ()
+    """Repositories of the Hugging Face hub whose adapters requests may name, as owner/*; downloaded on demand."""
+    hub_bytes: int = 1 << 30
+    """Maximum bytes of an adapter that is downloaded."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, float)}

@@ -9,21 +9,20 @@ import uuid
 from collections.abc import Sequence
 
 from loradeck.base.load import Base
-from loradeck.base.text import stop_ids
 from loradeck.base.weights import shared_copy
-from loradeck.blend import format_blend
 from loradeck.errors import ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.runner.choice import runner_of
 from loradeck.runner.draft_model import DraftModel
 from loradeck.runner.request import Request
-from loradeck.sampling import Sampler, SamplingParams, Token
+from loradeck.sampling import SamplingParams, Token
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
 from loradeck.serve.loop import Loop
 from loradeck.serve.request_engine import RequestEngine, token_ids
 from loradeck.serve.scheduler import Scheduler
+from loradeck.serve.served_model import ServedModel
 from loradeck.serve.stats import GenerationStats, Observer
 from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
@@ -87,7 +86,6 @@ class Engine(RequestEngine[Generation, GenerationStats]):
         loop = Loop(
             self._runner,
             cache,
-            Sampler(self._in_vocabulary(stop_ids(base.tokenizer, base.model.generation_config))),
             Scheduler(self.config, cache, self.adapter_cache),
             Drafter(self.config, cache, self._runner.is_batch_invariant, longest=self._longest, model=model),
             self.adapter_cache,
@@ -101,7 +99,7 @@ class Engine(RequestEngine[Generation, GenerationStats]):
     def submit(
         self,
         tokens: Sequence[int],
-        entry: RouteEntry = None,
+        entry: RouteEntry | ServedModel = None,
         sampling: SamplingParams = DEFAULT,
         *,
         tenant: str = "",
@@ -113,35 +111,34 @@ class Engine(RequestEngine[Generation, GenerationStats]):
         Iterate over the answer for its tokens, or ask for its `text()`. It ends at `sampling.stop` and the other
         limits even if nobody reads it.
 
-        `entry` is None for the base, a name or name@version, or {name: weight}. `adapter` is its name in metrics.
-        The tokens of an adapter are shared fairly between its `tenant`s. `continues` says whether the answer continues
-        the prompt's text or begins one of its own, without a leading space, as in a chat.
+        `entry` is None for the base, a name or name@version, {name: weight}, or what `resolve` returned for one of them
+        when the prompt was encoded. `adapter` is its name in metrics. The tokens of an adapter are shared fairly
+        between its `tenant`s. `continues` says whether the answer continues the prompt's text or begins one of its own,
+        without a leading space, as in a chat.
 
         Raises:
-            UnknownAdapterError: the store has no such adapter.
-            AdapterError: the adapter cannot be used.
+            UnknownAdapterError, AdapterError: as `resolve`.
             ConfigError: the prompt is empty, too long, not a list of token ids, or has unknown ones.
             BusyError: too many requests wait, or the engine is shutting down.
         """
         prompt = token_ids(tokens)
         self._check(prompt, sampling)
-        key, adapters = self.adapter_cache.resolve(entry)
-        versions = format_blend((adapters[sha256].spec, weight) for sha256, weight in key)
+        model = entry if isinstance(entry, ServedModel) else self.resolve(entry)
         request = Request(
             prompt,
             sampling,
-            key,
+            model.key,
             uuid.uuid4().hex,
+            stop_ids=model.stop_ids,
             adapter=adapter,
-            versions=versions,
+            versions=model.versions,
             tenant=tenant,
             arrived=time.monotonic(),
         )
-        text = StopFilter(
-            self.base.tokenizer, sampling.stop, prompt if continues else (), min_tokens=sampling.min_tokens
-        )
+        context = prompt if continues else ()
+        text = StopFilter(model.tokenizer, sampling.stop, context, min_tokens=sampling.min_tokens)
         generation = Generation(request, text, self._loop.wake)
-        self._add([generation], adapters)
+        self._add([generation], model.adapters)
         return generation
 
     def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Generation:

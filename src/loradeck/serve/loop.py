@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from loradeck.runner.interface import Cache, Runner
 from loradeck.runner.request import Request, Scheduled
-from loradeck.sampling import Sampler, Token
+from loradeck.sampling import Token, next_tokens
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
@@ -27,7 +27,6 @@ class Loop(RequestLoop[Generation, GenerationStats]):
         self,
         runner: Runner,
         cache: Cache,
-        sampler: Sampler,
         scheduler: Scheduler,
         drafter: Drafter,
         adapter_cache: AdapterCache,
@@ -37,7 +36,7 @@ class Loop(RequestLoop[Generation, GenerationStats]):
     ) -> None:
         """`longest` is the maximum number of tokens in a row."""
         super().__init__(scheduler, adapter_cache, GenerationStats(scheduler, drafter, cache), observer)
-        self._runner, self._cache, self._sampler = runner, cache, sampler
+        self._runner, self._cache = runner, cache
         self._drafter = drafter
         self._longest = longest
 
@@ -69,7 +68,7 @@ class Loop(RequestLoop[Generation, GenerationStats]):
     def _run_and_sample(self, batch: Sequence[Scheduled]) -> list[StepResult]:
         """Run the model and sample. If that fails, do so for each request alone, so that only the culprit fails."""
         try:
-            return sample(self._sampler, self._runner.run(batch, self._cache), batch)
+            return sample(self._runner.run(batch, self._cache), batch)
         except Exception as error:
             if len(batch) == 1:
                 return [StepResult.failed(error)]
@@ -113,7 +112,7 @@ class Loop(RequestLoop[Generation, GenerationStats]):
             if not rows:
                 break
             requests = [work.request for work, _ in rows]
-            tokens = self._sampler.sample([ahead[place] for _, ahead in rows], requests)
+            tokens = next_tokens([ahead[place] for _, ahead in rows], requests)
             for request in requests:
                 self._scheduler.advance(request, 1)
             accepted.update(requests)

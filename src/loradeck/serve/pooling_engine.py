@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from loradeck.base.load import Base
 from loradeck.base.task import POOLING, check_task
 from loradeck.base.weights import shared_copy
-from loradeck.blend import format_blend
 from loradeck.errors import ConfigError
 from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry
@@ -18,6 +17,7 @@ from loradeck.serve.config import EngineConfig
 from loradeck.serve.pooling_loop import PoolingLoop
 from loradeck.serve.pooling_result import PoolingResult
 from loradeck.serve.request_engine import RequestEngine, token_ids
+from loradeck.serve.served_model import ServedModel
 from loradeck.serve.stats import Observer, Stats
 from loradeck.store import AdapterStore
 
@@ -56,40 +56,38 @@ class PoolingEngine(RequestEngine[PoolingResult, Stats]):
     def submit(
         self,
         rows: Sequence[PoolingRow | Sequence[int]],
-        entry: RouteEntry = None,
+        entry: RouteEntry | ServedModel = None,
         *,
         tenant: str = "",
         adapter: str = "",
     ) -> list[PoolingResult]:
         """Submit rows, all through the same adapters of the store. Any thread may; reads the disk.
 
-        `entry` is None for the base, a name or name@version, or {name: weight}. `adapter` is its name in metrics. The
-        tokens of an adapter are shared fairly between its `tenant`s.
+        `entry` is None for the base, a name or name@version, {name: weight}, or what `resolve` returned for one of
+        them. `adapter` is its name in metrics. The tokens of an adapter are shared fairly between its `tenant`s.
 
         Raises:
-            UnknownAdapterError: the store has no such adapter.
-            AdapterError: the adapter cannot be used.
+            UnknownAdapterError, AdapterError: as `resolve`.
             ConfigError: a row is empty, too long, not a list of token ids, or has unknown ones.
             BusyError: too many requests wait, or the engine is shutting down.
         """
         checked = [self._checked(row) for row in rows]
-        key, adapters = self.adapter_cache.resolve(entry)
-        versions = format_blend((adapters[sha256].spec, weight) for sha256, weight in key)
-        labels = next((facts.labels for sha256, _ in key if (facts := adapters[sha256].facts).labels), ())
+        model = entry if isinstance(entry, ServedModel) else self.resolve(entry)
+        labels = next((stored.facts.labels for stored in model.adapters.values() if stored.facts.labels), ())
         answers = []
         for row in checked:
             request = Request(
                 row.tokens,
                 NOTHING_TO_GENERATE,
-                key,
+                model.key,
                 uuid.uuid4().hex,
                 adapter=adapter,
-                versions=versions,
+                versions=model.versions,
                 tenant=tenant,
                 arrived=time.monotonic(),
             )
             answers.append(PoolingResult(request, row, labels, self._loop.wake))
-        self._add(answers, adapters)
+        self._add(answers, model.adapters)
         return answers
 
     def _checked(self, row: PoolingRow | Sequence[int]) -> PoolingRow:

@@ -7,14 +7,19 @@ from threading import Lock
 from types import TracebackType
 from typing import Generic, Self, SupportsIndex
 
+from transformers import PreTrainedTokenizerBase
+
 from loradeck.base import openmp
 from loradeck.base.load import Base
+from loradeck.base.text import stop_ids
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
+from loradeck.lora.routing import RouteEntry
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.request_loop import A, RequestLoop, S
+from loradeck.serve.served_model import ServedModel
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
 
@@ -64,6 +69,30 @@ class RequestEngine(Generic[A, S]):
         return self._loop.failed
 
     # ---- requests
+
+    def resolve(self, entry: RouteEntry = None) -> ServedModel:
+        """Return the adapters that an entry names now, with their tokenizer, for `submit`. Reads the disk.
+
+        An adapter whose folder has a tokenizer or a chat template of its own has that; a blend has its adapters' if
+        they agree on one; all others have the base's.
+
+        Raises:
+            UnknownAdapterError: the store has no such adapter.
+            AdapterError: an adapter, or its tokenizer, cannot be used.
+            ConfigError: the adapters are larger than the budget.
+        """
+        key, adapters = self.adapter_cache.resolve(entry)
+        tokenizer = self.tokenizer_of(*adapters.values())
+        ends = self._in_vocabulary(stop_ids(tokenizer, self.base.model.generation_config))
+        return ServedModel(key, adapters, tokenizer, ends)
+
+    def tokenizer_of(self, *adapters: Stored) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of requests for these adapters. Reads the disk.
+
+        Raises:
+            AdapterError: the tokenizer of one cannot be used.
+        """
+        return self.base.adapter_tokenizers.of(stored.tokenizer_files for stored in adapters)
 
     def _add(self, answers: Sequence[A], adapters: Mapping[str, Stored]) -> None:
         """Queue requests that have the same adapters: all or none.
@@ -135,5 +164,5 @@ def token_ids(tokens: Iterable[SupportsIndex]) -> list[int]:
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:
-        python = "Encode a text with loradeck.base.text.encode(base.tokenizer, text)."
+        python = "Encode a text with loradeck.base.text.encode(engine.resolve(name).tokenizer, text)."
         raise ConfigError("a prompt is a list of token ids", python=python) from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loradeck.errors import LoradeckError, RequestError
 from loradeck.runner.request import Scheduled
-from loradeck.sampling import Sampler, Token, score
+from loradeck.sampling import Token, next_tokens, score
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ class StepResult:
         return cls(error=error)
 
 
-def sample(sampler: Sampler, logits: Sequence[Tensor], batch: Sequence[Scheduled]) -> list[StepResult]:
+def sample(logits: Sequence[Tensor], batch: Sequence[Scheduled]) -> list[StepResult]:
     """Return the result of each scheduled request, from its logits (S, V)."""
     ready = [i for i, work in enumerate(batch) if work.ends and work.request.sampling.max_tokens]
-    sampled = sampler.sample([logits[i][-1 - len(batch[i].drafts)] for i in ready], [batch[i].request for i in ready])
+    sampled = next_tokens([logits[i][-1 - len(batch[i].drafts)] for i in ready], [batch[i].request for i in ready])
     tokens = dict(zip(ready, sampled, strict=True))
     results = []
     for i, work in enumerate(batch):

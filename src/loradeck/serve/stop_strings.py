@@ -99,7 +99,7 @@ class _Search:
         self._exempt = max(0, self._exempt - length)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 

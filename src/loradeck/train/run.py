@@ -31,6 +31,7 @@ from loradeck.lora.config import LoraConfig
 from loradeck.lora.init import stamp
 from loradeck.lora.peft import Origin
 from loradeck.stored import digest_of, files_of
+from loradeck.tokenizer_files import TokenizerFiles
 from loradeck.train import checkpoint, events
 from loradeck.train.events import AnyEvent, End, Listener, Sample
 from loradeck.train.history import METRICS, JobHistory, read_history
@@ -123,6 +124,7 @@ class Run:
         adapter = self.bank[job.name]
         # What the parent's metadata says of its training is not true of this adapter.
         adapter.origin = replace(adapter.origin, metadata=Origin().metadata, written=None)
+        adapter.tokenizer_files = TokenizerFiles()  # the examples are encoded by the base's
         stamp(self.base.model, adapter)
         adapter.describe(parent=files.folder.name, parent_sha256=self.parents[job.name])
         return adapter.config

@@ -240,6 +240,7 @@ def plan_table(plan: Plan) -> RenderableType:
     rows = {
         "adapter": f"{plan.name}: {plan.trainable:,} parameters, {plan.adapter_bytes / 1e6:,.1f} MB: "
         f"{plan.ratio:.1%} of the base's {plan.base_bytes / 1e6:,.0f} MB",
+        **({"left out": plan.left_out} if plan.left_out else {}),
         "examples": f"{plan.examples:,} ({plan.form}), at most {plan.longest:,} tokens, {plan.truncated:,} "
         f"truncated; {plan.valid:,} for validation",
         **({"data": "\n".join(map(_excerpt, plan.notes))} if plan.notes else {}),

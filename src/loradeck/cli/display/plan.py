@@ -1,11 +1,15 @@
 """The plan of a job, which `--dry-run` prints: its sizes, settings and first example."""
 
+import re
 from dataclasses import MISSING, dataclass, fields
+
+from torch import nn
 
 from loradeck.cli.display.text import columns
 from loradeck.dataset.record import Span
 from loradeck.dataset.token_file import Sizes
 from loradeck.lora.config import LoraConfig
+from loradeck.lora.targets import stacked_weights
 from loradeck.train.config import TrainConfig
 from loradeck.train.run import Run
 from loradeck.train.schedule import Schedule
@@ -50,6 +54,8 @@ class Plan:
     """Settings, each with its value and the reason for it."""
     first: list[Span]
     """The first example's text in spans that are trained on, or not."""
+    left_out: str = ""
+    """What all-linear cannot adapt, with its share of the base."""
     notes: tuple[str, ...] = ()
     """What of the dataset is passed over, left out, or read otherwise than written."""
 
@@ -64,11 +70,14 @@ def plan(run: Run, name: str) -> Plan:
     job, split, bank = run.trainer.jobs[name], run.data[name], run.bank
     adapter_bytes = sum(bank[adapter].nbytes for adapter in bank.names())  # part of the model's parameters
     sizes = Sizes.of(split.train)
+    base_bytes = sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes
+    lora = next(each.lora for each in run.recipe.jobs if each.name == name)
     return Plan(
         name=name,
         trainable=sum(parameter.numel() for parameter in bank.parameters(name)),
         adapter_bytes=bank[name].nbytes,
-        base_bytes=sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes,
+        base_bytes=base_bytes,
+        left_out=_left_out(run.base.model, base_bytes) if lora.target_modules == "all-linear" else "",
         form=split.dataset.form,
         notes=split.dataset.notes,
         examples=len(split.train),
@@ -79,7 +88,7 @@ def plan(run: Run, name: str) -> Plan:
         longest=sizes.longest,
         batch_size=job.config.batch_size,
         schedule=job.schedule,
-        settings=_settings(next(each.lora for each in run.recipe.jobs if each.name == name), job.config),
+        settings=_settings(lora, job.config),
         first=split.train[0].sequences[0].spans(run.base.tokenizer),
     )
 
@@ -92,6 +101,15 @@ def trial_columns(run: Run) -> str:
         rate = run.trainer.jobs[recipe.name].schedule.peak
         rows.append((recipe.name, f"{rate:.2g}", f"{recipe.lora.r}", f"{parameters:,}"))
     return columns(rows, right={1, 2, 3})
+
+
+def _left_out(model: nn.Module, base_bytes: int) -> str:
+    stacks = stacked_weights(model)
+    if not stacks:
+        return ""
+    share = sum(parameter.nbytes for parameter in stacks.values()) / base_bytes
+    names = sorted({re.sub(r"\.\d+\.", ".*.", path) for path in stacks})
+    return f"{share:.0%} of the base: {', '.join(names)}, which are bare parameters and take no adapter"
 
 
 def _settings(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[str, str]]:

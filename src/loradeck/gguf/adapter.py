@@ -1,7 +1,7 @@
-"""Export an adapter as a LoRA file (GGUF) for llama.cpp.
+"""An adapter as a LoRA file of llama.cpp (GGUF): written and read.
 
 The format is defined by its reader, llama.cpp's src/llama-adapter.cpp, and by convert_lora_to_gguf.py there. The file
-has one alpha; the scaling of each pair is alpha / r, with the pair's own r.
+has one alpha; the scaling of each pair is alpha / r, with the pair's own r. Names and the order of rows are the base's.
 """
 
 from collections import Counter
@@ -13,11 +13,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loradeck.base.gguf_file import GgufFile
 from loradeck.disk import write_file
-from loradeck.errors import AdapterError, UnsupportedError
+from loradeck.errors import AdapterError, BaseModelError, UnsupportedError
 from loradeck.llamacpp import EMBEDDING, HEAD, Architecture, names, text_path
 from loradeck.lora.adapter import Adapter
-from loradeck.lora.manifest import TargetModule
+from loradeck.lora.config import MAX_ALPHA
+from loradeck.lora.manifest import TargetModule, config_of
+
+ALORA = "adapter.alora.invocation_tokens"
+ENDS = ".lora_a", ".lora_b"
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+FUSED = ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")  # the names where q, k and v are one weight
 
 
 def export(
@@ -53,6 +60,70 @@ def export(
     except OSError as error:
         raise AdapterError(f"{file} cannot be written: {error.strerror or error}") from error
     return alpha
+
+
+def read(file: Path, base: Architecture) -> Adapter:
+    """Read an adapter from a file of llama.cpp, in float32, with the names that transformers has for this base.
+
+    Raises:
+        UnsupportedError: it is no LoRA, or one that is active only after certain tokens.
+        AdapterError: it cannot be read or does not fit the base, with every problem found.
+    """
+    try:
+        with GgufFile(file) as opened:
+            alpha = _alpha_of(opened, base)
+            tensors = {name: opened.values(tensor) for name, tensor in opened.tensors.items()}
+    except BaseModelError as error:
+        raise AdapterError(error.message, error.problems, hint="Copy or download the file again.") from error
+    paths = _paths(base)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    sites: dict[str, TargetModule] = {}
+    problems = [f"{name} is neither a lora_a nor a lora_b" for name in tensors if not name.endswith(ENDS)]
+    for name in dict.fromkeys(name.removesuffix(end) for name in tensors for end in ENDS if name.endswith(end)):
+        a, b = (tensors.get(name + end) for end in ENDS)
+        path = paths.get(name)
+        if path is None or a is None or b is None or a.dim() != 2 or b.dim() != 2:
+            problems.append(f"{name} is not a weight of this base" if path is None else f"{name} lacks an A or a B")
+            continue
+        kind = "embedding" if name == EMBEDDING else "linear"
+        a = a.T.contiguous() if kind == "embedding" else a
+        r, shape = b.shape[1], (b.shape[0], a.shape[1])
+        if len(a) != r or (shape[::-1] if kind == "embedding" else shape) != base.shapes[name]:
+            problems.append(f"{name} has A {tuple(a.shape)} and B {tuple(b.shape)}; it is {base.shapes[name]}")
+            continue
+        order = base.file_rows(name, len(b))
+        pairs[path] = a, b if order is None else b[order]
+        sites[path] = TargetModule(kind, r, alpha / r if alpha else 1.0, tuple(a.shape), tuple(b.shape))
+    if problems:
+        raise AdapterError(f"{file} does not fit this base", problems, hint="Give the base it was trained on.")
+    return Adapter.with_sites(config_of(sites), sites, pairs)
+
+
+def _alpha_of(file: GgufFile, base: Architecture) -> float:
+    settings = file.settings
+    kind, name = (settings.get(key) for key in ("adapter.type", "general.architecture"))
+    if settings.get("general.type") != "adapter" or kind != "lora":
+        raise UnsupportedError(f"{file.path} is not a LoRA file of llama.cpp", hint="`loradeck export` writes one.")
+    if ALORA in settings:
+        raise UnsupportedError(f"{file.path} is an activated LoRA, active only after certain tokens")
+    if name != base.name:
+        raise AdapterError(f"{file.path} is for {name!r:.40}; this base is {base.name}", hint="Give its own base.")
+    alpha = settings.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float) or not abs(alpha) <= MAX_ALPHA:
+        raise AdapterError(f"{file.path} has an alpha of {alpha!r:.40}", hint="Copy or download the file again.")
+    return alpha
+
+
+def _paths(base: Architecture) -> dict[str, str]:
+    """Return the module of each weight that an adapter can have, by llama.cpp's name of the weight."""
+    table = names(base.name, base.blocks)
+    attention, mlp = FUSED if "blk.0.attn_qkv.weight" in base.shapes else (ATTENTION, MLP)
+    layers = [*(f"self_attn.{name}" for name in attention), *(f"mlp.{name}" for name in mlp)]
+    modules = [f"model.layers.{block}.{name}" for block in range(base.blocks) for name in layers]
+    weights = {table.get_name(path, try_suffixes=("",)): path for path in modules}
+    return {f"{name}.weight": path for name, path in weights.items() if f"{name}.weight" in base.shapes} | {
+        name: path for name, path in ((EMBEDDING, "model.embed_tokens"), (HEAD, "lm_head")) if name in base.shapes
+    }
 
 
 def _common_alpha(sites: Iterable[TargetModule]) -> float:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from loradeck import Adapter, LoraConfig
 from loradeck.errors import AdapterError, UnsupportedError
+from loradeck.gguf.adapter import export
 from loradeck.llamacpp import Architecture
-from loradeck.lora.gguf import export
 from loradeck.lora.manifest import TargetModule
 
 gguf = pytest.importorskip("gguf", reason="needs pip install gguf")
