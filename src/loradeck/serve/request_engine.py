@@ -83,7 +83,7 @@ class RequestEngine(Generic[A, S]):
         """
         key, adapters = self.adapter_cache.resolve(entry)
         tokenizer = self.tokenizer_of(*adapters.values())
-        ends = self._in_vocabulary(stop_ids(tokenizer, self.base.model.generation_config))
+        ends = self._in_vocabulary(stop_ids(tokenizer, getattr(self.base.model, "generation_config", None)))
         return ServedModel(key, adapters, tokenizer, ends)
 
     def tokenizer_of(self, *adapters: Stored) -> PreTrainedTokenizerBase:
