@@ -12,20 +12,25 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import schemathesis
 import torch
+from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
+from schemathesis import GenerationMode
 from tests.classifiers import make, wrapped
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from loradeck import AdapterStore, Base
+from loradeck.api.app import app
 from loradeck.api.config import ServerConfig
 from loradeck.api.metrics import Metrics
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.pooling_engine import PoolingEngine
 
 from .conftest import TIMEOUT, LocalServer
+from .test_clients import CHECKS
 
 # PEFT asks for an attribute of transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -323,3 +328,22 @@ def test_models_tokens_metrics_and_health(serve: Serve) -> None:
     assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 3.0' in text
     assert "kv_cache" not in text
     assert post(server, "/classify", model="five@0", input="a")["data"][0]["num_classes"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classify", "embed"])
+def test_schemathesis_finds_no_fault(task: str, serve: Serve) -> None:
+    server = serve(task)
+    headers = {"host": "localhost"}
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app(server.engine, server.metrics), headers=headers)
+    operations = [operation.ok() for operation in schema.get_all_operations() if operation.ok().path in PATHS]
+    assert len(operations) == len(PATHS)
+    for operation in operations:
+        for mode in GenerationMode:
+
+            @settings(max_examples=20, database=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                case.validate_response(case.call(headers=headers), checks=CHECKS)
+
+            check()

@@ -72,7 +72,8 @@ class PoolingRunner:
         """Return whether one of these adapters adapts a module that computes once for all rows."""
         if self.bank is None or not key:
             return False
-        modules = _modules_of_all_rows(self._model)
+        with self.bank.route(None):
+            modules = _modules_of_all_rows(self._model)
         return any(not modules.isdisjoint(self.bank[name].sites) for name, _ in key)
 
     @torch.no_grad()

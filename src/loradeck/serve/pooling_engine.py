@@ -10,6 +10,7 @@ from loradeck.base.weights import shared_copy
 from loradeck.errors import ConfigError
 from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry
+from loradeck.ops.dispatch import warm_up
 from loradeck.runner.pooling_runner import PoolingRow, PoolingRunner
 from loradeck.runner.request import Request
 from loradeck.sampling import SamplingParams
@@ -49,6 +50,7 @@ class PoolingEngine(RequestEngine[PoolingResult, Stats]):
         check_task(base.task, POOLING)
         config = config or EngineConfig()
         bank = Bank(shared_copy(base.model))
+        warm_up(base.model.device)
         vocabulary: int = base.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
         super().__init__(base, store, config, bank, vocabulary=vocabulary)
         self._start(PoolingLoop(PoolingRunner(base, bank), config, self.adapter_cache, observer))
