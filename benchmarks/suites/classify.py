@@ -141,7 +141,7 @@ def measure(model: Any, folders: Sequence[Path], length: int, rounds: int) -> di
         for folder in folders:
             bank.load(folder)
             bank[folder.name].to(model.dtype)
-        peft = with_peft(model, folders) if find_spec("peft") else None
+        peft: Any = with_peft(model, folders) if find_spec("peft") else None
 
     def routed(route: Any) -> Tensor:
         with bank.route(route):

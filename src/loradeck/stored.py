@@ -167,16 +167,8 @@ def _facts(path: Path, _: Stamp) -> Facts:
         parameter_bytes=listing.parameter_bytes,
         base_model=listing.origin.base_model,
         base_fingerprint=listing.origin.provenance.get("base_fingerprint"),
-        labels=_labels(listing.origin.provenance.get("labels", "")),
+        labels=listing.origin.labels,
     )
-
-
-def _labels(text: str) -> tuple[str, ...]:
-    """Return the names in a JSON list; () if it is none."""
-    try:
-        return msgspec.json.decode(text, type=tuple[str, ...])
-    except (msgspec.MsgspecError, RecursionError):
-        return ()
 
 
 @lru_cache(CACHED_FOLDERS)

@@ -29,13 +29,10 @@ from loradeck.api.requests import (
 )
 from loradeck.api.responses import (
     Classification,
-    ClassificationResponse,
     Embedding,
-    EmbeddingResponse,
     Pooled,
-    PoolingResponse,
+    ResultList,
     Score,
-    ScoreResponse,
     json_response,
 )
 from loradeck.api.state import ServerState, state_of
@@ -64,9 +61,7 @@ async def classify(request: Request) -> Response:
         probs = _activated(state, logits, body.use_activation)
         names = _label_names(state, result, len(probs))
         data.append(Classification(index, names[int(probs.argmax())], probs.tolist(), len(probs)))
-    return json_response(
-        ClassificationResponse(*_envelope("classify", state, body), data, generate.usage_of(results, 1))
-    )
+    return _response("classify", state, body, results, data)
 
 
 async def create_embeddings(request: Request) -> Response:
@@ -76,7 +71,7 @@ async def create_embeddings(request: Request) -> Response:
     _check_dimensions(state, body.dimensions)
     results, outputs = await _compute(request, body, partial(_rows, body))
     data = [Embedding(index, _vector(state, body, output)) for index, output in enumerate(outputs)]
-    return json_response(EmbeddingResponse(*_envelope("embd", state, body), data, generate.usage_of(results, 1)))
+    return _response("embd", state, body, results, data)
 
 
 async def pool(request: Request) -> Response:
@@ -94,7 +89,7 @@ async def pool(request: Request) -> Response:
     if not embeds:
         outputs = [_activated(state, output, body.use_activation) for output in outputs]
     data = [Pooled(index, _vector(state, body, output)) for index, output in enumerate(outputs)]
-    return json_response(PoolingResponse(*_envelope("pool", state, body), data, generate.usage_of(results, 1)))
+    return _response("pool", state, body, results, data)
 
 
 async def score(request: Request) -> Response:
@@ -112,7 +107,7 @@ async def score(request: Request) -> Response:
     else:
         scores = [_score(state, output, body.use_activation) for output in outputs]
     data = [Score(index, value) for index, value in enumerate(scores)]
-    return json_response(ScoreResponse(*_envelope("score", state, body), data, generate.usage_of(results, 1)))
+    return _response("score", state, body, results, data)
 
 
 async def score_v1(request: Request) -> Response:
@@ -153,6 +148,9 @@ def _submit(state: ServerState, key: ApiKey, body: AdapterRequest, encode: Encod
     rows = encode(model.tokenizer)
     if len(rows) > state.config.max_inputs:
         raise HttpError(400, f"{len(rows)} inputs exceed the limit of {state.config.max_inputs}.", param="input")
+    longest = max(len(row.tokens) for row in rows)
+    if longest > state.config.max_prompt:
+        raise HttpError(400, f"An input has {longest} tokens; the limit is {state.config.max_prompt}.", param="input")
     try:
         results = state.pooler.submit(rows, model, tenant=key.name, adapter=selection.label)
     except BusyError as error:
@@ -207,8 +205,11 @@ def _pair_rows(pairs: Sequence[tuple[str, str]], embeds: bool, tokenizer: Any) -
 # ---- from the engine
 
 
-def _envelope(kind: str, state: ServerState, body: AdapterRequest) -> tuple[str, int, str]:
-    return f"{kind}-{secrets.token_hex(16)}", int(time.time()), body.model or state.names.base
+def _response(
+    kind: str, state: ServerState, body: AdapterRequest, results: "Sequence[PoolingResult]", data: list[Any]
+) -> Response:
+    name, model = f"{kind}-{secrets.token_hex(16)}", body.model or state.names.base
+    return json_response(ResultList(name, int(time.time()), model, data, generate.usage_of(results, 1)))
 
 
 def _activated(state: ServerState, logits: Tensor, use_activation: bool | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Response bodies, in the shapes of OpenAI's, vLLM's and llama.cpp's servers."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -165,7 +165,7 @@ class TextCompletion(msgspec.Struct):
 
 
 class Classification(msgspec.Struct):
-    """An input's probabilities, and the name of the likeliest label."""
+    """`POST /classify`: an input's probabilities, and the name of the likeliest label."""
 
     index: int
     label: str
@@ -173,70 +173,40 @@ class Classification(msgspec.Struct):
     num_classes: int
 
 
-class ClassificationResponse(msgspec.Struct):
-    """`POST /classify`."""
-
-    id: str
-    created: int
-    model: str
-    data: list[Classification]
-    usage: Usage
-    object: Literal["list"] = "list"
-
-
 class Embedding(msgspec.Struct):
-    """An input's vector: its numbers, or base64 of them as float32."""
+    """`POST /v1/embeddings`: an input's vector, as numbers or as base64 of float32."""
 
     index: int
     embedding: list[float] | str
     object: Literal["embedding"] = "embedding"
 
 
-class EmbeddingResponse(msgspec.Struct):
-    """`POST /v1/embeddings`."""
-
-    id: str
-    created: int
-    model: str
-    data: list[Embedding]
-    usage: Usage
-    object: Literal["list"] = "list"
-
-
 class Pooled(msgspec.Struct):
-    """An input's vector, or what a head says of it or of each of its tokens."""
+    """`POST /pooling`: an input's vector, or what a head says of it or of each of its tokens."""
 
     index: int
     data: list[float | list[float]] | str
     object: Literal["pooling"] = "pooling"
 
 
-class PoolingResponse(msgspec.Struct):
-    """`POST /pooling`."""
-
-    id: str
-    created: int
-    model: str
-    data: list[Pooled]
-    usage: Usage
-    object: Literal["list"] = "list"
-
-
 class Score(msgspec.Struct):
-    """What a head says of two texts, or the cosine of their vectors."""
+    """`POST /score`: what a head says of two texts, or the cosine of their vectors."""
 
     index: int
     score: float
     object: Literal["score"] = "score"
 
 
-class ScoreResponse(msgspec.Struct):
-    """`POST /score`."""
+Result = TypeVar("Result")
+
+
+class ResultList(msgspec.Struct, Generic[Result]):
+    """One result for each input, in their order."""
 
     id: str
     created: int
     model: str
-    data: list[Score]
+    data: list[Result]
     usage: Usage
     object: Literal["list"] = "list"
 

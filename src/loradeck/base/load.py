@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
@@ -142,9 +143,14 @@ class Base:
     def context(self) -> int | None:
         """Maximum tokens of a row, prompt and answer together; None for a model without a limit."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        table = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)  # RoBERTa counts positions from the one after it
-        return limit if limit is None or padding is None else limit - padding - 1
+        padded = [
+            module.padding_idx + 1
+            for path, module in self.model.named_modules()
+            if path.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ]
+        return limit and limit - max(padded, default=0)  # RoBERTa's positions begin after the padding's
 
     @cached_property
     def adapter_tokenizers(self) -> AdapterTokenizers:

@@ -17,7 +17,7 @@ from loradeck.errors import ConfigError
 
 Task: TypeAlias = Literal["generate", "classify", "tokens", "reward", "embed"]
 TASKS: tuple[str, ...] = get_args(Task)
-POOLING = TASKS[1:]
+POOLING = tuple(task for task in TASKS if task != "generate")
 CLASSES: Mapping[str, type] = {
     "generate": AutoModelForCausalLM,
     "classify": AutoModelForSequenceClassification,

@@ -34,13 +34,6 @@ Weights: TypeAlias = Annotated[
         "compiled step; int8, half the memory of bfloat16, and int4, a third of it: faster for few rows, at an error."
     ),
 ]
-Task: TypeAlias = Annotated[
-    Literal["generate", "classify", "tokens", "reward", "embed"],
-    Parameter(
-        help="What the base is loaded for: to generate text; to classify texts or their tokens; to reward them by one "
-        "number; or to embed them as vectors."
-    ),
-]
 Activations: TypeAlias = Annotated[
     config.Activations,
     Parameter(
@@ -54,6 +47,13 @@ TrainingWeights: TypeAlias = Annotated[
         help="Format of the base's weights: plain; packed for torch's fastest kernels on a CPU; or int8 or int4, which "
         "take about a half and a third of bfloat16's memory. A .gguf file stays as it is quantised unless --dtype is "
         "given.",
+    ),
+]
+ServedTask: TypeAlias = Annotated[
+    Literal["generate", "classify", "tokens", "reward", "embed"],
+    Parameter(
+        help="What the base is for: generate text; classify texts, or tokens; reward texts with a number; or embed "
+        "them as vectors."
     ),
 ]
 Adapters: TypeAlias = Annotated[

@@ -16,7 +16,7 @@ from loradeck.api.config import ServerConfig
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli.adapter_folder import read_adapter
 from loradeck.cli.display.text import printable
-from loradeck.cli.options import Dtype, Task, Weights
+from loradeck.cli.options import Dtype, ServedTask, Weights
 from loradeck.cli.process import cap_allocator, quick_imports
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.serve.config import EngineConfig
@@ -41,7 +41,7 @@ def serve(
     keys: Path | None = None,
     dtype: Dtype = "auto",
     weights: Weights = "blocks",
-    task: Task = "generate",
+    task: ServedTask = "generate",
     draft_model: str | None = None,
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,

@@ -43,6 +43,17 @@ class Origin:
             return {}
         return {key: str(value) for key, value in record.items() if value is not None}
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels of a classifier's head, in the order of its outputs; empty if they are not recorded.
+
+        The provenance has them as a list in JSON.
+        """
+        try:
+            return tuple(msgspec.json.decode(self.provenance.get("labels", "[]"), type=list[str]))
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return ()
+
 
 def read_config(folder: Path, *, changed_base: bool = False) -> tuple[LoraConfig, Origin]:
     """Read a folder's adapter_config.json; one whose training changed the base only if `changed_base`.

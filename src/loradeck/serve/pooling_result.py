@@ -27,6 +27,7 @@ class PoolingResult:
         self.request, self.row, self.labels = request, row, labels
         self.finish: Finish | None = None
         self._wake = wake
+        self._result: Any = None
         self._future: Future[Tensor] = Future()
 
     # ---- for the reader

@@ -18,16 +18,16 @@ from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request_loop import A, RequestLoop, S
+from loradeck.serve.request_loop import AnyAnswer, AnyStats, RequestLoop
 from loradeck.serve.served_model import ServedModel
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
 
 
-class RequestEngine(Generic[A, S]):
+class RequestEngine(Generic[AnyAnswer, AnyStats]):
     """Any thread submits requests and reads their answers; one thread computes."""
 
-    _loop: RequestLoop[A, S]
+    _loop: RequestLoop[AnyAnswer, AnyStats]
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class RequestEngine(Generic[A, S]):
         self._lock = Lock()
         self._draining = False
 
-    def _start(self, loop: RequestLoop[A, S]) -> None:
+    def _start(self, loop: RequestLoop[AnyAnswer, AnyStats]) -> None:
         """Compute from now on."""
         self._loop = loop
         openmp.release()  # the calling thread's: from now on the engine's thread computes
         loop.start()
 
     @property
-    def stats(self) -> S:
+    def stats(self) -> AnyStats:
         """The current load: running and waiting requests."""
         return self._loop.stats
 
@@ -94,7 +94,7 @@ class RequestEngine(Generic[A, S]):
         """
         return self.base.adapter_tokenizers.of(stored.tokenizer_files for stored in adapters)
 
-    def _add(self, answers: Sequence[A], adapters: Mapping[str, Stored]) -> None:
+    def _add(self, answers: Sequence[AnyAnswer], adapters: Mapping[str, Stored]) -> None:
         """Queue requests that have the same adapters: all or none.
 
         Raises:

@@ -33,20 +33,22 @@ class Answer(Protocol):
         ...
 
 
-A = TypeVar("A", bound=Answer)
-S = TypeVar("S", bound=Stats)
+AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
+AnyStats = TypeVar("AnyStats", bound=Stats)
 
 
-class RequestLoop(Generic[A, S]):
+class RequestLoop(Generic[AnyAnswer, AnyStats]):
     """Computes the requests that are added, until it is stopped. What a step is, its kinds say."""
 
-    def __init__(self, scheduler: Scheduler, adapter_cache: AdapterCache, stats: S, observer: Observer | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, adapter_cache: AdapterCache, stats: AnyStats, observer: Observer | None
+    ) -> None:
         self._scheduler, self._adapter_cache = scheduler, adapter_cache
         self.stats = stats
         self._observer = observer
         self.failed = False
-        self._answers: dict[Request, A] = {}
-        self._arriving: deque[tuple[A, Mapping[str, Stored]]] = deque()
+        self._answers: dict[Request, AnyAnswer] = {}
+        self._arriving: deque[tuple[AnyAnswer, Mapping[str, Stored]]] = deque()
         self._stopped = False
         self._changed = Event()
         self._thread = Thread(target=self._run, name="loradeck-engine", daemon=True)
@@ -65,7 +67,7 @@ class RequestLoop(Generic[A, S]):
         """Tell the thread that there may be something to do."""
         self._changed.set()
 
-    def add(self, answer: A, adapters: Mapping[str, Stored]) -> None:
+    def add(self, answer: AnyAnswer, adapters: Mapping[str, Stored]) -> None:
         """Add a request with its adapters on disk, by content hash."""
         self._arriving.append((answer, adapters))
         if self.failed:  # perhaps just now, too late for the thread to see this one
@@ -78,7 +80,7 @@ class RequestLoop(Generic[A, S]):
         return len(self._scheduler.waiting) + len(self._arriving)
 
     @property
-    def live(self) -> list[A]:
+    def live(self) -> list[AnyAnswer]:
         """The answers to requests that have not ended."""
         return [*self._answers.copy().values(), *(answer for answer, _ in self._arriving.copy())]
 
@@ -124,7 +126,7 @@ class RequestLoop(Generic[A, S]):
             elif errors := [failures[sha256] for sha256, _ in request.key if sha256 in failures]:
                 self._end(answer, "failed", errors[0])
 
-    def _end(self, answer: A, finish: Finish, error: LoradeckError | None = None) -> None:
+    def _end(self, answer: AnyAnswer, finish: Finish, error: LoradeckError | None = None) -> None:
         request = answer.request
         self._scheduler.end(request)
         del self._answers[request]
