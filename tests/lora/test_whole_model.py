@@ -210,7 +210,8 @@ class TestSpellings:
         folder = made(tmp_path / "poet", *under("model.language_model."), "model.language_model.layers.2.q_proj")
         with pytest.raises(AdapterError) as caught:
             bank.load(folder)
-        assert caught.value.problems == ("model.layers.2.q_proj is not a module of this base",)
+        written = "base_model.model.model.language_model.layers.2.q_proj.lora_A.weight"
+        assert caught.value.problems == (f"model.layers.2.q_proj ({written} in the file) is not a module of this base",)
         assert bank.names() == []
 
     def test_other_shapes_are_refused(self, tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, str):
+            if name == "modules_to_save" and value is None:  # as PEFT has it
+                object.__setattr__(self, name, ())
+            elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.layers_to_transform, Sequence):
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
@@ -158,12 +160,13 @@ class LoraConfig:
     def saved_module(self, path: str) -> tuple[str, str] | None:
         """Return the module that modules_to_save names, and the name in it, of the parameter at a path; None if none.
 
-        Of nested ones the outer module counts: `classifier` for classifier.dense.weight.
+        A name stands for all paths that end with it, as in PEFT: `norm` for input_layernorm too. Of nested modules the
+        outer one counts: `classifier` for classifier.dense.weight.
         """
         parts = path.split(".")
         for end in range(1, len(parts)):
             module = ".".join(parts[:end])
-            if any(module == name or module.endswith("." + name) for name in self.modules_to_save):
+            if module.endswith(tuple(self.modules_to_save)):
                 return module, ".".join(parts[end:])
         return None
 

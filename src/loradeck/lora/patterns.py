@@ -46,7 +46,7 @@ class Patterns:
                 matches = left > 0 and self._compiled[index](path, left)
                 self._left = end - time.thread_time()
             except TimeoutError:
-                self._left = 0.0
+                matches, self._left = None, 0.0
             if self._left <= 0:
                 raise ConfigError(
                     f"{self.name} has {shorten(pattern)}, which takes too long to match with the modules' paths",
