@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,7 +30,7 @@ from loradeck.api.metrics import Metrics
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.pooling_engine import PoolingEngine
 
-from .conftest import TIMEOUT, LocalServer
+from .conftest import TIMEOUT, LocalServer, until
 from .test_clients import CHECKS
 
 # PEFT asks for an attribute of transformers by its old name.
@@ -328,6 +329,33 @@ def test_models_tokens_metrics_and_health(serve: Serve) -> None:
     assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 3.0' in text
     assert "kv_cache" not in text
     assert post(server, "/classify", model="five@0", input="a")["data"][0]["num_classes"] == 5
+
+
+def test_what_still_waits_at_the_end_is_a_503(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve("classify")
+    engine: Any = server.engine
+    may_run = threading.Event()
+    run = engine._loop._runner.run
+
+    def gated(*arguments: Any) -> Any:
+        assert may_run.wait(TIMEOUT)
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._loop._runner, "run", gated)
+
+    async def test(client: httpx.AsyncClient) -> httpx.Response:
+        body = {"input": ["a"] * (engine.config.max_rows + 1)}  # one more than a step takes
+        request = asyncio.ensure_future(client.post("/classify", json=body))
+        await until(lambda: len(engine._loop.live) == len(body["input"]))
+        drain = asyncio.ensure_future(asyncio.to_thread(engine.drain, 0.0))
+        await until(lambda: all(answer.request.cancelled for answer in engine._loop.live))
+        may_run.set()
+        await drain
+        return await request
+
+    response = server.run(test)
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "The server is shutting down."
 
 
 @pytest.mark.slow
