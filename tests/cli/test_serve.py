@@ -110,6 +110,8 @@ def test_a_draft_model(tiny_folder: Path, tmp_path: Path, tiny_tokenizer: PreTra
         assert process.wait(300) == 2
 
 
+# PEFT asks for an attribute of transformers by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_base_that_classifies(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     make("bert", "classify", 2, 1).save_pretrained(tmp_path / "bert")
     tiny_tokenizer.save_pretrained(tmp_path / "bert")
