@@ -56,6 +56,7 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m benchmarks emulated
 	$(BIN)/python -m benchmarks ops
 	$(BIN)/python -m benchmarks busy
+	$(BIN)/python -m benchmarks classify
 	$(if $(PEERS),$(BIN)/python -m benchmarks peers $(PEERS))
 	$(if $(PEERS),$(BIN)/python -m benchmarks four_bits $(PEERS))
 	$(BIN)/python -m benchmarks soak

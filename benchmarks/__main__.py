@@ -20,6 +20,7 @@ SUITES = (
     "soak",
     "peers",
     "four_bits",
+    "classify",
 )
 USAGE = f"""usage: python -m benchmarks SUITE [OPTIONS]
 

@@ -26,6 +26,7 @@ SUITES: tuple[Suite, ...] = tuple(
         "native",
         "peers",
         "four_bits",
+        "classify",
         "train",
         "data",
         "base",

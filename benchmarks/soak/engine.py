@@ -73,7 +73,7 @@ def run(base: Base, catalogue: Catalogue, limits: Limits, seed: int) -> tuple[Le
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 ledger.fail(TimeoutError(f"{thread.name} has not ended"))
-        adapter_cache, cache = engine.adapter_cache, engine._loop._cache
+        adapter_cache, cache = engine.adapter_cache, engine.stats.cache
         residents = adapter_cache.residents()
         unknown = {*engine._runner.bank.names()} ^ {resident.sha256 for resident in residents}
         figures = {

@@ -13,7 +13,7 @@ LoradeckError            all of them; has a message, the problems found and a hi
 ├── TrainingError        a run cannot start, resume or go on
 ├── BusyError            the engine takes no request now: its queue is full, or it is shutting down
 └── RequestError         one request failed; others went on
-    ├── LogitsError           its logits leave no token to choose
+    ├── LogitsError           its logits are NaN or Inf, or leave no token to choose
     └── RequestTimeoutError   it was not done in time
 """
 
@@ -125,7 +125,7 @@ class RequestError(LoradeckError):
 
 
 class LogitsError(RequestError):
-    """The logits of a request leave no token to choose: they are NaN or Inf, or its bias rules all out."""
+    """The logits of a request, or its vector, are NaN or Inf, or its bias rules all tokens out."""
 
 
 class RequestTimeoutError(RequestError):

@@ -44,6 +44,8 @@ class Facts:
     base_model: str | None
     base_fingerprint: str | None
     """See `Base.fingerprint`; None if the adapter does not record one."""
+    labels: tuple[str, ...]
+    """The names of a classifier's labels; () if the adapter does not record any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,7 @@ def _facts(path: Path, _: Stamp) -> Facts:
         parameter_bytes=listing.parameter_bytes,
         base_model=listing.origin.base_model,
         base_fingerprint=listing.origin.provenance.get("base_fingerprint"),
+        labels=listing.origin.labels,
     )
 
 

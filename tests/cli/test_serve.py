@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.classifiers import make, wrapped
 from transformers import PreTrainedTokenizerFast
 
 from loradeck import Base
@@ -106,6 +107,25 @@ def test_a_draft_model(tiny_folder: Path, tmp_path: Path, tiny_tokenizer: PreTra
     tokenizer.save_pretrained(other)
     with serving(tiny_folder, "--draft-model", other) as (process, _):
         assert "the draft model other has another vocabulary than tiny" in process.stderr.read()
+        assert process.wait(300) == 2
+
+
+# PEFT asks for an attribute of transformers by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_base_that_classifies(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    make("bert", "classify", 2, 1).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer.save_pretrained(tmp_path / "bert")
+    wrapped("bert", "classify", 3, 1).save_pretrained(str(tmp_path / "store" / "three"))
+    options = ("--task", "classify", "--adapters", tmp_path / "store")
+    with serving(tmp_path / "bert", *options, "--drain", 600) as (process, (ready, curl)):
+        assert ready.startswith("bert with 1 adapter on ")
+        answer = httpx.request(**request(curl), timeout=300)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["data"][0]["num_classes"] == 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 0
+    with serving(tmp_path / "bert", *options, "--draft-model", tmp_path / "bert") as (process, _):
+        assert "--draft-model is only for the task generate" in process.stderr.read()
         assert process.wait(300) == 2
 
 

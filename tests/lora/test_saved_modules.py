@@ -1,25 +1,17 @@
 """Heads that adapters bring: PEFT's modules_to_save, per row of a batch, with different numbers of labels."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.classifiers import FAMILIES, SHARED, SIZES, make, wrapped
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    BertConfig,
-    DebertaV2Config,
     LlamaConfig,
-    ModernBertConfig,
-    PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    RobertaConfig,
 )
 
 from loradeck import Adapter, AdapterStore, Bank, Base, LoraConfig, generate
@@ -28,70 +20,18 @@ from loradeck.errors import AdapterError, ConfigError, RouteError, TargetError, 
 from loradeck.sampling import SamplingParams
 from loradeck.serve.engine import Engine
 
-SIZES = {
-    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "pad_token_id": 0, "max_position_embeddings": 64,
-}  # fmt: skip
-FAMILIES: Mapping[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**SIZES, num_key_value_heads=2),
-    "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2),
-    "bert": lambda: BertConfig(**SIZES),
-    "roberta": lambda: RobertaConfig(**SIZES, type_vocab_size=1),
-    "modernbert": lambda: ModernBertConfig(**SIZES, cls_token_id=1, sep_token_id=2),
-    "deberta": lambda: DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
-}
-TARGETS = {
-    "llama": ["q_proj", "v_proj", "up_proj"],
-    "qwen2": ["q_proj", "v_proj", "up_proj"],
-    "bert": ["query", "value", "intermediate.dense"],
-    "roberta": ["query", "value", "intermediate.dense"],
-    "modernbert": ["Wqkv", "Wo"],
-    "deberta": ["query_proj", "value_proj", "intermediate.dense"],
-}
-OTHERS = {"deberta": ["pooler", "classifier"], "modernbert": ["head", "classifier"]}
-"""What these classifiers have besides the body; PEFT's default is the last layer alone."""
-CLASSES = {
-    "classify": (AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS),
-    "tokens": (AutoModelForTokenClassification, peft.TaskType.TOKEN_CLS),
-}
 # PEFT asks for an attribute of transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 IDS = torch.tensor([[5, 9, 33, 7, 0, 0], [8, 2, 90, 41, 17, 3], [250, 4, 6, 0, 0, 0]])
 MASK = (IDS != 0).long()
 
 
-def make(family: str, task: str, labels: int, seed: int) -> PreTrainedModel:
-    """A classifier whose body is the same for every seed; its head is not."""
-    config = FAMILIES[family]()
-    config.num_labels = labels
-    torch.manual_seed(0)
-    model = CLASSES[task][0].from_config(config, dtype=torch.float32).eval()
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{model.base_model_prefix}."):
-            parameter.data.normal_()
-    return model
-
-
-def wrapped(family: str, task: str, labels: int, seed: int) -> peft.PeftModel:
-    """The classifier with an adapter of PEFT's, and its head trained."""
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(
-        task_type=CLASSES[task][1], r=4, target_modules=TARGETS[family], modules_to_save=OTHERS.get(family)
-    )
-    model = peft.get_peft_model(make(family, task, labels, seed), config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.3 if "lora" in name else 1.0)
-    return model
-
-
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[name for name in FAMILIES if name not in SHARED])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=CLASSES)
+@pytest.fixture(params=["classify", "tokens"])
 def task(request: pytest.FixtureRequest) -> str:
     return request.param
 

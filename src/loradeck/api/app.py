@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loradeck.api import adapters, tokenization
+from loradeck.api import adapters, pooling, tokenization
 from loradeck.api import requests as req
 from loradeck.api import responses as res
 from loradeck.api.auth import ApiKeys, AuthMiddleware
@@ -28,13 +28,18 @@ from loradeck.api.host import HostMiddleware
 from loradeck.api.middleware import RequestMiddleware
 from loradeck.api.openapi import Operation, openapi_document
 from loradeck.api.state import ServerState, state_of
+from loradeck.base.task import POOLING
 from loradeck.errors import LoradeckError
 from loradeck.evaluation.report import Report
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
     from loradeck.serve.engine import Engine
+    from loradeck.serve.pooling_engine import PoolingEngine
 
+GENERATE, SCORE = ("generate",), ("classify", "reward", "embed")  # tasks
+CLASSES, EMBEDDINGS = res.ResultList[res.Classification], res.ResultList[res.Embedding]
+CHAT = "/v1/chat/completions"
 MAX_PATH = 128  # characters of an unknown path that are looked at
 
 
@@ -72,9 +77,14 @@ NAMED = (400, 404, 422)  # statuses of routes that name an adapter
 OPERATIONS = [
     Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
-    Operation("POST", "/v1/chat/completions", create_chat_completion, req.ChatCompletionRequest, res.ChatCompletion),
-    Operation("POST", "/v1/completions", create_completion, req.CompletionRequest, res.TextCompletion),
-    Operation("POST", "/evaluate", evaluate, req.EvaluateRequest, Report, errors=(404, 422, 429, 503)),
+    Operation("POST", CHAT, create_chat_completion, req.ChatCompletionRequest, res.ChatCompletion, tasks=GENERATE),
+    Operation("POST", "/v1/completions", create_completion, req.CompletionRequest, res.TextCompletion, tasks=GENERATE),
+    Operation("POST", "/evaluate", evaluate, req.EvaluateRequest, Report, errors=(404, 422, 429, 503), tasks=GENERATE),
+    Operation("POST", "/classify", pooling.classify, req.ClassifyRequest, CLASSES, tasks=("classify",)),
+    Operation("POST", "/v1/embeddings", pooling.create_embeddings, req.EmbeddingRequest, EMBEDDINGS, tasks=("embed",)),
+    Operation("POST", "/pooling", pooling.pool, req.PoolingRequest, res.ResultList[res.Pooled], tasks=POOLING),
+    Operation("POST", "/score", pooling.score, req.ScoreRequest, res.ResultList[res.Score], tasks=SCORE),
+    Operation("POST", "/v1/score", pooling.score_v1, req.ScoreRequest, res.ResultList[res.Score], tasks=SCORE),
     Operation("POST", "/v1/load_lora_adapter", adapters.load_adapter, req.LoadAdapterRequest, errors=(404, 422)),
     Operation("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, req.UnloadAdapterRequest, errors=(404, 422)),
     Operation("GET", "/lora-adapters", adapters.list_lora_adapters, None, list[res.LoraAdapter]),
@@ -92,7 +102,11 @@ DOCUMENT = msgspec.json.encode(openapi_document(OPERATIONS))
 
 
 def app(
-    engine: "Engine", metrics: "Metrics", *, keys: ApiKeys | None = None, config: ServerConfig | None = None
+    engine: "Engine | PoolingEngine",
+    metrics: "Metrics",
+    *,
+    keys: ApiKeys | None = None,
+    config: ServerConfig | None = None,
 ) -> Starlette:
     """Return the OpenAI-compatible application of an engine.
 

@@ -24,6 +24,8 @@ class ServerConfig:
     """Maximum number of tokens in a chat's answer if the request names none; by default, the rest of the context."""
     max_choices: int = 128
     """Maximum number of answers to one request: its prompts times `n`."""
+    max_inputs: int = 2048
+    """Maximum number of inputs to one request for classes, vectors or scores."""
     max_eval_rows: int = 4096
     """Maximum rows of an evaluation: its sequences and questions, times the adapters and the base."""
     ping: float = 15.0

@@ -95,7 +95,7 @@ class Evaluation:
             sampling = SamplingParams(max_tokens=self.config.max_new_tokens)
         else:
             sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
-        generation = self.state.engine.submit(
+        generation = self.state.generator.submit(
             tokens, selection.entry, sampling, tenant=self.tenant, adapter=selection.label, continues=False
         )
         self.generations.append(generation)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError, error_info, invalid_field, shutting_down
 from loradeck.api.model_name import AdapterSelection
-from loradeck.api.requests import GenerationRequest
+from loradeck.api.requests import AdapterRequest, GenerationRequest
 from loradeck.api.responses import ErrorResponse, FinishReason, PromptTokensDetails, Usage, json_response
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import EventStream, SendEvent, run_until_disconnect
@@ -22,6 +22,7 @@ from loradeck.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from loradeck.serve.generation import Generation, TextChunk
+    from loradeck.serve.pooling_result import PoolingResult
     from loradeck.serve.served_model import ServedModel
 
     FinishedGeneration: TypeAlias = tuple[Generation, Sequence[TextChunk]]
@@ -70,7 +71,7 @@ class Format(Protocol):
 # ---- to the engine
 
 
-def select_adapters(state: ServerState, key: ApiKey, request: GenerationRequest) -> AdapterSelection:
+def select_adapters(state: ServerState, key: ApiKey, request: AdapterRequest) -> AdapterSelection:
     """Return the adapters of a request; may read the disk.
 
     Raises:
@@ -175,7 +176,7 @@ def submit(
     try:
         for prompt, prompt_params in zip(prompts, params, strict=True):
             for number in range(n):
-                generation = state.engine.submit(
+                generation = state.generator.submit(
                     prompt,
                     model,
                     _with_seed(prompt_params, number),
@@ -223,7 +224,7 @@ async def respond(
         include_usage = body.stream_options is not None and body.stream_options.include_usage
 
         def usage_data() -> bytes:
-            return msgspec.json.encode(form.usage_event(_usage(generations, n))) if include_usage else b""
+            return msgspec.json.encode(form.usage_event(usage_of(generations, n))) if include_usage else b""
 
         def error_data(error: Exception) -> bytes:
             request.state.error = error  # for the log
@@ -241,7 +242,7 @@ async def respond(
         answers = await run_until_disconnect(request.receive, *map(_read_all, generations))
     finally:
         state.release(generations)
-    return json_response(form.response(answers, _usage(generations, n)))
+    return json_response(form.response(answers, usage_of(generations, n)))
 
 
 def text_of(chunks: "Iterable[TextChunk]") -> str:
@@ -288,7 +289,7 @@ async def _write_events(form: Format, index: int, generation: "Generation", send
     await send(form.last_event(index, generation))
 
 
-def _usage(generations: "Sequence[Generation]", n: int) -> Usage:
+def usage_of(generations: "Sequence[Generation | PoolingResult]", n: int) -> Usage:
     """Return the tokens of a request; a prompt with `n` answers counts once."""
     requests = [generation.request for generation in generations]
     prompt_tokens = sum(len(request.prompt) for request in requests[::n])

@@ -13,9 +13,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loradeck.serve.stats import GenerationStats
+
 if TYPE_CHECKING:
     from loradeck.runner.request import Finish, Request
     from loradeck.serve.engine import Engine
+    from loradeck.serve.pooling_engine import PoolingEngine
 
 # vLLM's buckets, in seconds, so that quantiles are comparable.
 # fmt: off
@@ -47,7 +50,7 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.labels = AdapterLabels(top_adapters, self._remove_series)
         self._base = base
-        self._engine: Engine | None = None
+        self._engine: Engine | PoolingEngine | None = None
         self._live: Callable[[], Collection[Request]] = tuple
         of_base = {"labelnames": ("model_name",), "registry": self.registry}
         of_adapter = {"labelnames": ("adapter",), "registry": self.registry}
@@ -84,7 +87,7 @@ class Metrics(Collector):
         )
         self.registry.register(self)
 
-    def watch(self, engine: "Engine", live: Callable[[], "Collection[Request]"]) -> None:
+    def watch(self, engine: "Engine | PoolingEngine", live: Callable[[], "Collection[Request]"]) -> None:
         """Read this engine's state, and the requests that `live` returns, whenever the metrics are read."""
         self._engine = engine
         self._live = live
@@ -133,12 +136,13 @@ class Metrics(Collector):
         stats, adapters = self._engine.stats, self._engine.adapter_cache
         yield self._gauge("vllm:num_requests_running", "Requests in the batch.", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "From 0 to 1.", stats.kv_bytes / stats.kv_budget)
-        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
-        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits)
-        yield self._counter("vllm:spec_decode_num_drafts", "Drafts of requests in a step.", stats.drafts)
-        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens)
-        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_tokens)
+        if isinstance(stats, GenerationStats):
+            yield self._gauge("vllm:kv_cache_usage_perc", "From 0 to 1.", stats.kv_bytes / stats.kv_budget)
+            yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
+            yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits)
+            yield self._counter("vllm:spec_decode_num_drafts", "Drafts of requests in a step.", stats.drafts)
+            yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens)
+            yield self._counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_tokens)
         yield from self._requests(self._engine.config.max_rows)
         loaded = GaugeMetricFamily(
             "loradeck_adapter_loaded", "Versions in memory.", labels=("adapter", "tier", "pinned")

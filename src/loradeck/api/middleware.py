@@ -17,6 +17,7 @@ from loradeck.errors import LoradeckError
 
 if TYPE_CHECKING:
     from loradeck.serve.generation import Generation
+    from loradeck.serve.pooling_result import PoolingResult
 
 REQUEST_ID = "x-request-id"
 MAX_REQUEST_ID = 128  # characters
@@ -103,7 +104,9 @@ class RequestMiddleware:
             exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
         )
 
-    def _of_generations(self, generations: "Sequence[Generation]", n: int, started: float) -> dict[str, Any]:
+    def _of_generations(
+        self, generations: "Sequence[Generation | PoolingResult]", n: int, started: float
+    ) -> dict[str, Any]:
         requests = [generation.request for generation in generations]
         fields: dict[str, Any] = {"model": self._state.names.base}
         if requests[0].versions:

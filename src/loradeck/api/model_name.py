@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeck.api.errors import HttpError, invalid_field
-from loradeck.api.requests import MAX_WEIGHT, GenerationRequest, LoraScale
+from loradeck.api.requests import MAX_WEIGHT, AdapterRequest, LoraScale
 from loradeck.blend import format_blend, parse_blend
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ModelNames:
         self._aliases = sorted({base.name, base.source}, key=len, reverse=True)  # one may begin as another does
         self._ids = ids
 
-    def select(self, request: GenerationRequest) -> AdapterSelection:
+    def select(self, request: AdapterRequest) -> AdapterSelection:
         """Return the adapters that a request selects by `model`, `adapter_id` or `lora`. Reads the disk for `lora`.
 
         Raises:

@@ -10,8 +10,10 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from loradeck.api.requests import GenerationRequest
+from loradeck.api.errors import HttpError
+from loradeck.api.requests import AdapterRequest, GenerationRequest
 from loradeck.api.responses import JSON, ErrorResponse
+from loradeck.api.state import state_of
 
 SCHEMA_REF = "#/components/schemas/{name}"
 
@@ -30,13 +32,30 @@ class Operation:
     """The type of the response's JSON; None if it is plain text."""
     errors: tuple[int, ...] = ()
     """Statuses besides 200 and those that every operation has."""
+    tasks: tuple[str, ...] = ()
+    """The tasks of the bases that have this route; () for all."""
     query: tuple[str, ...] = ()
     """Its parameters in the URL; none is required."""
 
     @property
     def route(self) -> Route:
         """The operation as starlette's router takes it."""
-        return Route(self.path, self.handler, methods=[self.method])
+        return Route(self.path, self._handle, methods=[self.method])
+
+    async def _handle(self, request: Request) -> ASGIApp:
+        """Answer a request, or refuse it if the base was loaded for another task.
+
+        Raises:
+            HttpError: 400.
+        """
+        base = state_of(request).engine.base
+        if self.tasks and base.task not in self.tasks:
+            raise HttpError(
+                400,
+                f"{base.name} was loaded for the task {base.task}; {self.path} needs {' or '.join(self.tasks)}.",
+                hint=f"Start the server with --task {self.tasks[0]}.",
+            )
+        return await self.handler(request)
 
 
 def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
@@ -65,8 +84,9 @@ def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error:
     statuses = {401, 403, 500, *operation.errors}
     if operation.body is not None:
         statuses |= {400, 413, 415}
-    if isinstance(operation.body, type) and issubclass(operation.body, GenerationRequest):
+    if isinstance(operation.body, type) and issubclass(operation.body, AdapterRequest):
         statuses |= {404, 422, 429, 503, 504}
+    if isinstance(operation.body, type) and issubclass(operation.body, GenerationRequest):
         content["text/event-stream"] = dict[str, Any]()  # OpenAPI 3.1 has no schema for events
     description: dict[str, Any] = {
         "summary": operation.handler.__doc__,

@@ -48,8 +48,8 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
-    """The fields of both kinds of generation; null means the default."""
+class AdapterRequest(msgspec.Struct, kw_only=True):
+    """The fields with which a request selects its adapters; null means the default."""
 
     model: str | None = None
     """An adapter, `base:adapter`, `name@version`, a blend `a*0.7+b*0.3`; the base's name or "" is the base alone."""
@@ -57,6 +57,12 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """LoRAX's way to select an adapter; takes what `model` takes."""
     lora: list[LoraScale] | None = None
     """llama.cpp's way; an adapter that is not listed has weight 0."""
+    user: str | None = None
+
+
+class GenerationRequest(AdapterRequest, kw_only=True):
+    """The fields of both kinds of generation; null means the default."""
+
     max_tokens: NonNegativeInt | None = None
     min_tokens: NonNegativeInt | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
@@ -76,7 +82,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
 
     unsupported: ClassVar[Unsupported] = {
         "response_format": ({"type": "text"},),
@@ -180,6 +185,86 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     add_special_tokens: bool | None = None
 
     unsupported: ClassVar[Unsupported] = {**GenerationRequest.unsupported, "suffix": ("",)}
+
+
+class InputRequest(AdapterRequest, kw_only=True):
+    """The fields of all that is computed for whole inputs, as vLLM has them: either `input` or `messages`."""
+
+    input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)] | None = None
+    """A text, a list of texts, token ids, or lists of token ids; not a mixture."""
+    messages: list[ChatMessage] | None = None
+    """One input, as the chat template renders it."""
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    unsupported: ClassVar[Unsupported] = {
+        "truncate_prompt_tokens": (),
+        "truncation_side": (),
+        "padding": ("do_not_pad",),
+        "chat_template": (),
+        "mm_processor_kwargs": (),
+        "normalize": (),
+        "softmax": (),
+        "activation": (),
+    }
+
+
+class ClassifyRequest(InputRequest, kw_only=True):
+    """`POST /classify`."""
+
+    use_activation: bool | None = None
+    """False returns logits instead of probabilities."""
+
+
+class EmbeddingRequest(InputRequest, kw_only=True):
+    """`POST /v1/embeddings`."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    """`base64` is that of float32, little-endian."""
+    dimensions: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    """Of models whose vectors may be cut (Matryoshka)."""
+
+    unsupported: ClassVar[Unsupported] = {
+        **InputRequest.unsupported,
+        "use_activation": (),
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
+    }
+
+
+class PoolingRequest(EmbeddingRequest, kw_only=True):
+    """`POST /pooling`."""
+
+    use_activation: bool | None = None
+    """Whether logits become probabilities; true by default, but for a reward."""
+    task: str | None = None
+    """vLLM's name for what the base does."""
+
+    unsupported: ClassVar[Unsupported] = {
+        name: accepted for name, accepted in EmbeddingRequest.unsupported.items() if name != "use_activation"
+    }
+
+
+class ScoreRequest(AdapterRequest, kw_only=True):
+    """`POST /score`: one text with each of several others, or each of several with its own."""
+
+    text_1: str | Annotated[list[str], Meta(min_length=1)] | None = None
+    text_2: str | Annotated[list[str], Meta(min_length=1)] | None = None
+    queries: str | Annotated[list[str], Meta(min_length=1)] | None = None
+    """Another name of `text_1`, as is `documents` of `text_2`."""
+    documents: str | Annotated[list[str], Meta(min_length=1)] | None = None
+    use_activation: bool | None = None
+    """Whether a head's score is between 0 and 1; true by default, but for a reward."""
+
+    unsupported: ClassVar[Unsupported] = {
+        "truncate_prompt_tokens": (),
+        "mm_processor_kwargs": (),
+        "data_1": (),
+        "data_2": (),
+        "items": (),
+    }
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

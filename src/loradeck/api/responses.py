@@ -1,7 +1,7 @@
 """Response bodies, in the shapes of OpenAI's, vLLM's and llama.cpp's servers."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -159,6 +159,56 @@ class TextCompletion(msgspec.Struct):
     system_fingerprint: str
     usage: Usage | UnsetType = UNSET
     object: Literal["text_completion"] = "text_completion"
+
+
+# ---- classes, vectors, scores
+
+
+class Classification(msgspec.Struct):
+    """`POST /classify`: an input's probabilities, and the name of the likeliest label."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Embedding(msgspec.Struct):
+    """`POST /v1/embeddings`: an input's vector, as numbers or as base64 of float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class Pooled(msgspec.Struct):
+    """`POST /pooling`: an input's vector, or what a head says of it or of each of its tokens."""
+
+    index: int
+    data: list[float | list[float]] | str
+    object: Literal["pooling"] = "pooling"
+
+
+class Score(msgspec.Struct):
+    """`POST /score`: what a head says of two texts, or the cosine of their vectors."""
+
+    index: int
+    score: float
+    object: Literal["score"] = "score"
+
+
+Result = TypeVar("Result")
+
+
+class ResultList(msgspec.Struct, Generic[Result]):
+    """One result for each input, in their order."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Result]
+    usage: Usage
+    object: Literal["list"] = "list"
 
 
 # ---- models and adapters

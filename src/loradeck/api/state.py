@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakValueDictionary
 
 from starlette.requests import Request as HttpRequest
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
     from loradeck.runner.request import Request
     from loradeck.serve.engine import Engine
     from loradeck.serve.generation import Generation
+    from loradeck.serve.pooling_engine import PoolingEngine
+    from loradeck.serve.pooling_result import PoolingResult
 
 
 @dataclass(eq=False)
 class ServerState:
     """The state of one server."""
 
-    engine: "Engine"
+    engine: "Engine | PoolingEngine"
     metrics: "Metrics"
     keys: ApiKeys = field(default_factory=ApiKeys)
     config: ServerConfig = field(default_factory=ServerConfig)
     adapter_ids: AdapterIds = field(init=False)
     names: ModelNames = field(init=False)
     catalogue: Catalogue = field(init=False)
-    live: "set[Generation]" = field(init=False, default_factory=set)
-    """Generations that a client waits for."""
+    live: "set[Generation | PoolingResult]" = field(init=False, default_factory=set)
+    """Answers that a client waits for."""
     draining: bool = field(init=False, default=False)
     unanswered: int = field(init=False, default=0)
     """Requests whose response has not begun."""
@@ -55,6 +57,16 @@ class ServerState:
         return self.draining or self.engine.failed
 
     @property
+    def generator(self) -> "Engine":
+        """The engine, in a route that only bases have that generate."""
+        return cast("Engine", self.engine)
+
+    @property
+    def pooler(self) -> "PoolingEngine":
+        """The engine, in a route that only bases have that do not generate."""
+        return cast("PoolingEngine", self.engine)
+
+    @property
     def store_path(self) -> str:
         """The path of the adapters' folder; "" if there is none."""
         return str(self.engine.store.folder) if self.engine.store else ""
@@ -68,7 +80,7 @@ class ServerState:
         """Return the lock of those who load an adapter under this name."""
         return self._locks.setdefault(name, asyncio.Lock())
 
-    def release(self, generations: "Iterable[Generation]") -> None:
+    def release(self, generations: "Iterable[Generation | PoolingResult]") -> None:
         """Cancel those that have not finished, and forget them all."""
         for generation in generations:
             generation.cancel()

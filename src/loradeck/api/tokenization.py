@@ -83,13 +83,17 @@ def _detokenize(state: ServerState, key: ApiKey, body: DetokenizeRequest) -> Det
 # ---- prompts
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompt: object, *, special: bool = True) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompt: object, *, special: bool = True, param: str = "prompt"
+) -> list[list[int]]:
     """Return the token ids of each prompt in `prompt`: a text, a list of texts, token ids, or lists of token ids.
+
+    `param` is the field that has them.
 
     Raises:
         HttpError: 400, a mixture of these, or an unknown token id.
     """
-    with invalid_field("prompt"):
+    with invalid_field(param):
         match prompt:
             case str():
                 return [encode_text(tokenizer, prompt, special=special)]
@@ -100,7 +104,7 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompt: object, *, spec
             case [*parts] if all(isinstance(part, list) for part in parts):
                 return [check_ids(tokenizer, part) for part in parts]
     raise HttpError(
-        400, "prompt must be a text, a list of texts, token ids, or a list of lists of token ids.", param="prompt"
+        400, f"{param} must be a text, a list of texts, token ids, or a list of lists of token ids.", param=param
     )
 
 

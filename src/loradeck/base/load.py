@@ -23,6 +23,7 @@ from loradeck.base.fingerprint import fingerprint
 from loradeck.base.gguf import dequantised_folder, gguf_tokenizer, read_in_blocks
 from loradeck.base.gguf_file import base_name
 from loradeck.base.language_model import is_multimodal, language_model
+from loradeck.base.pooling import Pooling, pooling_of
 from loradeck.base.pretrained import (
     base_errors,
     first_line,
@@ -62,6 +63,8 @@ class Base:
     source: str
     fingerprint: str
     task: str = "generate"
+    pooling: Pooling | None = None
+    """Of a base loaded to embed."""
 
     @classmethod
     def load(
@@ -102,6 +105,7 @@ class Base:
         torch_device = _device(device)
         torch_dtype = _dtype(dtype, torch_device)
         name, where = _locate(source)
+        pooling = None
         with base_errors(source), quiet():
             keep = task == "generate" and dtype == "auto" and torch_device.type == "cpu" and weights in KEEP_BLOCKS
             parts = read_in_blocks(where, torch_dtype) if isinstance(where, Path) and keep else None
@@ -110,12 +114,13 @@ class Base:
                 _check(source, folder)
                 model = _model(source, folder, torch_dtype, torch_device, weights, task, keep=keep)
                 parts = model, pretrained_tokenizer(source, folder)
+                pooling = pooling_of(model, folder) if task == "embed" else None
             model, tokenizer = parts
             text = model.config.get_text_config()
             if task != "generate" and text.pad_token_id is None:  # classifiers find a row's last token by it
                 text.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
             model.requires_grad_(False).eval().to(torch_device)  # type: ignore[arg-type]
-        base = cls(model, tokenizer, name, str(source), fingerprint(model), task)
+        base = cls(model, tokenizer, name, str(source), fingerprint(model), task, pooling)
         origin = SMOLLM2_HUB_ID if name == SMOLLM2 else base.name  # the name other tools know it by
         vars(model).update(fingerprint=base.fingerprint, base_name=origin, base_quantisation=quantisation(model))
         if weights not in QUANTISED:

@@ -1,6 +1,6 @@
 """What a base is loaded for: the class of transformers that computes it, and the head, which the base may lack."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -13,8 +13,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loradeck.errors import ConfigError
+
 Task: TypeAlias = Literal["generate", "classify", "tokens", "reward", "embed"]
 TASKS: tuple[str, ...] = get_args(Task)
+POOLING = tuple(task for task in TASKS if task != "generate")
 CLASSES: Mapping[str, type] = {
     "generate": AutoModelForCausalLM,
     "classify": AutoModelForSequenceClassification,
@@ -47,3 +50,18 @@ def set_labels(config: PretrainedConfig, task: str) -> None:
     """Give a reward model its one output."""
     if task == "reward":
         config.num_labels = 1
+
+
+def check_task(task: str, allowed: Collection[str]) -> None:
+    """Check that a base was loaded for one of these tasks.
+
+    Raises:
+        ConfigError: it was loaded for another.
+    """
+    if task not in allowed:
+        words = " or ".join(allowed)
+        raise ConfigError(
+            f"the base was loaded for the task {task}, and this needs {words}",
+            python=f"Load it with Base.load(base, task={next(iter(allowed))!r}).",
+            cli=f"As in --task {next(iter(allowed))}.",
+        )

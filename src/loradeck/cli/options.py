@@ -56,6 +56,13 @@ TrainingWeights: TypeAlias = Annotated[
         "given.",
     ),
 ]
+ServedTask: TypeAlias = Annotated[
+    Literal["generate", "classify", "tokens", "reward", "embed"],
+    Parameter(
+        help="What the base is for: generate text; classify texts, or tokens; reward texts with a number; or embed "
+        "them as vectors."
+    ),
+]
 Adapters: TypeAlias = Annotated[
     Sequence[str],
     Parameter(name=["--adapter", "-a"], metavar="ADAPTER", show_default=False, help="Can be given several times."),

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,13 +16,14 @@ from loradeck.api.config import ServerConfig
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli.adapter_folder import read_adapter
 from loradeck.cli.display.text import printable
-from loradeck.cli.options import Dtype, Weights
+from loradeck.cli.options import Dtype, ServedTask, Weights
 from loradeck.cli.process import cap_allocator, quick_imports
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.serve.config import EngineConfig
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
+    from loradeck.serve.pooling_engine import PoolingEngine
 
 ENGINE, SERVER = EngineConfig(), ServerConfig()
 ATTEMPTS = 8  # adapters to try for the example
@@ -39,6 +41,7 @@ def serve(
     keys: Path | None = None,
     dtype: Dtype = "auto",
     weights: Weights = "blocks",
+    task: ServedTask = "generate",
     draft_model: str | None = None,
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
@@ -64,6 +67,8 @@ def serve(
     from loradeck.lora.manifest import is_adapter
     from loradeck.store import AdapterStore
 
+    if draft_model and task != "generate":
+        raise ConfigError("--draft-model is only for the task generate", hint="Leave one of them out.")
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
@@ -81,12 +86,17 @@ def serve(
             from loradeck.api.metrics import Metrics
             from loradeck.base.load import Base
             from loradeck.serve.engine import Engine
+            from loradeck.serve.pooling_engine import PoolingEngine
 
         with logging_to(sys.stderr, config):
-            loaded = Base.load(base, dtype=dtype, weights=weights)
+            loaded = Base.load(base, dtype=dtype, weights=weights, task=task)
             draft = Base.load(draft_model, dtype=dtype, weights=weights) if draft_model else None
             metrics = Metrics(loaded.name, config.top_adapters)
-            with Engine(loaded, store, engine, draft_model=draft, observer=metrics) as running:
+            if task == "generate":
+                start_engine = partial(Engine, draft_model=draft)
+            else:
+                start_engine = PoolingEngine
+            with start_engine(loaded, store, engine, observer=metrics) as running:
                 hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
                 application = app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts))
                 url = url_of(address)
@@ -103,7 +113,7 @@ def serve(
                 Server(application, address, announce).serve_forever()
 
 
-def _log_start(engine: "Engine", url: str, adapters: int, settings: Mapping[str, object]) -> None:
+def _log_start(engine: "Engine | PoolingEngine", url: str, adapters: int, settings: Mapping[str, object]) -> None:
     base, store = engine.base, engine.store
     log.info(
         "serving %(base)s in %(dtype)s on %(url)s with %(adapters)d adapters: at most %(max_rows)d rows, "
@@ -111,6 +121,7 @@ def _log_start(engine: "Engine", url: str, adapters: int, settings: Mapping[str,
         {
             "base": base.name,
             "source": base.source,
+            "task": base.task,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "url": url,
             "store": str(store.folder) if store else None,
@@ -120,23 +131,27 @@ def _log_start(engine: "Engine", url: str, adapters: int, settings: Mapping[str,
     )
 
 
-def curl(url: str, engine: "Engine", *, has_keys: bool) -> str:
-    """Return a curl command for a completion, with an adapter if one of the store fits the base."""
+def curl(url: str, engine: "Engine | PoolingEngine", *, has_keys: bool) -> str:
+    """Return a curl command for what the base does, with an adapter if one of the store fits it."""
     import shlex
 
     import msgspec
 
-    body: dict[str, object] = {"model": usable(engine) or engine.base.name, "max_tokens": 32, "temperature": 0}
-    if engine.base.tokenizer.chat_template is None:
-        path, body["prompt"] = "completions", "Once upon a time"
+    body: dict[str, object] = {"model": usable(engine) or engine.base.name}
+    if engine.base.task != "generate":
+        path = {"classify": "classify", "embed": "v1/embeddings"}.get(engine.base.task, "pooling")
+        body["input"] = "Hello!"
+    elif engine.base.tokenizer.chat_template is None:
+        path, body = "v1/completions", body | {"max_tokens": 32, "temperature": 0, "prompt": "Once upon a time"}
     else:
-        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
+        messages = [{"role": "user", "content": "Hello!"}]
+        path, body = "v1/chat/completions", body | {"max_tokens": 32, "temperature": 0, "messages": messages}
     data = shlex.quote(msgspec.json.encode(body).decode())
     key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
-    return f"curl {url}/v1/{path} -H 'content-type: application/json'{key} -d {data}"
+    return f"curl {url}/{path} -H 'content-type: application/json'{key} -d {data}"
 
 
-def usable(engine: "Engine") -> str | None:
+def usable(engine: "Engine | PoolingEngine") -> str | None:
     """Return the name of an adapter that fits the base, or None if none of the first few does. Load nothing."""
     for stored in engine.store.latest()[:ATTEMPTS] if engine.store else ():
         try:

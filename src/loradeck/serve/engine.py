@@ -4,44 +4,35 @@ Any thread submits requests and reads their answers; one thread computes (`serve
 """
 
 import logging
-import operator
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from threading import Lock
-from types import TracebackType
-from typing import Self, SupportsIndex
+from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
-from loradeck.base import openmp
 from loradeck.base.load import Base
-from loradeck.base.text import stop_ids
 from loradeck.base.weights import shared_copy
-from loradeck.errors import BusyError, ConfigError
+from loradeck.errors import ConfigError
 from loradeck.lora.routing import RouteEntry
 from loradeck.runner.choice import runner_of
 from loradeck.runner.draft_model import DraftModel
 from loradeck.runner.request import Request
 from loradeck.sampling import SamplingParams, Token
-from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
 from loradeck.serve.loop import Loop
+from loradeck.serve.request_engine import RequestEngine, token_ids
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.served_model import ServedModel
-from loradeck.serve.stats import Observer, Stats
+from loradeck.serve.stats import GenerationStats, Observer
 from loradeck.serve.stop_strings import StopFilter
 from loradeck.store import AdapterStore
-from loradeck.stored import Stored
 
 DEFAULT = SamplingParams()
 
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(RequestEngine[Generation, GenerationStats]):
     """Continuous batching over one base and any adapters of a store.
 
     The base is not changed: the engine works on a copy that shares its weights.
@@ -65,11 +56,17 @@ class Engine:
             LoradeckError: the base's model already has a bank.
         """
         base.check_generates()
-        self.base = base
-        self.store = store
-        self.config = config or EngineConfig()
+        config = config or EngineConfig()
         self._runner = runner_of(
-            shared_copy(base.model), enforce_eager=self.config.enforce_eager, activations=self.config.activations
+            shared_copy(base.model), enforce_eager=config.enforce_eager, activations=config.activations
+        )
+        super().__init__(
+            base,
+            store,
+            config,
+            self._runner.bank,
+            vocabulary=self._runner.vocabulary,
+            prepare=self._runner.prepare,
         )
         drafts = self.config.num_speculative_tokens > 0 and self._runner.is_batch_invariant(())
         if self.config.num_speculative_tokens and not drafts:
@@ -86,10 +83,7 @@ class Engine:
                 hint=f"A token takes {self._runner.token_bytes} bytes.",
             )
         self._longest = min(cache.max_tokens, base.context or cache.max_tokens)
-        self.adapter_cache = AdapterCache(
-            self._runner.bank, store, self.config, lambda: self._loop.wake(), self._runner.prepare
-        )
-        self._loop = Loop(
+        loop = Loop(
             self._runner,
             cache,
             Scheduler(self.config, cache, self.adapter_cache),
@@ -98,46 +92,9 @@ class Engine:
             longest=self._longest,
             observer=observer,
         )
-        self._lock = Lock()
-        self._draining = False
-        openmp.release()  # the calling thread's: from now on the engine's thread computes
-        self._loop.start()
-
-    @property
-    def stats(self) -> Stats:
-        """The current load: running and waiting requests, KV cache use."""
-        return self._loop.stats
-
-    @property
-    def failed(self) -> bool:
-        """Whether it has stopped computing because of an error, which is in the log."""
-        return self._loop.failed
+        self._start(loop)
 
     # ---- requests
-
-    def resolve(self, entry: RouteEntry = None) -> ServedModel:
-        """Return the adapters that an entry names now, with their tokenizer, for `submit`. Reads the disk.
-
-        An adapter whose folder has a tokenizer or a chat template of its own has that; a blend has its adapters' if
-        they agree on one; all others have the base's.
-
-        Raises:
-            UnknownAdapterError: the store has no such adapter.
-            AdapterError: an adapter, or its tokenizer, cannot be used.
-            ConfigError: the adapters are larger than the budget.
-        """
-        key, adapters = self.adapter_cache.resolve(entry)
-        tokenizer = self.tokenizer_of(*adapters.values())
-        ends = self._in_vocabulary(stop_ids(tokenizer, self.base.model.generation_config))
-        return ServedModel(key, adapters, tokenizer, ends)
-
-    def tokenizer_of(self, *adapters: Stored) -> PreTrainedTokenizerBase:
-        """Return the tokenizer of requests for these adapters. Reads the disk.
-
-        Raises:
-            AdapterError: the tokenizer of one cannot be used.
-        """
-        return self.base.adapter_tokenizers.of(stored.tokenizer_files for stored in adapters)
 
     def submit(
         self,
@@ -164,7 +121,7 @@ class Engine:
             ConfigError: the prompt is empty, too long, not a list of token ids, or has unknown ones.
             BusyError: too many requests wait, or the engine is shutting down.
         """
-        prompt = _token_ids(tokens)
+        prompt = token_ids(tokens)
         self._check(prompt, sampling)
         model = entry if isinstance(entry, ServedModel) else self.resolve(entry)
         request = Request(
@@ -181,13 +138,7 @@ class Engine:
         context = prompt if continues else ()
         text = StopFilter(model.tokenizer, sampling.stop, context, min_tokens=sampling.min_tokens)
         generation = Generation(request, text, self._loop.wake)
-        with self._lock:
-            if self._draining or self._loop.failed:
-                raise BusyError("the engine is shutting down", retry_after=1)
-            waiting = self._loop.waiting
-            if waiting >= self.config.max_waiting:
-                raise BusyError(f"{waiting} requests are waiting", retry_after=self.stats.estimated_wait(waiting))
-            self._loop.add(generation, model.adapters)
+        self._add([generation], model.adapters)
         return generation
 
     def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Generation:
@@ -227,52 +178,7 @@ class Engine:
             for generation in generations:
                 generation.cancel()
 
-    # ---- the end
-
-    def drain(self, seconds: float) -> None:
-        """Take no new requests, let the present ones end within `seconds`, and cancel the rest."""
-        with self._lock:
-            self._draining = True
-        deadline = time.monotonic() + seconds
-        while live := self._loop.live:
-            if time.monotonic() >= deadline:
-                for generation in live:
-                    generation.cancel()
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        """Cancel all requests, end the engine's threads, and free its memory."""
-        with self._lock:
-            self._draining = True
-        self._loop.stop()
-        self.adapter_cache.close()
-        self._runner.bank.detach()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
-
     # ---- checks
-
-    def check_tokens(self, tokens: Iterable[int]) -> None:
-        """Check that the base has these tokens.
-
-        Raises:
-            ConfigError: an unknown token id.
-        """
-        used = {*tokens}
-        unknown = used - self._in_vocabulary(used)
-        if unknown:
-            raise ConfigError(
-                f"unknown token id {min(unknown)}; the base has {self._runner.vocabulary}",
-                hint="Use the base's own tokenizer.",
-            )
-
-    def _in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
-        """Return the tokens that the model has logits for; some tokenizers have more."""
-        return frozenset(token for token in tokens if 0 <= token < self._runner.vocabulary)
 
     def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
         self.check_tokens([*tokens, *sampling.logit_bias, *sampling.stop_token_ids])
@@ -283,11 +189,3 @@ class Engine:
                 f"a prompt of {len(tokens)} tokens leaves no room; a row has at most {self._longest}",
                 hint="Shorten the prompt, or raise kv_cache_bytes if the base reads more.",
             )
-
-
-def _token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError as error:
-        python = "Encode a text with loradeck.base.text.encode(engine.resolve(name).tokenizer, text)."
-        raise ConfigError("a prompt is a list of token ids", python=python) from error

@@ -34,9 +34,7 @@ class Stats:
     """An engine's current load."""
 
     scheduler: Scheduler
-    drafter: Drafter
-    cache: Cache
-    _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _ends: deque[float] = field(init=False, default_factory=lambda: deque(maxlen=RECENT))
 
     @property
     def running(self) -> int:
@@ -47,6 +45,25 @@ class Stats:
     def waiting(self) -> int:
         """Requests that have no row yet."""
         return len(self.scheduler.waiting)
+
+    def count_end(self) -> None:
+        """Count a request that ended."""
+        self._ends.append(time.monotonic())
+
+    def estimated_wait(self, waiting: int) -> float:
+        """Estimate the seconds until `waiting` requests are served, at the pace of the last ones; 1 to 60."""
+        if len(self._ends) < 2:
+            return 1.0
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return min(max(1.0, pace * waiting), 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats(Stats):
+    """The load of an engine that generates."""
+
+    drafter: Drafter
+    cache: Cache
 
     @property
     def kv_bytes(self) -> int:
@@ -82,14 +99,3 @@ class Stats:
     def accepted_tokens(self) -> int:
         """Draft tokens that became part of an answer."""
         return self.drafter.accepted_tokens
-
-    def count_end(self) -> None:
-        """Count a request that ended."""
-        self._ends.append(time.monotonic())
-
-    def estimated_wait(self, waiting: int) -> float:
-        """Estimate the seconds until `waiting` requests are served, at the pace of the last ones; 1 to 60."""
-        if len(self._ends) < 2:
-            return 1.0
-        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return min(max(1.0, pace * waiting), 60.0)
