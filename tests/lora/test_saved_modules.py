@@ -245,6 +245,43 @@ def test_a_trained_head_survives_a_save(classifier: Base, tmp_path: Path) -> Non
     assert copy.saved == bank["five"].saved
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_has_a_dtype_of_its_own(dtype: torch.dtype, classifier: Base, tmp_path: Path) -> None:
+    bank = Bank(classifier.model)
+    for name, labels in (("a", 2), ("five", 5)):
+        for parameter in bank.add(name, HEAD, num_labels=labels).parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        bank.save(name, tmp_path / name)
+    mixed = {name: value.to(dtype) if name.endswith("bias") else value for name, value in _tensors(tmp_path / "five")}
+    save_file(mixed, tmp_path / "five" / "adapter_model.safetensors")
+    rows = ["a", "five", None]
+    with bank.route(rows):
+        wide = logits(classifier.model)
+    with bank.route({"a": 0.5}):
+        blend = logits(classifier.model)
+    bank.detach()
+    half = Base.load(tmp_path / "whole", dtype=dtype, device="cpu", task="classify")
+    bank = Bank(half.model)
+    bank.load(tmp_path / "a", any_base=True)
+    bank.load(tmp_path / "five", any_base=True, trainable=True)
+    assert {p.dtype for p in bank["five"].saved_module("classifier").values()} == {torch.float32}
+    with bank.route(rows):
+        ours = logits(half.model)
+        half.model(input_ids=IDS).logits[1].sum().backward()
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), wide, rtol=0.1, atol=0.1)
+    with bank.route({"a": 0.5}):
+        torch.testing.assert_close(logits(half.model).float(), blend, rtol=0.1, atol=0.1)
+    assert all(parameter.grad is not None for parameter in bank["five"].saved_module("classifier").values())
+    bank.load(tmp_path / "five", "frozen", any_base=True)
+    with bank.route("frozen"):
+        assert torch.equal(logits(half.model)[1], ours[1])
+
+
+def _tensors(folder: Path) -> list[tuple[str, Tensor]]:
+    return [*load_file(folder / "adapter_model.safetensors").items()]
+
+
 def test_blends_of_heads(classifier: Base) -> None:
     bank = Bank(classifier.model)
     for name, labels in (("a", 2), ("b", 2), ("five", 5)):
