@@ -53,7 +53,9 @@ def test_modules_that_adapters_replace_are_compared(run: Callable, tmp_path: Pat
     each, overall = distances(read_folder(tmp_path / "one"), read_folder(tmp_path / "two"))
     assert each["lm_head"] == pytest.approx(0.5)
     assert overall == pytest.approx(0.5)
-    assert ["lm_head", "1", "0.5", "0.5", "0.5"] in [line.split() for line in run("diff", "one", "two").out.splitlines()]
+    assert ["lm_head", "1", "0.5", "0.5", "0.5"] in [
+        line.split() for line in run("diff", "one", "two").out.splitlines()
+    ]
     assert "only in one: lm_head (1)" in run("diff", "one", "bare").out
     assert run("diff", "one", "bare").out.endswith("distance over all modules: 1\n")
 
