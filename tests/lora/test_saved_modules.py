@@ -1,6 +1,8 @@
 """Heads that adapters bring: PEFT's modules_to_save, per row of a batch, with different numbers of labels."""
 
+import pickle
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import peft
@@ -426,6 +428,39 @@ def test_a_merge_takes_the_head_too(classifier: Base, tmp_path: Path) -> None:
         bank.merge({"five": 0.5})
     with pytest.raises(UnsupportedError, match="an adapter replaces classifier"):
         bank.combine({"a": 1.0, "five": 1.0}, name="both")
+
+
+def test_a_module_of_several_inputs_is_merged_only(tiny_folder: Path, tmp_path: Path) -> None:
+    base = Base.load(tiny_folder, dtype="float32", device="cpu")
+    bank = Bank(base.model)
+    adapter = bank.add("a", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1"]))
+    torch.nn.init.normal_(adapter.saved_module("model.layers.1")["mlp.up_proj.weight"])
+    before = logits(base.model)
+    with bank.route(["a", None, "a"]), pytest.raises(RouteError, match="layers.1 has several inputs, .*\nMerge"):
+        logits(base.model)
+    bank.merge("a")
+    assert not torch.allclose(logits(base.model), before)
+    bank.unmerge()
+    assert torch.equal(logits(base.model), before)
+
+
+def test_a_copy_of_a_model_has_its_adapters(classifier: Base) -> None:
+    bank = Bank(classifier.model)
+    for name, labels in (("a", 2), ("five", 5)):
+        for parameter in bank.add(name, HEAD, num_labels=labels).parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    with bank.route(["a", "five", None]):
+        before = logits(classifier.model)
+    for copied in deepcopy((classifier.model, bank)), pickle.loads(pickle.dumps((classifier.model, bank))):
+        model, copy = copied
+        with copy.route(["a", "five", None]):
+            assert torch.equal(logits(model), before)
+            torch.nn.init.zeros_(copy["five"].saved_module("classifier")["out_proj.weight"])
+            assert not torch.equal(logits(model), before)
+        copy.detach()
+        assert not any("forward" in vars(module) for module in model.modules())
+    with bank.route(["a", "five", None]):
+        assert torch.equal(logits(classifier.model), before)
 
 
 def test_a_classifier_generates_no_text(classifier: Base) -> None:

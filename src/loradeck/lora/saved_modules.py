@@ -66,6 +66,11 @@ def initial(
     return parameters
 
 
+def is_replaced(mapping: LoraMapping, modules: Sequence[nn.Module | None]) -> bool:
+    """Return whether any row goes through a replacement."""
+    return any(modules[index] is not None for entry in mapping.entries for index, _ in entry)
+
+
 def outputs_of(
     y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Module | None], *, packed: bool
 ) -> Tensor:
@@ -92,8 +97,6 @@ def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Mo
         if any(modules[index] is not None for index, _ in entry):
             groups.setdefault(entry, []).append(torch.arange(start, stop, device=x.device))
         start = stop
-    if not groups:
-        return y
     parts = {}
     for entry, spans in groups.items():
         rows = torch.cat(spans)
