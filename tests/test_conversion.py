@@ -565,6 +565,21 @@ def test_pefts_copies_are_compared_and_left_out(tmp_path: Path, tiny: LlamaForCa
         convert(tmp_path / "theirs", tmp_path / "never")
 
 
+def test_modules_of_its_own_go_only_to_peft(tmp_path: Path, tiny: LlamaForCausalLM, tiny_folder: Path) -> None:
+    settings = PeftConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wanted = trained(tiny, tmp_path / "theirs", settings)
+    for to in FORMATS:
+        if to != "peft":
+            with pytest.raises(UnsupportedError, match=f"theirs replaces lm_head, which {to} has no place for\nMerge"):
+                convert(tmp_path / "theirs", tmp_path / "never", to=to, base=tiny_folder)
+    with pytest.raises(UnsupportedError, match="replaces lm_head, so its rank cannot be lowered"):
+        convert(tmp_path / "theirs", tmp_path / "never", rank=2)
+    assert not (tmp_path / "never").exists()
+    convert(tmp_path / "theirs", tmp_path / "plain")
+    base = Base.load(tiny_folder, dtype="float32", device="cpu")
+    assert torch.allclose(routed(base.model, tmp_path / "plain"), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_what_exists_stays(tmp_path: Path) -> None:
     made().save(tmp_path / "poet")
     (tmp_path / "out").mkdir()

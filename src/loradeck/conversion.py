@@ -89,6 +89,7 @@ def convert(
     if to == "gguf":
         check_installed("conversion to gguf")
     reading = _Reading(source, base)
+    _check_saved(reading, to, rank)
     adapter = _plain(reading, Path(initial) if initial is not None else None)
     done = Conversion(output, adapter, 0.0)
     if rank is not None:
@@ -188,6 +189,16 @@ class _Reading:
         model = self.model("to compare the copies of its weights", dtype=DTYPES[copy.dtype])
         files = files.respelled(compatibility.respelling(model, {}, files))
         return Adapter.from_files(files, check_copy=partial(compatibility.why_not_a_copy, model))
+
+
+def _check_saved(reading: _Reading, to: Format, rank: int | None) -> None:
+    """Refuse an adapter that replaces modules of the base where these would be lost."""
+    saved = ", ".join(reading.adapter.saved)
+    if saved and to != "peft":
+        what = f"{reading.source} replaces {saved}, which {to} has no place for"
+        raise UnsupportedError(what, hint="Merge it into its base, and convert that model.")
+    if saved and rank is not None:
+        raise UnsupportedError(f"{reading.source} replaces {saved}, so its rank cannot be lowered")
 
 
 def _plain(reading: _Reading, folder: Path | None) -> Adapter:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.hub_server import Hub
 from tests.lora.test_hub import files_of, hub, pytestmark  # noqa: F401 (the fixture)
 
-from loradeck import AdapterStore, Base
+from loradeck import Adapter, AdapterStore, Base, LoraConfig
 from loradeck.api.metrics import Metrics
 from loradeck.lora import hub as hub_module
 from loradeck.serve.config import EngineConfig
@@ -91,6 +92,27 @@ def test_what_the_hub_does_not_give_is_one_clear_error(server: LocalServer, hub_
         assert 400 <= response.status_code < 500, response.text
         assert response.json()["error"]["message"].startswith(message)
     assert answer(server, "owner/poet")
+
+
+def test_an_adapter_that_does_not_fit_is_named_and_not_listed(
+    server: LocalServer, hub_of_three: Hub, tmp_path: Path
+) -> None:
+    pairs = {"model.layers.0.self_attn.q_proj": (torch.zeros(2, 32), torch.zeros(32, 2))}
+    folder = Adapter.of(LoraConfig(r=2, target_modules=["q_proj"]), pairs).save(tmp_path / "narrow")
+    repository = hub_of_three.add("owner/narrow", files_of(folder))
+    response = server.request(CHAT, request("owner/narrow"))
+    assert response.status_code == 422
+    name = f"owner/narrow@{repository.revisions['main']}"
+    assert response.json()["error"]["message"].startswith(f"{name} does not fit this base")
+    loading = server.request("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "owner/narrow"})
+    assert loading.status_code == 422
+    for text in response.text, loading.text:
+        assert name in text
+        assert str(tmp_path) not in text
+    assert answer(server, "owner/poet")
+    models = [model["id"] for model in server.request("/v1/models").json()["data"]]
+    assert "owner/poet" in models
+    assert "owner/narrow" not in models
 
 
 def test_steps_go_on_while_the_hub_is_slow(

@@ -41,6 +41,25 @@ def test_the_distance_to_itself_is_zero(run: Callable, adapters: Path) -> None:
     assert ran.out.endswith("distance over all modules: 0\n")
 
 
+def test_modules_that_adapters_replace_are_compared(run: Callable, tmp_path: Path, tiny: LlamaForCausalLM) -> None:
+    bank = Bank(tiny)
+    for name, scale in (("one", 1.0), ("two", 1.5)):
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        adapter = bank.add(name, config, generator=torch.Generator().manual_seed(0))
+        adapter.saved_module("lm_head")["weight"].data.mul_(scale * 2)
+        bank.save(name, tmp_path / name)
+    bank.add("bare", LoraConfig(r=2, target_modules=["q_proj"]), generator=torch.Generator().manual_seed(0))
+    bank.save("bare", tmp_path / "bare")
+    each, overall = distances(read_folder(tmp_path / "one"), read_folder(tmp_path / "two"))
+    assert each["lm_head"] == pytest.approx(0.5)
+    assert overall == pytest.approx(0.5)
+    assert ["lm_head", "1", "0.5", "0.5", "0.5"] in [
+        line.split() for line in run("diff", "one", "two").out.splitlines()
+    ]
+    assert "only in one: lm_head (1)" in run("diff", "one", "bare").out
+    assert run("diff", "one", "bare").out.endswith("distance over all modules: 1\n")
+
+
 def test_it_says_what_differs(run: Callable, adapters: Path) -> None:
     ran = run("diff", "adapters/poet", "adapters/pirate")
     lines = [line.split() for line in ran.out.splitlines()]

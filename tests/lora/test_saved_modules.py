@@ -1,5 +1,7 @@
 """Heads that adapters bring: PEFT's modules_to_save, per row of a batch, with different numbers of labels."""
 
+import pickle
+from copy import deepcopy
 from pathlib import Path
 
 import peft
@@ -185,6 +187,43 @@ def test_a_trained_head_survives_a_save(classifier: Base, tmp_path: Path) -> Non
     assert copy.saved == bank["five"].saved
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_has_a_dtype_of_its_own(dtype: torch.dtype, classifier: Base, tmp_path: Path) -> None:
+    bank = Bank(classifier.model)
+    for name, labels in (("a", 2), ("five", 5)):
+        for parameter in bank.add(name, HEAD, num_labels=labels).parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        bank.save(name, tmp_path / name)
+    mixed = {name: value.to(dtype) if name.endswith("bias") else value for name, value in _tensors(tmp_path / "five")}
+    save_file(mixed, tmp_path / "five" / "adapter_model.safetensors")
+    rows = ["a", "five", None]
+    with bank.route(rows):
+        wide = logits(classifier.model)
+    with bank.route({"a": 0.5}):
+        blend = logits(classifier.model)
+    bank.detach()
+    half = Base.load(tmp_path / "whole", dtype=dtype, device="cpu", task="classify")
+    bank = Bank(half.model)
+    bank.load(tmp_path / "a", any_base=True)
+    bank.load(tmp_path / "five", any_base=True, trainable=True)
+    assert {p.dtype for p in bank["five"].saved_module("classifier").values()} == {torch.float32}
+    with bank.route(rows):
+        ours = logits(half.model)
+        half.model(input_ids=IDS).logits[1].sum().backward()
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), wide, rtol=0.1, atol=0.1)
+    with bank.route({"a": 0.5}):
+        torch.testing.assert_close(logits(half.model).float(), blend, rtol=0.1, atol=0.1)
+    assert all(parameter.grad is not None for parameter in bank["five"].saved_module("classifier").values())
+    bank.load(tmp_path / "five", "frozen", any_base=True)
+    with bank.route("frozen"):
+        assert torch.equal(logits(half.model)[1], ours[1])
+
+
+def _tensors(folder: Path) -> list[tuple[str, Tensor]]:
+    return [*load_file(folder / "adapter_model.safetensors").items()]
+
+
 def test_blends_of_heads(classifier: Base) -> None:
     bank = Bank(classifier.model)
     for name, labels in (("a", 2), ("b", 2), ("five", 5)):
@@ -329,6 +368,39 @@ def test_a_merge_takes_the_head_too(classifier: Base, tmp_path: Path) -> None:
         bank.merge({"five": 0.5})
     with pytest.raises(UnsupportedError, match="an adapter replaces classifier"):
         bank.combine({"a": 1.0, "five": 1.0}, name="both")
+
+
+def test_a_module_of_several_inputs_is_merged_only(tiny_folder: Path, tmp_path: Path) -> None:
+    base = Base.load(tiny_folder, dtype="float32", device="cpu")
+    bank = Bank(base.model)
+    adapter = bank.add("a", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1"]))
+    torch.nn.init.normal_(adapter.saved_module("model.layers.1")["mlp.up_proj.weight"])
+    before = logits(base.model)
+    with bank.route(["a", None, "a"]), pytest.raises(RouteError, match="layers.1 has several inputs, .*\nMerge"):
+        logits(base.model)
+    bank.merge("a")
+    assert not torch.allclose(logits(base.model), before)
+    bank.unmerge()
+    assert torch.equal(logits(base.model), before)
+
+
+def test_a_copy_of_a_model_has_its_adapters(classifier: Base) -> None:
+    bank = Bank(classifier.model)
+    for name, labels in (("a", 2), ("five", 5)):
+        for parameter in bank.add(name, HEAD, num_labels=labels).parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    with bank.route(["a", "five", None]):
+        before = logits(classifier.model)
+    for copied in deepcopy((classifier.model, bank)), pickle.loads(pickle.dumps((classifier.model, bank))):
+        model, copy = copied
+        with copy.route(["a", "five", None]):
+            assert torch.equal(logits(model), before)
+            torch.nn.init.zeros_(copy["five"].saved_module("classifier")["out_proj.weight"])
+            assert not torch.equal(logits(model), before)
+        copy.detach()
+        assert not any("forward" in vars(module) for module in model.modules())
+    with bank.route(["a", "five", None]):
+        assert torch.equal(logits(classifier.model), before)
 
 
 def test_a_classifier_generates_no_text(classifier: Base) -> None:

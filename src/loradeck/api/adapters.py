@@ -56,8 +56,7 @@ async def get_model(request: Request) -> Response:
 
 def _list_models(state: ServerState, key: ApiKey) -> list[ModelCard]:
     residents = _residents(state)
-    adapters = [*state.catalogue.usable(), *state.engine.adapter_cache.hub.found()]
-    latest = [stored for stored in adapters if key.may_use(stored.name)]
+    latest = [stored for stored in state.catalogue.usable() if key.may_use(stored.name)]
     return [
         _base_card(state, state.names.base),
         *(_adapter_card(state, stored.name, stored, residents) for stored in latest),

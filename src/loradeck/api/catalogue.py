@@ -27,18 +27,18 @@ class Catalogue:
     def usable(self) -> "list[Stored]":
         """Return the latest version of each adapter that fits the base, sorted by name; a new one is read once.
 
+        After those of the store come those of the hub that requests have named.
+
         Raises:
             AdapterError: the store's folder cannot be read.
             BusyError: the server is shutting down.
         """
-        if self._store is None:
-            return []
         with self._lock:
             before = self._errors
-            self._errors = {
-                stored: before[stored] if stored in before else self._error(stored) for stored in self._store.latest()
-            }
-            _warn({stored.path.name: error for stored, error in self._errors.items() if error and stored not in before})
+            latest = [*(self._store.latest() if self._store else ()), *self._adapter_cache.hub.found()]
+            self._errors = {stored: before[stored] if stored in before else self._error(stored) for stored in latest}
+            new = {stored: error for stored, error in self._errors.items() if error and stored not in before}
+            _warn({stored.spec if stored.commit else stored.path.name: error for stored, error in new.items()})
             return [stored for stored, error in self._errors.items() if error is None]
 
     def log_problems(self) -> None:

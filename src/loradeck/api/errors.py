@@ -21,6 +21,7 @@ from loradeck.errors import (
     RouteError,
     UnknownAdapterError,
 )
+from loradeck.lora.hub import with_hub_ids
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody is left to read it
 TYPES = {
@@ -87,7 +88,8 @@ def invalid_field(param: str) -> Iterator[None]:
 def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]:
     """Return what a client reads about an error, and the headers of the response.
 
-    `store` is the path of the adapters' folder, which clients must not learn; it is cut out of the message.
+    `store` is the path of the adapters' folder. Clients must not learn it, nor where the hub's cache is: both are cut
+    out of the message.
     """
     headers: dict[str, str] = {}
     param, error_type = None, ""
@@ -112,6 +114,7 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
             status, text = CLIENT_CLOSED_REQUEST, "The client closed the connection."
         case _:
             status, text = 500, "Internal server error; the server's log has the details."
+    text = with_hub_ids(text)
     if store:
         text = text.replace(f"{store}/", "").replace(f"the store {store}", "the store").replace(store, "the store")
     return ErrorInfo(text, error_type or TYPES.get(status) or _type_of(status), param, status), headers

@@ -18,7 +18,8 @@ def diff(
 
     The distance is |D1 - D2| / |D1| in the Frobenius norm, where D = scaling B A
     is the update that an adapter adds to a weight: 0 for equal updates, about
-    1.4 for unrelated ones of the same size.
+    1.4 for unrelated ones of the same size. Of a module that an adapter
+    replaces (modules_to_save), D is the new weights.
 
     Args:
         first: An adapter's folder.
@@ -34,8 +35,8 @@ def diff(
         {"base": one.origin.base_model, **config(one)}, {"base": two.origin.base_model, **config(two)}
     )
     only = {
-        "first": [path for path in one.sites if path not in two.sites],
-        "second": [path for path in two.sites if path not in one.sites],
+        "first": [path for path in (*one.sites, *one.saved) if path not in {*two.sites, *two.saved}],
+        "second": [path for path in (*two.sites, *two.saved) if path not in {*one.sites, *one.saved}],
     }
     if not as_json:
         rows = [(key, *map(format_value, values)) for key, values in settings.items()]

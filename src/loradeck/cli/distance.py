@@ -1,6 +1,7 @@
 """The distance between the updates of two adapters, computed without a dense update.
 
-D = scaling · B A is the update of a module's weight; |·| is the Frobenius norm.
+D = scaling · B A is the update of a module's weight, and of a module that an adapter replaces, all its weights; |·| is
+the Frobenius norm.
 """
 
 import math
@@ -33,7 +34,7 @@ def distances(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, floa
         raise AdapterError(
             "the adapters are for different bases", problems, hint="`loradeck diff --headers` compares the rest."
         )
-    one, two = (Adapter.from_files(listing, check_copy=lambda *_: None) for listing in (first, second))
+    one, two = map(_read, (first, second))
     by_module: dict[str, float] = {}
     apart = whole = 0.0
     for path in dict.fromkeys([*one.sites, *two.sites]):
@@ -41,7 +42,36 @@ def distances(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, floa
         apart, whole = apart + distance**2, whole + size**2
         if path in one.sites and path in two.sites:
             by_module[path] = _ratio(distance, size)
+    for path in dict.fromkeys([*one.saved, *two.saved]):
+        size, distance = _norms_of_saved(_weights(one, path), _weights(two, path))
+        apart, whole = apart + distance**2, whole + size**2
+        if path in one.saved and path in two.saved:
+            by_module[path] = _ratio(distance, size)
     return by_module, _ratio(math.sqrt(apart), math.sqrt(whole))
+
+
+def _read(files: AdapterFiles) -> Adapter:
+    """Read an adapter without its base: copies of the base's weights are left out, modules of its own are kept."""
+    return Adapter.from_files(files, check_copy=lambda key, _: None if key in files.copies else "is its own")
+
+
+def _weights(adapter: Adapter, path: str) -> dict[str, Tensor]:
+    """Return the weights of a module that an adapter replaces; nothing if it does not."""
+    saved = adapter.saved_module(path) if path in adapter.saved else {}
+    return {name: tensor.detach().double() for name, tensor in saved.items()}
+
+
+def _norms_of_saved(first: dict[str, Tensor], second: dict[str, Tensor]) -> tuple[float, float]:
+    """Return |D1| and |D1 - D2|; weights of different shapes, as of heads with other labels, have nothing in common."""
+    size = apart = 0.0
+    for name in first.keys() | second.keys():
+        one, two = first.get(name), second.get(name)
+        size += 0.0 if one is None else float(one.square().sum())
+        if one is not None and two is not None and one.shape == two.shape:
+            apart += float((one - two).square().sum())
+        else:
+            apart += sum(float(each.square().sum()) for each in (one, two) if each is not None)
+    return math.sqrt(size), math.sqrt(apart)
 
 
 def _factors(adapter: Adapter, path: str) -> Factors | None:

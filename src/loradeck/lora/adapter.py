@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import reduce
 from itertools import accumulate, starmap
 from pathlib import Path
 from typing import Any, Self
@@ -108,11 +109,14 @@ class Adapter(nn.Module):
         return adapter
 
     def _save_modules(self, saved: Mapping[str, Mapping[str, Tensor]], *, trainable: bool) -> None:
+        """Keep the parameters of modules; those of one module get one dtype, which holds all of them."""
         self.saved = {path: tuple(tensors) for path, tensors in saved.items()}
         for path, tensors in saved.items():
+            dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
             for name, tensor in tensors.items():
                 key = _parameter_name(f"{path}.{name}")
-                self.register_parameter(key, nn.Parameter(tensor.detach().clone(), requires_grad=trainable))
+                value = tensor.detach().to(dtype, copy=True)
+                self.register_parameter(key, nn.Parameter(value, requires_grad=trainable))
 
     @classmethod
     def load(cls, folder: str | Path, *, trainable: bool = False) -> Self:

@@ -6,6 +6,7 @@ files are downloaded: never code, never pickles.
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from glob import escape
@@ -79,6 +80,16 @@ def download(hub_id: str, revision: str = "", *, most: int = MOST) -> Path:
     for path, file in files.items():
         _verify(name, folder / path, file)
     return folder
+
+
+def with_hub_ids(text: str) -> str:
+    """Return a text with owner/name@commit in place of folders in the cache."""
+    if "models--" not in text:
+        return text
+    from huggingface_hub import constants
+
+    folder = re.escape(constants.HF_HUB_CACHE) + r"/models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)"
+    return re.sub(folder, r"\1/\2@\3", text)
 
 
 def upload(folder: Path, hub_id: str, *, revision: str = "", private: bool = True, message: str = "") -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from loradeck.errors import RouteError
 from loradeck.lora.routing import Route, current
-from loradeck.lora.saved_modules import outputs_of
+from loradeck.lora.saved_modules import is_replaced, outputs_of
 from loradeck.ops import dispatch
 from loradeck.ops.autograd import in_backward
 from loradeck.ops.layer_kinds import LayerKind
@@ -40,6 +40,15 @@ class LoraLayer:
         self.base: Callable[..., Tensor] = module.forward
         module.forward = self  # type: ignore[assignment]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled method is looked up by its name, which would give this object for the base's forward."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "base"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.base = self.restored or type(self.module).forward.__get__(self.module)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """f(x) + Σ_a w_a · scaling_a · B_a (A_a x): x and the result as the base's forward has them.
 
@@ -51,10 +60,17 @@ class LoraLayer:
             return y
         adapters = route.layer(self.path, self.kind) if self.kind else None
         modules = route.replacements(self.path)
+        mapping = route.head_mapping if self.is_head and route.head_mapping else route.mapping
+        if modules is not None and not is_replaced(mapping, modules):
+            modules = None
         if adapters is None and modules is None:
             return y
+        if modules is not None and len(args) + len(kwargs) > 1:
+            raise RouteError(
+                f"{self.path} has several inputs, so that rows cannot go through an adapter's own",
+                hint="Merge the adapter into its base.",
+            )
         x = args[0] if args else next(iter(kwargs.values()))
-        mapping = route.head_mapping if self.is_head and route.head_mapping else route.mapping
         self._check(x, route, mapping, adapters)
         if not mapping.total:  # no token of this step reaches the head
             return y

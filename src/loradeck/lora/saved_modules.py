@@ -67,6 +67,11 @@ def initial(
     return parameters
 
 
+def is_replaced(mapping: LoraMapping, modules: Sequence[nn.Module | None]) -> bool:
+    """Return whether any row goes through a replacement."""
+    return any(modules[index] is not None for entry in mapping.entries for index, _ in entry)
+
+
 def outputs_of(
     y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Module | None], *, packed: bool
 ) -> Tensor:
@@ -93,8 +98,6 @@ def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Mo
         if any(modules[index] is not None for index, _ in entry):
             groups.setdefault(entry, []).append(torch.arange(start, stop, device=x.device))
         start = stop
-    if not groups:
-        return y
     parts = {}
     for entry, spans in groups.items():
         rows = torch.cat(spans)
@@ -112,10 +115,10 @@ def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Mo
 def _output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[nn.Module | None]) -> Tensor:
     replaced = [(module, weight) for index, weight in entry if (module := modules[index]) is not None]
     if len(entry) == 1 and entry[0][1] == 1:
-        return replaced[0][0](x)
+        return _computed(replaced[0][0], x)
     total = y
     for module, weight in replaced:
-        part = module(x)
+        part = _computed(module, x)
         if part.shape != y.shape:
             raise RouteError(
                 f"heads of {part.shape[-1]} and {y.shape[-1]} outputs cannot be blended",
@@ -123,6 +126,12 @@ def _output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[nn.Mo
             )
         total = total + weight * (part - y)
     return total
+
+
+def _computed(module: nn.Module, x: Tensor) -> Tensor:
+    """Compute a replacement in its own dtype, which need not be the base's."""
+    dtype = next(module.parameters()).dtype
+    return module(x.to(dtype) if x.is_floating_point() else x)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
