@@ -19,7 +19,7 @@ CONFIG, SPECIAL_TOKENS, TEMPLATE = "tokenizer_config.json", "special_tokens_map.
 NAMES = VOCABULARIES | ADDITIONS | {CONFIG, SPECIAL_TOKENS, TEMPLATE}
 MAX_BYTES = 256 << 20  # of all files together; the largest vocabularies have some 40 MB
 MAX_TEMPLATE = 1 << 20  # bytes
-HINT = "Save it again with tokenizer.save_pretrained(folder), or remove these files to use the base's tokenizer."
+HINT = "Save the tokenizer there again, or remove these files to use the base's."
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,7 @@ def test_a_module_of_several_inputs_is_merged_only(tiny_folder: Path, tmp_path: 
     adapter = bank.add("a", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1"]))
     torch.nn.init.normal_(adapter.saved_module("model.layers.1")["mlp.up_proj.weight"])
     before = logits(base.model)
-    with bank.route(["a", None, "a"]), pytest.raises(RouteError, match="layers.1 has several inputs, .*\nMerge"):
+    with bank.route(["a", None, "a"]), pytest.raises(RouteError, match=r"layers.1 has several inputs, .*\nMerge"):
         logits(base.model)
     bank.merge("a")
     assert not torch.allclose(logits(base.model), before)

@@ -52,8 +52,8 @@ class Operation:
         if self.tasks and base.task not in self.tasks:
             raise HttpError(
                 400,
-                f"{base.name} was loaded for the task {base.task}; {self.path} needs {' or '.join(self.tasks)}.",
-                hint=f"Start the server with --task {self.tasks[0]}.",
+                f"{base.name} was loaded for the task {base.task}; {self.path} needs a server that was started with "
+                f"--task {' or '.join(self.tasks)}.",
             )
         return await self.handler(request)
 
