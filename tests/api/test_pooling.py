@@ -285,14 +285,14 @@ def test_routes_of_other_tasks_name_the_flag(task: str, paths: dict[str, str], s
         status, message, _ = refusal(server, path, input="a", prompt="a", messages=[])
         assert status == 400
         assert f"loaded for the task {task}" in message
-        assert message.endswith(f"Start the server with --task {needed}.")
+        assert message.endswith(f"needs a server that was started with --task {needed}.")
 
 
 def test_a_base_that_generates_names_the_flag(server: LocalServer) -> None:
     for path in PATHS:
         status, message, _ = refusal(server, path, input="a")
         assert status == 400
-        assert "Start the server with --task " in message
+        assert "needs a server that was started with --task " in message
 
 
 def test_invalid_requests(serve: Serve) -> None:
