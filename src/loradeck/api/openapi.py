@@ -53,7 +53,7 @@ class Operation:
             raise HttpError(
                 400,
                 f"{base.name} was loaded for the task {base.task}; {self.path} needs a server that was started with "
-                f"--task {' or '.join(self.tasks)}.",
+                f"--task {self.tasks[0]}.",
             )
         return await self.handler(request)
 
