@@ -74,7 +74,9 @@ def unfold(model: nn.Module, originals: Mapping[str, nn.Parameter]) -> None:
         module, _, name = path.rpartition(".")
         part = model.get_submodule(module)
         setattr(part, name, parameter)
-        if isinstance(part, nn.Linear) and name == "weight" and part.out_features != len(parameter):
+        # A base may store weights in other forms, which do not show how many outputs there are.
+        plain = isinstance(part, nn.Linear) and name == "weight" and parameter.shape[1:] == (part.in_features,)
+        if plain and type(parameter) is nn.Parameter and part.out_features != len(parameter):
             part.out_features = len(parameter)
             config: Any = getattr(model, "config", None)
             if config is not None:  # a classifier's head is the only layer whose outputs change
@@ -87,7 +89,9 @@ def _replaced(
     """Return the parameters of a module that some of so many adapters replace."""
     parameters: dict[str, nn.Parameter] = {}
     for name in weighted[0][0].saved[path]:
-        base = model.get_parameter(f"{path}.{name}")
+        part, _, kind = f"{path}.{name}".rpartition(".")
+        module = model.get_submodule(part)
+        base = dense_weight(module) if kind == "weight" else module.get_parameter(kind)
         values = [(adapter.saved_module(path)[name].to(base.device), weight) for adapter, weight in weighted]
         if len(values) == adapters == 1 and values[0][1] == 1:
             total = values[0][0].to(base.dtype)
