@@ -95,7 +95,7 @@ def test_rows_of_a_batch_have_their_adapters_tokenizers(
             for name in ("loud", "plain", "poet")
         ]
         answers = asyncio.gather(*asked)
-        await until(lambda: server.engine._loop.waiting + len(server.engine._loop._generations) >= len(asked))
+        await until(lambda: len(server.engine._loop.live) >= len(asked))
         gate.open()
         return await answers
 

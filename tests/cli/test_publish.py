@@ -33,7 +33,8 @@ def test_json(run: Callable, adapters: Path) -> None:
     ("source", "name", "message"),
     [
         ("adapters/nobody", "store/poet", "adapters/nobody is not a folder"),
-        ("nowhere/poet", "store/poet", "nowhere/poet is not a folder"),
+        ("adapters/nowhere/poet", "store/poet", "adapters/nowhere/poet is not a folder"),
+        ("nobody-here/poet", "store/poet", "nobody-here/poet is not in the cache, and HF_HUB_OFFLINE is set"),
         ("adapters/cut", "store/poet", "adapters/cut"),
         ("adapters/poet", "poet", "poet does not name an adapter in a store"),
         ("adapters/poet", "adapters/", "adapters/ does not name an adapter in a store"),
