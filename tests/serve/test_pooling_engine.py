@@ -177,15 +177,21 @@ def test_what_cannot_be_computed_is_refused(serve: Callable[..., PoolingEngine],
         PoolingEngine(generating)
 
 
-def test_a_full_queue_and_a_late_request(serve: Callable[..., PoolingEngine], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = serve(max_waiting=1, timeout=0.001, max_rows=1)
+def test_a_full_queue(serve: Callable[..., PoolingEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = serve(max_waiting=1, max_rows=1)
     batches = Batches(engine, monkeypatch)
     answers = engine.submit([[1], [2], [3]])
     with pytest.raises(BusyError, match="requests are waiting"):
         engine.submit([[4]])
     batches.may_run.set()
+    for answer in answers:
+        assert bool(answer.result().isfinite().all())
+
+
+def test_a_late_request(serve: Callable[..., PoolingEngine]) -> None:
+    (answer,) = serve(timeout=1e-9).submit([[1]])  # late whenever the engine sees it
     with pytest.raises(RequestTimeoutError):
-        answers[2].result()
+        answer.result()
 
 
 def test_a_cancelled_row_and_a_cancelled_reader(

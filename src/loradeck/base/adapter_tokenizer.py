@@ -180,7 +180,7 @@ def _ids(base: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
 
 
 def _check_template(files: TokenizerFiles, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that is none; one that rejects a message may take others."""
+    """Refuse a chat template with an error of syntax. One that rejects the trial message may accept others."""
     if tokenizer.chat_template is None:
         return
     try:

@@ -130,9 +130,9 @@ def _prefix(source: str | Path, model: PreTrainedModel, body: str, keys: list[st
     """Return what stands before the names of the body's tensors in the checkpoint: the prefix that most are under."""
     embedding = f"{_path(model, model.get_input_embeddings())}.weight".removeprefix(f"{body}.")
     tails = [name for name, _ in model.get_submodule(body).named_parameters()]
-    known = {*keys}
+    names = {*keys}
     counts = {
-        prefix: sum(prefix + tail in known for tail in tails)
+        prefix: sum(prefix + tail in names for tail in tails)
         for key in keys
         if key == embedding or key.endswith("." + embedding)
         for prefix in [key.removesuffix(embedding)]

@@ -17,8 +17,8 @@ def differences(own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> 
         "special tokens": "; ".join(_special_tokens(own.special_tokens_map, base.special_tokens_map)),
         "chat template": _template(own.chat_template, base.chat_template),
     }
-    found = {kind: text for kind, text in kinds.items() if text}
-    return found or {"splitting": "texts are split into tokens in another way"}
+    differences = {kind: text for kind, text in kinds.items() if text}
+    return differences or {"splitting": "texts are split into tokens in another way"}
 
 
 def _vocabulary(own: Mapping[str, int], base: Mapping[str, int]) -> str:

@@ -89,8 +89,8 @@ def generate(
             )
             answers += new
             if not as_json:
-                asked = zip(questions[batch], names[batch], strict=True)
-                heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in asked]
+                pairs = zip(questions[batch], names[batch], strict=True)
+                heads = [f"> {title(prompt)}  [{name}]\n" for prompt, name in pairs]
                 _print(heads if len(rows) > 1 else [""], new, first=start == 0)
     if as_json:
         results = zip(questions, names, answers, strict=True)

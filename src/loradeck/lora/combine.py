@@ -106,9 +106,9 @@ def lower_rank(adapter: Adapter, r: int) -> Combination:
         ConfigError, AdapterError: as `combine`.
     """
     low = combine([(adapter, 1.0)], method="svd", r=r)
-    kept = {path: site for path, site in adapter.sites.items() if site.r <= r}
-    sites = {path: kept.get(path, low.adapter.sites[path]) for path in adapter.sites}
-    pairs = {path: (adapter if path in kept else low.adapter).pair(path) for path in adapter.sites}
+    low_enough = {path: site for path, site in adapter.sites.items() if site.r <= r}
+    sites = {path: low_enough.get(path, low.adapter.sites[path]) for path in adapter.sites}
+    pairs = {path: (adapter if path in low_enough else low.adapter).pair(path) for path in adapter.sites}
     lowered = Adapter.with_sites(config_of(sites), sites, pairs, origin=replace(adapter.origin, written=None))
     lowered.fan_in_fan_out = adapter.fan_in_fan_out
     return replace(low, adapter=lowered)
