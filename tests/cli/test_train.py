@@ -450,12 +450,14 @@ def test_a_missing_writer_is_reported_before_the_run_begins(
 
 
 def interrupted(run: Callable, *arguments: object) -> Any:
-    """Run a command that gets a Ctrl-C once its metrics have two lines."""
+    """Run a command that gets one Ctrl-C, once its metrics have two lines."""
 
     def watch(*_: object) -> None:
         metrics = Path("out/metrics.jsonl")
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= 2:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            # An alarm that came during this call is waiting: a second Ctrl-C would end the command at once.
+            signal.signal(signal.SIGALRM, lambda *_: None)
             signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGALRM, watch)
