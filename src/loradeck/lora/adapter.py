@@ -15,21 +15,32 @@ from torch import Tensor, nn
 from loradeck.disk import new_folder
 from loradeck.errors import AdapterError, UnsupportedError
 from loradeck.lora import card, safetensors_io
+from loradeck.lora.added_rows import AddedRows, Extension
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
 from loradeck.lora.folder import CARD, CONFIG, TENSORS
-from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder, stamp
+from loradeck.lora.manifest import (
+    ADAPTED_COPY,
+    AdapterFiles,
+    TargetModule,
+    copied_module,
+    keys_of,
+    read_folder,
+    stamp,
+)
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import Origin, write_config
 from loradeck.lora.spelling import PREFIX
 from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.dropout import Dropout
+from loradeck.ops.layer_kinds import dense_weight
 from loradeck.ops.weights import LoraWeights, finite
 from loradeck.tokenizer_files import TokenizerFiles
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ADDED = "/added"  # after the names of what is for rows beyond the base's
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -47,7 +58,10 @@ class Adapter(nn.Module):
         tokenizer_files: those of a tokenizer in the folder it was read from; none if it was made in memory.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
         saved: the names of the parameters of each module that it replaces, by the module's path.
-        replacements: these modules, with its parameters; a bank makes them.
+        added: what it has for rows of an embedding or a head beyond the base's, by the module's path.
+        replacements: what stands in for the base's modules, with its parameters; a bank makes them.
+        base_modules: the base's modules that it adds rows to, with which they are saved.
+        added_tokens: how many tokens it has beyond those of the base whose bank it is in.
     """
 
     def __init__(self, config: LoraConfig, sites: Mapping[str, TargetModule], origin: Origin | None = None) -> None:
@@ -61,7 +75,10 @@ class Adapter(nn.Module):
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.saved: Mapping[str, tuple[str, ...]] = {}
-        self.replacements: dict[str, nn.Module] = {}
+        self.added: Mapping[str, AddedRows] = {}
+        self.replacements: dict[str, nn.Module | Extension] = {}
+        self.base_modules: dict[str, nn.Module] = {}
+        self.added_tokens = 0
         self.moves = 0  # how often its tensors were moved or cast
         self._spans: Mapping[str, Span] = {}  # of each key, in the flat parameters
         self._layout: FlatLayout | None = None
@@ -102,7 +119,7 @@ class Adapter(nn.Module):
             for path, pair in pairs.items():
                 for key, tensor in zip(keys_of(path, adapter.sites[path]), pair, strict=True):
                     adapter.register_parameter(
-                        _parameter_name(key),
+                        parameter_name(key),
                         nn.Parameter(tensor.detach().clone(), requires_grad=trainable),
                     )
             adapter._save_modules(saved or {}, trainable=trainable)
@@ -114,7 +131,7 @@ class Adapter(nn.Module):
         for path, tensors in saved.items():
             dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
             for name, tensor in tensors.items():
-                key = _parameter_name(f"{path}.{name}")
+                key = parameter_name(f"{path}.{name}")
                 value = tensor.detach().to(dtype, copy=True)
                 self.register_parameter(key, nn.Parameter(value, requires_grad=trainable))
 
@@ -140,7 +157,8 @@ class Adapter(nn.Module):
 
         `check_copy(key, tensor)` returns what is wrong with a copy of a weight of the base, or None; it is called
         first with a tensor on the meta device, then with the values. Without it a copy is a problem. A module that is
-        replaced by a copy of itself is left out.
+        replaced by a copy of itself is left out. Of an embedding or a head with more rows than the base's, only those
+        beyond are kept, unless the others were trained or are to be.
 
         Raises:
             UnsupportedError: a tensor replaces a weight of the base.
@@ -158,7 +176,7 @@ class Adapter(nn.Module):
             if _is_one_tensor(files):
                 adapter._read_whole(files.headers[0])
             else:
-                _refuse_copies(files, adapter._read_parts(files, check_copy))
+                _refuse_copies(files, adapter._read_parts(files, check_copy, trainable=trainable))
             if problems := adapter._not_finite(files):
                 hint = "Train or save the adapter again; nothing was loaded."
                 raise AdapterError(f"{files.folder} is not a valid adapter", problems, hint=hint)
@@ -176,6 +194,9 @@ class Adapter(nn.Module):
         )
         copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
         copy.tokenizer_files = self.tokenizer_files
+        copy.base_modules = self.base_modules
+        for path, added in self.added.items():
+            copy._add_rows(path, added, self.added_tensors(path), self.added_pair(path), trainable=trainable)
         return copy
 
     def _read_whole(self, header: safetensors_io.Header) -> None:
@@ -188,13 +209,17 @@ class Adapter(nn.Module):
         self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
     def _read_parts(
-        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]
+        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None], *, trainable: bool
     ) -> dict[str, str | None]:
         """Gather the tensors of all files into a flat tensor per dtype; return what is wrong with copies."""
         reasons: dict[str, str | None] = {}
         parts: dict[str, list[tuple[str, Tensor]]] = {}
         modules = {key: (path, name) for path, keys in files.saved.items() for name, key in keys.items()}
         saved: dict[str, dict[str, Tensor]] = {}
+        base = files.base_rows
+        pairs = {_resized_key(path, files.sites[path]): path for path in base if path in files.sites}
+        rows: dict[str, dict[str, tuple[str, Tensor]]] = {path: {} for path in base}  # by module and parameter name
+        added_pairs: dict[str, Tensor] = {}
         for header in files.headers:
             body = torch.empty(header.size, dtype=torch.uint8)
             safetensors_io.read_body(header, body.numpy().data)
@@ -203,17 +228,46 @@ class Adapter(nn.Module):
                 if key in modules:
                     path, name = modules[key]
                     saved.setdefault(path, {})[name] = tensor
+                elif key in pairs:
+                    path = pairs[key]
+                    first, added_pairs[path] = _split_rows(tensor, files.sites[path].kind, base[path])
+                    parts.setdefault(entry.dtype, []).append((key, first))
                 elif key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
                 else:
-                    reasons[key] = check_copy(key, tensor)
+                    path, name = copied_module(key), key.rpartition(".")[2]
+                    reasons[key] = check_copy(key, tensor[: base.get(path)])
+                    if path in base:
+                        rows[path][name] = key, tensor[base[path] :]
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
         for path, keys in files.saved.items():
-            if all(check_copy(key, saved[path][name]) is None for name, key in keys.items()):
-                del saved[path]
+            start = base.get(path)
+            if trainable and start is not None:
+                continue  # all of its rows are to be trained
+            if all(check_copy(key, saved[path][name][:start]) is None for name, key in keys.items()):
+                module = saved.pop(path)
+                rows.setdefault(path, {}).update({name: (key, module[name][start:]) for name, key in keys.items()})
         self._save_modules(saved, trainable=False)
+        for path in base.keys() - saved.keys():
+            keys = {name: key for name, (key, _) in rows[path].items()}
+            pair = _resized_key(path, files.sites[path]) if path in added_pairs else None
+            tensors = {name: tensor for name, (_, tensor) in rows[path].items()}
+            some = [*tensors.values()] or [added_pairs[path].T if files.sites[path].kind == "embedding" else added_pairs[path]]
+            added = AddedRows(base[path], len(some[0]), keys, pair, trained=path in files.saved)
+            self._add_rows(path, added, tensors, added_pairs.get(path), trainable=False)
         return reasons
+
+    def _add_rows(
+        self, path: str, added: AddedRows, tensors: Mapping[str, Tensor], pair: Tensor | None, *, trainable: bool
+    ) -> None:
+        """Keep rows of a module beyond the base's, by the names of its parameters, and their part of its pair."""
+        self.added = {**self.added, path: added}
+        for name, tensor in tensors.items():
+            self.register_parameter(parameter_name(added.keys[name]), nn.Parameter(tensor.detach().clone(), False))
+        if added.pair is not None and pair is not None:
+            pair = _float32(pair) if trainable else pair
+            self.register_parameter(added_name(added.pair), nn.Parameter(pair.detach().clone(), trainable))
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -226,7 +280,8 @@ class Adapter(nn.Module):
         problems: list[str] = []
         for name, flat in self._parameters.items():
             if flat is not None and not name.startswith("flat_") and not finite(flat):
-                problems.append(f"{files.spelling(PREFIX + name.replace('/', '.'))} holds NaN or Inf")
+                key = PREFIX + name.removesuffix(ADDED).replace("/", ".")
+                problems.append(f"{files.spelling(key)} holds NaN or Inf")
             elif flat is not None and not finite(flat):
                 spans = {key: span[1:] for key, span in self._spans.items() if span[0] == name}
                 problems += [
@@ -263,21 +318,65 @@ class Adapter(nn.Module):
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         span = self._spans.get(key)
-        parameter = self._parameters[span[0] if span else _parameter_name(key)]
+        parameter = self._parameters[span[0] if span else parameter_name(key)]
         assert parameter is not None
         return parameter.detach()[span[1] : span[2]].view(shape) if span else parameter
 
     def saved_module(self, path: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a module that it replaces."""
-        return {name: self.get_parameter(_parameter_name(f"{path}.{name}")) for name in self.saved[path]}
+        return {name: self.get_parameter(parameter_name(f"{path}.{name}")) for name in self.saved[path]}
+
+    def added_tensors(self, path: str) -> dict[str, nn.Parameter]:
+        """Return its rows of a module beyond the base's, by the names of the module's parameters."""
+        return {name: self.get_parameter(parameter_name(key)) for name, key in self.added[path].keys.items()}
+
+    def added_pair(self, path: str) -> nn.Parameter | None:
+        """Return the part of A or of B for these rows, None if the module has no pair."""
+        key = self.added[path].pair
+        return None if key is None else self.get_parameter(added_name(key))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor under its key in a PEFT file."""
+        """Yield every tensor under its key in a PEFT file; rows beyond the base's under names of their own."""
         for path, site in self.sites.items():
             yield from zip(keys_of(self.paths.get(path, path), site), self.pair(path), strict=True)
         for path in self.saved:
             written = PREFIX + self.paths.get(path, path)
             yield from ((f"{written}.{name}", tensor) for name, tensor in self.saved_module(path).items())
+        for path, added in self.added.items():
+            yield from ((f"{added.keys[name]}{ADDED}", tensor) for name, tensor in self.added_tensors(path).items())
+            if (pair := self.added_pair(path)) is not None:
+                yield f"{added.pair}{ADDED}", pair
+
+    def _written(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a PEFT file; where the adapter adds rows, the base's stand before them.
+
+        Raises:
+            AdapterError: it adds rows, and no bank has brought it together with its base.
+        """
+        joined: dict[str, Tensor] = {}
+        for path, added in self.added.items():
+            if (pair := self.added_pair(path)) is not None:
+                kind = self.sites[path].kind
+                first = self.pair(path)[kind != "embedding"]
+                joined[self._spelled(str(added.pair), path)] = torch.cat([first, pair], 1 if kind == "embedding" else 0)
+            for name, rows in self.added_tensors(path).items():
+                joined[self._spelled(added.keys[name], path)] = torch.cat([self._base_weight(path, name).to(rows), rows])
+        for key, tensor in self.tensors():
+            if not key.endswith(ADDED):
+                yield key, joined.pop(key, tensor)
+        yield from joined.items()
+
+    def _spelled(self, key: str, path: str) -> str:
+        return key.replace(path, self.paths.get(path, path), 1)
+
+    def _base_weight(self, path: str, name: str) -> Tensor:
+        module = self.base_modules.get(path)
+        if module is None:
+            raise AdapterError(
+                f"the adapter has only the rows of {path} beyond its base's, and is not in a bank of that base",
+                python="Load it with bank.load(folder), and save it with bank.save(name, folder).",
+            )
+        return dense_weight(module) if name == "weight" else module.get_parameter(name)
 
     @property
     def trainable(self) -> bool:
@@ -307,7 +406,7 @@ class Adapter(nn.Module):
         try:
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
-                (fresh / TENSORS).write_bytes(safetensors_io.encode(starmap(raw, self.tensors()), self.origin.metadata))
+                (fresh / TENSORS).write_bytes(safetensors_io.encode(starmap(raw, self._written()), self.origin.metadata))
                 for name, content in self._tokenizer(folder).items():
                     (fresh / name).write_bytes(content)
                 if notes or not (folder / CARD).exists():
@@ -363,6 +462,18 @@ def _spans(entries: Mapping[str, safetensors_io.Entry], flat: str, width: int) -
     return {key: (flat, entry.begin // width, entry.end // width) for key, entry in entries.items()}
 
 
+def _resized_key(path: str, site: TargetModule) -> str:
+    """Return the key of the tensor of a pair that has a part for each row of the weight."""
+    return keys_of(path, site)[site.kind != "embedding"]
+
+
+def _split_rows(tensor: Tensor, kind: str, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the parts of A of an embedding, or of B, for the first rows and for those after them."""
+    if kind == "embedding":
+        return tensor[:, :rows].contiguous(), tensor[:, rows:]
+    return tensor[:rows], tensor[rows:]
+
+
 def _float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -376,7 +487,8 @@ def _is_one_tensor(files: AdapterFiles) -> bool:
 def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:
     """Return what is wrong with the shape of each copy of a weight."""
     shapes = {key: files.entries[key][1].shape for key in files.copies}
-    return {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return {key: check_copy(key, tensor[: files.base_rows.get(copied_module(key))]) for key, tensor in tensors.items()}
 
 
 def _refuse_copies(files: AdapterFiles, reasons: Mapping[str, str | None]) -> None:
@@ -397,6 +509,11 @@ def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> 
     return TargetModule(kind, r, config.scaling(path, r), tuple(a.shape), tuple(b.shape))
 
 
-def _parameter_name(key: str) -> str:
+def parameter_name(key: str) -> str:
     """Return the parameter's name for a key: nn.Module reserves the dot."""
     return key.removeprefix(PREFIX).replace(".", "/")
+
+
+def added_name(key: str) -> str:
+    """Return the parameter's name for the part of A or B that is for rows beyond the base's."""
+    return parameter_name(key) + ADDED
