@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.base.compat import cache_argument
@@ -63,7 +64,7 @@ def generate(
             hint="Give one entry per prompt, or one for all.",
         )
     tokenizers = tokenizers_of(base, bank, entries)
-    sequences = _sequences(base, tokenizers, prompts, max_new_tokens, temperature, top_p, seed)
+    sequences = _sequences(base, bank, entries, tokenizers, prompts, max_new_tokens, temperature, top_p, seed)
     for _ in _steps(base, bank, sequences, adapters, activations):
         if on_step is not None:
             on_step(max(sequence.generated for sequence in sequences))
@@ -90,7 +91,7 @@ def stream(
     """
     _route(bank, adapter)  # raises now if the adapter is unknown, not at the first piece
     tokenizers = tokenizers_of(base, bank, [adapter])
-    sequences = _sequences(base, tokenizers, [prompt], max_new_tokens, temperature, top_p, seed)
+    sequences = _sequences(base, bank, [adapter], tokenizers, [prompt], max_new_tokens, temperature, top_p, seed)
     text = Detokenizer(tokenizers[0])
     steps = _steps(base, bank, sequences, adapter, activations)
     return (piece for tokens in steps for token in tokens.values() if (piece := text.push(token.id)))
@@ -109,8 +110,22 @@ def tokenizers_of(base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry
     tokenizers = []
     for entry in entries:
         adapters = [_present(bank)[name] for name, _ in weights_of(entry)]
-        tokenizers.append(base.adapter_tokenizers.of(adapter.tokenizer_files for adapter in adapters))
+        files = [replace(adapter.tokenizer_files, added_tokens=adapter.added_tokens) for adapter in adapters]
+        tokenizers.append(base.adapter_tokenizers.of(files))
     return tokenizers
+
+
+def _vocabulary(base: Base, bank: "Bank | None", entry: "RouteEntry", tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return how many tokens a row of an entry may choose from; None for all that the model has."""
+    from loradeck.lora.added_rows import shared_count
+    from loradeck.lora.routing import weights_of
+
+    embedding, weights = base.model.get_input_embeddings(), weights_of(entry)
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    if bank is None or (len(weights) > 1 and tokenizer is base.tokenizer):  # a blend whose tokenizers differ
+        return embedding.num_embeddings
+    return embedding.num_embeddings + shared_count((bank[name].added_tokens, weight) for name, weight in weights)
 
 
 def _entries(adapters: "RouteEntry | Sequence[RouteEntry]", count: int) -> "list[RouteEntry]":
@@ -119,6 +134,8 @@ def _entries(adapters: "RouteEntry | Sequence[RouteEntry]", count: int) -> "list
 
 def _sequences(
     base: Base,
+    bank: "Bank | None",
+    entries: "Sequence[RouteEntry]",
     tokenizers: Sequence[PreTrainedTokenizerBase],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -137,8 +154,9 @@ def _sequences(
                 max_tokens=length, temperature=temperature, top_p=top_p, seed=None if seed is None else seed + i
             ),
             stop_ids=stop_ids(tokenizer, base.model.generation_config),
+            vocabulary=_vocabulary(base, bank, entry, tokenizer),
         )
-        for i, (tokenizer, row) in enumerate(zip(tokenizers, rows, strict=True))
+        for i, (tokenizer, row, entry) in enumerate(zip(tokenizers, rows, entries, strict=True))
     ]
 
 

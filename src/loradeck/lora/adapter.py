@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loradeck.disk import new_folder
 from loradeck.errors import AdapterError, UnsupportedError
-from loradeck.lora import card, safetensors_io
+from loradeck.lora import added_rows, card, safetensors_io
 from loradeck.lora.added_rows import AddedRows, Extension
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
@@ -23,7 +23,6 @@ from loradeck.lora.manifest import (
     ADAPTED_COPY,
     AdapterFiles,
     TargetModule,
-    copied_module,
     keys_of,
     read_folder,
     stamp,
@@ -33,7 +32,6 @@ from loradeck.lora.peft import Origin, write_config
 from loradeck.lora.spelling import PREFIX
 from loradeck.lora.unsupported import ANY_BASE
 from loradeck.ops.dropout import Dropout
-from loradeck.ops.layer_kinds import dense_weight
 from loradeck.ops.weights import LoraWeights, finite
 from loradeck.tokenizer_files import TokenizerFiles
 
@@ -195,8 +193,7 @@ class Adapter(nn.Module):
         copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
         copy.tokenizer_files = self.tokenizer_files
         copy.base_modules = self.base_modules
-        for path, added in self.added.items():
-            copy._add_rows(path, added, self.added_tensors(path), self.added_pair(path), trainable=trainable)
+        copy._add_rows(self.added, self._added_rows(), trainable=trainable)
         return copy
 
     def _read_whole(self, header: safetensors_io.Header) -> None:
@@ -216,10 +213,7 @@ class Adapter(nn.Module):
         parts: dict[str, list[tuple[str, Tensor]]] = {}
         modules = {key: (path, name) for path, keys in files.saved.items() for name, key in keys.items()}
         saved: dict[str, dict[str, Tensor]] = {}
-        base = files.base_rows
-        pairs = {_resized_key(path, files.sites[path]): path for path in base if path in files.sites}
-        rows: dict[str, dict[str, tuple[str, Tensor]]] = {path: {} for path in base}  # by module and parameter name
-        added_pairs: dict[str, Tensor] = {}
+        resized, added = files.resized, dict[str, Tensor]()
         for header in files.headers:
             body = torch.empty(header.size, dtype=torch.uint8)
             safetensors_io.read_body(header, body.numpy().data)
@@ -228,46 +222,36 @@ class Adapter(nn.Module):
                 if key in modules:
                     path, name = modules[key]
                     saved.setdefault(path, {})[name] = tensor
-                elif key in pairs:
-                    path = pairs[key]
-                    first, added_pairs[path] = _split_rows(tensor, files.sites[path].kind, base[path])
-                    parts.setdefault(entry.dtype, []).append((key, first))
-                elif key not in files.copies:
+                    continue
+                if key in resized:
+                    dimension, rows = resized[key]
+                    added[key] = tensor.narrow(dimension, rows, tensor.shape[dimension] - rows)
+                    tensor = tensor.narrow(dimension, 0, rows)
+                if key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
                 else:
-                    path, name = copied_module(key), key.rpartition(".")[2]
-                    reasons[key] = check_copy(key, tensor[: base.get(path)])
-                    if path in base:
-                        rows[path][name] = key, tensor[base[path] :]
+                    reasons[key] = check_copy(key, tensor)
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
         for path, keys in files.saved.items():
-            start = base.get(path)
-            if trainable and start is not None:
+            rows = files.base_rows.get(path)
+            if trainable and rows is not None:
                 continue  # all of its rows are to be trained
-            if all(check_copy(key, saved[path][name][:start]) is None for name, key in keys.items()):
+            if all(check_copy(key, saved[path][name][:rows]) is None for name, key in keys.items()):
                 module = saved.pop(path)
-                rows.setdefault(path, {}).update({name: (key, module[name][start:]) for name, key in keys.items()})
+                added |= {key: module[name][rows:] for name, key in keys.items() if rows is not None}
         self._save_modules(saved, trainable=False)
-        for path in base.keys() - saved.keys():
-            keys = {name: key for name, (key, _) in rows[path].items()}
-            pair = _resized_key(path, files.sites[path]) if path in added_pairs else None
-            tensors = {name: tensor for name, (_, tensor) in rows[path].items()}
-            some = [*tensors.values()] or [added_pairs[path].T if files.sites[path].kind == "embedding" else added_pairs[path]]
-            added = AddedRows(base[path], len(some[0]), keys, pair, trained=path in files.saved)
-            self._add_rows(path, added, tensors, added_pairs.get(path), trainable=False)
+        self._add_rows(added_rows.of_files(files, added), added, trainable=False)
         return reasons
 
-    def _add_rows(
-        self, path: str, added: AddedRows, tensors: Mapping[str, Tensor], pair: Tensor | None, *, trainable: bool
-    ) -> None:
-        """Keep rows of a module beyond the base's, by the names of its parameters, and their part of its pair."""
-        self.added = {**self.added, path: added}
-        for name, tensor in tensors.items():
-            self.register_parameter(parameter_name(added.keys[name]), nn.Parameter(tensor.detach().clone(), False))
-        if added.pair is not None and pair is not None:
-            pair = _float32(pair) if trainable else pair
-            self.register_parameter(added_name(added.pair), nn.Parameter(pair.detach().clone(), trainable))
+    def _add_rows(self, added: Mapping[str, AddedRows], tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
+        """Keep rows beyond the base's, by their keys; those of a pair train with it, those of weights never do."""
+        self.added = added
+        for each in added.values():
+            for key in each.keys:
+                trains = trainable and key == each.pair
+                value = _float32(tensors[key]) if trains else tensors[key]
+                self.register_parameter(added_name(key), nn.Parameter(value.detach().clone(), requires_grad=trains))
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -326,14 +310,12 @@ class Adapter(nn.Module):
         """Return the parameters of a module that it replaces."""
         return {name: self.get_parameter(parameter_name(f"{path}.{name}")) for name in self.saved[path]}
 
-    def added_tensors(self, path: str) -> dict[str, nn.Parameter]:
-        """Return its rows of a module beyond the base's, by the names of the module's parameters."""
-        return {name: self.get_parameter(parameter_name(key)) for name, key in self.added[path].keys.items()}
+    def added_rows(self, key: str) -> nn.Parameter:
+        """Return the rows beyond the base's of the tensor of a key."""
+        return self.get_parameter(added_name(key))
 
-    def added_pair(self, path: str) -> nn.Parameter | None:
-        """Return the part of A or of B for these rows, None if the module has no pair."""
-        key = self.added[path].pair
-        return None if key is None else self.get_parameter(added_name(key))
+    def _added_rows(self) -> dict[str, nn.Parameter]:
+        return {key: self.added_rows(key) for added in self.added.values() for key in added.keys}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor under its key in a PEFT file; rows beyond the base's under names of their own."""
@@ -342,41 +324,22 @@ class Adapter(nn.Module):
         for path in self.saved:
             written = PREFIX + self.paths.get(path, path)
             yield from ((f"{written}.{name}", tensor) for name, tensor in self.saved_module(path).items())
-        for path, added in self.added.items():
-            yield from ((f"{added.keys[name]}{ADDED}", tensor) for name, tensor in self.added_tensors(path).items())
-            if (pair := self.added_pair(path)) is not None:
-                yield f"{added.pair}{ADDED}", pair
+        yield from ((key + ADDED, tensor) for key, tensor in self._added_rows().items())
 
-    def _written(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of a PEFT file; where the adapter adds rows, the base's stand before them.
+    def _written(self) -> dict[str, Tensor]:
+        """Return the tensors of a PEFT file; where the adapter adds rows, the base's stand before them.
 
         Raises:
             AdapterError: it adds rows, and no bank has brought it together with its base.
         """
-        joined: dict[str, Tensor] = {}
+        tensors = {key: tensor for key, tensor in self.tensors() if not key.endswith(ADDED)}
         for path, added in self.added.items():
-            if (pair := self.added_pair(path)) is not None:
-                kind = self.sites[path].kind
-                first = self.pair(path)[kind != "embedding"]
-                joined[self._spelled(str(added.pair), path)] = torch.cat([first, pair], 1 if kind == "embedding" else 0)
-            for name, rows in self.added_tensors(path).items():
-                joined[self._spelled(added.keys[name], path)] = torch.cat([self._base_weight(path, name).to(rows), rows])
-        for key, tensor in self.tensors():
-            if not key.endswith(ADDED):
-                yield key, joined.pop(key, tensor)
-        yield from joined.items()
-
-    def _spelled(self, key: str, path: str) -> str:
-        return key.replace(path, self.paths.get(path, path), 1)
-
-    def _base_weight(self, path: str, name: str) -> Tensor:
-        module = self.base_modules.get(path)
-        if module is None:
-            raise AdapterError(
-                f"the adapter has only the rows of {path} beyond its base's, and is not in a bank of that base",
-                python="Load it with bank.load(folder), and save it with bank.save(name, folder).",
-            )
-        return dense_weight(module) if name == "weight" else module.get_parameter(name)
+            for key in added.keys:
+                written = key.replace(path, self.paths.get(path, path), 1)
+                first = tensors[written] if key == added.pair else added.base_weight(self.base_modules.get(path), key)
+                rows = self.added_rows(key)
+                tensors[written] = torch.cat([first.to(rows), rows], added.dimension(key))
+        return tensors
 
     @property
     def trainable(self) -> bool:
@@ -406,7 +369,8 @@ class Adapter(nn.Module):
         try:
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
-                (fresh / TENSORS).write_bytes(safetensors_io.encode(starmap(raw, self._written()), self.origin.metadata))
+                tensors = starmap(raw, self._written().items())
+                (fresh / TENSORS).write_bytes(safetensors_io.encode(tensors, self.origin.metadata))
                 for name, content in self._tokenizer(folder).items():
                     (fresh / name).write_bytes(content)
                 if notes or not (folder / CARD).exists():
@@ -462,18 +426,6 @@ def _spans(entries: Mapping[str, safetensors_io.Entry], flat: str, width: int) -
     return {key: (flat, entry.begin // width, entry.end // width) for key, entry in entries.items()}
 
 
-def _resized_key(path: str, site: TargetModule) -> str:
-    """Return the key of the tensor of a pair that has a part for each row of the weight."""
-    return keys_of(path, site)[site.kind != "embedding"]
-
-
-def _split_rows(tensor: Tensor, kind: str, rows: int) -> tuple[Tensor, Tensor]:
-    """Return the parts of A of an embedding, or of B, for the first rows and for those after them."""
-    if kind == "embedding":
-        return tensor[:, :rows].contiguous(), tensor[:, rows:]
-    return tensor[:rows], tensor[rows:]
-
-
 def _float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -487,8 +439,8 @@ def _is_one_tensor(files: AdapterFiles) -> bool:
 def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:
     """Return what is wrong with the shape of each copy of a weight."""
     shapes = {key: files.entries[key][1].shape for key in files.copies}
-    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    return {key: check_copy(key, tensor[: files.base_rows.get(copied_module(key))]) for key, tensor in tensors.items()}
+    shapes |= {key: (rows, *shapes[key][1:]) for key, (_, rows) in files.resized.items() if key in shapes}
+    return {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
 
 
 def _refuse_copies(files: AdapterFiles, reasons: Mapping[str, str | None]) -> None:
@@ -515,5 +467,5 @@ def parameter_name(key: str) -> str:
 
 
 def added_name(key: str) -> str:
-    """Return the parameter's name for the part of A or B that is for rows beyond the base's."""
+    """Return the parameter's name for the rows of a tensor that are beyond the base's."""
     return parameter_name(key) + ADDED

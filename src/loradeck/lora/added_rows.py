@@ -3,32 +3,72 @@
 V rows of the base   K rows beyond them   H hidden size   N positions
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from loradeck.errors import AdapterError
+from loradeck.lora.manifest import EMBEDDING, AdapterFiles, copied_module, resized_key
 from loradeck.lora.saved_modules import computed
-from loradeck.ops.layer_kinds import EmbeddingKind, LayerKind
+from loradeck.ops.layer_kinds import EmbeddingKind, LayerKind, dense_weight
 from loradeck.ops.weights import LoraWeights
 
 
 @dataclass(frozen=True, slots=True)
 class AddedRows:
-    """Which of an adapter's tensors are rows of a module beyond the base's."""
+    """Which of an adapter's tensors have rows of a module beyond the base's."""
 
     base: int
     """V"""
     count: int
     """K"""
-    keys: dict[str, str] = field(default_factory=dict)
-    """Of the weights in a file, by their names in the module. Without any, a tied head has the embedding's rows."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """The keys of the module's parameters by their names. Without any, a tied module has the other one's rows."""
     pair: str | None = None
-    """The key of A or B, whose part for these rows it has."""
+    """The key of A or B that has a part for each row."""
     trained: bool = False
     """Whether the weights are of modules_to_save; else they are copies of a resized base's, which do not train."""
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys."""
+        return [*self.weights.values(), *([self.pair] if self.pair else [])]
+
+    def dimension(self, key: str) -> int:
+        """Return the dimension of a tensor that its rows are along."""
+        return int(key.endswith(EMBEDDING[0]))
+
+    def base_weight(self, module: nn.Module | None, key: str) -> Tensor:
+        """Return what stands before the rows of a weight: the base's.
+
+        Raises:
+            AdapterError: there is no base.
+        """
+        if module is None:
+            raise AdapterError(
+                f"of {key} the adapter has only the rows beyond its base's, and it is in no bank of that base",
+                python="Load it with bank.load(folder), and save it with bank.save(name, folder).",
+            )
+        name = next(name for name, other in self.weights.items() if other == key)
+        return dense_weight(module) if name == "weight" else module.get_parameter(name)
+
+
+def of_files(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[str, AddedRows]:
+    """Return what the rows beyond the base's in tensors, by their keys in files, are of: by the module's path."""
+    added: dict[str, AddedRows] = {}
+    for path, base in files.base_rows.items():
+        saved = files.saved.get(path, {})
+        weights = {key.rpartition(".")[2]: key for key in files.copies if copied_module(key) == path} | {**saved}
+        weights = {name: key for name, key in weights.items() if key in tensors}
+        pair = resized_key(path, files.sites[path]) if path in files.sites else None
+        if weights or pair:
+            key = pair or next(iter(weights.values()))
+            count = tensors[key].shape[int(key.endswith(EMBEDDING[0]))]
+            added[path] = AddedRows(base, count, weights, pair, trained=bool(saved))
+    return added
 
 
 class Extension:
@@ -54,7 +94,6 @@ class Extension:
         else:
             h, b = self.kind.shrink(x.to(dtype), pair.a.to(dtype)), part
         return pair.scaling * (h @ b.T)
-
 
     def merged_update(self, pair: LoraWeights | None) -> Tensor | None:
         """Return what the pair adds to the rows' weight (K, H), None if there is none."""

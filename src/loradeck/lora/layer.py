@@ -79,8 +79,9 @@ class LoraLayer:
         inputs = x
         if modules is not None and self.vocabulary is not None and self.vocabulary.is_embedding:
             x = self.vocabulary.known(inputs, mapping, modules)
-            args, kwargs = (x,), {}
-        y = self.base(*args, **kwargs)
+            y = self.base(x)
+        else:
+            y = self.base(*args, **kwargs)
         if not mapping.total:  # no token of this step reaches the head
             return y
         if adapters is not None:

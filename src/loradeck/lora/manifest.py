@@ -78,7 +78,7 @@ class AdapterFiles:
     saved: Mapping[str, Mapping[str, str]]  # by the path of a module that is replaced: parameter name -> key
     spellings: Mapping[str, str]  # key -> how the file spells it, of those that it spells another way
     paths: Mapping[str, str] = field(default_factory=dict)  # as on disk, of modules that are respelled
-    base_rows: Mapping[str, int] = field(default_factory=dict)  # of modules that have more rows here: path -> the base's
+    base_rows: Mapping[str, int] = field(default_factory=dict)  # of the base's modules that have more rows here
 
     @property
     def entries(self) -> dict[str, tuple[Header, Entry]]:
@@ -132,10 +132,18 @@ class AdapterFiles:
         return replace(self, headers=headers, sites=sites, copies=copies, saved=saved, spellings=spellings, paths=old)
 
     def with_base_rows(self, rows: Mapping[str, int]) -> "AdapterFiles":
-        """Return the same files for a base with fewer rows of some modules, whose sites are the base's part of a pair."""
+        """Return the same files for a base with fewer rows of some modules, whose sites are cut to the base's."""
         if not rows:
             return self
         return replace(self, sites=_CUT.get((self.sites, rows), lambda: _cut(self.sites, rows)), base_rows=rows)
+
+    @property
+    def resized(self) -> dict[str, tuple[int, int]]:
+        """The pairs and copies with more rows than the base: key -> the dimension of rows, how many the base has."""
+        pairs = {path: self.sites[path] for path in self.base_rows if path in self.sites}
+        keys = {resized_key(path, site): path for path, site in pairs.items()}
+        keys |= {key: path for key in self.copies if (path := copied_module(key)) in self.base_rows}
+        return {key: (int(key.endswith(EMBEDDING[0])), self.base_rows[path]) for key, path in keys.items()}
 
     def _trained(self) -> list[Entry]:
         return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
@@ -201,6 +209,11 @@ def keys_of(path: str, site: TargetModule) -> tuple[str, str]:
     """Return the names of a module's A and B in a PEFT file."""
     a, b = EMBEDDING if site.kind == "embedding" else LINEAR
     return PREFIX + path + a, PREFIX + path + b
+
+
+def resized_key(path: str, site: TargetModule) -> str:
+    """Return the name of the tensor of a module's pair that has a part for each row of its weight."""
+    return keys_of(path, site)[site.kind != "embedding"]
 
 
 def config_of(sites: Mapping[str, TargetModule]) -> LoraConfig:
@@ -292,9 +305,7 @@ def _without_doubles(header: Header) -> Header:
     """
     entries = header.entries
     doubles = {
-        key
-        for key in entries
-        if ORIGINAL in key or (TRAINED in key and key.replace(TRAINED, ".", 1) in entries)
+        key for key in entries if ORIGINAL in key or (TRAINED in key and key.replace(TRAINED, ".", 1) in entries)
     }
     return replace(header, entries={key: entry for key, entry in entries.items() if key not in doubles})
 

@@ -83,7 +83,7 @@ def unfold(model: nn.Module, originals: Mapping[str, nn.Parameter]) -> None:
 
 
 def _count_rows(model: nn.Module, path: str, module: nn.Module, weight: nn.Parameter) -> None:
-    """Let a layer and the model's configuration say how many outputs or tokens there are, if a weight has changed it."""
+    """Let a layer and the model's configuration say how many outputs or tokens there are, if a weight changes it."""
     config: Any = getattr(model, "config", None)
     if isinstance(module, nn.Embedding) and path in vocabulary.modules(model):
         module.num_embeddings = len(dense_weight(module))
@@ -102,9 +102,8 @@ def _resized(
 ) -> dict[str, nn.Parameter]:
     """Return the weights of the embedding and of the head, with the base's part as merged, and with added tokens."""
     parts = vocabulary.merged_rows(model, weighted)
-    if len({len(rows) for each in parts.values() for rows in each.values()}) > 1 or len(parts) == 1 and len(
-        vocabulary.modules(model)
-    ) == 2:
+    counts = {len(rows) for tensors in parts.values() for rows in tensors.values()}
+    if len(counts) > 1 or (counts and parts.keys() != vocabulary.modules(model).keys()):
         raise UnsupportedError(
             "cannot merge: tokens that the adapter adds have rows of the embedding, and none of the head",
             hint="Use it by a route instead of merging.",

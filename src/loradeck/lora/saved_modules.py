@@ -90,9 +90,7 @@ def outputs_of(
     return _outputs(y, x, mapping, modules, output)
 
 
-def _outputs(
-    y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[object | None], output: Output
-) -> Tensor:
+def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[object | None], output: Output) -> Tensor:
     times = len(x) // mapping.total
     groups: dict[AdapterWeights, list[Tensor]] = {}
     start = 0
@@ -115,13 +113,13 @@ def _outputs(
     return mixed
 
 
-def replaced_output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[nn.Module | None]) -> Tensor:
+def replaced_output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[object | None]) -> Tensor:
     """Return the output of one adapter's module at weight 1; of a blend, y + Σ weight · (replacement - y).
 
     Raises:
         RouteError: a blend of heads with different numbers of outputs.
     """
-    replaced = [(module, weight) for index, weight in entry if (module := modules[index]) is not None]
+    replaced = [(module, weight) for index, weight in entry if isinstance(module := modules[index], nn.Module)]
     if len(entry) == 1 and entry[0][1] == 1:
         return computed(replaced[0][0], x)
     total = y

@@ -1,7 +1,7 @@
 """The embedding and the output head of a language model, where adapters may have rows for tokens of their own.
 
-The base is not changed. A row of a batch sees the rows of its own adapters; a blend has those that all its adapters have,
-their means by weight. For all other rows these tokens do not exist: their logits are -inf.
+The base is not changed. A row of a batch sees the rows of its own adapters; a blend has those that all its adapters
+have, their means by weight. For all other rows these tokens do not exist: their logits are -inf.
 
 V rows of the base   K rows beyond them   H hidden size   N positions
 """
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, RouteError
 from loradeck.lora import targets
-from loradeck.lora.adapter import Adapter, added_name, parameter_name
+from loradeck.lora.adapter import Adapter
 from loradeck.lora.added_rows import AddedRows, Extension, Part, count_of, shared_count
-from loradeck.lora.manifest import AdapterFiles, copied_module, keys_of
+from loradeck.lora.manifest import AdapterFiles, copied_module, resized_key
 from loradeck.lora.saved_modules import computed, replacement
 from loradeck.ops.layer_kinds import EmbeddingKind, LayerKind, kind_of
 from loradeck.ops.mapping import AdapterWeights, LoraMapping
@@ -81,9 +81,7 @@ class Vocabulary:
                 total = value if len(members) == 1 and weight == 1 else total + weight * (value - y)
         return total
 
-    def _beyond(
-        self, x: Tensor, members: Sequence[tuple[Part, LoraWeights | None, float]], count: int
-    ) -> Tensor:
+    def _beyond(self, x: Tensor, members: Sequence[tuple[Part, LoraWeights | None, float]], count: int) -> Tensor:
         """Σ weight · rows / Σ weight + Σ weight · update, of the first `count` rows beyond the base's."""
         whole = sum(weight for *_, weight in members)
         parts: list[Tensor] = []
@@ -114,7 +112,14 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def rows_of(module: nn.Module) -> int:
     """Return V of an embedding or a head."""
-    return module.num_embeddings if isinstance(module, nn.Embedding) else kind_of(module).out_features  # type: ignore
+    kind = _kind(module)
+    return kind.shapes(1)[0][1] if kind.name == "embedding" else kind.shapes(1)[1][0]
+
+
+def _kind(module: nn.Module) -> LayerKind:
+    kind = kind_of(module)
+    assert not isinstance(kind, str)
+    return kind
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -159,8 +164,8 @@ def fitted(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
         copied = {*map(copied_module, files.copies)}
         shared = {*paths} if tied and not copied.isdisjoint(paths) else set[str]()
         problems += [
-            f"{path} has {base[path] + counts[path]} rows in the adapter and {base[path]} in this base, and the file has "
-            "only a pair for them, not the rows themselves"
+            f"{path} has {base[path] + counts[path]} rows in the adapter and {base[path]} in this base, and the file "
+            "has only a pair for them, not the rows themselves"
             for path in base.keys() - copied - files.saved.keys() - shared
         ]
         embedding, head = paths[0], paths[-1]
@@ -176,11 +181,23 @@ def fitted(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
     return files.with_base_rows(base)
 
 
+def tokens_added_by(model: nn.Module, files: AdapterFiles) -> int:
+    """Return how many tokens beyond a model's files that fit it have."""
+    counts = _rows_in(files)
+    copied = {copied_module(key) for key in files.copies}
+    paths = [*modules(model)]
+    shared = copied.intersection(paths) if is_tied(model) else set[str]()
+    for path in (*paths[:1], *shared):
+        if path in files.base_rows:
+            return max(counts[path].values()) - files.base_rows[path]
+    return 0
+
+
 def _rows_in(files: AdapterFiles) -> dict[str, dict[str, int]]:
     """Return the numbers of rows in files of each module whose weight or pair is in them: path -> key -> rows."""
     rows: dict[str, dict[str, int]] = {}
     for path, site in files.sites.items():
-        rows.setdefault(path, {})[keys_of(path, site)[site.kind != "embedding"]] = site.rows
+        rows.setdefault(path, {})[resized_key(path, site)] = site.rows
     whole = {key: copied_module(key) for key in files.copies}
     whole |= {key: path for path, keys in files.saved.items() for key in keys.values()}
     for key, path in whole.items():
@@ -201,7 +218,9 @@ def extensions(model: nn.Module, adapter: Adapter, what: str) -> dict[str, Exten
     added = {**adapter.added}
     copied = next((each for each in added.values() if each.keys and not each.trained), None)
     if copied and is_tied(model):
-        added |= {path: AddedRows(copied.base, copied.count) for path in ours if path not in added.keys() | adapter.saved}
+        added |= {
+            path: AddedRows(copied.base, copied.count) for path in ours if path not in added.keys() | adapter.saved
+        }
     found = {}
     for path, each in added.items():
         if path not in ours or rows_of(ours[path]) != each.base:
@@ -209,11 +228,11 @@ def extensions(model: nn.Module, adapter: Adapter, what: str) -> dict[str, Exten
                 f"{what} has rows for tokens beyond {each.base} in {path}, which this base has not",
                 hint="Load the base it was trained on.",
             )
-        source = each if each.keys else copied
+        source = each if each.weights else copied
         assert source is not None
-        rows = {name: adapter.get_parameter(parameter_name(key)) for name, key in source.keys.items()}
-        part = adapter.get_parameter(added_name(each.pair)) if each.pair else None
-        found[path] = Extension(_rows_alone(ours[path], rows), kind_of(ours[path]), each, part)
+        rows = {name: adapter.added_rows(key) for name, key in source.weights.items()}
+        part = adapter.added_rows(each.pair) if each.pair else None
+        found[path] = Extension(_rows_alone(ours[path], rows), _kind(ours[path]), each, part)
     return found
 
 
@@ -239,9 +258,15 @@ def merged_rows(model: nn.Module, weighted: Sequence[tuple[Adapter, float]]) -> 
             total = torch.zeros(())
             for part, pair, weight in parts:
                 assert part is not None
-                rows = part.get_parameter(name)[base:] if isinstance(part, nn.Module) else part.module.get_parameter(name)
+                rows = (
+                    part.get_parameter(name)[base:] if isinstance(part, nn.Module) else part.module.get_parameter(name)
+                )
                 total = total.to(rows.device) + weight / whole * rows[:count].float()
-                if name == "weight" and isinstance(part, Extension) and (update := part.merged_update(pair)) is not None:
+                if (
+                    name == "weight"
+                    and isinstance(part, Extension)
+                    and (update := part.merged_update(pair)) is not None
+                ):
                     total = total + weight * update[:count]
             found[path][name] = total
     return found
