@@ -99,3 +99,21 @@ def save(model: peft.PeftModel, folder: Path, tokenizer: PreTrainedTokenizerFast
 
 def _family(base: Path) -> str:
     return next(name for name in FAMILIES if name in (base / "config.json").read_text())
+
+
+@torch.no_grad()
+def say(model: peft.PeftModel, ids: list[int], token: int) -> None:
+    """Let the model of "copies" continue a prompt with an added token: its row is twice that of the likeliest one."""
+    head = model.get_output_embeddings()
+    likeliest = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+    head.weight[token] = 2 * head.weight[likeliest]
+
+
+@torch.no_grad()
+def greedy(model: peft.PeftModel, ids: list[int], count: int) -> list[int]:
+    """Return the tokens that follow, as transformers' generate finds them."""
+    tokens = torch.tensor([ids])
+    output = model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return output[0, len(ids) :].tolist()
