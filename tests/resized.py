@@ -97,6 +97,13 @@ def save(model: peft.PeftModel, folder: Path, tokenizer: PreTrainedTokenizerFast
     return folder
 
 
+def load(base: Path, folder: Path, *, trainable: bool = False) -> peft.PeftModel:
+    """Return an adapter on another resized base, whose new rows have other values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(resized(base, seed=9), str(folder), is_trainable=trainable).eval()
+
+
 def _family(base: Path) -> str:
     return next(name for name in FAMILIES if name in (base / "config.json").read_text())
 

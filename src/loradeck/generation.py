@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +109,7 @@ def tokenizers_of(base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry
     tokenizers = []
     for entry in entries:
         adapters = [_present(bank)[name] for name, _ in weights_of(entry)]
-        files = [replace(adapter.tokenizer_files, added_tokens=adapter.added_tokens) for adapter in adapters]
-        tokenizers.append(base.adapter_tokenizers.of(files))
+        tokenizers.append(base.adapter_tokenizers.of(adapter.tokenizer_files for adapter in adapters))
     return tokenizers
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from tests.own_tokenizers import PLAIN, with_other_ids
+from tests.resized import adapted, save, save_base
 from transformers import PreTrainedTokenizerFast
 
 
@@ -100,3 +101,15 @@ def test_a_file_or_the_folder_above_is_said_to_be_that(run: Callable, adapters: 
         assert ran.code == 2
         assert f"{path} {text}" in ran.err
         assert ran.err.rstrip().endswith(hint)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for the old name
+def test_tokens_that_the_base_has_not(run: Callable, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    base = save_base(tmp_path / "base", "llama", tied=False, tokenizer=tiny_tokenizer)
+    folder = save(adapted(base, "both trained"), tmp_path / "colours", tiny_tokenizer)
+    ran = run("show", folder)
+    assert ran.code == 0, ran.err
+    assert "lm_head (262 rows), model.embed_tokens (262 rows)" in ran.out
+    assert "3 more: <red>, <green>, <blue>" in ran.out
+    assert json.loads(run("show", folder, "--json").out)["whole_weights"]["lm_head"] == 262
+    assert json.loads(run("show", folder, "--json").out)["parameters"] < 2 * 263 * 64 + 4000  # PEFT writes them thrice

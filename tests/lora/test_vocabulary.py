@@ -1,14 +1,13 @@
 """Adapters with tokens beyond the base's: PEFT on the resized base is the judge, alone and in one mixed batch."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.resized import ADDED, BLUE, FAMILIES, GREEN, KINDS, RED, ROWS, adapted, resized, save, save_base
+from tests.resized import ADDED, BLUE, FAMILIES, GREEN, KINDS, RED, ROWS, adapted, save, save_base
+from tests.resized import load as load_theirs
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -55,11 +54,6 @@ def load(source: Path) -> PreTrainedModel:
 def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits
-
-
-def theirs_on(source: Path, folder: Path, rows: int = ROWS + 2) -> peft.PeftModel:
-    """Another resized base, whose new rows have other values, with the adapter."""
-    return peft.PeftModel.from_pretrained(resized(source, rows=rows, seed=9), str(folder)).eval()
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
@@ -120,7 +114,7 @@ def test_saved_here_it_is_the_file_that_peft_wrote_and_reads(source: Path, kind:
     written, read = load_file(tmp_path / "ours" / TENSORS), load_file(folder / TENSORS)
     assert {key for key in read if "_module" not in key and "modules_" not in key} == written.keys()
     assert all(torch.equal(tensor, read[key]) for key, tensor in written.items())
-    assert close(ours, logits(theirs_on(source, tmp_path / "ours")))
+    assert close(ours, logits(load_theirs(source, tmp_path / "ours")))
 
 
 def test_merged_it_is_the_model_that_peft_merges(source: Path, kind: str, tmp_path: Path) -> None:
@@ -312,10 +306,7 @@ def test_it_trains_on_as_with_peft(llama: Path, tmp_path: Path, kind: str) -> No
     folder = save(adapted(llama, kind), tmp_path / "colours")
     bank = Bank(load(llama))
     bank.load(folder, trainable=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = resized(llama, seed=9)
-        theirs = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    theirs = load_theirs(llama, folder, trainable=True)
     runs = []
     for each, own in (
         (bank.model, [*bank.parameters("colours")]),
@@ -340,7 +331,7 @@ def test_it_trains_on_as_with_peft(llama: Path, tmp_path: Path, kind: str) -> No
         frozen = "lora_" not in key and not (kind == "both trained" or (kind == "embedding trained" and "embed" in key))
         assert torch.equal(before[key], after[key]) == frozen, key
     with bank.route("colours"):
-        assert close(logits(bank.model), logits(theirs_on(llama, tmp_path / "on")))
+        assert close(logits(bank.model), logits(load_theirs(llama, tmp_path / "on")))
 
 
 # ---- what is refused

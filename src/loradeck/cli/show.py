@@ -18,12 +18,13 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
     """
     from loradeck.cli.adapter_folder import read_adapter
     from loradeck.cli.adapter_tokenizer import AdapterTokenizer
-    from loradeck.cli.summary import config, kinds, locate, summarise
+    from loradeck.cli.summary import config, kinds, locate, summarise, whole_weights
 
     listing = read_adapter(locate(adapter))
     head, groups, settings = summarise(listing), kinds(listing.sites.items()), config(listing)
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
     tokenizer = AdapterTokenizer.of(listing, base)
+    whole = whole_weights(listing)
     provenance = dict(sorted(listing.origin.provenance.items()))
     if as_json:
         print_json(
@@ -39,6 +40,7 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
                 "config": settings,
                 "tokenizer": tokenizer.as_json,
                 "kinds": groups,
+                "whole_weights": whole,
                 "results": head.results,
                 "provenance": provenance,
             }
@@ -50,6 +52,7 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
         "size": f"{format_size(head.bytes)}: {head.parameters:,} parameters in {', '.join(dtypes)}, "
         f"{head.modules} modules",
         "written": head.date,
+        **({"whole weights": ", ".join(f"{path} ({rows} rows)" for path, rows in whole.items())} if whole else {}),
         **tokenizer.facts,
         **{key: format_value(value) for key, value in settings.items()},
         **provenance,

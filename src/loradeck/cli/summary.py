@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loradeck.errors import AdapterError, UnknownAdapterError
-from loradeck.lora.manifest import AdapterFiles, TargetModule
+from loradeck.lora.manifest import AdapterFiles, TargetModule, copied_module
 from loradeck.lora.memo import Memo
 from loradeck.lora.safetensors_io import Entry
 from loradeck.store import AdapterStore, split_spec
@@ -115,6 +115,16 @@ def kinds(sites: Iterable[tuple[str, TargetModule]]) -> list[Kind]:
     """Return the kinds of modules in the order of the file."""
     counts = Counter((pattern(path), site) for path, site in sites)
     return [Kind(modules=modules, count=count, **asdict(site)) for (modules, site), count in counts.items()]
+
+
+def whole_weights(listing: AdapterFiles) -> dict[str, int]:
+    """Return the rows of the weights that an adapter has whole, by the paths of their modules.
+
+    They are copies of its base's or its own; a vocabulary that was resized has more rows than the base.
+    """
+    keys = {key: copied_module(key) for key in listing.copies}
+    keys |= {key: path for path, names in listing.saved.items() for name, key in names.items() if name == "weight"}
+    return {path: listing.entries[key][1].shape[0] for key, path in keys.items() if key.endswith("weight")}
 
 
 def pattern(path: str) -> str:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -380,6 +381,7 @@ class Bank:
             module = self.model.get_submodule(path)
             adapter.replacements[path] = replacement(module, adapter.saved_module(path))
         adapter.added_tokens = vocabulary.added_tokens(self.model, adapter)
+        adapter.tokenizer_files = replace(adapter.tokenizer_files, added_tokens=adapter.added_tokens)
         needed: dict[str, LayerKind | None] = {**kinds, **{path: self._kind(path) for path in adapter.replacements}}
         for path, kind in needed.items():
             if path not in self._layers:
