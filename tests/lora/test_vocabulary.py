@@ -264,6 +264,23 @@ def test_a_blend_has_the_mean_rows_of_all_its_adapters(llama: Path, colours: Cal
         assert close(blend, logits(mean))
 
 
+def test_a_blend_has_the_tokens_that_all_its_adapters_have(llama: Path, tmp_path: Path) -> None:
+    bank = Bank(load(llama))
+    bank.load(save(adapted(llama, "copies", pad_to_multiple_of=64), tmp_path / "padded"))
+    bank.load(save(adapted(llama, "pairs", seed=2), tmp_path / "pairs"))
+    bank.load(save(adapted(llama, "both trained", seed=3), tmp_path / "trained"))
+    for weights in ({"padded": 0.5, "pairs": 0.5}, {"trained": 0.5, "padded": -0.2, "pairs": 0.4}):
+        with bank.route([weights, {"padded": 1.0}]):
+            mixed = logits(bank.model)
+        with bank.route(weights):
+            blend = logits(bank.model)
+        assert blend.shape[-1] == ROWS + 2
+        assert close(mixed[:1], blend[:1])
+        bank.merge(weights)
+        assert close(blend, logits(bank.model))
+        bank.unmerge()
+
+
 @pytest.mark.parametrize("kind", ["copies", "both trained"])
 def test_a_blend_at_one_weight_keeps_the_rows_and_scales_the_updates(
     llama: Path, colours: Callable[..., Path], kind: str
