@@ -46,11 +46,11 @@ def merge(
         raise ConfigError(f"{output} exists and is not empty", hint="Give a new folder; nothing was written.")
     if adapter == blend.NONE:
         raise ConfigError("there is no adapter to merge", hint="Give an adapter's folder instead of `none`.")
-    blend.check([adapter])
+    files = blend.read([adapter])
     check_writable(output)
     loaded = Base.load(base, dtype=dtype)
     bank = Bank(loaded.model)
-    (weights,) = blend.load(bank, [adapter], any_base=any_base)
+    (weights,) = blend.load(bank, [adapter], files, any_base=any_base)
     assert weights is not None
     (tokenizer,) = tokenizers_of(loaded, bank, [weights])
     bank.merge(weights)

@@ -7,7 +7,7 @@ from loradeck.cli.options import AsJson
 from loradeck.errors import ConfigError
 
 
-def publish(adapter: Path, name: str, /, *, as_json: AsJson = False) -> None:
+def publish(adapter: str, name: str, /, *, as_json: AsJson = False) -> None:
     """Publish an adapter as the latest version of a name.
 
     The adapter is read completely, then copied: its configuration, tensors, card

@@ -1,12 +1,10 @@
 """`loradeck show`: one adapter, from its headers; torch is needed only to compare a tokenizer."""
 
-from pathlib import Path
-
 from loradeck.cli.display.text import columns, format_size, format_value, print_json, printable
 from loradeck.cli.options import AsJson
 
 
-def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) -> None:
+def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -> None:
     """Show an adapter: its settings, modules and provenance, and its training's results.
 
     If its folder has a tokenizer or a chat template of its own, which its rows
