@@ -23,6 +23,9 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
     tokenizer = AdapterTokenizer.of(listing, base)
     provenance = dict(sorted(listing.origin.provenance.items()))
+    labels = listing.origin.labels
+    entries = listing.entries
+    saved = {path: {name: entries[key][1].shape for name, key in keys.items()} for path, keys in listing.saved.items()}
     if as_json:
         print_json(
             {
@@ -37,6 +40,8 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
                 "config": settings,
                 "tokenizer": tokenizer.as_json,
                 "kinds": groups,
+                "saved": saved,
+                "labels": labels,
                 "results": head.results,
                 "provenance": provenance,
             }
@@ -51,6 +56,7 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
         **tokenizer.facts,
         **{key: format_value(value) for key, value in settings.items()},
         **provenance,
+        **({"labels": f"{len(labels)}: {format_value(labels)}"} if labels else {}),
     }
     print(columns([(f"  {key}", value) for key, value in facts.items()]))
     print()
@@ -67,3 +73,7 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
         for kind in groups
     ]
     print(columns([("modules", "count", "kind", "r", "scaling", "A", "B"), *rows], right=(1, 3, 4)))
+    if saved:
+        shapes = [(path, name, f"{shape}") for path, names in saved.items() for name, shape in names.items()]
+        print()
+        print(columns([("replaced", "parameter", "shape"), *shapes]))
