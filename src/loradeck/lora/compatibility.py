@@ -174,7 +174,7 @@ def check_saved(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]], wha
             problems += [f"{path} {reason}" for reason in why_not_replaced(module, tensors)]
     if problems:
         hint = "Load the base it was trained on, for its task; nothing was loaded."
-        raise AdapterError(f"{what} replaces modules that this base has not", problems, hint=hint)
+        raise AdapterError(f"{what} does not fit this base", problems, hint=hint)
 
 
 def warn_of_gaps(files: AdapterFiles, paths: Sequence[str]) -> None:
