@@ -36,7 +36,7 @@ def publish(adapter: str, name: str, /, *, as_json: AsJson = False) -> None:
 
 
 def print_version(version: "Stored", store: Path, what: str, *, as_json: bool, **more: object) -> None:
-    """Print a version that is in a store now: its folder, its size, and `what` else there is to say; as JSON, `more`."""
+    """Print a version that is in a store now: its folder and size, and then `what`; as JSON, also `more`."""
     path = store / version.path.name
     if as_json:
         facts = {"name": version.name, "version": version.version, "folder": str(path)}

@@ -201,13 +201,13 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool
         weight = module.get_parameter(name)
     except AttributeError:
         return "belongs to no weight of this base"
+    weight = dense_weight(module) if name == "weight" else weight
     if weight.is_floating_point():
-        weight = dense_weight(module) if name == "weight" else weight
         if weight.shape != tensor.shape:
             return why_other_shape(weight, tensor)
         reason = why_other_values(weight, tensor)
     else:
-        reason = "repeats a weight that is quantised in this base, so the two cannot be compared"
+        reason = "repeats a weight that another tool has quantised in this base, so the two cannot be compared"
     if not (reason and any_base and key.endswith(ADAPTED_COPY)):
         return reason
     if not tensor.is_meta:
