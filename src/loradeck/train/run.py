@@ -11,12 +11,13 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from loradeck.base.load import Base
 from loradeck.base.text import chat_template_hash
@@ -93,10 +94,14 @@ class Run:
         )
 
         @cache
-        def read(source: str, max_length: int, config: DataConfig, labels: tuple[str, ...] = ()) -> Dataset:
-            return read_dataset(
-                source, base.tokenizer, max_length, config, task=base.task, labels=labels, on_read=on_read
-            )
+        def read(
+            tokenizer: PreTrainedTokenizerBase,
+            source: str,
+            max_length: int,
+            config: DataConfig,
+            labels: tuple[str, ...] = (),
+        ) -> Dataset:
+            return read_dataset(source, tokenizer, max_length, config, task=base.task, labels=labels, on_read=on_read)
 
         self.data: dict[str, JobData] = {}
         self.parents: dict[str, str] = {}
@@ -106,13 +111,13 @@ class Run:
         for job_recipe in recipe.jobs:
             name, config = job_recipe.name, job_recipe.train
             labels = read_parent(job_recipe).origin.labels if job_recipe.from_ else ()
-            data = self.data[name] = _load(job_recipe, read, labels)
+            if job_recipe.from_ is not None:
+                job_recipe = replace(job_recipe, lora=self._load_parent(job_recipe))
+            data = self.data[name] = _load(job_recipe, partial(read, self._tokenizer(name)), labels)
             if job_recipe.from_ is None:
                 generator = torch.Generator().manual_seed(config.seed)
                 outputs = {"generate": None, "reward": 1}.get(base.task, len(data.dataset.labels))
                 self.bank.add(name, job_recipe.adapter_config(layers), num_labels=outputs, generator=generator)
-            else:
-                job_recipe = replace(job_recipe, lora=self._load_parent(job_recipe))
             if data.dataset.labels:
                 self.bank[name].describe(labels=msgspec.json.encode(data.dataset.labels).decode())
             job = self.trainer.add(name, data.train, config, valid=data.valid)
@@ -130,10 +135,15 @@ class Run:
         adapter = self.bank[job.name]
         # What the parent's metadata says of its training is not true of this adapter.
         adapter.origin = replace(adapter.origin, metadata=Origin().metadata, written=None)
-        adapter.tokenizer_files = TokenizerFiles()  # the examples are encoded by the base's
+        if not adapter.added_tokens:
+            adapter.tokenizer_files = TokenizerFiles()  # the examples are encoded by the base's
         stamp(self.base.model, adapter)
         adapter.describe(parent=files.folder.name, parent_sha256=self.parents[job.name])
         return adapter.config
+
+    def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """Return what encodes a job's examples: the tokenizer of an adapter that adds tokens, else the base's."""
+        return self.base.adapter_tokenizers.of([self.bank[name].tokenizer_files] if name in self.bank else [])
 
     def adapter_folder(self, name: str) -> Path:
         """Return the folder of a job's adapter."""
@@ -237,7 +247,7 @@ class Run:
         job.adapter.describe(
             dataset=Path(data.dataset.name).name,
             data_sha256=data.dataset.sha256,
-            chat_template_sha256=chat_template_hash(self.base.tokenizer) or "none",
+            chat_template_sha256=chat_template_hash(self._tokenizer(name)) or "none",
             **_results(job, history),
         )
         job.adapter.save(folder, notes=notes)
@@ -259,8 +269,8 @@ class Run:
                     job=job.name,
                     step=job.progress.step,
                     seconds=self.trainer.seconds,
-                    prompt=self._text(prompt),
-                    expected=self._text(expected),
+                    prompt=self._text(job.name, prompt),
+                    expected=self._text(job.name, expected),
                     answer=answer,
                 )
             )
@@ -270,8 +280,8 @@ class Run:
         job = self.trainer.jobs[end.job]
         first, last = job.progress.losses[0], job.progress.losses[-1]
         examples = (self.data[end.job].valid or self.data[end.job].train)[: self.recipe.shared.samples]
-        if last > FELL * first or not examples or self.answer is None:
-            return end
+        if last > FELL * first or not examples or self.answer is None or job.adapter.added_tokens:
+            return end  # what an adapter with tokens of its own reads, the base may not know
         prompts = [_prompt_and_answer(example)[0] for example in examples]
         names = [name for name in (end.job, None) for _ in prompts]
         with evaluation(self.base.model), torch.no_grad():
@@ -285,8 +295,8 @@ class Run:
         job.progress.end = msgspec.structs.replace(end, detail="; ".join(filter(None, (end.detail, note))))
         return job.progress.end
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
+    def _text(self, name: str, tokens: list[int]) -> str:
+        return str(self._tokenizer(name).decode(tokens, skip_special_tokens=True))
 
 
 def _results(job: Job, history: JobHistory) -> dict[str, str]:
