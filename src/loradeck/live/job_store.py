@@ -35,15 +35,17 @@ class JobStore:
 
     # ---- jobs
 
-    def add(self, request: JobRequest, *, name: str, seed: int, quota: Quota | None = None) -> JobRecord:
-        """Add a job, whose files are to be validated.
+    def add(
+        self, request: JobRequest, *, name: str, seed: int, quota: Quota | None = None, id: str | None = None
+    ) -> JobRecord:
+        """Add a job, whose files are to be validated, with a new id unless one is given.
 
         Raises:
             QuotaError: its owner has as many as allowed that have not ended.
         """
         quota = quota or Quota()
         record = JobRecord(
-            id=new_id("ftjob"),
+            id=id or new_id("ftjob"),
             request=request,
             name=name,
             seed=seed,
