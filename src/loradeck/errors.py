@@ -20,6 +20,8 @@ LoradeckError            all of them; has a message, the problems found and a hi
 └── RequestError         one request failed; others went on
     ├── LogitsError           its logits are NaN or Inf, or leave no token to choose
     └── RequestTimeoutError   it was not done in time
+
+Interruption             none of them, and no error: what is being done is to end now
 """
 
 from collections.abc import Sequence
@@ -163,3 +165,7 @@ def shorten(value: object, length: int = 40) -> str:
         return "an integer beyond 10^12"  # printing it could itself take forever
     text = repr(value)
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+class Interruption(BaseException):
+    """What is being done is to end now. No `except Exception` on the way stops it."""

@@ -65,13 +65,13 @@ class JobStore:
             connection.execute("INSERT INTO jobs (id, owner, status, record) VALUES (?, ?, ?, ?)", values)
         return record
 
-    def update(self, id: str, **fields: Any) -> JobRecord:
-        """Change fields of a job, and return it.
+    def update(self, id: str, *, sync: bool = True, **fields: Any) -> JobRecord:
+        """Change fields of a job, and return it; `sync` as in `Database.transaction`.
 
         Raises:
             UnknownJobError: there is no such job.
         """
-        with self._database.transaction() as connection:
+        with self._database.transaction(sync=sync) as connection:
             record = msgspec.structs.replace(self._job("id = ?", id), **fields)
             values = (record.status, _json(record), id)
             connection.execute("UPDATE jobs SET status = ?, record = ? WHERE id = ?", values)

@@ -6,6 +6,7 @@ from functools import cache
 
 from loradeck.base.load import Base
 from loradeck.dataset.config import DataConfig
+from loradeck.dataset.finding import FIRST
 from loradeck.dataset.held_out import held_out
 from loradeck.dataset.read import Dataset, SplitExamples, read_dataset
 from loradeck.dataset.source import Position
@@ -23,9 +24,15 @@ class JobData:
 
 
 def read_data(
-    jobs: Iterable[JobRecipe], base: Base, on_read: Callable[[Position], None] | None = None
+    jobs: Iterable[JobRecipe],
+    base: Base,
+    on_read: Callable[[Position], None] | None = None,
+    *,
+    places: int = FIRST,
 ) -> dict[str, JobData]:
     """Read the data of jobs, by their names; a dataset of several is read once. `on_read` is called after each record.
+
+    An error of a dataset tells the first `places` of each cause.
 
     Raises:
         DataError: a dataset cannot be trained on.
@@ -34,7 +41,16 @@ def read_data(
 
     @cache
     def read(source: str, max_length: int, config: DataConfig, labels: tuple[str, ...] = ()) -> Dataset:
-        return read_dataset(source, base.tokenizer, max_length, config, task=base.task, labels=labels, on_read=on_read)
+        return read_dataset(
+            source,
+            base.tokenizer,
+            max_length,
+            config,
+            task=base.task,
+            labels=labels,
+            places=places,
+            on_read=on_read,
+        )
 
     data: dict[str, JobData] = {}
     for job in jobs:
