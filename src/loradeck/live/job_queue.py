@@ -36,6 +36,10 @@ class JobQueue:
     def __contains__(self, id: str) -> bool:
         return id in self._waiting or id in self._training
 
+    def trains(self, id: str) -> bool:
+        """Return whether a job was admitted."""
+        return id in self._training
+
     @property
     def waiting(self) -> int:
         """How many jobs wait."""
