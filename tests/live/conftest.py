@@ -11,11 +11,13 @@ import pytest
 
 from loradeck import AdapterStore, Base
 from loradeck.live.config import LiveConfig
+from loradeck.live.live_job import LiveJob
 from loradeck.live.live_training import LiveTraining
 from loradeck.live.records import JobRecord, JobRequest
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 from loradeck.train.config import PassConfig
+from loradeck.train.job import Job
 from loradeck.train.recipe import RunRecipe, job_recipe
 from loradeck.train.run import Run
 
@@ -97,6 +99,38 @@ class Live:
         """The tensors that a job published."""
         assert record.adapter is not None, record.error
         return (self.store.find(record.adapter).path / "adapter_model.safetensors").read_bytes()
+
+
+class Gate:
+    """Holds the engine's thread after a pass of a job, until it is opened, or training is closed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, live: Live) -> None:
+        self.live, self.step = live, 0
+        self.reached = False
+        self._after_pass = LiveJob._after_pass
+        monkeypatch.setattr(LiveJob, "_after_pass", lambda *given: self._hold(*given))
+
+    def at(self, step: int) -> None:
+        """Hold the next job that has taken this many steps."""
+        self.step, self.reached = step, False
+
+    def wait(self) -> None:
+        """Wait until a job is held."""
+        until(lambda: self.reached)
+
+    def open(self) -> None:
+        self.step = 0
+
+    def _hold(self, live_job: LiveJob, run: Run, job: Job) -> None:
+        if job.progress.step == self.step:
+            self.reached = True
+            until(lambda: job.progress.step != self.step or self.live.training._closed)
+        self._after_pass(live_job, run, job)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch, live: Live) -> Gate:
+    return Gate(monkeypatch, live)
 
 
 @pytest.fixture

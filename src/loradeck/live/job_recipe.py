@@ -48,7 +48,7 @@ def check_settings(request: JobRequest, parent: Path | None) -> JobRecipe:
             raise ConfigError(
                 f"learning_rate_multiplier is {request.learning_rate_multiplier}, not a number above 0, up to 1000"
             )
-        if "learning_rate" in request.settings:
+        if request.settings.get("learning_rate") is not None:
             raise ConfigError("learning_rate and learning_rate_multiplier exclude each other", hint="Give one of them.")
     settings: dict[str, Any] = dict(request.settings)
     if request.seed is not None:
