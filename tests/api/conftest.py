@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import httpx
@@ -21,6 +22,10 @@ from loradeck.api.metrics import Metrics
 from loradeck.api.server import Server, listen, url_of
 from loradeck.api.state import ServerState
 from loradeck.base.fingerprint import fingerprint
+from loradeck.live.config import LiveConfig
+from loradeck.live.database import Database
+from loradeck.live.job_store import JobStore
+from loradeck.live.uploads import Uploads
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
@@ -163,3 +168,13 @@ class LocalServer:
         assert all(line.startswith("data: ") for line in lines)
         assert lines.pop() == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+@pytest.fixture
+def training_server(server: LocalServer, tmp_path: Path) -> Iterator[LocalServer]:
+    database = Database(tmp_path / "live.sqlite")
+    training = SimpleNamespace(
+        uploads=Uploads(database, tmp_path / "files"), jobs=JobStore(database), config=LiveConfig(), close=lambda: None
+    )
+    yield server.configured(training=training)
+    database.close()
