@@ -25,6 +25,8 @@ class LiveConfig:
     """Bytes for the adapters, gradients and optimizers of the jobs that train at once; the others wait."""
     max_file_bytes: int = 512 << 20
     """Maximum size of an uploaded file."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints, from which a job goes on after a crash."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, float)}

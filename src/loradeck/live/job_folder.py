@@ -48,9 +48,9 @@ class JobFolder:
         """
 
         def link(new: Path) -> None:
-            (new / valid_name(parent.path.name)).mkdir()
+            (new / parent.path.name).mkdir()
             for name, *_ in parent.stamp:
-                _link(parent.path / name, new / valid_name(parent.path.name) / name)
+                _link(parent.path / name, new / parent.path.name / name)
 
         self._take(PARENT, link)
 

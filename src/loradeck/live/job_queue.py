@@ -22,7 +22,8 @@ class Ticket:
 class JobQueue:
     """The jobs that wait and those that train.
 
-    The next job is the oldest one of the owner whose turn it is, by deficit round-robin in tokens. If it does not fit
+    The next job is the oldest one of the owner whose turn it is, by deficit round-robin in tokens, and of owners with
+    credit that of whose jobs none has begun for the longest. If it does not fit
     beside those that train, it waits until it does, and the others wait with it: else a large one might wait forever.
     """
 
@@ -32,9 +33,16 @@ class JobQueue:
         self._waiting: dict[str, Ticket] = {}
         self._training: dict[str, Ticket] = {}
         self._deficits: Deficits[str] = Deficits(QUANTUM)
+        self._turns: dict[str, int] = {}
+        """Of each owner: the number of the admission that was its last."""
+        self._admissions = 0
 
     def __contains__(self, id: str) -> bool:
         return id in self._waiting or id in self._training
+
+    def trains(self, id: str) -> bool:
+        """Return whether a job was admitted."""
+        return id in self._training
 
     @property
     def waiting(self) -> int:
@@ -56,13 +64,14 @@ class JobQueue:
         tickets = (*self._waiting.values(), *self._training.values())
         if ticket is not None and all(other.owner != ticket.owner for other in tickets):
             self._deficits.forget(ticket.owner)
+            self._turns.pop(ticket.owner, None)
 
     def admit(self) -> list[str]:
         """Return the jobs that train from now on."""
         admitted: list[str] = []
         while self._waiting:
             oldest = {ticket.owner: ticket for ticket in reversed(self._waiting.values())}
-            owner = self._deficits.first([*reversed(oldest)])
+            owner = self._deficits.first(sorted(reversed(oldest), key=lambda owner: self._turns.get(owner, 0)))
             assert owner is not None
             ticket = oldest[owner]
             if self._training and sum(other.nbytes for other in self._training.values()) + ticket.nbytes > self.budget:
@@ -70,5 +79,7 @@ class JobQueue:
             del self._waiting[ticket.id]
             self._training[ticket.id] = ticket
             self._deficits.charge(owner, ticket.tokens)
+            self._admissions += 1
+            self._turns[owner] = self._admissions
             admitted.append(ticket.id)
         return admitted

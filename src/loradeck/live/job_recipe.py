@@ -24,6 +24,8 @@ def is_base(model: str, base: Base) -> bool:
 def adapter_name(request: JobRequest, base: Base, id: str) -> str:
     """Return the name that a job publishes its adapter under: as asked, its parent's, or one of its own.
 
+    A name of its own has the job's id in it, so that nobody else can guess it; without an id it is "".
+
     Raises:
         AdapterNameError: the name that was asked for is invalid.
     """
@@ -31,7 +33,7 @@ def adapter_name(request: JobRequest, base: Base, id: str) -> str:
         check_name(request.suffix)
         return request.suffix
     if is_base(request.model, base):
-        return f"{valid_name(Path(base.name).name)[:64]}-{id.removeprefix('ftjob-')}"
+        return f"{valid_name(Path(base.name).name)[:64]}-{id.removeprefix('ftjob-')}" if id else ""
     return valid_name(request.model.partition("@")[0])
 
 
@@ -46,7 +48,7 @@ def check_settings(request: JobRequest, parent: Path | None) -> JobRecipe:
             raise ConfigError(
                 f"learning_rate_multiplier is {request.learning_rate_multiplier}, not a number above 0, up to 1000"
             )
-        if "learning_rate" in request.settings:
+        if request.settings.get("learning_rate") is not None:
             raise ConfigError("learning_rate and learning_rate_multiplier exclude each other", hint="Give one of them.")
     settings: dict[str, Any] = dict(request.settings)
     if request.seed is not None:
@@ -67,7 +69,7 @@ def run_recipe(record: JobRecord, base: Base, config: LiveConfig, folder: JobFol
     if data is None:
         raise ConfigError(f"the file {request.training_file} was deleted", hint="Upload it again.")
     recipe = check_settings(request, parent)
-    job = replace(recipe, name=record.id, data=str(data), valid=valid and str(valid))
+    job = replace(recipe, name=record.id, data=str(data), valid=None if valid is None else str(valid))
     shared = PassConfig(
         max_tokens=config.train_tokens, checkpoint_every=config.checkpoint_every, keep_checkpoints=1, samples=0
     )

@@ -85,6 +85,18 @@ class JobStore:
         """
         return self._job("id = ? AND owner = ?", id, owner)
 
+    def record(self, id: str) -> JobRecord:
+        """Return a job, whoever its owner is.
+
+        Raises:
+            UnknownJobError: there is no such job.
+        """
+        return self._job("id = ?", id)
+
+    def has(self, id: str) -> bool:
+        """Return whether there is a job of this id."""
+        return bool(self._database.rows("SELECT 1 FROM jobs WHERE id = ?", (id,)))
+
     def list(
         self,
         owner: str,
