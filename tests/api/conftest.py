@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import httpx
@@ -23,9 +22,7 @@ from loradeck.api.server import Server, listen, url_of
 from loradeck.api.state import ServerState
 from loradeck.base.fingerprint import fingerprint
 from loradeck.live.config import LiveConfig
-from loradeck.live.database import Database
-from loradeck.live.job_store import JobStore
-from loradeck.live.uploads import Uploads
+from loradeck.live.live_training import LiveTraining
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
@@ -171,10 +168,7 @@ class LocalServer:
 
 
 @pytest.fixture
-def training_server(server: LocalServer, tmp_path: Path) -> Iterator[LocalServer]:
-    database = Database(tmp_path / "live.sqlite")
-    training = SimpleNamespace(
-        uploads=Uploads(database, tmp_path / "files"), jobs=JobStore(database), config=LiveConfig(), close=lambda: None
-    )
-    yield server.configured(training=training)
-    database.close()
+def training_server(server: LocalServer, tmp_path: Path, one_thread: None) -> Iterator[LocalServer]:
+    """A server that trains."""
+    with LiveTraining(server.engine, tmp_path / "live", LiveConfig(checkpoint_every=2)) as training:
+        yield server.configured(training=training)
