@@ -78,7 +78,7 @@ def select_adapters(state: ServerState, key: ApiKey, request: AdapterRequest) ->
         HttpError: 400 or 404, as `ModelNames.select`; 403, the key may not use them.
     """
     selection = state.names.select(request)
-    key.check_adapters(selection.names)
+    state.check_adapters(key, selection.names)
     return selection
 
 
