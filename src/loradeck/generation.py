@@ -1,9 +1,11 @@
 """Text from prompts, each through its own adapter: a whole batch at once, or one answer as a stream."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,12 @@ from loradeck.runner.native_batch import NativeBatch, native_model, packed_adapt
 from loradeck.sampling import SamplingParams, Token, TokenSequence, next_tokens
 
 if TYPE_CHECKING:
+    from loradeck.lora.adapter import Adapter
     from loradeck.lora.bank import Bank
     from loradeck.lora.routing import RouteEntry
+
+log = logging.getLogger(__name__)
+_reported: "WeakSet[Adapter]" = WeakSet()  # those of which the log says that the step cannot compute them
 
 
 def generate(
@@ -209,13 +215,17 @@ def _native_batch(
     entries = _entries(adapters, len(sequences))
     packed: dict[str, NativeAdapter] = {}
     with _route(bank, adapters):  # raises if an adapter is unknown
-        try:
-            for entry in entries:
-                for name, _ in weights_of(entry):
-                    if bank is not None and name not in packed:
-                        packed[name] = packed_adapter(native, bank[name])
-        except ValueError:  # it adapts what the step does not know
-            return None
+        for entry in entries:
+            for name, _ in weights_of(entry):
+                if bank is None or name in packed:
+                    continue
+                try:
+                    packed[name] = packed_adapter(native, bank[name])
+                except ValueError as error:
+                    if bank[name] not in _reported:
+                        _reported.add(bank[name])
+                        log.warning("answers with %s are computed by transformers' modules: %s", name, error)
+                    return None
     uses = [tuple((packed[name], weight) for name, weight in weights_of(entry)) for entry in entries]
     return NativeBatch(native, [sequence.prompt for sequence in sequences], uses, sequences[0].sampling.max_tokens)
 

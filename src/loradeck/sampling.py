@@ -27,7 +27,7 @@ class SamplingParams:
     """How the tokens of an answer are chosen and when it ends, in vLLM's words.
 
     Raises:
-        ConfigError: a value out of its bounds.
+        ConfigError: a value out of its bounds, or `min_tokens` above `max_tokens`.
     """
 
     max_tokens: int = 128
@@ -80,6 +80,11 @@ class SamplingParams:
         problems = [f"{name}={getattr(self, name)!r}" for name, valid in bounds.items() if not valid]
         if problems:
             raise ConfigError("invalid sampling parameters", problems, hint="Give values within their bounds.")
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens is {self.min_tokens}, and the answer may have at most {self.max_tokens} tokens",
+                hint="Give a smaller min_tokens, or a larger max_tokens.",
+            )
 
 
 @dataclass(frozen=True, slots=True)

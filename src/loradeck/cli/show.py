@@ -1,12 +1,10 @@
 """`loradeck show`: one adapter, from its headers; torch is needed only to compare a tokenizer."""
 
-from pathlib import Path
-
 from loradeck.cli.display.text import columns, format_size, format_value, print_json, printable
 from loradeck.cli.options import AsJson
 
 
-def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) -> None:
+def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -> None:
     """Show an adapter: its settings, modules and provenance, and its training's results.
 
     If its folder has a tokenizer or a chat template of its own, which its rows
@@ -26,6 +24,7 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
     tokenizer = AdapterTokenizer.of(listing, base)
     whole = whole_weights(listing)
     provenance = dict(sorted(listing.origin.provenance.items()))
+    labels = listing.origin.labels
     if as_json:
         print_json(
             {
@@ -41,6 +40,7 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
                 "tokenizer": tokenizer.as_json,
                 "kinds": groups,
                 "whole_weights": whole,
+                "labels": labels,
                 "results": head.results,
                 "provenance": provenance,
             }
@@ -52,10 +52,10 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
         "size": f"{format_size(head.bytes)}: {head.parameters:,} parameters in {', '.join(dtypes)}, "
         f"{head.modules} modules",
         "written": head.date,
-        **({"whole weights": ", ".join(f"{path} ({rows} rows)" for path, rows in whole.items())} if whole else {}),
         **tokenizer.facts,
         **{key: format_value(value) for key, value in settings.items()},
         **provenance,
+        **({"labels": f"{len(labels)}: {format_value(labels)}"} if labels else {}),
     }
     print(columns([(f"  {key}", value) for key, value in facts.items()]))
     print()
@@ -72,3 +72,7 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
         for kind in groups
     ]
     print(columns([("modules", "count", "kind", "r", "scaling", "A", "B"), *rows], right=(1, 3, 4)))
+    if whole:
+        shapes = [(path, name, f"{shape}") for path, names in whole.items() for name, shape in names.items()]
+        print()
+        print(columns([("whole module", "parameter", "shape"), *shapes]))

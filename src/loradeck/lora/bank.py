@@ -148,7 +148,7 @@ class Bank:
     ) -> str:
         """Load a PEFT folder and return the adapter's name, by default the folder's up to any `@`, as in poet@2.
 
-        The folder may be a hub id, as owner/name or owner/name@revision: see `loradeck.lora.hub`. All or nothing: after
+        A text may be a hub id, as owner/name or owner/name@revision: see `loradeck.lora.hub`. All or nothing: after
         an error the bank is unchanged. `any_base` accepts an adapter that was trained on another base. The log warns of
         modules that the adapter targets and has no tensors for.
 

@@ -179,7 +179,7 @@ def check_saved(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]], wha
             problems += [f"{path} {reason}" for reason in why_not_replaced(module, base)]
     if problems:
         hint = "Load the base it was trained on, for its task; nothing was loaded."
-        raise AdapterError(f"{what} replaces modules that this base has not", problems, hint=hint)
+        raise AdapterError(f"{what} does not fit this base", problems, hint=hint)
 
 
 def warn_of_gaps(files: AdapterFiles, paths: Sequence[str]) -> None:
@@ -211,13 +211,13 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_values: Co
         weight = module.get_parameter(name)
     except AttributeError:
         return "belongs to no weight of this base"
+    weight = dense_weight(module) if name == "weight" else weight
     if weight.is_floating_point():
-        weight = dense_weight(module) if name == "weight" else weight
         if weight.shape != tensor.shape:
             return why_other_shape(weight, tensor)
         reason = why_other_values(weight, tensor)
     else:
-        reason = "repeats a weight that is quantised in this base, so the two cannot be compared"
+        reason = "repeats a weight that another tool has quantised in this base, so the two cannot be compared"
     if not reason or key not in any_values:
         return reason
     if not tensor.is_meta:

@@ -20,7 +20,7 @@ from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request_loop import AnyAnswer, AnyStats, RequestLoop
+from loradeck.serve.request_loop import AnyAnswer, AnyStats, Background, RequestLoop
 from loradeck.serve.served_model import ServedModel
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
@@ -132,6 +132,28 @@ class RequestEngine(Generic[AnyAnswer, AnyStats]):
                 f"unknown token id {min(unknown)}; the base has {self._vocabulary}{more}",
                 hint="Use the tokenizer of the base, or of the adapter.",
             )
+
+    # ---- what the thread does beside requests
+
+    def attach(self, background: Background) -> None:
+        """Let the engine's thread do a background's work too, in turns with its requests.
+
+        Raises:
+            BusyError: the engine is shutting down.
+            ConfigError: it has a background.
+        """
+        with self._lock:
+            if self._draining or self._loop.failed:
+                raise BusyError("the engine is shutting down", retry_after=1)
+            self._loop.attach(background)
+
+    def detach(self, background: Background) -> None:
+        """Give the engine's thread no more of a background's work, once it has done what it is doing."""
+        self._loop.detach(background)
+
+    def wake(self) -> None:
+        """Tell the engine's thread that there may be something to do."""
+        self._loop.wake()
 
     # ---- the end
 
