@@ -141,7 +141,9 @@ def test_a_base_that_only_the_adapter_names_is_said_to_be_its(run: Callable, ada
     for arguments in ["convert", "--to", "gguf"], ["export"]:
         ran = run(arguments[0], "adapters/poet", "-o", "poet.gguf", *arguments[1:])
         assert ran.code == 2
-        assert ran.err.startswith("loradeck: the base that adapters/poet names cannot be used: no base at '/gone/base'\n")
+        assert ran.err.startswith(
+            "loradeck: the base that adapters/poet names cannot be used: no base at '/gone/base'\n"
+        )
         assert ran.err.endswith("Or give another with --base.\n")
     ran = run("convert", "adapters/poet", "-o", "poet.gguf", "--to", "gguf", "--base", "nowhere")
     assert ran.err.startswith("loradeck: no base at 'nowhere'\n")
