@@ -44,7 +44,9 @@ MAY = {
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
     "runner": {"sampling", "lora", "base", "native", "ops", *GROUND},
     "serve": {"runner", "sampling", "store", "stored", "lora", "ops", "base", *GROUND},
+    "live": {"serve", "train", "dataset", "store", "stored", "runner", "lora", "ops", "base", *GROUND},
     "api": {
+        "live",
         "pooling",
         "evaluation",
         "dataset",
@@ -59,6 +61,7 @@ MAY = {
     },
     "cli": {
         "api",
+        "live",
         "evaluation",
         "conversion",
         "gguf",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.base.compat import cache_argument
@@ -69,7 +69,7 @@ def generate(
             hint="Give one entry per prompt, or one for all.",
         )
     tokenizers = tokenizers_of(base, bank, entries)
-    sequences = _sequences(base, tokenizers, prompts, max_new_tokens, temperature, top_p, seed)
+    sequences = _sequences(base, bank, entries, tokenizers, prompts, max_new_tokens, temperature, top_p, seed)
     for _ in _steps(base, bank, sequences, adapters, activations):
         if on_step is not None:
             on_step(max(sequence.generated for sequence in sequences))
@@ -96,7 +96,7 @@ def stream(
     """
     _route(bank, adapter)  # raises now if the adapter is unknown, not at the first piece
     tokenizers = tokenizers_of(base, bank, [adapter])
-    sequences = _sequences(base, tokenizers, [prompt], max_new_tokens, temperature, top_p, seed)
+    sequences = _sequences(base, bank, [adapter], tokenizers, [prompt], max_new_tokens, temperature, top_p, seed)
     text = Detokenizer(tokenizers[0])
     steps = _steps(base, bank, sequences, adapter, activations)
     return (piece for tokens in steps for token in tokens.values() if (piece := text.push(token.id)))
@@ -119,12 +119,27 @@ def tokenizers_of(base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry
     return tokenizers
 
 
+def _vocabulary(base: Base, bank: "Bank | None", entry: "RouteEntry", tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return how many tokens a row of an entry may choose from; None for all that the model has."""
+    from loradeck.lora.added_rows import shared_count
+    from loradeck.lora.routing import weights_of
+
+    embedding, weights = base.model.get_input_embeddings(), weights_of(entry)
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    if bank is None or (len(weights) > 1 and tokenizer is base.tokenizer):  # a blend whose tokenizers differ
+        return embedding.num_embeddings
+    return embedding.num_embeddings + shared_count((bank[name].added_tokens, weight) for name, weight in weights)
+
+
 def _entries(adapters: "RouteEntry | Sequence[RouteEntry]", count: int) -> "list[RouteEntry]":
     return [*adapters] if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters] * count
 
 
 def _sequences(
     base: Base,
+    bank: "Bank | None",
+    entries: "Sequence[RouteEntry]",
     tokenizers: Sequence[PreTrainedTokenizerBase],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -143,8 +158,9 @@ def _sequences(
                 max_tokens=length, temperature=temperature, top_p=top_p, seed=None if seed is None else seed + i
             ),
             stop_ids=stop_ids(tokenizer, base.model.generation_config),
+            vocabulary=_vocabulary(base, bank, entry, tokenizer),
         )
-        for i, (tokenizer, row) in enumerate(zip(tokenizers, rows, strict=True))
+        for i, (tokenizer, row, entry) in enumerate(zip(tokenizers, rows, entries, strict=True))
     ]
 
 

@@ -108,6 +108,8 @@ class TokenSequence:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = field(default=frozenset(), kw_only=True)
     """Tokens that end the answer unless it ignores them: those of the base and of the sequence's tokenizer."""
+    vocabulary: int | None = field(default=None, kw_only=True)
+    """How many tokens there are for its adapters; logits beyond them are other rows'. None: as many as logits."""
     tokens: list[int] = field(init=False)
     """The prompt, then the answer."""
     rng: random.Random | None = field(init=False, default=None)
@@ -188,12 +190,13 @@ class Adjustment:
 def next_tokens(logits: Tensor | Sequence[Tensor], sequences: Sequence[TokenSequence]) -> list[Token | Exception]:
     """Return the next token of each sequence, from logits (N, V); or the error of a sequence that has none.
 
+    Of logits beyond a sequence's vocabulary nothing is seen.
     An error is the sequence's own: the others have drawn their random numbers, and must not draw again.
     """
     rows: list[Row | Exception] = []
     for row, sequence in zip(logits, sequences, strict=True):
         try:
-            rows.append(_row(row, sequence))
+            rows.append(_row(row[: sequence.vocabulary], sequence))
         except Exception as error:
             rows.append(error)
     choices = iter(_choices([row for row in rows if isinstance(row, Row)]))

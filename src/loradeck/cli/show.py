@@ -16,16 +16,15 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
     """
     from loradeck.cli.adapter_folder import read_adapter
     from loradeck.cli.adapter_tokenizer import AdapterTokenizer
-    from loradeck.cli.summary import config, kinds, locate, summarise
+    from loradeck.cli.summary import config, kinds, locate, summarise, whole_weights
 
     listing = read_adapter(locate(adapter))
     head, groups, settings = summarise(listing), kinds(listing.sites.items()), config(listing)
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
     tokenizer = AdapterTokenizer.of(listing, base)
+    whole = whole_weights(listing)
     provenance = dict(sorted(listing.origin.provenance.items()))
     labels = listing.origin.labels
-    entries = listing.entries
-    saved = {path: {name: entries[key][1].shape for name, key in keys.items()} for path, keys in listing.saved.items()}
     if as_json:
         print_json(
             {
@@ -40,7 +39,7 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
                 "config": settings,
                 "tokenizer": tokenizer.as_json,
                 "kinds": groups,
-                "saved": saved,
+                "whole_weights": whole,
                 "labels": labels,
                 "results": head.results,
                 "provenance": provenance,
@@ -73,7 +72,7 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
         for kind in groups
     ]
     print(columns([("modules", "count", "kind", "r", "scaling", "A", "B"), *rows], right=(1, 3, 4)))
-    if saved:
-        shapes = [(path, name, f"{shape}") for path, names in saved.items() for name, shape in names.items()]
+    if whole:
+        shapes = [(path, name, f"{shape}") for path, names in whole.items() for name, shape in names.items()]
         print()
-        print(columns([("replaced", "parameter", "shape"), *shapes]))
+        print(columns([("whole module", "parameter", "shape"), *shapes]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from loradeck.errors import AdapterError, UnknownAdapterError
 from loradeck.lora.hub import with_hub_ids
-from loradeck.lora.manifest import AdapterFiles, TargetModule
+from loradeck.lora.manifest import AdapterFiles, TargetModule, copied_module
 from loradeck.lora.memo import Memo
 from loradeck.lora.safetensors_io import Entry
 from loradeck.store import AdapterStore, split_spec
@@ -119,6 +119,17 @@ def kinds(sites: Iterable[tuple[str, TargetModule]]) -> list[Kind]:
     """Return the kinds of modules in the order of the file."""
     counts = Counter((pattern(path), site) for path, site in sites)
     return [Kind(modules=modules, count=count, **asdict(site)) for (modules, site), count in counts.items()]
+
+
+def whole_weights(listing: AdapterFiles) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of the parameters that an adapter has whole, by the paths of their modules.
+
+    They are its own or copies of its base's; a vocabulary that was resized has more rows than the base.
+    """
+    keys = {path: {**names} for path, names in listing.saved.items()}
+    for key in listing.copies:
+        keys.setdefault(copied_module(key), {})[key.rpartition(".")[2]] = key
+    return {path: {name: listing.entries[key][1].shape for name, key in names.items()} for path, names in keys.items()}
 
 
 def pattern(path: str) -> str:

@@ -133,8 +133,8 @@ def packed_adapter(model: NativeModel, adapter: Adapter) -> NativeAdapter:
     Raises:
         ValueError: it adapts what the step does not know.
     """
-    if adapter.saved:
-        raise ValueError("it replaces modules")
+    if adapter.saved or adapter.added:
+        raise ValueError("it replaces modules, or has tokens of its own")
     return NativeAdapter(model, {path: weights for path in adapter.sites if (weights := adapter.weights(path))})
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 
@@ -22,6 +22,7 @@ from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.compatibility import why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
+from loradeck.lora.vocabulary import tokens_added_by
 from loradeck.runner.request import Key
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.hub_adapters import HubAdapters
@@ -75,6 +76,24 @@ class Resident:
         return {"adapter": self.spec, "sha256": self.sha256, "bytes": self.nbytes}
 
 
+class AdapterSource(Protocol):
+    """Adapters that requests may name besides those of the store. Any thread may call it."""
+
+    def has(self, spec: str) -> bool:
+        """Return whether a name is one of this source's, whether there is such an adapter or not."""
+        ...
+
+    def find(self, spec: str) -> Stored:
+        """Return the adapter of a name that it `has`. May read the disk.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+            AdapterError: it is unusable.
+            BusyError: too many requests wait for it.
+        """
+        ...
+
+
 class AdapterCache:
     """The adapters of one engine. Any thread may call it."""
 
@@ -90,6 +109,8 @@ class AdapterCache:
         self.bank = bank
         self.store = store
         self.hub = HubAdapters(config.hub, config.hub_bytes)
+        self.sources: list[AdapterSource] = [self.hub]
+        """Where a name is looked up, in this order, before the store."""
         self.budget = config.adapter_bytes
         on_device = next(bank.model.parameters()).device.type != "cpu"
         self.memory_budget = config.memory_bytes if on_device else 0  # on a CPU both tiers are the same memory
@@ -104,6 +125,7 @@ class AdapterCache:
         self._lock = RLock()
         self._residents: dict[str, Resident] = {}
         self._failures: dict[str, LoradeckError] = {}
+        self._added_tokens: dict[str, int] = {}
         self._closed = False
         self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load", openmp.alone)
 
@@ -130,6 +152,19 @@ class AdapterCache:
         """Return the bytes that an adapter takes once it is loaded."""
         facts = stored.facts
         return facts.parameter_bytes if self._dtype is None else facts.parameters * self._dtype.itemsize
+
+    def added_tokens(self, stored: Stored) -> int:
+        """Return how many tokens beyond the base's an adapter has; of one that does not fit, none. Reads the disk."""
+        if not stored.facts.has_weights:
+            return 0
+        sha256 = stored.sha256()
+        if sha256 not in self._added_tokens:
+            try:
+                count = tokens_added_by(self.bank.model, self.bank.check(stored.path))
+            except LoradeckError:  # loading it says why
+                return 0
+            self._added_tokens[sha256] = count
+        return self._added_tokens[sha256]
 
     def resolve(self, entry: RouteEntry) -> tuple[Key, dict[str, Stored]]:
         """Return the key of a route's entry as of now, and its adapters on disk by content hash. Reads the disk.
@@ -291,15 +326,16 @@ class AdapterCache:
     # ---- moving
 
     def find(self, spec: str) -> Stored:
-        """Return the adapter that a name now refers to: one of the store, or of the hub.
+        """Return the adapter that a name now refers to: one of the sources, or of the store.
 
         Raises:
             UnknownAdapterError: there is no such adapter, or no store.
-            AdapterError: it is unusable, or the hub does not give it.
-            BusyError: too many requests wait for the hub.
+            AdapterError: it is unusable, or its source does not give it.
+            BusyError: too many requests wait for its source.
         """
-        if self.hub.has(spec):
-            return self.hub.find(spec)
+        source = next((source for source in self.sources if source.has(spec)), None)
+        if source is not None:
+            return source.find(spec)
         if self.store is None:
             raise UnknownAdapterError(f"no adapter is named {spec!r}", hint="Give the engine a store of adapters.")
         return self.store.find(spec)
@@ -338,6 +374,7 @@ class AdapterCache:
                 if resident.stored.sha256() != sha256:  # read again, so the hash is that of what was loaded
                     raise AdapterError(f"{resident.spec} changed while it was loaded", hint="Try again.")
                 self.bank[sha256].to(self._dtype)
+            resident.nbytes = self.bank[sha256].nbytes  # headers do not say which weights equal the base's
             self._prepare(self.bank[sha256])
         except Exception as error:
             failure = _load_error(resident, error)

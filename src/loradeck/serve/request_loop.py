@@ -3,11 +3,11 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from threading import Event, Thread
 from typing import Generic, Protocol, TypeVar
 
-from loradeck.errors import LoradeckError, RequestError, RequestTimeoutError
+from loradeck.errors import ConfigError, Interruption, LoradeckError, RequestError, RequestTimeoutError
 from loradeck.runner.request import Finish, Request
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.scheduler import Scheduler
@@ -33,6 +33,22 @@ class Answer(Protocol):
         ...
 
 
+class Background(Protocol):
+    """What the thread does beside its requests."""
+
+    def work(self, serve: Callable[[], bool]) -> bool:
+        """Do a piece of work, with a call of `serve` now and then; return False if there was nothing to do.
+
+        `serve` takes requests in and computes one step of them; it returns False if there was nothing to compute. It
+        raises Interruption if the thread is to end; that may leave this method, as any exception may.
+        """
+        ...
+
+    def end(self) -> None:
+        """End the work for good. `work` is not called again."""
+        ...
+
+
 AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
 AnyStats = TypeVar("AnyStats", bound=Stats)
 
@@ -50,6 +66,8 @@ class RequestLoop(Generic[AnyAnswer, AnyStats]):
         self._answers: dict[Request, AnyAnswer] = {}
         self._arriving: deque[tuple[AnyAnswer, Mapping[str, Stored]]] = deque()
         self._stopped = False
+        self._background: Background | None = None
+        self._error: Exception | None = None  # of a step within the background's work
         self._changed = Event()
         self._thread = Thread(target=self._run, name="loradeck-engine", daemon=True)
 
@@ -66,6 +84,24 @@ class RequestLoop(Generic[AnyAnswer, AnyStats]):
     def wake(self) -> None:
         """Tell the thread that there may be something to do."""
         self._changed.set()
+
+    def attach(self, background: Background) -> None:
+        """Let the thread do a background's work too, in turns with its requests.
+
+        Raises:
+            ConfigError: it has a background.
+        """
+        if self._background is not None:
+            raise ConfigError("the engine has a background", hint="Detach that first.")
+        self._background = background
+        if self.failed:  # perhaps just now, too late for the thread to see this one
+            self._end_work()
+        self.wake()
+
+    def detach(self, background: Background) -> None:
+        """Give the thread no more of a background's work, once it has done what it is doing."""
+        if self._background is background:
+            self._background = None
 
     def add(self, answer: AnyAnswer, adapters: Mapping[str, Stored]) -> None:
         """Add a request with its adapters on disk, by content hash."""
@@ -96,8 +132,8 @@ class RequestLoop(Generic[AnyAnswer, AnyStats]):
     def _run(self) -> None:
         try:
             while not self._stopped:
-                self._receive()
-                if not self._step():
+                computed = self._advance()
+                if not (self._work() or computed):
                     self._changed.wait(TICK if self._answers else None)
                     self._changed.clear()  # before the next check, so that no later wake-up is lost
         except Exception:
@@ -106,6 +142,48 @@ class RequestLoop(Generic[AnyAnswer, AnyStats]):
         finally:
             self._end_all()
             self._clear()
+            self._end_work()
+
+    def _advance(self) -> bool:
+        """Take requests in and compute one step; False if there is nothing to compute."""
+        self._receive()
+        return self._step()
+
+    def _work(self) -> bool:
+        """Let the background work; False if it has nothing to do. Its failure is its own."""
+        if self._background is None:
+            return False
+        worked = True
+        try:
+            worked = self._background.work(self._serve)
+        except Interruption:
+            pass
+        except Exception:
+            log.exception("what the engine does beside its requests failed, and has ended")
+            self._end_work()
+        if self._error is not None:
+            raise self._error
+        return worked
+
+    def _serve(self) -> bool:
+        """Compute one step within the background's work; False if there is nothing to compute."""
+        if self._stopped or self._error is not None:
+            raise Interruption
+        if not (self._answers or self._arriving):  # asked hundreds of times a second
+            return False
+        try:
+            return self._advance()
+        except Exception as error:
+            self._error = error
+            raise Interruption from error
+
+    def _end_work(self) -> None:
+        background, self._background = self._background, None
+        if background is not None:
+            try:
+                background.end()
+            except Exception:
+                log.exception("what the engine does beside its requests has not ended cleanly")
 
     def _receive(self) -> None:
         """Take new requests in; end those that are cancelled, late, or whose adapters failed to load."""

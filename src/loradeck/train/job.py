@@ -139,6 +139,11 @@ class Job:
             text = f"{self.config.seed} {self.progress.step} {index}"
             self.adapter.dropout.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
+    def discard(self) -> None:
+        """Forget what was added up for a step that is not taken."""
+        self.optimizer.zero_grad()
+        self._sums = Sums()
+
     def add_losses(self, outcome: Outcome) -> None:
         """Add the losses of some units of the current step."""
         self._sums.add(outcome)
@@ -190,9 +195,11 @@ class Job:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether to evaluate after the last step taken."""
+        """Whether an evaluation is still to come after the last step taken."""
         step = self.progress.step
-        return bool(self.valid) and (step % self.eval_every == 0 or step == self.schedule.steps)
+        if not (self.valid and step) or step in self.progress.validation:
+            return False
+        return step % self.eval_every == 0 or step == self.schedule.steps
 
     def record_evaluation(self, sums: "Sums", count: int, seconds: float) -> Evaluation:
         """Record a validation loss, a sum over `count`, and keep a copy of the adapter if it is the lowest.
@@ -256,9 +263,13 @@ def _optimizer(adapter: Adapter, config: TrainConfig) -> AdamW:
     """Return AdamW over A and over B, whose learning rates may differ (LoRA+); modules that are saved have A's."""
     pairs = [adapter.pair(path) for path in adapter.sites]
     heads = [parameter for path in adapter.saved for parameter in adapter.saved_module(path).values()]
+    added: dict[bool, list[nn.Parameter]] = {True: [], False: []}  # parts of A and of B for tokens beyond the base's
+    for path, rows in adapter.added.items():
+        if rows.pair is not None:
+            added[adapter.sites[path].kind == "embedding"].append(adapter.added_rows(rows.pair))
     groups = [
-        {"params": [*(a for a, _ in pairs), *heads], "ratio": 1.0},
-        {"params": [b for _, b in pairs], "ratio": config.loraplus_lr_ratio},
+        {"params": [*(a for a, _ in pairs), *added[True], *heads], "ratio": 1.0},
+        {"params": [*(b for _, b in pairs), *added[False]], "ratio": config.loraplus_lr_ratio},
     ]
     fused = next(adapter.parameters()).device.type in FUSED
     return AdamW(groups, betas=BETAS, weight_decay=config.weight_decay, fused=fused)

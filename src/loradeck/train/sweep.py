@@ -72,7 +72,7 @@ def halve(trainer: Trainer) -> None:
     warmup = max(schedule.warmup for schedule in schedules)
     if trainer.passes not in rungs(max(schedule.steps for schedule in schedules), warmup, len(schedules)):
         return
-    trainer.evaluate([job for job in trainer.running if not job.evaluation_due])
+    trainer.evaluate([job for job in trainer.running if job.progress.step not in job.progress.validation])
     losses = {job.name: smoothed(job.progress.validation, warmup) for job in trainer.running}
     for name, why in worse_half(losses).items():
         trainer.stop(name, why)

@@ -147,9 +147,10 @@ class Trainer:
         Ctrl-C ends the iteration after the current pass, with `interrupted` set and the jobs not ended; a second one
         raises KeyboardInterrupt at once.
         """
-        with training(self.base.model, gradient_checkpointing=self.gradient_checkpointing), self._interruptible():
+        with self._interruptible():
             while self.running and not self.interrupted:
-                self._pass()
+                with training(self.base.model, gradient_checkpointing=self.gradient_checkpointing):
+                    self._pass()
                 self.passes += 1
                 yield self.passes
 
@@ -159,17 +160,24 @@ class Trainer:
             self._end(job, "interrupted", "")
 
     def _pass(self) -> None:
-        jobs, start = self.running, self.seconds
+        """Take a step of each job, evaluate those that are due, and end those that are done.
+
+        A job that was interrupted between its step and its evaluation or end goes on with these.
+        """
+        self._step([job for job in self.running if not (job.evaluation_due or job.end_reason())])
+        self.evaluate([job for job in self.running if job.evaluation_due])
+        for job in self.running:
+            if reason := job.end_reason():
+                self._end(job, *reason)
+
+    def _step(self, jobs: Sequence[Job]) -> None:
+        start = self.seconds
         units = {job: job.units() for job in jobs}
         counts = {job: job.objective.count(units[job]) for job in jobs}
         for batch in self._batches(units):
             self._backward(batch, counts)
         for job in jobs:
             self._emit_or_end(job, partial(job.update, units[job], start, lambda: self.seconds))
-        self.evaluate([job for job in jobs if job.running and job.evaluation_due])
-        for job in jobs:
-            if job.running and (reason := job.end_reason()):
-                self._end(job, *reason)
 
     def _batches(self, units: Mapping[Job, Iterable[Unit]]) -> Iterator[list[MicroBatch]]:
         """Split each job's units into micro-batches, regardless of its neighbours, and batch those of several jobs."""
@@ -278,7 +286,7 @@ class Trainer:
             if in_main_thread:
                 signal.signal(signal.SIGINT, previous)
             for job in self.jobs.values():
-                job.optimizer.zero_grad()
+                job.discard()
 
 
 def _is_new(adapter: Adapter) -> bool:
