@@ -198,7 +198,9 @@ class _Reading:
             return Adapter.from_files(files)
         _, copy = files.entries[files.copies[0]]
         model = self.model("to compare the copies of its weights", dtype=DTYPES[copy.dtype])
-        files = vocabulary.fitted(model, files.respelled(compatibility.respelling(model, {}, files)))
+        files = vocabulary.fitted(
+            vocabulary.modules(model), files.respelled(compatibility.respelling(model, {}, files))
+        )
         adapter = Adapter.from_files(files, check_copy=partial(compatibility.why_not_a_copy, model))
         adapter.base_modules = {path: model.get_submodule(path) for path in adapter.added}
         return adapter
