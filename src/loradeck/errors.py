@@ -10,6 +10,11 @@ LoradeckError            all of them; has a message, the problems found and a hi
 │   └── UnsupportedError a feature that is not supported; refused rather than half loaded
 ├── BaseModelError       a base cannot be found or loaded
 ├── DataError            an invalid dataset; names the file and the line
+├── StorageError         the disk or database of a live server cannot be read or written
+├── UnknownFileError     no uploaded file has this id
+├── FileTooLargeError    an upload is larger than the server or a key's quota allows
+├── UnknownJobError      no job has this id
+├── QuotaError           more jobs than a key's quota allows
 ├── TrainingError        a run cannot start, resume or go on
 ├── BusyError            the engine takes no request now: its queue is full, or it is shutting down
 └── RequestError         one request failed; others went on
@@ -108,6 +113,26 @@ class BaseModelError(LoradeckError):
 
 class DataError(LoradeckError):
     """An invalid dataset; names the file and the line."""
+
+
+class StorageError(LoradeckError):
+    """The disk or database of a live server cannot be read or written."""
+
+
+class UnknownFileError(LoradeckError):
+    """No uploaded file has this id."""
+
+
+class FileTooLargeError(LoradeckError):
+    """An upload is larger than the server or a key's quota allows."""
+
+
+class UnknownJobError(LoradeckError):
+    """No job has this id."""
+
+
+class QuotaError(LoradeckError):
+    """More jobs than a key's quota allows."""
 
 
 class TrainingError(LoradeckError):

@@ -7,7 +7,7 @@ import msgspec
 
 from loradeck.errors import DataError
 
-FIRST = 3  # places that are kept
+FIRST = 3  # places that are kept, unless more are asked for
 VARYING = re.compile(r"(?<=the keys are ).*|, at ['\"].*|\d+")  # from record to record, though the cause is the same
 
 
@@ -39,10 +39,10 @@ class Finding(msgspec.Struct, omit_defaults=True):
 class Findings:
     """Findings by their causes, in order of appearance."""
 
-    def __init__(self, *, by_cause: bool = True) -> None:
-        """Group findings by their causes, or only equal ones."""
+    def __init__(self, *, by_cause: bool = True, places: int = FIRST) -> None:
+        """Group findings by their causes, or only equal ones; keep the first `places` of each."""
         self._findings: dict[str, Finding] = {}
-        self._by_cause = by_cause
+        self._by_cause, self._places = by_cause, places
 
     def add(self, finding: Finding, location: str = "") -> None:
         """Count a record, at `file:line`, under a finding's cause."""
@@ -50,7 +50,7 @@ class Findings:
         finding = self._findings.setdefault(key, finding)
         if location:
             finding.records += 1
-            finding.first += [location] * (len(finding.first) < FIRST)
+            finding.first += [location] * (len(finding.first) < self._places)
 
     def list(self) -> list[Finding]:
         """Return the findings."""

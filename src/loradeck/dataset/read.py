@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example, Preference
-from loradeck.dataset.finding import error_of
+from loradeck.dataset.finding import FIRST, Findings, error_of
 from loradeck.dataset.label import Labels, forms_of
 from loradeck.dataset.reader import DatasetReader
 from loradeck.dataset.source import SPLITS, Position, Split, find
@@ -54,13 +54,14 @@ def read_dataset(
     *,
     task: str = "generate",
     labels: Sequence[str] = (),
+    places: int = FIRST,
     on_read: Callable[[Position], None] | None = None,
 ) -> Dataset:
     """Read a file, a folder with splits, or a dataset of the hub; blank lines are ignored.
 
     `task` is the base's, and decides which forms the records have. The labels that a classifier learns are those of
     the training split, sorted, or `labels` if they are given; no other is accepted. `on_read` is called after each
-    record.
+    record. An error tells the first `places` of each cause.
 
     Raises:
         DataError: it cannot be read, a split is empty, the disk is full, or records are invalid: each cause is a
@@ -70,7 +71,7 @@ def read_dataset(
     config = config or DataConfig()
     hint = f"Each record has {forms_of(task).expected}."
     files = find(source, config.encoding)
-    reader = DatasetReader(files, tokenizer, max_length, config, task, Labels(labels))
+    reader = DatasetReader(files, tokenizer, max_length, config, task, Labels(labels), problems=Findings(places=places))
     file = TokenFile()
     ends = dict.fromkeys(SPLITS, 0)
     for row in reader.rows():

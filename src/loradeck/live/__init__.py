@@ -1,1 +1,1 @@
-"""A server that trains: jobs in the thread of an engine, between its steps, on one copy of the base."""
+"""The server that trains: its files and jobs, and training between the steps of an engine."""

@@ -23,6 +23,8 @@ class LiveConfig:
     shorter."""
     train_bytes: int = 1 << 30
     """Bytes for the adapters, gradients and optimizers of the jobs that train at once; the others wait."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints, from which a job goes on after a crash."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, float)}

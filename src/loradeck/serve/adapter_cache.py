@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 
@@ -75,6 +75,24 @@ class Resident:
         return {"adapter": self.spec, "sha256": self.sha256, "bytes": self.nbytes}
 
 
+class AdapterSource(Protocol):
+    """Adapters that requests may name besides those of the store. Any thread may call it."""
+
+    def has(self, spec: str) -> bool:
+        """Return whether a name is one of this source's, whether there is such an adapter or not."""
+        ...
+
+    def find(self, spec: str) -> Stored:
+        """Return the adapter of a name that it `has`. May read the disk.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+            AdapterError: it is unusable.
+            BusyError: too many requests wait for it.
+        """
+        ...
+
+
 class AdapterCache:
     """The adapters of one engine. Any thread may call it."""
 
@@ -90,6 +108,8 @@ class AdapterCache:
         self.bank = bank
         self.store = store
         self.hub = HubAdapters(config.hub, config.hub_bytes)
+        self.sources: list[AdapterSource] = [self.hub]
+        """Where a name is looked up, in this order, before the store."""
         self.budget = config.adapter_bytes
         on_device = next(bank.model.parameters()).device.type != "cpu"
         self.memory_budget = config.memory_bytes if on_device else 0  # on a CPU both tiers are the same memory
@@ -291,15 +311,16 @@ class AdapterCache:
     # ---- moving
 
     def find(self, spec: str) -> Stored:
-        """Return the adapter that a name now refers to: one of the store, or of the hub.
+        """Return the adapter that a name now refers to: one of the sources, or of the store.
 
         Raises:
             UnknownAdapterError: there is no such adapter, or no store.
-            AdapterError: it is unusable, or the hub does not give it.
-            BusyError: too many requests wait for the hub.
+            AdapterError: it is unusable, or its source does not give it.
+            BusyError: too many requests wait for its source.
         """
-        if self.hub.has(spec):
-            return self.hub.find(spec)
+        source = next((source for source in self.sources if source.has(spec)), None)
+        if source is not None:
+            return source.find(spec)
         if self.store is None:
             raise UnknownAdapterError(f"no adapter is named {spec!r}", hint="Give the engine a store of adapters.")
         return self.store.find(spec)

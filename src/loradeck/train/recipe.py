@@ -164,6 +164,24 @@ def read_recipe(path: Path | str) -> RunRecipe:
     return recipe
 
 
+def job_recipe(settings: Mapping[str, Any], where: str, **fixed: Any) -> JobRecipe:
+    """Return the recipe of one job from the keys of an [[adapter]] that somebody gave as `where`.
+
+    Args:
+        settings: The keys with their values.
+        where: What they are called in errors.
+        **fixed: Keys that `settings` must not have.
+
+    Raises:
+        ConfigError: unknown keys or invalid values; every one is named.
+    """
+    problems = [f"{where}.{key}: cannot be set" for key in settings if key in fixed]
+    recipe = _job({**settings, **fixed}, where, Path(), problems)
+    if recipe is None or problems:
+        raise ConfigError(f"invalid settings of {where}", problems, hint=HINT)
+    return recipe
+
+
 def _job(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]) -> JobRecipe | None:
     problems += [f"{where}.{key}: {_unknown(key, KEYS)}" for key in table if key not in KEYS]
     before = len(problems)

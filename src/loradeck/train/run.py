@@ -9,9 +9,8 @@ FOLDER/NAME/             each job's adapter once it ends, a PEFT folder; FOLDER 
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,10 +19,7 @@ import torch
 
 from loradeck.base.load import Base
 from loradeck.base.text import chat_template_hash
-from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
-from loradeck.dataset.held_out import held_out
-from loradeck.dataset.read import Dataset, SplitExamples, read_dataset
 from loradeck.dataset.source import Position
 from loradeck.disk import write_file
 from loradeck.lora.bank import Bank
@@ -37,6 +33,7 @@ from loradeck.train.events import AnyEvent, End, Listener, Sample
 from loradeck.train.history import METRICS, JobHistory, read_history
 from loradeck.train.inputs import read_parent
 from loradeck.train.job import Job
+from loradeck.train.job_data import JobData, read_data
 from loradeck.train.mode import evaluation
 from loradeck.train.model_card import training_section
 from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe
@@ -48,15 +45,6 @@ FELL = 0.9  # of its first value: then a loss has fallen
 
 # Answers prompts: (adapter names, or None for the base, and prompt tokens), one of each per row -> texts.
 Answer: TypeAlias = Callable[[Sequence[str | None], Sequence[list[int]]], list[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class JobData:
-    """A job's dataset, and its examples to train and to validate on."""
-
-    dataset: Dataset
-    train: SplitExamples
-    valid: SplitExamples
 
 
 class Run:
@@ -73,15 +61,18 @@ class Run:
         folder: Path,
         base: Base,
         *,
+        bank: Bank | None = None,
+        data: Mapping[str, JobData] | None = None,
         answer: Answer | None = None,
         on_event: Listener | None = None,
         on_read: Callable[[Position], None] | None = None,
     ) -> None:
         """Read the datasets, with a call of `on_read` after each record, and create the adapters.
 
-        Nothing is written into the folder before `begin` or `resume`.
+        With a `bank`, the run shares it with others; the names of its jobs are new there. With `data`, the datasets
+        are read already. Nothing is written into the folder before `begin` or `resume`.
         """
-        self.folder, self.base, self.bank = folder, base, Bank(base.model)
+        self.folder, self.base, self.bank = folder, base, Bank(base.model) if bank is None else bank
         self.answer, self.on_event = answer, on_event or (lambda _: None)
         self.trainer = Trainer(
             base,
@@ -91,31 +82,23 @@ class Run:
             on_event=self._record,
             on_evaluated=self._sample,
         )
-
-        @cache
-        def read(source: str, max_length: int, config: DataConfig, labels: tuple[str, ...] = ()) -> Dataset:
-            return read_dataset(
-                source, base.tokenizer, max_length, config, task=base.task, labels=labels, on_read=on_read
-            )
-
-        self.data: dict[str, JobData] = {}
+        self.data = read_data(recipe.jobs, base, on_read) if data is None else data
         self.parents: dict[str, str] = {}
         """The sha256 of the adapter that a job goes on from."""
         layers = base.model.config.get_text_config().num_hidden_layers
         jobs = []
         for job_recipe in recipe.jobs:
             name, config = job_recipe.name, job_recipe.train
-            labels = read_parent(job_recipe).origin.labels if job_recipe.from_ else ()
-            data = self.data[name] = _load(job_recipe, read, labels)
+            examples = self.data[name]
             if job_recipe.from_ is None:
                 generator = torch.Generator().manual_seed(config.seed)
-                outputs = {"generate": None, "reward": 1}.get(base.task, len(data.dataset.labels))
+                outputs = {"generate": None, "reward": 1}.get(base.task, len(examples.dataset.labels))
                 self.bank.add(name, job_recipe.adapter_config(layers), num_labels=outputs, generator=generator)
             else:
                 job_recipe = replace(job_recipe, lora=self._load_parent(job_recipe))
-            if data.dataset.labels:
-                self.bank[name].describe(labels=msgspec.json.encode(data.dataset.labels).decode())
-            job = self.trainer.add(name, data.train, config, valid=data.valid)
+            if examples.dataset.labels:
+                self.bank[name].describe(labels=msgspec.json.encode(examples.dataset.labels).decode())
+            job = self.trainer.add(name, examples.train, config, valid=examples.valid)
             resolved = replace(config, learning_rate=job.schedule.peak, eval_every=job.eval_every)
             jobs.append(replace(job_recipe, train=resolved))
         self.recipe = replace(recipe, jobs=tuple(jobs))
@@ -179,11 +162,12 @@ class Run:
             if each_pass:
                 each_pass(self.trainer)
             if passes % self.recipe.shared.checkpoint_every == 0 and self.trainer.running:
-                self._checkpoint()
-        self._checkpoint()
+                self.checkpoint()
+        self.checkpoint()
         self.trainer.finish()
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
+        """Write a checkpoint; between two passes."""
         paths = {name: self.folder / name for name in (METRICS, SAMPLES)}
         checkpoint.save(
             self.trainer,
@@ -308,18 +292,6 @@ def _results(job: Job, history: JobHistory) -> dict[str, str]:
         "tokens": f"{progress.tokens}",
         **{name: f"{number:.4f}" for name, number in numbers.items() if number is not None},
     }
-
-
-def _load(job: JobRecipe, read: Callable[..., Dataset], labels: tuple[str, ...]) -> JobData:
-    """Read a job's data; `labels` are those of the adapter that it goes on from."""
-    dataset = read(job.data, job.train.max_length, job.reading, labels)
-    train, valid = dataset.train, dataset.valid
-    if job.valid is not None:
-        other = read(job.valid, job.train.max_length, job.reading, dataset.labels)
-        valid = other.valid or other.train
-    elif not valid and job.train.valid_ratio:
-        train, valid = held_out(train, job.train.valid_ratio, job.train.seed)
-    return JobData(dataset, train, valid)
 
 
 def _prompt_and_answer(example: Example | Preference) -> tuple[list[int], list[int]]:

@@ -1,0 +1,76 @@
+"""What a client asked of a job, as the recipe that `loradeck train` would follow."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loradeck.base.load import Base
+from loradeck.errors import ConfigError
+from loradeck.live.config import LiveConfig
+from loradeck.live.job_folder import PARENT, TRAINING, VALIDATION, JobFolder
+from loradeck.live.records import JobRecord, JobRequest
+from loradeck.lora.names import check_name, valid_name
+from loradeck.train.config import PassConfig
+from loradeck.train.recipe import JobRecipe, RunRecipe, job_recipe
+
+SETTINGS = "lora"  # where clients write a job's settings
+
+
+def is_base(model: str, base: Base) -> bool:
+    """Whether a model's name is the base's own."""
+    return model in (base.name, base.source)
+
+
+def adapter_name(request: JobRequest, base: Base, id: str) -> str:
+    """Return the name that a job publishes its adapter under: as asked, its parent's, or one of its own.
+
+    A name of its own has the job's id in it, so that nobody else can guess it; without an id it is "".
+
+    Raises:
+        AdapterNameError: the name that was asked for is invalid.
+    """
+    if request.suffix is not None:
+        check_name(request.suffix)
+        return request.suffix
+    if is_base(request.model, base):
+        return f"{valid_name(Path(base.name).name)[:64]}-{id.removeprefix('ftjob-')}" if id else ""
+    return valid_name(request.model.partition("@")[0])
+
+
+def check_settings(request: JobRequest, parent: Path | None) -> JobRecipe:
+    """Return the recipe of a request whose files are not there yet.
+
+    Raises:
+        ConfigError: unknown settings or invalid values; every one is named.
+    """
+    if request.learning_rate_multiplier is not None:
+        if not 0 < request.learning_rate_multiplier <= 1000:
+            raise ConfigError(
+                f"learning_rate_multiplier is {request.learning_rate_multiplier}, not a number above 0, up to 1000"
+            )
+        if request.settings.get("learning_rate") is not None:
+            raise ConfigError("learning_rate and learning_rate_multiplier exclude each other", hint="Give one of them.")
+    settings: dict[str, Any] = dict(request.settings)
+    if request.seed is not None:
+        settings.setdefault("seed", request.seed)
+    fixed = {"name": "new", "data": "", "valid": None, "from": parent and str(parent)}
+    return job_recipe(settings, SETTINGS, **fixed)
+
+
+def run_recipe(record: JobRecord, base: Base, config: LiveConfig, folder: JobFolder) -> RunRecipe:
+    """Return the recipe of a job's run in its folder.
+
+    Raises:
+        ConfigError: its settings are invalid, or its training file is gone.
+    """
+    request = record.request
+    paths = {kind: folder.taken(kind) for kind in (TRAINING, VALIDATION, PARENT)}
+    data, valid, parent = paths.values()
+    if data is None:
+        raise ConfigError(f"the file {request.training_file} was deleted", hint="Upload it again.")
+    recipe = check_settings(request, parent)
+    job = replace(recipe, name=record.id, data=str(data), valid=None if valid is None else str(valid))
+    shared = PassConfig(
+        max_tokens=config.train_tokens, checkpoint_every=config.checkpoint_every, keep_checkpoints=1, samples=0
+    )
+    return RunRecipe(base=base.source, task=base.task, shared=shared, jobs=(job,))

@@ -1,0 +1,66 @@
+"""What a job trains and validates on, read from its recipe's dataset."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from loradeck.base.load import Base
+from loradeck.dataset.config import DataConfig
+from loradeck.dataset.finding import FIRST
+from loradeck.dataset.held_out import held_out
+from loradeck.dataset.read import Dataset, SplitExamples, read_dataset
+from loradeck.dataset.source import Position
+from loradeck.train.inputs import read_parent
+from loradeck.train.recipe import JobRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class JobData:
+    """A job's dataset, and its examples to train and to validate on."""
+
+    dataset: Dataset
+    train: SplitExamples
+    valid: SplitExamples
+
+
+def read_data(
+    jobs: Iterable[JobRecipe],
+    base: Base,
+    on_read: Callable[[Position], None] | None = None,
+    *,
+    places: int = FIRST,
+) -> dict[str, JobData]:
+    """Read the data of jobs, by their names; a dataset of several is read once. `on_read` is called after each record.
+
+    An error of a dataset tells the first `places` of each cause.
+
+    Raises:
+        DataError: a dataset cannot be trained on.
+        AdapterError, ConfigError: the adapter that a job goes on from is not valid, or has other settings.
+    """
+
+    @cache
+    def read(source: str, max_length: int, config: DataConfig, labels: tuple[str, ...] = ()) -> Dataset:
+        return read_dataset(
+            source,
+            base.tokenizer,
+            max_length,
+            config,
+            task=base.task,
+            labels=labels,
+            places=places,
+            on_read=on_read,
+        )
+
+    data: dict[str, JobData] = {}
+    for job in jobs:
+        labels = read_parent(job).origin.labels if job.from_ else ()
+        dataset = read(job.data, job.train.max_length, job.reading, labels)
+        train, valid = dataset.train, dataset.valid
+        if job.valid is not None:
+            other = read(job.valid, job.train.max_length, job.reading, dataset.labels)
+            valid = other.valid or other.train
+        elif not valid and job.train.valid_ratio:
+            train, valid = held_out(train, job.train.valid_ratio, job.train.seed)
+        data[job.name] = JobData(dataset, train, valid)
+    return data
