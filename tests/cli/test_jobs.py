@@ -1,5 +1,6 @@
 """`loradeck serve --train` as a process, and `loradeck jobs` on it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,7 +14,13 @@ from typing import Any
 
 import openai
 import pytest
+from tests.api.conftest import LocalServer
 
+from loradeck import Base
+from loradeck.api.auth import ApiKey, ApiKeys
+from loradeck.api.metrics import Metrics
+from loradeck.live.live_training import LiveTraining
+from loradeck.serve.engine import Engine
 from loradeck.store import AdapterStore
 
 TIMEOUT = 600.0  # seconds; only a deadlock takes as long
@@ -99,3 +106,104 @@ def test_flags_are_checked_before_the_base_is_loaded(run: Callable[..., Any], fl
     ran = run("serve", "nothing", *flags)
     assert ran.code == 2
     assert says in ran.err
+
+
+KEY = "k" * 8
+
+
+@pytest.fixture
+def url(base: Base, tmp_path: Path, one_thread: None) -> Iterator[str]:
+    """A server in this process that trains, with a key."""
+    metrics = Metrics("tiny")
+    (tmp_path / "store").mkdir()
+    keys = ApiKeys([ApiKey("alice", hashlib.sha256(KEY.encode()).hexdigest(), train=True)])
+    with (
+        Engine(base, AdapterStore(tmp_path / "store"), observer=metrics) as engine,
+        LiveTraining(engine, tmp_path / "live") as training,
+        LocalServer(engine, metrics, {"keys": keys, "training": training}).listening() as (url, _),
+    ):
+        yield url
+
+
+@pytest.fixture
+def jobs(run: Callable[..., Any], url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setenv("LORADECK_KEY", KEY)
+    return lambda *arguments: run("jobs", *arguments, "--server", url)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=TIMEOUT) as client:
+        yield client
+
+
+def test_jobs_are_listed_shown_watched_and_changed(jobs: Callable[..., Any], client: openai.OpenAI) -> None:
+    assert jobs().out.startswith("no jobs on http://")
+    first = create(client, "ah", epochs=2)
+    watched = jobs("watch", "ah")
+    assert watched.code == 0, watched.err
+    assert watched.out.strip().endswith(f"{first} is succeeded: ah@1")
+    assert "6/6" in watched.out
+    assert jobs("watch").out.strip().endswith("ah@1")  # of one that has ended
+    second = create(client, "bee", epochs=5000)
+    paused = jobs("pause", "bee")
+    assert (paused.code, paused.out.strip()) == (0, f"{second} is paused")
+    table = jobs("ls").out.splitlines()
+    assert table[0].split() == ["name", "status", "steps", "adapter", "model", "created", "id"]
+    assert [line.split()[:2] for line in table[1:3]] == [["bee", "paused"], ["ah", "succeeded"]]
+    assert jobs("resume", second).code == 0
+    assert jobs("cancel", second).out.strip() == f"{second} is cancelled"
+    shown = jobs("show", "ah").out
+    assert all(
+        part in shown for part in (first, "succeeded", "ah@1", "6/6", "r=2", "The job has successfully completed")
+    )
+    assert json.loads(jobs("show", "--json").out)["id"] == second
+    assert [job["id"] for job in json.loads(jobs("--json").out)] == [second, first]
+
+
+def test_a_job_that_failed_is_an_error(jobs: Callable[..., Any], client: openai.OpenAI) -> None:
+    file = client.files.create(file=("train.jsonl", b"{broken"), purpose="fine-tune")
+    client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="ah")
+    ran = jobs("watch", "ah")
+    assert ran.code == 2
+    assert " failed: " in ran.err
+    assert "train.jsonl" in ran.err
+    assert "train.jsonl" in jobs("show", "ah").out
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "60"])
+def test_a_narrow_terminal(
+    jobs: Callable[..., Any], client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    create(client, "ah", epochs=1)
+    jobs("watch")
+    monkeypatch.setenv("COLUMNS", columns)
+    out = jobs("ls").out
+    assert "ah" in out
+    assert "succeeded" in out
+    assert "created" in out.partition("no room for ")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["cancel"], "cancel needs a job\nGive its id; `loradeck jobs` lists them."),
+        (["show", "ah"], "no job is named 'ah'\n`loradeck jobs` lists them."),
+        (["watch"], "has no jobs"),
+        (["cancel", "ftjob-none"], "there is no job 'ftjob-none'"),
+        (["ls", "ah"], "loradeck jobs show ah"),
+        (["watch", "--json"], "loradeck jobs show JOB --json"),
+        (["stop", "ah"], "stop"),
+        (["--key", "wrong"], "Invalid API key"),
+    ],
+)
+def test_errors_are_in_the_words_of_flags(jobs: Callable[..., Any], arguments: list[str], says: str) -> None:
+    ran = jobs(*arguments)
+    assert ran.code == 2
+    assert says in ran.err
+
+
+def test_no_server(run: Callable[..., Any]) -> None:
+    ran = run("jobs", "--server", "http://127.0.0.1:1")
+    assert ran.code == 2
+    assert "cannot reach http://127.0.0.1:1" in ran.err
