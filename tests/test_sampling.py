@@ -297,5 +297,11 @@ def test_numbers_out_of_their_bounds_are_refused(wrong: dict) -> None:
         SamplingParams(**wrong)
 
 
+def test_an_answer_cannot_need_more_tokens_than_it_may_have() -> None:
+    assert SamplingParams(max_tokens=4, min_tokens=4).min_tokens == 4
+    with pytest.raises(ConfigError, match="min_tokens is 5, and the answer may have at most 4 tokens"):
+        SamplingParams(max_tokens=4, min_tokens=5)
+
+
 def test_a_stop_string_may_be_given_alone() -> None:
     assert SamplingParams(stop="END").stop == ("END",)

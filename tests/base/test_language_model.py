@@ -213,6 +213,21 @@ def test_a_language_model_that_transformers_has_no_class_for_is_refused(folder: 
         load(path)
 
 
+@pytest.mark.parametrize("task", ["classify", "tokens", "reward"])
+def test_for_tasks_that_transformers_has_no_whole_model_for_the_language_model_is_saved_first(
+    folder: Callable[..., Path], tmp_path: Path, task: str
+) -> None:
+    path = folder("qwen2.5-vl")
+    with pytest.raises(BaseModelError) as caught:
+        load(path, task=task)
+    assert caught.value.message == f"{path} is a qwen2_5_vl; transformers has no such model for the task {task}"
+    assert caught.value.hint.startswith("Save the model and the tokenizer of Base.load(BASE)")
+    base = load(path)
+    base.model.save_pretrained(tmp_path / "text")
+    base.tokenizer.save_pretrained(tmp_path / "text")
+    assert load(tmp_path / "text", task=task).model.config.model_type == "qwen2"
+
+
 def test_code_of_its_own_is_never_run(folder: Callable[..., Path]) -> None:
     path = folder("llava")
     config = json.loads((path / "config.json").read_text())

@@ -304,8 +304,8 @@ def test_bad_requests_are_refused(live: Live) -> None:
         live.training.create(JobRequest(owner="us", model="tiny", training_file=theirs))
     with pytest.raises(AdapterNameError):
         live.create(AHOY, suffix="../poet")
+    job = live.end(live.create(AHOY, settings={"epochs": 1}))
     with pytest.raises(ConfigError, match="fine-tune-results"):
-        job = live.end(live.create(AHOY, settings={"epochs": 1}))
         live.training.create(JobRequest(model="tiny", training_file=job.result_files[0]))
     assert len([*(live.folder / "live" / "jobs").iterdir()]) == 1, "nothing is left of what was refused"
 

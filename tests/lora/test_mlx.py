@@ -151,6 +151,17 @@ def test_modules_outside_of_the_layers_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "mlx").exists()
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_a_multimodal_model_is_to_be_merged_instead(tmp_path: Path, prefix: str) -> None:
+    """mlx-lm has such models under paths of their own, and ignores keys that name none."""
+    pairs = {f"{prefix}layers.0.self_attn.q_proj": (torch.randn(2, 4), torch.randn(5, 2))}
+    Adapter.of(LoraConfig(r=2), pairs).save(tmp_path / "peft")
+    with pytest.raises(UnsupportedError, match="q_proj is in the language model of a multimodal base") as caught:
+        convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
+    assert caught.value.hint_for("cli") == "Merge it into its base, with loradeck merge, and convert that model."
+    assert not (tmp_path / "mlx").exists()
+
+
 def ask(base: Path, **asked: Any) -> list[Tensor]:
     """Return mlx-lm's logits, for each row (tokens, vocabulary)."""
     done = subprocess.run(

@@ -91,7 +91,7 @@ def test_the_head_runs_on_the_supervised_positions_alone(
     tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And, if it is frozen, on a few of them at a time."""
-    losses, forward = Losses(tiny), nn.Linear.forward
+    losses, forward, mm = Losses(tiny), nn.Linear.forward, torch.mm
     rows: list[int] = []
 
     def count(module: nn.Linear, hidden: Tensor) -> Tensor:
@@ -99,7 +99,12 @@ def test_the_head_runs_on_the_supervised_positions_alone(
             rows.append(hidden.numel() // hidden.shape[-1])
         return forward(module, hidden)
 
+    def count_mm(hidden: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        return mm(hidden, weight, out=out)
+
     monkeypatch.setattr(nn.Linear, "forward", count)
+    monkeypatch.setattr(torch, "mm", count_mm)
     monkeypatch.setattr(loss, "ROWS", 2)
     for trainable in (False, True):
         tiny.lm_head.requires_grad_(trainable)
@@ -107,6 +112,26 @@ def test_the_head_runs_on_the_supervised_positions_alone(
             pass
     assert rows == [2, 2, 1, SUPERVISED]
     assert not tiny.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_the_head_at_a_time_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(7, 16, generator=generator).to(dtype)
+    targets = torch.randint(50, (7,), generator=generator)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        losses = loss.HeadLoss.apply(leaf, head, targets, True)
+        losses.sum().backward()
+        assert leaf.grad is not None
+        return losses, leaf.grad
+
+    whole = compute()
+    monkeypatch.setattr(loss, "PART", 16 * 11)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(compute(), whole, rtol=rounding, atol=rounding * float(whole[1].abs().max()))
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, UpcastLinear])

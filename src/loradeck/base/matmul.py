@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loradeck.base.pauses import pause
 from loradeck.dtypes import computes_in
 
 FEW = 4  # rows up to which reading the weight in half precision is faster than converting it
@@ -40,10 +41,15 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return dx.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
 
 
-def blocks(weight: Tensor) -> Iterator[slice]:
-    """Yield slices of the outputs of a weight (out, in), each with at most BLOCK weights, or a single output."""
-    step = max(1, BLOCK // weight.shape[1])
-    return (slice(at, at + step) for at in range(0, len(weight), step))
+def blocks(weight: Tensor, size: int = BLOCK) -> Iterator[slice]:
+    """Yield slices of the outputs of a weight (out, in), each with at most `size` weights, or a single output.
+
+    There is a pause after each.
+    """
+    step = max(1, size // weight.shape[1])
+    for at in range(0, len(weight), step):
+        yield slice(at, at + step)
+        pause()
 
 
 def _is_emulated(x: Tensor, weight: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loradeck.base.frozen import FrozenLinear, Layout
 from loradeck.base.matmul import BLOCK, linear
+from loradeck.base.pauses import pause
 from loradeck.dtypes import computes_in
 from loradeck.native.blocks import FORMATS, OUTPUTS
 from loradeck.native.library import any_library, multiplies_halves
@@ -145,12 +146,16 @@ class QuantisedEmbedding(_QuantisedLayout, nn.Embedding):
 
 
 def _parts(weight: Quantised, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of the outputs with their plain weights (out', in), which hold until the next are taken."""
+    """Yield slices of the outputs with their plain weights (out', in), which hold until the next are taken.
+
+    There is a pause after each.
+    """
     step = max(1, BLOCK // weight.inputs // OUTPUTS) * OUTPUTS
     room = _room.of(step * weight.inputs)
     for at in range(0, weight.outputs, step):
         rows = slice(at, min(at + step, weight.outputs))
         yield rows, weight.dense(rows, dtype, room)
+        pause()
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -70,8 +70,10 @@ class JobQueue:
         """Return the jobs that train from now on."""
         admitted: list[str] = []
         while self._waiting:
-            oldest = {ticket.owner: ticket for ticket in reversed(self._waiting.values())}
-            owner = self._deficits.first(sorted(reversed(oldest), key=lambda owner: self._turns.get(owner, 0)))
+            oldest: dict[str, Ticket] = {}
+            for ticket in self._waiting.values():
+                oldest.setdefault(ticket.owner, ticket)
+            owner = self._deficits.first(sorted(oldest, key=lambda owner: self._turns.get(owner, 0)))
             assert owner is not None
             ticket = oldest[owner]
             if self._training and sum(other.nbytes for other in self._training.values()) + ticket.nbytes > self.budget:

@@ -17,9 +17,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from loradeck.base.pauses import pauses
 from loradeck.errors import BusyError, ConfigError, Interruption
 from loradeck.live.config import LiveConfig
-from loradeck.live.turns import Turns, pauses
+from loradeck.live.turns import Turns
 from loradeck.lora.bank import Bank
 from loradeck.serve.request_engine import RequestEngine
 

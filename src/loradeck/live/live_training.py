@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -180,16 +181,17 @@ class LiveTraining:
         return record
 
     def resume(self, id: str, owner: str) -> JobRecord:
-        """Let a paused job go on.
+        """Let a paused job go on, or one that a full disk stopped.
 
         Raises:
             UnknownJobError: the owner has no such job.
-            ConfigError: it is not paused.
+            ConfigError: it goes on already, or has ended.
             BusyError: the engine is shutting down.
         """
         with self._lock:
             self._check_open()
-            record = self._check_status(id, owner, "resumed", "paused")
+            stopped = () if id in self._wanted else ("validating_files", "queued", "running")
+            record = self._check_status(id, owner, "resumed", "paused", *stopped)
             status: JobStatus = "validating_files" if record.total_steps is None else "queued"
             record = self.jobs.update(id, status=status, error=None)
             self._say(id, "The job was resumed")
@@ -247,7 +249,15 @@ class LiveTraining:
         id = record.id
         if id not in self._wanted or id in self._queue:
             return
-        plan = plan_job(record, self.base, self.config, self._folder(id), self._measure, partial(self._on_read, id))
+        plan = plan_job(
+            record,
+            self.base,
+            self._trainer.bank,
+            self.config,
+            self._folder(id),
+            self._measure,
+            partial(self._on_read, id),
+        )
         with self._lock:
             if id not in self._wanted or id in self._queue:
                 return
@@ -256,7 +266,7 @@ class LiveTraining:
                 self._say(id, "Files validated, moving job to queued state")
             self._queue.add(Ticket(id, record.request.owner, plan.memory, plan.tokens))
             self._plans[id] = plan if len(self._plans) < KEPT_DATA else None
-        self._admit()
+        self._admit_later()
 
     def _on_read(self, id: str, _: Position) -> None:
         if id not in self._wanted:
@@ -265,24 +275,34 @@ class LiveTraining:
     def _measure(self, job: JobRecipe, data: JobData) -> Footprint:
         return self._trainer.call(partial(footprint, self.base, job, data)).result()
 
+    def _admit_later(self) -> None:
+        with suppress(RuntimeError):  # closed
+            self._writer.submit(self._admit)
+
     def _admit(self) -> None:
         """Start the jobs whose turn it is."""
         with self._lock:
             for id in () if self._closed else self._queue.admit():
-                record = self.jobs.update(id, status="running")
-                if record.started_at is None:
-                    record = self.jobs.update(id, started_at=int(time.time()))
-                    self._say(id, "Fine-tuning job started")
-                if plan := self._plans[id]:
-                    self._guarded(record, partial(self._start, record, plan))
-                else:
-                    self._reader.submit(self._guarded, record, partial(self._start_unread, record))
+                record = self.jobs.record(id)
+                self._guarded(record, partial(self._start, record))
 
-    def _start_unread(self, record: JobRecord) -> None:
+    def _start(self, record: JobRecord) -> None:
+        id = record.id
+        if record.started_at is None:
+            self._say(id, "Fine-tuning job started")
+        record = self.jobs.update(id, status="running", started_at=record.started_at or int(time.time()))
+        if plan := self._plans[id]:
+            self._train(record, plan)
+        else:
+            self._reader.submit(self._guarded, record, partial(self._train_unread, record))
+
+    def _train_unread(self, record: JobRecord) -> None:
         folder, on_read = self._folder(record.id), partial(self._on_read, record.id)
-        self._start(record, plan_job(record, self.base, self.config, folder, self._measure, on_read))
+        self._train(
+            record, plan_job(record, self.base, self._trainer.bank, self.config, folder, self._measure, on_read)
+        )
 
-    def _start(self, record: JobRecord, plan: JobPlan) -> None:
+    def _train(self, record: JobRecord, plan: JobPlan) -> None:
         id = record.id
         job = LiveJob(plan.recipe, plan.data, self._folder(id), self.jobs, self._followers.wake)
         with self._lock:
@@ -351,6 +371,7 @@ class LiveTraining:
             with self._lock:
                 if id not in self._wanted and not self._closed:
                     return  # it was cancelled or paused meanwhile
+                self._wanted.discard(id)
                 finished_at = None if full else int(time.time())
                 status: JobStatus = "paused" if full else "failed"
                 self._say(id, problem.message, level="warn" if full else "error")
@@ -358,7 +379,7 @@ class LiveTraining:
             if not full:
                 self._folder(id).free()
         except StorageError:
-            log.exception("the job %s rests until the next start", id)
+            log.exception("the job %s rests until it is resumed, or until the next start", id)
 
     def _leave_queue(self, id: str) -> None:
         """Give a job's place to another; one that was paused and resumed meanwhile waits again."""
@@ -372,7 +393,7 @@ class LiveTraining:
                 self._folder(id).free()
             if id in self._wanted:
                 self._plan_later(record)
-        self._admit()
+        self._admit_later()
 
     def _take_out(self, id: str) -> None:
         """Let a job neither be read, nor wait, nor train."""
@@ -381,7 +402,7 @@ class LiveTraining:
         else:
             self._queue.remove(id)
             self._plans.pop(id, None)
-            self._admit()
+            self._admit_later()
 
     # ---- records
 

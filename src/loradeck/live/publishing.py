@@ -6,7 +6,7 @@ import msgspec
 
 from loradeck.disk import write_file
 from loradeck.errors import UnknownAdapterError
-from loradeck.live.job_folder import JobFolder
+from loradeck.live.job_folder import JobFolder, remove
 from loradeck.live.metrics_file import metrics_csv
 from loradeck.live.records import JobRecord
 from loradeck.live.uploads import Uploads
@@ -26,7 +26,9 @@ def publish(record: JobRecord, folder: JobFolder, store: AdapterStore) -> Stored
     """
     digest = read_stored(record.name, 0, folder.path, None).sha256()
     intent = folder.path / INTENT
-    if not intent.exists():
+    if intent.exists():  # what another attempt left, which a kill ended
+        remove(path for path in store.folder.iterdir() if path.name.startswith(f".{record.name}@"))
+    else:
         write_file(intent, msgspec.json.encode(max(_versions(store, record.name), default=0)))
     before = msgspec.json.decode(intent.read_bytes(), type=int)
     for number in reversed(_versions(store, record.name)):

@@ -1,16 +1,8 @@
-"""Whose turn it is: training gives way to requests between the layers of the base.
+"""Whose turn it is to compute: training's or the requests'."""
 
-A pass is cut where one module ends and the next begins, forward and backward, and nowhere else. So it computes the same
-numbers whatever is served meanwhile.
-"""
-
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from torch import Tensor, nn
 
 
 class Turns:
@@ -49,31 +41,3 @@ class Turns:
             if self._clock() >= end:
                 break
         self._start = self._clock()
-
-
-@contextmanager
-def pauses(model: nn.Module, pause: Callable[[], None]) -> Iterator[None]:
-    """Within the block, call `pause` after each module of a model in the forward pass, and before it in the backward.
-
-    Only modules without children count, and only in this thread: on a GPU, autograd computes the backward pass in
-    another one.
-    """
-    thread = threading.get_ident()
-
-    def before(_: Tensor) -> None:
-        if threading.get_ident() == thread:
-            pause()
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        if threading.get_ident() == thread:
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(before)
-            pause()
-
-    leaves = [module for module in model.modules() if next(module.children(), None) is None]
-    handles = [module.register_forward_hook(after) for module in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

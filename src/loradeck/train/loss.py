@@ -4,7 +4,7 @@ B examples   H hidden size   V vocabulary   N positions of the batch that predic
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,13 +16,15 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from loradeck.base.frozen import FrozenLinear
-from loradeck.base.matmul import input_grad
+from loradeck.base.matmul import blocks, input_grad
+from loradeck.base.pauses import pause
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.train.batching import Batch, collate
 from loradeck.train.packing import can_pack, packed_sequences
 
 # Rows of the head at once: enough for a fast matrix product, few enough that (rows, V) stays small.
 ROWS = 128
+PART = 1 << 22  # weights of the head at once: as fast as all of them, with a pause after a few milliseconds
 
 
 class Losses:
@@ -85,16 +87,18 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore [bad-override]  (torch's Function takes any signature)
     def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, differentiate: bool) -> Tensor:
-        head_back = head.input_grad if isinstance(head, FrozenLinear) else partial(input_grad, weight=head.weight)
+        product, head_back = _products(head)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for rows, row_targets in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-            logprobs = head.forward(rows).to(dtype).log_softmax(-1)
+            logprobs = product(rows).to(dtype).log_softmax(-1)
+            pause()
             losses.append(-logprobs.gather(1, row_targets[:, None]).squeeze(1))
             if differentiate:
                 probs = logprobs.exp_()
                 probs[torch.arange(len(row_targets), device=row_targets.device), row_targets] -= 1
+                pause()
                 gradients.append(head_back(probs.to(hidden.dtype)))
         ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
         return torch.cat(losses)
@@ -105,6 +109,33 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def _products(head: nn.Linear) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return the head's product, rows (N, H) -> (N, V), and its gradient, (N, V) -> (N, H); no bias."""
+    weight = head.weight
+    if isinstance(head, FrozenLinear):
+        return head.forward, head.input_grad
+    if not weight.is_cpu:
+        return head.forward, partial(input_grad, weight=weight)
+
+    def product(rows: Tensor) -> Tensor:
+        y = rows.new_empty(len(rows), len(weight))
+        for part in blocks(weight, PART):
+            torch.mm(rows, weight[part].T, out=y[:, part])
+        return y
+
+    def gradient(grad: Tensor) -> Tensor:
+        # The sum over the parts is rounded once.
+        dx = torch.zeros(len(grad), weight.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+        for part in blocks(weight, PART):
+            if grad.dtype == dx.dtype:
+                dx.addmm_(grad[:, part], weight[part])
+            else:
+                dx += grad[:, part] @ weight[part]
+        return dx.to(grad.dtype)
+
+    return product, gradient
 
 
 @torch.no_grad()
