@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from loradeck.base.load import Base
-from loradeck.errors import AdapterError, ConfigError, UnsupportedError
+from loradeck.errors import AdapterError, BaseModelError, ConfigError, UnsupportedError
 from loradeck.gguf import adapter as gguf
 from loradeck.gguf.architecture import read_architecture
 from loradeck.llamacpp import check_installed
@@ -88,14 +88,25 @@ def convert(
         raise ConfigError(f"{output} {what}", hint="Give a new one; nothing was written.")
     if to == "gguf":
         check_installed("conversion to gguf")
-    reading = _Reading(source, base)
-    _check_saved(reading, to, rank)
-    adapter = _plain(reading, Path(initial) if initial is not None else None)
-    done = Conversion(output, adapter, 0.0)
-    if rank is not None:
-        lowered = lower_rank(adapter, rank)
-        done = Conversion(output, lowered.adapter, 0.0, lowered.error, lowered.errors)
-    return _write(done, reading, to, dtype)
+    try:
+        reading = _Reading(source, base)
+        _check_saved(reading, to, rank)
+        adapter = _plain(reading, Path(initial) if initial is not None else None)
+        done = Conversion(output, adapter, 0.0)
+        if rank is not None:
+            lowered = lower_rank(adapter, rank)
+            done = Conversion(output, lowered.adapter, 0.0, lowered.error, lowered.errors)
+        return _write(done, reading, to, dtype)
+    except BaseModelError as error:
+        if base is not None:
+            raise
+        raise BaseModelError(
+            f"the base that {source} names cannot be used: {error.message}",
+            error.problems,
+            hint=error.hint,
+            python="Or pass another as base=.",
+            cli="Or give another with --base.",
+        ) from error
 
 
 class _Reading:
