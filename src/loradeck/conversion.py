@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from loradeck.base.load import Base
-from loradeck.errors import AdapterError, ConfigError, UnsupportedError
+from loradeck.errors import AdapterError, BaseModelError, ConfigError, UnsupportedError
 from loradeck.gguf import adapter as gguf
 from loradeck.gguf.architecture import read_architecture
 from loradeck.llamacpp import check_installed
-from loradeck.lora import compatibility, foreign, hub, initial, mlx, torch_file
+from loradeck.lora import compatibility, foreign, hub, initial, mlx, torch_file, vocabulary
 from loradeck.lora.adapter import DTYPES, Adapter, raw
 from loradeck.lora.combine import lower_rank
 from loradeck.lora.folder import TENSORS
@@ -88,14 +88,25 @@ def convert(
         raise ConfigError(f"{output} {what}", hint="Give a new one; nothing was written.")
     if to == "gguf":
         check_installed("conversion to gguf")
-    reading = _Reading(source, base)
-    _check_saved(reading, to, rank)
-    adapter = _plain(reading, Path(initial) if initial is not None else None)
-    done = Conversion(output, adapter, 0.0)
-    if rank is not None:
-        lowered = lower_rank(adapter, rank)
-        done = Conversion(output, lowered.adapter, 0.0, lowered.error, lowered.errors)
-    return _write(done, reading, to, dtype)
+    try:
+        reading = _Reading(source, base)
+        _check_saved(reading, to, rank)
+        adapter = _plain(reading, Path(initial) if initial is not None else None)
+        done = Conversion(output, adapter, 0.0)
+        if rank is not None:
+            lowered = lower_rank(adapter, rank)
+            done = Conversion(output, lowered.adapter, 0.0, lowered.error, lowered.errors)
+        return _write(done, reading, to, dtype)
+    except BaseModelError as error:
+        if base is not None:
+            raise
+        raise BaseModelError(
+            f"the base that {source} names cannot be used: {error.message}",
+            error.problems,
+            hint=error.hint,
+            python="Or pass another as base=.",
+            cli="Or give another with --base.",
+        ) from error
 
 
 class _Reading:
@@ -187,18 +198,27 @@ class _Reading:
             return Adapter.from_files(files)
         _, copy = files.entries[files.copies[0]]
         model = self.model("to compare the copies of its weights", dtype=DTYPES[copy.dtype])
-        files = files.respelled(compatibility.respelling(model, {}, files))
-        return Adapter.from_files(files, check_copy=partial(compatibility.why_not_a_copy, model))
+        files = vocabulary.fitted(
+            vocabulary.modules(model), files.respelled(compatibility.respelling(model, {}, files))
+        )
+        adapter = Adapter.from_files(files, check_copy=partial(compatibility.why_not_a_copy, model))
+        adapter.base_modules = {path: model.get_submodule(path) for path in adapter.added}
+        return adapter
 
 
 def _check_saved(reading: _Reading, to: Format, rank: int | None) -> None:
-    """Refuse an adapter that replaces modules of the base where these would be lost."""
+    """Refuse an adapter that replaces modules of the base, or adds rows to them, where these would be lost."""
     saved = ", ".join(reading.adapter.saved)
     if saved and to != "peft":
         what = f"{reading.source} replaces {saved}, which {to} has no place for"
         raise UnsupportedError(what, hint="Merge it into its base, and convert that model.")
     if saved and rank is not None:
         raise UnsupportedError(f"{reading.source} replaces {saved}, so its rank cannot be lowered")
+    if reading.adapter.added and to != "peft":
+        what = f"{reading.source} has tokens that its base has not, which {to} has no place for"
+        raise UnsupportedError(what, hint="Merge it into its base, and convert that model.")
+    if reading.adapter.added and rank is not None:
+        raise UnsupportedError(f"{reading.source} has tokens that its base has not, so its rank cannot be lowered")
 
 
 def _plain(reading: _Reading, folder: Path | None) -> Adapter:

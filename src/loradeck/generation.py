@@ -1,12 +1,14 @@
 """Text from prompts, each through its own adapter: a whole batch at once, or one answer as a stream."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loradeck.base.compat import cache_argument
@@ -19,8 +21,12 @@ from loradeck.runner.native_batch import NativeBatch, native_model, packed_adapt
 from loradeck.sampling import SamplingParams, Token, TokenSequence, next_tokens
 
 if TYPE_CHECKING:
+    from loradeck.lora.adapter import Adapter
     from loradeck.lora.bank import Bank
     from loradeck.lora.routing import RouteEntry
+
+log = logging.getLogger(__name__)
+_reported: "WeakSet[Adapter]" = WeakSet()  # those of which the log says that the step cannot compute them
 
 
 def generate(
@@ -63,7 +69,7 @@ def generate(
             hint="Give one entry per prompt, or one for all.",
         )
     tokenizers = tokenizers_of(base, bank, entries)
-    sequences = _sequences(base, tokenizers, prompts, max_new_tokens, temperature, top_p, seed)
+    sequences = _sequences(base, bank, entries, tokenizers, prompts, max_new_tokens, temperature, top_p, seed)
     for _ in _steps(base, bank, sequences, adapters, activations):
         if on_step is not None:
             on_step(max(sequence.generated for sequence in sequences))
@@ -90,7 +96,7 @@ def stream(
     """
     _route(bank, adapter)  # raises now if the adapter is unknown, not at the first piece
     tokenizers = tokenizers_of(base, bank, [adapter])
-    sequences = _sequences(base, tokenizers, [prompt], max_new_tokens, temperature, top_p, seed)
+    sequences = _sequences(base, bank, [adapter], tokenizers, [prompt], max_new_tokens, temperature, top_p, seed)
     text = Detokenizer(tokenizers[0])
     steps = _steps(base, bank, sequences, adapter, activations)
     return (piece for tokens in steps for token in tokens.values() if (piece := text.push(token.id)))
@@ -113,12 +119,27 @@ def tokenizers_of(base: Base, bank: "Bank | None", entries: "Sequence[RouteEntry
     return tokenizers
 
 
+def _vocabulary(base: Base, bank: "Bank | None", entry: "RouteEntry", tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return how many tokens a row of an entry may choose from; None for all that the model has."""
+    from loradeck.lora.added_rows import shared_count
+    from loradeck.lora.routing import weights_of
+
+    embedding, weights = base.model.get_input_embeddings(), weights_of(entry)
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    if bank is None or (len(weights) > 1 and tokenizer is base.tokenizer):  # a blend whose tokenizers differ
+        return embedding.num_embeddings
+    return embedding.num_embeddings + shared_count((bank[name].added_tokens, weight) for name, weight in weights)
+
+
 def _entries(adapters: "RouteEntry | Sequence[RouteEntry]", count: int) -> "list[RouteEntry]":
     return [*adapters] if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters] * count
 
 
 def _sequences(
     base: Base,
+    bank: "Bank | None",
+    entries: "Sequence[RouteEntry]",
     tokenizers: Sequence[PreTrainedTokenizerBase],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -137,8 +158,9 @@ def _sequences(
                 max_tokens=length, temperature=temperature, top_p=top_p, seed=None if seed is None else seed + i
             ),
             stop_ids=stop_ids(tokenizer, base.model.generation_config),
+            vocabulary=_vocabulary(base, bank, entry, tokenizer),
         )
-        for i, (tokenizer, row) in enumerate(zip(tokenizers, rows, strict=True))
+        for i, (tokenizer, row, entry) in enumerate(zip(tokenizers, rows, entries, strict=True))
     ]
 
 
@@ -193,13 +215,17 @@ def _native_batch(
     entries = _entries(adapters, len(sequences))
     packed: dict[str, NativeAdapter] = {}
     with _route(bank, adapters):  # raises if an adapter is unknown
-        try:
-            for entry in entries:
-                for name, _ in weights_of(entry):
-                    if bank is not None and name not in packed:
-                        packed[name] = packed_adapter(native, bank[name])
-        except ValueError:  # it adapts what the step does not know
-            return None
+        for entry in entries:
+            for name, _ in weights_of(entry):
+                if bank is None or name in packed:
+                    continue
+                try:
+                    packed[name] = packed_adapter(native, bank[name])
+                except ValueError as error:
+                    if bank[name] not in _reported:
+                        _reported.add(bank[name])
+                        log.warning("answers with %s are computed by transformers' modules: %s", name, error)
+                    return None
     uses = [tuple((packed[name], weight) for name, weight in weights_of(entry)) for entry in entries]
     return NativeBatch(native, [sequence.prompt for sequence in sequences], uses, sequences[0].sampling.max_tokens)
 

@@ -27,7 +27,7 @@ class SamplingParams:
     """How the tokens of an answer are chosen and when it ends, in vLLM's words.
 
     Raises:
-        ConfigError: a value out of its bounds.
+        ConfigError: a value out of its bounds, or `min_tokens` above `max_tokens`.
     """
 
     max_tokens: int = 128
@@ -80,6 +80,11 @@ class SamplingParams:
         problems = [f"{name}={getattr(self, name)!r}" for name, valid in bounds.items() if not valid]
         if problems:
             raise ConfigError("invalid sampling parameters", problems, hint="Give values within their bounds.")
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens is {self.min_tokens}, and the answer may have at most {self.max_tokens} tokens",
+                hint="Give a smaller min_tokens, or a larger max_tokens.",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,8 @@ class TokenSequence:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = field(default=frozenset(), kw_only=True)
     """Tokens that end the answer unless it ignores them: those of the base and of the sequence's tokenizer."""
+    vocabulary: int | None = field(default=None, kw_only=True)
+    """How many tokens there are for its adapters; logits beyond them are other rows'. None: as many as logits."""
     tokens: list[int] = field(init=False)
     """The prompt, then the answer."""
     rng: random.Random | None = field(init=False, default=None)
@@ -183,12 +190,13 @@ class Adjustment:
 def next_tokens(logits: Tensor | Sequence[Tensor], sequences: Sequence[TokenSequence]) -> list[Token | Exception]:
     """Return the next token of each sequence, from logits (N, V); or the error of a sequence that has none.
 
+    Of logits beyond a sequence's vocabulary nothing is seen.
     An error is the sequence's own: the others have drawn their random numbers, and must not draw again.
     """
     rows: list[Row | Exception] = []
     for row, sequence in zip(logits, sequences, strict=True):
         try:
-            rows.append(_row(row, sequence))
+            rows.append(_row(row[: sequence.vocabulary], sequence))
         except Exception as error:
             rows.append(error)
     choices = iter(_choices([row for row in rows if isinstance(row, Row)]))

@@ -46,6 +46,8 @@ class Facts:
     """See `Base.fingerprint`; None if the adapter does not record one."""
     labels: tuple[str, ...]
     """The names of a classifier's labels; () if the adapter does not record any."""
+    has_weights: bool
+    """Whether it has whole weights of modules, which may have rows for tokens that the base has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ def _facts(path: Path, _: Stamp) -> Facts:
         base_model=listing.origin.base_model,
         base_fingerprint=listing.origin.provenance.get("base_fingerprint"),
         labels=listing.origin.labels,
+        has_weights=bool(listing.copies or listing.saved),
     )
 
 

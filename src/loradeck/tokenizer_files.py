@@ -28,6 +28,8 @@ class TokenizerFiles:
 
     folder: Path = Path()
     stamp: Stamp = ()
+    added_tokens: int = 0
+    """How many tokens beyond the base's the adapter of the folder has rows for."""
 
     @classmethod
     def of(cls, folder: Path, stamp: Stamp) -> Self:

@@ -21,6 +21,8 @@ from loradeck.api.metrics import Metrics
 from loradeck.api.server import Server, listen, url_of
 from loradeck.api.state import ServerState
 from loradeck.base.fingerprint import fingerprint
+from loradeck.live.config import LiveConfig
+from loradeck.live.live_training import LiveTraining
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.engine import Engine
 
@@ -163,3 +165,10 @@ class LocalServer:
         assert all(line.startswith("data: ") for line in lines)
         assert lines.pop() == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+@pytest.fixture
+def training_server(server: LocalServer, tmp_path: Path, one_thread: None) -> Iterator[LocalServer]:
+    """A server that trains."""
+    with LiveTraining(server.engine, tmp_path / "live", LiveConfig(checkpoint_every=2)) as training:
+        yield server.configured(training=training)

@@ -276,6 +276,21 @@ def test_the_length_of_an_answer_that_names_none(server: LocalServer, base: Base
     assert configured.request(TEXT, texts).json()["usage"]["completion_tokens"] == 16  # OpenAI's, for completions
 
 
+def test_an_answer_cannot_need_more_tokens_than_it_may_have(server: LocalServer) -> None:
+    context = 256
+    prompt = server.request(CHAT, CHAT_REQUEST).json()["usage"]["prompt_tokens"]
+    for path, body, most in (
+        (CHAT, CHAT_REQUEST, 8),
+        (TEXT, TEXT_REQUEST, 8),
+        (TEXT, {"prompt": "a"}, 16),  # OpenAI's default
+        (CHAT, {**CHAT_REQUEST, "max_tokens": 4000}, context - prompt),
+    ):
+        response = server.request(path, {**body, "min_tokens": 300})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "min_tokens")
+        assert f"min_tokens is 300, and the answer may have at most {most} tokens" in error["message"]
+
+
 def test_stop_strings_of_special_tokens(server: LocalServer, base: Base) -> None:
     start = base.tokenizer.bos_token_id
     forced = {"temperature": 0, "max_tokens": 4, "logit_bias": {str(start): 100}}

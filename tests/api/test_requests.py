@@ -21,6 +21,7 @@ from loradeck.api.requests import (
     LoraScale,
     read_body,
 )
+from loradeck.api.training_requests import Method
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -158,17 +159,20 @@ def fields_of(*kinds: type) -> list[tuple[type, msgspec.inspect.Field]]:
     return [(kind, field) for kind, fields in found.items() for field in fields]
 
 
-REQUESTS = [operation.body for operation in OPERATIONS if operation.body is not None]
+REQUESTS = [each.body for each in OPERATIONS if each.body is not None and each.body_media == "application/json"]
 FIELDS = fields_of(*REQUESTS)
 MINIMUM: dict[str, Any] = {
     "messages": CHAT["messages"], "prompt": "a", "tokens": [], "lora_name": "a", "id": 1, "scale": 1, "role": "user",
     "type": "text", "text": "a", "name": "f", "function": {"name": "f"}, "examples": [{}],
+    "model": "a", "training_file": "a",
 }  # fmt: skip
 
 
 def convert(kind: Any, fields: dict[str, Any]) -> Any:
     required = {
-        field.encode_name: MINIMUM[field.encode_name] for owner, field in FIELDS if owner is kind and field.required
+        field.encode_name: "dpo" if kind is Method else MINIMUM[field.encode_name]
+        for owner, field in FIELDS
+        if owner is kind and field.required
     }
     return msgspec.convert(coercion(kind)({**required, **fields}), kind)
 
@@ -177,6 +181,7 @@ def test_all_request_types_are_looked_at() -> None:
     assert {kind.__name__ for kind, _ in FIELDS} >= {
         "ChatCompletionRequest", "ChatMessage", "TextPart", "ToolCall", "CompletionRequest", "StreamOptions", "LoraScale",
         "TokenizeRequest", "DetokenizeRequest", "LoadAdapterRequest", "UnloadAdapterRequest", "EvaluateRequest",
+        "FineTuningJobRequest", "Method", "DpoHyperparameters",
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from loradeck.cli.blend import load, parse
+from loradeck.cli.blend import load, parse, read
 from loradeck.errors import ConfigError
 from loradeck.lora.bank import Bank
 
@@ -49,7 +49,8 @@ def test_each_folder_is_loaded_once_and_like_names_do_not_clash(adapters: Path, 
     (adapters / "pirate").rename(adapters.parent / "poet")
     bank = Bank(tiny)
     first, second = str(adapters / "poet"), str(adapters.parent / "poet")
-    entries = load(bank, [first, "none", f"{first}*0.5+{second}*0.5", f"{second}*0.5+{adapters}/../poet*0.25"])
+    texts = [first, "none", f"{first}*0.5+{second}*0.5", f"{second}*0.5+{adapters}/../poet*0.25"]
+    entries = load(bank, texts, read(texts))
     assert entries == [{"poet": 1.0}, None, {"poet": 0.5, "poet-2": 0.5}, {"poet-2": 0.75}]
     assert bank.names() == ["poet", "poet-2"]
 
@@ -59,4 +60,5 @@ def test_versions_are_named_after_their_adapter(adapters: Path, tiny: LlamaForCa
         (adapters / name).rename(adapters / f"poet@{version}")
     bank = Bank(tiny)
     first, second = str(adapters / "poet@1"), str(adapters / "poet@2")
-    assert load(bank, [first, f"{second}*0.5+{first}"]) == [{"poet": 1.0}, {"poet-2": 0.5, "poet": 1.0}]
+    texts = [first, f"{second}*0.5+{first}"]
+    assert load(bank, texts, read(texts)) == [{"poet": 1.0}, {"poet-2": 0.5, "poet": 1.0}]

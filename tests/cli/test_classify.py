@@ -41,7 +41,7 @@ def test_train_show_and_eval(run: Callable, tiny_folder: Path, dataset: Path) ->
     assert files.origin.labels == ("one", "two")
     assert files.origin.provenance["objective"] == "classification"
     assert set(files.saved) == {"score"}
-    assert '["one","two"]' in run("show", "out/new").out
+    assert "2: one, two" in run("show", "out/new").out
     ran = run("eval", tiny_folder, dataset, "--task", "classify", "-a", "out/new", "--dtype", "float32")
     assert ran.code == 0, ran.err
     assert f"{dataset}, valid: 6 examples, 6 labels" in ran.out

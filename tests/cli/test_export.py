@@ -136,6 +136,7 @@ def test_an_existing_file_stays(run: Callable, tiny_folder: Path, adapters: Path
     [
         ("tinyy", "no base at 'tinyy'"),
         ("nowhere/base.gguf", "no base at 'nowhere/base.gguf'"),
+        ("./nowhere/base", "no base at './nowhere/base'"),
         ("some/repository", "some/repository is not in the cache, and HF_HUB_OFFLINE is set"),
         ("adapters/poet", "cannot read adapters/poet: "),
         ("torn.gguf", "cannot read torn.gguf: "),

@@ -10,6 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from loradeck.base import load
 from loradeck.base.load import Base
 from loradeck.lora.bank import Bank
+from loradeck.lora.config import LoraConfig
+from loradeck.pooling import classify
+
+from .conftest import fill
 
 IDS = torch.tensor([[5, 80, 130, 7, 259, 3]])
 
@@ -70,6 +74,28 @@ def test_the_adapters_own_tokenizer_is_the_merged_models(
     assert run("merge", tiny_folder, adapters / "poet", "-o", "out").code == 0
     merged = AutoTokenizer.from_pretrained("out")
     assert (merged("Hi")["input_ids"], merged.chat_template) == (own("Hi")["input_ids"], PLAIN)
+
+
+def test_a_classifier_is_merged_with_its_head_and_labels(
+    run: Callable, tmp_path: Path, tiny: LlamaForCausalLM, tiny_folder: Path
+) -> None:
+    base = Base.load(tiny_folder, dtype="float32", device="cpu", task="classify")
+    bank = Bank(base.model)
+    bank.add("mood", LoraConfig(r=2, modules_to_save=["score"]), num_labels=3)
+    fill(bank["mood"], 3)
+    bank["mood"].get_parameter("score/weight").data.mul_(0.1)
+    bank["mood"].describe(labels='["calm", "angry", "sad"]')
+    bank.save("mood", tmp_path / "mood")
+    probabilities = classify(base, bank, ["Hi", "Ho"], "mood")
+    ran = run("merge", tiny_folder, "mood", "-o", "merged", "--task", "classify", "--dtype", "float32")
+    assert ran.code == 0, ran.err
+    assert ran.out.endswith("try: loradeck serve merged --task classify\n")
+    merged = Base.load(tmp_path / "merged", dtype="float32", device="cpu", task="classify")
+    assert merged.model.config.id2label == {0: "calm", 1: "angry", 2: "sad"}
+    for ours, theirs in zip(classify(merged, None, ["Hi", "Ho"]), probabilities, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    ran = run("merge", tiny_folder, "mood", "-o", "other")
+    assert (ran.code, "score is not a module of this base" in ran.err) == (2, True), ran.err
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

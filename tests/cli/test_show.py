@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 from tests.own_tokenizers import PLAIN, with_other_ids
-from transformers import PreTrainedTokenizerFast
+from tests.resized import adapted, save, save_base
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from loradeck.lora.bank import Bank
+from loradeck.lora.config import LoraConfig
+
+
+@pytest.fixture
+def classifier(tiny: LlamaForCausalLM) -> LlamaForSequenceClassification:
+    return LlamaForSequenceClassification(tiny.config).requires_grad_(False)
 
 
 def test_it_shows_settings_modules_and_provenance(run: Callable, adapters: Path) -> None:
@@ -25,6 +34,29 @@ def test_json(run: Callable, adapters: Path) -> None:
     assert all(kind["scaling"] == 8 for kind in report["kinds"])
     assert report["dtypes"] == ["F32"]
     assert "loradeck" in report["provenance"]
+
+
+def test_heads_have_their_shapes_and_labels(
+    run: Callable, tmp_path: Path, classifier: LlamaForSequenceClassification
+) -> None:
+    bank = Bank(classifier)
+    bank.add("mood", LoraConfig(r=2, modules_to_save=["score"]), num_labels=3)
+    bank["mood"].describe(labels='["calm", "angry", "sad"]')
+    bank.save("mood", tmp_path / "mood")
+    lines = [line.split() for line in run("show", "mood").out.splitlines()]
+    assert ["labels", "3:", "calm,", "angry,", "sad"] in lines
+    assert lines[-2:] == [["whole", "module", "parameter", "shape"], ["score", "weight", "(3,", "64)"]]
+    report = json.loads(run("show", "mood", "--json").out)
+    assert report["labels"] == ["calm", "angry", "sad"]
+    assert report["whole_weights"] == {"score": {"weight": [3, 64]}}
+
+
+def test_without_a_head_nothing_is_said_of_one(run: Callable, adapters: Path) -> None:
+    ran = run("show", adapters / "poet")
+    assert "labels" not in ran.out
+    assert "whole module" not in ran.out
+    report = json.loads(run("show", adapters / "poet", "--json").out)
+    assert (report["labels"], report["whole_weights"]) == ([], {})
 
 
 def test_its_own_tokenizer_is_compared_with_the_bases(
@@ -100,3 +132,16 @@ def test_a_file_or_the_folder_above_is_said_to_be_that(run: Callable, adapters: 
         assert ran.code == 2
         assert f"{path} {text}" in ran.err
         assert ran.err.rstrip().endswith(hint)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for the old name
+def test_tokens_that_the_base_has_not(run: Callable, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    base = save_base(tmp_path / "base", "llama", tied=False, tokenizer=tiny_tokenizer)
+    folder = save(adapted(base, "both trained"), tmp_path / "colours", tiny_tokenizer)
+    ran = run("show", folder)
+    assert ran.code == 0, ran.err
+    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
+    assert {"lm_head weight (262, 64)", "model.embed_tokens weight (262, 64)"} <= {*lines}
+    assert "3 more: <red>, <green>, <blue>" in ran.out
+    assert json.loads(run("show", folder, "--json").out)["whole_weights"]["lm_head"] == {"weight": [262, 64]}
+    assert json.loads(run("show", folder, "--json").out)["parameters"] < 2 * 263 * 64 + 4000  # PEFT writes them thrice

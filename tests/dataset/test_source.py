@@ -123,6 +123,14 @@ def test_a_name_within_a_folder_that_is_here_is_no_hub_id(tmp_path: Path, monkey
     assert "hub" not in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["./nowhere/data", "../nowhere/data", "~/nowhere/data", Path("nowhere/data")])
+def test_an_explicit_path_is_no_hub_id(name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        find(name)
+    assert "hub" not in caught.value.message
+
+
 def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

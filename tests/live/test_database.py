@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loradeck.errors import StorageError
+from loradeck.errors import BusyError, StorageError
 from loradeck.live import database as module
 from loradeck.live.database import Database
 
@@ -126,6 +126,15 @@ def test_a_later_versions_is_left_alone(path: Path) -> None:
     connection.close()
     with pytest.raises(StorageError, match=r"another version of loradeck \(schema 99"):
         Database(path)
+
+
+def test_after_its_end_it_is_busy(path: Path) -> None:
+    database = Database(path)
+    database.close()
+    with pytest.raises(BusyError, match="shutting down"):
+        count(database)
+    with pytest.raises(BusyError, match="shutting down"), database.transaction():
+        pass
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

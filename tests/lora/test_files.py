@@ -260,6 +260,12 @@ class TestWrongTensors:
         with refused(bank, "is incomplete or inconsistent"):
             bank.load(folder)
 
+    def test_empty_tensors_are_said_to_be_a_part_of_a_sharded_training(self, bank, folder):
+        """As DeepSpeed's ZeRO-3 leaves them where nobody gathers them first."""
+        write_tensors(folder, {A: torch.empty(0), B: torch.empty(0)})
+        with refused(bank, r"linear has A \(0,\) and B \(0,\): .* a sharded training saves only one part"):
+            bank.load(folder)
+
     def test_nothing_inside(self, bank, folder):
         write_tensors(folder, {})
         with refused(bank, "no A and no B"):

@@ -181,7 +181,54 @@ def test_a_path_is_not_taken_for_a_hub_id(
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("path", ["./owner/poet", "../owner/poet", "~/owner/poet", "/owner/poet", Path("owner/poet")])
+def test_an_explicit_path_is_never_a_hub_id(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: LlamaForCausalLM, path: str | Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.add("owner/poet", files_of(folder))
+    bank = Bank(tiny)
+    with pytest.raises(AdapterError, match="owner/poet is not a folder"):
+        bank.load(path)
+    for arguments in ["show"], ["diff", str(folder)], ["push", "me/poet"], ["publish", "adapters/poet"]:
+        assert main([arguments[0], str(path) if isinstance(path, str) else "./owner/poet", *arguments[1:]]) == 2
+    assert hub.asked == []
+
+
 # ---- the command line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "show owner/poet", "diff owner/poet poet", "publish owner/poet adapters/bard", "push owner/poet me/poet",
+        "generate bpe Hi -a owner/poet -a owner/poet*0.5 --max-new-tokens 2 Ho", "merge bpe owner/poet -o merged",
+        "eval bpe data.csv --split train --adapter owner/poet --samples 0", "convert owner/poet -o mlx --to mlx",
+        "export bpe --adapter owner/poet -o merged.gguf",
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("bpe_folder")
+def test_a_command_takes_a_hub_id_and_asks_for_it_once(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.add("owner/poet", files_of(folder))
+    (tmp_path / "data.csv").write_text("prompt,completion\n" + "Hi,Ahoy!\n" * 4)
+    assert main(command.split()) == 0
+    assert hub.asked.count("GET /api/models/owner/poet") == 1
+
+
+def test_an_adapter_of_the_hub_is_shown_and_refused_by_its_name(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    repository = hub.add("owner/poet", files_of(folder))
+    name = f"owner/poet@{repository.revisions['main']}"
+    assert main(["show", "owner/poet"]) == 0
+    assert capsys.readouterr().out.startswith(f"{name}\n")
+    name = f"owner/poet@{repository.commit(files_of(folder) | {'adapter_model.safetensors': b'broken'})}"
+    assert main(["show", "owner/poet"]) == 2
+    assert f"loradeck: {name}/adapter_model.safetensors is not a safetensors file" in capsys.readouterr().err
 
 
 def test_pull_publishes_a_version_once(
@@ -216,9 +263,9 @@ def test_push_then_pull_is_the_same_adapter(
         **{name: content for name, content in files_of(folder).items() if name != "optimizer.pt"},
     }
     assert main(["pull", "me/poet", "adapters/copy"]) == 0
-    published = AdapterStore(tmp_path / "adapters").find("copy").path
+    version = AdapterStore(tmp_path / "adapters").find("copy").path
     for name in "adapter_config.json", "adapter_model.safetensors":
-        assert (published / name).read_bytes() == (folder / name).read_bytes()
+        assert (version / name).read_bytes() == (folder / name).read_bytes()
     assert main(["push", str(folder), "me/poet@draft", "--public"]) == 0
     assert repository.private
     draft, latest = (repository.commits[repository.revisions[name]] for name in ("draft", "main"))

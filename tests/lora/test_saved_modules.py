@@ -289,6 +289,17 @@ def test_a_neighbour_that_is_nan_changes_no_other_row(classifier: Base) -> None:
     assert bool(after[1].isnan().all())
 
 
+@pytest.mark.parametrize(("family", "task"), [("bert", "classify")], indirect=True)
+def test_an_adapter_without_a_head_does_not_fit_a_base_without_one(base: Base) -> None:
+    pairs = {"bert.encoder.layer.0.attention.self.query": (torch.zeros(2, 32), torch.zeros(32, 2))}
+    with pytest.raises(AdapterError) as caught:
+        Bank(base.model).add("x", Adapter.of(LoraConfig(r=2), pairs))
+    assert caught.value.message == "This adapter does not fit this base"
+    assert caught.value.problems == tuple(
+        f"classifier.{name} is neither in the base nor in the adapter" for name in ("bias", "weight")
+    )
+
+
 def test_what_neither_the_base_nor_the_adapter_has_is_named(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -124,6 +124,27 @@ def test_an_adapter_of_another_module_is_computed_by_the_modules(pair: list[tupl
     assert not steps
 
 
+def test_an_adapter_of_another_module_is_named_once(pair, make, caplog: pytest.LogCaptureFixture) -> None:
+    for base, bank in pair:  # of the plain one, nobody takes it to be computed by the step
+        bank.add("head", adapter(make("llama").model, 2, 3, ["lm_head"]))
+        for _ in range(2):
+            generate(base, bank, PROMPTS, ["head", "a0", "head"], max_new_tokens=2)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "answers with head are computed by transformers' modules: it adapts lm_head")
+    ]
+
+
+def test_why_the_modules_compute_a_base_in_blocks_is_said_once(make, caplog: pytest.LogCaptureFixture) -> None:
+    base = make("llama")
+    prepare(base.model, "blocks")
+    base.model.model.layers[0].register_forward_pre_hook(lambda *_: None)
+    for _ in range(2):
+        generate(base, None, PROMPTS, max_new_tokens=2)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "LlamaForCausalLM is computed by transformers' modules: its `model.layers.0` has a hook")
+    ]
+
+
 def test_a_model_is_packed_once(pair: list[tuple[Base, Bank]]) -> None:
     plain, blocks = (base.model for base, _ in pair)
     assert native_model(plain) is None

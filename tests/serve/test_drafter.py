@@ -39,9 +39,10 @@ def asked(rng: random.Random) -> Asked:
     prompt = (motif * rng.randint(1, 6))[: rng.randint(1, 90)]
     temperature = rng.choice([0.0, 0.0, 0.2, 1.0])
     likely = dict.fromkeys(motif[:2], 30.0) if rng.random() < 0.5 else {}
+    most = rng.choice([0, 1, 2, 7, 40, 60])
     sampling = SamplingParams(
-        max_tokens=rng.choice([0, 1, 2, 7, 40, 60]),
-        min_tokens=rng.choice([0, 0, 5]),
+        max_tokens=most,
+        min_tokens=min(rng.choice([0, 0, 5]), most),
         temperature=temperature,
         top_k=rng.choice([0, 4]),
         top_p=rng.choice([1.0, 0.7]),

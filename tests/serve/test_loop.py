@@ -267,12 +267,6 @@ def test_stop_tokens_that_the_base_does_not_know(serve: Serve, base: Base) -> No
         assert len(engine.generate([[5, 6]], None, SamplingParams(max_tokens=5, min_tokens=5))[0]) == 5
 
 
-def test_more_tokens_at_least_than_at_most(serve: Serve) -> None:
-    stream = serve().submit([5], None, SamplingParams(max_tokens=4, min_tokens=9))
-    assert len([*stream]) == 4
-    assert stream.finish == "length"
-
-
 # ---- what observers are told
 
 

@@ -68,7 +68,7 @@ def _get_model(state: ServerState, key: ApiKey, name: str) -> ModelCard:
         selection = state.names.parse(name)
     except HttpError as error:
         raise _unknown_model(name) from error
-    key.check_adapters(selection.names)
+    state.check_adapters(key, selection.names)
     if selection == BASE:
         return _base_card(state, name)
     if selection.label not in dict(selection.weights):  # a blend, or a scaled adapter

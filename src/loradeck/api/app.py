@@ -15,9 +15,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loradeck.api import adapters, pooling, tokenization
+from loradeck.api import adapters, files, fine_tuning, pooling, tokenization
 from loradeck.api import requests as req
 from loradeck.api import responses as res
+from loradeck.api import training_requests as training_req
+from loradeck.api import training_responses as training_res
 from loradeck.api.auth import ApiKeys, AuthMiddleware
 from loradeck.api.chat import create_chat_completion
 from loradeck.api.completions import create_completion
@@ -28,18 +30,22 @@ from loradeck.api.host import HostMiddleware
 from loradeck.api.middleware import RequestMiddleware
 from loradeck.api.openapi import Operation, openapi_document
 from loradeck.api.state import ServerState, state_of
+from loradeck.api.upload_form import FORM
 from loradeck.base.task import POOLING
 from loradeck.errors import LoradeckError
 from loradeck.evaluation.report import Report
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
+    from loradeck.live.live_training import LiveTraining
     from loradeck.serve.engine import Engine
     from loradeck.serve.pooling_engine import PoolingEngine
 
 GENERATE, SCORE = ("generate",), ("classify", "reward", "embed")  # tasks
 CLASSES, EMBEDDINGS = res.ResultList[res.Classification], res.ResultList[res.Embedding]
-CHAT = "/v1/chat/completions"
+FILES, JOB_PAGE = training_res.Page[training_res.FileObject], training_res.Page[training_res.FineTuningJob]
+JOB = training_res.FineTuningJob
+CHAT, JOBS = "/v1/chat/completions", "/v1/fine_tuning/jobs"
 MAX_PATH = 128  # characters of an unknown path that are looked at
 
 
@@ -77,8 +83,24 @@ NAMED = (400, 404, 422)  # statuses of routes that name an adapter
 OPERATIONS = [
     Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
-    Operation("POST", CHAT, create_chat_completion, req.ChatCompletionRequest, res.ChatCompletion, tasks=GENERATE),
-    Operation("POST", "/v1/completions", create_completion, req.CompletionRequest, res.TextCompletion, tasks=GENERATE),
+    Operation(
+        "POST",
+        CHAT,
+        create_chat_completion,
+        req.ChatCompletionRequest,
+        res.ChatCompletion,
+        tasks=GENERATE,
+        streams=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/completions",
+        create_completion,
+        req.CompletionRequest,
+        res.TextCompletion,
+        tasks=GENERATE,
+        streams=True,
+    ),
     Operation("POST", "/evaluate", evaluate, req.EvaluateRequest, Report, errors=(404, 422, 429, 503), tasks=GENERATE),
     Operation("POST", "/classify", pooling.classify, req.ClassifyRequest, CLASSES, tasks=("classify",)),
     Operation("POST", "/v1/embeddings", pooling.create_embeddings, req.EmbeddingRequest, EMBEDDINGS, tasks=("embed",)),
@@ -91,7 +113,47 @@ OPERATIONS = [
     Operation("POST", "/lora-adapters", adapters.set_lora_scales, list[req.LoraScale], res.SuccessResponse, (404,)),
     Operation("POST", "/tokenize", tokenization.tokenize, req.TokenizeRequest, res.TokenizeResponse, NAMED),
     Operation("POST", "/detokenize", tokenization.detokenize, req.DetokenizeRequest, res.DetokenizeResponse, NAMED),
-    Operation("GET", "/tokenizer_info", tokenization.tokenizer_info, None, res.TokenizerInfo, NAMED, query=("model",)),
+    Operation(
+        "GET", "/tokenizer_info", tokenization.tokenizer_info, None, res.TokenizerInfo, NAMED, query=req.ModelQuery
+    ),
+    Operation(
+        "POST",
+        "/v1/files",
+        files.create_file,
+        training_req.UploadRequest,
+        training_res.FileObject,
+        (404, 507),
+        body_media=FORM,
+    ),
+    Operation("GET", "/v1/files", files.list_files, None, FILES, (404,), query=training_req.FilesQuery),
+    Operation("GET", "/v1/files/{id}", files.get_file, None, training_res.FileObject, (404,)),
+    Operation("DELETE", "/v1/files/{id}", files.delete_file, None, training_res.FileDeleted, (404, 507)),
+    Operation("GET", "/v1/files/{id}/content", files.get_file_content, errors=(404,), media=files.OCTETS),
+    Operation("POST", JOBS, fine_tuning.create_job, training_req.FineTuningJobRequest, JOB, (404, 422, 429, 507)),
+    Operation("GET", JOBS, fine_tuning.list_jobs, None, JOB_PAGE, (404,), query=training_req.PageQuery),
+    Operation("GET", f"{JOBS}/{{id}}", fine_tuning.get_job, None, JOB, (404,)),
+    Operation("POST", f"{JOBS}/{{id}}/cancel", fine_tuning.cancel_job, None, JOB, (400, 404, 507)),
+    Operation("POST", f"{JOBS}/{{id}}/pause", fine_tuning.pause_job, None, JOB, (400, 404, 507)),
+    Operation("POST", f"{JOBS}/{{id}}/resume", fine_tuning.resume_job, None, JOB, (400, 404, 507)),
+    Operation(
+        "GET",
+        f"{JOBS}/{{id}}/events",
+        fine_tuning.list_events,
+        None,
+        training_res.Page[training_res.FineTuningJobEvent],
+        (404,),
+        query=training_req.EventsQuery,
+        streams=True,
+    ),
+    Operation(
+        "GET",
+        f"{JOBS}/{{id}}/checkpoints",
+        fine_tuning.list_checkpoints,
+        None,
+        training_res.Page[training_res.FineTuningJobCheckpoint],
+        (404,),
+        query=training_req.PageQuery,
+    ),
     Operation("GET", "/health", get_health, None, res.HealthResponse, errors=(503,)),
     Operation("GET", "/version", get_version, None, res.VersionResponse),
     Operation("GET", "/metrics", get_metrics),
@@ -107,6 +169,7 @@ def app(
     *,
     keys: ApiKeys | None = None,
     config: ServerConfig | None = None,
+    training: "LiveTraining | None" = None,
 ) -> Starlette:
     """Return the OpenAI-compatible application of an engine.
 
@@ -118,8 +181,9 @@ def app(
         metrics: The engine's observer.
         keys: API keys; without any, every request is let in.
         config: Limits of the server.
+        training: What trains adapters between the engine's steps; without, the server has no files and jobs.
     """
-    state = ServerState(engine, metrics, keys or ApiKeys(), config or ServerConfig())
+    state = ServerState(engine, metrics, keys or ApiKeys(), config or ServerConfig(), training)
     handle_error = error_handler(state.store_path)
     hosts = ["*"] if state.keys else state.config.hosts
     middleware = [Middleware(RequestMiddleware, state, handle_error), Middleware(HostMiddleware, hosts, handle_error)]

@@ -6,6 +6,11 @@ A keys file is TOML, one table per key:
     sha256 = "..."                  # what `printf %s "$KEY" | sha256sum` prints
     adapters = ["poet", "team-*"]   # patterns of names; all adapters by default; every key may use the base
     control = false                 # whether it may load and unload adapters and read the metrics
+    train = false                   # whether it may upload files and train adapters, on a server that trains
+    create = ["mine-*"]             # patterns of the names that it may give them; those of `adapters` by default
+    max_upload_bytes = 1000000000   # size of all its files, without limit by default, as are the next two
+    max_jobs = 4                    # jobs that wait or run
+    max_job_tokens = 10000000       # tokens that one job is trained on
 """
 
 import hashlib
@@ -14,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from starlette.datastructures import Headers
@@ -24,8 +29,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loradeck.api.errors import HttpError
 from loradeck.errors import ConfigError
+from loradeck.live.records import Quota
 
 PUBLIC_PATHS = frozenset({"/health", "/version", "/openapi.json"})
+Limit: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+UNLIMITED = Quota()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,9 @@ class ApiKey:
     sha256: str
     adapters: tuple[str, ...] = ("*",)
     control: bool = False
+    train: bool = False
+    create: tuple[str, ...] | None = None
+    quota: Quota = UNLIMITED
 
     def may_use(self, name: str) -> bool:
         """Return whether this key may use an adapter, in any version."""
@@ -51,6 +62,30 @@ class ApiKey:
             if not self.may_use(name):
                 raise HttpError(403, f"This API key may not use the adapter {name[:128]!r}.", param="model")
 
+    def check_train(self) -> None:
+        """Check that this key may upload files and train adapters.
+
+        Raises:
+            HttpError: 403.
+        """
+        if not self.train:
+            raise HttpError(403, "This API key may not train adapters.", hint="Use a key with train = true.")
+
+    def check_create(self, name: str, param: str) -> None:
+        """Check that this key may publish an adapter of this name. `param` is the field that has it.
+
+        Raises:
+            HttpError: 403.
+        """
+        patterns = self.adapters if self.create is None else self.create
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            raise HttpError(
+                403,
+                f"This API key may not create the adapter {name[:128]!r}.",
+                param=param,
+                hint=f"It may create {', '.join(patterns) or 'none'}: set suffix.",
+            )
+
     def check_control(self) -> None:
         """Check that this key may load and unload adapters and read the metrics.
 
@@ -61,13 +96,24 @@ class ApiKey:
             raise HttpError(403, "This API key may not control the server.", hint="Use a key with control = true.")
 
 
-ANONYMOUS = ApiKey("", "", control=True)  # without keys, only this machine can reach the server
+ANONYMOUS = ApiKey("", "", control=True, train=True)  # without keys, only this machine can reach the server
 
 
 class _KeyTable(msgspec.Struct, forbid_unknown_fields=True):
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     adapters: tuple[str, ...] = ("*",)
     control: bool = False
+    train: bool = False
+    create: tuple[str, ...] | None = None
+    max_upload_bytes: Limit | None = None
+    max_jobs: Limit | None = None
+    max_job_tokens: Limit | None = None
+
+    def key(self, name: str) -> ApiKey:
+        quota = Quota(
+            max_upload_bytes=self.max_upload_bytes, max_jobs=self.max_jobs, max_job_tokens=self.max_job_tokens
+        )
+        return ApiKey(name, self.sha256, self.adapters, self.control, self.train, self.create, quota)
 
 
 class ApiKeys:
@@ -86,7 +132,7 @@ class ApiKeys:
         Raises:
             ConfigError: it cannot be read, holds no key, or holds an invalid one.
         """
-        hint = 'A key is a table [name] with sha256 = "..."; adapters = ["..."] and control = true are optional.'
+        hint = 'A key is a table [name] with sha256 = "..."; the other keys are optional (see docs/serving.md).'
         try:
             tables = msgspec.toml.decode(Path(path).read_bytes(), type=dict[str, Any])
         except OSError as error:
@@ -98,10 +144,9 @@ class ApiKeys:
         keys = []
         for name, fields in tables.items():
             try:
-                table = msgspec.convert(fields, _KeyTable)
+                keys.append(msgspec.convert(fields, _KeyTable).key(name))
             except msgspec.ValidationError as error:
                 raise ConfigError(f"invalid keys file {path}: [{name}]: {error}", hint=hint) from error
-            keys.append(ApiKey(name, table.sha256, table.adapters, table.control))
         return cls(keys)
 
     def authenticate(self, authorization: str | None) -> ApiKey:

@@ -47,10 +47,10 @@ def _submit(
     state: ServerState, key: ApiKey, body: ChatCompletionRequest
 ) -> "tuple[list[Generation], LogprobFormatter]":
     selection = generate.select_adapters(state, key, body)
-    generate.check_tokens(state, body)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
     model = generate.resolve(state, key, selection)
+    generate.check_tokens(state, body, model)
     prompt = encode_messages(model.tokenizer, body)
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None

@@ -41,8 +41,8 @@ def _submit(
 ) -> "tuple[list[Generation], list[str], LogprobFormatter]":
     """Return the generations, for each the text of its prompt if the answer repeats it, and the form of its tokens."""
     selection = generate.select_adapters(state, key, body)
-    generate.check_tokens(state, body)
     model = generate.resolve(state, key, selection)
+    generate.check_tokens(state, body, model)
     prompts = encode_prompts(model.tokenizer, body.prompt, special=body.add_special_tokens is not False)
     requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prompt_logprobs = body.logprobs if body.echo else None

@@ -15,11 +15,17 @@ from loradeck.errors import (
     AdapterNameError,
     BusyError,
     ConfigError,
+    DataError,
+    FileTooLargeError,
     LogitsError,
     LoradeckError,
+    QuotaError,
     RequestTimeoutError,
     RouteError,
+    StorageError,
     UnknownAdapterError,
+    UnknownFileError,
+    UnknownJobError,
 )
 from loradeck.lora.hub import with_hub_ids
 
@@ -37,6 +43,7 @@ TYPES = {
     CLIENT_CLOSED_REQUEST: "ClientClosedRequestError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
+    507: "InsufficientStorageError",
 }
 STATUSES: dict[type[LoradeckError], int] = {
     ConfigError: 400,
@@ -44,11 +51,17 @@ STATUSES: dict[type[LoradeckError], int] = {
     AdapterNameError: 400,
     UnknownAdapterError: 404,
     AdapterError: 422,  # the adapter exists, and a retry will not fix it
+    DataError: 400,
+    UnknownFileError: 404,
+    UnknownJobError: 404,
+    FileTooLargeError: 413,
+    QuotaError: 429,
+    StorageError: 507,
     BusyError: 429,
     LogitsError: 422,
     RequestTimeoutError: 504,
 }
-DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients send a 504 again otherwise
+DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients send a 429, 504 or 507 again otherwise
 
 
 class HttpError(LoradeckError):
@@ -82,7 +95,8 @@ def invalid_field(param: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise HttpError(400, error.message, param=param, hint=error.hint) from error
+        message = LoradeckError(error.message, error.problems).text("http")
+        raise HttpError(400, message, param=param, hint=error.hint) from error
 
 
 def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]:
@@ -104,7 +118,7 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
                 text, param = f"{error.message}\nGET /v1/models lists the models.", "model"
             if isinstance(error, BusyError):
                 headers = {"retry-after": str(math.ceil(error.retry_after))}
-            if isinstance(error, RequestTimeoutError):  # once more, it would take as long
+            if isinstance(error, RequestTimeoutError | QuotaError | StorageError):  # soon, it would be the same
                 headers = DO_NOT_RETRY
         case HTTPException():
             status, text, headers = error.status_code, error.detail, dict(error.headers or {})

@@ -168,7 +168,7 @@ def _adapters(state: ServerState, key: ApiKey, names: Sequence[str]) -> dict[str
     adapters = {state.names.base: BASE}
     for name in names:
         selection = state.names.parse(name, "adapters")
-        key.check_adapters(selection.names)
+        state.check_adapters(key, selection.names)
         if selection != BASE:
             find = state.engine.adapter_cache.find
             weights = tuple((find(spec).spec, weight) for spec, weight in selection.weights)

@@ -78,7 +78,7 @@ def select_adapters(state: ServerState, key: ApiKey, request: AdapterRequest) ->
         HttpError: 400 or 404, as `ModelNames.select`; 403, the key may not use them.
     """
     selection = state.names.select(request)
-    key.check_adapters(selection.names)
+    state.check_adapters(key, selection.names)
     return selection
 
 
@@ -95,7 +95,7 @@ def resolve(state: ServerState, key: ApiKey, selection: AdapterSelection) -> "Se
         raise _unknown_adapter(state, key, selection, error) from error
 
 
-def check_tokens(state: ServerState, request: GenerationRequest) -> None:
+def check_tokens(state: ServerState, request: GenerationRequest, model: "ServedModel") -> None:
     """Check the token ids of a request, besides its prompt's.
 
     Raises:
@@ -103,7 +103,7 @@ def check_tokens(state: ServerState, request: GenerationRequest) -> None:
     """
     for field in ("logit_bias", "stop_token_ids"):
         with invalid_field(field):
-            state.engine.check_tokens(getattr(request, field) or ())
+            state.engine.check_tokens(getattr(request, field) or (), model)
 
 
 def max_tokens(state: ServerState, prompt: Sequence[int], requested: int | None) -> int:
@@ -130,17 +130,22 @@ def max_tokens(state: ServerState, prompt: Sequence[int], requested: int | None)
 def sampling_params(
     request: GenerationRequest, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
 ) -> SamplingParams:
-    """Return the engine's parameters of a request, with OpenAI's defaults."""
+    """Return the engine's parameters of a request, with OpenAI's defaults.
+
+    Raises:
+        HttpError: 400, `min_tokens` is above `max_tokens`.
+    """
     fields: dict[str, Any] = {"temperature": 1.0}
     fields |= {name: value for name in SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
-    return SamplingParams(
-        max_tokens=max_tokens,
-        top_k=max(request.top_k or 0, 0),
-        stop_token_ids=frozenset(request.stop_token_ids or ()),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        **fields,
-    )
+    with invalid_field("min_tokens"):  # the only one that the request's own types leave open
+        return SamplingParams(
+            max_tokens=max_tokens,
+            top_k=max(request.top_k or 0, 0),
+            stop_token_ids=frozenset(request.stop_token_ids or ()),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            **fields,
+        )
 
 
 def submit(

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from loradeck.api.errors import HttpError
-from loradeck.api.requests import AdapterRequest, GenerationRequest
+from loradeck.api.requests import AdapterRequest
 from loradeck.api.responses import JSON, ErrorResponse
 from loradeck.api.state import state_of
 
@@ -34,8 +34,14 @@ class Operation:
     """Statuses besides 200 and those that every operation has."""
     tasks: tuple[str, ...] = ()
     """The tasks of the bases that have this route; () for all."""
-    query: tuple[str, ...] = ()
-    """Its parameters in the URL; none is required."""
+    query: type[msgspec.Struct] | None = None
+    """The type of its parameters in the URL; none is required."""
+    body_media: str = JSON
+    """The media type of the request's body."""
+    media: str = "text/plain"
+    """The media type of a response without a type."""
+    streams: bool = False
+    """Whether the response may be server-sent events."""
 
     @property
     def route(self) -> Route:
@@ -78,7 +84,7 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
 
 def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error: dict[str, Any]) -> dict[str, Any]:
     if operation.response is None:
-        content = {"text/plain": {"schema": {"type": "string"}}}
+        content = {operation.media: {"schema": {"type": "string"}}}
     else:
         content = _json(schema_of[operation.response])
     statuses = {401, 403, 500, *operation.errors}
@@ -86,7 +92,9 @@ def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error:
         statuses |= {400, 413, 415}
     if isinstance(operation.body, type) and issubclass(operation.body, AdapterRequest):
         statuses |= {404, 422, 429, 503, 504}
-    if isinstance(operation.body, type) and issubclass(operation.body, GenerationRequest):
+    if operation.query is not None:
+        statuses |= {400}
+    if operation.streams:
         content["text/event-stream"] = dict[str, Any]()  # OpenAPI 3.1 has no schema for events
     description: dict[str, Any] = {
         "summary": operation.handler.__doc__,
@@ -97,12 +105,16 @@ def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error:
         },
     }
     if operation.body is not None:
-        description["requestBody"] = {"required": True, "content": _json(schema_of[operation.body])}
+        content = {operation.body_media: {"schema": schema_of[operation.body]}}
+        description["requestBody"] = {"required": True, "content": content}
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in operation.route.param_convertors
     ]
-    parameters += [{"name": name, "in": "query", "schema": {"type": "string"}} for name in operation.query]
+    if operation.query is not None:
+        definition = msgspec.json.schema(operation.query)
+        properties = definition["$defs"][operation.query.__name__]["properties"]
+        parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in properties.items()]
     if parameters:
         description["parameters"] = parameters
     return description

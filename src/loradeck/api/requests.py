@@ -287,6 +287,12 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[TokenId]
 
 
+class ModelQuery(msgspec.Struct):
+    """The parameters of `GET /tokenizer_info`."""
+
+    model: str | None = None
+
+
 class LoadAdapterRequest(msgspec.Struct, kw_only=True):
     """`POST /v1/load_lora_adapter`."""
 
@@ -360,6 +366,18 @@ async def read_body(request: Request, kind: type[T], max_bytes: int) -> T:
     if isinstance(fields, dict):
         _check_fields(fields, kind)
     return value
+
+
+def read_query(request: Request, kind: type[T]) -> T:
+    """Return the parameters of a request's URL as a `kind`; unknown ones are ignored.
+
+    Raises:
+        HttpError: 400 with the name of the parameter.
+    """
+    try:
+        return msgspec.convert(dict(request.query_params), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise HttpError(400, str(error), param=_invalid_field(str(error))) from error
 
 
 def _invalid_field(message: str) -> str | None:

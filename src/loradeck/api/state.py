@@ -10,13 +10,16 @@ from weakref import WeakValueDictionary
 
 from starlette.requests import Request as HttpRequest
 
-from loradeck.api.auth import ApiKeys
+from loradeck.api.auth import ApiKey, ApiKeys
 from loradeck.api.catalogue import Catalogue
 from loradeck.api.config import ServerConfig
+from loradeck.api.errors import HttpError
 from loradeck.api.model_name import AdapterIds, ModelNames
+from loradeck.live.checkpoint_models import job_of
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
+    from loradeck.live.live_training import LiveTraining
     from loradeck.runner.request import Request
     from loradeck.serve.engine import Engine
     from loradeck.serve.generation import Generation
@@ -32,6 +35,8 @@ class ServerState:
     metrics: "Metrics"
     keys: ApiKeys = field(default_factory=ApiKeys)
     config: ServerConfig = field(default_factory=ServerConfig)
+    training: "LiveTraining | None" = None
+    """What trains adapters between the engine's steps."""
     adapter_ids: AdapterIds = field(init=False)
     names: ModelNames = field(init=False)
     catalogue: Catalogue = field(init=False)
@@ -76,6 +81,20 @@ class ServerState:
         """OpenAI's `system_fingerprint`; identifies the base's weights."""
         return f"fp_{self.engine.base.fingerprint[:10]}"
 
+    def check_adapters(self, key: ApiKey, names: Iterable[str]) -> None:
+        """Check that a key may use these adapters, whether or not they exist. Reads the disk for checkpoints.
+
+        Raises:
+            HttpError: 403.
+            UnknownJobError: the checkpoint of another key's job.
+        """
+        for name in names:
+            job = job_of(name)
+            if job and self.training:
+                self.training.jobs.get(job, key.name)
+            else:
+                key.check_adapters([name])
+
     def lock(self, name: str) -> asyncio.Lock:
         """Return the lock of those who load an adapter under this name."""
         return self._locks.setdefault(name, asyncio.Lock())
@@ -110,6 +129,8 @@ class ServerState:
     def drain(self, seconds: float) -> None:
         """Take no more requests, give the running ones this long to finish, and cancel the rest."""
         self.draining = True
+        if self.training:
+            self.training.close()
         self.engine.drain(seconds)
 
     def _live_requests(self) -> "list[Request]":
@@ -120,3 +141,16 @@ def state_of(request: HttpRequest) -> ServerState:
     """Return the state of the server that received a request."""
     state: ServerState = request.app.state.server
     return state
+
+
+def training_of(request: HttpRequest) -> "LiveTraining":
+    """Return what trains adapters, for a key that may train.
+
+    Raises:
+        HttpError: 404, the server does not train; 403, the key may not.
+    """
+    training = state_of(request).training
+    if training is None:
+        raise HttpError(404, "This server does not train.", hint="It would if it were started with --train.")
+    request.state.key.check_train()
+    return training

@@ -16,9 +16,11 @@ from loradeck.api.requests import (
     ChatCompletionRequest,
     ChatMessage,
     DetokenizeRequest,
+    ModelQuery,
     TokenizeRequest,
     ToolCall,
     read_body,
+    read_query,
 )
 from loradeck.api.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo, json_response
 from loradeck.api.state import ServerState, state_of
@@ -50,7 +52,7 @@ async def detokenize(request: Request) -> Response:
 
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template of a model's tokenizer."""
-    model = request.query_params.get("model")
+    model = read_query(request, ModelQuery).model
     tokenizer = await run_sync(_tokenizer, state_of(request), request.state.key, model)
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None  # some have several
     return json_response(TokenizerInfo(tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, template))
@@ -59,7 +61,7 @@ async def tokenizer_info(request: Request) -> Response:
 def _tokenizer(state: ServerState, key: ApiKey, model: str | None) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of what a request names. Reads the disk."""
     selection = state.names.named(model)
-    key.check_adapters(selection.names)
+    state.check_adapters(key, selection.names)
     return generate.resolve(state, key, selection).tokenizer
 
 

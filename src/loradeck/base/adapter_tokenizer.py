@@ -98,6 +98,7 @@ class AdapterTokenizers:
             with self._loading:  # one at a time: each takes memory
                 contents = files.read()
                 tokenizer = self._of_contents(files, contents)
+                self._check_ids(files, tokenizer)
             _check_template(files, tokenizer)  # without the lock: a template may take any time
         except AdapterError as error:
             if is_settled(files.stamp) and not isinstance(error.__cause__, OSError):
@@ -110,7 +111,7 @@ class AdapterTokenizers:
         """Return the tokenizer of these contents; what they leave out is the base's.
 
         Raises:
-            AdapterError: it cannot be loaded, or the base has no embedding for its tokens.
+            AdapterError: it cannot be loaded.
         """
         if not contents:
             return self.base
@@ -126,7 +127,6 @@ class AdapterTokenizers:
         else:
             tokenizer = self._load_files(files, contents)
             tokenizer.chat_template = tokenizer.chat_template or self.base.chat_template
-            self._check_ids(files, tokenizer)
         tokenizer = self._shared(tokenizer)
         with self._lock:
             _remember(self._tokenizers, digest, tokenizer, KNOWN_CONTENTS)
@@ -150,11 +150,13 @@ class AdapterTokenizers:
 
     def _check_ids(self, files: TokenizerFiles, tokenizer: PreTrainedTokenizerBase) -> None:
         token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
-        if number >= self._ids:
+        if number >= self._ids + files.added_tokens:
+            more = f", the adapter's {files.added_tokens} more" if files.added_tokens else ""
             raise AdapterError(
                 f"the tokenizer in {files.folder} has the token {token[:64]!r} with the id {number}, and the base's "
-                f"embedding has {self._ids} rows",
-                hint="Tokens that were added to the vocabulary are not supported; train without new tokens.",
+                f"embedding has {self._ids} rows{more}",
+                hint="Save the adapter with the embedding of its resized base, as PEFT does by "
+                "save_embedding_layers=True.",
             )
 
     def _shared(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

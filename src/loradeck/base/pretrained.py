@@ -21,9 +21,12 @@ from transformers.utils import logging as transformers_logging
 
 from loradeck.base.checkpoint import COMPLETE, Checkpoint
 from loradeck.base.source import HINT
-from loradeck.base.task import CLASSES, clear, lacks_only_head, set_labels
+from loradeck.base.task import CLASSES, CONFIGS, clear, lacks_only_head, set_labels
 from loradeck.errors import BaseModelError, LoradeckError
 
+SAVE_PART = (
+    "Save the model and the tokenizer of Base.load(BASE), its language model, in a folder, and give that folder."
+)
 OTHER_TASK = {
     "python": 'Or load it for another task, as task="classify".',
     "cli": "Or, where there is the flag, give its task, such as --task classify.",
@@ -39,6 +42,13 @@ def pretrained_model(
         BaseModelError: it is another kind of model, or lacks weights.
     """
     config = pretrained_config(source, where, gguf.get("gguf_file"), task)
+    if type(config) not in CONFIGS[task]:
+        is_part = task != "generate" and config.get_text_config() is not config
+        raise BaseModelError(
+            f"{source} is a {config.model_type}; transformers has no such model for the task {task}",
+            hint=SAVE_PART if is_part else HINT,
+            **(OTHER_TASK if task == "generate" else {}),
+        )
     set_labels(config, task)
     model, report = CLASSES[task].from_pretrained(
         where,

@@ -1,10 +1,14 @@
 """What a base is loaded for: the class of transformers that computes it, and the head, which the base may lack."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +29,14 @@ CLASSES: Mapping[str, type] = {
     "reward": AutoModelForSequenceClassification,
     "embed": AutoModel,
 }
+CONFIGS: Mapping[str, Container[type]] = {
+    "generate": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "classify": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "tokens": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "reward": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "embed": MODEL_MAPPING,
+}
+"""The configurations of which these classes make a model."""
 POOLER = "pooler."  # of a model that was pretrained without one, as DeBERTa
 
 

@@ -28,6 +28,7 @@ VERBS = (
     "generate",
     "chat",
     "serve",
+    "jobs",
     "ls",
     "show",
     "publish",
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(tokens)
         sys.stdout.flush()
     except (LoradeckError, CycloptsError) as error:
-        text = error.report() if isinstance(error, LoradeckError) else _usage_error(error)
+        text = _report(error) if isinstance(error, LoradeckError) else _usage_error(error)
         print(printable(f"loradeck: {text}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -93,6 +94,12 @@ def _tokens(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with the name of standard input for `-`, which cyclopts would take for an option."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return [STDIN if text == "-" else text for text in arguments[:end]] + [*arguments[end:]]
+
+
+def _report(error: LoradeckError) -> str:
+    from loradeck.lora.hub import with_hub_ids
+
+    return with_hub_ids(error.report())
 
 
 def _usage_error(error: CycloptsError) -> str:

@@ -4,7 +4,7 @@ none · adapters/poet · adapters/poet*0.7+adapters/pirate*0.3
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,6 +13,7 @@ from loradeck.lora.names import default_name
 
 if TYPE_CHECKING:
     from loradeck.lora.bank import Bank
+    from loradeck.lora.manifest import AdapterFiles
 
 NONE = "none"
 Blend: TypeAlias = dict[str, float]
@@ -34,8 +35,10 @@ def parse(text: str) -> Blend:
     return blend
 
 
-def check(texts: Iterable[str]) -> None:
-    """Raise the errors of `load` that do not depend on the base, before the seconds that loading a base takes.
+def read(texts: Iterable[str]) -> "dict[str, AdapterFiles]":
+    """Return the headers of the adapters of some texts, by their folders or hub ids as the texts have them.
+
+    It raises the errors of `load` that do not depend on the base, before the seconds that loading a base takes.
 
     Raises:
         ConfigError: invalid blend.
@@ -43,14 +46,16 @@ def check(texts: Iterable[str]) -> None:
     """
     from loradeck.cli.adapter_folder import read_adapter
 
-    for folder in dict.fromkeys(folder for text in texts for folder in parse(text)):
-        read_adapter(folder)
+    return {folder: read_adapter(folder) for folder in dict.fromkeys(each for text in texts for each in parse(text))}
 
 
-def load(bank: "Bank", texts: Iterable[str], *, any_base: bool = False) -> list[Blend | None]:
+def load(
+    bank: "Bank", texts: Iterable[str], files: "Mapping[str, AdapterFiles]", *, any_base: bool = False
+) -> list[Blend | None]:
     """Load each folder once; return the argument of `bank.route` for each text.
 
-    An adapter is named as by `bank.load`, or `poet-2` if that name is taken. `any_base` is as in `bank.load`.
+    `files` are what `read` returned. An adapter is named as by `bank.load`, or `poet-2` if that name is taken.
+    `any_base` is as in `bank.load`.
 
     Raises:
         ConfigError: invalid blend.
@@ -61,9 +66,10 @@ def load(bank: "Bank", texts: Iterable[str], *, any_base: bool = False) -> list[
     for text in texts:
         blend: Blend = {}
         for folder, weight in parse(text).items():
-            path = Path(folder).resolve()
+            path = files[folder].folder.resolve()
             if path not in names:
-                names[path] = bank.load(folder, _free_name(bank, default_name(path)), any_base=any_base)
+                name = _free_name(bank, default_name(Path(folder).resolve()))
+                names[path] = bank.load(files[folder].folder, name, any_base=any_base)
             blend[names[path]] = blend.get(names[path], 0.0) + weight
         blends.append(blend or None)
     return blends

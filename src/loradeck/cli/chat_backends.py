@@ -59,7 +59,7 @@ class Local:
         activations: Activations = "auto",
     ) -> "tuple[Local, list[blend.Blend | None]]":
         """Load a base and adapters onto it; return also the argument of `bank.route` for each adapter."""
-        blend.check(adapters)
+        files = blend.read(adapters)
 
         from loradeck.base.load import Base
         from loradeck.generation import tokenizers_of
@@ -67,7 +67,7 @@ class Local:
 
         loaded = Base.load(base, dtype=dtype, weights=weights)
         bank = Bank(loaded.model)
-        blends = blend.load(bank, adapters, any_base=any_base)
+        blends = blend.load(bank, adapters, files, any_base=any_base)
         tokenizers = [loaded.tokenizer, *tokenizers_of(loaded, bank, blends)]
         if all(tokenizer.chat_template is None for tokenizer in tokenizers):
             raise ConfigError(

@@ -4,16 +4,13 @@ Settings and modules are read from headers; torch is imported only to measure th
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from loradeck.cli.display.text import columns, format_value, print_json, printable
 from loradeck.cli.options import AsJson
 
 
-def diff(
-    first: Path, second: Path, /, *, headers: bool = False, modules: bool = False, as_json: AsJson = False
-) -> None:
+def diff(first: str, second: str, /, *, headers: bool = False, modules: bool = False, as_json: AsJson = False) -> None:
     """Compare two adapters: their settings, modules and updates.
 
     The distance is |D1 - D2| / |D1| in the Frobenius norm, where D = scaling B A
@@ -40,7 +37,7 @@ def diff(
     }
     if not as_json:
         rows = [(key, *map(format_value, values)) for key, values in settings.items()]
-        print(columns([("setting", str(first), str(second)), *rows]) if rows else "the settings are equal")
+        print(columns([("setting", first, second), *rows]) if rows else "the settings are equal")
         for which, folder in (("first", first), ("second", second)):
             for kind, count in Counter(map(pattern, only[which])).items():
                 print(printable(f"only in {folder}: {kind} ({count})"))

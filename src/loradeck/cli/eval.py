@@ -1,6 +1,6 @@
 """`loradeck eval`: adapters and the base measured side by side on one dataset."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loradeck.dataset.source import Split
     from loradeck.evaluation.evaluator import OnProgress
     from loradeck.evaluation.report import AdapterReport, Report
+    from loradeck.lora.manifest import AdapterFiles
 
 CONFIG, READING = EvalConfig(), DataConfig()
 HEADER = ("adapter", "loss", "perplexity", "exact match", "pattern", "accuracy", "margin", "F1", "micro F1")
@@ -55,15 +56,14 @@ def eval(
         split: The split to evaluate on; by default test, or valid, or else all there is.
         max_length: Maximum tokens of a sequence; longer ones are cut at the end.
     """
-    blend.check(adapters)
+    files = blend.read(adapters)
 
     from loradeck.base.load import Base, load_tokenizer
     from loradeck.dataset.read import read_dataset
 
     with reading_progress() as on_read:
-        data = read_dataset(
-            dataset, load_tokenizer(base), max_length, reading, task=task, labels=_labels(adapters), on_read=on_read
-        )
+        tokenizer, labels = load_tokenizer(base), _labels(files.values())
+        data = read_dataset(dataset, tokenizer, max_length, reading, task=task, labels=labels, on_read=on_read)
     chosen, examples = _split(data, split)
 
     from loradeck.evaluation.evaluator import BASE, evaluate
@@ -73,7 +73,7 @@ def eval(
     loaded = Base.load(base, dtype=dtype, weights=weights, task=task)
     bank = Bank(loaded.model)
     texts = [text for text in dict.fromkeys(adapters) if text != BASE]
-    entries = dict(zip(texts, blend.load(bank, texts), strict=True))
+    entries = dict(zip(texts, blend.load(bank, texts, files), strict=True))
     with _progress() as on_progress:
         report = evaluate(loaded, bank, examples, entries, config, labels=data.labels, on_progress=on_progress)
     if as_json:
@@ -104,12 +104,9 @@ def _split(data: "Dataset", name: "Split | None") -> "tuple[Split, SplitExamples
     return name, splits[name]
 
 
-def _labels(adapters: Sequence[str]) -> tuple[str, ...]:
+def _labels(adapters: "Iterable[AdapterFiles]") -> tuple[str, ...]:
     """Return the labels that all adapters have, of those that record theirs; empty if none does."""
-    from loradeck.cli.adapter_folder import read_adapter
-
-    folders = dict.fromkeys(folder for text in adapters for folder in blend.parse(text))
-    lists = [labels for folder in folders if (labels := read_adapter(folder).origin.labels)]
+    lists = [labels for files in adapters if (labels := files.origin.labels)]
     return tuple(label for label in lists[0] if all(label in labels for labels in lists)) if lists else ()
 
 

@@ -93,12 +93,16 @@ def _export_adapter(folder: Path, output: Path, base: str | None, quant: Quant) 
 
 
 def _export_model(base: str, output: Path, adapter: str | None, quant: Quant) -> None:
-    folders = blend.parse(adapter) if adapter is not None else {}
-    blend.check([adapter] if adapter is not None else [])
+    weights = blend.parse(adapter) if adapter is not None else {}
+    files = blend.read(weights)
 
     from loradeck.gguf import model
 
     opened = model.Model.open(base)
+    folders: dict[str, float] = {}
+    for name, weight in weights.items():
+        folder = str(files[name].folder)
+        folders[folder] = folders.get(folder, 0.0) + weight
     merge = model.load_adapters(opened, folders) if folders else model.Merge()
     types = model.export(opened, merge, output, quant)
     merged = f" with {adapter}" if folders else ""

@@ -54,7 +54,7 @@ def generate(
             f"the numbers of adapters and prompts differ: {len(adapters)} and {len(questions)}",
             hint="Give --adapter once for all prompts, or once for each; `none` is the base.",
         )
-    blend.check(names)
+    files = blend.read(names)
 
     from rich.console import Console
 
@@ -68,7 +68,7 @@ def generate(
     with Console(stderr=True).status(f"loading {printable(base)}") as status:
         loaded = Base.load(base, dtype=dtype, weights=weights)
         bank = Bank(loaded.model)
-        entries = blend.load(bank, names, any_base=any_base)
+        entries = blend.load(bank, names, files, any_base=any_base)
         tokenizers = generation.tokenizers_of(loaded, bank, entries)
         pairs = zip(tokenizers, questions, strict=True)
         rows = [encode(tokenizer, with_system(prompt, system)) for tokenizer, prompt in pairs]

@@ -1,6 +1,7 @@
 """`loradeck merge`: a base and an adapter, or a blend, as one transformers model."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,7 @@ from cyclopts import Parameter
 
 from loradeck.cli import blend
 from loradeck.cli.display.text import format_size, printable
-from loradeck.cli.options import AnyBase, Dtype
+from loradeck.cli.options import AnyBase, Dtype, Task
 from loradeck.cli.output import check_writable
 from loradeck.errors import BaseModelError, ConfigError
 
@@ -23,6 +24,7 @@ def merge(
     *,
     output: Annotated[Path, Parameter(alias="-o")],
     any_base: AnyBase = False,
+    task: Task = "generate",
     dtype: Dtype = "auto",
 ) -> None:
     """Merge an adapter or a blend into its base, as a new model.
@@ -46,15 +48,16 @@ def merge(
         raise ConfigError(f"{output} exists and is not empty", hint="Give a new folder; nothing was written.")
     if adapter == blend.NONE:
         raise ConfigError("there is no adapter to merge", hint="Give an adapter's folder instead of `none`.")
-    blend.check([adapter])
+    files = blend.read([adapter])
     check_writable(output)
-    loaded = Base.load(base, dtype=dtype)
+    loaded = Base.load(base, dtype=dtype, task=task)
     bank = Bank(loaded.model)
-    (weights,) = blend.load(bank, [adapter], any_base=any_base)
+    (weights,) = blend.load(bank, [adapter], files, any_base=any_base)
     assert weights is not None
     (tokenizer,) = tokenizers_of(loaded, bank, [weights])
     bank.merge(weights)
     untie(loaded.model)
+    name_labels(loaded.model, [each.origin.labels for each in files.values()])
     try:
         with quiet(), new_folder(output) as fresh:  # no progress bar for a second of writing
             loaded.model.save_pretrained(fresh)
@@ -63,7 +66,8 @@ def merge(
         raise BaseModelError(f"cannot write {output}: {error.strerror or error}") from error
     nbytes = sum(file.stat().st_size for file in output.iterdir())
     print(printable(f"{output}: {format_size(nbytes)}, {str(loaded.model.dtype).removeprefix('torch.')}"))
-    print(printable("try: " + shlex.join(["loradeck", "generate", str(output), "Hello!"])))
+    words = ["generate", str(output), "Hello!"] if task == "generate" else ["serve", str(output), "--task", task]
+    print(printable("try: " + shlex.join(["loradeck", *words])))
 
 
 def untie(model: "PreTrainedModel") -> None:
@@ -75,3 +79,11 @@ def untie(model: "PreTrainedModel") -> None:
     if head is not None and head.weight is not embedding.weight:
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
+
+
+def name_labels(model: "PreTrainedModel", labels: Sequence[tuple[str, ...]]) -> None:
+    """Record the labels of a merged head in the config, where all adapters that have names for them have the same."""
+    names = [*dict.fromkeys(each for each in labels if each)]
+    if len(names) == 1 and len(names[0]) == model.config.num_labels:
+        model.config.id2label = dict(enumerate(names[0]))
+        model.config.label2id = {label: at for at, label in enumerate(names[0])}

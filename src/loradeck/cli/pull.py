@@ -4,8 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from loradeck.cli.adapter_folder import DEFAULT
-from loradeck.cli.display.text import format_size, print_json, printable
 from loradeck.cli.options import AsJson
+from loradeck.cli.publish import print_version
 from loradeck.errors import ConfigError, LoradeckError
 
 
@@ -41,20 +41,7 @@ def pull(repository: str, name: Path | None = None, /, *, as_json: AsJson = Fals
     is_new = version is None or not version.equals(downloaded)
     if version is None or is_new:
         version = store.publish(path.name, folder)
-    shown = path.parent / version.path.name
-    if as_json:
-        print_json(
-            {
-                "name": version.name,
-                "version": version.version,
-                "folder": str(shown),
-                "repository": hub_id,
-                "commit": folder.name,
-                "bytes": version.facts.nbytes,
-                "sha256": version.sha256(),
-                "new": is_new,
-            }
-        )
-        return
     state = "now the latest version" if is_new else "the latest version already"
-    print(printable(f"{shown}: {format_size(version.facts.nbytes)} of {hub_id} at {folder.name[:12]}, {state}"))
+    what = f" of {hub_id} at {folder.name[:12]}, {state}"
+    more = {"repository": hub_id, "commit": folder.name, "new": is_new}
+    print_version(version, path.parent, what, as_json=as_json, **more)

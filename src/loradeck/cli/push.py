@@ -1,14 +1,12 @@
 """`loradeck push`: an adapter to the Hugging Face hub."""
 
-from pathlib import Path
-
 from loradeck.cli.display.text import format_size, print_json, printable
 from loradeck.cli.options import AsJson
 from loradeck.errors import ConfigError
 
 
 def push(
-    adapter: Path,
+    adapter: str,
     repository: str,
     /,
     *,

@@ -1,12 +1,10 @@
 """`loradeck show`: one adapter, from its headers; torch is needed only to compare a tokenizer."""
 
-from pathlib import Path
-
 from loradeck.cli.display.text import columns, format_size, format_value, print_json, printable
 from loradeck.cli.options import AsJson
 
 
-def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) -> None:
+def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -> None:
     """Show an adapter: its settings, modules and provenance, and its training's results.
 
     If its folder has a tokenizer or a chat template of its own, which its rows
@@ -18,13 +16,15 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
     """
     from loradeck.cli.adapter_folder import read_adapter
     from loradeck.cli.adapter_tokenizer import AdapterTokenizer
-    from loradeck.cli.summary import config, kinds, locate, summarise
+    from loradeck.cli.summary import config, kinds, locate, summarise, whole_weights
 
     listing = read_adapter(locate(adapter))
     head, groups, settings = summarise(listing), kinds(listing.sites.items()), config(listing)
     dtypes = sorted({entry.dtype for _, entry in listing.entries.values()})
     tokenizer = AdapterTokenizer.of(listing, base)
+    whole = whole_weights(listing)
     provenance = dict(sorted(listing.origin.provenance.items()))
+    labels = listing.origin.labels
     if as_json:
         print_json(
             {
@@ -39,6 +39,8 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
                 "config": settings,
                 "tokenizer": tokenizer.as_json,
                 "kinds": groups,
+                "whole_weights": whole,
+                "labels": labels,
                 "results": head.results,
                 "provenance": provenance,
             }
@@ -53,6 +55,7 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
         **tokenizer.facts,
         **{key: format_value(value) for key, value in settings.items()},
         **provenance,
+        **({"labels": f"{len(labels)}: {format_value(labels)}"} if labels else {}),
     }
     print(columns([(f"  {key}", value) for key, value in facts.items()]))
     print()
@@ -69,3 +72,7 @@ def show(adapter: Path, /, *, base: str | None = None, as_json: AsJson = False) 
         for kind in groups
     ]
     print(columns([("modules", "count", "kind", "r", "scaling", "A", "B"), *rows], right=(1, 3, 4)))
+    if whole:
+        shapes = [(path, name, f"{shape}") for path, names in whole.items() for name, shape in names.items()]
+        print()
+        print(columns([("whole module", "parameter", "shape"), *shapes]))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loradeck.errors import AdapterError, UnknownAdapterError
-from loradeck.lora.manifest import AdapterFiles, TargetModule
+from loradeck.lora.hub import with_hub_ids
+from loradeck.lora.manifest import AdapterFiles, TargetModule, copied_module
 from loradeck.lora.memo import Memo
 from loradeck.lora.safetensors_io import Entry
 from loradeck.store import AdapterStore, split_spec
@@ -69,16 +70,17 @@ class Kind:
     b_shape: tuple[int, ...]
 
 
-def locate(adapter: Path) -> Path:
-    """Return an adapter's folder: for STORE/NAME or STORE/NAME@latest that of the latest version, else the path itself.
+def locate(adapter: str) -> str | Path:
+    """Return an adapter's folder: for STORE/NAME or STORE/NAME@latest that of the latest version, else what is given.
 
     Raises:
         AdapterError: the latest version is unusable.
     """
-    if os.path.isdir(adapter) or not os.path.isdir(adapter.parent):  # noqa: PTH112 (Path.is_dir may raise)
+    path = Path(adapter)
+    if os.path.isdir(path) or not os.path.isdir(path.parent):  # noqa: PTH112 (Path.is_dir may raise)
         return adapter
     with suppress(UnknownAdapterError):
-        return AdapterStore(adapter.parent).find(adapter.name).path
+        return AdapterStore(path.parent).find(path.name).path
     return adapter
 
 
@@ -86,11 +88,13 @@ def summarise(listing: AdapterFiles) -> Summary:
     """Return an adapter's line of `loradeck ls`."""
     key = (listing.sites, [header.entries for header in listing.headers])
     shape = _SHAPES.get(key, lambda: _shape(listing))
+    folder = str(listing.folder)
     name = listing.folder.name if listing.folder.name.strip(".") else listing.folder.resolve().name
+    shown = with_hub_ids(folder)
     provenance = listing.origin.provenance
     return Summary(
-        name=_readable(name),
-        folder=_readable(str(listing.folder)),
+        name=_readable(name if shown == folder else shown),
+        folder=_readable(folder),
         version=split_spec(name)[1],
         r=shape.r,
         lora_alpha=listing.config.lora_alpha,
@@ -115,6 +119,17 @@ def kinds(sites: Iterable[tuple[str, TargetModule]]) -> list[Kind]:
     """Return the kinds of modules in the order of the file."""
     counts = Counter((pattern(path), site) for path, site in sites)
     return [Kind(modules=modules, count=count, **asdict(site)) for (modules, site), count in counts.items()]
+
+
+def whole_weights(listing: AdapterFiles) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of the parameters that an adapter has whole, by the paths of their modules.
+
+    They are its own or copies of its base's; a vocabulary that was resized has more rows than the base.
+    """
+    keys = {path: {**names} for path, names in listing.saved.items()}
+    for key in listing.copies:
+        keys.setdefault(copied_module(key), {})[key.rpartition(".")[2]] = key
+    return {path: {name: listing.entries[key][1].shape for name, key in names.items()} for path, names in keys.items()}
 
 
 def pattern(path: str) -> str:

@@ -114,8 +114,8 @@ def find(name: str | Path, encoding: str | None = None) -> Source:
             return _from_files({"train": [path]}, encoding)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", hint=HINT) from error
-    hub_id, _, config = path.as_posix().partition(":")
-    # Within a folder that is here, a name that is not there was mistyped.
+    # As it was given: a path may begin with ./. Within a folder that is here, a name that is not there was mistyped.
+    hub_id, _, config = name.partition(":") if isinstance(name, str) else ("", "", "")
     if _suffix(path) in SUFFIXES or path.parent.exists() or not is_hub_id(hub_id):
         raise DataError(f"{path} cannot be read: no such file or folder", hint=HINT)
     return _from_tables(hub_id, table.load_from_hub(hub_id, config or None))

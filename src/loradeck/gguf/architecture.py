@@ -26,10 +26,11 @@ def read_architecture(source: str) -> Architecture:
         BaseModelError: nothing is there, it cannot be read, or its architecture is not supported.
     """
     is_smollm2 = source in (SMOLLM2, SMOLLM2_HUB_ID)
-    path = (smollm2_file() or Path(SMOLLM2_HUB_ID)) if is_smollm2 else Path(source).expanduser()
+    where = str(smollm2_file() or SMOLLM2_HUB_ID) if is_smollm2 else source
+    path = Path(where).expanduser()
     name, is_gguf = path.as_posix(), path.suffix.lower() == ".gguf"
     if not path.exists():
-        if is_gguf or not is_hub_id(name):
+        if is_gguf or not is_hub_id(where):
             raise BaseModelError(f"no base at {source!r}", hint=close_names(source) or HINT)
         name = reach(name)
     try:

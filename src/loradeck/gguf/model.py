@@ -29,7 +29,7 @@ from loradeck.gguf import metadata
 from loradeck.gguf.architecture import architecture_of
 from loradeck.gguf.vocabulary import add_vocabulary
 from loradeck.llamacpp import EMBEDDING, FACTORS, GEMMA, HEAD, Architecture, names
-from loradeck.lora import compatibility
+from loradeck.lora import compatibility, vocabulary
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.manifest import read_folder
 from loradeck.lora.merge import merged_weight
@@ -131,12 +131,18 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     for folder, weight in folders.items():
         files = read_folder(folder)
         files = files.respelled(compatibility.respelling(model.skeleton, kinds, files))
+        files = vocabulary.fitted(vocabulary.modules(model.skeleton), files)
         kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder, files.spellings)
         compatibility.check_base(model.skeleton, files, any_base=False)
         compatibility.warn_of_gaps(files, compatibility.lacking(model.skeleton, files))
         if files.saved:
             raise UnsupportedError(
                 f"{folder} replaces {', '.join(files.saved)}: such modules are not exported", hint="Use loradeck merge."
+            )
+        if files.base_rows:
+            raise UnsupportedError(
+                f"{folder} has tokens that its base has not: they are not exported with it",
+                hint="Use loradeck merge, and export the merged model.",
             )
         weighted.append((Adapter.from_files(files, check_copy=partial(_why_not_a_copy, model)), weight))
     return Merge(weighted, kinds)

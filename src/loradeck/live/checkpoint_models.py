@@ -10,6 +10,12 @@ from loradeck.stored import Stored, read_stored
 NAME = re.compile("(ftjob-[0-9a-f]{24}):ckpt-([1-9][0-9]{0,17})")
 
 
+def job_of(spec: str) -> str | None:
+    """Return the id of the job whose checkpoint a name is; None if it is another name."""
+    match = NAME.fullmatch(spec)
+    return match and match[1]
+
+
 class CheckpointModels:
     """An engine's source of adapters."""
 

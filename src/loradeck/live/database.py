@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loradeck.errors import StorageError
+from loradeck.errors import BusyError, StorageError
 
 VERSION = 1  # of the schema, in the database's user_version
 WAIT = 5.0  # seconds for another process to close the database
@@ -88,7 +88,7 @@ class Database:
             return self._connection.execute(query, values).fetchall()
 
     def close(self) -> None:
-        """Close the database; nothing may use it afterwards."""
+        """Close the database; whoever uses it afterwards gets a BusyError."""
         with self._lock:
             self._connection.close()
 
@@ -118,8 +118,8 @@ class Database:
             yield
         except OSError as error:
             raise StorageError(f"{self.path} cannot be opened: {error.strerror}") from error
-        except sqlite3.IntegrityError:
-            raise
+        except sqlite3.ProgrammingError as error:
+            raise BusyError("the server is shutting down", retry_after=1) from error  # the database is closed
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 hint = "Stop that server, or use another folder."

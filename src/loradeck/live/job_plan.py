@@ -15,6 +15,7 @@ from loradeck.live.job_folder import JobFolder
 from loradeck.live.job_recipe import run_recipe
 from loradeck.live.records import JobRecord
 from loradeck.live.uploads import SPARE
+from loradeck.lora.bank import Bank
 from loradeck.train.job_data import JobData, read_data
 from loradeck.train.objective import objective_of
 from loradeck.train.recipe import JobRecipe, RunRecipe
@@ -39,6 +40,7 @@ class JobPlan:
 def plan_job(
     record: JobRecord,
     base: Base,
+    bank: Bank,
     config: LiveConfig,
     folder: JobFolder,
     measure: Callable[[JobRecipe, JobData], Footprint],
@@ -57,7 +59,7 @@ def plan_job(
     """
     recipe = run_recipe(record, base, config, folder)
     (job,) = recipe.jobs
-    data = read_data([job], base, on_read, places=PLACES)
+    data = read_data([job], base, bank, on_read, places=PLACES)
     examples = data[job.name]
     preferences = examples.dataset.preferences
     if base.task == "generate" and preferences != (record.request.method == "dpo"):

@@ -249,7 +249,15 @@ class LiveTraining:
         id = record.id
         if id not in self._wanted or id in self._queue:
             return
-        plan = plan_job(record, self.base, self.config, self._folder(id), self._measure, partial(self._on_read, id))
+        plan = plan_job(
+            record,
+            self.base,
+            self._trainer.bank,
+            self.config,
+            self._folder(id),
+            self._measure,
+            partial(self._on_read, id),
+        )
         with self._lock:
             if id not in self._wanted or id in self._queue:
                 return
@@ -290,7 +298,9 @@ class LiveTraining:
 
     def _train_unread(self, record: JobRecord) -> None:
         folder, on_read = self._folder(record.id), partial(self._on_read, record.id)
-        self._train(record, plan_job(record, self.base, self.config, folder, self._measure, on_read))
+        self._train(
+            record, plan_job(record, self.base, self._trainer.bank, self.config, folder, self._measure, on_read)
+        )
 
     def _train(self, record: JobRecord, plan: JobPlan) -> None:
         id = record.id

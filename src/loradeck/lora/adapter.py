@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from loradeck.disk import new_folder
 from loradeck.errors import AdapterError, UnsupportedError
-from loradeck.lora import card, safetensors_io
+from loradeck.lora import added_rows, card, safetensors_io
+from loradeck.lora.added_rows import AddedRows, Extension
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
 from loradeck.lora.folder import CARD, CONFIG, TENSORS
-from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder, stamp
+from loradeck.lora.manifest import (
+    ADAPTED_COPY,
+    AdapterFiles,
+    TargetModule,
+    keys_of,
+    read_folder,
+    stamp,
+)
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import Origin, write_config
 from loradeck.lora.spelling import PREFIX
@@ -30,6 +38,7 @@ from loradeck.tokenizer_files import TokenizerFiles
 log = logging.getLogger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ADDED = "/added"  # after the names of what is for rows beyond the base's
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -47,7 +56,10 @@ class Adapter(nn.Module):
         tokenizer_files: those of a tokenizer in the folder it was read from; none if it was made in memory.
         dropout: the dropout of its inputs in training; None if lora_dropout is 0.
         saved: the names of the parameters of each module that it replaces, by the module's path.
-        replacements: these modules, with its parameters; a bank makes them.
+        added: what it has for rows of an embedding or a head beyond the base's, by the module's path.
+        replacements: what stands in for the base's modules, with its parameters; a bank makes them.
+        base_modules: the base's modules that it adds rows to, with which they are saved.
+        added_tokens: how many tokens it has beyond those of the base whose bank it is in.
     """
 
     def __init__(self, config: LoraConfig, sites: Mapping[str, TargetModule], origin: Origin | None = None) -> None:
@@ -61,7 +73,10 @@ class Adapter(nn.Module):
         self.fan_in_fan_out = False
         self.dropout = Dropout(config.lora_dropout) if config.lora_dropout > 0 else None
         self.saved: Mapping[str, tuple[str, ...]] = {}
-        self.replacements: dict[str, nn.Module] = {}
+        self.added: Mapping[str, AddedRows] = {}
+        self.replacements: dict[str, nn.Module | Extension] = {}
+        self.base_modules: dict[str, nn.Module] = {}
+        self.added_tokens = 0
         self.moves = 0  # how often its tensors were moved or cast
         self._spans: Mapping[str, Span] = {}  # of each key, in the flat parameters
         self._layout: FlatLayout | None = None
@@ -102,7 +117,7 @@ class Adapter(nn.Module):
             for path, pair in pairs.items():
                 for key, tensor in zip(keys_of(path, adapter.sites[path]), pair, strict=True):
                     adapter.register_parameter(
-                        _parameter_name(key),
+                        parameter_name(key),
                         nn.Parameter(tensor.detach().clone(), requires_grad=trainable),
                     )
             adapter._save_modules(saved or {}, trainable=trainable)
@@ -114,7 +129,7 @@ class Adapter(nn.Module):
         for path, tensors in saved.items():
             dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
             for name, tensor in tensors.items():
-                key = _parameter_name(f"{path}.{name}")
+                key = parameter_name(f"{path}.{name}")
                 value = tensor.detach().to(dtype, copy=True)
                 self.register_parameter(key, nn.Parameter(value, requires_grad=trainable))
 
@@ -140,7 +155,8 @@ class Adapter(nn.Module):
 
         `check_copy(key, tensor)` returns what is wrong with a copy of a weight of the base, or None; it is called
         first with a tensor on the meta device, then with the values. Without it a copy is a problem. A module that is
-        replaced by a copy of itself is left out.
+        replaced by a copy of itself is left out. Of an embedding or a head with more rows than the base's, only those
+        beyond are kept, unless the others were trained or are to be.
 
         Raises:
             UnsupportedError: a tensor replaces a weight of the base.
@@ -158,7 +174,7 @@ class Adapter(nn.Module):
             if _is_one_tensor(files):
                 adapter._read_whole(files.headers[0])
             else:
-                _refuse_copies(files, adapter._read_parts(files, check_copy))
+                _refuse_copies(files, adapter._read_parts(files, check_copy, trainable=trainable))
             if problems := adapter._not_finite(files):
                 hint = "Train or save the adapter again; nothing was loaded."
                 raise AdapterError(f"{files.folder} is not a valid adapter", problems, hint=hint)
@@ -176,6 +192,8 @@ class Adapter(nn.Module):
         )
         copy.fan_in_fan_out, copy.paths = self.fan_in_fan_out, self.paths
         copy.tokenizer_files = self.tokenizer_files
+        copy.base_modules = self.base_modules
+        copy._add_rows(self.added, self._added_rows(), trainable=trainable)
         return copy
 
     def _read_whole(self, header: safetensors_io.Header) -> None:
@@ -188,13 +206,14 @@ class Adapter(nn.Module):
         self._spans = _SPANS.get(header.entries, lambda: _spans(header.entries, f"flat_{dtype}", width))
 
     def _read_parts(
-        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]
+        self, files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None], *, trainable: bool
     ) -> dict[str, str | None]:
         """Gather the tensors of all files into a flat tensor per dtype; return what is wrong with copies."""
         reasons: dict[str, str | None] = {}
         parts: dict[str, list[tuple[str, Tensor]]] = {}
         modules = {key: (path, name) for path, keys in files.saved.items() for name, key in keys.items()}
         saved: dict[str, dict[str, Tensor]] = {}
+        resized, added = files.resized, dict[str, Tensor]()
         for header in files.headers:
             body = torch.empty(header.size, dtype=torch.uint8)
             safetensors_io.read_body(header, body.numpy().data)
@@ -203,17 +222,36 @@ class Adapter(nn.Module):
                 if key in modules:
                     path, name = modules[key]
                     saved.setdefault(path, {})[name] = tensor
-                elif key not in files.copies:
+                    continue
+                if key in resized:
+                    dimension, rows = resized[key]
+                    added[key] = tensor.narrow(dimension, rows, tensor.shape[dimension] - rows)
+                    tensor = tensor.narrow(dimension, 0, rows)
+                if key not in files.copies:
                     parts.setdefault(entry.dtype, []).append((key, tensor))
                 else:
                     reasons[key] = check_copy(key, tensor)
         for dtype, tensors in parts.items():
             self._gather(f"flat_{dtype}", tensors)
         for path, keys in files.saved.items():
-            if all(check_copy(key, saved[path][name]) is None for name, key in keys.items()):
-                del saved[path]
+            rows = files.base_rows.get(path)
+            if trainable and rows is not None:
+                continue  # all of its rows are to be trained
+            if all(check_copy(key, saved[path][name][:rows]) is None for name, key in keys.items()):
+                module = saved.pop(path)
+                added |= {key: module[name][rows:] for name, key in keys.items() if rows is not None}
         self._save_modules(saved, trainable=False)
+        self._add_rows(added_rows.of_files(files, added), added, trainable=False)
         return reasons
+
+    def _add_rows(self, added: Mapping[str, AddedRows], tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
+        """Keep rows beyond the base's, by their keys; those of a pair train with it, those of weights never do."""
+        self.added = added
+        for each in added.values():
+            for key in each.keys:
+                trains = trainable and key == each.pair
+                value = _float32(tensors[key]) if trains else tensors[key]
+                self.register_parameter(added_name(key), nn.Parameter(value.detach().clone(), requires_grad=trains))
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -226,7 +264,8 @@ class Adapter(nn.Module):
         problems: list[str] = []
         for name, flat in self._parameters.items():
             if flat is not None and not name.startswith("flat_") and not finite(flat):
-                problems.append(f"{files.spelling(PREFIX + name.replace('/', '.'))} holds NaN or Inf")
+                key = PREFIX + name.removesuffix(ADDED).replace("/", ".")
+                problems.append(f"{files.spelling(key)} holds NaN or Inf")
             elif flat is not None and not finite(flat):
                 spans = {key: span[1:] for key, span in self._spans.items() if span[0] == name}
                 problems += [
@@ -263,21 +302,44 @@ class Adapter(nn.Module):
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         span = self._spans.get(key)
-        parameter = self._parameters[span[0] if span else _parameter_name(key)]
+        parameter = self._parameters[span[0] if span else parameter_name(key)]
         assert parameter is not None
         return parameter.detach()[span[1] : span[2]].view(shape) if span else parameter
 
     def saved_module(self, path: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a module that it replaces."""
-        return {name: self.get_parameter(_parameter_name(f"{path}.{name}")) for name in self.saved[path]}
+        return {name: self.get_parameter(parameter_name(f"{path}.{name}")) for name in self.saved[path]}
+
+    def added_rows(self, key: str) -> nn.Parameter:
+        """Return the rows beyond the base's of the tensor of a key."""
+        return self.get_parameter(added_name(key))
+
+    def _added_rows(self) -> dict[str, nn.Parameter]:
+        return {key: self.added_rows(key) for added in self.added.values() for key in added.keys}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor under its key in a PEFT file."""
+        """Yield every tensor under its key in a PEFT file; rows beyond the base's under names of their own."""
         for path, site in self.sites.items():
             yield from zip(keys_of(self.paths.get(path, path), site), self.pair(path), strict=True)
         for path in self.saved:
             written = PREFIX + self.paths.get(path, path)
             yield from ((f"{written}.{name}", tensor) for name, tensor in self.saved_module(path).items())
+        yield from ((key + ADDED, tensor) for key, tensor in self._added_rows().items())
+
+    def _written(self) -> dict[str, Tensor]:
+        """Return the tensors of a PEFT file; where the adapter adds rows, the base's stand before them.
+
+        Raises:
+            AdapterError: it adds rows, and no bank has brought it together with its base.
+        """
+        tensors = {key: tensor for key, tensor in self.tensors() if not key.endswith(ADDED)}
+        for path, added in self.added.items():
+            for key in added.keys:
+                written = key.replace(path, self.paths.get(path, path), 1)
+                first = tensors[written] if key == added.pair else added.base_weight(self.base_modules.get(path), key)
+                rows = self.added_rows(key)
+                tensors[written] = torch.cat([first.to(rows), rows], added.dimension(key))
+        return tensors
 
     @property
     def trainable(self) -> bool:
@@ -307,7 +369,8 @@ class Adapter(nn.Module):
         try:
             with new_folder(folder) as fresh:
                 (fresh / CONFIG).write_bytes(write_config(self.config, self.origin, fan_in_fan_out=self.fan_in_fan_out))
-                (fresh / TENSORS).write_bytes(safetensors_io.encode(starmap(raw, self.tensors()), self.origin.metadata))
+                tensors = starmap(raw, self._written().items())
+                (fresh / TENSORS).write_bytes(safetensors_io.encode(tensors, self.origin.metadata))
                 for name, content in self._tokenizer(folder).items():
                     (fresh / name).write_bytes(content)
                 if notes or not (folder / CARD).exists():
@@ -376,6 +439,7 @@ def _is_one_tensor(files: AdapterFiles) -> bool:
 def _check_shapes(files: AdapterFiles, check_copy: Callable[[str, Tensor], str | None]) -> dict[str, str | None]:
     """Return what is wrong with the shape of each copy of a weight."""
     shapes = {key: files.entries[key][1].shape for key in files.copies}
+    shapes |= {key: (rows, *shapes[key][1:]) for key, (_, rows) in files.resized.items() if key in shapes}
     return {key: check_copy(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
 
 
@@ -397,6 +461,11 @@ def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> 
     return TargetModule(kind, r, config.scaling(path, r), tuple(a.shape), tuple(b.shape))
 
 
-def _parameter_name(key: str) -> str:
+def parameter_name(key: str) -> str:
     """Return the parameter's name for a key: nn.Module reserves the dot."""
     return key.removeprefix(PREFIX).replace(".", "/")
+
+
+def added_name(key: str) -> str:
+    """Return the parameter's name for the rows of a tensor that are beyond the base's."""
+    return parameter_name(key) + ADDED

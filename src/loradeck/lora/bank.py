@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, AdapterNameError, LoradeckError, RouteError, UnknownAdapterError
-from loradeck.lora import compatibility, hub, init, merge, targets
+from loradeck.lora import compatibility, hub, init, merge, targets, vocabulary
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.combine import Combination, Method, combine
 from loradeck.lora.config import LoraConfig
@@ -22,6 +23,7 @@ from loradeck.lora.memo import Memo
 from loradeck.lora.names import check_name, default_name
 from loradeck.lora.routing import Blend, Route, RouteEntry, entries_of, kept_of, opened, weights_of
 from loradeck.lora.saved_modules import replacement
+from loradeck.lora.vocabulary import Vocabulary, rows_of
 from loradeck.lora.working_set import WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
 
@@ -44,6 +46,8 @@ class Bank:
         if hasattr(self._host, RESIDENTS):
             raise LoradeckError("this model already has a bank", python="Use that bank, or call its detach() first.")
         self.model = model
+        self.vocabulary = vocabulary.modules(model)
+        """Its embedding and head by their paths, where adapters may have rows for more tokens."""
         self._working_sets = WorkingSets()
         self._residents = AdapterContainer(self._moved)
         self._host.add_module(RESIDENTS, self._residents)
@@ -144,7 +148,7 @@ class Bank:
     ) -> str:
         """Load a PEFT folder and return the adapter's name, by default the folder's up to any `@`, as in poet@2.
 
-        The folder may be a hub id, as owner/name or owner/name@revision: see `loradeck.lora.hub`. All or nothing: after
+        A text may be a hub id, as owner/name or owner/name@revision: see `loradeck.lora.hub`. All or nothing: after
         an error the bank is unchanged. `any_base` accepts an adapter that was trained on another base. The log warns of
         modules that the adapter targets and has no tensors for.
 
@@ -161,7 +165,8 @@ class Bank:
         folder = hub.local(folder)
         files = self.check(folder, any_base=any_base)
         # Read without the lock: the disk may be slow, and other threads may unload meanwhile.
-        check_copy = partial(compatibility.why_not_a_copy, self.model, any_base=any_base)
+        any_values = compatibility.untrained_copies(files) if any_base else ()
+        check_copy = partial(compatibility.why_not_a_copy, self.model, any_values=any_values)
         adapter = Adapter.from_files(files, trainable=trainable, check_copy=check_copy)
         if trainable:
             init.prepare(adapter, generator=None)
@@ -187,7 +192,7 @@ class Bank:
                 (files.sites, (*files.copies, *files.saved)),
                 lambda: compatibility.respelling(self.model, self._adapted(), files),
             )
-            files = files.respelled(paths)
+            files = vocabulary.fitted(self.vocabulary, files.respelled(paths))
             self._fit(files.sites, str(folder), files.spellings)
         shapes = {
             path: {name: torch.empty(files.entries[key][1].shape, device="meta") for name, key in keys.items()}
@@ -224,7 +229,7 @@ class Bank:
             adapters = [self[name] for name in self.names()] + [*members]
             shapes = {id(adapter.sites): adapter.sites for adapter in adapters}  # few, and shared
             needed = {path for sites in shapes.values() for path in sites}
-            needed.update(path for adapter in adapters for path in adapter.saved)
+            needed.update(path for adapter in adapters for path in adapter.replacements)
             for path in self._layers.keys() - needed:
                 self._layers.pop(path).detach()
                 self._fitting.clear()
@@ -371,14 +376,22 @@ class Bank:
 
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
         head = targets.output_head(self.model)
+        extensions = vocabulary.extensions(self.vocabulary, adapter, name)
+        adapter.base_modules = {path: self.vocabulary[path] for path in extensions}
+        adapter.replacements = {**extensions}
         for path in adapter.saved:
             module = self.model.get_submodule(path)
             adapter.replacements[path] = replacement(module, adapter.saved_module(path))
-        needed: dict[str, LayerKind | None] = {**kinds, **{path: self._kind(path) for path in adapter.saved}}
+        adapter.added_tokens = vocabulary.added_tokens(self.vocabulary, adapter)
+        adapter.tokenizer_files = replace(adapter.tokenizer_files, added_tokens=adapter.added_tokens)
+        needed: dict[str, LayerKind | None] = {**kinds, **{path: self._kind(path) for path in adapter.replacements}}
         for path, kind in needed.items():
             if path not in self._layers:
                 module = self.model.get_submodule(path)
-                self._layers[path] = LoraLayer(self, path, module, kind, self._open, is_head=module is head)
+                rows = Vocabulary(rows_of(module), kind) if kind and path in self.vocabulary else None
+                self._layers[path] = LoraLayer(
+                    self, path, module, kind, self._open, is_head=module is head, vocabulary=rows
+                )
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         if device != torch.device("cpu"):
             adapter.to(device)

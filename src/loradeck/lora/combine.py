@@ -135,6 +135,11 @@ def _check(weighted: Sequence[tuple[Adapter, float]], method: str, r: int | None
                 f"an adapter replaces {', '.join(adapter.saved)}: such modules cannot be combined",
                 hint="Route a blend instead.",
             )
+        if adapter.added:
+            raise UnsupportedError(
+                "an adapter has tokens that its base has not: such adapters cannot be combined",
+                hint="Route a blend instead.",
+            )
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= float_info.max:
             raise ConfigError(f"invalid weight {repr(weight)[:40]}", hint="A weight is a finite number.")
         problems = [f"{key} holds NaN or Inf" for key, tensor in adapter.tensors() if not finite(tensor)]

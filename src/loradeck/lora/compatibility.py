@@ -2,14 +2,14 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import chain, takewhile
 
 import torch
 from torch import Tensor, nn
 
 from loradeck.errors import AdapterError, ConfigError
-from loradeck.lora import targets, whole_model
+from loradeck.lora import targets, vocabulary, whole_model
 from loradeck.lora.folder import CONFIG
 from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, copied_module, keys_of
 from loradeck.lora.peft import unknown_settings
@@ -32,12 +32,14 @@ def respelling(model: nn.Module, adapted: Mapping[str, LayerKind], files: Adapte
     Raises:
         AdapterError: as `layer_kinds`, of the spelling that fits best.
     """
+    resizable = vocabulary.modules(model)
     errors: list[AdapterError] = []
     fits: list[Mapping[str, str]] = []
     modules = [*files.sites, *map(copied_module, (*files.copies, *files.saved_keys))]
     for paths in chain([{}], whole_model.respellings(model, modules)):
         try:
             spelled = files.respelled(paths)
+            spelled = spelled.with_base_rows(vocabulary.base_rows(resizable, spelled))
             layer_kinds(model, adapted, spelled.sites, str(files.folder), spelled.spellings)
         except AdapterError as error:
             errors.append(error)
@@ -165,16 +167,19 @@ def check_saved(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]], wha
     brought = {f"{path}.{name}" for path, tensors in saved.items() for name in tensors}
     missing = sorted(vars(model).get("missing_weights", frozenset()) - brought)
     problems = [f"{name} is neither in the base nor in the adapter" for name in missing]
+    resizable = [*vocabulary.modules(model).values()] if saved else []
     for path, tensors in saved.items():
         try:
             module = model.get_submodule(path)
         except AttributeError:
             problems.append(f"{path} is not a module of this base")
         else:
-            problems += [f"{path} {reason}" for reason in why_not_replaced(module, tensors)]
+            rows = vocabulary.rows_of(module) if module in resizable else None
+            base = {name: tensor[:rows] for name, tensor in tensors.items()}
+            problems += [f"{path} {reason}" for reason in why_not_replaced(module, base)]
     if problems:
         hint = "Load the base it was trained on, for its task; nothing was loaded."
-        raise AdapterError(f"{what} replaces modules that this base has not", problems, hint=hint)
+        raise AdapterError(f"{what} does not fit this base", problems, hint=hint)
 
 
 def warn_of_gaps(files: AdapterFiles, paths: Sequence[str]) -> None:
@@ -189,11 +194,16 @@ def warn_of_gaps(files: AdapterFiles, paths: Sequence[str]) -> None:
         log.warning("%s has unknown settings, which are ignored: %s", files.folder / CONFIG, ", ".join(unknown)[:200])
 
 
-def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool = False) -> str | None:
+def untrained_copies(files: AdapterFiles) -> list[str]:
+    """Return the keys of copies that PEFT saves of modules which the adapter adapts or whose rows were resized."""
+    return [key for key in files.copies if key.endswith(ADAPTED_COPY) or copied_module(key) in files.base_rows]
+
+
+def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_values: Container[str] = ()) -> str | None:
     """Return why a tensor of the file is not a copy of a weight of the base, None if it is one up to rounding.
 
-    Of a tensor on the meta device only the shape is compared. With `any_base`, the copies that PEFT saves of modules
-    that the adapter adapts may have other values, since the adapter does not train them: the log says how far.
+    Of a tensor on the meta device only the shape is compared. Those of the keys `any_values` may have other values: the
+    log says how far.
     """
     name = key.rpartition(".")[2]
     try:
@@ -201,14 +211,14 @@ def why_not_a_copy(model: nn.Module, key: str, tensor: Tensor, *, any_base: bool
         weight = module.get_parameter(name)
     except AttributeError:
         return "belongs to no weight of this base"
+    weight = dense_weight(module) if name == "weight" else weight
     if weight.is_floating_point():
-        weight = dense_weight(module) if name == "weight" else weight
         if weight.shape != tensor.shape:
             return why_other_shape(weight, tensor)
         reason = why_other_values(weight, tensor)
     else:
-        reason = "repeats a weight that is quantised in this base, so the two cannot be compared"
-    if not (reason and any_base and key.endswith(ADAPTED_COPY)):
+        reason = "repeats a weight that another tool has quantised in this base, so the two cannot be compared"
+    if not reason or key not in any_values:
         return reason
     if not tensor.is_meta:
         log.warning("%s %s; the base's own weight is used", key, reason)

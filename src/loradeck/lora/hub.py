@@ -32,13 +32,16 @@ log = logging.getLogger(__name__)
 def local(source: str | Path) -> Path:
     """Return an adapter's folder; that of a hub id, owner/name or owner/name@revision, is downloaded first.
 
-    A text whose first part is a folder here is a path, so that a misspelt one does not reach the hub.
+    A Path is always a path, and so is a text that begins as one (./, ../, ~ or /) or whose first part is a folder here,
+    so that a misspelt one does not reach the hub.
 
     Raises:
         AdapterError: the hub has no such adapter, does not show it, or cannot be reached and the cache has none.
     """
+    if isinstance(source, Path):
+        return source
     path = Path(source)
-    hub_id, _, revision = str(source).partition("@")
+    hub_id, _, revision = source.partition("@")
     try:
         if path.exists() or path.parent.exists() or not is_hub_id(hub_id):
             return path

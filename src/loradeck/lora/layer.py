@@ -1,13 +1,15 @@
 """One module with adapters: calls the base's forward and adds the route's update."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from loradeck.errors import RouteError
 from loradeck.lora.routing import Route, current
-from loradeck.lora.saved_modules import is_replaced, outputs_of
+from loradeck.lora.saved_modules import is_replaced, outputs_of, replaced_output
+from loradeck.lora.vocabulary import Vocabulary
 from loradeck.ops import dispatch
 from loradeck.ops.autograd import in_backward
 from loradeck.ops.layer_kinds import LayerKind
@@ -22,7 +24,7 @@ class LoraLayer:
     weights and code that reads `module.weight` see no difference.
     """
 
-    __slots__ = ("bank", "base", "is_head", "kind", "module", "open", "path", "restored")
+    __slots__ = ("bank", "base", "is_head", "kind", "module", "open", "path", "restored", "vocabulary")
 
     def __init__(
         self,
@@ -33,9 +35,12 @@ class LoraLayer:
         open_routes: set[Route],
         *,
         is_head: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        """`vocabulary` is that of an embedding or of a head, whose rows adapters may add to."""
         self.bank: object | None = bank
         self.path, self.module, self.kind, self.open, self.is_head = path, module, kind, open_routes, is_head
+        self.vocabulary = vocabulary
         self.restored: Callable[..., Tensor] | None = module.__dict__.get("forward")  # set by another tool, if any
         self.base: Callable[..., Tensor] = module.forward
         module.forward = self  # type: ignore[assignment]
@@ -54,29 +59,44 @@ class LoraLayer:
 
         Rows of adapters that replace the module get their replacements' results.
         """
-        y = self.base(*args, **kwargs)
         route = current(self.bank) or self._recomputed()
         if route is None:
-            return y
+            return self.base(*args, **kwargs)
         adapters = route.layer(self.path, self.kind) if self.kind else None
         modules = route.replacements(self.path)
         mapping = route.head_mapping if self.is_head and route.head_mapping else route.mapping
         if modules is not None and not is_replaced(mapping, modules):
             modules = None
-        if adapters is None and modules is None:
-            return y
         if modules is not None and len(args) + len(kwargs) > 1:
             raise RouteError(
                 f"{self.path} has several inputs, so that rows cannot go through an adapter's own",
                 hint="Merge the adapter into its base.",
             )
+        if adapters is None and modules is None:
+            return self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         self._check(x, route, mapping, adapters)
+        inputs = x
+        if modules is not None and self.vocabulary is not None and self.vocabulary.is_embedding:
+            x = self.vocabulary.known(inputs, mapping, modules)
+            y = self.base(x)
+        else:
+            y = self.base(*args, **kwargs)
         if not mapping.total:  # no token of this step reaches the head
             return y
+        base = y
         if adapters is not None:
+            # The update is written into y; a blend needs the base's own outputs where it replaces the module too.
+            base = y.clone() if modules is not None and any(isinstance(each, nn.Module) for each in modules) else y
             y = dispatch.lora(x, y, adapters, mapping, training=self.module.training)
-        return y if modules is None else outputs_of(y, x, mapping, modules, packed=route.packed)
+        if modules is None:
+            return y
+        if self.vocabulary is None:
+            output = partial(replaced_output, modules=modules)
+        else:
+            pairs = adapters.weights if adapters else ()
+            output = partial(self.vocabulary.output, parts=modules, pairs=pairs)
+        return outputs_of(y, base, inputs, mapping, modules, output, packed=route.packed)
 
     def _recomputed(self) -> Route | None:
         """Return the route for a layer that the backward pass computes again (gradient checkpointing).

@@ -22,6 +22,7 @@ from loradeck.lora.unsupported import RETRAIN
 
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+TRAINED, ORIGINAL = ".modules_to_save.", ".original_module."  # in keys of the wrapper of a module of modules_to_save
 ADAPTED_COPY = ".base_layer.weight"  # the end of a copy's key, of a module with a pair: PEFT never trains it
 INDEX = TENSORS + ".index.json"
 TENSOR_FILES = "adapter_model*"  # a glob: one file or shards, their index, and the pickles that are refused
@@ -52,6 +53,17 @@ class TargetModule:
     a_shape: tuple[int, ...]
     b_shape: tuple[int, ...]
 
+    @property
+    def rows(self) -> int:
+        """The rows of the weight that it changes: of an embedding its tokens, else the outputs."""
+        return self.a_shape[1] if self.kind == "embedding" else self.b_shape[0]
+
+    def with_rows(self, rows: int) -> "TargetModule":
+        """Return the same with another number of rows."""
+        if self.kind == "embedding":
+            return replace(self, a_shape=(self.r, rows))
+        return replace(self, b_shape=(rows, *self.b_shape[1:]))
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
@@ -66,6 +78,7 @@ class AdapterFiles:
     saved: Mapping[str, Mapping[str, str]]  # by the path of a module that is replaced: parameter name -> key
     spellings: Mapping[str, str]  # key -> how the file spells it, of those that it spells another way
     paths: Mapping[str, str] = field(default_factory=dict)  # as on disk, of modules that are respelled
+    base_rows: Mapping[str, int] = field(default_factory=dict)  # of the base's modules that have more rows here
 
     @property
     def entries(self) -> dict[str, tuple[Header, Entry]]:
@@ -118,6 +131,20 @@ class AdapterFiles:
         spellings = {new: self.spelling(old) for new, old in moves.items() if new != self.spelling(old)}
         return replace(self, headers=headers, sites=sites, copies=copies, saved=saved, spellings=spellings, paths=old)
 
+    def with_base_rows(self, rows: Mapping[str, int]) -> "AdapterFiles":
+        """Return the same files for a base with fewer rows of some modules, whose sites are cut to the base's."""
+        if not rows:
+            return self
+        return replace(self, sites=_CUT.get((self.sites, rows), lambda: _cut(self.sites, rows)), base_rows=rows)
+
+    @property
+    def resized(self) -> dict[str, tuple[int, int]]:
+        """The pairs and copies with more rows than the base: key -> the dimension of rows, how many the base has."""
+        pairs = {path: self.sites[path] for path in self.base_rows if path in self.sites}
+        keys = {resized_key(path, site): path for path, site in pairs.items()}
+        keys |= {key: path for key in self.copies if (path := copied_module(key)) in self.base_rows}
+        return {key: (int(key.endswith(EMBEDDING[0])), self.base_rows[path]) for key, path in keys.items()}
+
     def _trained(self) -> list[Entry]:
         return [entry for key, (_, entry) in self.entries.items() if key not in self.copies]
 
@@ -141,6 +168,13 @@ def _moved(
         tuple(keys[key] for key in copies),
         {new: old for old, new in paths.items()},
     )
+
+
+_CUT: Memo[tuple[dict[str, TargetModule], Mapping[str, int]], dict[str, TargetModule]] = Memo()
+
+
+def _cut(sites: Mapping[str, TargetModule], rows: Mapping[str, int]) -> dict[str, TargetModule]:
+    return {path: site.with_rows(rows[path]) if path in rows else site for path, site in sites.items()}
 
 
 def copied_module(key: str) -> str:
@@ -175,6 +209,11 @@ def keys_of(path: str, site: TargetModule) -> tuple[str, str]:
     """Return the names of a module's A and B in a PEFT file."""
     a, b = EMBEDDING if site.kind == "embedding" else LINEAR
     return PREFIX + path + a, PREFIX + path + b
+
+
+def resized_key(path: str, site: TargetModule) -> str:
+    """Return the name of the tensor of a module's pair that has a part for each row of its weight."""
+    return keys_of(path, site)[site.kind != "embedding"]
 
 
 def config_of(sites: Mapping[str, TargetModule]) -> LoraConfig:
@@ -226,11 +265,15 @@ def read_folder(
     if not all(_SPELLED.get((header.entries,), lambda header=header: _is_canonical(header)) for header in headers):
         headers = tuple(_respelled(header, in_base, spellings) for header in headers)
         config, origin = _respelled_targets(config, origin)
+    if config.modules_to_save:
+        headers = tuple(_without_doubles(header) for header in headers)
     entries = headers[0].entries if len(headers) == 1 else _joined(headers, spellings)
     files = AdapterFiles(folder, config, origin, headers, {}, (), {}, spellings)
     order = [*config.rank_pattern, *config.alpha_pattern]  # equal dicts may differ in it, and the first match applies
     sites, copies, saved = _CHECKED.get((config, order, _ties(origin), entries), lambda: _sites(files, entries))
-    return replace(files, sites=sites, copies=copies, saved=saved)
+    heads = tuple(path for path in saved if config.saved_module(f"{path}.weight") is None)
+    config = replace(config, modules_to_save=(*config.modules_to_save, *heads)) if heads else config
+    return replace(files, config=config, sites=sites, copies=copies, saved=saved)
 
 
 _SPELLED: Memo[tuple[dict[str, Entry]], bool] = Memo()
@@ -253,6 +296,18 @@ def _respelled(header: Header, in_base: Callable[[str], bool], spellings: dict[s
             spellings[key] = written
         entries[key] = entry
     return replace(header, entries=entries)
+
+
+def _without_doubles(header: Header) -> Header:
+    """Return a header without what PEFT writes of the wrapper of a module beside the module, if its rows were resized.
+
+    Those are the trained module again, and what it was before.
+    """
+    entries = header.entries
+    doubles = {
+        key for key in entries if ORIGINAL in key or (TRAINED in key and key.replace(TRAINED, ".", 1) in entries)
+    }
+    return replace(header, entries={key: entry for key, entry in entries.items() if key not in doubles})
 
 
 def _respelled_targets(config: LoraConfig, origin: Origin) -> tuple[LoraConfig, Origin]:
@@ -331,6 +386,11 @@ def _sites(files: AdapterFiles, entries: Mapping[str, Entry]) -> _Content:
             copies.append(key)
         else:
             problems.append(f"unknown key {shorten(written, 120)}")
+    if _ties(files.origin):  # PEFT saves an embedding of modules_to_save again, as the tied output head
+        shapes = {entries[key].shape for keys in saved.values() for key in keys.values()}
+        heads = [key for key in copies if not key.endswith(ADAPTED_COPY) and entries[key].shape in shapes]
+        copies = [key for key in copies if key not in heads]
+        saved |= {copied_module(key): {key.rpartition(".")[2]: key} for key in heads}
     sites: dict[str, TargetModule] = {}
     config = replace(files.config)  # a new one, whose patterns have their time for this file alone
     is_target = _is_target(files, halves)

@@ -28,6 +28,7 @@ from loradeck.lora.manifest import TargetModule, config_of
 from loradeck.lora.peft import Origin, read_content
 from loradeck.lora.safetensors_io import encode, read_header
 from loradeck.lora.uniform import uniform
+from loradeck.lora.whole_model import PLACES
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ENDS = ".lora_a", ".lora_b"
@@ -171,11 +172,14 @@ def write(adapter: Adapter, folder: Path, *, tied: bool) -> Adapter:
 
 def _paths(adapter: Adapter, *, tied: bool) -> list[str]:
     """Return the modules to write, which are those of mlx-lm's models for the usual decoders."""
-    problems = [
-        f"{path} is not in a layer"
-        for path in adapter.sites
-        if path not in (EMBEDDING, HEAD) and not LAYER.fullmatch(path)
-    ]
+    hint = "Train it without these modules."
+    problems = []
+    for path in adapter.sites:
+        if any(path.startswith(f"{body}.") for body, _ in PLACES[1:]):
+            problems.append(f"{path} is in the language model of a multimodal base")
+            hint = "Merge it into its base, with loradeck merge, and convert that model."
+        elif path not in (EMBEDDING, HEAD) and not LAYER.fullmatch(path):
+            problems.append(f"{path} is not in a layer")
     paths = list(adapter.sites)
     if tied and touches_vocabulary(adapter):
         if _is_tied(adapter):
@@ -183,7 +187,7 @@ def _paths(adapter: Adapter, *, tied: bool) -> list[str]:
         else:
             problems.append("the base ties its head to the embedding, and mlx-lm adapts both alike")
     if problems:
-        raise UnsupportedError("mlx-lm cannot take this adapter", problems, hint="Train it without these modules.")
+        raise UnsupportedError("mlx-lm cannot take this adapter", problems, hint=hint)
     return paths
 
 

@@ -8,10 +8,9 @@ from functools import lru_cache
 from operator import index
 from sys import float_info
 
-from torch import nn
-
 from loradeck.errors import RouteError
 from loradeck.lora.adapter import Adapter
+from loradeck.lora.added_rows import Part
 from loradeck.lora.working_set import WorkingSet, WorkingSets
 from loradeck.ops.layer_kinds import LayerKind
 from loradeck.ops.mapping import AdapterWeights, LoraMapping
@@ -59,7 +58,7 @@ class Route:
         """The adapters that it may use."""
         return self.working_set.members if self.working_set else ()
 
-    def replacements(self, path: str) -> Sequence[nn.Module | None] | None:
+    def replacements(self, path: str) -> Sequence[Part] | None:
         """Return what these adapters have in place of the module at a path, None if none of them replaces it."""
         return None if self.working_set is None else self.working_set.replacements(path)
 

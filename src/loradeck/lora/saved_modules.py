@@ -1,6 +1,6 @@
 """Modules that an adapter replaces by its own, as the head of a classifier (PEFT's modules_to_save)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -67,29 +67,39 @@ def initial(
     return parameters
 
 
-def is_replaced(mapping: LoraMapping, modules: Sequence[nn.Module | None]) -> bool:
+def is_replaced(mapping: LoraMapping, modules: Sequence[object | None]) -> bool:
     """Return whether any row goes through a replacement."""
     return any(modules[index] is not None for entry in mapping.entries for index, _ in entry)
 
 
+Output = Callable[[Tensor, Tensor, Tensor, AdapterWeights], Tensor]
+"""The outputs of rows of one entry, from those with the entry's pairs, the base's alone, the inputs, and the entry."""
+
+
 def outputs_of(
-    y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Module | None], *, packed: bool
+    y: Tensor,
+    base: Tensor,
+    x: Tensor,
+    mapping: LoraMapping,
+    modules: Sequence[object | None],
+    output: Output,
+    *,
+    packed: bool,
 ) -> Tensor:
-    """Return a module's outputs y for the inputs x (rows, …), with those of the rows' replacements in their places.
+    """Return a module's outputs for the inputs x (rows, …), with `output` for the rows of adapters that replace it.
 
-    A row of one adapter at weight 1 gets its replacement's output; a blend gets y + Σ weight · (replacement − y). Where
-    outputs differ in their number, the missing ones are -inf. In a packed row (1, tokens, …) tokens stand for rows.
-
-    Raises:
-        RouteError: a blend of heads with different numbers of outputs.
+    y are the outputs with all pairs, `base` those of the base alone. Where outputs differ in their number, the missing
+    ones are -inf. In a packed row (1, tokens, …) tokens stand for rows.
     """
     if packed:
-        mixed = _outputs(y.flatten(0, 1), x.flatten(0, 1), mapping, modules)
+        mixed = _outputs(y.flatten(0, 1), base.flatten(0, 1), x.flatten(0, 1), mapping, modules, output)
         return mixed.unflatten(0, y.shape[:2])
-    return _outputs(y, x, mapping, modules)
+    return _outputs(y, base, x, mapping, modules, output)
 
 
-def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Module | None]) -> Tensor:
+def _outputs(
+    y: Tensor, base: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[object | None], output: Output
+) -> Tensor:
     times = len(x) // mapping.total
     groups: dict[AdapterWeights, list[Tensor]] = {}
     start = 0
@@ -101,7 +111,7 @@ def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Mo
     parts = {}
     for entry, spans in groups.items():
         rows = torch.cat(spans)
-        parts[entry] = rows, _output(y[rows], x[rows], entry, modules)
+        parts[entry] = rows, output(y[rows], base[rows], x[rows], entry)
     width = max(y.shape[-1], *(part.shape[-1] for _, part in parts.values()))
     if width == y.shape[-1]:
         mixed = y.clone()
@@ -112,23 +122,30 @@ def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[nn.Mo
     return mixed
 
 
-def _output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[nn.Module | None]) -> Tensor:
-    replaced = [(module, weight) for index, weight in entry if (module := modules[index]) is not None]
+def replaced_output(
+    y: Tensor, base: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[object | None]
+) -> Tensor:
+    """Return the output of one adapter's module at weight 1; of a blend, y + Σ weight · (replacement - base).
+
+    Raises:
+        RouteError: a blend of heads with different numbers of outputs.
+    """
+    replaced = [(module, weight) for index, weight in entry if isinstance(module := modules[index], nn.Module)]
     if len(entry) == 1 and entry[0][1] == 1:
-        return _computed(replaced[0][0], x)
+        return computed(replaced[0][0], x)
     total = y
     for module, weight in replaced:
-        part = _computed(module, x)
+        part = computed(module, x)
         if part.shape != y.shape:
             raise RouteError(
                 f"heads of {part.shape[-1]} and {y.shape[-1]} outputs cannot be blended",
                 hint="Route each row through one adapter, at weight 1.",
             )
-        total = total + weight * (part - y)
+        total = total + weight * (part - base)
     return total
 
 
-def _computed(module: nn.Module, x: Tensor) -> Tensor:
+def computed(module: nn.Module, x: Tensor) -> Tensor:
     """Compute a replacement in its own dtype, which need not be the base's."""
     dtype = next(module.parameters()).dtype
     return module(x.to(dtype) if x.is_floating_point() else x)

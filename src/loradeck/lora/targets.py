@@ -158,6 +158,13 @@ def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the module that turns token ids into hidden states, None if the model names none."""
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that turns hidden states into logits, None if the model names none."""
     get = getattr(model, "get_output_embeddings", None)

@@ -7,9 +7,10 @@ from threading import Lock
 from typing import NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loradeck.lora.adapter import Adapter
+from loradeck.lora.added_rows import Part
 from loradeck.ops.layer_kinds import LayerKind
 from loradeck.ops.weights import Addresses, LayerAdapters, LoraWeights
 
@@ -70,7 +71,7 @@ class WorkingSet:
             self._layers[path] = adapters
             return adapters
 
-    def replacements(self, path: str) -> tuple[nn.Module | None, ...] | None:
+    def replacements(self, path: str) -> tuple[Part, ...] | None:
         """Return what the members have in place of the module at a path, None if none of them replaces it."""
         modules = tuple(adapter.replacements.get(path) for adapter in self.members)
         return modules if any(module is not None for module in modules) else None

@@ -64,13 +64,20 @@ class Choice(NamedTuple):
 
 
 def choose(rows: Sequence[Row]) -> list[Choice]:
-    """Return the choice of each row; all are on one device.
+    """Return the choice of each row; all are on one device, and may have vocabularies of different sizes.
 
     Raises:
         MemoryError: there is not enough.
     """
     c = _c(rows[0].logits) if rows else None
-    return choose_in_torch(rows) if c is None else choose_in_c(c, rows)
+    sizes: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        sizes.setdefault(len(row.logits), []).append(i)
+    choices: dict[int, Choice] = {}
+    for places in sizes.values():
+        some = [rows[i] for i in places]
+        choices |= zip(places, choose_in_torch(some) if c is None else choose_in_c(c, some), strict=True)
+    return [choices[i] for i in range(len(rows))]
 
 
 def score(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:

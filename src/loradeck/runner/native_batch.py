@@ -133,8 +133,8 @@ def packed_adapter(model: NativeModel, adapter: Adapter) -> NativeAdapter:
     Raises:
         ValueError: it adapts what the step does not know.
     """
-    if adapter.saved:
-        raise ValueError("it replaces modules")
+    if adapter.saved or adapter.added:
+        raise ValueError("it replaces modules, or has tokens of its own")
     return NativeAdapter(model, {path: weights for path in adapter.sites if (weights := adapter.weights(path))})
 
 
@@ -183,6 +183,6 @@ def _try(model: PreTrainedModel, activations: Activations) -> NativeModel | None
     except Exception as error:  # what compilers and other people's models raise has no common class
         if activations == "int8":
             raise no_int8(error) from error
-        log.info("%s is computed by transformers' modules: %s", type(model).__name__, error)
+        log.warning("%s is computed by transformers' modules: %s", type(model).__name__, error)
         return None
     return native

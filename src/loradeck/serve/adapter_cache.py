@@ -22,6 +22,7 @@ from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.compatibility import why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
+from loradeck.lora.vocabulary import tokens_added_by
 from loradeck.runner.request import Key
 from loradeck.serve.config import EngineConfig
 from loradeck.serve.hub_adapters import HubAdapters
@@ -124,6 +125,7 @@ class AdapterCache:
         self._lock = RLock()
         self._residents: dict[str, Resident] = {}
         self._failures: dict[str, LoradeckError] = {}
+        self._added_tokens: dict[str, int] = {}
         self._closed = False
         self._loaders = ThreadPoolExecutor(config.loaders, "loradeck-load", openmp.alone)
 
@@ -150,6 +152,19 @@ class AdapterCache:
         """Return the bytes that an adapter takes once it is loaded."""
         facts = stored.facts
         return facts.parameter_bytes if self._dtype is None else facts.parameters * self._dtype.itemsize
+
+    def added_tokens(self, stored: Stored) -> int:
+        """Return how many tokens beyond the base's an adapter has; of one that does not fit, none. Reads the disk."""
+        if not stored.facts.has_weights:
+            return 0
+        sha256 = stored.sha256()
+        if sha256 not in self._added_tokens:
+            try:
+                count = tokens_added_by(self.bank.vocabulary, self.bank.check(stored.path))
+            except LoradeckError:  # loading it says why
+                return 0
+            self._added_tokens[sha256] = count
+        return self._added_tokens[sha256]
 
     def resolve(self, entry: RouteEntry) -> tuple[Key, dict[str, Stored]]:
         """Return the key of a route's entry as of now, and its adapters on disk by content hash. Reads the disk.
@@ -359,6 +374,7 @@ class AdapterCache:
                 if resident.stored.sha256() != sha256:  # read again, so the hash is that of what was loaded
                     raise AdapterError(f"{resident.spec} changed while it was loaded", hint="Try again.")
                 self.bank[sha256].to(self._dtype)
+            resident.nbytes = self.bank[sha256].nbytes  # headers do not say which weights equal the base's
             self._prepare(self.bank[sha256])
         except Exception as error:
             failure = _load_error(resident, error)

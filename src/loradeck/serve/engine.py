@@ -122,14 +122,15 @@ class Engine(RequestEngine[Generation, GenerationStats]):
             BusyError: too many requests wait, or the engine is shutting down.
         """
         prompt = token_ids(tokens)
-        self._check(prompt, sampling)
         model = entry if isinstance(entry, ServedModel) else self.resolve(entry)
+        self._check(prompt, sampling, model)
         request = Request(
             prompt,
             sampling,
             model.key,
             uuid.uuid4().hex,
             stop_ids=model.stop_ids,
+            vocabulary=model.vocabulary,
             adapter=adapter,
             versions=model.versions,
             tenant=tenant,
@@ -180,8 +181,8 @@ class Engine(RequestEngine[Generation, GenerationStats]):
 
     # ---- checks
 
-    def _check(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
-        self.check_tokens([*tokens, *sampling.logit_bias, *sampling.stop_token_ids])
+    def _check(self, tokens: Sequence[int], sampling: SamplingParams, model: ServedModel) -> None:
+        self.check_tokens([*tokens, *sampling.logit_bias, *sampling.stop_token_ids], model)
         if not tokens:
             raise ConfigError("the prompt is empty", hint="Give at least one token.")
         if len(tokens) + min(sampling.max_tokens, 1) > self._longest:

@@ -73,8 +73,8 @@ class PoolingEngine(RequestEngine[PoolingResult, Stats]):
             ConfigError: a row is empty, too long, not a list of token ids, or has unknown ones.
             BusyError: too many requests wait, or the engine is shutting down.
         """
-        checked = [self._checked(row) for row in rows]
         model = entry if isinstance(entry, ServedModel) else self.resolve(entry)
+        checked = [self._checked(row, model) for row in rows]
         labels = next((stored.facts.labels for stored in model.adapters.values() if stored.facts.labels), ())
         answers = []
         for row in checked:
@@ -92,9 +92,9 @@ class PoolingEngine(RequestEngine[PoolingResult, Stats]):
         self._add(answers, model.adapters)
         return answers
 
-    def _checked(self, row: PoolingRow | Sequence[int]) -> PoolingRow:
+    def _checked(self, row: PoolingRow | Sequence[int], model: ServedModel) -> PoolingRow:
         tokens = token_ids(row.tokens if isinstance(row, PoolingRow) else row)
-        self.check_tokens(tokens)
+        self.check_tokens(tokens, model)
         if not tokens:
             raise ConfigError("the input is empty", hint="Give at least one token.")
         if self.base.context is not None and len(tokens) > self.base.context:

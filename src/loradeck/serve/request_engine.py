@@ -3,6 +3,7 @@
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from threading import Lock
 from types import TracebackType
 from typing import Generic, Self, SupportsIndex
@@ -14,6 +15,7 @@ from loradeck.base.load import Base
 from loradeck.base.text import stop_ids
 from loradeck.errors import BusyError, ConfigError
 from loradeck.lora.adapter import Adapter
+from loradeck.lora.added_rows import shared_count
 from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry
 from loradeck.serve.adapter_cache import AdapterCache
@@ -83,8 +85,13 @@ class RequestEngine(Generic[AnyAnswer, AnyStats]):
         """
         key, adapters = self.adapter_cache.resolve(entry)
         tokenizer = self.tokenizer_of(*adapters.values())
-        ends = self._in_vocabulary(stop_ids(tokenizer, getattr(self.base.model, "generation_config", None)))
-        return ServedModel(key, adapters, tokenizer, ends)
+        vocabulary = self._vocabulary
+        if len(key) < 2 or tokenizer is not self.base.tokenizer:  # else a blend whose tokenizers differ
+            added = ((self.adapter_cache.added_tokens(adapters[sha256]), weight) for sha256, weight in key)
+            vocabulary += shared_count(added)
+        ends = stop_ids(tokenizer, getattr(self.base.model, "generation_config", None))
+        known = frozenset(end for end in ends if end < vocabulary)  # some tokenizers have more
+        return ServedModel(key, adapters, tokenizer, known, vocabulary)
 
     def tokenizer_of(self, *adapters: Stored) -> PreTrainedTokenizerBase:
         """Return the tokenizer of requests for these adapters. Reads the disk.
@@ -92,7 +99,9 @@ class RequestEngine(Generic[AnyAnswer, AnyStats]):
         Raises:
             AdapterError: the tokenizer of one cannot be used.
         """
-        return self.base.adapter_tokenizers.of(stored.tokenizer_files for stored in adapters)
+        return self.base.adapter_tokenizers.of(
+            replace(stored.tokenizer_files, added_tokens=self.adapter_cache.added_tokens(stored)) for stored in adapters
+        )
 
     def _add(self, answers: Sequence[AnyAnswer], adapters: Mapping[str, Stored]) -> None:
         """Queue requests that have the same adapters: all or none.
@@ -109,23 +118,20 @@ class RequestEngine(Generic[AnyAnswer, AnyStats]):
             for answer in answers:
                 self._loop.add(answer, adapters)
 
-    def check_tokens(self, tokens: Iterable[int]) -> None:
-        """Check that the base has these tokens.
+    def check_tokens(self, tokens: Iterable[int], model: ServedModel) -> None:
+        """Check that the base, or the adapters of a request, have these tokens.
 
         Raises:
             ConfigError: an unknown token id.
         """
-        used = {*tokens}
-        unknown = used - self._in_vocabulary(used)
+        unknown = [token for token in tokens if not 0 <= token < model.vocabulary]
         if unknown:
+            added = model.vocabulary - self._vocabulary
+            more = f", its adapters {added} more" if added else ""
             raise ConfigError(
-                f"unknown token id {min(unknown)}; the base has {self._vocabulary}",
-                hint="Use the base's own tokenizer.",
+                f"unknown token id {min(unknown)}; the base has {self._vocabulary}{more}",
+                hint="Use the tokenizer of the base, or of the adapter.",
             )
-
-    def _in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
-        """Return the tokens that the model knows; some tokenizers have more."""
-        return frozenset(token for token in tokens if 0 <= token < self._vocabulary)
 
     # ---- what the thread does beside requests
 

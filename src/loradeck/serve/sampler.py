@@ -65,4 +65,4 @@ def _prompt_logprobs(logits: Tensor, work: Scheduled) -> tuple[Token, ...]:
     scored = request.prompt[request.computed + 1 : request.computed + work.count + 1]
     if not scored:
         return first
-    return (*first, *score(logits[: len(scored)], scored, count))
+    return (*first, *score(logits[: len(scored), : request.vocabulary], scored, count))

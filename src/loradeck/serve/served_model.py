@@ -21,6 +21,8 @@ class ServedModel:
     """The adapters' own if they have one and agree on it, else the base's."""
     stop_ids: frozenset[int] = field(repr=False)
     """Tokens that end an answer: those of the base and of the tokenizer."""
+    vocabulary: int
+    """How many tokens there are: those of the base, and those that its adapters add."""
 
     @property
     def versions(self) -> str:

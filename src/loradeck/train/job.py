@@ -263,9 +263,13 @@ def _optimizer(adapter: Adapter, config: TrainConfig) -> AdamW:
     """Return AdamW over A and over B, whose learning rates may differ (LoRA+); modules that are saved have A's."""
     pairs = [adapter.pair(path) for path in adapter.sites]
     heads = [parameter for path in adapter.saved for parameter in adapter.saved_module(path).values()]
+    added: dict[bool, list[nn.Parameter]] = {True: [], False: []}  # parts of A and of B for tokens beyond the base's
+    for path, rows in adapter.added.items():
+        if rows.pair is not None:
+            added[adapter.sites[path].kind == "embedding"].append(adapter.added_rows(rows.pair))
     groups = [
-        {"params": [*(a for a, _ in pairs), *heads], "ratio": 1.0},
-        {"params": [b for _, b in pairs], "ratio": config.loraplus_lr_ratio},
+        {"params": [*(a for a, _ in pairs), *added[True], *heads], "ratio": 1.0},
+        {"params": [*(b for _, b in pairs), *added[False]], "ratio": config.loraplus_lr_ratio},
     ]
     fused = next(adapter.parameters()).device.type in FUSED
     return AdamW(groups, betas=BETAS, weight_decay=config.weight_decay, fused=fused)

@@ -1,8 +1,10 @@
 """What a job trains and validates on, read from its recipe's dataset."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+
+from transformers import PreTrainedTokenizerBase
 
 from loradeck.base.load import Base
 from loradeck.dataset.config import DataConfig
@@ -10,6 +12,10 @@ from loradeck.dataset.finding import FIRST
 from loradeck.dataset.held_out import held_out
 from loradeck.dataset.read import Dataset, SplitExamples, read_dataset
 from loradeck.dataset.source import Position
+from loradeck.lora.bank import Bank
+from loradeck.lora.manifest import stamp
+from loradeck.lora.vocabulary import tokens_added_by
+from loradeck.tokenizer_files import TokenizerFiles
 from loradeck.train.inputs import read_parent
 from loradeck.train.recipe import JobRecipe
 
@@ -21,11 +27,14 @@ class JobData:
     dataset: Dataset
     train: SplitExamples
     valid: SplitExamples
+    tokenizer: PreTrainedTokenizerBase
+    """What encoded them."""
 
 
 def read_data(
     jobs: Iterable[JobRecipe],
     base: Base,
+    bank: Bank,
     on_read: Callable[[Position], None] | None = None,
     *,
     places: int = FIRST,
@@ -40,10 +49,16 @@ def read_data(
     """
 
     @cache
-    def read(source: str, max_length: int, config: DataConfig, labels: tuple[str, ...] = ()) -> Dataset:
+    def read(
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        max_length: int,
+        config: DataConfig,
+        labels: tuple[str, ...] = (),
+    ) -> Dataset:
         return read_dataset(
             source,
-            base.tokenizer,
+            tokenizer,
             max_length,
             config,
             task=base.task,
@@ -55,12 +70,25 @@ def read_data(
     data: dict[str, JobData] = {}
     for job in jobs:
         labels = read_parent(job).origin.labels if job.from_ else ()
-        dataset = read(job.data, job.train.max_length, job.reading, labels)
+        tokenizer = _tokenizer(job, base, bank)
+        dataset = read(tokenizer, job.data, job.train.max_length, job.reading, labels)
         train, valid = dataset.train, dataset.valid
         if job.valid is not None:
-            other = read(job.valid, job.train.max_length, job.reading, dataset.labels)
+            other = read(tokenizer, job.valid, job.train.max_length, job.reading, dataset.labels)
             valid = other.valid or other.train
         elif not valid and job.train.valid_ratio:
             train, valid = held_out(train, job.train.valid_ratio, job.train.seed)
-        data[job.name] = JobData(dataset, train, valid)
+        data[job.name] = JobData(dataset, train, valid, tokenizer)
     return data
+
+
+def _tokenizer(job: JobRecipe, base: Base, bank: Bank) -> PreTrainedTokenizerBase:
+    """Return what encodes a job's examples: the tokenizer of a parent that adds tokens, else the base's."""
+    if job.from_ is None:
+        return base.tokenizer
+    files = bank.check(job.from_)
+    count = tokens_added_by(bank.vocabulary, files)
+    if not count:
+        return base.tokenizer
+    folder = files.folder.absolute()
+    return base.adapter_tokenizers.of([replace(TokenizerFiles.of(folder, stamp(folder)), added_tokens=count)])

@@ -82,7 +82,7 @@ class Run:
             on_event=self._record,
             on_evaluated=self._sample,
         )
-        self.data = read_data(recipe.jobs, base, on_read) if data is None else data
+        self.data = read_data(recipe.jobs, base, self.bank, on_read) if data is None else data
         self.parents: dict[str, str] = {}
         """The sha256 of the adapter that a job goes on from."""
         layers = base.model.config.get_text_config().num_hidden_layers
@@ -113,7 +113,8 @@ class Run:
         adapter = self.bank[job.name]
         # What the parent's metadata says of its training is not true of this adapter.
         adapter.origin = replace(adapter.origin, metadata=Origin().metadata, written=None)
-        adapter.tokenizer_files = TokenizerFiles()  # the examples are encoded by the base's
+        if not adapter.added_tokens:
+            adapter.tokenizer_files = TokenizerFiles()  # the examples are encoded by the base's
         stamp(self.base.model, adapter)
         adapter.describe(parent=files.folder.name, parent_sha256=self.parents[job.name])
         return adapter.config
@@ -221,7 +222,7 @@ class Run:
         job.adapter.describe(
             dataset=Path(data.dataset.name).name,
             data_sha256=data.dataset.sha256,
-            chat_template_sha256=chat_template_hash(self.base.tokenizer) or "none",
+            chat_template_sha256=chat_template_hash(data.tokenizer) or "none",
             **_results(job, history),
         )
         job.adapter.save(folder, notes=notes)
@@ -243,8 +244,8 @@ class Run:
                     job=job.name,
                     step=job.progress.step,
                     seconds=self.trainer.seconds,
-                    prompt=self._text(prompt),
-                    expected=self._text(expected),
+                    prompt=self._text(job.name, prompt),
+                    expected=self._text(job.name, expected),
                     answer=answer,
                 )
             )
@@ -254,8 +255,8 @@ class Run:
         job = self.trainer.jobs[end.job]
         first, last = job.progress.losses[0], job.progress.losses[-1]
         examples = (self.data[end.job].valid or self.data[end.job].train)[: self.recipe.shared.samples]
-        if last > FELL * first or not examples or self.answer is None:
-            return end
+        if last > FELL * first or not examples or self.answer is None or job.adapter.added_tokens:
+            return end  # what an adapter with tokens of its own reads, the base may not know
         prompts = [_prompt_and_answer(example)[0] for example in examples]
         names = [name for name in (end.job, None) for _ in prompts]
         with evaluation(self.base.model), torch.no_grad():
@@ -269,8 +270,8 @@ class Run:
         job.progress.end = msgspec.structs.replace(end, detail="; ".join(filter(None, (end.detail, note))))
         return job.progress.end
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.base.tokenizer.decode(tokens, skip_special_tokens=True))
+    def _text(self, name: str, tokens: list[int]) -> str:
+        return str(self.data[name].tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _results(job: Job, history: JobHistory) -> dict[str, str]:

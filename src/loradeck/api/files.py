@@ -1,0 +1,116 @@
+"""OpenAI's files: the datasets that clients upload, and the metrics of their jobs."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from urllib.parse import quote, urlsplit
+
+from anyio.to_thread import run_sync
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from loradeck.api.config import ServerConfig
+from loradeck.api.errors import HttpError
+from loradeck.api.requests import read_query
+from loradeck.api.responses import json_response
+from loradeck.api.state import state_of, training_of
+from loradeck.api.training_requests import FINE_TUNE, FilesQuery
+from loradeck.api.training_responses import FileDeleted, FileObject, Page
+from loradeck.api.upload_form import UploadForm
+from loradeck.live.records import FileRecord
+from loradeck.live.uploads import Upload, Uploads
+
+OCTETS = "application/octet-stream"
+
+
+async def create_file(request: Request) -> Response:
+    """Upload a dataset. It goes to the disk while it arrives; if it does not arrive whole, nothing of it stays."""
+    training = training_of(request)
+    _check_origin(request, state_of(request).config)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HttpError(415, "The body is compressed.", hint="Send it without a content-encoding.")
+    size = request.headers.get("content-length", "0")
+    await run_sync(training.uploads.check_room, int(size) if size.isdecimal() else 0)
+    key, max_bytes = request.state.key, training.config.max_file_bytes
+    with ExitStack() as stack:
+        uploads: list[Upload] = []
+
+        def open_file(filename: str) -> Callable[[bytes], object]:
+            upload = training.uploads.upload(
+                key.name, filename, FINE_TUNE, max_bytes=max_bytes, max_total=key.quota.max_upload_bytes
+            )
+            uploads.append(stack.enter_context(upload))
+            return uploads[0].write
+
+        form = UploadForm(request.headers.get("content-type", ""), open_file)
+        async for chunk in request.stream():
+            await run_sync(form.write, chunk)
+        form.finish()
+        _check_fields(form.fields)
+        finish = stack.pop_all()
+    await run_sync(finish.close)
+    return json_response(FileObject.of(uploads[0].record))
+
+
+async def list_files(request: Request) -> Response:
+    """List the key's files, the newest first."""
+    training, query = training_of(request), read_query(request, FilesQuery)
+
+    def page() -> Page[FileObject]:
+        records, more = training.uploads.list(
+            request.state.key.name, after=query.after, limit=query.limit, order=query.order, purpose=query.purpose
+        )
+        return Page.of([FileObject.of(record) for record in records], more)
+
+    return json_response(await run_sync(page))
+
+
+async def get_file(request: Request) -> Response:
+    """Describe a file."""
+    return json_response(FileObject.of(await run_sync(_file, training_of(request).uploads, request)))
+
+
+async def get_file_content(request: Request) -> Response:
+    """Return a file's content."""
+    uploads = training_of(request).uploads
+    record = await run_sync(_file, uploads, request)
+    headers = {
+        "content-disposition": f"attachment; filename*=utf-8''{quote(record.filename)}",
+        "x-content-type-options": "nosniff",
+    }
+    return FileResponse(uploads.path(record.id), headers=headers, media_type=OCTETS)
+
+
+async def delete_file(request: Request) -> Response:
+    """Delete a file. Jobs that were created with it go on."""
+    id = request.path_params["id"]
+    await run_sync(training_of(request).uploads.delete, id, request.state.key.name)
+    return json_response(FileDeleted(id))
+
+
+def _file(uploads: Uploads, request: Request) -> FileRecord:
+    return uploads.get(request.path_params["id"], request.state.key.name)
+
+
+def _check_fields(fields: dict[str, str]) -> None:
+    purpose = fields.get("purpose")
+    if purpose != FINE_TUNE:
+        message = "purpose is missing." if purpose is None else f"Unsupported: purpose={purpose!r:.80}."
+        raise HttpError(400, message, param="purpose", hint=f"Send purpose={FINE_TUNE}.")
+    for name in fields:
+        if name.startswith("expires_after"):
+            raise HttpError(
+                400, f"Unsupported: {name[:80]}.", param=name[:80], hint="Delete files that are not needed."
+            )
+
+
+def _check_origin(request: Request, config: ServerConfig) -> None:
+    """Check that no foreign web page uploads: a browser sends a form to any server without asking it first."""
+    origin = request.headers.get("origin")
+    if origin is None or not {origin, "*"}.isdisjoint(config.origins):
+        return
+    if urlsplit(origin).netloc != request.headers.get("host"):
+        raise HttpError(
+            403,
+            f"The origin {origin[:128]!r} may not use this server.",
+            hint="The server's --origins has those that may.",
+        )
