@@ -41,8 +41,7 @@ def dataset(answer: str, count: int = 6) -> bytes:
 
 
 def pairs(count: int = 4) -> bytes:
-    answer = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-    row = {"input": {"messages": MESSAGES}, "preferred_output": answer("yes"), "non_preferred_output": answer("no")}
+    row = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
     return (json.dumps(row).encode() + b"\n") * count
 
 

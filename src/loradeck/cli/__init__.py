@@ -28,6 +28,7 @@ VERBS = (
     "generate",
     "chat",
     "serve",
+    "jobs",
     "ls",
     "show",
     "publish",

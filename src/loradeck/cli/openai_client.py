@@ -1,4 +1,4 @@
-"""A small client of OpenAI-compatible servers: the list of models, and streamed chat completions.
+"""A small client of OpenAI-compatible servers: the list of models, streamed chat completions, and other routes.
 
 urllib is enough for one request at a time, read line by line.
 """
@@ -52,16 +52,33 @@ class OpenAIClient:
         """
         options = {name: value for name, value in sampling.items() if value is not None}
         body = {"model": model, "messages": messages, "stream": True, **options}
-        with self._open("chat/completions", body) as response:
+        for event in self.events("chat/completions", _Event, body):
+            yield from (choice.delta.content or "" for choice in event.choices)
+
+    def read(self, path: str, kind: type[T], body: Any = None) -> T:
+        """Return the answer to a GET, or to a POST if there is a body, as a `kind`.
+
+        Raises:
+            RequestError: the server cannot be reached, refuses, or answers something else.
+        """
+        with self._open(path, body) as response:
+            return self._decode(response.read(), kind)
+
+    def events(self, path: str, kind: type[T], body: Any = None) -> Iterator[T]:
+        """Yield the server-sent events that answer a GET or a POST, as they come.
+
+        Raises:
+            RequestError: as `read`, or the stream breaks off.
+        """
+        with self._open(path, body) as response:
             for line in _lines(response):
                 data = line.removeprefix(DATA).strip()
                 if data == DONE:
                     return
                 if data and line.startswith(DATA):
-                    event = self._decode(data, _Event)
-                    if event.error is not None:
-                        raise RequestError(event.error.message if isinstance(event.error, _Error) else event.error)
-                    yield from (choice.delta.content or "" for choice in event.choices)
+                    if error := self._decode(data, _Failure).error:
+                        raise RequestError(error.message if isinstance(error, _Error) else error)
+                    yield self._decode(data, kind)
         raise RequestError("the answer broke off", hint="Try again; the server may have stopped.")
 
     def _open(self, path: str, body: Any = None) -> http.client.HTTPResponse:
@@ -111,6 +128,11 @@ class _Event(msgspec.Struct):
     """One event of a stream."""
 
     choices: list[_Choice] = []
+
+
+class _Failure(msgspec.Struct):
+    """An event that reports an error."""
+
     error: _Error | str | None = None
 
 

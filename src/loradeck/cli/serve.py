@@ -5,7 +5,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,16 +17,18 @@ from loradeck.api.config import ServerConfig
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli.adapter_folder import read_adapter
 from loradeck.cli.display.text import printable
-from loradeck.cli.options import Dtype, ServedTask, Weights
+from loradeck.cli.options import Dtype, ServedTask, Weights, is_typed
 from loradeck.cli.process import cap_allocator, quick_imports
 from loradeck.errors import ConfigError, LoradeckError
+from loradeck.live.config import LiveConfig
 from loradeck.serve.config import EngineConfig
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
     from loradeck.serve.pooling_engine import PoolingEngine
 
-ENGINE, SERVER = EngineConfig(), ServerConfig()
+ENGINE, SERVER, LIVE = EngineConfig(), ServerConfig(), LiveConfig()
+LIVE_FOLDER = ".live"  # in the folder of adapters; a store lists no hidden folders
 ATTEMPTS = 8  # adapters to try for the example
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,10 @@ def serve(
     weights: Weights = "blocks",
     task: ServedTask = "generate",
     draft_model: str | None = None,
+    train: bool = False,
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
+    live: Annotated[LiveConfig, Parameter(name="*")] = LIVE,
 ) -> None:
     """Serve a base and its adapters as an OpenAI-compatible API.
 
@@ -60,6 +65,8 @@ def serve(
         port: The port to listen on; 0 picks a free one.
         keys: A file of API keys with the permissions of each.
         draft_model: A smaller base with the same tokenizer, which drafts tokens that the base then checks.
+        train: Train adapters too, as OpenAI's fine-tuning jobs, and publish them in the folder of adapters. Files and
+            jobs are in .live there. See docs/live.md.
     """
     start = time.perf_counter()
     from loradeck.api.auth import ApiKeys
@@ -69,6 +76,7 @@ def serve(
 
     if draft_model and task != "generate":
         raise ConfigError("--draft-model is only for the task generate", hint="Leave one of them out.")
+    _check_training(adapters, train)
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
     store = AdapterStore(adapters) if adapters else None
     count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
@@ -85,6 +93,7 @@ def serve(
             from loradeck.api.log import logging_to
             from loradeck.api.metrics import Metrics
             from loradeck.base.load import Base
+            from loradeck.live.live_training import LiveTraining
             from loradeck.serve.engine import Engine
             from loradeck.serve.pooling_engine import PoolingEngine
 
@@ -96,12 +105,18 @@ def serve(
                 start_engine = partial(Engine, draft_model=draft)
             else:
                 start_engine = PoolingEngine
-            with start_engine(loaded, store, engine, observer=metrics) as running:
+            with ExitStack() as stack:
+                running = stack.enter_context(start_engine(loaded, store, engine, observer=metrics))
+                training = None
+                if train and store:
+                    training = stack.enter_context(LiveTraining(running, store.folder / LIVE_FOLDER, live))
                 hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
-                application = app(running, metrics, keys=api_keys, config=replace(config, hosts=hosts))
+                hosted = replace(config, hosts=hosts)
+                application = app(running, metrics, keys=api_keys, config=hosted, training=training)
                 url = url_of(address)
                 example = curl(url, running, has_keys=bool(api_keys))
                 settings = {"weights": weights, "keys": len(api_keys), **asdict(engine), **asdict(config)}
+                settings |= {"train": train, **asdict(live)}
 
                 def announce() -> None:
                     adapter_count = f"{count} adapter{'s' * (count != 1)}"
@@ -111,6 +126,14 @@ def serve(
                     _log_start(running, url, count, settings)
 
                 Server(application, address, announce).serve_forever()
+
+
+def _check_training(adapters: Path | None, train: bool) -> None:
+    if train and adapters is None:
+        raise ConfigError("--train needs a folder to publish adapters in", hint="Add --adapters FOLDER.")
+    typed = [field.name for field in fields(LiveConfig) if is_typed(field.name)]
+    if typed and not train:
+        raise ConfigError(f"--{typed[0].replace('_', '-')} is a setting of training", hint="Add --train.")
 
 
 def _log_start(engine: "Engine | PoolingEngine", url: str, adapters: int, settings: Mapping[str, object]) -> None:

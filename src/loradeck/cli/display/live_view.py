@@ -88,9 +88,10 @@ def view(state: ProgressState, most: int | None = None) -> RenderableType:
     jobs = state.first(most)
     rest = len(state.jobs) - len(jobs)
     more = [Text(f"and {rest} more", style="dim")] if rest else []
-    memory = f"memory {_gigabytes(state.memory)}, peak {_gigabytes(state.peak)}"
-    totals = f"{state.tokens_per_second:,.0f} tokens/s · {memory} · {_time(state.seconds)}"
-    return Group(_Jobs(jobs), *more, Text(totals, style="dim", no_wrap=True, overflow="ellipsis"))
+    totals = [f"{state.tokens_per_second:,.0f} tokens/s", _time(state.seconds)]
+    if state.peak:  # of a server's jobs it is not known
+        totals.insert(1, f"memory {_gigabytes(state.memory)}, peak {_gigabytes(state.peak)}")
+    return Group(_Jobs(jobs), *more, Text(" · ".join(totals), style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 class _Jobs:
