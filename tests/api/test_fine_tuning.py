@@ -41,7 +41,8 @@ def dataset(answer: str, count: int = 6) -> bytes:
 
 
 def pairs(count: int = 4) -> bytes:
-    row = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
+    row = {"input": {"messages": MESSAGES}, "preferred_output": yes, "non_preferred_output": no}
     return (json.dumps(row).encode() + b"\n") * count
 
 
