@@ -47,19 +47,18 @@ def test_texts_are_classified_as_by_peft_alone(
 ) -> None:
     base = base_of(family, task, tmp_path / "base", tiny_tokenizer)
     bank = Bank(base.model)
-    expected = []
+    probabilities = []
     for text, labels in zip(TEXTS, (3, 5, 4, 2), strict=True):
         if labels == 2:
             model: torch.nn.Module = make(family, task, 2, 1)
         else:
-            adapted = wrapped(family, task, labels, labels)
-            adapted.save_pretrained(str(tmp_path / f"a{labels}"))
+            model = peft_model = wrapped(family, task, labels, labels)
+            peft_model.save_pretrained(str(tmp_path / f"a{labels}"))
             bank.load(tmp_path / f"a{labels}")
-            model = adapted
-        expected.append(alone(model, tiny_tokenizer, text).logits[0].softmax(-1))
-    for ours, theirs in zip(classify(base, bank, TEXTS, ["a3", "a5", "a4", None]), expected, strict=True):
+        probabilities.append(alone(model, tiny_tokenizer, text).logits[0].softmax(-1))
+    for ours, theirs in zip(classify(base, bank, TEXTS, ["a3", "a5", "a4", None]), probabilities, strict=True):
         check_close(ours, theirs)
-    check_close(classify(base, bank, [*TEXTS[:1]], "a3")[0], expected[0])
+    check_close(classify(base, bank, [*TEXTS[:1]], "a3")[0], probabilities[0])
 
 
 def test_texts_are_embedded_as_by_peft_alone(

@@ -305,3 +305,20 @@ def test_an_answer_cannot_need_more_tokens_than_it_may_have() -> None:
 
 def test_a_stop_string_may_be_given_alone() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 2.0, "top_k": 4, "seed": 3}])
+def test_beyond_its_vocabulary_a_sequence_sees_nothing(logits: torch.Tensor, options: dict) -> None:
+    """Whatever other rows of the step have there, and whatever size their vocabularies have."""
+    whole = torch.cat([logits, torch.full((2,), 50.0)])
+    sizes = [V, V + 1, V + 2, V]
+    rows = [sequence(logprobs=5, logit_bias={V - 1: 1.0}, **options) for _ in sizes]
+    for row, size in zip(rows, sizes, strict=True):
+        row.vocabulary = size
+    mixed = next_tokens(whole.expand(len(rows), -1), rows)
+    for token, size in zip(mixed, sizes, strict=True):
+        assert [token] == sample(whole[:size], sequence(logprobs=5, logit_bias={V - 1: 1.0}, **options))
+        assert isinstance(token, Token)
+        assert max(token.id, *(other for other, _ in token.top)) < size
+    assert isinstance(mixed[2], Token)
+    assert mixed[2].id >= V

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from loradeck.base.load import Base
-from loradeck.errors import AdapterError, ConfigError, UnsupportedError
+from loradeck.errors import AdapterError, BaseModelError, ConfigError, UnsupportedError
 from loradeck.gguf import adapter as gguf
 from loradeck.gguf.architecture import read_architecture
 from loradeck.llamacpp import check_installed
@@ -88,14 +88,25 @@ def convert(
         raise ConfigError(f"{output} {what}", hint="Give a new one; nothing was written.")
     if to == "gguf":
         check_installed("conversion to gguf")
-    reading = _Reading(source, base)
-    _check_saved(reading, to, rank)
-    adapter = _plain(reading, Path(initial) if initial is not None else None)
-    done = Conversion(output, adapter, 0.0)
-    if rank is not None:
-        lowered = lower_rank(adapter, rank)
-        done = Conversion(output, lowered.adapter, 0.0, lowered.error, lowered.errors)
-    return _write(done, reading, to, dtype)
+    try:
+        reading = _Reading(source, base)
+        _check_saved(reading, to, rank)
+        adapter = _plain(reading, Path(initial) if initial is not None else None)
+        done = Conversion(output, adapter, 0.0)
+        if rank is not None:
+            lowered = lower_rank(adapter, rank)
+            done = Conversion(output, lowered.adapter, 0.0, lowered.error, lowered.errors)
+        return _write(done, reading, to, dtype)
+    except BaseModelError as error:
+        if base is not None:
+            raise
+        raise BaseModelError(
+            f"the base that {source} names cannot be used: {error.message}",
+            error.problems,
+            hint=error.hint,
+            python="Or pass another as base=.",
+            cli="Or give another with --base.",
+        ) from error
 
 
 class _Reading:
@@ -187,7 +198,9 @@ class _Reading:
             return Adapter.from_files(files)
         _, copy = files.entries[files.copies[0]]
         model = self.model("to compare the copies of its weights", dtype=DTYPES[copy.dtype])
-        files = vocabulary.fitted(model, files.respelled(compatibility.respelling(model, {}, files)))
+        files = vocabulary.fitted(
+            vocabulary.modules(model), files.respelled(compatibility.respelling(model, {}, files))
+        )
         adapter = Adapter.from_files(files, check_copy=partial(compatibility.why_not_a_copy, model))
         adapter.base_modules = {path: model.get_submodule(path) for path in adapter.added}
         return adapter

@@ -148,9 +148,9 @@ def test_messages_and_token_ids(serve: Serve, tiny_tokenizer: PreTrainedTokenize
     server = serve("classify")
     messages = [{"role": "user", "content": "hi"}]
     ids = tiny_tokenizer.apply_chat_template(messages, return_dict=False)
-    expected = post(server, "/classify", input=ids)["data"]
-    assert post(server, "/classify", messages=messages)["data"] == expected
-    assert post(server, "/classify", input=[ids])["data"] == expected
+    classes = post(server, "/classify", input=ids)["data"]
+    assert post(server, "/classify", messages=messages)["data"] == classes
+    assert post(server, "/classify", input=[ids])["data"] == classes
 
 
 # ---- vectors
@@ -214,8 +214,8 @@ def test_pooling_gives_what_the_base_computes(
     for item, text in zip(body["data"], TEXTS, strict=True):
         assert item["object"] == "pooling"
         output = theirs(task, "five", text, tiny_tokenizer)
-        expected = output.last_hidden_state[0].mean(0) if task == "embed" else output.logits[0].softmax(-1)
-        assert np.array(item["data"]) == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-5)
+        vector = output.last_hidden_state[0].mean(0) if task == "embed" else output.logits[0].softmax(-1)
+        assert np.array(item["data"]) == pytest.approx(vector.numpy(), rel=1e-4, abs=1e-5)
     status, message, _ = refusal(server, "/pooling", input="a", task="token_embed")
     assert (status, vllms in message) == (400, True)
 
@@ -245,8 +245,8 @@ def test_scores_of_a_head_that_reads_both_texts(
         inputs = pair_tokenizer("what", text, return_tensors="pt")
         assert inputs["token_type_ids"].max() == 1
         with torch.no_grad():
-            expected = model(**inputs).logits[0].sigmoid()
-        assert item["score"] == pytest.approx(float(expected), rel=1e-5)
+            score = model(**inputs).logits[0].sigmoid()
+        assert item["score"] == pytest.approx(float(score), rel=1e-5)
     other = post(server, path, model="one", queries=["what", "what"], documents=["this", "or that"])
     assert other["data"] == body["data"]
     assert refusal(server, path, model="one", text_1=["a", "b"], text_2="c")[0] == 400

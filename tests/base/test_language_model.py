@@ -51,11 +51,11 @@ def test_its_logits_for_text_are_those_of_the_whole_model(
 ) -> None:
     caplog.set_level(logging.INFO, "loradeck")
     base = load(folder(family))
-    expected = text_logits(whole(family), IDS)
-    assert (logits(base) - expected).norm() <= 1e-5 * expected.norm()
-    said = [record.getMessage() for record in caplog.records if "text only" in record.getMessage()]
-    assert len(said) == 1
-    assert f"is multimodal ({(FAMILIES | OTHERS)[family][0]})" in said[0]
+    theirs = text_logits(whole(family), IDS)
+    assert (logits(base) - theirs).norm() <= 1e-5 * theirs.norm()
+    lines = [record.getMessage() for record in caplog.records if "text only" in record.getMessage()]
+    assert len(lines) == 1
+    assert f"is multimodal ({(FAMILIES | OTHERS)[family][0]})" in lines[0]
     assert family in OTHERS or type(base.model).__name__ == SUPPORT[family][1]
     parameters = sum(parameter.numel() for parameter in whole(family).parameters())
     assert sum(parameter.numel() for parameter in base.model.parameters()) < parameters
@@ -94,7 +94,7 @@ def test_checkpoints_of_older_and_newer_transformers_are_the_same_model(
 
 def test_files_without_text_are_never_opened(folder: Callable[..., Path]) -> None:
     path = folder("gemma3")
-    expected = logits(load(path))
+    plain = logits(load(path))
     tensors = load_file(path / WEIGHTS)
     (path / WEIGHTS).unlink()
     shards = {"text": {}, "vision": {}, "projector": {}}  # type: dict[str, dict[str, torch.Tensor]]
@@ -108,7 +108,7 @@ def test_files_without_text_are_never_opened(folder: Callable[..., Path]) -> Non
     (path / INDEX).write_text(json.dumps({"weight_map": index}))
     (path / "vision.safetensors").unlink()
     (path / "projector.safetensors").write_bytes(b"\xff" * 100)
-    assert torch.equal(logits(load(path)), expected)
+    assert torch.equal(logits(load(path)), plain)
     assert load(path, weights="int8").model is not None
     (path / "text.safetensors").unlink()
     with pytest.raises(BaseModelError, match="has no language model: none of its"):
@@ -130,13 +130,13 @@ def test_a_quantised_checkpoint_keeps_its_language_models_values(folder: Callabl
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": ["visual", "lm_head"]}
     (path / "config.json").write_text(json.dumps(config))
-    expected = [name for name, _ in plain.named_parameters() if name.partition("layers.")[2] in values]
-    assert len(expected) == 14
+    names = [name for name, _ in plain.named_parameters() if name.partition("layers.")[2] in values]
+    assert len(names) == 14
     with torch.no_grad():
-        for name in expected:
+        for name in names:
             plain.get_parameter(name).copy_(values[name.partition("layers.")[2]])
-        wanted = plain(input_ids=IDS).logits
-    assert torch.equal(logits(load(path)), wanted)
+        theirs = plain(input_ids=IDS).logits
+    assert torch.equal(logits(load(path)), theirs)
 
 
 def test_an_index_names_files_of_its_folder_only(folder: Callable[..., Path]) -> None:

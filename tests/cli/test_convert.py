@@ -135,6 +135,20 @@ def test_what_the_base_is_needed_for_is_said(run: Callable, adapters: Path, tiny
     assert not Path("poet.gguf").exists()
 
 
+def test_a_base_that_only_the_adapter_names_is_said_to_be_its(run: Callable, adapters: Path) -> None:
+    config = Path("adapters/poet/adapter_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/gone/base"}))
+    for arguments in ["convert", "--to", "gguf"], ["export"]:
+        ran = run(arguments[0], "adapters/poet", "-o", "poet.gguf", *arguments[1:])
+        assert ran.code == 2
+        assert ran.err.startswith(
+            "loradeck: the base that adapters/poet names cannot be used: no base at '/gone/base'\n"
+        )
+        assert ran.err.endswith("Or give another with --base.\n")
+    ran = run("convert", "adapters/poet", "-o", "poet.gguf", "--to", "gguf", "--base", "nowhere")
+    assert ran.err.startswith("loradeck: no base at 'nowhere'\n")
+
+
 def test_an_output_that_exists_stays(run: Callable, adapters: Path) -> None:
     ran = run("convert", "adapters/poet", "-o", "adapters/pirate")
     assert (ran.code, "adapters/pirate exists and is not empty" in ran.err) == (2, True)

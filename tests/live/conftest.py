@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def alone(make: Callable[[str], Base], base: Base, tmp_path: Path) -> Callable[.
 
 
 def fresh(base: Base) -> Any:
-    """A copy of a base's model that no engine knows."""
-    model = type(base.model)(base.model.config).eval().requires_grad_(False)
+    """A copy of a base's model that no engine knows; training sets its attention in the config, so it has its own."""
+    model = type(base.model)(deepcopy(base.model.config)).eval().requires_grad_(False)
     model.load_state_dict(base.model.state_dict())
     return model

@@ -234,15 +234,15 @@ def outcome(folder: Path) -> dict[str, Any]:
             untimed = [{k: v for k, v in event.data.items() if k != "tokens_per_second"} for event in metrics]
             left[record.name] = {
                 "status": record.status,
-                "adapter": record.adapter,
+                "adapter": record.adapter == f"{record.name}@{store.versions(record.name)[0]}",
                 "steps": (record.steps, record.total_steps, record.trained_tokens),
-                "versions": store.versions(record.name),
+                "versions": len(store.versions(record.name)),  # a kill may have used up a number
                 "tensors": (store.find(record.name).path / "adapter_model.safetensors").read_bytes(),
                 "files": sorted(each.name for each in path.iterdir()),
                 "models": {each.name: (each / "adapter_model.safetensors").read_bytes() for each in models(path)},
                 "checkpoints": [(each.step, each.metrics) for each in checkpoints],
                 "metrics": untimed,
-                "messages": [event.message.replace(record.id, "") for event in events[-2:]],
+                "messages": [event.message.partition("@")[0] for event in events[-2:]],
                 "results": [uploads.path(file).read_bytes() for file in record.result_files],
             }
         versions = {f"{record.name}@{number}" for record in records for number in store.versions(record.name)}

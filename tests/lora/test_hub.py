@@ -263,9 +263,9 @@ def test_push_then_pull_is_the_same_adapter(
         **{name: content for name, content in files_of(folder).items() if name != "optimizer.pt"},
     }
     assert main(["pull", "me/poet", "adapters/copy"]) == 0
-    published = AdapterStore(tmp_path / "adapters").find("copy").path
+    version = AdapterStore(tmp_path / "adapters").find("copy").path
     for name in "adapter_config.json", "adapter_model.safetensors":
-        assert (published / name).read_bytes() == (folder / name).read_bytes()
+        assert (version / name).read_bytes() == (folder / name).read_bytes()
     assert main(["push", str(folder), "me/poet@draft", "--public"]) == 0
     assert repository.private
     draft, latest = (repository.commits[repository.revisions[name]] for name in ("draft", "main"))

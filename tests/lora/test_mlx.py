@@ -47,7 +47,7 @@ def write(folder: Path, values: dict[str, Tensor], **settings: Any) -> Path:
 
 def test_a_and_b_are_transposed_and_the_scale_is_the_scaling(tmp_path: Path) -> None:
     values = tensors()
-    done = convert(write(tmp_path / "mlx", values), tmp_path / "peft")
+    conversion = convert(write(tmp_path / "mlx", values), tmp_path / "peft")
     adapter = Adapter.load(tmp_path / "peft")
     a, b = adapter.pair(Q)
     assert torch.equal(a, values[f"{Q}.lora_a"].T)
@@ -55,7 +55,7 @@ def test_a_and_b_are_transposed_and_the_scale_is_the_scaling(tmp_path: Path) -> 
     assert adapter.sites[Q].scaling == pytest.approx(2.5, rel=1e-12)
     assert adapter.config.lora_dropout == 0.1
     assert adapter.origin.base_model == "org/base"
-    assert done.adapter.sites == adapter.sites
+    assert conversion.adapter.sites == adapter.sites
 
 
 def test_a_checkpoint_of_a_run_is_read_too(tmp_path: Path) -> None:
@@ -164,14 +164,14 @@ def test_an_adapter_of_a_multimodal_model_is_to_be_merged_instead(tmp_path: Path
 
 def ask(base: Path, **asked: Any) -> list[Tensor]:
     """Return mlx-lm's logits, for each row (tokens, vocabulary)."""
-    done = subprocess.run(
+    process = subprocess.run(
         [PYTHON, Path(__file__).with_name("mlx_reader.py")],
         input=json.dumps({"base": str(base), "adapter": "", "ids": IDS, **asked}),
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [torch.tensor(row) for row in json.loads(done.stdout)]
+    assert process.returncode == 0, process.stderr[-2000:]
+    return [torch.tensor(row) for row in json.loads(process.stdout)]
 
 
 @torch.no_grad()
@@ -220,9 +220,9 @@ def test_what_is_written_computes_the_same_in_mlx_lm(
     pairs = {path: tuple(half.to(dtype) for half in bank["mixed"].pair(path)) for path in bank["mixed"].sites}
     Adapter.with_sites(bank["mixed"].config, bank["mixed"].sites, pairs).save(tmp_path / "peft")
     bank.detach()
-    done = convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
-    assert {site.r for site in done.adapter.sites.values()} == {6}
-    assert len({site.scaling for site in done.adapter.sites.values()}) == 1
+    conversion = convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
+    assert {site.r for site in conversion.adapter.sites.values()} == {6}
+    assert len({site.scaling for site in conversion.adapter.sites.values()}) == 1
     theirs = ask(tiny_folder, adapter=str(tmp_path / "mlx"))
     assert distance(theirs, ours(tiny, tmp_path / "peft")) < 1e-4
     assert distance(theirs, ours(tiny, None)) > 0.1

@@ -408,7 +408,7 @@ class TestCopiesOfTheBase:
             }[change](tensors[key]).contiguous()
 
         self.edit(folder, apply)
-        self.refused(folder, "differs from this base")
+        self.refused(folder, "different numbers of rows" if change == "a row more" else "differs from this base")
 
     @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -506,14 +506,6 @@ class TestCopiesOfTheBase:
 
         self.edit(folder, rename)
         self.refused(folder, "belongs to no weight of this base")
-
-    def test_a_resized_vocabulary(self, tmp_path):
-        model = made(llama)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.resize_token_embeddings(140)
-        _, folder = write_with_peft(model, tmp_path / "a", PeftConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
-        self.refused(folder, "does not fit this base|differs from this base")
 
     def test_on_tied_embeddings(self, tmp_path):
         config = PeftConfig(r=3, target_modules=["embed_tokens"])

@@ -1,17 +1,21 @@
 """Adapters with tokens beyond the base's: PEFT on the resized base is the judge, alone and in one mixed batch."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.classifiers import make
+from tests.multimodal import text_logits, whole
 from tests.resized import ADDED, BLUE, FAMILIES, GREEN, KINDS, RED, ROWS, adapted, save, save_base
 from tests.resized import load as load_theirs
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from loradeck import Adapter, Bank, LoraConfig
+from loradeck import Adapter, Bank, Base, LoraConfig
 from loradeck.errors import AdapterError, RouteError, UnsupportedError
 
 pytestmark = [
@@ -264,6 +268,23 @@ def test_a_blend_has_the_mean_rows_of_all_its_adapters(llama: Path, colours: Cal
         assert close(blend, logits(mean))
 
 
+def test_a_blend_has_the_tokens_that_all_its_adapters_have(llama: Path, tmp_path: Path) -> None:
+    bank = Bank(load(llama))
+    bank.load(save(adapted(llama, "copies", pad_to_multiple_of=64), tmp_path / "padded"))
+    bank.load(save(adapted(llama, "pairs", seed=2), tmp_path / "pairs"))
+    bank.load(save(adapted(llama, "both trained", seed=3), tmp_path / "trained"))
+    for weights in ({"padded": 0.5, "pairs": 0.5}, {"trained": 0.5, "padded": -0.2, "pairs": 0.4}):
+        with bank.route([weights, {"padded": 1.0}]):
+            mixed = logits(bank.model)
+        with bank.route(weights):
+            blend = logits(bank.model)
+        assert blend.shape[-1] == ROWS + 2
+        assert close(mixed[:1], blend[:1])
+        bank.merge(weights)
+        assert close(blend, logits(bank.model))
+        bank.unmerge()
+
+
 @pytest.mark.parametrize("kind", ["copies", "both trained"])
 def test_a_blend_at_one_weight_keeps_the_rows_and_scales_the_updates(
     llama: Path, colours: Callable[..., Path], kind: str
@@ -391,3 +412,68 @@ def test_nan_in_the_rows_is_refused(llama: Path, colours: Callable[..., Path]) -
         return tensors
 
     refused(llama, edit(colours(), change), "base_model.model.lm_head.weight holds NaN or Inf")
+
+
+def test_a_quantised_base(llama: Path, tmp_path: Path) -> None:
+    """Its weights cannot be compared with the copies, so they are taken on trust; the new rows are exact."""
+    theirs = adapted(llama, "copies")
+    folder = save(theirs, tmp_path / "colours")
+    base = Base.load(llama, dtype="float32", device="cpu", weights="int8")
+    bank = Bank(base.model)
+    with pytest.raises(AdapterError, match="quantised in this base"):
+        bank.load(folder)
+    bank.load(folder, any_base=True)
+    with bank.route(["colours", None]):
+        ours = logits(bank.model, torch.cat([IDS[:1], OLD]))
+    expected = logits(theirs, IDS[:1])
+    assert bool((ours[:1] - expected).abs().max() <= 0.1 * expected.abs().max())
+    assert bool((ours[1, :, ROWS:] == -torch.inf).all())
+
+
+def test_a_classifier_reads_them_too(tmp_path: Path) -> None:
+    """A model for classes has no output head for tokens: its embedding alone is resized."""
+    make("roberta", "classify", 2, 1).save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make("roberta", "classify", 2, 1)
+        rows = model.get_input_embeddings().num_embeddings
+        model.resize_token_embeddings(rows + 2, mean_resizing=False)
+        config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+        theirs = peft.get_peft_model(model, config).eval()
+        theirs.save_pretrained(str(tmp_path / "colours"), save_embedding_layers=True)
+    base = make("roberta", "classify", 2, 1)
+    bank = Bank(base)
+    bank.load(tmp_path / "colours")
+    ids = torch.tensor([[5, rows, 9, rows + 1]])
+    with bank.route("colours"), torch.no_grad():
+        ours = base(input_ids=ids).logits
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+    assert bool((ours - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def test_of_a_multimodal_base(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its files spell the modules as the whole model has them, and so does what is written here."""
+    whole("gemma3").save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    model = whole("gemma3")
+    rows = model.get_input_embeddings().num_embeddings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.resize_token_embeddings(rows + 2, mean_resizing=False)
+        targets = r".*language_model.*\.(q_proj|down_proj)"
+        theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets)).eval()
+        theirs.save_pretrained(str(tmp_path / "colours"), save_embedding_layers=True)
+    bank = Bank(Base.load(tmp_path / "base", dtype="float32", device="cpu").model)
+    bank.load(tmp_path / "colours")
+    ids = torch.tensor([[5, rows, 9, rows + 1]])
+    with bank.route("colours"):
+        ours = logits(bank.model, ids)
+    assert close_to(ours, text_logits(theirs, ids))
+    bank.save("colours", tmp_path / "ours")
+    written, read = (load_file(tmp_path / each / TENSORS) for each in ("ours", "colours"))
+    assert all(torch.equal(tensor, read[key]) for key, tensor in written.items())
+
+
+def close_to(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())

@@ -48,9 +48,9 @@ def peft_logits(family: str, folder: Path) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected|not found).*")
         model = PeftModel.from_pretrained(whole(family), str(folder))
-    found = {name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A}
+    paths = {name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A}
     tensors = safetensors.torch.load_file(folder / TENSORS)
-    assert len(found) == len([key for key in tensors if key.endswith("lora_A.weight")])
+    assert len(paths) == len([key for key in tensors if key.endswith("lora_A.weight")])
     return text_logits(model.eval(), IDS)
 
 
@@ -93,9 +93,9 @@ class TestFamilies:
         bank.load(tmp_path / "first")
         assert equal(routed(base, bank, "first"), first)
         bank.load(tmp_path / "second")
-        mixed = routed(base, bank, ["first", None, "second"])
-        for row, expected in zip(mixed, (first[0], plain[1], second[2]), strict=True):
-            assert equal(row, expected)
+        rows = routed(base, bank, ["first", None, "second"])
+        for row, logits in zip(rows, (first[0], plain[1], second[2]), strict=True):
+            assert equal(row, logits)
         assert not equal(first, plain)
         assert not equal(second, first)
 
@@ -109,16 +109,16 @@ class TestFamilies:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        expected = routed(base, bank, "poet")
+        logits = routed(base, bank, "poet")
         bank.save("poet", tmp_path / "poet")
         inner = "language_model.model." if family == "llama4" else "model.language_model."
         assert all(
             key.startswith(f"base_model.model.{inner}")
             for key in safetensors.torch.load_file(tmp_path / "poet" / TENSORS)
         )
-        assert equal(peft_logits(family, tmp_path / "poet"), expected)
+        assert equal(peft_logits(family, tmp_path / "poet"), logits)
         bank.load(tmp_path / "poet", "again")
-        assert torch.equal(routed(base, bank, "again"), expected)
+        assert torch.equal(routed(base, bank, "again"), logits)
         bank.save("again", tmp_path / "again")
         for name in (TENSORS, CONFIG):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "poet" / name).read_bytes()
@@ -126,7 +126,7 @@ class TestFamilies:
     def test_every_spelling_of_the_keys_is_the_same_adapter(
         self, load: Callable[[str], Base], tmp_path: Path, family: str
     ) -> None:
-        expected = trained(family, tmp_path / "first")
+        logits = trained(family, tmp_path / "first")
         base = load(family)
         bank = Bank(base.model)
         own = prefix_of(tmp_path / "first")
@@ -137,7 +137,7 @@ class TestFamilies:
                 lambda path, prefix=prefix: prefix + path.removeprefix(own),
             )
             bank.load(folder)
-            assert equal(routed(base, bank, f"s{number}"), expected)
+            assert equal(routed(base, bank, f"s{number}"), logits)
             # Saved again it is what it was, as its own targets need it.
             bank.save(f"s{number}", tmp_path / f"saved{number}")
             assert prefix_of(tmp_path / f"saved{number}") == prefix
@@ -152,7 +152,7 @@ class TestFamilies:
 def test_an_adapter_of_the_whole_model_loads_on_a_checkpoint_of_its_language_model(
     load: Callable[[str], Base], tmp_path: Path, family: str
 ) -> None:
-    expected = trained(family, tmp_path / "first")
+    logits = trained(family, tmp_path / "first")
     base = load(family)
     base.model.save_pretrained(tmp_path / "text")
     base.tokenizer.save_pretrained(tmp_path / "text")
@@ -160,7 +160,7 @@ def test_an_adapter_of_the_whole_model_loads_on_a_checkpoint_of_its_language_mod
     assert not hasattr(text.model, "whole_paths")
     bank = Bank(text.model)
     bank.load(tmp_path / "first")
-    assert equal(routed(text, bank, "first"), expected)
+    assert equal(routed(text, bank, "first"), logits)
 
 
 class Spelled(nn.Module):
@@ -264,26 +264,26 @@ def test_all_linear_is_the_language_model_and_its_targets_match_no_module_of_vis
     assert len(bank["poet"].sites) == 14
     bank.save("poet", tmp_path / "poet")
     model = PeftModel.from_pretrained(whole("qwen2.5-vl"), str(tmp_path / "poet"))
-    found = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A]
-    assert len(found) == 14
-    assert all(".language_model.layers." in name for name in found)
+    paths = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A]
+    assert len(paths) == 14
+    assert all(".language_model.layers." in name for name in paths)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava", "llama4"])
 def test_the_head_is_respelled_too(load: Callable[[str], Base], tmp_path: Path, family: str) -> None:
     targets = r".*(language_model.*q_proj|lm_head)"
-    expected = trained(family, tmp_path / "first", target_modules=targets)
+    logits = trained(family, tmp_path / "first", target_modules=targets)
     base = load(family)
     bank = Bank(base.model)
     bank.load(tmp_path / "first")
-    assert equal(routed(base, bank, "first"), expected)
+    assert equal(routed(base, bank, "first"), logits)
     old = {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 
     def older(path: str, old: Mapping[str, str] = old) -> str:
         return next((new + path.removeprefix(key) for key, new in old.items() if path.startswith(key)), path)
 
     bank.load(respell(tmp_path / "first", tmp_path / "old", older))
-    assert equal(routed(base, bank, "old"), expected)
+    assert equal(routed(base, bank, "old"), logits)
 
 
 def test_a_combination_is_written_as_the_whole_model_spells_it(load: Callable[[str], Base], tmp_path: Path) -> None:

@@ -91,10 +91,10 @@ def test_rows_of_different_adapters_are_one_batch(
     batches = Batches(engine, monkeypatch)
     first = engine.submit([[1]])
     assert batches.waits.wait(TIMEOUT)  # the others come while it is computed
-    mixed = [engine.submit([row], name)[0] for row, name in zip(ROWS, ("three", None, "five"), strict=True)]
+    together = [engine.submit([row], name)[0] for row, name in zip(ROWS, ("three", None, "five"), strict=True)]
     batches.may_run.set()
     first[0].result()
-    for ours, theirs in zip(mixed, alone, strict=True):
+    for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours.result(), theirs, rtol=1e-5, atol=1e-6)
     assert batches.sizes == [1, 3]
 

@@ -131,7 +131,7 @@ def load_adapters(model: Model, folders: Mapping[str, float]) -> Merge:
     for folder, weight in folders.items():
         files = read_folder(folder)
         files = files.respelled(compatibility.respelling(model.skeleton, kinds, files))
-        files = vocabulary.fitted(model.skeleton, files)
+        files = vocabulary.fitted(vocabulary.modules(model.skeleton), files)
         kinds |= compatibility.layer_kinds(model.skeleton, kinds, files.sites, folder, files.spellings)
         compatibility.check_base(model.skeleton, files, any_base=False)
         compatibility.warn_of_gaps(files, compatibility.lacking(model.skeleton, files))

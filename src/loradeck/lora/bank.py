@@ -46,6 +46,8 @@ class Bank:
         if hasattr(self._host, RESIDENTS):
             raise LoradeckError("this model already has a bank", python="Use that bank, or call its detach() first.")
         self.model = model
+        self.vocabulary = vocabulary.modules(model)
+        """Its embedding and head by their paths, where adapters may have rows for more tokens."""
         self._working_sets = WorkingSets()
         self._residents = AdapterContainer(self._moved)
         self._host.add_module(RESIDENTS, self._residents)
@@ -190,7 +192,7 @@ class Bank:
                 (files.sites, (*files.copies, *files.saved)),
                 lambda: compatibility.respelling(self.model, self._adapted(), files),
             )
-            files = vocabulary.fitted(self.model, files.respelled(paths))
+            files = vocabulary.fitted(self.vocabulary, files.respelled(paths))
             self._fit(files.sites, str(folder), files.spellings)
         shapes = {
             path: {name: torch.empty(files.entries[key][1].shape, device="meta") for name, key in keys.items()}
@@ -373,20 +375,20 @@ class Bank:
         return None if isinstance(kind, str) else kind
 
     def _take(self, name: str, adapter: Adapter, kinds: Mapping[str, LayerKind]) -> None:
-        head, resizable = targets.output_head(self.model), vocabulary.modules(self.model)
-        extensions = vocabulary.extensions(self.model, adapter, name)
-        adapter.base_modules = {path: resizable[path] for path in extensions}
+        head = targets.output_head(self.model)
+        extensions = vocabulary.extensions(self.vocabulary, adapter, name)
+        adapter.base_modules = {path: self.vocabulary[path] for path in extensions}
         adapter.replacements = {**extensions}
         for path in adapter.saved:
             module = self.model.get_submodule(path)
             adapter.replacements[path] = replacement(module, adapter.saved_module(path))
-        adapter.added_tokens = vocabulary.added_tokens(self.model, adapter)
+        adapter.added_tokens = vocabulary.added_tokens(self.vocabulary, adapter)
         adapter.tokenizer_files = replace(adapter.tokenizer_files, added_tokens=adapter.added_tokens)
         needed: dict[str, LayerKind | None] = {**kinds, **{path: self._kind(path) for path in adapter.replacements}}
         for path, kind in needed.items():
             if path not in self._layers:
                 module = self.model.get_submodule(path)
-                rows = Vocabulary(rows_of(module), kind) if kind and path in resizable else None
+                rows = Vocabulary(rows_of(module), kind) if kind and path in self.vocabulary else None
                 self._layers[path] = LoraLayer(
                     self, path, module, kind, self._open, is_head=module is head, vocabulary=rows
                 )

@@ -32,13 +32,14 @@ def respelling(model: nn.Module, adapted: Mapping[str, LayerKind], files: Adapte
     Raises:
         AdapterError: as `layer_kinds`, of the spelling that fits best.
     """
+    resizable = vocabulary.modules(model)
     errors: list[AdapterError] = []
     fits: list[Mapping[str, str]] = []
     modules = [*files.sites, *map(copied_module, (*files.copies, *files.saved_keys))]
     for paths in chain([{}], whole_model.respellings(model, modules)):
         try:
             spelled = files.respelled(paths)
-            spelled = spelled.with_base_rows(vocabulary.base_rows(model, spelled))
+            spelled = spelled.with_base_rows(vocabulary.base_rows(resizable, spelled))
             layer_kinds(model, adapted, spelled.sites, str(files.folder), spelled.spellings)
         except AdapterError as error:
             errors.append(error)
@@ -166,7 +167,7 @@ def check_saved(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]], wha
     brought = {f"{path}.{name}" for path, tensors in saved.items() for name in tensors}
     missing = sorted(vars(model).get("missing_weights", frozenset()) - brought)
     problems = [f"{name} is neither in the base nor in the adapter" for name in missing]
-    resizable = [*vocabulary.modules(model).values()]
+    resizable = [*vocabulary.modules(model).values()] if saved else []
     for path, tensors in saved.items():
         try:
             module = model.get_submodule(path)

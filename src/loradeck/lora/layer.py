@@ -84,7 +84,10 @@ class LoraLayer:
             y = self.base(*args, **kwargs)
         if not mapping.total:  # no token of this step reaches the head
             return y
+        base = y
         if adapters is not None:
+            # The update is written into y; a blend needs the base's own outputs where it replaces the module too.
+            base = y.clone() if modules is not None and any(isinstance(each, nn.Module) for each in modules) else y
             y = dispatch.lora(x, y, adapters, mapping, training=self.module.training)
         if modules is None:
             return y
@@ -93,7 +96,7 @@ class LoraLayer:
         else:
             pairs = adapters.weights if adapters else ()
             output = partial(self.vocabulary.output, parts=modules, pairs=pairs)
-        return outputs_of(y, inputs, mapping, modules, output, packed=route.packed)
+        return outputs_of(y, base, inputs, mapping, modules, output, packed=route.packed)
 
     def _recomputed(self) -> Route | None:
         """Return the route for a layer that the backward pass computes again (gradient checkpointing).

@@ -65,7 +65,8 @@ def fold(
                 )
             merged[f"{path}.weight"] = nn.Parameter(total.contiguous(), requires_grad=weight.requires_grad)
         for path in dict.fromkeys(path for adapter, _ in weighted for path in adapter.saved):
-            merged |= _replaced(model, path, [pair for pair in weighted if path in pair[0].saved], len(weighted))
+            members = [pair for pair in weighted if path in pair[0].saved]
+            merged |= _replaced(model, path, members, len(weighted), merged)
         merged |= _resized(model, merged, weighted)
     originals = {path: model.get_parameter(path) for path in merged}
     unfold(model, merged)
@@ -101,7 +102,7 @@ def _resized(
     model: nn.Module, merged: Mapping[str, nn.Parameter], weighted: Sequence[tuple[Adapter, float]]
 ) -> dict[str, nn.Parameter]:
     """Return the weights of the embedding and of the head, with the base's part as merged, and with added tokens."""
-    parts = vocabulary.merged_rows(model, weighted)
+    parts = vocabulary.merged_rows(vocabulary.modules(model), weighted)
     counts = {len(rows) for tensors in parts.values() for rows in tensors.values()}
     if len(counts) > 1 or (counts and parts.keys() != vocabulary.modules(model).keys()):
         raise UnsupportedError(
@@ -126,9 +127,13 @@ def _resized(
 
 
 def _replaced(
-    model: nn.Module, path: str, weighted: Sequence[tuple[Adapter, float]], adapters: int
+    model: nn.Module,
+    path: str,
+    weighted: Sequence[tuple[Adapter, float]],
+    adapters: int,
+    merged: Mapping[str, nn.Parameter],
 ) -> dict[str, nn.Parameter]:
-    """Return the parameters of a module that some of so many adapters replace."""
+    """Return the parameters of a module that some of so many adapters replace; `merged` has the others' pairs."""
     parameters: dict[str, nn.Parameter] = {}
     for name in weighted[0][0].saved[path]:
         part, _, kind = f"{path}.{name}".rpartition(".")
@@ -146,6 +151,7 @@ def _replaced(
             )
         else:
             wide = torch.promote_types(base.dtype, torch.float32)
-            total = sum((w * (value.to(wide) - base.to(wide)) for value, w in values), base.to(wide)).to(base.dtype)
+            first = merged.get(f"{path}.{name}", base).to(wide)
+            total = sum((w * (value.to(wide) - base.to(wide)) for value, w in values), first).to(base.dtype)
         parameters[f"{path}.{name}"] = nn.Parameter(total.clone(), requires_grad=base.requires_grad)
     return parameters

@@ -72,25 +72,34 @@ def is_replaced(mapping: LoraMapping, modules: Sequence[object | None]) -> bool:
     return any(modules[index] is not None for entry in mapping.entries for index, _ in entry)
 
 
-Output = Callable[[Tensor, Tensor, AdapterWeights], Tensor]
-"""The outputs of rows of one entry, from the base's for them, from their inputs and from the entry."""
+Output = Callable[[Tensor, Tensor, Tensor, AdapterWeights], Tensor]
+"""The outputs of rows of one entry, from those with the entry's pairs, the base's alone, the inputs, and the entry."""
 
 
 def outputs_of(
-    y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[object | None], output: Output, *, packed: bool
+    y: Tensor,
+    base: Tensor,
+    x: Tensor,
+    mapping: LoraMapping,
+    modules: Sequence[object | None],
+    output: Output,
+    *,
+    packed: bool,
 ) -> Tensor:
-    """Return a module's outputs y for the inputs x (rows, …), with `output` for the rows of adapters that replace it.
+    """Return a module's outputs for the inputs x (rows, …), with `output` for the rows of adapters that replace it.
 
-    Where outputs differ in their number, the missing ones are -inf. In a packed row (1, tokens, …) tokens stand for
-    rows.
+    y are the outputs with all pairs, `base` those of the base alone. Where outputs differ in their number, the missing
+    ones are -inf. In a packed row (1, tokens, …) tokens stand for rows.
     """
     if packed:
-        mixed = _outputs(y.flatten(0, 1), x.flatten(0, 1), mapping, modules, output)
+        mixed = _outputs(y.flatten(0, 1), base.flatten(0, 1), x.flatten(0, 1), mapping, modules, output)
         return mixed.unflatten(0, y.shape[:2])
-    return _outputs(y, x, mapping, modules, output)
+    return _outputs(y, base, x, mapping, modules, output)
 
 
-def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[object | None], output: Output) -> Tensor:
+def _outputs(
+    y: Tensor, base: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[object | None], output: Output
+) -> Tensor:
     times = len(x) // mapping.total
     groups: dict[AdapterWeights, list[Tensor]] = {}
     start = 0
@@ -102,7 +111,7 @@ def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[objec
     parts = {}
     for entry, spans in groups.items():
         rows = torch.cat(spans)
-        parts[entry] = rows, output(y[rows], x[rows], entry)
+        parts[entry] = rows, output(y[rows], base[rows], x[rows], entry)
     width = max(y.shape[-1], *(part.shape[-1] for _, part in parts.values()))
     if width == y.shape[-1]:
         mixed = y.clone()
@@ -113,8 +122,10 @@ def _outputs(y: Tensor, x: Tensor, mapping: LoraMapping, modules: Sequence[objec
     return mixed
 
 
-def replaced_output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[object | None]) -> Tensor:
-    """Return the output of one adapter's module at weight 1; of a blend, y + Σ weight · (replacement - y).
+def replaced_output(
+    y: Tensor, base: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequence[object | None]
+) -> Tensor:
+    """Return the output of one adapter's module at weight 1; of a blend, y + Σ weight · (replacement - base).
 
     Raises:
         RouteError: a blend of heads with different numbers of outputs.
@@ -130,7 +141,7 @@ def replaced_output(y: Tensor, x: Tensor, entry: AdapterWeights, modules: Sequen
                 f"heads of {part.shape[-1]} and {y.shape[-1]} outputs cannot be blended",
                 hint="Route each row through one adapter, at weight 1.",
             )
-        total = total + weight * (part - y)
+        total = total + weight * (part - base)
     return total
 
 

@@ -7,6 +7,7 @@ V rows of the base   K rows beyond them   H hidden size   N positions
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +56,24 @@ class Vocabulary:
         return shared_count((count_of(parts[index], self.rows), weight) for index, weight in entry)
 
     def output(
-        self, y: Tensor, x: Tensor, entry: AdapterWeights, parts: Sequence[Part], pairs: Sequence[LoraWeights | None]
+        self,
+        y: Tensor,
+        base: Tensor,
+        x: Tensor,
+        entry: AdapterWeights,
+        parts: Sequence[Part],
+        pairs: Sequence[LoraWeights | None],
     ) -> Tensor:
-        """Return the outputs for an entry: y the base's with the entry's pairs, x ids or hidden states."""
+        """Return the outputs for an entry: y those with its pairs, `base` the base's, x ids or hidden states."""
         members = [(parts[index], pairs[index] if pairs else None, weight) for index, weight in entry]
+        part, _, weight = members[0]
+        if len(members) == 1 and weight == 1 and isinstance(part, nn.Module):
+            return computed(part, x)
         count = self.count(entry, parts)
         if not self.is_embedding:
-            first = self._blend(y, x, members)
+            first = self._blend(y, base, x, members)
             return torch.cat([first, self._beyond(x, members, count).to(y.dtype)], -1) if count else first
-        first = self._blend(y, x.clamp(max=self.rows - 1), members)
+        first = self._blend(y, base, x.clamp(max=self.rows - 1), members)
         beyond = x >= self.rows
         if not count or not bool(beyond.any()):
             return first
@@ -71,20 +81,20 @@ class Vocabulary:
         first[beyond] = self._beyond(x[beyond], members, count).to(y.dtype)
         return first
 
-    def _blend(self, y: Tensor, x: Tensor, members: Sequence[tuple[Part, object, float]]) -> Tensor:
-        """y + Σ weight · (replacement - y) at the base's rows."""
+    def _blend(self, y: Tensor, base: Tensor, x: Tensor, members: Sequence[tuple[Part, object, float]]) -> Tensor:
+        """y + Σ weight · (replacement - base) at the base's rows."""
         total = y
         for part, _, weight in members:
             if isinstance(part, nn.Module):
                 value = computed(part, x).to(y.dtype)
-                value = value if self.is_embedding else value[..., : self.rows]
-                total = value if len(members) == 1 and weight == 1 else total + weight * (value - y)
+                total = total + weight * ((value if self.is_embedding else value[..., : self.rows]) - base)
         return total
 
     def _beyond(self, x: Tensor, members: Sequence[tuple[Part, LoraWeights | None, float]], count: int) -> Tensor:
         """Σ weight · rows / Σ weight + Σ weight · update, of the first `count` rows beyond the base's."""
         whole = sum(weight for *_, weight in members)
-        parts: list[Tensor] = []
+        shown = slice(None) if self.is_embedding else slice(count)
+        total = torch.zeros((), device=x.device)
         for part, pair, weight in members:
             assert part is not None
             if isinstance(part, nn.Module):
@@ -92,14 +102,17 @@ class Vocabulary:
                 rows = rows if self.is_embedding else rows[..., self.rows :]
             else:
                 rows, update = part.rows(x), part.update(x, pair)
-            parts.append(rows if len(members) == 1 else weight / whole * rows)
+            total = total + weight / whole * rows[..., shown]
             if update is not None:
-                parts.append(weight * update)
-        total = parts[0] if len(parts) == 1 else sum(part.float() for part in parts[1:]) + parts[0].float()
-        return total if self.is_embedding else total[..., :count]
+                total = total + weight * update[..., shown]
+        return total
 
 
 # ---- of a model
+
+
+Modules: TypeAlias = Mapping[str, nn.Module]
+"""A model's embedding and head by their paths: see `modules`."""
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -122,29 +135,29 @@ def _kind(module: nn.Module) -> LayerKind:
     return kind
 
 
-def is_tied(model: nn.Module) -> bool:
+def is_tied(ours: Modules) -> bool:
     """Return whether the head and the embedding are one weight."""
-    weights = [module.get_parameter("weight") for module in modules(model).values()]
+    weights = [module.get_parameter("weight") for module in ours.values()]
     return len(weights) == 2 and weights[0] is weights[1]
 
 
-def base_rows(model: nn.Module, files: AdapterFiles) -> dict[str, int]:
-    """Return the rows of the embedding and of the head in a model, where files have other numbers."""
+def base_rows(ours: Modules, files: AdapterFiles) -> dict[str, int]:
+    """Return the rows of a model's embedding and head, where files have other numbers."""
     found = _rows_in(files)
-    rows = {path: rows_of(module) for path, module in modules(model).items()}
+    rows = {path: rows_of(module) for path, module in ours.items()}
     return {path: count for path, count in rows.items() if {*found.get(path, {}).values()} - {count}}
 
 
-def fitted(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
-    """Return files, whose modules are spelled as a model's, with the model's rows where they have more.
+def fitted(ours: Modules, files: AdapterFiles) -> AdapterFiles:
+    """Return files whose modules are spelled as a model's, with the model's rows where they have more.
 
     Raises:
         AdapterError: they have fewer; different numbers; or a pair for tokens whose own rows are not there.
     """
-    base = base_rows(model, files)
+    base = base_rows(ours, files)
     if not base:
         return files
-    found, paths, tied = _rows_in(files), [*modules(model)], is_tied(model)
+    found, paths, tied = _rows_in(files), [*ours], is_tied(ours)
     problems = []
     counts: dict[str, int] = {}
     for path, rows in base.items():
@@ -181,12 +194,12 @@ def fitted(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
     return files.with_base_rows(base)
 
 
-def tokens_added_by(model: nn.Module, files: AdapterFiles) -> int:
-    """Return how many tokens beyond a model's files that fit it have."""
+def tokens_added_by(ours: Modules, files: AdapterFiles) -> int:
+    """Return how many tokens beyond a model's the files have, which fit it."""
     counts = _rows_in(files)
     copied = {copied_module(key) for key in files.copies}
-    paths = [*modules(model)]
-    shared = copied.intersection(paths) if is_tied(model) else set[str]()
+    paths = [*ours]
+    shared = copied.intersection(paths) if is_tied(ours) else set[str]()
     for path in (*paths[:1], *shared):
         if path in files.base_rows:
             return max(counts[path].values()) - files.base_rows[path]
@@ -208,16 +221,15 @@ def _rows_in(files: AdapterFiles) -> dict[str, dict[str, int]]:
 # ---- of an adapter on a model
 
 
-def extensions(model: nn.Module, adapter: Adapter, what: str) -> dict[str, Extension]:
+def extensions(ours: Modules, adapter: Adapter, what: str) -> dict[str, Extension]:
     """Return what an adapter that adds rows has in place of a model's embedding and head, by path.
 
     Raises:
         AdapterError: its rows follow another number of rows.
     """
-    ours = modules(model)
     added = {**adapter.added}
     copied = next((each for each in added.values() if each.keys and not each.trained), None)
-    if copied and is_tied(model):
+    if copied and is_tied(ours):
         added |= {
             path: AddedRows(copied.base, copied.count) for path in ours if path not in added.keys() | adapter.saved
         }
@@ -236,18 +248,18 @@ def extensions(model: nn.Module, adapter: Adapter, what: str) -> dict[str, Exten
     return found
 
 
-def added_tokens(model: nn.Module, adapter: Adapter) -> int:
+def added_tokens(ours: Modules, adapter: Adapter) -> int:
     """Return how many tokens an adapter on a model has beyond the base's: the rows of its embedding."""
-    for path, module in modules(model).items():
+    for path, module in ours.items():
         return count_of(adapter.replacements.get(path), rows_of(module)) if isinstance(module, nn.Embedding) else 0
     return 0
 
 
-def merged_rows(model: nn.Module, weighted: Sequence[tuple[Adapter, float]]) -> dict[str, dict[str, Tensor]]:
+def merged_rows(ours: Modules, weighted: Sequence[tuple[Adapter, float]]) -> dict[str, dict[str, Tensor]]:
     """Return the rows for added tokens that a blend has, pairs included, by module and name of the parameter."""
     found: dict[str, dict[str, Tensor]] = {}
     whole = sum(weight for _, weight in weighted)
-    for path, module in modules(model).items():
+    for path, module in ours.items():
         base = rows_of(module)
         parts = [(adapter.replacements.get(path), adapter.weights(path), weight) for adapter, weight in weighted]
         count = shared_count((count_of(part, base), weight) for part, _, weight in parts)

@@ -160,7 +160,7 @@ class AdapterCache:
         sha256 = stored.sha256()
         if sha256 not in self._added_tokens:
             try:
-                count = tokens_added_by(self.bank.model, self.bank.check(stored.path))
+                count = tokens_added_by(self.bank.vocabulary, self.bank.check(stored.path))
             except LoradeckError:  # loading it says why
                 return 0
             self._added_tokens[sha256] = count

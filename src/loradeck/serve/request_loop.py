@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from threading import Event, Thread
@@ -53,7 +54,7 @@ AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
 AnyStats = TypeVar("AnyStats", bound=Stats)
 
 
-class RequestLoop(Generic[AnyAnswer, AnyStats]):
+class RequestLoop(ABC, Generic[AnyAnswer, AnyStats]):
     """Computes the requests that are added, until it is stopped. What a step is, its kinds say."""
 
     def __init__(
@@ -122,9 +123,9 @@ class RequestLoop(Generic[AnyAnswer, AnyStats]):
 
     # ---- in the thread
 
+    @abstractmethod
     def _step(self) -> bool:
         """Compute one step; False if there is nothing to compute."""
-        raise NotImplementedError
 
     def _clear(self) -> None:
         """Free what requests have left; called once, at the end."""

@@ -87,7 +87,7 @@ def _tokenizer(job: JobRecipe, base: Base, bank: Bank) -> PreTrainedTokenizerBas
     if job.from_ is None:
         return base.tokenizer
     files = bank.check(job.from_)
-    count = tokens_added_by(bank.model, files)
+    count = tokens_added_by(bank.vocabulary, files)
     if not count:
         return base.tokenizer
     folder = files.folder.absolute()
