@@ -176,6 +176,23 @@ def test_how_far_it_was_read(tmp_path: Path) -> None:
     assert found.position.done == found.position.total
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.parquet"])
+def test_how_much_there_is_once_it_is_decompressed(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name)
+    size = path.stat().st_size
+    if name != "a.parquet":
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    sizes: list[int] = []
+    found = find(path, on_read=lambda position: sizes.append(position.size))
+    [*found.rows["train"]]
+    assert sizes == sorted(sizes)
+    if name == "a.parquet":
+        assert sizes[-1] >= sum(len(text) for row in ROWS for text in row.values())
+    else:
+        assert sizes[-1] == size
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "saved", "owner/name"])
 def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     write(tmp_path / "a.parquet")

@@ -2,16 +2,22 @@
 
 import asyncio
 import csv
+import gzip
 import json
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from math import nan
 from pathlib import Path
 
 import msgspec
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tests.live.conftest import Gate, Live, lines, until
 
+from loradeck.base.load import Base
+from loradeck.dataset.text_file import ZSTD_MODULE
 from loradeck.errors import AdapterNameError, ConfigError, QuotaError, UnknownAdapterError, UnknownFileError
 from loradeck.live.job_queue import Ticket
 from loradeck.live.records import EventRecord, JobRequest, Quota
@@ -288,6 +294,33 @@ def test_bad_files_fail_a_job(live: Live, data: bytes, valid: bytes | None, para
     assert job.error is not None
     assert (job.error.code, job.error.param) == (f"invalid_{param}", param)
     assert what in job.error.message
+
+
+@pytest.mark.parametrize("form", ["jsonl.gz", "jsonl.zst", "parquet", "zeros"])
+@pytest.mark.parametrize("kind", ["training_file", "validation_file"])
+def test_a_file_that_is_far_larger_once_it_is_decompressed(base: Base, tmp_path: Path, form: str, kind: str) -> None:
+    content, suffix = lines("arr" * 1000, 1000), form
+    if form == "zeros":  # a record that does not end
+        content, suffix = gzip.compress(b"\0" * (8 << 20)), "jsonl.gz"
+    elif form == "jsonl.gz":
+        content = gzip.compress(content)
+    elif form == "jsonl.zst":
+        content = import_module(ZSTD_MODULE).compress(content)
+    else:
+        table = pyarrow.Table.from_pylist([json.loads(line) for line in content.splitlines()])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+        content = (tmp_path / "a.parquet").read_bytes()
+    assert len(content) < 500_000
+    live = Live(base, tmp_path, max_file_bytes=500_000)
+    try:
+        files = {"training_file": live.upload(AHOY)} | {kind: live.upload(content, f"big.{suffix}")}
+        job = live.end(live.create(AHOY, **files))
+    finally:
+        live.close()
+    assert job.error is not None
+    assert (job.error.code, job.error.param) == (f"invalid_{kind}", kind)
+    assert f"big.{suffix} has more than 500,000 bytes once it is decompressed" in job.error.message
+    assert job.error.message.count("\n") == 1, "one problem, and a hint"
 
 
 def test_bad_requests_are_refused(live: Live) -> None:

@@ -99,14 +99,14 @@ def check_dataset(
 ) -> Report:
     """Read a dataset as training would, past its invalid records. Without a tokenizer, count characters.
 
-    `task` is the base's. `on_read` is called after each record.
+    `task` is the base's. `on_read` is called after each record, and each piece of a file.
 
     Raises:
         DataError: it cannot be found.
         ConfigError: max_length is below 2, or there are no records for such a task.
     """
     config = config or DataConfig()
-    files = find(source, config.encoding)
+    files = find(source, config.encoding, on_read)
     reader = DatasetReader(files, tokenizer, max_length, config, task)
     report = Report(str(source), splits={split: SplitReport() for split in files.rows})
     seen: dict[str, dict[bytes, str]] = {split: {} for split in files.rows}

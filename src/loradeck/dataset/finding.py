@@ -61,14 +61,17 @@ def error_of(name: str, problems: list[Finding], hint: str) -> DataError:
     """Return the error of a dataset with problems; `hint` is for those that bring none of their own."""
     count, records = len(problems), sum(problem.records for problem in problems)
     where = f" in {records:,} records" if records > count else ""
+    hint = "" if all(problem.hint for problem in problems) else hint
     python, cli = (
         " ".join(dict.fromkeys(f"{problem.hint} {getattr(problem, door)}".strip() for problem in problems)).strip()
         for door in ("python", "cli")
     )
+    if python == cli:  # as any door says it
+        hint, python, cli = f"{hint} {python}".strip(), "", ""
     return DataError(
         f"{name} has {count} problem{'s' * (count > 1)}{where} and cannot be trained on",
         [str(problem) for problem in problems],
-        hint="" if all(problem.hint for problem in problems) else hint,
+        hint=hint,
         python=python,
         cli=cli,
     )

@@ -61,7 +61,8 @@ def read_dataset(
 
     `task` is the base's, and decides which forms the records have. The labels that a classifier learns are those of
     the training split, sorted, or `labels` if they are given; no other is accepted. `on_read` is called after each
-    record. An error tells the first `places` of each cause.
+    record, and each piece of a file; a DataError that it raises is a problem of the dataset. An error tells the first
+    `places` of each cause.
 
     Raises:
         DataError: it cannot be read, a split is empty, the disk is full, or records are invalid: each cause is a
@@ -70,7 +71,7 @@ def read_dataset(
     """
     config = config or DataConfig()
     hint = f"Each record has {forms_of(task).expected}."
-    files = find(source, config.encoding)
+    files = find(source, config.encoding, on_read)
     reader = DatasetReader(files, tokenizer, max_length, config, task, Labels(labels), problems=Findings(places=places))
     file = TokenFile()
     ends = dict.fromkeys(SPLITS, 0)

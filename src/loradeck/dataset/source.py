@@ -59,10 +59,23 @@ class Position:
     total: int = 0
     """0 if it has no files."""
     done: int = 0
+    file: Path | None = None
+    """The current file."""
+    start: int = 0
+    """Where it begins."""
+    size: int = 0
+    """Of what was read of it, once that is decompressed."""
+    on_read: Callable[["Position"], None] | None = None
 
-    def move(self, done: int) -> None:
-        """Set how far they were read."""
-        self.done = done
+    def begin(self, file: Path, start: int) -> None:
+        """Go on with another file."""
+        self.file, self.start, self.size = file, start, 0
+
+    def move(self, done: int, size: int) -> None:
+        """Set how far the current file was read, and tell `on_read`."""
+        self.done, self.size = self.start + done, size
+        if self.on_read:
+            self.on_read(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +111,10 @@ class _RowReader:
         return self.read()
 
 
-def find(name: str | Path, encoding: str | None = None) -> Source:
+def find(name: str | Path, encoding: str | None = None, on_read: Callable[[Position], None] | None = None) -> Source:
     """Find a dataset and its splits, without reading its rows; `encoding` is that of its text files, if it is named.
+
+    `on_read` is called whenever a piece of a file was read; what it raises, the rows raise.
 
     Raises:
         DataError: it does not exist, or has no train split.
@@ -109,9 +124,9 @@ def find(name: str | Path, encoding: str | None = None) -> Source:
         if path.is_dir():
             if any((path / file).exists() for file in table.SAVED):
                 return _from_tables(path.name, table.load_saved(path))
-            return _from_files(_split_files(path), encoding)
+            return _from_files(_split_files(path), encoding, on_read)
         if path.exists():
-            return _from_files({"train": [path]}, encoding)
+            return _from_files({"train": [path]}, encoding, on_read)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", hint=HINT) from error
     # As it was given: a path may begin with ./. Within a folder that is here, a name that is not there was mistyped.
@@ -131,17 +146,20 @@ def _stem(path: Path) -> str:
     return path.name[: len(path.name) - len(_suffix(path))]
 
 
-def _from_files(splits: Mapping[Split, list[Path]], encoding: str | None) -> Source:
+def _from_files(
+    splits: Mapping[Split, list[Path]], encoding: str | None, on_read: Callable[[Position], None] | None
+) -> Source:
     files = [path for split in SPLITS for path in splits.get(split, ())]
     for path in files:
         if _suffix(path) not in SUFFIXES:
             raise DataError(f"{path} is none of {FORMS}", hint=HINT)
     ends = [*accumulate((path.stat().st_size for path in files), initial=0)]
-    starts, position = dict(zip(files, ends, strict=False)), Position(ends[-1])
+    starts, position = dict(zip(files, ends, strict=False)), Position(ends[-1], on_read=on_read)
 
     def read(paths: Sequence[Path]) -> Iterator[Row]:
         for path in paths:
-            yield from _read_file(path, encoding, lambda count, path=path: position.move(starts[path] + count))
+            position.begin(path, starts[path])
+            yield from _read_file(path, encoding, position)
 
     rows = {split: _RowReader(partial(read, splits[split])) for split in SPLITS if split in splits}
     return Source(rows, tuple(files), position)
@@ -196,7 +214,7 @@ def _check_splits(name: str, splits: Mapping[Split, Iterable[str]], files: Itera
         )
 
 
-def _read_file(path: Path, encoding: str | None, on_read: Callable[[int], None]) -> Iterator[Row]:
+def _read_file(path: Path, encoding: str | None, position: Position) -> Iterator[Row]:
     """Read one file.
 
     Raises:
@@ -205,9 +223,9 @@ def _read_file(path: Path, encoding: str | None, on_read: Callable[[int], None])
     suffix = _suffix(path)
     try:
         if suffix == PARQUET:
-            yield from _read_table(path.name, table.numbered(table.parquet(path)))
+            yield from _read_table(path.name, table.numbered(table.parquet(path, lambda size: position.move(0, size))))
         else:
-            with open_utf8(path, encoding, on_read) as file:
+            with open_utf8(path, encoding, position.move) as file:
                 if suffix.startswith(JSON):
                     line = index = 0
                     for number, content in json_file.read(file, str(path)):
@@ -218,7 +236,7 @@ def _read_file(path: Path, encoding: str | None, on_read: Callable[[int], None])
                     yield from _read_table(path.name, delimited.read(file, str(path)))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=HINT) from error
-    on_read(path.stat().st_size)
+    position.move(path.stat().st_size, position.size)
 
 
 def _read_table(name: str, rows: table.NumberedRows) -> Iterator[Row]:

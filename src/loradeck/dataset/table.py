@@ -87,8 +87,8 @@ def _arrow(dataset: Any) -> RecordBatches:
     return lambda: (batch.to_pylist() for batch in dataset.with_format("arrow").iter(BATCH_ROWS))
 
 
-def parquet(path: Path) -> RecordBatches:
-    """Open a Parquet file.
+def parquet(path: Path, on_read: Callable[[int], None]) -> RecordBatches:
+    """Open a Parquet file; `on_read` is called with the bytes of its rows so far, as Arrow has them in memory.
 
     Raises:
         DataError: the package for it is not installed; or, once it is read, it is no such file.
@@ -96,9 +96,12 @@ def parquet(path: Path) -> RecordBatches:
     library = _import("pyarrow.parquet", path)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
+        size = 0
         try:
             with library.ParquetFile(path, buffer_size=BUFFER) as file:
                 for batch in file.iter_batches(BATCH_ROWS):
+                    size += batch.nbytes
+                    on_read(size)
                     yield batch.to_pylist()
         except ValueError as error:  # the base class of pyarrow's own errors
             raise DataError(f"{path} is not a Parquet file: {error}", hint="Copy it again.") from error

@@ -43,12 +43,13 @@ SHOWN = 20  # bytes shown before and after one that cannot be decoded
 
 @contextmanager
 def open_utf8(
-    path: Path, encoding: str | None = None, on_read: Callable[[int], None] | None = None
+    path: Path, encoding: str | None = None, on_read: Callable[[int, int], None] | None = None
 ) -> Iterator[io.BufferedReader]:
-    """Open a file's text as UTF-8, without a byte order mark; `on_read` is called with the bytes of it read so far.
+    """Open a file's text as UTF-8, without a byte order mark.
 
     `encoding` is the name of its encoding, as Python knows it, unless a byte order mark tells; by default UTF-8, or
-    UTF-16 or UTF-32 if it begins so. Reading raises DataError where it cannot be decompressed or decoded.
+    UTF-16 or UTF-32 if it begins so. Reading raises DataError where it cannot be decompressed or decoded. `on_read` is
+    called with the bytes of the file read so far, and with what they are once they are decompressed.
 
     Raises:
         OSError: it cannot be opened.
@@ -63,12 +64,12 @@ def as_utf8(
     path: Path | str,
     file: io.BufferedReader,
     encoding: str | None = None,
-    on_read: Callable[[int], None] | None = None,
+    on_read: Callable[[int, int], None] | None = None,
 ) -> Iterator[io.BufferedReader]:
     """Give the text of an open file, which errors call `path`, as `open_utf8` does."""
     with ExitStack() as stack:
         content = stack.enter_context(_decompressed(path, file))
-        text = _Utf8(path, content, encoding, lambda: on_read and on_read(file.tell()))
+        text = _Utf8(path, content, encoding, lambda size: on_read and on_read(file.tell(), size))
         yield stack.enter_context(io.BufferedReader(text, CHUNK))
 
 
@@ -88,8 +89,12 @@ def _decompressed(path: Path | str, file: io.BufferedReader) -> Any:
 class _Utf8(io.RawIOBase):
     """Encodes a file's text as UTF-8 while it is read."""
 
-    def __init__(self, path: Path | str, file: BinaryIO, encoding: str | None, on_chunk: Callable[[], object]) -> None:
+    def __init__(
+        self, path: Path | str, file: BinaryIO, encoding: str | None, on_chunk: Callable[[int], object]
+    ) -> None:
+        """`on_chunk` is called with the bytes of the file so far."""
         self.path, self.file, self.encoding, self.on_chunk = path, file, encoding, on_chunk
+        self.size = 0
         self.decoder: codecs.IncrementalDecoder | None = None
         self.line = 1
         self.is_ascii = True
@@ -112,15 +117,16 @@ class _Utf8(io.RawIOBase):
 
     def _chunk(self) -> bytes:
         try:
-            return self.file.read(CHUNK)
+            chunk = self.file.read(CHUNK)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise self._damaged(error) from error
         except Exception as error:
             if type(error).__name__ != "ZstdError":  # of a package that may not be installed
                 raise
             raise self._damaged(error) from error
-        finally:
-            self.on_chunk()
+        self.size += len(chunk)
+        self.on_chunk(self.size)
+        return chunk
 
     def _damaged(self, error: Exception) -> DataError:
         return DataError(f"{self.path} cannot be decompressed after line {self.line}: {error}", hint="Copy it again.")

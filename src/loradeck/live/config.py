@@ -24,7 +24,7 @@ class LiveConfig:
     train_bytes: int = 1 << 30
     """Bytes for the adapters, gradients and optimizers of the jobs that train at once; the others wait."""
     max_file_bytes: int = 512 << 20
-    """Maximum size of an uploaded file."""
+    """Maximum size of an uploaded file, also once it is decompressed."""
     checkpoint_every: int = 50
     """Steps between checkpoints, from which a job goes on after a crash."""
 

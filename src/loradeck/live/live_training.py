@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from loradeck.base import openmp
 from loradeck.dataset.source import Position
-from loradeck.errors import BusyError, ConfigError, Interruption, LoradeckError, StorageError, TrainingError
+from loradeck.errors import BusyError, ConfigError, DataError, Interruption, LoradeckError, StorageError, TrainingError
 from loradeck.live.checkpoint_models import CheckpointModels
 from loradeck.live.config import LiveConfig
 from loradeck.live.database import Database
@@ -276,9 +276,14 @@ class LiveTraining:
         bank, on_read = self.engine.adapter_cache.bank, partial(self._on_read, record.id)
         return plan_job(record, self.base, bank, self.config, self._folder(record.id), self._measure, on_read)
 
-    def _on_read(self, id: str, _: Position) -> None:
+    def _on_read(self, id: str, position: Position) -> None:
         if id not in self._wanted:
             raise Interruption
+        if position.size > self.config.max_file_bytes:
+            raise DataError(
+                f"{position.file} has more than {self.config.max_file_bytes:,} bytes once it is decompressed",
+                hint="Upload fewer records.",
+            )
 
     def _measure(self, job: JobRecipe, data: JobData) -> Footprint:
         return self._trainer.call(partial(footprint, self.base, job, data)).result()
