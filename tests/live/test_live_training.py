@@ -338,6 +338,8 @@ def test_bad_requests_are_refused(live: Live) -> None:
         live.training.create(JobRequest(owner="us", model="tiny", training_file=theirs))
     with pytest.raises(AdapterNameError):
         live.create(AHOY, suffix="../poet")
+    with pytest.raises(AdapterNameError, match="'tiny' is the base's name"):  # requests for it would not find it
+        live.create(AHOY, suffix="tiny")
     job = live.end(live.create(AHOY, settings={"epochs": 1}))
     with pytest.raises(ConfigError, match="fine-tune-results"):
         live.training.create(JobRequest(model="tiny", training_file=job.result_files[0]))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loradeck.base.load import Base
-from loradeck.errors import ConfigError
+from loradeck.errors import AdapterNameError, ConfigError
 from loradeck.live.config import LiveConfig
 from loradeck.live.job_folder import PARENT, TRAINING, VALIDATION, JobFolder
 from loradeck.live.records import JobRecord, JobRequest
@@ -27,10 +27,12 @@ def adapter_name(request: JobRequest, base: Base, id: str) -> str:
     A name of its own has the job's id in it, so that nobody else can guess it; without an id it is "".
 
     Raises:
-        AdapterNameError: the name that was asked for is invalid.
+        AdapterNameError: the name that was asked for is invalid, or the base's.
     """
     if request.suffix is not None:
         check_name(request.suffix)
+        if is_base(request.suffix, base):
+            raise AdapterNameError(f"{request.suffix!r} is the base's name", hint="Give the adapter another one.")
         return request.suffix
     if is_base(request.model, base):
         return f"{valid_name(Path(base.name).name)[:64]}-{id.removeprefix('ftjob-')}" if id else ""
