@@ -310,6 +310,17 @@ def test_content_is_never_a_page(training_server: LocalServer) -> None:
     assert response.headers["content-disposition"].startswith("attachment;")
 
 
+def test_content_that_is_gone(training_server: LocalServer) -> None:
+    async def test(client: httpx.AsyncClient) -> httpx.Response:
+        file = (await client.post("/v1/files", content=PURPOSE + FILE + b"a\r\n--x--\r\n", headers=FORM)).json()
+        training_server.options["training"].uploads.path(file["id"]).unlink()
+        return await client.get(f"/v1/files/{file['id']}/content")
+
+    response = training_server.run(test)
+    assert response.status_code == 404
+    assert "is gone" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=10001", "order=up", "after=", f"after={'x' * 200}"])
 def test_a_bad_parameter_is_named(training_server: LocalServer, query: str) -> None:
     response = training_server.request(f"/v1/files?{query}")

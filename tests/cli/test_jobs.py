@@ -145,6 +145,7 @@ def test_jobs_are_listed_shown_watched_and_changed(jobs: Callable[..., Any], cli
     assert watched.out.strip().endswith(f"{first} is succeeded: ah@1")
     assert "6/6" in watched.out
     assert jobs("watch").out.strip().endswith("ah@1")  # of one that has ended
+    assert "Checkpoint created at step 3" in watched.out, "what happens besides the steps, such as a pause"
     second = create(client, "bee", epochs=5000)
     paused = jobs("pause", "bee")
     assert (paused.code, paused.out.strip()) == (0, f"{second} is paused")
@@ -194,7 +195,7 @@ def test_a_narrow_terminal(
         (["ls", "ah"], "loradeck jobs show ah"),
         (["watch", "--json"], "loradeck jobs show JOB --json"),
         (["stop", "ah"], "stop"),
-        (["--key", "wrong"], "Invalid API key"),
+        (["--key", "wrong"], "Invalid API key.\nGive the server's key with --key, or in LORADECK_KEY."),
     ],
 )
 def test_errors_are_in_the_words_of_flags(jobs: Callable[..., Any], arguments: list[str], says: str) -> None:

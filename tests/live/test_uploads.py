@@ -52,6 +52,15 @@ def test_a_file_comes_back_after_a_restart(database: Database, tmp_path: Path, u
     assert again.path(record.id).read_bytes() == b"hello\n"
 
 
+def test_one_whose_content_is_gone_can_still_be_deleted(uploads: Uploads) -> None:
+    record = put(uploads)
+    shutil.rmtree(uploads.path(record.id).parent)
+    with pytest.raises(UnknownFileError, match="content of the file"):
+        uploads.path(record.id)
+    uploads.delete(record.id, "")
+    assert uploads.list("") == ([], False)
+
+
 def test_an_owner_sees_their_own(uploads: Uploads) -> None:
     record = put(uploads, "alice")
     for call in (uploads.get, uploads.delete):
@@ -75,10 +84,10 @@ def test_pages_are_newest_first(uploads: Uploads) -> None:
     assert uploads.list("", limit=1) == ([files[3]], True)
 
 
-def test_a_deleted_file_is_gone(uploads: Uploads) -> None:
+def test_a_deleted_file_is_gone(uploads: Uploads, tmp_path: Path) -> None:
     record = put(uploads)
     uploads.delete(record.id, "")
-    assert not uploads.path(record.id).parent.exists()
+    assert [*(tmp_path / "files").iterdir()] == []
     with pytest.raises(UnknownFileError):
         uploads.delete(record.id, "")
     assert uploads.total_bytes("") == 0

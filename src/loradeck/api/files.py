@@ -82,7 +82,8 @@ async def get_file_content(request: Request) -> Response:
         "content-disposition": f"attachment; filename*=utf-8''{quote(record.filename)}",
         "x-content-type-options": "nosniff",
     }
-    return FileResponse(uploads.path(record.id), headers=headers, media_type=OCTETS)
+    path = await run_sync(uploads.path, record.id)
+    return FileResponse(path, headers=headers, media_type=OCTETS)
 
 
 async def delete_file(request: Request) -> Response:

@@ -234,9 +234,9 @@ def _read_file(path: Path, encoding: str | None, position: Position) -> Iterator
                         yield Row(f"{path.name}:{line}" + (f"[{index}]" if index else ""), content)
                 else:
                     yield from _read_table(path.name, delimited.read(file, str(path)))
+        position.move(path.stat().st_size, position.size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=HINT) from error
-    position.move(path.stat().st_size, position.size)
 
 
 def _read_table(name: str, rows: table.NumberedRows) -> Iterator[Row]:

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -67,7 +67,7 @@ class Uploads:
                 if path.name not in records:
                     shutil.rmtree(path)
             for record in records.values():
-                if not self.path(record.id).is_file():
+                if not self._path(record.id).is_file():
                     log.warning("the content of the file %(id)s is gone", {"id": record.id})
                     self._forget(record.id)
 
@@ -178,8 +178,15 @@ class Uploads:
         return [msgspec.json.decode(row[0], type=FileRecord) for row in rows[:limit]], len(rows) > limit
 
     def path(self, id: str) -> Path:
-        """Return where a file's content is."""
-        return self._folder / id / CONTENT
+        """Return where a file's content is.
+
+        Raises:
+            UnknownFileError: it is gone.
+        """
+        path = self._path(id)
+        if not path.is_file():
+            raise UnknownFileError(f"the content of the file {id[:128]!r} is gone", hint="Upload it again.")
+        return path
 
     def delete(self, id: str, owner: str) -> None:
         """Remove a file.
@@ -190,13 +197,16 @@ class Uploads:
         """
         self.get(id, owner)
         self._forget(id)
-        with _problems(self._folder):
+        with _problems(self._folder), suppress(FileNotFoundError):
             shutil.rmtree(self._folder / id)
 
     def total_bytes(self, owner: str) -> int:
         """Return the size of all files of an owner."""
         query = "SELECT coalesce(sum(bytes), 0) FROM files WHERE owner = ?"
         return self._database.rows(query, (owner,))[0][0]
+
+    def _path(self, id: str) -> Path:
+        return self._folder / id / CONTENT
 
     def _records(self) -> Sequence[FileRecord]:
         return [msgspec.json.decode(row[0], type=FileRecord) for row in self._database.rows("SELECT record FROM files")]
