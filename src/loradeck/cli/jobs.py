@@ -1,6 +1,6 @@
 """`loradeck jobs`: the fine-tuning jobs of a server that trains."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote
@@ -138,14 +138,16 @@ def _show(client: OpenAIClient, id: str, *, as_json: bool) -> None:
 
 def _watch(client: OpenAIClient, id: str) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from loradeck.cli.display.live_view import progress
     from loradeck.train.events import End
 
     job = client.read(f"{PATH}/{quote(id)}", dict[str, Any])
-    with progress(Console(), {job["name"]: job["total_steps"] or 0}) as listen:
+    console = Console()
+    with progress(console, {job["name"]: job["total_steps"] or 0}) as listen:
         seconds = 0.0
-        for event in _events(client, id, job["name"]):
+        for event in _events(client, id, job["name"], lambda text: console.print(Text(printable(text)))):
             seconds = event.seconds
             listen(event)
         job = client.read(f"{PATH}/{quote(id)}", dict[str, Any])
@@ -156,13 +158,17 @@ def _watch(client: OpenAIClient, id: str) -> None:
     print(printable(f"{id} is {job['status']}" + (f": {job['fine_tuned_model']}" if job["fine_tuned_model"] else "")))
 
 
-def _events(client: OpenAIClient, id: str, name: str) -> "Iterator[Step | Evaluation]":
-    """Yield a job's metrics as the events of a run."""
+def _events(
+    client: OpenAIClient, id: str, name: str, on_message: Callable[[str], object]
+) -> "Iterator[Step | Evaluation]":
+    """Yield a job's metrics as the events of a run; `on_message` is called with all else that is told of it."""
     from loradeck.train.events import Evaluation, Step
 
     seconds, tokens = 0.0, 0
     for event in client.events(f"{PATH}/{quote(id)}/events?stream=true", dict[str, Any]):
         data = event["data"]
+        if event["type"] == "message":
+            on_message(f"{_time(event)}  {event['message']}")
         if "train_loss" in data:
             speed = data.get("tokens_per_second")
             took = (data["tokens"] - tokens) / speed if speed else 0.0

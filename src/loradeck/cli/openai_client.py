@@ -92,6 +92,9 @@ class OpenAIClient:
                 message = _error_message(error.read())
             if error.code == 404 and message and body:  # the server's hint is for those who write requests
                 raise UnknownAdapterError(message.partition("\n")[0]) from error
+            if error.code == 401 and message:
+                hint = "Give the server's key with --key, or in LORADECK_KEY."
+                raise RequestError(message.partition("\n")[0], hint=hint) from error
             raise RequestError(message or f"{url}: {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
