@@ -8,7 +8,18 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.resized import BLUE, GREEN, ROWS, adapted, greedy, load, save, save_base, say, with_tokens
+from tests.resized import (
+    BLUE,
+    GREEN,
+    ROWS,
+    adapted,
+    greedy,
+    load,
+    save,
+    save_base,
+    say,
+    with_tokens,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from loradeck import Bank, Base, generate
@@ -139,3 +150,16 @@ def test_training_goes_on_with_its_tokenizer(
         with torch.no_grad():
             losses.append(model(input_ids=ids, labels=ids).loss.item())
     assert losses[1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("source", ["untied"], indirect=True)
+def test_a_token_without_a_row_of_the_head_is_no_target(run: Callable, source: Path, tmp_path: Path) -> None:
+    save(adapted(source, "pair of the embedding"), tmp_path / "colours", AutoTokenizer.from_pretrained(source))
+    data = tmp_path / "data.jsonl"
+    flags = ["-o", "child", "--max-steps", 2, "--from", tmp_path / "colours"]
+    data.write_text('{"prompt": "a", "completion": "b <green>"}\n')
+    ran = run("train", source, data, *flags)
+    assert ran.code == 2
+    assert "data.jsonl trains on the token '<green>'" in ran.err
+    data.write_text('{"prompt": "<green>", "completion": "b"}\n')
+    assert run("train", source, data, *flags).code == 0

@@ -199,12 +199,20 @@ def fitted(ours: Modules, files: AdapterFiles) -> AdapterFiles:
 
 
 def tokens_added_by(ours: Modules, files: AdapterFiles) -> int:
-    """Return how many tokens beyond a model's the files have, which fit it."""
+    """Return how many tokens beyond a model's the files have, which fit it: the rows of the embedding."""
+    return _rows_added_by(ours, files, [*ours][:1])
+
+
+def choices_added_by(ours: Modules, files: AdapterFiles) -> int:
+    """Return how many of these tokens the model can choose: the rows of the output head."""
+    return _rows_added_by(ours, files, [*ours][1:])
+
+
+def _rows_added_by(ours: Modules, files: AdapterFiles, paths: list[str]) -> int:
     counts = _rows_in(files)
     copied = {copied_module(key) for key in files.copies}
-    paths = [*ours]
-    shared = copied.intersection(paths) if is_tied(ours) else set[str]()
-    for path in (*paths[:1], *shared):
+    shared = copied.intersection(ours) if is_tied(ours) else set[str]()
+    for path in (*paths, *shared):
         if path in files.base_rows:
             return max(counts[path].values()) - files.base_rows[path]
     return 0

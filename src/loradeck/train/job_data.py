@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,9 +13,10 @@ from loradeck.dataset.finding import FIRST
 from loradeck.dataset.held_out import held_out
 from loradeck.dataset.read import Dataset, SplitExamples, read_dataset
 from loradeck.dataset.source import Position
+from loradeck.errors import DataError
 from loradeck.lora.bank import Bank
 from loradeck.lora.manifest import stamp
-from loradeck.lora.vocabulary import tokens_added_by
+from loradeck.lora.vocabulary import choices_added_by, rows_of, tokens_added_by
 from loradeck.tokenizer_files import TokenizerFiles
 from loradeck.train.inputs import read_parent
 from loradeck.train.recipe import JobRecipe
@@ -44,7 +46,7 @@ def read_data(
     An error of a dataset tells the first `places` of each cause.
 
     Raises:
-        DataError: a dataset cannot be trained on.
+        DataError: a dataset cannot be trained on, or not with the adapter that a job goes on from.
         AdapterError, ConfigError: the adapter that a job goes on from is not valid, or has other settings.
     """
 
@@ -79,7 +81,31 @@ def read_data(
         elif not valid and job.train.valid_ratio:
             train, valid = held_out(train, job.train.valid_ratio, job.train.seed)
         data[job.name] = JobData(dataset, train, valid, tokenizer)
+        if job.from_ is not None and base.task == "generate":
+            _check_targets(data[job.name], job.from_, bank)
     return data
+
+
+def _check_targets(data: JobData, parent: str, bank: Bank) -> None:
+    """Check that a model with an adapter can choose the tokens that it is to be trained on.
+
+    Raises:
+        DataError: it has a row of the embedding for one of them, but none of the output head.
+    """
+    ours, files = bank.vocabulary, bank.check(parent)
+    choices = choices_added_by(ours, files)
+    if choices >= tokens_added_by(ours, files):
+        return
+    limit = rows_of([*ours.values()][-1]) + choices
+    for example in chain(data.train, data.valid):
+        highest = max(label for sequence in example.sequences for label in sequence.labels)
+        if highest >= limit:
+            token = data.tokenizer.convert_ids_to_tokens(highest)
+            raise DataError(
+                f"{data.dataset.name} trains on the token {token!r}, but {files.folder.name} has no row of the output "
+                "head for it",
+                hint="Leave it to the prompts, or go on from an adapter that has both.",
+            )
 
 
 def _tokenizer(job: JobRecipe, base: Base, bank: Bank) -> PreTrainedTokenizerBase:
