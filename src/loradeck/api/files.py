@@ -13,11 +13,11 @@ from loradeck.api.errors import HttpError
 from loradeck.api.requests import read_query
 from loradeck.api.responses import json_response
 from loradeck.api.state import state_of, training_of
-from loradeck.api.training_requests import FINE_TUNE, FilesQuery
+from loradeck.api.training_requests import FilesQuery
 from loradeck.api.training_responses import FileDeleted, FileObject, Page
 from loradeck.api.upload_form import UploadForm
 from loradeck.errors import FileTooLargeError
-from loradeck.live.records import FileRecord
+from loradeck.live.records import FINE_TUNE, FileRecord
 from loradeck.live.uploads import Upload, Uploads
 
 MAX_FORM_BYTES = 1 << 16  # of a form besides its file

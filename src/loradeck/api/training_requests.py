@@ -7,8 +7,6 @@ from msgspec import Meta
 
 from loradeck.api.requests import NonEmptyStr, Unsupported
 
-FINE_TUNE = "fine-tune"  # the purpose of all uploads
-
 Auto: TypeAlias = Literal["auto"]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
 Factor: TypeAlias = Annotated[float, Meta(gt=0, le=1e6)]

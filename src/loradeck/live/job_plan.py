@@ -77,17 +77,17 @@ def plan_job(
             f"the job would be trained on {tokens:,} tokens; this API key may use {record.max_tokens:,} for a job",
             hint="Give fewer examples, or fewer epochs.",
         )
-    taken = measure(job, examples)
-    if taken.memory > config.train_bytes:
+    size = measure(job, examples)
+    if size.memory > config.train_bytes:
         raise ConfigError(
-            f"the job needs {taken.memory:,} bytes for its adapter and optimizer; all jobs together may have "
+            f"the job needs {size.memory:,} bytes for its adapter and optimizer; all jobs together may have "
             f"{config.train_bytes:,}",
             hint="Give a smaller r, or fewer modules.",
         )
     free = shutil.disk_usage(folder.path).free
-    if taken.disk + SPARE > free:
+    if size.disk + SPARE > free:
         raise StorageError(
-            f"the job's checkpoints need {taken.disk:,} bytes of the disk, which has {free:,}",
+            f"the job's checkpoints need {size.disk:,} bytes of the disk, which has {free:,}",
             hint="Make room on the server's disk, and resume the job.",
         )
-    return JobPlan(recipe, data, taken.memory, schedule.steps, tokens)
+    return JobPlan(recipe, data, size.memory, schedule.steps, tokens)

@@ -22,9 +22,9 @@ class Ticket:
 class JobQueue:
     """The jobs that wait and those that train.
 
-    The next job is the oldest one of the owner whose turn it is, by deficit round-robin in tokens, and of owners with
-    credit that of whose jobs none has begun for the longest. If it does not fit
-    beside those that train, it waits until it does, and the others wait with it: else a large one might wait forever.
+    The next job is the oldest one of the owner whose turn it is, by deficit round-robin in tokens; of owners with
+    credit, the one whose last job began longest ago. If it does not fit beside those that train, it waits until it
+    does, and the others wait with it: else a large one might wait forever.
     """
 
     def __init__(self, budget: int) -> None:
@@ -68,7 +68,7 @@ class JobQueue:
 
     def admit(self) -> list[str]:
         """Return the jobs that train from now on."""
-        admitted: list[str] = []
+        ids: list[str] = []
         while self._waiting:
             oldest: dict[str, Ticket] = {}
             for ticket in self._waiting.values():
@@ -83,5 +83,5 @@ class JobQueue:
             self._deficits.charge(owner, ticket.tokens)
             self._admissions += 1
             self._turns[owner] = self._admissions
-            admitted.append(ticket.id)
-        return admitted
+            ids.append(ticket.id)
+        return ids

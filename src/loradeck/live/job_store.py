@@ -103,7 +103,6 @@ class JobStore:
         *,
         after: str | None = None,
         limit: int = 20,
-        status: JobStatus | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Page[JobRecord]:
         """Return an owner's jobs, the newest first, from the one after `after`, and whether there are more.
@@ -118,9 +117,6 @@ class JobStore:
             self.get(after, owner)
             where.append("number < (SELECT number FROM jobs WHERE id = ?)")
             values.append(after)
-        if status is not None:
-            where.append("status = ?")
-            values.append(status)
         for pair in (metadata or {}).items():
             where.append("EXISTS (SELECT * FROM json_each(record, '$.request.metadata') WHERE key = ? AND value = ?)")
             values += pair

@@ -34,14 +34,13 @@ from loradeck.live.job_store import JobStore
 from loradeck.live.live_job import GOOD_ENDS, LiveJob
 from loradeck.live.live_trainer import LiveTrainer
 from loradeck.live.publishing import keep_metrics, publish
-from loradeck.live.records import EventRecord, JobRecord, JobRequest, JobStatus, Quota, new_id
+from loradeck.live.records import FINE_TUNE, EventRecord, JobRecord, JobRequest, JobStatus, Quota, new_id
 from loradeck.live.uploads import Uploads
 from loradeck.serve.request_engine import RequestEngine
 from loradeck.train.inputs import read_parent
 from loradeck.train.job_data import JobData
 from loradeck.train.recipe import JobRecipe
 
-PURPOSE = "fine-tune"
 ACTIVE: tuple[JobStatus, ...] = ("validating_files", "queued", "running")
 KEPT_DATA = 8  # waiting jobs whose data stays at hand; that of the others is read again
 
@@ -128,8 +127,8 @@ class LiveTraining:
             if id is not None
         }
         for kind, file in files.items():
-            if file.purpose != PURPOSE:
-                raise ConfigError(f"{kind} is for the purpose {file.purpose!r}", hint=f"Upload it for {PURPOSE!r}.")
+            if file.purpose != FINE_TUNE:
+                raise ConfigError(f"{kind} is for the purpose {file.purpose!r}", hint=f"Upload it for {FINE_TUNE!r}.")
         if request.method == "dpo" and self.base.task != "generate":
             raise ConfigError(f"the method dpo is for bases that generate, not for the task {self.base.task}")
         parent = None if is_base(request.model, self.base) else self.engine.adapter_cache.find(request.model)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 JobStatus: TypeAlias = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+FINE_TUNE = "fine-tune"  # the purpose of all uploads
 ENDS: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 Level: TypeAlias = Literal["info", "warn", "error"]
 Record = TypeVar("Record", bound=msgspec.Struct)
