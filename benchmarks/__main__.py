@@ -21,6 +21,7 @@ SUITES = (
     "peers",
     "four_bits",
     "classify",
+    "live",
 )
 USAGE = f"""usage: python -m benchmarks SUITE [OPTIONS]
 

@@ -28,6 +28,7 @@ SUITES: tuple[Suite, ...] = tuple(
         "four_bits",
         "classify",
         "train",
+        "live",
         "data",
         "base",
         "emulated",

@@ -194,6 +194,7 @@ def test_a_suite_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None
         ("ops", ("errors tiny", "times tiny")),
         ("native", ("decode float32", "prompts float32", "busy float32")),
         ("serve", ("streams float32", "registered", "crowded", "cold")),
+        ("live", ("streams float32", "training float32", "memory float32", "publish float32")),
         ("classify", ("float32 tiny, 16 tokens", "bfloat16 tiny, 64 tokens")),
         ("four_bits", tuple(f"{measure} tiny, Q4_0" for measure in four_bits.MEASURES)),
     ],

@@ -12,6 +12,7 @@ import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -27,6 +28,7 @@ from loradeck.api.server import is_loopback, listen, url_of
 from loradeck.api.state import ServerState
 from loradeck.api.streaming import PING, _EventSender
 from loradeck.errors import ConfigError
+from loradeck.live.records import JobRequest
 
 from .conftest import TIMEOUT, URL, LocalServer, StepGate, until
 
@@ -190,6 +192,37 @@ def test_schemathesis_finds_no_fault(server: LocalServer, mode: GenerationMode) 
         def check(case: Any) -> None:
             if isinstance(case.body, dict) and case.operation.path in GENERATION_PATHS:
                 case.body |= {"max_tokens": 2, "max_completion_tokens": 2, "n": 1}  # for speed
+            case.validate_response(case.call(headers=headers), checks=CHECKS)
+
+        try:
+            check()
+        except Unsatisfiable:
+            assert mode == GenerationMode.NEGATIVE  # an operation without parameters has no invalid ones
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_schemathesis_finds_no_fault_in_training(training_server: LocalServer, mode: GenerationMode) -> None:
+    """With a file and a job that are there, where a case needs one."""
+    headers, training = {"host": "localhost"}, training_server.options["training"]
+    application = app(training_server.engine, training_server.metrics, training=training)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", application, headers=headers)
+    with training.uploads.upload("", "a.jsonl", "fine-tune") as upload:
+        upload.write(b'{"text": "abc"}')
+    file = upload.record.id
+    job = training.create(JobRequest(model="tiny", training_file=file)).id
+    training.cancel(job, "")  # so that its events end
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    of_training = [each for each in operations if each.path.startswith(("/v1/files", "/v1/fine_tuning"))]
+    assert len(of_training) == 13
+    for operation in of_training:
+
+        @settings(max_examples=10, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode), known=st.booleans())
+        def check(case: Any, known: bool) -> None:
+            if known and "id" in case.path_parameters:
+                case.path_parameters["id"] = file if "files" in case.operation.path else job
+            if known and isinstance(case.body, dict) and "training_file" in case.body:
+                case.body |= {"training_file": file, "model": "tiny"}
             case.validate_response(case.call(headers=headers), checks=CHECKS)
 
         try:

@@ -134,6 +134,16 @@ def test_a_bad_upload_is_one_clear_error_and_leaves_nothing(
     assert not leftovers(training_server)
 
 
+def test_a_file_that_is_too_large_is_told_before_it_arrives(training_server: LocalServer) -> None:
+    training_server.options["training"].config = LiveConfig(max_file_bytes=100_000)
+    with client_of(training_server) as client:
+        for size, says in ((150_000, "'a.jsonl' is larger than 100000 bytes"), (5_000_000, "a file may have 100000")):
+            with pytest.raises(openai.APIStatusError, match=says) as error:
+                client.files.create(file=("a.jsonl", b"1" * size), purpose="fine-tune")
+            assert error.value.status_code == 413
+        assert not leftovers(training_server)
+
+
 @pytest.mark.parametrize(
     ("headers", "status", "says"),
     [

@@ -41,7 +41,8 @@ def dataset(answer: str, count: int = 6) -> bytes:
 
 
 def pairs(count: int = 4) -> bytes:
-    row = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
+    row = {"input": {"messages": MESSAGES}, "preferred_output": yes, "non_preferred_output": no}
     return (json.dumps(row).encode() + b"\n") * count
 
 
@@ -377,6 +378,27 @@ def test_keys(training_server: LocalServer, held: Callable[[], None]) -> None:
         assert alice.models.retrieve(checkpoint).id == checkpoint
         with pytest.raises(openai.PermissionDeniedError):
             ask(bob, "mine-a")
+
+
+def test_metrics(client: openai.OpenAI, url: str, held: Callable[[], None]) -> None:
+    file = upload(client, dataset("a"))
+    running = client.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="ah", **FAST)
+    cancelled = client.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="bee", **FAST)
+    client.fine_tuning.jobs.cancel(cancelled.id)
+    labels = f'{{job="{running.id}",name="ah"}}'
+    deadline = time.monotonic() + TIMEOUT
+    while f"loradeck_job_loss{labels}" not in (text := httpx.get(f"{url}/metrics").text):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert 'loradeck_jobs{status="cancelled"} 1.0' in text
+    assert f"loradeck_job_steps{labels} 1.0" in text
+    assert f"loradeck_job_total_steps{labels} 6.0" in text
+    assert cancelled.id not in text
+    held()
+    end_of(client, running.id)
+    text = httpx.get(f"{url}/metrics").text
+    assert 'loradeck_jobs{status="succeeded"} 1.0' in text
+    assert running.id not in text
 
 
 def test_a_store_that_another_server_trains(training_server: LocalServer, store: AdapterStore) -> None:

@@ -107,6 +107,22 @@ def test_tokens() -> None:
         assert parse(line(**{key: [5, 6]}, labels=[-100, 6], attention_mask=[1, 1])) == TokenIds([5, 6], [-100, 6])
 
 
+def test_preference_pairs_as_openai_has_them() -> None:
+    polite = {"role": "assistant", "content": "Good day"}
+    turns = PreferencePair(Conversation([ASKED, ANSWERED]), Conversation([ASKED, Message("assistant", "Good day")]))
+    asked = {"messages": [USER], "tools": None, "parallel_tool_calls": True}
+    assert parse(line(input=asked, preferred_output=[REPLY], non_preferred_output=[polite])) == turns
+    for fields, what in (
+        ({"input": {"messages": []}}, "$.input.messages: "),
+        ({"input": {}}, "$.input: "),
+        ({"preferred_output": [{"role": "assistant"}]}, "$.preferred_output[0]"),
+        ({"non_preferred_output": [REPLY]}, "$.non_preferred_output: equals"),
+    ):
+        record = {"input": asked, "preferred_output": [REPLY], "non_preferred_output": [polite], **fields}
+        with pytest.raises(DataError, match=re.escape(what)):
+            parse(line(**record))
+
+
 def test_preference_pairs() -> None:
     strings = PreferencePair(Completion("Hi", "Ahoy"), Completion("Hi", "Good day"))
     assert parse(line(prompt="Hi", chosen="Ahoy", rejected="Good day")) == strings

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -122,6 +123,8 @@ class Jobs:
         self.live = live
         self.outcomes: dict[str, Outcome] = {}
         self.ends: dict[str, BaseException | None] = {}
+        self.begun: set[str] = set()
+        """Those that have taken a pass."""
         self._ended = threading.Condition()
 
     def passes(self, name: str, spec: Spec, folder: Path | None = None) -> Iterator[int]:
@@ -129,7 +132,9 @@ class Jobs:
         try:
             if folder and (paths := checkpoint.checkpoints(folder)):
                 checkpoint.restore(trainer, paths[-1], checkpoint.read(paths[-1]), data={}, parents={})
-            yield from trainer
+            for passes in trainer:
+                self.begun.add(name)
+                yield passes
         except Interruption:
             if folder:
                 checkpoint.save(trainer, folder, data={}, parents={}, files={}, keep=1)
@@ -227,11 +232,44 @@ def engine_of(jobs: Jobs) -> Engine:
     return engine
 
 
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds within two minutes."""
+    end = time.monotonic() + WAIT
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def differences(engine: Engine, clients: Clients) -> list[Asked]:
+    """What clients were answered otherwise than it is answered now.
+
+    The compiled step gives the same bits in any batch. Where transformers' modules compute, the likeliest tokens count.
+    """
+    exact = engine._runner.is_batch_invariant(())
+    return [
+        asked
+        for asked, answer in clients.answers
+        if (exact and [*submit(engine, asked)] != answer)
+        or (
+            not (exact or asked.sampling.temperature)
+            and [token.id for token in submit(engine, asked)] != [token.id for token in answer]
+        )
+    ]
+
+
 # ---- the laws
 
 
-@pytest.mark.parametrize("weights", ["plain", "packed", "int8", "int4"])
-@pytest.mark.parametrize("kind", ["sft", "dpo", "checkpointing"])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        *(("sft", weights) for weights in ("plain", "packed", "int8", "int4")),
+        ("dpo", "packed"),
+        ("checkpointing", "int8"),
+    ],
+)
 def test_training_and_streams_are_bit_for_bit_what_they_are_alone(
     base: Base, store: AdapterStore, kind: str, weights: Any
 ) -> None:
@@ -246,8 +284,7 @@ def test_training_and_streams_are_bit_for_bit_what_they_are_alone(
         assert jobs.outcomes["job"] == expected
         assert clients.answers
         jobs.live.close()
-        for asked, answer in clients.answers:
-            assert [*submit(engine_of(jobs), asked)] == answer, "another stream than without training"
+        assert not differences(engine_of(jobs), clients)
 
 
 def test_steps_through_transformers_modules_are_served_within_a_pass(base: Base, store: AdapterStore) -> None:
@@ -259,9 +296,7 @@ def test_steps_through_transformers_modules_are_served_within_a_pass(base: Base,
             jobs.wait("job")
         assert jobs.outcomes["job"] == expected
         jobs.live.close()
-        for asked, answer in clients.answers:
-            if asked.sampling.temperature == 0:  # torch's products depend a little on who is in the batch
-                assert [token.id for token in submit(engine_of(jobs), asked)] == [token.id for token in answer]
+        assert not differences(engine_of(jobs), clients)
 
 
 def test_rows_for_pooling_are_served_within_a_pass(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -281,7 +316,8 @@ def test_rows_for_pooling_are_served_within_a_pass(tiny_tokenizer: PreTrainedTok
         assert jobs.outcomes["job"] == expected
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_jobs_that_come_and_go_do_not_change_each_other(base: Base, store: AdapterStore, seed: int) -> None:
     expected = {name: alone(base, name, spec) for name, spec in SPECS.items()}
     rng = random.Random(seed)
@@ -289,6 +325,7 @@ def test_jobs_that_come_and_go_do_not_change_each_other(base: Base, store: Adapt
     with opened(base, store) as jobs:
         jobs.join("gone", replace(SPECS["plain"], config=replace(CONFIG, max_steps=10_000, eval_every=None)))
         with Clients(engine_of(jobs), 1):
+            assert until(lambda: "gone" in jobs.begun)
             for name in names:
                 jobs.join(name, SPECS[name])
                 [*submit(engine_of(jobs), next(questions(rng.randrange(99))))]
@@ -334,7 +371,7 @@ def test_a_job_that_leaves_at_any_pause_resumes_to_the_same_bits(
     """In the midst of a forward or backward pass, an evaluation, or the reference's."""
     spec = replace(SPECS[kind], config=replace(CONFIG, max_steps=4))
     expected, last = alone(base, "job", spec), pauses_of(base, spec, monkeypatch)
-    for at in random.Random(0).sample(range(2, last), 12):
+    for at in random.Random(0).sample(range(2, last), 6):
         folder = tmp_path / f"{at}"
         with opened(base) as jobs, monkeypatch.context() as patch:
             counted = Counted(patch, at, lambda jobs=jobs: jobs.live.leave("job"))
@@ -403,6 +440,7 @@ def test_a_close_ends_jobs_within_a_piece(base: Base, closes: str, tmp_path: Pat
         engine = engine_of(jobs)
         jobs.join("one", spec, tmp_path / "one")
         jobs.join("two", spec, tmp_path / "two")
+        assert until(lambda: jobs.begun == {"one", "two"})
         stream = engine.submit([5, 6], sampling=LONG)
         for _ in range(20):
             next(stream)
@@ -436,13 +474,14 @@ def test_an_engine_that_fails_interrupts_its_jobs(base: Base, monkeypatch: pytes
         jobs.join(
             "one", replace(SPECS["sft"], config=replace(CONFIG, max_steps=10_000, eval_every=5_000)), tmp_path / "one"
         )
+        assert until(lambda: jobs.begun == {"one"})
         monkeypatch.setattr(engine_of(jobs)._loop, "_schedule", fail)
         stream = engine_of(jobs).submit([5, 6], sampling=LONG)
         jobs.wait("one")
         assert isinstance(jobs.ends["one"], Interruption)
         assert checkpoint.checkpoints(tmp_path / "one")
         with pytest.raises(Exception, match="the engine failed"):
-            ids(stream)
+            list(stream)
 
 
 # ---- calls

@@ -40,6 +40,7 @@ def test_a_job_becomes_an_adapter_that_answers(live: Live, alone: Alone) -> None
         f"Validating training file: {job.request.training_file}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
+        *(f"Checkpoint created at step {step}" for step in (6, 12, 18, 24)),
         "New fine-tuned model created: pirate@1",
         "The job has successfully completed",
     ]

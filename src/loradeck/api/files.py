@@ -16,9 +16,11 @@ from loradeck.api.state import state_of, training_of
 from loradeck.api.training_requests import FINE_TUNE, FilesQuery
 from loradeck.api.training_responses import FileDeleted, FileObject, Page
 from loradeck.api.upload_form import UploadForm
+from loradeck.errors import FileTooLargeError
 from loradeck.live.records import FileRecord
 from loradeck.live.uploads import Upload, Uploads
 
+MAX_FORM_BYTES = 1 << 16  # of a form besides its file
 OCTETS = "application/octet-stream"
 
 
@@ -28,9 +30,12 @@ async def create_file(request: Request) -> Response:
     _check_origin(request, state_of(request).config)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise HttpError(415, "The body is compressed.", hint="Send it without a content-encoding.")
-    size = request.headers.get("content-length", "0")
-    await run_sync(training.uploads.check_room, int(size) if size.isdecimal() else 0)
     key, max_bytes = request.state.key, training.config.max_file_bytes
+    length = request.headers.get("content-length", "0")
+    size = int(length) if length.isdecimal() else 0
+    if size > max_bytes + MAX_FORM_BYTES:
+        raise FileTooLargeError(f"the upload has {size} bytes; a file may have {max_bytes}")
+    await run_sync(training.uploads.check_room, size)
     with ExitStack() as stack:
         uploads: list[Upload] = []
 

@@ -7,15 +7,19 @@ import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loradeck.api.job_metrics import job_metrics
+from loradeck.errors import BusyError
 from loradeck.serve.stats import GenerationStats
 
 if TYPE_CHECKING:
+    from loradeck.live.live_training import LiveTraining
     from loradeck.runner.request import Finish, Request
     from loradeck.serve.engine import Engine
     from loradeck.serve.pooling_engine import PoolingEngine
@@ -52,6 +56,7 @@ class Metrics(Collector):
         self._base = base
         self._engine: Engine | PoolingEngine | None = None
         self._live: Callable[[], Collection[Request]] = tuple
+        self._training: LiveTraining | None = None
         of_base = {"labelnames": ("model_name",), "registry": self.registry}
         of_adapter = {"labelnames": ("adapter",), "registry": self.registry}
         self._prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.", **of_base)
@@ -87,10 +92,16 @@ class Metrics(Collector):
         )
         self.registry.register(self)
 
-    def watch(self, engine: "Engine | PoolingEngine", live: Callable[[], "Collection[Request]"]) -> None:
-        """Read this engine's state, and the requests that `live` returns, whenever the metrics are read."""
+    def watch(
+        self,
+        engine: "Engine | PoolingEngine",
+        live: Callable[[], "Collection[Request]"],
+        training: "LiveTraining | None" = None,
+    ) -> None:
+        """Read this engine's state, the requests that `live` returns, and the jobs, whenever the metrics are read."""
         self._engine = engine
         self._live = live
+        self._training = training
 
     def read(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
@@ -161,6 +172,9 @@ class Metrics(Collector):
         yield CounterMetricFamily("loradeck_adapter_load_failures", "Loads that failed.", adapters.load_failures)
         yield CounterMetricFamily("loradeck_adapter_load_seconds", "Time spent loading.", adapters.load_seconds)
         yield CounterMetricFamily("loradeck_adapter_evictions", "Adapters evicted.", adapters.evictions)
+        if self._training is not None:
+            with suppress(BusyError):  # it is shutting down
+                yield from job_metrics(self._training.jobs)
 
     def _requests(self, max_running: int) -> Iterator[Metric]:
         """Yield the running and waiting adapters; at most `max_running` requests, and so adapters, run at once."""

@@ -54,7 +54,7 @@ class ServerState:
         self.adapter_ids = AdapterIds(self.engine.store)
         self.names = ModelNames(self.engine.base, self.adapter_ids)
         self.catalogue = Catalogue(self.engine.adapter_cache)
-        self.metrics.watch(self.engine, self._live_requests)
+        self.metrics.watch(self.engine, self._live_requests, self.training)
 
     @property
     def shutting_down(self) -> bool:

@@ -306,6 +306,30 @@ class _RawPreference(_RawTurns, frozen=True, kw_only=True):
         return [_as_context(shared) + side[len(shared) :] for side in sides]
 
 
+class _OpenAiInput(msgspec.Struct, frozen=True, kw_only=True):
+    messages: list[Json]
+    tools: list[Json] | None = None
+
+
+class _RawOpenAiPreference(msgspec.Struct, frozen=True, kw_only=True):
+    input: _OpenAiInput
+    preferred_output: list[Json]
+    non_preferred_output: list[Json]
+
+    def to_record(self) -> Record:
+        pair = _RawPreference(
+            prompt=self.input.messages,
+            tools=self.input.tools,
+            chosen=self.preferred_output,
+            rejected=self.non_preferred_output,
+        )
+        try:
+            return pair.to_record()
+        except DataError as error:
+            names = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+            raise in_source_names(error, names) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Forms:
     """The forms of a record for one task: it has the first of them whose keys it has."""
@@ -322,6 +346,7 @@ class Forms:
 # Many datasets of a later form also render each record as text.
 FORMS: tuple[tuple[Any, set[str]], ...] = (
     (_RawPreference, {"chosen", "rejected"}),
+    (_RawOpenAiPreference, {"preferred_output", "non_preferred_output"}),
     (_RawTokens, {"tokens", "labels"}),
     (_RawTokens, {"input_ids", "labels"}),
     (_RawMessages, {"messages"}),
@@ -331,7 +356,7 @@ FORMS: tuple[tuple[Any, set[str]], ...] = (
     (_RawText, {"text"}),
 )
 GENERATE = Forms(FORMS, EXPECTED)
-REWARD = Forms(FORMS[:1], "chosen and rejected, with a prompt", needed=("prompt", "chosen", "rejected"))
+REWARD = Forms(FORMS[:2], "chosen and rejected, with a prompt", needed=("prompt", "chosen", "rejected"))
 
 
 def parse(line: bytes, columns: Mapping[str, str] = MappingProxyType({}), forms: Forms = GENERATE) -> Record:

@@ -20,6 +20,7 @@ from loradeck.stored import Stored
 from loradeck.train.run import CHECKPOINTS
 
 TRAINING, VALIDATION, PARENT, MODELS = "training_file", "validation_file", "parent", "models"
+STEM = 60  # characters of a file's name that are kept; each is up to four bytes of the 255 that a disk takes
 
 
 class JobFolder:
@@ -36,9 +37,7 @@ class JobFolder:
         Raises:
             OSError: it cannot be linked or copied.
         """
-        name = valid_name(filename)
-        name = name if name.lower().endswith(SUFFIXES) else f"{name}.jsonl"
-        self._take(kind, lambda new: _link(content, new / name))
+        self._take(kind, lambda new: _link(content, new / _plain(filename)))
 
     def take_parent(self, parent: Stored) -> None:
         """Keep the adapter that the job goes on from, unless the job has one.
@@ -83,6 +82,13 @@ def remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _plain(filename: str) -> str:
+    """Return a name for a file that says what it is, as its owner's did; without a known suffix it is JSON lines."""
+    suffix = max((each for each in SUFFIXES if filename.lower().endswith(each)), key=len, default="")
+    stem = filename[: len(filename) - len(suffix)]
+    return valid_name(stem)[:STEM] + (filename[len(stem) :] or ".jsonl")
 
 
 def _link(source: Path, target: Path) -> None:

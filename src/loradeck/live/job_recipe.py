@@ -11,7 +11,7 @@ from loradeck.live.job_folder import PARENT, TRAINING, VALIDATION, JobFolder
 from loradeck.live.records import JobRecord, JobRequest
 from loradeck.lora.names import check_name, valid_name
 from loradeck.train.config import PassConfig
-from loradeck.train.recipe import JobRecipe, RunRecipe, job_recipe
+from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, job_recipe, read_recipe
 
 SETTINGS = "lora"  # where clients write a job's settings
 
@@ -70,7 +70,12 @@ def run_recipe(record: JobRecord, base: Base, config: LiveConfig, folder: JobFol
         raise ConfigError(f"the file {request.training_file} was deleted", hint="Upload it again.")
     recipe = check_settings(request, parent)
     job = replace(recipe, name=record.id, data=str(data), valid=None if valid is None else str(valid))
+    begun = folder.path / RUN_FILE
     shared = PassConfig(
-        max_tokens=config.train_tokens, checkpoint_every=config.checkpoint_every, keep_checkpoints=1, samples=0
+        # Part of the bits, so a job keeps what it began with.
+        max_tokens=read_recipe(begun).shared.max_tokens if begun.exists() else config.train_tokens,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=1,
+        samples=0,
     )
     return RunRecipe(base=base.source, task=base.task, shared=shared, jobs=(job,))

@@ -133,6 +133,10 @@ class JobStore:
         rows = self._database.rows(f"SELECT record FROM jobs WHERE {PENDING} ORDER BY number")
         return [_decode(row[0], JobRecord) for row in rows]
 
+    def counts(self) -> dict[JobStatus, int]:
+        """Return how many jobs of all owners are in each status that any of them has."""
+        return dict(self._database.rows("SELECT status, count(*) FROM jobs GROUP BY status"))
+
     # ---- events
 
     def add_event(

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -42,6 +42,7 @@ from loradeck.train.job_data import JobData
 from loradeck.train.recipe import JobRecipe
 
 PURPOSE = "fine-tune"
+ACTIVE: tuple[JobStatus, ...] = ("validating_files", "queued", "running")
 KEPT_DATA = 8  # waiting jobs whose data stays at hand; that of the others is read again
 
 log = logging.getLogger(__name__)
@@ -65,9 +66,6 @@ class LiveTraining:
         self.engine, self.base, self.store = engine, engine.base, engine.store
         self.config = config or LiveConfig()
         self.folder = Path(folder).absolute()
-        self._database = Database(self.folder / "live.sqlite")
-        self.uploads = Uploads(self._database, self.folder / "files")
-        self.jobs = JobStore(self._database)
         self._followers = Followers()
         self._queue = JobQueue(self.config.train_bytes)
         self._plans: dict[str, JobPlan | None] = {}
@@ -79,24 +77,36 @@ class LiveTraining:
         self._lock = RLock()
         self._reader = ThreadPoolExecutor(1, "loradeck-read", openmp.alone)
         self._writer = ThreadPoolExecutor(1, "loradeck-publish", openmp.alone)
-        try:
+        with ExitStack() as stack:
+            self._database = Database(self.folder / "live.sqlite")
+            stack.callback(self._database.close)
+            self.uploads = Uploads(self._database, self.folder / "files")
+            self.jobs = JobStore(self._database)
+            pending = self._sweep()
             self._trainer = LiveTrainer(engine, self.config)
-        except BaseException:
-            self._database.close()
-            raise
+            stack.pop_all()  # from now on `close` does it
         self._models = CheckpointModels(self.folder / "jobs")
         engine.adapter_cache.sources.append(self._models)
-        self._recover()
-
-    def _recover(self) -> None:
-        folders = self.folder / "jobs"
-        folders.mkdir(exist_ok=True)
-        remove(path for path in folders.iterdir() if not self.jobs.has(path.name))
-        pending = sorted(self.jobs.pending(), key=lambda record: record.status != "running")  # these were first before
         for record in pending:
-            self._folder(record.id).sweep()
-            if record.status != "paused":
-                self._plan_later(record)
+            self._plan_later(record)
+
+    def _sweep(self) -> list[JobRecord]:
+        """Remove what a crash left half, and return the jobs that go on, those that trained first.
+
+        Raises:
+            StorageError: the folder cannot be changed.
+        """
+        folders = self.folder / "jobs"
+        pending = self.jobs.pending()
+        try:
+            folders.mkdir(exist_ok=True)
+            remove(path for path in folders.iterdir() if not self.jobs.has(path.name))
+            for record in pending:
+                self._folder(record.id).sweep()
+        except OSError as error:
+            raise StorageError(f"{folders} cannot be changed: {error.strerror}") from error
+        going = (record for record in pending if record.status != "paused")
+        return sorted(going, key=lambda record: record.status != "running")
 
     # ---- for owners
 
@@ -144,8 +154,9 @@ class LiveTraining:
         except BaseException:
             remove([folder.path])
             raise
-        self._say(id, f"Created fine-tuning job: {id}")
-        self._say(id, f"Validating training file: {request.training_file}")
+        with suppress(StorageError):  # the job is there
+            self._say(id, f"Created fine-tuning job: {id}")
+            self._say(id, f"Validating training file: {request.training_file}")
         with self._lock:
             self._plan_later(record)
         return record
@@ -158,7 +169,7 @@ class LiveTraining:
             ConfigError: it has ended.
         """
         with self._lock:
-            self._check_status(id, owner, "cancelled", "validating_files", "queued", "running", "paused")
+            self._check_status(id, owner, "cancelled", *ACTIVE, "paused")
             self._say(id, "The job was cancelled")
             record = self._settle(id, status="cancelled", finished_at=int(time.time()), estimated_finish=None)
             if id not in self._queue:  # else once it has left the base
@@ -174,7 +185,7 @@ class LiveTraining:
             ConfigError: it is paused, or has ended.
         """
         with self._lock:
-            self._check_status(id, owner, "paused", "validating_files", "queued", "running")
+            self._check_status(id, owner, "paused", *ACTIVE)
             self._say(id, "The job was paused")
             record = self._settle(id, status="paused", estimated_finish=None)
             self._take_out(id)
@@ -190,7 +201,7 @@ class LiveTraining:
         """
         with self._lock:
             self._check_open()
-            stopped = () if id in self._wanted else ("validating_files", "queued", "running")
+            stopped = () if id in self._wanted else ACTIVE
             record = self._check_status(id, owner, "resumed", "paused", *stopped)
             status: JobStatus = "validating_files" if record.total_steps is None else "queued"
             record = self.jobs.update(id, status=status, error=None)
@@ -249,15 +260,7 @@ class LiveTraining:
         id = record.id
         if id not in self._wanted or id in self._queue:
             return
-        plan = plan_job(
-            record,
-            self.base,
-            self._trainer.bank,
-            self.config,
-            self._folder(id),
-            self._measure,
-            partial(self._on_read, id),
-        )
+        plan = self._read(record)
         with self._lock:
             if id not in self._wanted or id in self._queue:
                 return
@@ -267,6 +270,11 @@ class LiveTraining:
             self._queue.add(Ticket(id, record.request.owner, plan.memory, plan.tokens))
             self._plans[id] = plan if len(self._plans) < KEPT_DATA else None
         self._admit_later()
+
+    def _read(self, record: JobRecord) -> JobPlan:
+        """Read a job's files. Its parent is checked with the bank that requests use, which any thread may."""
+        bank, on_read = self.engine.adapter_cache.bank, partial(self._on_read, record.id)
+        return plan_job(record, self.base, bank, self.config, self._folder(record.id), self._measure, on_read)
 
     def _on_read(self, id: str, _: Position) -> None:
         if id not in self._wanted:
@@ -294,13 +302,7 @@ class LiveTraining:
         if plan := self._plans[id]:
             self._train(record, plan)
         else:
-            self._reader.submit(self._guarded, record, partial(self._train_unread, record))
-
-    def _train_unread(self, record: JobRecord) -> None:
-        folder, on_read = self._folder(record.id), partial(self._on_read, record.id)
-        self._train(
-            record, plan_job(record, self.base, self._trainer.bank, self.config, folder, self._measure, on_read)
-        )
+            self._reader.submit(self._guarded, record, lambda: self._train(record, self._read(record)))
 
     def _train(self, record: JobRecord, plan: JobPlan) -> None:
         id = record.id
@@ -328,7 +330,7 @@ class LiveTraining:
     def _publish(self, record: JobRecord) -> None:
         id, folder = record.id, self._folder(record.id)
         with self._lock:
-            if id not in self._wanted and not self._closed:  # cancelled or paused at its last step
+            if self.jobs.record(id).status != "running":  # cancelled or paused at its last step
                 raise Interruption
             self._publishing.add(id)
         try:
@@ -369,7 +371,7 @@ class LiveTraining:
         full = problem.code == "disk_full"
         try:
             with self._lock:
-                if id not in self._wanted and not self._closed:
+                if self.jobs.record(id).status not in ACTIVE:
                     return  # it was cancelled or paused meanwhile
                 self._wanted.discard(id)
                 finished_at = None if full else int(time.time())

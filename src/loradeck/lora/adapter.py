@@ -19,14 +19,7 @@ from loradeck.lora.added_rows import AddedRows, Extension
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.flat import LAYOUTS, FlatLayout, Span
 from loradeck.lora.folder import CARD, CONFIG, TENSORS
-from loradeck.lora.manifest import (
-    ADAPTED_COPY,
-    AdapterFiles,
-    TargetModule,
-    keys_of,
-    read_folder,
-    stamp,
-)
+from loradeck.lora.manifest import ADAPTED_COPY, AdapterFiles, TargetModule, keys_of, read_folder, stamp
 from loradeck.lora.memo import Memo
 from loradeck.lora.peft import Origin, write_config
 from loradeck.lora.spelling import PREFIX
@@ -117,7 +110,7 @@ class Adapter(nn.Module):
             for path, pair in pairs.items():
                 for key, tensor in zip(keys_of(path, adapter.sites[path]), pair, strict=True):
                     adapter.register_parameter(
-                        parameter_name(key),
+                        _parameter_name(key),
                         nn.Parameter(tensor.detach().clone(), requires_grad=trainable),
                     )
             adapter._save_modules(saved or {}, trainable=trainable)
@@ -129,7 +122,7 @@ class Adapter(nn.Module):
         for path, tensors in saved.items():
             dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
             for name, tensor in tensors.items():
-                key = parameter_name(f"{path}.{name}")
+                key = _parameter_name(f"{path}.{name}")
                 value = tensor.detach().to(dtype, copy=True)
                 self.register_parameter(key, nn.Parameter(value, requires_grad=trainable))
 
@@ -251,7 +244,7 @@ class Adapter(nn.Module):
             for key in each.keys:
                 trains = trainable and key == each.pair
                 value = _float32(tensors[key]) if trains else tensors[key]
-                self.register_parameter(added_name(key), nn.Parameter(value.detach().clone(), requires_grad=trains))
+                self.register_parameter(_added_name(key), nn.Parameter(value.detach().clone(), requires_grad=trains))
 
     def _gather(self, name: str, tensors: list[tuple[str, Tensor]]) -> None:
         ends = accumulate(tensor.numel() for _, tensor in tensors)
@@ -302,17 +295,17 @@ class Adapter(nn.Module):
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         span = self._spans.get(key)
-        parameter = self._parameters[span[0] if span else parameter_name(key)]
+        parameter = self._parameters[span[0] if span else _parameter_name(key)]
         assert parameter is not None
         return parameter.detach()[span[1] : span[2]].view(shape) if span else parameter
 
     def saved_module(self, path: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a module that it replaces."""
-        return {name: self.get_parameter(parameter_name(f"{path}.{name}")) for name in self.saved[path]}
+        return {name: self.get_parameter(_parameter_name(f"{path}.{name}")) for name in self.saved[path]}
 
     def added_rows(self, key: str) -> nn.Parameter:
         """Return the rows beyond the base's of the tensor of a key."""
-        return self.get_parameter(added_name(key))
+        return self.get_parameter(_added_name(key))
 
     def _added_rows(self) -> dict[str, nn.Parameter]:
         return {key: self.added_rows(key) for added in self.added.values() for key in added.keys}
@@ -461,11 +454,11 @@ def _site_of(config: LoraConfig, path: str, a: Tensor, b: Tensor, kind: str) -> 
     return TargetModule(kind, r, config.scaling(path, r), tuple(a.shape), tuple(b.shape))
 
 
-def parameter_name(key: str) -> str:
+def _parameter_name(key: str) -> str:
     """Return the parameter's name for a key: nn.Module reserves the dot."""
     return key.removeprefix(PREFIX).replace(".", "/")
 
 
-def added_name(key: str) -> str:
+def _added_name(key: str) -> str:
     """Return the parameter's name for the rows of a tensor that are beyond the base's."""
-    return parameter_name(key) + ADDED
+    return _parameter_name(key) + ADDED

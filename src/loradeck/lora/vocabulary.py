@@ -174,13 +174,17 @@ def fitted(ours: Modules, files: AdapterFiles) -> AdapterFiles:
         else:
             counts[path] = numbers.popitem()[1] - rows
     if not problems:
-        copied = {*map(copied_module, files.copies)}
-        shared = {*paths} if tied and not copied.isdisjoint(paths) else set[str]()
-        problems += [
-            f"{path} has {base[path] + counts[path]} rows in the adapter and {base[path]} in this base, and the file "
-            "has only a pair for them, not the rows themselves"
-            for path in base.keys() - copied - files.saved.keys() - shared
-        ]
+        weights = {path: {*files.saved[path]} for path in files.saved}
+        copied = [(copied_module(key), key.rpartition(".")[2]) for key in files.copies]
+        for path, name in copied:
+            weights.setdefault(path, set()).add(name)
+        shared = tied and any(path in paths for path, _ in copied)
+        for path in counts:
+            lacking = {name for name, _ in ours[path].named_parameters()} - weights.get(path, set())
+            if shared:
+                lacking.discard("weight")
+            what = f"{base[path] + counts[path]} rows of {path} in the adapter and {base[path]} in this base"
+            problems += [f"there are {what}, and the file lacks the {name} of those beyond" for name in sorted(lacking)]
         embedding, head = paths[0], paths[-1]
         if counts.get(head, 0) > counts.get(embedding, counts.get(head, 0) if shared else 0):
             problems.append(f"{head} has rows for tokens that {embedding} has none for")
@@ -228,11 +232,10 @@ def extensions(ours: Modules, adapter: Adapter, what: str) -> dict[str, Extensio
         AdapterError: its rows follow another number of rows.
     """
     added = {**adapter.added}
-    copied = next((each for each in added.values() if each.keys and not each.trained), None)
+    copied = next((each for each in added.values() if each.weights and not each.trained), None)
     if copied and is_tied(ours):
-        added |= {
-            path: AddedRows(copied.base, copied.count) for path in ours if path not in added.keys() | adapter.saved
-        }
+        others = ours.keys() - added.keys() - adapter.saved.keys()
+        added |= {path: AddedRows(copied.base, copied.count) for path in others}
     found = {}
     for path, each in added.items():
         if path not in ours or rows_of(ours[path]) != each.base:
@@ -250,9 +253,8 @@ def extensions(ours: Modules, adapter: Adapter, what: str) -> dict[str, Extensio
 
 def added_tokens(ours: Modules, adapter: Adapter) -> int:
     """Return how many tokens an adapter on a model has beyond the base's: the rows of its embedding."""
-    for path, module in ours.items():
-        return count_of(adapter.replacements.get(path), rows_of(module)) if isinstance(module, nn.Embedding) else 0
-    return 0
+    path, module = next(iter(ours.items()), ("", None))
+    return count_of(adapter.replacements.get(path), rows_of(module)) if isinstance(module, nn.Embedding) else 0
 
 
 def merged_rows(ours: Modules, weighted: Sequence[tuple[Adapter, float]]) -> dict[str, dict[str, Tensor]]:
@@ -270,15 +272,12 @@ def merged_rows(ours: Modules, weighted: Sequence[tuple[Adapter, float]]) -> dic
             total = torch.zeros(())
             for part, pair, weight in parts:
                 assert part is not None
-                rows = (
-                    part.get_parameter(name)[base:] if isinstance(part, nn.Module) else part.module.get_parameter(name)
-                )
+                if isinstance(part, nn.Module):
+                    rows, update = part.get_parameter(name)[base:], None
+                else:
+                    rows, update = part.module.get_parameter(name), part.merged_update(pair)
                 total = total.to(rows.device) + weight / whole * rows[:count].float()
-                if (
-                    name == "weight"
-                    and isinstance(part, Extension)
-                    and (update := part.merged_update(pair)) is not None
-                ):
+                if update is not None and name == "weight":
                     total = total + weight * update[:count]
             found[path][name] = total
     return found
