@@ -1,4 +1,4 @@
-"""Tiny random decoders of every family that the compiled step computes."""
+"""Tiny random decoders of every family that the compiled step computes, and of some that it refuses."""
 
 from typing import Any
 
@@ -99,6 +99,53 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3-window": (
         "smollm3",
         {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 4},
+    ),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 97}, "unknown part, `wte`"),
+    "gpt-neox": ("gpt_neox", SIZES, "unknown part, `embed_in`"),
+    "starcoder2": ("starcoder2", SIZES, "`model.norm` is no RMS norm"),
+    "qwen2-moe": ("qwen2_moe", {**SIZES, **EXPERTS}, "`model.layers.0.mlp` has an unknown part, `shared_expert`"),
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        {**SIZES, **EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+        "its layers have different intermediate sizes: 24, 48",
+    ),
+    "phimoe": ("phimoe", SIZES, "`model.norm` is no RMS norm"),
+    "phi": ("phi", SIZES, "unknown part, `final_layernorm`"),
+    "cohere": ("cohere", SIZES, "`model.norm` is no RMS norm"),
+    "olmo": ("olmo", SIZES, "`model.norm` is no RMS norm"),
+    "glm": ("glm", {**SIZES, "head_dim": 8}, "`model.layers.0` norms or turns its queries and keys in an unknown way"),
+    "glm4": ("glm4", {**SIZES, "head_dim": 8}, "unknown part, `post_self_attn_layernorm`"),
+    "gpt-oss": (
+        "gpt_oss",
+        {**SIZES, "head_dim": 8, "num_local_experts": 4, "attn_implementation": "eager", "rope_parameters": ROPE},
+        "`model.rotary_emb` is not laid out",
+    ),
+    "dynamic": (
+        "llama",
+        {**SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
+        r"depends on the length of the text \(dynamic\)",
+    ),
+    "longrope": (
+        "phi3",
+        {
+            **SIZES,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        r"depends on the length of the text \(longrope\)",
+    ),
+    "relu": ("llama", {**SIZES, "hidden_act": "relu"}, "`model.layers.0.mlp` has an unknown activation"),
+    "both-ways": (
+        "gemma3_text",
+        {**SIZES, "head_dim": 8, "use_bidirectional_attention": True, "layer_types": SLIDING},
+        "`model.layers.0.self_attn` lets a token see what follows it",
     ),
 }
 

@@ -92,7 +92,7 @@ def test_the_weight_comes_back_bit_for_bit(layout: Layout, dtype: torch.dtype, s
 @layouts()
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(257,), (1, 257), (3, 257), (2, 20, 257), (2, 3, 4, 257), (0, 257), (65, 257)], ids=str
+    "shape", [(257,), (1, 257), (3, 257), (2, 20, 257), (2, 3, 4, 257), (0, 257), (65, 257), (2, 300, 257)], ids=str
 )
 def test_it_computes_what_the_plain_layer_does(
     layout: Layout, dtype: torch.dtype, shape: tuple[int, ...], bias: bool

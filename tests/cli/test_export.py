@@ -298,7 +298,7 @@ def test_a_model_becomes_a_file(run: Callable, bpe_folder: Path, adapters: Path,
     [
         (["adapters/poet", "-a", "adapters/poet"], "Give the base first"),
         (["adapters/poet", "--quant", "q4_0"], "an adapter alone has f32 or f16, not q4_0"),
-        (["bpe", "--base", "bpe"], "is not an adapter's folder"),
+        (["bpe", "--base", "bpe"], "bpe is not an adapter; --base is for one"),
         (["bpe", "-a", "nowhere"], "nowhere"),
         (["bpe", "-a", "adapters/cut"], "adapters/cut"),
         (["bpe", "-a", "adapters/poet*x"], "invalid blend"),

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from tests.classifiers import make, wrapped
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loradeck.lora import peft, safetensors_io
 from loradeck.lora.adapter import Adapter
@@ -204,6 +205,19 @@ def test_adapters_that_cannot_be_used_on_a_base_are_marked(
     assert "needs A (2, 64) and B (64, 2) here" in reasons["wide"]
     assert "holds NaN or Inf" in reasons["nan"]
     assert "was trained on another base" in reasons["stranger"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it by its old name
+def test_the_base_of_classifiers_is_loaded_for_its_task(
+    run: Callable, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    make("bert", "classify", 2, 1).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer.save_pretrained(tmp_path / "bert")
+    wrapped("bert", "classify", 3, 3).save_pretrained(str(tmp_path / "adapters" / "mood"))
+    ran = run("ls", "--base", "bert", "--task", "classify")
+    assert (ran.code, "cannot be served" in ran.out) == (0, False), ran.out
+    ran = run("ls", "--base", "bert")
+    assert ran.code != 0 or "mood cannot be served: " in ran.out
 
 
 # ---- many adapters

@@ -15,7 +15,7 @@ from loradeck.cli import main
 from loradeck.errors import AdapterError
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.lora.hub import download, local, upload
+from loradeck.lora.hub import download, has_adapter, local, upload
 from loradeck.lora.manifest import read_folder
 from loradeck.store import AdapterStore
 
@@ -204,7 +204,8 @@ def test_an_explicit_path_is_never_a_hub_id(
         "show owner/poet", "diff owner/poet poet", "publish owner/poet adapters/bard", "push owner/poet me/poet",
         "generate bpe Hi -a owner/poet -a owner/poet*0.5 --max-new-tokens 2 Ho", "merge bpe owner/poet -o merged",
         "eval bpe data.csv --split train --adapter owner/poet --samples 0", "convert owner/poet -o mlx --to mlx",
-        "export bpe --adapter owner/poet -o merged.gguf",
+        "export bpe --adapter owner/poet -o merged.gguf", "export owner/poet -o poet.gguf --base bpe",
+        "train bpe data.csv -o child --from owner/poet --max-steps 1",
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("bpe_folder")
@@ -216,6 +217,40 @@ def test_a_command_takes_a_hub_id_and_asks_for_it_once(
     (tmp_path / "data.csv").write_text("prompt,completion\n" + "Hi,Ahoy!\n" * 4)
     assert main(command.split()) == 0
     assert hub.asked.count("GET /api/models/owner/poet") == 1
+
+
+def test_training_that_goes_on_from_an_adapter_of_the_hub_keeps_its_commit(
+    hub: Hub, folder: Path, bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    repository = hub.add("owner/poet", files_of(folder))
+    (tmp_path / "data.csv").write_text("prompt,completion\n" + "Hi,Ahoy!\n" * 4)
+    command = ["train", str(bpe_folder), "data.csv", "--from", "owner/poet", "--output"]
+    assert main([*command, "child", "--max-steps", "1"]) == 0
+    name = f"owner/poet@{repository.revisions['main']}"
+    assert read_folder(Path("child")).origin.provenance["parent"] == name
+    assert f'from = "{name}"' in Path("child/run.toml").read_text()
+    assert f"| goes on from | {name} |" in Path("child/README.md").read_text()
+    assert main([*command, "child", "--max-steps", "2", "--resume"]) == 0
+    repository.commit(files_of(folder) | {"adapter_model.safetensors": b"another"})
+    assert main(["train", "--output", "child", "--max-steps", "3", "--resume"]) == 0
+    assert read_folder(Path("child")).origin.provenance["steps"] == "3"
+    assert main([*command, "child", "--max-steps", "4", "--resume"]) == 2  # the branch has another adapter now
+
+
+def test_only_an_adapter_of_the_hub_is_exported_as_one(
+    hub: Hub, folder: Path, bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.add("owner/poet", files_of(folder))
+    hub.add("owner/model", files_of(bpe_folder))
+    assert main(["export", "owner/model", "-o", "model.gguf"]) == 0
+    assert main(["export", "owner/poet", "-o", "poet.gguf", "--base", "owner/model"]) == 0
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        use(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path / "cache")
+    assert has_adapter("owner/poet")
+    for other in "owner/model", "owner/nothing", "./owner/poet", "poet", "a\0b/c":
+        assert not has_adapter(other)
 
 
 def test_an_adapter_of_the_hub_is_shown_and_refused_by_its_name(

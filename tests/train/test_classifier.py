@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    DebertaV2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -45,6 +46,9 @@ FAMILIES: Mapping[str, Callable[[], PretrainedConfig]] = {
     "bert": lambda: BertConfig(**SIZES),
     "roberta": lambda: RobertaConfig(**SIZES, type_vocab_size=1),
     "llama": lambda: LlamaConfig(**SIZES, num_key_value_heads=2),
+    "deberta": lambda: DebertaV2Config(
+        **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8
+    ),
 }
 CLASSES = {"tokens": AutoModelForTokenClassification}
 LABELS = {"good": "pos", "great": "pos", "bad": "neg", "awful": "neg"}

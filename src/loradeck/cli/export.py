@@ -12,6 +12,7 @@ from loradeck.cli.convert import print_conversion
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.output import check_writable
 from loradeck.errors import BaseModelError, ConfigError
+from loradeck.lora import hub
 
 ADAPTER_DTYPES: dict[str, Literal["float32", "float16"]] = {"f32": "float32", "f16": "float16"}
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"]
@@ -35,7 +36,7 @@ def export(
     `llama-server -m BASE.gguf --lora FILE`. It is `loradeck convert --to gguf`.
 
     Args:
-        source: A base (a folder, a hub id, a .gguf file, or smollm2-135m), or an adapter's folder.
+        source: A base (a folder, a hub id, a .gguf file, or smollm2-135m), or an adapter's folder or hub id.
         output: A new file.
         adapter: Merge this into the base: an adapter's folder, or a blend such as
             adapters/poet*0.7+adapters/pirate*0.3.
@@ -56,17 +57,17 @@ def export(
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"{output} cannot be written: there is no folder {output.parent}", hint="Create it first.")
     check_installed(f"export to {to}")
-    if is_adapter(Path(source)):
+    if is_adapter(Path(source)) or hub.has_adapter(source):
         if adapter is not None:
             raise ConfigError(
                 f"{source} is an adapter, and --adapter is merged into a base",
                 hint="Give the base first: loradeck export BASE --adapter ADAPTER.",
             )
-        _export_adapter(Path(source), output, base, quant or "f32")
+        _export_adapter(source, output, base, quant or "f32")
     else:
         if base is not None:
             raise ConfigError(
-                f"{source} is not an adapter's folder; --base is for one that is exported alone",
+                f"{source} is not an adapter; --base is for one that is exported alone",
                 hint=f"To merge an adapter: loradeck export {base} --adapter ADAPTER.",
             )
         try:
@@ -78,17 +79,17 @@ def export(
             raise BaseModelError(error.message, hint=words) from error
 
 
-def _export_adapter(folder: Path, output: Path, base: str | None, quant: Quant) -> None:
+def _export_adapter(adapter: str, output: Path, base: str | None, quant: Quant) -> None:
     dtype = ADAPTER_DTYPES.get(quant)
     if dtype is None:
         raise ConfigError(
             f"an adapter alone has f32 or f16, not {quant}",
-            hint=f"To quantise base and adapter together: loradeck export BASE --adapter {folder} --quant {quant}.",
+            hint=f"To quantise base and adapter together: loradeck export BASE --adapter {adapter} --quant {quant}.",
         )
 
     from loradeck import conversion
 
-    done = conversion.convert(folder, output, to="gguf", base=base, dtype=dtype)
+    done = conversion.convert(adapter, output, to="gguf", base=base, dtype=dtype)
     print_conversion(done, "gguf", quant)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loradeck.cli.display.text import columns, fitting, format_list, format_size, print_json, printable
-from loradeck.cli.options import AsJson
+from loradeck.cli.options import AsJson, Task
 from loradeck.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -33,7 +33,14 @@ DROPPED = (
 MANY = 2000  # folders; more take long enough on a slow disk to show how far the listing is
 
 
-def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: AsJson = False) -> None:
+def ls(
+    folder: Path = Path("adapters"),
+    /,
+    *,
+    base: str | None = None,
+    task: Task = "generate",
+    as_json: AsJson = False,
+) -> None:
     """List the adapters in a folder.
 
     An adapter that is invalid, or that a server could not offer, is listed with
@@ -48,7 +55,7 @@ def ls(folder: Path = Path("adapters"), /, *, base: str | None = None, as_json: 
     from loradeck.lora.manifest import is_adapter, read_folder
     from loradeck.store import latest_versions, versions_beside, why_not_served
 
-    why_not_loaded = _loading(base) if base else lambda _: None
+    why_not_loaded = _loading(base, task) if base else lambda _: None
     summaries: list[summary.Summary] = []
     broken: list[dict[str, str]] = []
     for path in _watched(_folders(folder)):
@@ -133,12 +140,12 @@ def _add(heads: list[str], rows: list[list[str]], head: str, cells: Iterable[str
         row.append(cell)
 
 
-def _loading(base: str) -> Callable[[Path], AdapterError | None]:
+def _loading(base: str, task: Task) -> Callable[[Path], AdapterError | None]:
     """Load a base; return a function that loads an adapter on it, and returns why that fails."""
     from loradeck.base.load import Base
     from loradeck.lora.bank import Bank
 
-    bank = Bank(Base.load(base).model)
+    bank = Bank(Base.load(base, task=task).model)
 
     def why_not(folder: Path) -> AdapterError | None:
         try:

@@ -76,14 +76,16 @@ def train(
         dataset: A file, a folder with train, valid and test, or a hub id.
         output: The run's folder, whose name is that of a single adapter.
         valid: A dataset for validation.
-        from_: The folder of an adapter to go on from, with its settings,
-            instead of a new one.
+        from_: The folder or hub id of an adapter to go on from, with its
+            settings, instead of a new one.
         last_layers: Adapt only the last N layers.
         log: Also write metrics for this program.
         dry_run: Print the plan without training.
         resume: Resume the run in the folder.
         overwrite: Replace an existing adapter or run.
     """
+    from loradeck.train.inputs import with_parents
+
     settings: dict[str, Any] = {
         "valid": valid and resolve(valid),
         "from_": from_ and resolve(from_),
@@ -110,8 +112,9 @@ def train(
         raise ConfigError(
             "a base and a dataset are needed", hint="loradeck train BASE DATASET -o FOLDER, or RUN.toml -o FOLDER"
         )
+    run_recipe = with_parents(run_recipe)
     if resume:
-        stored = read_run(output, sweep=False)
+        stored = with_parents(read_run(output, sweep=False))
         check_same(run_recipe, stored)
         run_recipe = extended(stored, run_recipe)
         if run_recipe == stored and say_finished(stored, output):

@@ -108,7 +108,7 @@ def _losses(
     losses = {name: [0.0] * len(rows) for name in entries}
     for members in _members(base, rows, entries, max_tokens, progress):
         examples = [rows[at] for at, _ in members]
-        routes = [entries[name] for _, name in members]
+        routes = [entries[name] for _, name in members] if base.task == "generate" else entries[members[0][1]]
         lengths = [len(example.tokens) for example in examples] if model_losses.packed else None
         with bank.route(routes, lengths=lengths), model_losses.of(examples) as values:
             for (at, name), value in zip(members, values.tolist(), strict=True):
@@ -135,7 +135,7 @@ def _labels(
     predictions: dict[str, dict[int, list[str]]] = {name: {} for name in entries}
     for members in _members(base, rows, entries, max_tokens, progress):
         examples = [rows[at] for at, _ in members]
-        with bank.route([entries[name] for _, name in members]):
+        with bank.route(entries[members[0][1]]):
             scores = classifier.scores(examples).split([example.supervised for example in examples])
         for (at, name), example, logits in zip(members, examples, scores, strict=True):
             logits = logits[:, : len(names[name])]
@@ -152,6 +152,9 @@ def _members(
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield batches of sequences, by their places, and the entries to route them through; short sequences first.
 
+    Those of a classifier or reward model are of one entry each: it may compute a module once for all rows, as DeBERTa
+    its relative positions.
+
     Raises:
         ConfigError: a sequence is longer than the base's context.
     """
@@ -161,14 +164,16 @@ def _members(
             f"the longest example has {longest} tokens; the context of {base.name} is {base.context}",
             hint=f"Set max_length to {base.context} or less.",
         )
-    order = [(at, name) for at in sorted(range(len(rows)), key=lambda at: len(rows[at].tokens)) for name in entries]
-    places = iter(order)
+    by_length = sorted(range(len(rows)), key=lambda at: len(rows[at].tokens))
     done = 0
-    for batch in split_units([(rows[at],) for at, _ in order], max_tokens):
-        members = [*islice(places, len(batch))]
-        yield members
-        done += len(members)
-        progress("loss", done, len(order))
+    for names in [[*entries]] if base.task == "generate" else [[name] for name in entries]:
+        order = [(at, name) for at in by_length for name in names]
+        places = iter(order)
+        for batch in split_units([(rows[at],) for at, _ in order], max_tokens):
+            members = [*islice(places, len(batch))]
+            yield members
+            done += len(members)
+            progress("loss", done, len(rows) * len(entries))
 
 
 def _answers(

@@ -38,16 +38,28 @@ def local(source: str | Path) -> Path:
     Raises:
         AdapterError: the hub has no such adapter, does not show it, or cannot be reached and the cache has none.
     """
-    if isinstance(source, Path):
-        return source
-    path = Path(source)
+    if isinstance(source, Path) or _is_path(source):
+        return Path(source)
+    hub_id, _, revision = source.partition("@")
+    return download(hub_id, revision)
+
+
+def has_adapter(source: str) -> bool:
+    """Return whether a text is the hub id of an adapter: by the hub or, if that cannot be asked, by the cache."""
+    if _is_path(source):
+        return False
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
     hub_id, _, revision = source.partition("@")
     try:
-        if path.exists() or path.parent.exists() or not is_hub_id(hub_id):
-            return path
-    except (OSError, ValueError):  # no path at all: whoever reads it says so
-        return path
-    return download(hub_id, revision)
+        url = huggingface_hub.hf_hub_url(hub_id, CONFIG, revision=revision or None)
+        huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
+    except EntryNotFoundError:
+        return False
+    except Exception:  # of the HTTP library, which is the hub client's own choice
+        return isinstance(huggingface_hub.try_to_load_from_cache(hub_id, CONFIG, revision=revision or None), str)
+    return True
 
 
 def download(hub_id: str, revision: str = "", *, most: int = MOST) -> Path:
@@ -121,6 +133,14 @@ def upload(folder: Path, hub_id: str, *, revision: str = "", private: bool = Tru
     except Exception as error:
         raise _error(hub_id, hub_id, error) from error
     return commit.oid
+
+
+def _is_path(source: str) -> bool:
+    path = Path(source)
+    try:
+        return path.exists() or path.parent.exists() or not is_hub_id(source.partition("@")[0])
+    except (OSError, ValueError):  # no path at all: whoever reads it says so
+        return True
 
 
 def _check(name: str, every: list[str], files: Mapping[str, "RepoSibling"], most: int) -> None:

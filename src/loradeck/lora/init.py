@@ -104,11 +104,12 @@ def _saved(
             f"the base lacks {', '.join(lacking)}",
             hint="Name their modules in modules_to_save, so that the adapter has its own.",
         )
+    last = next(reversed(paths), None)  # which gives the labels; a pooler before it keeps its width
     with torch.inference_mode(False), torch.no_grad():
         return {
             path: initial(
                 model.get_submodule(path),
-                num_labels,
+                num_labels if path == last else None,
                 std,
                 {name.removeprefix(f"{path}.") for name in missing if name.startswith(f"{path}.")},
                 generator,

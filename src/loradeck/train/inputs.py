@@ -1,14 +1,25 @@
 """What a run reads besides its base: checked before the base is loaded, which takes longer."""
 
 from collections.abc import Container
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from loradeck.dataset.source import find
 from loradeck.errors import ConfigError
+from loradeck.lora import hub
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.manifest import AdapterFiles, read_folder
 from loradeck.train.recipe import JobRecipe, RunRecipe
+
+
+def with_parents(recipe: RunRecipe) -> RunRecipe:
+    """Return a run whose jobs go on from folders: adapters of the hub are downloaded.
+
+    Raises:
+        AdapterError: as `hub.local`.
+    """
+    jobs = (job if job.from_ is None else replace(job, from_=str(hub.local(job.from_))) for job in recipe.jobs)
+    return replace(recipe, jobs=tuple(jobs))
 
 
 def check_inputs(recipe: RunRecipe, folder: Path, given: Container[str] = ()) -> None:
@@ -57,6 +68,12 @@ def read_parent(job: JobRecipe, given: Container[str] = ()) -> AdapterFiles:
             hint="Leave them out: the adapter's own apply.",
         )
     return files
+
+
+def parent_name(folder: Path) -> str:
+    """Return the name of an adapter that a job goes on from: its folder's, or owner/name@commit in the hub's cache."""
+    name = hub.with_hub_ids(str(folder))
+    return folder.name if name == str(folder) else name
 
 
 def _same(new: object, old: object) -> bool:

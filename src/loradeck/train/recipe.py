@@ -15,6 +15,7 @@ from loradeck.dataset.config import DataConfig
 from loradeck.dataset.label import forms_of
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.lora.config import LoraConfig
+from loradeck.lora.hub import with_hub_ids
 from loradeck.lora.names import check_name
 from loradeck.train.config import PassConfig, TrainConfig
 
@@ -35,7 +36,7 @@ class JobRecipe:
     valid: str | None = None
     """A dataset to validate on, instead of the dataset's own validation split."""
     from_: str | None = None
-    """The folder of an adapter to go on from, with its settings, instead of a new one. Its key is `from`."""
+    """The folder or hub id of an adapter to go on from, with its settings, instead of a new one. Its key is `from`."""
     last_layers: int | None = None
     """Adapt only the last N layers of the base: less time and memory, as gradients flow no further back."""
     reading: DataConfig = field(default_factory=DataConfig)
@@ -103,6 +104,7 @@ class RunRecipe:
             _without_unset(
                 {
                     **{name.rstrip("_"): value for name, value in asdict(job).items()},
+                    "from": job.from_ and with_hub_ids(job.from_),  # a cache is of one machine
                     **dict.fromkeys(CONFIGS),
                     **_config_values(job),
                 }

@@ -31,7 +31,7 @@ from loradeck.tokenizer_files import TokenizerFiles
 from loradeck.train import checkpoint, events
 from loradeck.train.events import AnyEvent, End, Listener, Sample
 from loradeck.train.history import METRICS, JobHistory, read_history
-from loradeck.train.inputs import read_parent
+from loradeck.train.inputs import parent_name, read_parent, with_parents
 from loradeck.train.job import Job
 from loradeck.train.job_data import JobData, read_data
 from loradeck.train.mode import evaluation
@@ -72,6 +72,7 @@ class Run:
         With a `bank`, the run shares it with others; the names of its jobs are new there. With `data`, the datasets
         are read already. Nothing is written into the folder before `begin` or `resume`.
         """
+        recipe = with_parents(recipe)
         self.folder, self.base, self.bank = folder, base, Bank(base.model) if bank is None else bank
         self.answer, self.on_event = answer, on_event or (lambda _: None)
         self.trainer = Trainer(
@@ -116,7 +117,7 @@ class Run:
         if not adapter.added_tokens:
             adapter.tokenizer_files = TokenizerFiles()  # the examples are encoded by the base's
         stamp(self.base.model, adapter)
-        adapter.describe(parent=files.folder.name, parent_sha256=self.parents[job.name])
+        adapter.describe(parent=parent_name(files.folder), parent_sha256=self.parents[job.name])
         return adapter.config
 
     def adapter_folder(self, name: str) -> Path:
@@ -210,7 +211,7 @@ class Run:
                 "examples": f"{len(data.train):,} to train on, {len(data.valid):,} to validate on",
                 "sha256": data.dataset.sha256[:16],
             },
-            parent=parent and Path(parent).name,
+            parent=parent and parent_name(Path(parent)),
             lora=job.adapter.config,
             recipe=job.config,
             task=self.base.task,

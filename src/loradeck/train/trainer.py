@@ -251,8 +251,11 @@ class Trainer:
             for micro_batch in batch
             for _ in micro_batch.examples
         ]
-        lengths = [len(example.tokens) for example in examples] if self._losses.packed else None
-        with self.bank.route(names, lengths=lengths), self._losses.of(examples) as losses:
+        if self._losses.packed:
+            route = self.bank.route(names, lengths=[len(example.tokens) for example in examples])
+        else:  # of one job: a module may compute once for all rows, as DeBERTa's relative positions
+            route = self.bank.route(names[0])
+        with route, self._losses.of(examples) as losses:
             yield losses.split([len(micro_batch.examples) for micro_batch in batch])
 
     def _emit_or_end(self, job: Job, action: Callable[[], AnyEvent]) -> None:
