@@ -221,7 +221,7 @@ def test_for_tasks_that_transformers_has_no_whole_model_for_the_language_model_i
     with pytest.raises(BaseModelError) as caught:
         load(path, task=task)
     assert caught.value.message == f"{path} is a qwen2_5_vl; transformers has no such model for the task {task}"
-    assert caught.value.hint.startswith("Save the model and the tokenizer of Base.load(BASE)")
+    assert caught.value.hint.startswith("Save its language model and its tokenizer")
     base = load(path)
     base.model.save_pretrained(tmp_path / "text")
     base.tokenizer.save_pretrained(tmp_path / "text")

@@ -290,7 +290,7 @@ def test_an_adapter_s_copy_of_a_weight_is_compared_or_refused(small: Small, tmp_
     if weights not in BITS:
         assert bank.load(tmp_path, "a") == "a"
     else:
-        with pytest.raises(AdapterError, match="quantised in this base"):
+        with pytest.raises(AdapterError, match="differs from this base's weight by up to"):
             bank.load(tmp_path, "a")
 
 

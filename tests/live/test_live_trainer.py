@@ -128,7 +128,13 @@ class Jobs:
         self._ended = threading.Condition()
 
     def passes(self, name: str, spec: Spec, folder: Path | None = None) -> Iterator[int]:
-        trainer = new_trainer(self.live.base, self.live.bank, name, spec)
+        try:
+            trainer = new_trainer(self.live.base, self.live.bank, name, spec)
+        except Interruption:  # the trainer tries how the base computes, which has pauses
+            for resident in (name, f"{name}.reference"):
+                if resident in self.live.bank:
+                    self.live.bank.unload(resident)
+            raise
         try:
             if folder and (paths := checkpoint.checkpoints(folder)):
                 checkpoint.restore(trainer, paths[-1], checkpoint.read(paths[-1]), data={}, parents={})

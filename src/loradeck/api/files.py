@@ -117,6 +117,5 @@ def _check_origin(request: Request, config: ServerConfig) -> None:
     if urlsplit(origin).netloc != request.headers.get("host"):
         raise HttpError(
             403,
-            f"The origin {origin[:128]!r} may not use this server.",
-            hint="The server's --origins has those that may.",
+            f"The origin {origin[:128]!r} may not use this server; its flag --origins allows others.",
         )

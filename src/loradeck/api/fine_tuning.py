@@ -25,7 +25,7 @@ from loradeck.api.training_requests import (
 )
 from loradeck.api.training_responses import FineTuningJob, FineTuningJobCheckpoint, FineTuningJobEvent, Page
 from loradeck.errors import AdapterNameError, UnknownFileError
-from loradeck.live.job_recipe import adapter_name
+from loradeck.live.adapter_name import adapter_name
 from loradeck.live.records import EventRecord, JobRecord, JobRequest
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from loradeck.api.catalogue import Catalogue
 from loradeck.api.config import ServerConfig
 from loradeck.api.errors import HttpError
 from loradeck.api.model_name import AdapterIds, ModelNames
-from loradeck.live.checkpoint_models import job_of
+from loradeck.live.records import job_of
 
 if TYPE_CHECKING:
     from loradeck.api.metrics import Metrics
@@ -151,6 +151,6 @@ def training_of(request: HttpRequest) -> "LiveTraining":
     """
     training = state_of(request).training
     if training is None:
-        raise HttpError(404, "This server does not train.", hint="It would if it were started with --train.")
+        raise HttpError(404, "This server does not train; its flag --train lets it.")
     request.state.key.check_train()
     return training

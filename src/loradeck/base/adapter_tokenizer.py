@@ -155,8 +155,8 @@ class AdapterTokenizers:
             raise AdapterError(
                 f"the tokenizer in {files.folder} has the token {token[:64]!r} with the id {number}, and the base's "
                 f"embedding has {self._ids} rows{more}",
-                hint="Save the adapter with the embedding of its resized base, as PEFT does by "
-                "save_embedding_layers=True.",
+                hint="Save the adapter with the embedding of its resized base: PEFT has the option "
+                "save_embedding_layers.",
             )
 
     def _shared(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

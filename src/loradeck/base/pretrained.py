@@ -24,9 +24,7 @@ from loradeck.base.source import HINT
 from loradeck.base.task import CLASSES, CONFIGS, clear, lacks_only_head, set_labels
 from loradeck.errors import BaseModelError, LoradeckError
 
-SAVE_PART = (
-    "Save the model and the tokenizer of Base.load(BASE), its language model, in a folder, and give that folder."
-)
+SAVE_PART = "Save its language model and its tokenizer in a folder of their own, and give that folder."
 OTHER_TASK = {
     "python": 'Or load it for another task, as task="classify".',
     "cli": "Or, where there is the flag, give its task, such as --task classify.",

@@ -93,7 +93,6 @@ def serve(
             from loradeck.api.log import logging_to
             from loradeck.api.metrics import Metrics
             from loradeck.base.load import Base
-            from loradeck.live.live_training import LiveTraining
             from loradeck.serve.engine import Engine
             from loradeck.serve.pooling_engine import PoolingEngine
 
@@ -109,6 +108,8 @@ def serve(
                 running = stack.enter_context(start_engine(loaded, store, engine, observer=metrics))
                 training = None
                 if train and store:
+                    with quick_imports():
+                        from loradeck.live.live_training import LiveTraining
                     training = stack.enter_context(LiveTraining(running, store.folder / LIVE_FOLDER, live))
                 hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
                 hosted = replace(config, hosts=hosts)

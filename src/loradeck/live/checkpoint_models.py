@@ -1,19 +1,11 @@
 """The checkpoints of jobs as adapters that requests can name: `ftjob-…:ckpt-12`."""
 
-import re
 from pathlib import Path
 
 from loradeck.errors import AdapterError, UnknownAdapterError
 from loradeck.live.job_folder import JobFolder
+from loradeck.live.records import CHECKPOINT
 from loradeck.stored import Stored, read_stored
-
-NAME = re.compile("(ftjob-[0-9a-f]{24}):ckpt-([1-9][0-9]{0,17})")
-
-
-def job_of(spec: str) -> str | None:
-    """Return the id of the job whose checkpoint a name is; None if it is another name."""
-    match = NAME.fullmatch(spec)
-    return match and match[1]
 
 
 class CheckpointModels:
@@ -25,7 +17,7 @@ class CheckpointModels:
 
     def has(self, spec: str) -> bool:
         """Return whether a name is that of a checkpoint."""
-        return NAME.fullmatch(spec) is not None
+        return CHECKPOINT.fullmatch(spec) is not None
 
     def find(self, spec: str) -> Stored:
         """Return the checkpoint of a name.
@@ -34,7 +26,7 @@ class CheckpointModels:
             UnknownAdapterError: there is none.
             AdapterError: it is unusable.
         """
-        match = NAME.fullmatch(spec)
+        match = CHECKPOINT.fullmatch(spec)
         path = match and JobFolder(self._folder / match[1]).models / match[2]
         try:
             if path and path.is_dir():

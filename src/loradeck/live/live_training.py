@@ -20,6 +20,7 @@ from typing import Any, Self
 from loradeck.base import openmp
 from loradeck.dataset.source import Position
 from loradeck.errors import BusyError, ConfigError, DataError, Interruption, LoradeckError, StorageError, TrainingError
+from loradeck.live.adapter_name import adapter_name, is_base
 from loradeck.live.checkpoint_models import CheckpointModels
 from loradeck.live.config import LiveConfig
 from loradeck.live.database import Database
@@ -29,7 +30,7 @@ from loradeck.live.job_folder import TRAINING, VALIDATION, JobFolder, remove
 from loradeck.live.job_plan import JobPlan, plan_job
 from loradeck.live.job_problem import is_disk_full, job_error
 from loradeck.live.job_queue import JobQueue, Ticket
-from loradeck.live.job_recipe import adapter_name, check_settings, is_base
+from loradeck.live.job_recipe import check_settings
 from loradeck.live.job_store import JobStore
 from loradeck.live.live_job import GOOD_ENDS, LiveJob
 from loradeck.live.live_trainer import LiveTrainer

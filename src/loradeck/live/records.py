@@ -1,11 +1,13 @@
 """What a live server keeps of files, jobs, events and checkpoints. Times are seconds since 1970."""
 
+import re
 import secrets
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 JobStatus: TypeAlias = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+CHECKPOINT = re.compile("(ftjob-[0-9a-f]{24}):ckpt-([1-9][0-9]{0,17})")  # what requests call one: its job, its step
 FINE_TUNE = "fine-tune"  # the purpose of all uploads
 ENDS: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 Level: TypeAlias = Literal["info", "warn", "error"]
@@ -16,6 +18,12 @@ Page: TypeAlias = tuple[list[Record], bool]  # and whether there are more
 def new_id(kind: str) -> str:
     """Return a new id that nobody can guess, such as `file-` and 24 hexadecimal digits."""
     return f"{kind}-{secrets.token_hex(12)}"
+
+
+def job_of(spec: str) -> str | None:
+    """Return the id of the job whose checkpoint a name is; None if it is another name."""
+    match = CHECKPOINT.fullmatch(spec)
+    return match and match[1]
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -192,8 +192,8 @@ def fitted(ours: Modules, files: AdapterFiles) -> AdapterFiles:
         raise AdapterError(
             f"{files.folder} does not fit the vocabulary of this base",
             problems,
-            hint="Save the adapter with the embedding and the head of its resized base, as PEFT does by "
-            "save_embedding_layers=True; nothing was loaded.",
+            hint="Save the adapter with the embedding and the head of its resized base: PEFT has the option "
+            "save_embedding_layers. Nothing was loaded.",
         )
     return files.with_base_rows(base)
 
