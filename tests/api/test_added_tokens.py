@@ -84,7 +84,8 @@ def test_answers_are_those_of_the_resized_base_beside_others(
     assert BLUE in expected
     models = ["colours", "poet", "base", "colours"]
     alone = {name: choice(server.request(TEXT, body(name))) for name in {*models}}
-    assert alone["colours"]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    # An answer that ends within a character is without its bytes; decode writes a replacement for them.
+    assert alone["colours"]["text"] == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\ufffd")
     assert "<blue>" in alone["colours"]["logprobs"]["tokens"]
 
     async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
