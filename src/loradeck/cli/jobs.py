@@ -74,12 +74,12 @@ def _find(client: OpenAIClient, job: str | None) -> str:
     """Return the id of the newest job that has this id or name; of all of them, if there is none given."""
     if job is not None and job.startswith("ftjob-"):
         return job
-    found = [each["id"] for each in _newest(client, MOST if job else 1)["data"] if job in (None, each["name"])]
-    if not found:
+    matches = [each["id"] for each in _newest(client, MOST if job else 1)["data"] if job in (None, each["name"])]
+    if not matches:
         raise ConfigError(
             f"no job is named {job[:128]!r}" if job else f"{client.url} has no jobs", hint="`loradeck jobs` lists them."
         )
-    return found[0]
+    return matches[0]
 
 
 def _list(client: OpenAIClient, *, as_json: bool) -> None:

@@ -128,8 +128,8 @@ class LiveJob:
             message = f"Step {event.step}: validation loss={event.loss:.4f}"
         else:
             return
-        known = {name: value for name, value in data.items() if value is not None}
-        self._jobs.add_event(self.id, message, known)
+        figures = {name: value for name, value in data.items() if value is not None}
+        self._jobs.add_event(self.id, message, figures)
         self._on_change(self.id)
 
 

@@ -267,7 +267,7 @@ def added_tokens(ours: Modules, adapter: Adapter) -> int:
 
 def merged_rows(ours: Modules, weighted: Sequence[tuple[Adapter, float]]) -> dict[str, dict[str, Tensor]]:
     """Return the rows for added tokens that a blend has, pairs included, by module and name of the parameter."""
-    found: dict[str, dict[str, Tensor]] = {}
+    merged: dict[str, dict[str, Tensor]] = {}
     whole = sum(weight for _, weight in weighted)
     for path, module in ours.items():
         base = rows_of(module)
@@ -275,7 +275,7 @@ def merged_rows(ours: Modules, weighted: Sequence[tuple[Adapter, float]]) -> dic
         count = shared_count((count_of(part, base), weight) for part, _, weight in parts)
         if not count:
             continue
-        found[path] = {}
+        merged[path] = {}
         for name, _ in module.named_parameters():
             total = torch.zeros(())
             for part, pair, weight in parts:
@@ -287,8 +287,8 @@ def merged_rows(ours: Modules, weighted: Sequence[tuple[Adapter, float]]) -> dic
                 total = total.to(rows.device) + weight / whole * rows[:count].float()
                 if update is not None and name == "weight":
                     total = total + weight * update[:count]
-            found[path][name] = total
-    return found
+            merged[path][name] = total
+    return merged
 
 
 def _rows_alone(module: nn.Module, rows: Mapping[str, nn.Parameter]) -> nn.Module:

@@ -90,8 +90,8 @@ class RequestEngine(Generic[AnyAnswer, AnyStats]):
             added = ((self.adapter_cache.added_tokens(adapters[sha256]), weight) for sha256, weight in key)
             vocabulary += shared_count(added)
         ends = stop_ids(tokenizer, getattr(self.base.model, "generation_config", None))
-        known = frozenset(end for end in ends if end < vocabulary)  # some tokenizers have more
-        return ServedModel(key, adapters, tokenizer, known, vocabulary)
+        stops = frozenset(end for end in ends if end < vocabulary)  # some tokenizers have more
+        return ServedModel(key, adapters, tokenizer, stops, vocabulary)
 
     def tokenizer_of(self, *adapters: Stored) -> PreTrainedTokenizerBase:
         """Return the tokenizer of requests for these adapters. Reads the disk.
