@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loradeck.api import adapters, files, fine_tuning, pooling, tokenization
+from loradeck.api import adapters, files, fine_tuning, page, pooling, tokenization
 from loradeck.api import requests as req
 from loradeck.api import responses as res
 from loradeck.api import training_requests as training_req
@@ -27,6 +27,7 @@ from loradeck.api.config import ServerConfig
 from loradeck.api.errors import HttpError, error_handler, shutting_down
 from loradeck.api.evaluate import evaluate
 from loradeck.api.host import HostMiddleware
+from loradeck.api.key import KeyRights, get_key
 from loradeck.api.middleware import RequestMiddleware
 from loradeck.api.openapi import Operation, openapi_document
 from loradeck.api.state import ServerState, state_of
@@ -154,6 +155,9 @@ OPERATIONS = [
         (404,),
         query=training_req.PageQuery,
     ),
+    Operation("GET", "/v1/key", get_key, None, KeyRights),
+    Operation("GET", "/", page.get_page, media="text/html"),
+    Operation("GET", "/page/{file}", page.get_page_file, errors=(404,), media="application/octet-stream"),
     Operation("GET", "/health", get_health, None, res.HealthResponse, errors=(503,)),
     Operation("GET", "/version", get_version, None, res.VersionResponse),
     Operation("GET", "/metrics", get_metrics),

@@ -31,7 +31,8 @@ from loradeck.api.errors import HttpError
 from loradeck.errors import ConfigError
 from loradeck.live.records import Quota
 
-PUBLIC_PATHS = frozenset({"/health", "/version", "/openapi.json"})
+PUBLIC_PATHS = frozenset({"/", "/health", "/version", "/openapi.json"})
+PAGE = "/page/"  # files that hold nothing of this server
 Limit: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 UNLIMITED = Quota()
 
@@ -183,7 +184,7 @@ class AuthMiddleware:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         app = self._app
-        if scope["path"] not in PUBLIC_PATHS:
+        if scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith(PAGE):
             try:
                 authorization = Headers(scope=scope).get("authorization")
                 scope.setdefault("state", {})["key"] = self._keys.authenticate(authorization)

@@ -1,0 +1,8 @@
+/** The view "adapters". */
+
+import { element } from "./dom.js";
+
+/** @returns {import("./app.js").View} */
+export function create() {
+  return { element: element("section", {}, element("h1", {}, "Adapters")), show() {} };
+}
