@@ -6,7 +6,7 @@ import { count, number } from "./format.js";
 import { heatMap } from "./heat_map.js";
 import { refusal } from "./refusal.js";
 
-/** @typedef {{path: string, norm_a: number | null, norm_b: number | null, distance: number | null, similarity: number | null}} Module */
+/** @typedef {{path: string, norm_a: number, norm_b: number, distance: number | null, similarity: number | null}} Module */
 /** @typedef {"similarity" | "norm_a" | "norm_b" | "distance"} Quantity */
 
 const LAYER = /^(?:(.*?)\.)?(\d+)\.(.+)$/;

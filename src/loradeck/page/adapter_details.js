@@ -1,11 +1,12 @@
 /** One adapter: what it is, its versions, and what can be done with them. */
 
 import * as address from "./address.js";
-import { COLUMNS, TIERS } from "./adapter_columns.js";
+import { TIERS } from "./adapter_columns.js";
 import { get, post } from "./api.js";
 import { button, element, replace } from "./dom.js";
 import { count, number, size } from "./format.js";
 import { notify } from "./notice.js";
+import { matches } from "./pattern.js";
 import { refusal } from "./refusal.js";
 import { removal } from "./removal.js";
 import { session } from "./session.js";
@@ -19,18 +20,36 @@ import { session } from "./session.js";
  * @returns {{element: HTMLElement, update: (adapter: Adapter) => void}}
  */
 export function adapterDetails(adapter, onCompare) {
+  const { control, create } = /** @type {import("./session.js").Rights} */ (session.rights);
+  const mayChange = control && matches(adapter.id, create);
   const facts = element("dl", { class: "facts" });
   const actions = element("div", { class: "row" });
   const problems = element("div");
   const rows = element("tbody");
   /** @type {Adapter[]} */
   let versions = [];
-  let shown = ""; // what the rows were drawn from
+  let shown = ""; // what the details were drawn from
+  let listed = ""; // what the versions were asked for
+  let isBusy = false;
 
   /** @param {Adapter} next */
   function update(next) {
     adapter = next;
-    const { id, created, adapter: facet } = adapter;
+    const removed = [adapter, ...versions].filter(({ id }) => removal.has(id)).map(({ id }) => id);
+    const state = JSON.stringify([adapter, removed]);
+    if (state !== listed) listVersions(state);
+    const drawn = JSON.stringify([state, versions]);
+    if (drawn === shown) return;
+    shown = drawn;
+    keepFocus(content, () => {
+      drawFacts();
+      drawActions();
+      replace(rows, ...versions.map(versionRow));
+    });
+  }
+
+  function drawFacts() {
+    const { created, adapter: facet } = adapter;
     /** @type {[string, string][]} */
     const entries = [
       ["Newest version", adapter.root],
@@ -39,39 +58,34 @@ export function adapterDetails(adapter, onCompare) {
       ["Size", size(facet.bytes)],
       ["Targets", facet.targets.join(", ")],
       ["Tier", TIERS[facet.tier] + (facet.pinned ? ", in use" : "")],
-      ["Last used", COLUMNS.used.text(adapter)],
     ];
     if (facet.sha256) entries.push(["sha256", facet.sha256]);
     replace(facts, ...entries.flatMap(([name, text]) => [element("dt", {}, name), element("dd", { class: "text" }, text)]));
+  }
+
+  function drawActions() {
+    const { id, adapter: facet } = adapter;
     const isRemoved = removal.has(id);
-    const { control } = /** @type {import("./session.js").Rights} */ (session.rights);
     replace(
       actions,
       answersLink([id], "Open in Compare"),
-      control && facet.tier !== "device" && button("Load", (event) => act(event, load), { disabled: isRemoved }),
-      control && facet.loaded && button("Unload", (event) => act(event, unload)),
-      control && button("Remove", () => removal.start(id, allVersions()), { class: "danger", disabled: isRemoved }),
+      control && facet.tier !== "device" && button("Load", () => act(load), { disabled: isRemoved }),
+      control && facet.loaded && button("Unload", () => act(unload)),
+      mayChange && button("Remove", () => removal.start(id, allVersions()), { class: "danger", disabled: isRemoved }),
     );
-    drawVersions();
-    const state = JSON.stringify(adapter);
-    if (state !== shown) listVersions(state);
   }
 
   /** @param {string} state */
   async function listVersions(state) {
-    shown = state;
+    listed = state;
     try {
-      versions = (await get(`v1/adapters/${encodeURIComponent(adapter.id)}/versions`)).data;
+      const { data } = await get(`v1/adapters/${encodeURIComponent(adapter.id)}/versions`);
+      if (state !== listed) return; // a newer list is on its way
+      versions = data;
+      update(adapter);
     } catch (error) {
       replace(problems, refusal(error));
     }
-    drawVersions();
-  }
-
-  function drawVersions() {
-    const focused = document.activeElement?.getAttribute("aria-label");
-    replace(rows, ...versions.map((version, index) => versionRow(version, index)));
-    if (focused) [...rows.querySelectorAll("button")].find((each) => each.ariaLabel === focused)?.focus();
   }
 
   /**
@@ -79,11 +93,10 @@ export function adapterDetails(adapter, onCompare) {
    * @param {number} index 0 is the newest
    */
   function versionRow({ id, created, adapter: facet }, index) {
-    const control = session.rights?.control;
     const isRemoved = removal.has(id);
     /**
      * @param {string} label
-     * @param {(event: Event) => void} onclick
+     * @param {() => void} onclick
      * @param {string} kind
      */
     const action = (label, onclick, kind = "quiet") =>
@@ -101,8 +114,8 @@ export function adapterDetails(adapter, onCompare) {
         { class: "row" },
         answersLink([id], "Compare", `Compare: ${id}`),
         index > 0 && action("Weights", () => onCompare(id, versions[0].id)),
-        control && index > 0 && action("Publish again", (event) => act(event, () => publish(id))),
-        control && action("Remove", () => removal.start(id, id), "quiet danger"),
+        mayChange && index > 0 && action("Publish again", () => act(() => publish(id))),
+        mayChange && action("Remove", () => removal.start(id, id), "quiet danger"),
       ),
     );
   }
@@ -127,13 +140,11 @@ export function adapterDetails(adapter, onCompare) {
     return `${version} is the newest version again.`;
   }
 
-  /**
-   * @param {Event} event of the button
-   * @param {() => Promise<string>} action returns what was done
-   */
-  async function act(event, action) {
-    const pressed = /** @type {HTMLButtonElement} */ (event.currentTarget);
-    pressed.disabled = true;
+  /** @param {() => Promise<string>} action returns what was done */
+  async function act(action) {
+    if (isBusy) return;
+    isBusy = true;
+    content.ariaBusy = "true";
     replace(problems);
     try {
       notify(await action());
@@ -141,15 +152,32 @@ export function adapterDetails(adapter, onCompare) {
     } catch (error) {
       replace(problems, refusal(error));
     }
-    pressed.disabled = false;
+    isBusy = false;
+    content.ariaBusy = null;
   }
 
   const titles = ["Version", "Rank", "Size", "Tier", "Published", "Actions"];
   const head = titles.map((title, index) => element("th", { scope: "col", class: index < 3 ? "number" : null }, title));
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), rows);
   const list = element("div", { class: "scroll" }, table);
+  const content = element("div", { class: "stack" }, facts, actions, problems, element("h3", {}, "Versions"), list);
   update(adapter);
-  return { element: element("div", { class: "stack" }, facts, actions, problems, element("h3", {}, "Versions"), list), update };
+  return { element: content, update };
+}
+
+/**
+ * Draw a place anew. If the focus is in it, it goes to what then has the same name, or else to the first button.
+ * @param {HTMLElement} place
+ * @param {() => void} draw
+ */
+function keepFocus(place, draw) {
+  /** @param {Element} each */
+  const nameOf = (each) => each.ariaLabel ?? each.textContent;
+  const focused = place.contains(document.activeElement) ? document.activeElement : null;
+  draw();
+  if (!focused || focused.isConnected) return;
+  const targets = [.../** @type {NodeListOf<HTMLElement>} */ (place.querySelectorAll("a, button:enabled"))];
+  (targets.find((each) => nameOf(each) === nameOf(focused)) ?? targets[0])?.focus();
 }
 
 /**

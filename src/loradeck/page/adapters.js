@@ -146,11 +146,12 @@ export function create() {
     if (hadFocus && target instanceof HTMLElement) target.focus();
   }
 
-  /** @param {import("./session.js").Model} model */
+  /** @param {import("./session.js").Model} model a version */
   async function published(model) {
-    notify(`${model.root} was published.`);
+    notify(`${model.id} was published.`);
     await session.refreshModels();
-    const adapter = /** @type {Adapter | undefined} */ (session.adapters.find(({ id }) => id === model.id));
+    const name = model.id.split("@")[0];
+    const adapter = /** @type {Adapter | undefined} */ (session.adapters.find(({ id }) => id === name));
     if (adapter) showDetails(adapter);
     else close();
   }

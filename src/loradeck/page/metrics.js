@@ -46,7 +46,7 @@ export function readSeries(text) {
 }
 
 /** The last hour. Listeners of `sample` hear of each new sample. */
-class History extends EventTarget {
+export class History extends EventTarget {
   /** When the samples were taken, in seconds since 1970. @type {number[]} */
   times = [];
   /** By the text of their names and labels. @type {Map<string, Series>} */

@@ -11,8 +11,8 @@ export function matches(name, patterns) {
 
 /** @param {string} pattern */
 function expression(pattern) {
-  const source = pattern.replace(/\[(!?)([^\]]+)\]|[\s\S]/gu, (part, not, characters) => {
-    if (characters) return `[${not ? "^" : ""}${characters.replace(/[\\^[]/g, "\\$&")}]`;
+  const source = pattern.replace(/\[(!?)(\][^\]]*|[^\]]+)\]|[\s\S]/gu, (part, not, characters) => {
+    if (characters) return `[${not ? "^" : ""}${characters.replace(/[\\^[\]]/g, "\\$&")}]`;
     if (part === "*") return "[\\s\\S]*";
     if (part === "?") return "[\\s\\S]";
     return part.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
