@@ -42,9 +42,9 @@ def test_figures_follow_a_request(view: "Page", server: PageServer) -> None:
     assert figure(view, "Adapters on the device").inner_text().startswith("1 · ")
     assert view.locator(".chart").count() == 5
     view.get_by_role("link", name="Adapters").click()
-    cells = view.get_by_role("row").filter(has=view.get_by_role("button", name="poet", exact=True)).get_by_role("cell")
-    assert cells.nth(7).inner_text() == "2"  # its requests
-    assert cells.nth(6).inner_text() == "On the device"
+    row = view.get_by_role("row").filter(has=view.get_by_role("button", name="poet", exact=True))
+    row.filter(has_text="On the device").wait_for()
+    assert row.get_by_role("cell").nth(7).inner_text() == "2"  # its requests
 
 
 def test_metrics_are_read_before_the_view_is_opened(page: "Page", server: PageServer) -> None:

@@ -83,8 +83,10 @@ export class AdapterTable {
     const [first, end] = this.#inSight();
     const indices = new Set(Array.from({ length: end - first }, (_, offset) => first + offset));
     let current = this.adapters.findIndex(({ id }) => id === this.current);
-    if (current < 0) current = Math.min(first + BEYOND, this.adapters.length - 1); // the first one in sight, about
-    if (current >= 0) indices.add(current); // it may have the focus
+    if (!indices.has(current) && (current < 0 || !this.body.contains(focused))) {
+      current = Math.min(Math.ceil(this.element.scrollTop / HEIGHT), this.adapters.length - 1); // the first one in sight
+    }
+    if (current >= 0) indices.add(current); // what has the focus stays
     this.current = this.adapters[current]?.id ?? "";
     const wanted = [...indices].sort((one, other) => one - other).map((index) => ({ index, adapter: this.adapters[index] }));
     const ids = new Set(wanted.map(({ adapter }) => adapter.id));
