@@ -20,6 +20,7 @@ from loradeck.train.job_data import JobData, read_data
 from loradeck.train.objective import objective_of
 from loradeck.train.recipe import JobRecipe, RunRecipe
 from loradeck.train.schedule import Schedule
+from loradeck.train.trainer import check_context
 
 PLACES = 20  # wrong lines of a file that are told, of each cause
 
@@ -77,6 +78,7 @@ def plan_job(
     if base.task == "generate" and preferences != (record.request.method == "dpo"):
         kind, method = ("preference pairs", "dpo") if preferences else ("no preference pairs", "supervised")
         raise DataError(f"{examples.dataset.name} has {kind}", hint=f"Give the method {method}.")
+    check_context(base, examples.train, examples.valid)
     needs_reference = objective_of(base.task, job.train, preferences=preferences).needs_reference
     schedule = Schedule.of(job.train, len(examples.train), base.model.config, preferences=needs_reference)
     if multiplier := record.request.learning_rate_multiplier:

@@ -14,6 +14,7 @@ from loradeck.live.footprint import KEPT_MODELS
 from loradeck.live.job_folder import JobFolder, remove
 from loradeck.live.job_store import JobStore
 from loradeck.live.live_trainer import Passes
+from loradeck.live.records import Level
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.train.events import AnyEvent, End, Sample, Step
@@ -112,8 +113,9 @@ class LiveJob:
             self._tell_sample(event)
             return
         if isinstance(event, End):
-            if event.reason in GOOD_ENDS and event.detail:
-                self._jobs.add_event(self.id, event.detail, {"step": event.step}, level="warn")
+            if event.reason in GOOD_ENDS and event.detail:  # else the job fails of it
+                level: Level = "warn" if event.reason == "finished" else "info"
+                self._jobs.add_event(self.id, f"{event.reason}: {event.detail}", {"step": event.step}, level=level)
                 self._on_change(self.id)
             return
         if isinstance(event, Step):

@@ -186,12 +186,9 @@ class Previews:
     def _plan(self, request: JobRequest, quota: Quota, on_read: OnRead) -> JobPreview:
         base, bank = self._engine.base, self._engine.adapter_cache.bank
         inputs = JobInputs.of(request, self._engine, self._uploads)
-        unbuilt = ""
 
         def measure(job: JobRecipe, data: JobData) -> Footprint:
-            nonlocal unbuilt
-            unbuilt = left_out(base.model, job.lora) if job.from_ is None else ""
-            return footprint(base, job, data)
+            return self._call(partial(footprint, base, job, data)).result()
 
         with self._job_folder() as folder:
             inputs.take(folder, self._uploads)
@@ -204,19 +201,16 @@ class Previews:
                 created_at=int(time.time()),
                 max_tokens=quota.max_job_tokens,
             )
-            plan = plan_job(
-                record,
-                base,
-                bank,
-                self._config,
-                folder,
-                lambda *job: self._call(partial(measure, *job)).result(),
-                on_read,
-            )
+            plan = plan_job(record, base, bank, self._config, folder, measure, on_read)
             (job,), (data,) = plan.recipe.jobs, plan.data.values()
             lora = job.lora if job.from_ is None else read_parent(job).config
+        rest = self._call(partial(left_out, base.model, lora)).result()
         sizes = Sizes.of(data.train)
-        settings = settings_of(lora, job.train) | {"learning_rate": (plan.schedule.peak, plan.schedule.reason)}
+        settings: dict[str, tuple[object, str]] = {"learning_rate": (plan.schedule.peak, plan.schedule.reason)}
+        for name, (value, reason) in settings_of(lora, job.train).items():
+            settings.setdefault(name, (value, reason))
+        for name, value in request.settings.items():  # of the run, or of how its files are read
+            settings.setdefault(name, (value, "as given"))
         return JobPreview(
             name=record.name,
             form=data.dataset.form,
@@ -233,7 +227,7 @@ class Previews:
             memory_bytes=plan.size.memory,
             learning_rate=plan.schedule.peak,
             settings=settings,
-            notes=(*([f"left out: {unbuilt}"] if unbuilt else []), *data.dataset.notes),
+            notes=(*([f"left out: {rest}"] if rest else []), *data.dataset.notes),
         )
 
     @contextmanager
