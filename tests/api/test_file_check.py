@@ -46,12 +46,12 @@ def check(server: LocalServer, content: bytes, name: str = "a.jsonl", query: str
 
 def test_a_conversation(training_server: LocalServer, tmp_path: Path) -> None:
     content = lines(CHAT, {**CHAT, "id": 7}, {"messages": [*CHAT["messages"], *CHAT["messages"]]})
-    found = check(training_server, content)
+    result = check(training_server, content)
     (tmp_path / "a.jsonl").write_bytes(content)
     report = check_dataset(tmp_path / "a.jsonl", training_server.engine.base.tokenizer, 1024).splits["train"]
     lengths = report.lengths
     assert lengths
-    assert found["splits"] == {
+    assert result["splits"] == {
         "train": {
             "records": 3,
             "examples": 3,
@@ -65,26 +65,26 @@ def test_a_conversation(training_server: LocalServer, tmp_path: Path) -> None:
             "labels": {},
         }
     }
-    assert (found["object"], found["form"], found["method"], found["unit"]) == (
+    assert (result["object"], result["form"], result["method"], result["unit"]) == (
         "file.check",
         "messages",
         "supervised",
         "tokens",
     )
-    assert found["id"].startswith("file-")
-    assert (found["problems"], found["problem_count"], found["problem_records"]) == ([], 0, 0)
-    assert found["notes"] == ["passed over: id (in 1 record)"]
-    assert len(found["first"]) == 3
-    first = found["first"][0]
+    assert result["id"].startswith("file-")
+    assert (result["problems"], result["problem_count"], result["problem_records"]) == ([], 0, 0)
+    assert result["notes"] == ["passed over: id (in 1 record)"]
+    assert len(result["first"]) == 3
+    first = result["first"][0]
     assert [text for text, learned in first["spans"] if learned] == ["ho<|im_end|>"]
     assert "".join(text for text, _ in first["spans"]).startswith("<|im_start|>user\nhi")
     assert first["rejected"] is None
 
 
 def test_preference_pairs_are_for_dpo(training_server: LocalServer) -> None:
-    found = check(training_server, lines(PAIR, PAIR))
-    assert (found["form"], found["method"]) == ("preference pairs", "dpo")
-    assert [found["first"][0][side][-1] for side in ("spans", "rejected")] == [
+    result = check(training_server, lines(PAIR, PAIR))
+    assert (result["form"], result["method"]) == ("preference pairs", "dpo")
+    assert [result["first"][0][side][-1] for side in ("spans", "rejected")] == [
         ["yes<|im_end|>", True],
         ["no<|im_end|>", True],
     ]
@@ -93,25 +93,25 @@ def test_preference_pairs_are_for_dpo(training_server: LocalServer) -> None:
 def test_examples_are_cut_at_max_length(training_server: LocalServer) -> None:
     content = lines({"text": "ab"}, {"text": "a" * 100})
     assert check(training_server, content)["splits"]["train"]["truncated"] == 0
-    found = check(training_server, content, query="?max_length=50")["splits"]["train"]
-    assert (found["truncated"], found["lengths"]["max"]) == (1, 50)
+    result = check(training_server, content, query="?max_length=50")["splits"]["train"]
+    assert (result["truncated"], result["lengths"]["max"]) == (1, 50)
 
 
 def test_ten_thousand_wrong_lines_are_one_problem(training_server: LocalServer) -> None:
-    found = check(training_server, lines(CHAT) + b'{"prompt": 1}\n' * 10_000 + b"{broken\n")
-    assert (found["problem_count"], found["problem_records"]) == (2, 10_001)
-    wrong, broken = found["problems"]
+    result = check(training_server, lines(CHAT) + b'{"prompt": 1}\n' * 10_000 + b"{broken\n")
+    assert (result["problem_count"], result["problem_records"]) == (2, 10_001)
+    wrong, broken = result["problems"]
     assert (wrong["location"], wrong["records"]) == ("a.jsonl:2", 10_000)
     assert wrong["locations"] == [f"a.jsonl:{n}" for n in range(2, 22)]
     assert broken["location"] == "a.jsonl:10002"
     assert "malformed" in broken["message"]
-    assert found["splits"]["train"]["records"] == 1
+    assert result["splits"]["train"]["records"] == 1
 
 
 def test_of_many_problems_the_first_are_told(training_server: LocalServer) -> None:
-    found = check(training_server, lines(*({"messages": [{"role": f"r{chr(65 + n)}x"}]} for n in range(60))))
-    assert found["problem_count"] == 60
-    assert len(found["problems"]) == 50
+    result = check(training_server, lines(*({"messages": [{"role": f"r{chr(65 + n)}x"}]} for n in range(60))))
+    assert result["problem_count"] == 60
+    assert len(result["problems"]) == 50
 
 
 @pytest.mark.parametrize(
@@ -130,36 +130,36 @@ def test_of_many_problems_the_first_are_told(training_server: LocalServer) -> No
 def test_a_file_that_is_no_dataset_has_problems(
     training_server: LocalServer, content: bytes, name: str, says: str
 ) -> None:
-    found = check(training_server, content, name)
-    assert found["problem_count"] >= 1
-    assert says in found["problems"][0]["message"]
-    assert (found["form"], found["first"], found["splits"]["train"]["lengths"]) == ("none", [], None)
+    result = check(training_server, content, name)
+    assert result["problem_count"] >= 1
+    assert says in result["problems"][0]["message"]
+    assert (result["form"], result["first"], result["splits"]["train"]["lengths"]) == ("none", [], None)
 
 
 def test_a_file_that_unpacks_to_too_much_has_a_problem(training_server: LocalServer) -> None:
     training: LiveTraining = training_server.options["training"]
     training.previews._config = LiveConfig(max_file_bytes=10_000)
-    found = check(training_server, gzip.compress(lines(CHAT) * 10_000), "a.jsonl.gz")
-    assert "more than 10,000 bytes once it is decompressed" in found["problems"][0]["message"]
-    assert found["splits"]["train"]["records"] < 10_000
+    result = check(training_server, gzip.compress(lines(CHAT) * 10_000), "a.jsonl.gz")
+    assert "more than 10,000 bytes once it is decompressed" in result["problems"][0]["message"]
+    assert result["splits"]["train"]["records"] < 10_000
 
 
 def test_only_the_first_records_of_a_large_file_are_compared(
     training_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(previews, "COMPARED", 4)
-    found = check(training_server, lines(CHAT) * 10)
-    assert (found["splits"]["train"]["records"], found["splits"]["train"]["duplicates"]) == (10, 3)
-    assert found["notes"] == ["duplicates are counted among the first 4 of 10 records"]
+    result = check(training_server, lines(CHAT) * 10)
+    assert (result["splits"]["train"]["records"], result["splits"]["train"]["duplicates"]) == (10, 3)
+    assert result["notes"] == ["duplicates are counted among the first 4 of 10 records"]
 
 
 def test_long_texts_and_many_keys_are_cut(training_server: LocalServer) -> None:
     record = {"prompt": "a" * 10_000, "completion": "b", **{f"key{n}": 1 for n in range(100)}}
-    found = check(training_server, lines(record), query="?max_length=100000")
-    text, _ = found["first"][0]["spans"][0]
+    result = check(training_server, lines(record), query="?max_length=100000")
+    text, _ = result["first"][0]["spans"][0]
     assert len(text) == 4001
     assert text.endswith("…")
-    assert found["notes"][0].endswith("key19 (in 1 record), and 80 more")
+    assert result["notes"][0].endswith("key19 (in 1 record), and 80 more")
 
 
 @pytest.mark.parametrize("query", ["max_length=1", "max_length=x", "max_length=99999999999"])
@@ -200,21 +200,21 @@ class Reading:
         self.ends: list[BaseException | None] = []
         read = Previews._check
 
-        def held(training: Previews, id: str, owner: str, max_length: int, on_read: Any) -> Any:
-            def on_read_held(position: Any) -> None:
+        def hold(previews: Previews, id: str, owner: str, max_length: int, on_read: Any) -> Any:
+            def pause(position: Any) -> None:
                 self.begun.set()
                 assert self.released.wait(TIMEOUT)
                 on_read(position)
 
             try:
-                result = read(training, id, owner, max_length, on_read_held)
+                result = read(previews, id, owner, max_length, pause)
             except BaseException as error:
                 self.ends.append(error)
                 raise
             self.ends.append(None)
             return result
 
-        monkeypatch.setattr(Previews, "_check", held)
+        monkeypatch.setattr(Previews, "_check", hold)
 
 
 def test_a_client_that_leaves_ends_the_reading(training_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:

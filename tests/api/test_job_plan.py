@@ -55,13 +55,13 @@ def test_a_plan_is_what_the_job_does(training_server: LocalServer) -> None:
     response = training_server.request(PLAN, body)
     assert response.status_code == 200, response.text
     check_no_trace(training_server, response.text)
-    found = response.json()
+    result = response.json()
     tokenizer = training_server.engine.base.tokenizer
     lengths = [
         len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False))
         for line in content.splitlines()
     ]
-    settings = {each["name"]: (each["value"], each["reason"]) for each in found.pop("settings")}
+    settings = {each["name"]: (each["value"], each["reason"]) for each in result.pop("settings")}
     assert settings["learning_rate"] == (0.01, "as given")
     assert settings["r"] == (2, "as given")
     assert settings["epochs"] == (2, "as given")
@@ -72,8 +72,8 @@ def test_a_plan_is_what_the_job_does(training_server: LocalServer) -> None:
     assert settings["samples"] == (1, "as given")
     assert settings["lora_alpha"] == (32, "fixed, so that the best learning rate barely depends on r")
     assert settings["schedule"] == ("linear", "steady decay to zero")
-    supervised = found.pop("supervised")
-    assert found == {
+    supervised = result.pop("supervised")
+    assert result == {
         "object": "fine_tuning.plan",
         "name": "ah",
         "form": "messages",
@@ -100,21 +100,21 @@ def test_a_plan_is_what_the_job_does(training_server: LocalServer) -> None:
         return job
 
     job = training_server.run(run)
-    assert (job["status"], job["total_steps"], job["trained_tokens"]) == ("succeeded", 4, found["total_tokens"])
+    assert (job["status"], job["total_steps"], job["trained_tokens"]) == ("succeeded", 4, result["total_tokens"])
     stored = training.store.find("ah@1")
     tensors = next(stored.path.glob("*.safetensors"))
-    assert tensors.stat().st_size > found["adapter_bytes"]
+    assert tensors.stat().st_size > result["adapter_bytes"]
 
 
 def test_defaults_have_reasons(training_server: LocalServer) -> None:
-    found = plan(training_server, dataset("a"), hyperparameters={"learning_rate_multiplier": 2}).json()
-    assert found["name"] == "tiny-…"
-    settings = {each["name"]: each for each in found["settings"]}
+    result = plan(training_server, dataset("a"), hyperparameters={"learning_rate_multiplier": 2}).json()
+    assert result["name"] == "tiny-…"
+    settings = {each["name"]: each for each in result["settings"]}
     assert [name for name, each in settings.items() if not each["reason"]] == []
     assert settings["r"]["value"] == 16
     assert settings["learning_rate"]["reason"].endswith("; times 2, as given")
     base = plan(training_server, dataset("a")).json()
-    assert found["learning_rate"] == 2 * base["learning_rate"]
+    assert result["learning_rate"] == 2 * base["learning_rate"]
     assert base["steps"] == 3
     assert plan(training_server, dataset("a"), model="poet").json()["name"] == "poet"
 
@@ -122,11 +122,11 @@ def test_defaults_have_reasons(training_server: LocalServer) -> None:
 def test_an_adapter_to_go_on_from(training_server: LocalServer) -> None:
     response = plan(training_server, lines(PAIR, PAIR), model="poet@1", method={"type": "dpo"}, lora={"max_steps": 5})
     assert response.status_code == 200, response.text
-    found = response.json()
+    result = response.json()
     size = training_server.engine.store.find("poet@1").path.joinpath("adapter_model.safetensors").stat().st_size
-    assert 0 < size - found["adapter_bytes"] < 4096
-    assert (found["form"], found["steps"]) == ("preference pairs", 5)
-    settings = {each["name"]: each["value"] for each in found["settings"]}
+    assert 0 < size - result["adapter_bytes"] < 4096
+    assert (result["form"], result["steps"]) == ("preference pairs", 5)
+    settings = {each["name"]: each["value"] for each in result["settings"]}
     assert (settings["r"], settings["lora_alpha"], sorted(settings["target_modules"])) == (2, 4, ["o_proj", "q_proj"])
     assert settings["max_steps"] == 5
     assert "epochs" not in settings
