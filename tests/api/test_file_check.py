@@ -91,7 +91,7 @@ def test_preference_pairs_are_for_dpo(training_server: LocalServer) -> None:
 
 
 def test_examples_are_cut_at_max_length(training_server: LocalServer) -> None:
-    content = lines({"text": "ab"}, {"text": "a" * 100})
+    content = lines({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b" * 100})
     assert check(training_server, content)["splits"]["train"]["truncated"] == 0
     result = check(training_server, content, query="?max_length=50")["splits"]["train"]
     assert (result["truncated"], result["lengths"]["max"]) == (1, 50)
@@ -122,7 +122,7 @@ def test_of_many_problems_the_first_are_told(training_server: LocalServer) -> No
         (b"caf\xe9 \x81\n" * 10, "a.jsonl", ""),
         (b"\x00\x01\x02" * 1000, "a.jsonl", ""),
         (b"PK\x03\x04", "a.parquet", "a.parquet"),
-        (b"not compressed", "a.jsonl.gz", "a.jsonl.gz"),
+        (b"\x1f\x8b\x08 not gzip", "a.jsonl.gz", "a.jsonl.gz"),
         (b"<html>", "page.html", ""),
         (lines({"text": "a", "label": "x"}).replace(b"text", b"txet"), "a.jsonl", "unknown form"),
     ],
