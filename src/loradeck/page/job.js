@@ -5,7 +5,8 @@ import { get, getText, post } from "./api.js";
 import { lineChart } from "./chart.js";
 import { button, element, replace } from "./dom.js";
 import { ago, count, number } from "./format.js";
-import { JobEvents } from "./job_events.js";
+import { JobEvents, back } from "./job_events.js";
+import { settingText } from "./job_plan.js";
 import { hasEnded, jobProgress } from "./job_progress.js";
 import { notifyError } from "./notice.js";
 import { session } from "./session.js";
@@ -22,6 +23,8 @@ export class JobPanel {
   #job = null;
   /** The models of the checkpoints that are shown. */
   #checkpoints = "";
+  /** The newest message that is shown. */
+  #message = "";
 
   /** @param {string} id */
   constructor(id) {
@@ -62,7 +65,9 @@ export class JobPanel {
       this.files,
       element("details", {}, element("summary", {}, "What happened"), this.messages),
     );
+    this.failed = false;
     this.#run().catch((error) => {
+      this.failed = true;
       if (!this.#stopping.signal.aborted) replace(this.error, error.message);
     });
   }
@@ -83,6 +88,7 @@ export class JobPanel {
       while (!hasEnded(/** @type {Job} */ (this.#job))) {
         await this.events.follow((event) => this.#hear(event), signal);
         await this.#refresh();
+        if (!hasEnded(this.#job)) await back(signal); // the server ends
       }
     } finally {
       clearInterval(timer);
@@ -93,6 +99,7 @@ export class JobPanel {
 
   /** @param {import("./job_events.js").JobEvent} event */
   #hear(event) {
+    if (this.#job && event.data.train_loss !== undefined) this.#job.steps = event.data.step;
     this.#redraw();
     if (event.type !== "message") return;
     this.#refresh().catch(() => {});
@@ -114,7 +121,7 @@ export class JobPanel {
     const { hyperparameters } = job.method[job.method.type];
     const settings = Object.entries({ ...hyperparameters, seed: job.seed, ...job.lora })
       .filter(([, value]) => value !== "auto")
-      .map(([name, value]) => `${name} ${JSON.stringify(value)}`);
+      .map(([name, value]) => `${name} ${settingText(value)}`);
     const method = job.method.type === "dpo" ? "DPO" : "supervised";
     replace(this.facts, [`${method}, from ${job.model}`, `created ${ago(job.created_at)}`, ...settings].join(" · "));
     this.#drawActions(job);
@@ -172,7 +179,10 @@ export class JobPanel {
     this.rate.set([{ name: "learning rate", points: curves.rate }]);
     const running = this.#job?.status === "running" && speed > 0;
     replace(this.speed, running && `${count(speed)} tokens/s`);
-    if (this.messages.childElementCount !== messages.length) {
+    if (this.#job) this.progress.update(this.#job);
+    const newest = messages.at(-1)?.id ?? "";
+    if (newest !== this.#message) {
+      this.#message = newest;
       replace(this.messages, ...messages.map((event) => element("li", { class: event.level === "error" ? "error" : null }, time(event.created_at), " ", event.message)));
     }
     this.samplePart.hidden = samples.length === 0;
@@ -191,7 +201,11 @@ function sampleList({ step, samples }) {
     element(
       "dl",
       { class: "samples" },
-      ...samples.flatMap(({ prompt, answer }) => [element("dt", { class: "text muted" }, prompt), element("dd", { class: "text" }, answer)]),
+      ...samples.flatMap(({ prompt, expected, answer }) => [
+        element("dt", { class: "text" }, prompt),
+        element("dd", { class: "text" }, answer),
+        element("dd", { class: "text muted" }, "expected: ", expected),
+      ]),
     ),
   );
 }
