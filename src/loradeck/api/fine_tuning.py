@@ -42,9 +42,9 @@ async def create_job(request: Request) -> Response:
     body = await read_body(request, FineTuningJobRequest, state.config.max_body_bytes)
 
     def create() -> JobRecord:
-        job_request = _job_request(state, training, key, body)
+        job = job_request(state, training, key, body)
         with invalid_field("lora"):
-            return training.create(job_request, key.quota)
+            return training.create(job, key.quota)
 
     return json_response(FineTuningJob.of(await run_sync(create)))
 
@@ -121,7 +121,7 @@ async def _change(request: Request, change: Callable[[str, str], JobRecord]) -> 
     return json_response(FineTuningJob.of(record))
 
 
-def _job_request(state: ServerState, training: "LiveTraining", key: "ApiKey", body: FineTuningJobRequest) -> JobRequest:
+def job_request(state: ServerState, training: "LiveTraining", key: "ApiKey", body: FineTuningJobRequest) -> JobRequest:
     """Return what a body asks for, once the key may have it.
 
     Raises:
