@@ -18,7 +18,7 @@ export class JobEvents {
   curves = { loss: [], validation: [], rate: [] };
   /** @type {Samples[]} */
   samples = [];
-  /** @type {JobEvent[]} those without metrics */
+  /** @type {JobEvent[]} those without metrics, the newest of them */
   messages = [];
   /** Tokens per second in the last step. */
   speed = NaN;
@@ -83,7 +83,7 @@ export class JobEvents {
     if (valid_loss !== undefined) this.curves.validation.push([step, valid_loss]);
     if (tokens_per_second !== undefined) this.speed = tokens_per_second;
     if (samples) this.samples.push({ step, samples });
-    if (train_loss === undefined && valid_loss === undefined && !samples) this.messages.push(event);
+    if (event.type === "message") this.messages.push(event);
     if (this.messages.length > MESSAGES) this.messages.shift();
   }
 
