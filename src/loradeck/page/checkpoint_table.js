@@ -3,6 +3,7 @@
 import * as address from "./address.js";
 import { element, replace } from "./dom.js";
 import { count, number } from "./format.js";
+import { scrollArea } from "./scroll_area.js";
 import { session } from "./session.js";
 
 /**
@@ -14,7 +15,8 @@ import { session } from "./session.js";
 export function checkpointTable() {
   const head = ["step", "loss", "validation loss", "ask"].map((text) => element("th", { scope: "col" }, text));
   const body = element("tbody");
-  const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), body);
+  const content = element("table", {}, element("thead", {}, element("tr", {}, ...head)), body);
+  const table = scrollArea("Table of checkpoints", content);
   const card = element("section", { class: "card", hidden: true }, element("h2", {}, "Checkpoints"), table);
   let shown = "";
   /** @param {Checkpoint[]} checkpoints */

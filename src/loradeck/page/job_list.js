@@ -28,11 +28,12 @@ export class JobList {
     this.empty = element("p", { class: "empty" }, "No jobs yet. Drop a dataset to begin.");
     this.curve = element(
       "select",
-      { onchange: () => this.#drawCurves() },
+      { id: "job-curve", onchange: () => this.#drawCurves() },
       ...Object.entries(CURVES).map(([value, text]) => element("option", { value }, text)),
     );
     this.chart = lineChart({ label: "Checked jobs", x: "step", y: "" });
-    this.curves = element("div", { class: "card" }, element("label", {}, "Curve", this.curve), this.chart.element);
+    const label = element("label", { for: "job-curve" }, "Curve");
+    this.curves = element("div", { class: "card" }, element("div", { class: "row" }, label, this.curve), this.chart.element);
     const heads = ["in the chart", "adapter", "progress", "from", "result"];
     const head = element("tr", {}, ...heads.map((text) => element("th", { scope: "col" }, text)));
     this.table = scrollArea("Table of jobs", element("table", {}, element("thead", {}, head), this.body));
