@@ -181,7 +181,7 @@ def test_pause_and_resume(page: "Page", server: "PageServer") -> None:
 
 def test_a_server_that_is_killed_and_comes_back(page: "Page", make_server: Callable[..., "PageServer"]) -> None:
     server = make_server("--checkpoint-every", "5")
-    job = start(page, server, "survivor", 200)
+    job = start(page, server, "survivor", 100)
     chart = page.get_by_role("slider", name="Loss")
     page.locator("[role=slider][aria-valuemax]").first.wait_for()
     page.wait_for_function("() => Number(document.querySelector('[role=slider]').getAttribute('aria-valuemax')) > 20")
@@ -191,7 +191,7 @@ def test_a_server_that_is_killed_and_comes_back(page: "Page", make_server: Calla
     page.get_by_role("status").get_by_text("tiny").wait_for()
     status(page, "succeeded")
     assert state(page) == {"job": job}
-    assert chart.get_attribute("aria-valuemax") == "600"
+    assert chart.get_attribute("aria-valuemax") == "300"
 
 
 def test_dataset_lines_are_text(page: "Page", server: "PageServer") -> None:

@@ -117,8 +117,8 @@ export class JobPanel {
     const changed = this.#job?.status !== job.status;
     this.#job = job;
     replace(this.title, job.name);
-    this.progress.update(job);
     replace(this.error, job.error?.message);
+    this.#redraw();
     if (!changed) return; // the buttons stay, and so does the focus
     const method = job.method.type;
     const settings = Object.entries({ ...job.method[method].hyperparameters, seed: job.seed, ...job.lora })
@@ -167,6 +167,7 @@ export class JobPanel {
     replace(this.messages, ...messages.map(messageEntry));
     this.samples.hidden = samples.length === 0;
     replace(this.samples, element("h2", {}, "Samples at evaluations"), ...samples.map(sampleList).reverse());
+    this.samples.querySelector("details")?.toggleAttribute("open", true);
   }
 }
 
@@ -184,7 +185,7 @@ function sampleList({ step, samples }) {
     element("dd", { class: "text muted" }, "expected: ", expected),
   ]);
   const summary = element("summary", {}, `Step ${count(step)}`);
-  return element("details", { open: true }, summary, element("dl", { class: "samples" }, ...entries));
+  return element("details", {}, summary, element("dl", { class: "samples" }, ...entries));
 }
 
 /**
