@@ -125,7 +125,7 @@ class FileCheck(msgspec.Struct, kw_only=True):
     def of(cls, id: str, check: "live.FileCheck", task: str) -> "FileCheck":
         """Return what was found in a file as clients read it; `task` is the base's."""
         report = check.report
-        unused = [f"{each.what} (in {each.records:,} records)" for each in report.unused]
+        unused = [f"{each.what} (in {each.records:,} record{'s' * (each.records != 1)})" for each in report.unused]
         notes = [_listing("passed over: ", unused)] if unused else []
         notes += [_excerpt(str(remark)) for remark in report.remarks[:MOST_PROBLEMS]]
         return cls(

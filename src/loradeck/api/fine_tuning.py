@@ -171,12 +171,12 @@ def _model(state: ServerState, key: "ApiKey", model: str) -> str:
 def _hyperparameters(body: FineTuningJobRequest) -> dict[str, Any]:
     """Return those that a body sets, in its older place and in its method."""
     method = body.method or Method(type="supervised")
-    own, other, name = method.supervised, method.dpo, "dpo"
+    settings, other, name = method.supervised, method.dpo, "dpo"
     if method.type == "dpo":
-        own, other, name = method.dpo, method.supervised, "supervised"
+        settings, other, name = method.dpo, method.supervised, "supervised"
     if other is not None:
         raise HttpError(400, f"The type of the method is {method.type}.", param=f"method.{name}")
-    older, newer = _values(body.hyperparameters), _values(own.hyperparameters if own else None)
+    older, newer = _values(body.hyperparameters), _values(settings.hyperparameters if settings else None)
     for name in older.keys() & newer.keys():
         if older[name] != newer[name]:
             raise HttpError(400, f"{name} is set twice, differently.", param=f"hyperparameters.{name}")

@@ -66,9 +66,24 @@ class FineTuningPlan(msgspec.Struct, kw_only=True):
     @classmethod
     def of(cls, preview: "JobPreview") -> "FineTuningPlan":
         """Return a plan as clients read it."""
-        settings = [PlannedSetting(name, _json(value), reason) for name, (value, reason) in preview.settings.items()]
-        fields = {name: getattr(preview, name) for name in cls.__struct_fields__ if hasattr(preview, name)}
-        return cls(**{**fields, "settings": settings, "notes": [*preview.notes]})
+        return cls(
+            name=preview.name,
+            form=preview.form,
+            examples=preview.examples,
+            validation_examples=preview.validation_examples,
+            tokens=preview.tokens,
+            supervised=preview.supervised,
+            longest=preview.longest,
+            truncated=preview.truncated,
+            steps=preview.steps,
+            total_tokens=preview.total_tokens,
+            trainable=preview.trainable,
+            adapter_bytes=preview.adapter_bytes,
+            memory_bytes=preview.memory_bytes,
+            learning_rate=preview.learning_rate,
+            settings=[PlannedSetting(name, _json(value), reason) for name, (value, reason) in preview.settings.items()],
+            notes=[*preview.notes],
+        )
 
 
 async def plan_job(request: Request) -> Response:

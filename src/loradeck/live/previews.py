@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -27,6 +27,7 @@ from loradeck.live.job_plan import PLACES, check_size, plan_job
 from loradeck.live.job_problem import hide_folder
 from loradeck.live.records import TRAINING, JobRecord, JobRequest, Quota, new_id
 from loradeck.live.uploads import Uploads
+from loradeck.lora.config import LoraConfig
 from loradeck.serve.request_engine import RequestEngine
 from loradeck.train.inputs import read_parent
 from loradeck.train.job_data import JobData
@@ -36,6 +37,8 @@ from loradeck.train.recipe import JobRecipe
 READERS = 2  # files that are read at once
 EXAMPLES = 3  # shown of a file
 COMPARED = 200_000  # records of a file that are compared, which takes a few hundred bytes for each
+
+LORA = frozenset(field.name for field in fields(LoraConfig))  # settings that an adapter keeps
 
 T = TypeVar("T")
 OnRead: TypeAlias = Callable[[Position], None]
@@ -208,7 +211,8 @@ class Previews:
         sizes = Sizes.of(data.train)
         settings: dict[str, tuple[object, str]] = {"learning_rate": (plan.schedule.peak, plan.schedule.reason)}
         for name, (value, reason) in settings_of(lora, job.train).items():
-            settings.setdefault(name, (value, reason))
+            inherited = job.from_ is not None and name in LORA
+            settings.setdefault(name, (value, f"as {request.model} has it" if inherited else reason))
         for name, value in request.settings.items():  # of the run, or of how its files are read
             settings.setdefault(name, (value, "as given"))
         return JobPreview(
