@@ -1,0 +1,73 @@
+/** A curve of a chart as an SVG path, with no more points than can be seen. */
+
+/**
+ * Points in the order of x. A y that is not finite, or not above 0 on a logarithmic axis, is a gap.
+ * @typedef {[number, number][]} Points
+ */
+
+/**
+ * Return the index of the last point that is not beyond `x`; -1 if there is none.
+ * @param {Points} points
+ * @param {number} x
+ */
+export function indexAt(points, x) {
+  let [low, high] = [0, points.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (points[middle][0] <= x) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}
+
+/**
+ * Return the path of the points between the axes' ends, and of one more on each side.
+ *
+ * Of each column of pixels it has the first, the lowest, the highest and the last point, so it looks as with all of them.
+ * @param {Points} points
+ * @param {import("./axis.js").Axis} x
+ * @param {import("./axis.js").Axis} y
+ */
+export function curve(points, x, y) {
+  const last = Math.min(points.length - 1, indexAt(points, x.high) + 1);
+  let text = "";
+  let down = false;
+  let alone = true; // nothing is drawn yet from where the pen is
+  const column = { x: NaN, heights: NONE }; // first, lowest, highest, last
+  const flush = () => {
+    for (const height of column.heights.filter((each, index, all) => each !== all[index - 1])) {
+      text += `${down ? "L" : "M"}${column.x} ${height}`;
+      alone = !down;
+      down = true;
+    }
+    column.x = NaN;
+    column.heights = NONE;
+  };
+  const lift = () => {
+    flush();
+    if (down && alone) text += "h0"; // a dot, as the ends of lines are round
+    down = false;
+  };
+  for (let index = Math.max(0, indexAt(points, x.low)); index <= last; index++) {
+    const value = points[index][1];
+    if (!Number.isFinite(value) || (y.log && value <= 0)) {
+      lift();
+      continue;
+    }
+    const at = Math.round(x.pixel(points[index][0]) * 2) / 2;
+    const height = Math.round(y.pixel(value) * 10) / 10;
+    if (at !== column.x) {
+      flush();
+      column.x = at;
+      column.heights = [height, height, height, height];
+    } else {
+      const [first, low, high] = column.heights;
+      column.heights = [first, Math.min(low, height), Math.max(high, height), height];
+    }
+  }
+  lift();
+  return text;
+}
+
+/** @type {number[]} */
+const NONE = [];
