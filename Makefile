@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check lint types sanitize wheels bench clean
+.PHONY: demo test test-page pictures test-lowest check lint types sanitize wheels bench clean
 
 demo: .venv/.demo  ## show the whole idea: the tutorial's toy, then a real language model
 	@$(BIN)/loradeck demo
@@ -17,6 +17,21 @@ test: .venv/.dev lint types  ## lint, types, all tests
 
 check: .venv/.dev lint types  ## lint, types, the quick tests: about a minute
 	$(RUN) -m 'not slow and not real' $(PYTEST)
+
+# Debian's Chromium, or any that is on the path; npm has the checks of types and accessibility.
+test-page: .venv/.page  ## the page in a real browser: installs Chromium, Playwright and the checks of its code
+	$(RUN) tests/page $(PYTEST)
+
+pictures: .venv/.page .venv/.demo  ## draw the pictures of the page for README and docs, from the demo's adapters
+	$(BIN)/python docs/make_page_pictures.py
+
+.venv/.page: .venv/.dev tests/page/package.json
+	@command -v chromium chromium-browser google-chrome > /dev/null || { $(SUDO) apt-get update && $(SUDO) apt-get install -y chromium; }
+	$(call install,Playwright,-c constraints.txt --group page)
+	npm install --prefix tests/page --no-audit --no-fund --no-package-lock
+	@touch $@
+
+SUDO := $(shell [ `id -u` = 0 ] || echo sudo)
 
 test-lowest: .venv-lowest/.ready  ## the tests with the lowest versions that pyproject.toml allows, torch and numpy apart
 	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)

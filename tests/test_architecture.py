@@ -44,7 +44,7 @@ MAY = {
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},
     "runner": {"sampling", "lora", "base", "native", "ops", *GROUND},
     "serve": {"runner", "sampling", "store", "stored", "lora", "ops", "base", *GROUND},
-    "live": {"serve", "train", "dataset", "store", "stored", "runner", "lora", "ops", "base", *GROUND},
+    "live": {"serve", "train", "generation", "dataset", "store", "stored", "runner", "lora", "ops", "base", *GROUND},
     "api": {
         "live",
         "pooling",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from loradeck.api.auth import ApiKey, ApiKeys
 from loradeck.lora.distance import compare
 from loradeck.lora.manifest import read_folder
 
-from .conftest import LocalServer, StepGate, random_adapter, until
+from .conftest import TIMEOUT, LocalServer, StepGate, random_adapter, until
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +112,20 @@ def test_an_adapter_is_removed_with_all_versions(server: LocalServer, store: Ada
     assert [model["id"] for model in server.request("/v1/models").json()["data"]] == ["tiny", "pirate", "team-a"]
     assert server.request(CHAT, {**REQUEST, "model": "poet"}).status_code == 404
     assert store.publish("poet", random_adapter(9)).version == 3  # no number is used again
+
+
+def test_openais_client_removes_models(server: LocalServer, store: AdapterStore) -> None:
+    with (
+        server.listening() as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT) as client,
+    ):
+        removed = client.models.delete("poet@1")
+        assert (removed.id, removed.object, removed.deleted) == ("poet@1", "model", True)
+        assert store.versions("poet") == [2]
+        with pytest.raises(openai.NotFoundError):
+            client.models.delete("nobody")
+        with pytest.raises(openai.BadRequestError, match="is the base"):
+            client.models.delete("tiny")
 
 
 def test_an_adapter_that_cannot_be_read_is_removed(server: LocalServer, store: AdapterStore) -> None:

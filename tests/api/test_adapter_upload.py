@@ -3,7 +3,9 @@
 import asyncio
 import hashlib
 import io
+import os
 import shutil
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -408,6 +410,20 @@ def test_a_store_that_cannot_be_changed_leaves_nothing(server: LocalServer, stor
     assert response.status_code == 422
     assert "the store cannot be changed" in error_of(response)
     assert traces(server, store) == before
+
+
+def test_what_a_kill_left_is_removed_a_day_later(server: LocalServer, store: AdapterStore, files: Files) -> None:
+    left = store.folder / ".new.left"
+    (left / "parts").mkdir(parents=True)
+    (left / "parts" / "0").touch()
+    yesterday = time.time() - 100_000
+    for path in (left, left / "parts"):
+        os.utime(path, (yesterday, yesterday))
+    assert upload(server, "new", files).status_code == 200
+    assert left.exists()  # its file may still grow
+    os.utime(left / "parts" / "0", (yesterday, yesterday))
+    assert upload(server, "new", files).status_code == 200
+    assert not left.exists()
 
 
 def test_a_client_that_leaves_half_way_leaves_nothing(server: LocalServer, store: AdapterStore, files: Files) -> None:

@@ -213,7 +213,7 @@ def test_schemathesis_finds_no_fault_in_training(training_server: LocalServer, m
     training.cancel(job, "")  # so that its events end
     operations = [operation.ok() for operation in schema.get_all_operations()]
     of_training = [each for each in operations if each.path.startswith(("/v1/files", "/v1/fine_tuning"))]
-    assert len(of_training) == 13
+    assert len(of_training) == 15
     for operation in of_training:
 
         @settings(max_examples=10, database=None, suppress_health_check=list(HealthCheck))

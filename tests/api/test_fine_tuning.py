@@ -163,6 +163,33 @@ def test_events_and_checkpoints(client: openai.OpenAI, url: str) -> None:
     assert ask(client, f"{checkpoints[0].fine_tuned_model_checkpoint}*0.5+poet*0.5")
 
 
+def test_samples_at_evaluations(client: openai.OpenAI) -> None:
+    """Answers to validation prompts, told once for each evaluation, with the adapter as it is then."""
+    settings: Any = {"lora": {**LORA, "samples": 2, "eval_every": 2}}
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=upload(client, dataset("aaaa")),
+        validation_file=upload(client, dataset("bbbb", 3)),
+        suffix="ah",
+        extra_body=settings,
+        hyperparameters={"n_epochs": 2, "batch_size": 2},
+    )
+    assert job.lora == settings["lora"]
+    assert end_of(client, job.id).error is None
+    events = [event for event in reversed([*client.fine_tuning.jobs.list_events(job.id)]) if event.data]
+    sampled = [event for event in events if "samples" in event.data]
+    evaluated = [event for event in events if "valid_loss" in event.data]
+    assert [event.type for event in sampled] == ["message"] * 3
+    assert [event.data["step"] for event in sampled] == [event.data["step"] for event in evaluated] == [2, 4, 6]
+    for event in sampled:
+        assert [sample["expected"] for sample in event.data["samples"]] == ["bbbb"] * 2
+        assert [sample["prompt"].split()[1] for sample in event.data["samples"]] == ["0?", "1?"]
+        assert all(isinstance(sample["answer"], str) for sample in event.data["samples"])
+    assert sampled[0].message == "Step 2: 2 samples"
+    trained = [event.data for event in events if "train_loss" in event.data]
+    assert all({"step", "train_loss", "learning_rate", "tokens_per_second"} <= data.keys() for data in trained)
+
+
 def test_settings_of_every_kind(client: openai.OpenAI) -> None:
     """Preference pairs, validation, metadata, an adapter to go on from, and `auto`."""
     file = upload(client, pairs())
@@ -263,6 +290,8 @@ def test_a_file_that_is_no_dataset_fails_its_job(client: openai.OpenAI, content:
         ),
         ({"hyperparameters": {"n_epochs": 1}, "lora": {"epochs": 2}}, 400, "n_epochs", "lora.epochs"),
         ({"lora": {"rank": 8}}, 400, "lora", "lora.rank: unknown key"),
+        ({"lora": {"samples": 9}}, 400, "lora", "lora.samples must be an integer from 0 to 8, not 9"),
+        ({"lora": {"samples": True}}, 400, "lora", "lora.samples must be"),
         ({"lora": {"r": 0, "epochs": -1}}, 400, "lora", "epochs must be"),
         ({"lora": {"data": "/etc/passwd"}}, 400, "lora", "lora.data: cannot be set"),
         ({"lora": {"from": "/etc"}}, 400, "lora", "lora.from: cannot be set"),

@@ -29,7 +29,7 @@ def test_the_page_needs_no_key(server: LocalServer) -> None:
         for url, name in urls():
             answer = await client.get(url)
             assert answer.status_code == 200
-            assert answer.content == page_files()[name][0]
+            assert answer.content == page_files()[name].content
 
     server.configured(keys=KEYS).run(test)
     assert server.configured(keys=KEYS).request("/v1/key").status_code == 401
@@ -54,6 +54,20 @@ def test_each_file_has_its_media_type_and_the_policy(server: LocalServer, url: s
     assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
     assert {policy[f"{kind}-src"] for kind in ("script", "style", "img", "connect")} == {"'self'"}
     assert "unsafe" not in answer.headers["content-security-policy"]
+
+
+def test_files_are_compressed_for_those_who_read_that(server: LocalServer) -> None:
+    lengths = {}
+    for encoding in ("gzip, br", "identity"):
+
+        async def test(client: httpx.AsyncClient, encoding: str = encoding) -> httpx.Response:
+            return await client.get("/page/app.js", headers={"accept-encoding": encoding})
+
+        answer = server.run(test)
+        assert answer.content == page_files()["app.js"].content
+        assert answer.headers["vary"] == "accept-encoding"
+        lengths[answer.headers.get("content-encoding")] = int(answer.headers["content-length"])
+    assert lengths["gzip"] < lengths[None] == len(page_files()["app.js"].content)
 
 
 def test_an_unchanged_file_is_not_sent_again(server: LocalServer) -> None:

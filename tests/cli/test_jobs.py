@@ -19,9 +19,12 @@ from tests.api.conftest import LocalServer
 from loradeck import Base
 from loradeck.api.auth import ApiKey, ApiKeys
 from loradeck.api.metrics import Metrics
+from loradeck.cli.jobs import _events
+from loradeck.cli.openai_client import OpenAIClient
 from loradeck.live.live_training import LiveTraining
 from loradeck.serve.engine import Engine
 from loradeck.store import AdapterStore
+from loradeck.train.events import Evaluation, Sample, Step
 
 TIMEOUT = 600.0  # seconds; only a deadlock takes as long
 DATA = b"".join(json.dumps({"prompt": f"{n}?", "completion": "aaaa"}).encode() + b"\n" for n in range(6))
@@ -160,6 +163,18 @@ def test_jobs_are_listed_shown_watched_and_changed(jobs: Callable[..., Any], cli
     )
     assert json.loads(jobs("show", "--json").out)["id"] == second
     assert [job["id"] for job in json.loads(jobs("--json").out)] == [second, first]
+
+
+def test_watched_samples_are_events_of_a_run(url: str, client: openai.OpenAI) -> None:
+    file = client.files.create(file=("train.jsonl", DATA), purpose="fine-tune")
+    body = {"lora": {**LORA["lora"], "epochs": 1, "valid_ratio": 0.5, "eval_every": 1, "samples": 2}}
+    id = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="ah", extra_body=body).id
+    messages: list[str] = []
+    events = [*_events(OpenAIClient(url, KEY), id, "ah", messages.append)]
+    assert [type(event) for event in events] == [Step, Evaluation, Sample, Sample] * 2
+    assert [event.step for event in events if isinstance(event, Sample)] == [1, 1, 2, 2]
+    assert {event.expected for event in events if isinstance(event, Sample)} == {"aaaa"}
+    assert not any("sample" in message for message in messages)
 
 
 def test_a_job_that_failed_is_an_error(jobs: Callable[..., Any], client: openai.OpenAI) -> None:

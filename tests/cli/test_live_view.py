@@ -9,9 +9,9 @@ from rich.text import Text
 
 from loradeck.cli.display import live_view as module
 from loradeck.cli.display.live_view import plan_table, progress, view
-from loradeck.cli.display.plan import Plan
 from loradeck.cli.display.progress_state import ProgressState
 from loradeck.train.events import AnyEvent, End, Evaluation, Sample, Step
+from loradeck.train.plan import Plan
 from loradeck.train.schedule import Schedule
 
 

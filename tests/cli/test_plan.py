@@ -7,9 +7,9 @@ from rich.console import Console
 
 from loradeck.base.load import Base
 from loradeck.cli.display.live_view import plan_table
-from loradeck.cli.display.plan import REASONS, Plan, plan
 from loradeck.lora.config import LoraConfig
 from loradeck.train.config import TrainConfig
+from loradeck.train.plan import REASONS, Plan, plan
 from loradeck.train.recipe import JobRecipe, RunRecipe
 from loradeck.train.run import Run
 

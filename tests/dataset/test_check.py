@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -210,6 +211,16 @@ def test_token_ids_need_no_tokenizer_to_be_counted(tmp_path: Path) -> None:
 def test_each_length_is_that_of_a_sequence() -> None:
     assert Lengths.of([7]) == Lengths(7, 7, 7, 7)
     assert Lengths.of(range(100, 0, -1)) == Lengths(1, 50, 95, 100)
+    assert Lengths.of(Counter({9: 1, 3: 19})) == Lengths(3, 3, 3, 9)
+
+
+def test_only_so_many_records_are_compared(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path / "a.jsonl", *GOOD, *GOOD)
+    report = check_dataset(path, tiny_tokenizer, 64, compared=3)
+    assert len(report.splits["train"].duplicates) == 1
+    assert [str(remark) for remark in report.remarks] == ["duplicates are counted among the first 3 of 6 records"]
+    whole = check_dataset(path, tiny_tokenizer, 64, compared=6)
+    assert (len(whole.splits["train"].duplicates), whole.remarks) == (4, [])
 
 
 def test_broken_lines_show_where_they_break_and_are_one_problem(tmp_path: Path) -> None:

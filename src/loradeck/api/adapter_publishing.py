@@ -1,7 +1,9 @@
 """Adapters that requests bring into the store: each is loaded on the base before anybody can see it."""
 
 import logging
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,9 @@ from loradeck.stored import read_stored
 if TYPE_CHECKING:
     from loradeck.store import AdapterStore
     from loradeck.stored import Stored
+
+WORK = ".new."  # how the names of folders begin that are no adapters yet
+FORGOTTEN = 86_400  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +57,29 @@ def check_new_name(state: ServerState, key: ApiKey, name: str) -> None:
 def work_folder(store: "AdapterStore") -> Iterator[Path]:
     """Yield a folder beside the store's adapters, which nobody sees; at the end it is removed.
 
+    What a kill left of older ones is removed too, after a day without a change.
+
     Raises:
         AdapterError: the store cannot be changed.
     """
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=".new.", dir=store.folder, ignore_cleanup_errors=True)
+        for path in store.folder.glob(f"{WORK}*"):
+            if _changed(path) < time.time() - FORGOTTEN:
+                shutil.rmtree(path, ignore_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix=WORK, dir=store.folder, ignore_cleanup_errors=True)
     except OSError as error:
         raise AdapterError(f"the store {store.folder} cannot be changed: {error.strerror}") from error
     with folder as path:
         yield Path(path)
+
+
+def _changed(folder: Path) -> float:
+    """Return when a folder, or a file in it, was last changed, in seconds since 1970; now if somebody removes it."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def publish_folder(state: ServerState, name: str, folder: Path, origin: str) -> "Stored":

@@ -79,7 +79,7 @@ async def upload_adapter(request: Request) -> Response:
 def _name(state: ServerState, key: ApiKey, form: UploadForm) -> str:
     name = form.fields.get("name")
     if name is None:
-        raise HttpError(400, "name is missing.", param="name", hint="Send a part named name before the files.")
+        raise HttpError(400, "name is missing.", param="name", hint="Send a part named name.")
     check_new_name(state, key, name)
     return name
 

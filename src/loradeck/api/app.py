@@ -15,7 +15,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loradeck.api import adapter_changes, adapters, files, fine_tuning, page, pooling, tokenization
+from loradeck.api import (
+    adapter_changes,
+    adapters,
+    file_check,
+    files,
+    fine_tuning,
+    job_plan,
+    page,
+    pooling,
+    tokenization,
+)
 from loradeck.api import requests as req
 from loradeck.api import responses as res
 from loradeck.api import training_requests as training_req
@@ -162,6 +172,23 @@ OPERATIONS = [
     Operation("GET", "/v1/files/{id}", files.get_file, None, training_res.FileObject, (404,)),
     Operation("DELETE", "/v1/files/{id}", files.delete_file, None, training_res.FileDeleted, (404, 507)),
     Operation("GET", "/v1/files/{id}/content", files.get_file_content, errors=(404,), media=files.OCTETS),
+    Operation(
+        "GET",
+        "/v1/files/{id}/check",
+        file_check.check_file,
+        None,
+        file_check.FileCheck,
+        (404, 429, 507),
+        query=training_req.CheckQuery,
+    ),
+    Operation(
+        "POST",
+        "/v1/fine_tuning/plan",
+        job_plan.plan_job,
+        training_req.FineTuningJobRequest,
+        job_plan.FineTuningPlan,
+        (404, 422, 429, 507),
+    ),
     Operation("POST", JOBS, fine_tuning.create_job, training_req.FineTuningJobRequest, JOB, (404, 422, 429, 507)),
     Operation("GET", JOBS, fine_tuning.list_jobs, None, JOB_PAGE, (404,), query=training_req.PageQuery),
     Operation("GET", f"{JOBS}/{{id}}", fine_tuning.get_job, None, JOB, (404,)),

@@ -42,9 +42,9 @@ async def create_job(request: Request) -> Response:
     body = await read_body(request, FineTuningJobRequest, state.config.max_body_bytes)
 
     def create() -> JobRecord:
-        job_request = _job_request(state, training, key, body)
+        job = job_request(state, training, key, body)
         with invalid_field("lora"):
-            return training.create(job_request, key.quota)
+            return training.create(job, key.quota)
 
     return json_response(FineTuningJob.of(await run_sync(create)))
 
@@ -121,7 +121,7 @@ async def _change(request: Request, change: Callable[[str, str], JobRecord]) -> 
     return json_response(FineTuningJob.of(record))
 
 
-def _job_request(state: ServerState, training: "LiveTraining", key: "ApiKey", body: FineTuningJobRequest) -> JobRequest:
+def job_request(state: ServerState, training: "LiveTraining", key: "ApiKey", body: FineTuningJobRequest) -> JobRequest:
     """Return what a body asks for, once the key may have it.
 
     Raises:
@@ -171,12 +171,12 @@ def _model(state: ServerState, key: "ApiKey", model: str) -> str:
 def _hyperparameters(body: FineTuningJobRequest) -> dict[str, Any]:
     """Return those that a body sets, in its older place and in its method."""
     method = body.method or Method(type="supervised")
-    own, other, name = method.supervised, method.dpo, "dpo"
+    settings, other, name = method.supervised, method.dpo, "dpo"
     if method.type == "dpo":
-        own, other, name = method.dpo, method.supervised, "supervised"
+        settings, other, name = method.dpo, method.supervised, "supervised"
     if other is not None:
         raise HttpError(400, f"The type of the method is {method.type}.", param=f"method.{name}")
-    older, newer = _values(body.hyperparameters), _values(own.hyperparameters if own else None)
+    older, newer = _values(body.hyperparameters), _values(settings.hyperparameters if settings else None)
     for name in older.keys() & newer.keys():
         if older[name] != newer[name]:
             raise HttpError(400, f"{name} is set twice, differently.", param=f"hyperparameters.{name}")

@@ -31,6 +31,13 @@ class FilesQuery(msgspec.Struct, kw_only=True):
     purpose: str | None = None
 
 
+class CheckQuery(msgspec.Struct, kw_only=True):
+    """The parameters of `GET /v1/files/{id}/check`."""
+
+    max_length: Annotated[int, Meta(ge=2, le=2**31)] = 1024
+    """Maximum tokens of a sequence; longer ones are cut at the end. By default as in training."""
+
+
 class PageQuery(msgspec.Struct, kw_only=True):
     """The parameters of a list whose newest entries come first."""
 

@@ -28,6 +28,7 @@ VERBS = (
     "generate",
     "chat",
     "serve",
+    "studio",
     "jobs",
     "ls",
     "show",

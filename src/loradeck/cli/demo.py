@@ -159,6 +159,7 @@ def real_story(console: "Console", base: "Base", adapters: Path, *, quick: bool,
     program = "loradeck" if on_path else sys.argv[0]  # after `make demo`, .venv/bin/loradeck
     first, second = str(adapters / FIRST), str(adapters / SECOND)
     for command in (
+        ["studio", BASE, "--adapters", str(adapters)],
         ["chat", BASE, "--adapter", first, "--adapter", second],
         ["generate", BASE, "Where is Lima?", "--adapter", f"{first}*0.7+{second}*0.3"],
         ["diff", first, second],

@@ -13,7 +13,7 @@ from loradeck.cli.options import AsJson
 from loradeck.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from loradeck.train.events import Evaluation, Step
+    from loradeck.train.events import Evaluation, Sample, Step
 
 PATH = "fine_tuning/jobs"
 MOST = 1000  # jobs of a list
@@ -160,14 +160,16 @@ def _watch(client: OpenAIClient, id: str) -> None:
 
 def _events(
     client: OpenAIClient, id: str, name: str, on_message: Callable[[str], object]
-) -> "Iterator[Step | Evaluation]":
-    """Yield a job's metrics as the events of a run; `on_message` is called with all else that is told of it."""
-    from loradeck.train.events import Evaluation, Step
+) -> "Iterator[Step | Evaluation | Sample]":
+    """Yield a job's metrics and samples as the events of a run; `on_message` is called with all else about it."""
+    from loradeck.train.events import Evaluation, Sample, Step
 
     seconds, tokens = 0.0, 0
     for event in client.events(f"{PATH}/{quote(id)}/events?stream=true", dict[str, Any]):
         data = event["data"]
-        if event["type"] == "message":
+        for sample in data.get("samples", ()):
+            yield Sample(job=name, step=data["step"], seconds=seconds, **sample)
+        if event["type"] == "message" and "samples" not in data:
             on_message(f"{_time(event)}  {event['message']}")
         if "train_loss" in data:
             speed = data.get("tokens_per_second")

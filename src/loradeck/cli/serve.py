@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -50,13 +50,15 @@ def serve(
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
     live: Annotated[LiveConfig, Parameter(name="*")] = LIVE,
+    on_ready: Annotated[Callable[[str], object] | None, Parameter(parse=False)] = None,
 ) -> None:
     """Serve a base and its adapters as an OpenAI-compatible API.
 
     A request's `model` selects the adapter: its name, name@version, or a blend
     such as poet*0.7+pirate*0.3. An adapter is loaded on its first request, also
     if it was added to the folder later. Ctrl-C and SIGTERM let running requests
-    finish. The log, one line per request, goes to stderr. See docs/serving.md.
+    finish. The log, one line per request, goes to stderr. A browser shows the
+    server's page at its address. See docs/serving.md and docs/page.md.
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
@@ -67,6 +69,7 @@ def serve(
         draft_model: A smaller base with the same tokenizer, which drafts tokens that the base then checks.
         train: Train adapters too, as OpenAI's fine-tuning jobs, and publish them in the folder of adapters. Files and
             jobs are in .live there. See docs/live.md.
+        on_ready: Called with the server's URL once it answers.
     """
     start = time.perf_counter()
     from loradeck.api.auth import ApiKeys
@@ -123,8 +126,10 @@ def serve(
                     adapter_count = f"{count} adapter{'s' * (count != 1)}"
                     seconds = time.perf_counter() - start
                     ready = f"{loaded.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
-                    print(printable(ready), flush=True)
+                    print(printable(f"{ready}\nor open {url} in a browser"), flush=True)
                     _log_start(running, url, count, settings)
+                    if on_ready:
+                        on_ready(url)
 
                 Server(application, address, announce).serve_forever()
 

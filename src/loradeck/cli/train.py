@@ -140,9 +140,10 @@ def carry_out(
     with quick_imports():
         from loradeck.base.load import Base
         from loradeck.cli.display.live_view import plan_table, progress
-        from loradeck.cli.display.plan import plan, trial_columns
+        from loradeck.cli.display.trials import trial_columns
         from loradeck.cli.writers import metric_writer
         from loradeck.train.inputs import check_inputs
+        from loradeck.train.plan import plan
         from loradeck.train.run import Run
 
     check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])

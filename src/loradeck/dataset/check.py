@@ -4,8 +4,10 @@ Valid records are measured whatever is wrong with the others.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from itertools import takewhile
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, takewhile
 from math import ceil
 from pathlib import Path
 from typing import Self
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loradeck.dataset.config import DataConfig
 from loradeck.dataset.example import Example
-from loradeck.dataset.finding import Finding
+from loradeck.dataset.finding import FIRST, Finding, Findings
 from loradeck.dataset.reader import DatasetReader, ParsedRow
 from loradeck.dataset.record import LabelledText, PreferencePair, Record, Span, TaggedWords, TokenIds
 from loradeck.dataset.source import Position, find
@@ -37,10 +39,13 @@ class Lengths(msgspec.Struct, frozen=True):
     max: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Self:
-        """Summarise one or more lengths."""
-        ordered = sorted(lengths)
-        return cls(*(ordered[max(0, ceil(share * len(ordered)) - 1)] for share in (0, 0.5, 0.95, 1)))
+    def of(cls, lengths: Iterable[int] | Counter[int]) -> Self:
+        """Summarise one or more lengths, or how often each occurs."""
+        counts = Counter(lengths)
+        ordered = sorted(counts)
+        ends = [*accumulate(counts[length] for length in ordered)]  # of each length in the list of all
+        ranks = (max(1, ceil(share * ends[-1])) for share in (0, 0.5, 0.95, 1))
+        return cls(*(ordered[bisect_left(ends, rank)] for rank in ranks))
 
 
 class SplitReport(msgspec.Struct, rename={"supervised": "learned"}):
@@ -95,11 +100,24 @@ def check_dataset(
     config: DataConfig | None = None,
     *,
     task: str = "generate",
+    places: int = FIRST,
+    compared: int | None = None,
     on_read: Callable[[Position], None] | None = None,
+    on_row: Callable[[ParsedRow], None] | None = None,
 ) -> Report:
     """Read a dataset as training would, past its invalid records. Without a tokenizer, count characters.
 
-    `task` is the base's. `on_read` is called after each record, and each piece of a file.
+    Args:
+        source: A file, a folder with splits, or a dataset of the hub.
+        tokenizer: The base's.
+        max_length: Maximum tokens of a sequence; longer ones are cut at the end.
+        config: How its records are read.
+        task: The base's.
+        places: How many places of a problem are told.
+        compared: How many records are compared with others, which takes memory for each of them; None for all. The rest
+            count as if they had no duplicates, and a remark says so.
+        on_read: Called after each record, and each piece of a file.
+        on_row: Called with each valid record.
 
     Raises:
         DataError: it cannot be found.
@@ -107,20 +125,28 @@ def check_dataset(
     """
     config = config or DataConfig()
     files = find(source, config.encoding, on_read)
-    reader = DatasetReader(files, tokenizer, max_length, config, task)
+    reader = DatasetReader(files, tokenizer, max_length, config, task, problems=Findings(places=places))
     report = Report(str(source), splits={split: SplitReport() for split in files.rows})
     seen: dict[str, dict[bytes, str]] = {split: {} for split in files.rows}
     train_prompts: dict[bytes, str] = {}
-    lengths: dict[str, list[int]] = {split: [] for split in files.rows}
+    lengths: dict[str, Counter[int]] = {split: Counter() for split in files.rows}
+    count = 0
     for row in reader.rows():
         split, sizes = report.splits[row.split], _sizes(row)
-        lengths[row.split] += [total for total, _ in sizes]
+        lengths[row.split].update(total for total, _ in sizes)
         split.records += 1
         split.examples += len(row.examples) or 1
         split.total += sum(total for total, _ in sizes)
         split.supervised += sum(supervised for _, supervised in sizes)
         split.truncated += sum(example.truncated for example in row.examples)
-        report.first = report.first or _first(row, tokenizer)
+        report.first = report.first or spans_of(row, tokenizer)
+        if on_row:
+            on_row(row)
+        if on_read:
+            on_read(files.position)
+        count += 1
+        if compared is not None and count > compared:
+            continue
         spans = row.record.spans()
         whole, prompt = _digest(spans), _digest(list(takewhile(lambda span: not span.trained, spans)))
         if of := seen[row.split].get(whole):
@@ -132,8 +158,6 @@ def check_dataset(
             split.leaked.append(Duplicate(row.location, of))
         elif (of := train_prompts.get(prompt)) and not spans[0].trained:
             split.prompts.append(Duplicate(row.location, of))
-        if on_read:
-            on_read(files.position)
     for name, sizes in lengths.items():
         report.splits[name].lengths = Lengths.of(sizes) if sizes else None
     forms = [*reader.learns_to_stop]
@@ -144,6 +168,8 @@ def check_dataset(
     for split_name, counts in reader.counts.items():
         report.splits[split_name].labels = {name: counts[name] for name in reader.labels.names if counts[name]}
     report.unused, report.remarks = reader.unused.list(), reader.remarks.list()
+    if compared is not None and count > compared:
+        report.remarks.append(Finding(f"duplicates are counted among the first {compared:,} of {count:,} records"))
     report.problems = reader.problems.list()
     return report
 
@@ -161,7 +187,8 @@ def _sizes(row: ParsedRow) -> list[tuple[int, int]]:
     ]
 
 
-def _first(row: ParsedRow, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Span]]:
+def spans_of(row: ParsedRow, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Span]]:
+    """Return the first example of a record in spans; of a preference pair, the chosen one and the rejected one."""
     if tokenizer is None or isinstance(row.record, LabelledText | TaggedWords):
         return _sides(row.record)
     return [each.spans(tokenizer) for example in row.examples[:1] for each in example.sequences]

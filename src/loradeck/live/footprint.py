@@ -15,12 +15,19 @@ KEPT_MODELS = 3  # a job's checkpoints that requests can name
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a job takes, in bytes."""
+    """What a job takes; but for `parameters`, in bytes."""
 
+    parameters: int
+    """Values of its adapter."""
     memory: int
     """Its adapter, gradients, the optimizer's moments, the best copy and the reference."""
     disk: int
     """At most, while it trains and is published."""
+
+    @property
+    def adapter(self) -> int:
+        """Its adapter alone, in memory."""
+        return FLOAT * self.parameters
 
 
 def footprint(base: Base, job: JobRecipe, data: JobData) -> Footprint:
@@ -30,11 +37,12 @@ def footprint(base: Base, job: JobRecipe, data: JobData) -> Footprint:
         TargetError: the job's targets match no module, or one that takes no adapter.
         AdapterError, ConfigError: the adapter that it goes on from is not valid, or has other settings.
     """
-    adapter = FLOAT * (_parameters(base, job, data) if job.from_ is None else read_parent(job).parameters)
+    parameters = _parameters(base, job, data) if job.from_ is None else read_parent(job).parameters
+    adapter = FLOAT * parameters
     best = 2 if data.valid else 0  # and the last, once it has ended
     reference = 1 if job.from_ is not None and data.dataset.preferences else 0
     checkpoints = 2 * (3 + best)  # a new one is written before the old one is removed
-    return Footprint(adapter * (4 + best + reference), adapter * (checkpoints + KEPT_MODELS + 1 + 2))
+    return Footprint(parameters, adapter * (4 + best + reference), adapter * (checkpoints + KEPT_MODELS + 1 + 2))
 
 
 def _parameters(base: Base, job: JobRecipe, data: JobData) -> int:

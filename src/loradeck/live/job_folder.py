@@ -15,11 +15,12 @@ from pathlib import Path
 
 from loradeck.dataset.source import SUFFIXES
 from loradeck.disk import new_folder
+from loradeck.live.records import TRAINING, VALIDATION
 from loradeck.lora.names import valid_name
 from loradeck.stored import Stored
 from loradeck.train.run import CHECKPOINTS
 
-TRAINING, VALIDATION, PARENT, MODELS = "training_file", "validation_file", "parent", "models"
+PARENT, MODELS = "parent", "models"
 STEM = 60  # characters of a file's name that are kept; each is up to four bytes of the 255 that a disk takes
 
 

@@ -20,6 +20,7 @@ from loradeck.train.job_data import JobData, read_data
 from loradeck.train.objective import objective_of
 from loradeck.train.recipe import JobRecipe, RunRecipe
 from loradeck.train.schedule import Schedule
+from loradeck.train.trainer import check_context
 
 PLACES = 20  # wrong lines of a file that are told, of each cause
 
@@ -30,11 +31,23 @@ class JobPlan:
 
     recipe: RunRecipe
     data: dict[str, JobData]
-    memory: int
-    """Bytes while it trains."""
-    steps: int
+    size: Footprint
+    schedule: Schedule
     tokens: int
     """That it will be trained on, in all epochs."""
+
+
+def check_size(position: Position, config: LiveConfig) -> None:
+    """Check how much of a file was read.
+
+    Raises:
+        DataError: it is larger than allowed, once it is decompressed.
+    """
+    if position.size > config.max_file_bytes:
+        raise DataError(
+            f"{position.file} has more than {config.max_file_bytes:,} bytes once it is decompressed",
+            hint="Upload fewer records.",
+        )
 
 
 def plan_job(
@@ -65,10 +78,13 @@ def plan_job(
     if base.task == "generate" and preferences != (record.request.method == "dpo"):
         kind, method = ("preference pairs", "dpo") if preferences else ("no preference pairs", "supervised")
         raise DataError(f"{examples.dataset.name} has {kind}", hint=f"Give the method {method}.")
+    check_context(base, examples.train, examples.valid)
     needs_reference = objective_of(base.task, job.train, preferences=preferences).needs_reference
     schedule = Schedule.of(job.train, len(examples.train), base.model.config, preferences=needs_reference)
     if multiplier := record.request.learning_rate_multiplier:
-        train = replace(job.train, learning_rate=schedule.peak * multiplier)
+        reason = f"{schedule.reason}; times {multiplier:g}, as given"
+        schedule = replace(schedule, peak=schedule.peak * multiplier, reason=reason)
+        train = replace(job.train, learning_rate=schedule.peak)
         recipe = replace(recipe, jobs=(replace(job, train=train),))
     epochs = schedule.steps / math.ceil(len(examples.train) / job.train.batch_size)
     tokens = math.ceil(Sizes.of(examples.train).tokens * epochs)
@@ -90,4 +106,4 @@ def plan_job(
             f"the job's checkpoints need {size.disk:,} bytes of the disk, which has {free:,}",
             hint="Make room on the server's disk, and resume the job.",
         )
-    return JobPlan(recipe, data, size.memory, schedule.steps, tokens)
+    return JobPlan(recipe, data, size, schedule, tokens)

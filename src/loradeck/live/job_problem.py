@@ -4,8 +4,8 @@ import errno
 import sqlite3
 
 from loradeck.errors import ConfigError, DataError, LoradeckError, QuotaError, StorageError, TargetError
-from loradeck.live.job_folder import TRAINING, VALIDATION, JobFolder
-from loradeck.live.records import JobError
+from loradeck.live.job_folder import JobFolder
+from loradeck.live.records import TRAINING, JobError, file_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -21,11 +21,18 @@ def job_error(error: BaseException, folder: JobFolder) -> JobError:
     if isinstance(error, QuotaError):
         return JobError("quota_exceeded", text, TRAINING)
     if isinstance(error, DataError):
-        param = VALIDATION if f"{VALIDATION}/" in text else TRAINING
-        return JobError(f"invalid_{param}", text.replace(f"{param}/", ""), param)
+        kind, text = file_of(text)
+        return JobError(f"invalid_{kind}", text, kind)
     if isinstance(error, ConfigError | TargetError):
         return JobError("invalid_settings", text)
     return JobError("training_failed", text)
+
+
+def hide_folder(error: LoradeckError, folder: JobFolder) -> None:
+    """Cut the path of a job's folder out of an error."""
+    path = f"{folder.path}/"
+    error.message, error.hint = error.message.replace(path, ""), error.hint.replace(path, "")
+    error.problems = tuple(problem.replace(path, "") for problem in error.problems)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

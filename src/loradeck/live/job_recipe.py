@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from loradeck.base.load import Base
 from loradeck.errors import ConfigError
 from loradeck.live.config import LiveConfig
-from loradeck.live.job_folder import PARENT, TRAINING, VALIDATION, JobFolder
-from loradeck.live.records import JobRecord, JobRequest
+from loradeck.live.job_folder import PARENT, JobFolder
+from loradeck.live.records import TRAINING, VALIDATION, JobRecord, JobRequest
 from loradeck.train.config import PassConfig
 from loradeck.train.recipe import RUN_FILE, JobRecipe, RunRecipe, job_recipe, read_recipe
 
 SETTINGS = "lora"  # where clients write a job's settings
+SAMPLES = "samples"  # of them, the one that all jobs of a run file share
+MOST_SAMPLES = 8  # as each is answered at each evaluation
 
 
 def check_settings(request: JobRequest, parent: Path | None) -> JobRecipe:
@@ -28,11 +29,24 @@ def check_settings(request: JobRequest, parent: Path | None) -> JobRecipe:
             )
         if request.settings.get("learning_rate") is not None:
             raise ConfigError("learning_rate and learning_rate_multiplier exclude each other", hint="Give one of them.")
-    settings: dict[str, Any] = dict(request.settings)
+    sample_count(request)
+    settings = {name: value for name, value in request.settings.items() if name != SAMPLES}
     if request.seed is not None:
         settings.setdefault("seed", request.seed)
     fixed = {"name": "new", "data": "", "valid": None, "from": parent and str(parent)}
     return job_recipe(settings, SETTINGS, **fixed)
+
+
+def sample_count(request: JobRequest) -> int:
+    """Return how many validation prompts a job's adapter answers at each evaluation.
+
+    Raises:
+        ConfigError: it is not a number from 0 to MOST_SAMPLES.
+    """
+    count = request.settings.get(SAMPLES, 0)
+    if type(count) is not int or not 0 <= count <= MOST_SAMPLES:
+        raise ConfigError(f"{SETTINGS}.{SAMPLES} must be an integer from 0 to {MOST_SAMPLES}, not {count!r:.40}")
+    return count
 
 
 def run_recipe(record: JobRecord, base: Base, config: LiveConfig, folder: JobFolder) -> RunRecipe:
@@ -54,6 +68,6 @@ def run_recipe(record: JobRecord, base: Base, config: LiveConfig, folder: JobFol
         max_tokens=read_recipe(begun).shared.max_tokens if begun.exists() else config.train_tokens,
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=1,
-        samples=0,
+        samples=sample_count(request),
     )
     return RunRecipe(base=base.source, task=base.task, shared=shared, jobs=(job,))

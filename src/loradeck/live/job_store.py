@@ -138,7 +138,7 @@ class JobStore:
     def add_event(
         self, job: str, message: str, data: Mapping[str, Any] | None = None, *, level: Level = "info"
     ) -> EventRecord:
-        """Add an event of a job: metrics if its data has more than a step.
+        """Add an event of a job: metrics if its data has more than a step, and no samples.
 
         It may be lost in a power cut, as the job then goes on from a checkpoint before it.
         """
@@ -147,7 +147,7 @@ class JobStore:
             job=job,
             created_at=int(time.time()),
             level=level,
-            type="metrics" if data.keys() - {"step"} else "message",
+            type="metrics" if data.keys() - {"step", "samples"} else "message",
             message=message,
             data=data,
         )

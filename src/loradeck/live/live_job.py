@@ -9,19 +9,22 @@ import torch
 
 from loradeck.base.load import Base
 from loradeck.errors import Interruption
+from loradeck.live.answers import answerer
 from loradeck.live.footprint import KEPT_MODELS
 from loradeck.live.job_folder import JobFolder, remove
 from loradeck.live.job_store import JobStore
 from loradeck.live.live_trainer import Passes
+from loradeck.live.records import Level
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
-from loradeck.train.events import AnyEvent, End, Evaluation, Step
+from loradeck.train.events import AnyEvent, End, Sample, Step
 from loradeck.train.job import Job
 from loradeck.train.job_data import JobData
 from loradeck.train.recipe import RunRecipe
 from loradeck.train.run import Run
 
 GOOD_ENDS = ("finished", "early stop")
+CHARACTERS = 4000  # of each text of a sample
 
 
 class LiveJob:
@@ -43,6 +46,8 @@ class LiveJob:
         self._jobs, self._on_change = jobs, on_change
         self._tokens = 0
         self._metrics: dict[str, float] = {}
+        self._samples: list[dict[str, str]] = []
+        """Of the evaluation that is being told."""
         self._clock: Callable[[Step], int] = lambda _: 0
 
     def passes(self, base: Base, bank: Bank) -> Passes:
@@ -52,7 +57,10 @@ class LiveJob:
             LoradeckError: the run cannot begin, or a checkpoint cannot be written.
         """
         try:
-            run = Run(self._recipe, self._folder.path, base, bank=bank, data=self._data, on_event=self._tell)
+            answer = answerer(base, bank) if base.task == "generate" else None
+            run = Run(
+                self._recipe, self._folder.path, base, bank=bank, data=self._data, answer=answer, on_event=self._tell
+            )
             run.resume()
             job = run.trainer.jobs[self.id]
             self._begin(job)
@@ -101,6 +109,15 @@ class LiveJob:
         self._on_change(self.id)
 
     def _tell(self, event: AnyEvent) -> None:
+        if isinstance(event, Sample):
+            self._tell_sample(event)
+            return
+        if isinstance(event, End):
+            if event.reason in GOOD_ENDS and event.detail:  # else the job fails of it
+                level: Level = "warn" if event.reason == "finished" else "info"
+                self._jobs.add_event(self.id, f"{event.reason}: {event.detail}", {"step": event.step}, level=level)
+                self._on_change(self.id)
+            return
         if isinstance(event, Step):
             data = {
                 "step": event.step,
@@ -122,21 +139,33 @@ class LiveJob:
                 estimated_finish=self._clock(event),
             )
             message = f"Step {event.step}/{event.steps}: training loss={event.loss:.4f}"
-        elif isinstance(event, Evaluation):
+        else:
             data = {"step": event.step, "valid_loss": event.loss, "valid_accuracy": event.accuracy}
             self._metrics["valid_loss"] = event.loss
             message = f"Step {event.step}: validation loss={event.loss:.4f}"
-        else:
-            return
         figures = {name: value for name, value in data.items() if value is not None}
         self._jobs.add_event(self.id, message, figures)
         self._on_change(self.id)
+
+    def _tell_sample(self, sample: Sample) -> None:
+        """Tell the samples of an evaluation at once, with the last of them."""
+        self._samples.append({name: _excerpt(getattr(sample, name)) for name in ("prompt", "expected", "answer")})
+        count = len(self._samples)
+        if count == min(self._recipe.shared.samples, len(self._data[self.id].valid)):
+            data = {"step": sample.step, "samples": self._samples}
+            self._jobs.add_event(self.id, f"Step {sample.step}: {count} sample{'s' * (count > 1)}", data)
+            self._samples = []
+            self._on_change(self.id)
 
 
 def _finish(start: float, begun: int, event: Step) -> int:
     """Return when a job will have taken its steps, if it goes on as since `start`, at the step `begun`."""
     each = (time.monotonic() - start) / max(1, event.step - begun)
     return int(time.time() + each * (event.steps - event.step))
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
 
 
 @torch.no_grad()

@@ -19,26 +19,26 @@ from typing import Any, Self
 
 from loradeck.base import openmp
 from loradeck.dataset.source import Position
-from loradeck.errors import BusyError, ConfigError, DataError, Interruption, LoradeckError, StorageError, TrainingError
-from loradeck.live.adapter_name import adapter_name, is_base
+from loradeck.errors import BusyError, ConfigError, Interruption, LoradeckError, StorageError, TrainingError
+from loradeck.live.adapter_name import adapter_name
 from loradeck.live.checkpoint_models import CheckpointModels
 from loradeck.live.config import LiveConfig
 from loradeck.live.database import Database
 from loradeck.live.followers import Followers
 from loradeck.live.footprint import Footprint, footprint
-from loradeck.live.job_folder import TRAINING, VALIDATION, JobFolder, remove
-from loradeck.live.job_plan import JobPlan, plan_job
+from loradeck.live.job_folder import JobFolder, remove
+from loradeck.live.job_inputs import JobInputs
+from loradeck.live.job_plan import JobPlan, check_size, plan_job
 from loradeck.live.job_problem import is_disk_full, job_error
 from loradeck.live.job_queue import JobQueue, Ticket
-from loradeck.live.job_recipe import check_settings
 from loradeck.live.job_store import JobStore
 from loradeck.live.live_job import GOOD_ENDS, LiveJob
 from loradeck.live.live_trainer import LiveTrainer
+from loradeck.live.previews import Previews
 from loradeck.live.publishing import keep_metrics, publish
-from loradeck.live.records import FINE_TUNE, EventRecord, JobRecord, JobRequest, JobStatus, Quota, new_id
+from loradeck.live.records import EventRecord, JobRecord, JobRequest, JobStatus, Quota, new_id
 from loradeck.live.uploads import Uploads
 from loradeck.serve.request_engine import RequestEngine
-from loradeck.train.inputs import read_parent
 from loradeck.train.job_data import JobData
 from loradeck.train.recipe import JobRecipe
 
@@ -85,6 +85,7 @@ class LiveTraining:
             pending = self._sweep()
             self._trainer = LiveTrainer(engine, self.config)
             stack.pop_all()  # from now on `close` does it
+        self.previews = Previews(engine, self.uploads, self.config, self.folder / "jobs", self._trainer.call)
         self._models = CheckpointModels(self.folder / "jobs")
         engine.adapter_cache.sources.append(self._models)
         for record in pending:
@@ -122,35 +123,15 @@ class LiveTraining:
             StorageError: the disk cannot take it.
             BusyError: the engine is shutting down.
         """
-        files = {
-            kind: self.uploads.get(id, request.owner)
-            for kind, id in ((TRAINING, request.training_file), (VALIDATION, request.validation_file))
-            if id is not None
-        }
-        for kind, file in files.items():
-            if file.purpose != FINE_TUNE:
-                raise ConfigError(f"{kind} is for the purpose {file.purpose!r}", hint=f"Upload it for {FINE_TUNE!r}.")
-        if request.method == "dpo" and self.base.task != "generate":
-            raise ConfigError(f"the method dpo is for bases that generate, not for the task {self.base.task}")
-        parent = None if is_base(request.model, self.base) else self.engine.adapter_cache.find(request.model)
-        recipe = check_settings(request, None if parent is None else parent.path)
-        if parent is not None:
-            read_parent(recipe)
-            self.engine.adapter_cache.bank.check(parent.path)
+        inputs = JobInputs.of(request, self.engine, self.uploads)
         id = new_id("ftjob")
         name = adapter_name(request, self.base, id)
         folder = self._folder(id)
         try:
-            for kind, file in files.items():
-                folder.take_file(kind, self.uploads.path(file.id), file.filename)
-            if parent is not None:
-                folder.take_parent(parent)
+            inputs.take(folder, self.uploads)
             with self._lock:
                 self._check_open()
-                record = self.jobs.add(request, id=id, name=name, seed=recipe.train.seed, quota=quota)
-        except OSError as error:
-            remove([folder.path])
-            raise StorageError(f"the job's files cannot be kept: {error.strerror}") from error
+                record = self.jobs.add(request, id=id, name=name, seed=inputs.recipe.train.seed, quota=quota)
         except BaseException:
             remove([folder.path])
             raise
@@ -236,6 +217,7 @@ class LiveTraining:
                 return
             self._closed = True
             self._wanted.clear()
+        self.previews.close()
         self._trainer.close()
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
@@ -265,9 +247,9 @@ class LiveTraining:
             if id not in self._wanted or id in self._queue:
                 return
             if self.jobs.get(id, record.request.owner).status == "validating_files":
-                self.jobs.update(id, status="queued", total_steps=plan.steps)
+                self.jobs.update(id, status="queued", total_steps=plan.schedule.steps)
                 self._say(id, "Files validated, moving job to queued state")
-            self._queue.add(Ticket(id, record.request.owner, plan.memory, plan.tokens))
+            self._queue.add(Ticket(id, record.request.owner, plan.size.memory, plan.tokens))
             self._plans[id] = plan if len(self._plans) < KEPT_DATA else None
         self._admit_later()
 
@@ -279,11 +261,7 @@ class LiveTraining:
     def _on_read(self, id: str, position: Position) -> None:
         if id not in self._wanted:
             raise Interruption
-        if position.size > self.config.max_file_bytes:
-            raise DataError(
-                f"{position.file} has more than {self.config.max_file_bytes:,} bytes once it is decompressed",
-                hint="Upload fewer records.",
-            )
+        check_size(position, self.config)
 
     def _measure(self, job: JobRecipe, data: JobData) -> Footprint:
         return self._trainer.call(partial(footprint, self.base, job, data)).result()

@@ -8,6 +8,7 @@ import msgspec
 
 JobStatus: TypeAlias = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 CHECKPOINT = re.compile("(ftjob-[0-9a-f]{24}):ckpt-([1-9][0-9]{0,17})")  # what requests call one: its job, its step
+TRAINING, VALIDATION = "training_file", "validation_file"  # the files of a job, as requests call them
 FINE_TUNE = "fine-tune"  # the purpose of all uploads
 ENDS: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 Level: TypeAlias = Literal["info", "warn", "error"]
@@ -18,6 +19,12 @@ Page: TypeAlias = tuple[list[Record], bool]  # and whether there are more
 def new_id(kind: str) -> str:
     """Return a new id that nobody can guess, such as `file-` and 24 hexadecimal digits."""
     return f"{kind}-{secrets.token_hex(12)}"
+
+
+def file_of(text: str) -> tuple[str, str]:
+    """Return which file of a job the text of an error is about, and the text with the file's own name."""
+    kind = VALIDATION if f"{VALIDATION}/" in text else TRAINING
+    return kind, text.replace(f"{kind}/", "")
 
 
 def job_of(spec: str) -> str | None:
@@ -123,7 +130,7 @@ class EventRecord(msgspec.Struct, frozen=True, kw_only=True):
     type: Literal["message", "metrics"]
     message: str
     data: dict[str, Any] = {}
-    """Metrics have `step`."""
+    """Metrics have `step`; so have `samples`, answers to validation prompts."""
 
     @property
     def id(self) -> str:

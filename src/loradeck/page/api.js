@@ -3,6 +3,8 @@
 const KEY = "loradeck.key"; // in sessionStorage: it is gone when the tab is closed
 const RETRY = 2000; // milliseconds between two looks for a server that is gone
 
+const BEAT = 5000; // milliseconds between two looks while the server answers
+
 /** An error that the server answered with. */
 export class ApiError extends Error {
   /**
@@ -187,6 +189,13 @@ function setOnline(online) {
   connection.online = online;
   connection.dispatchEvent(new Event("change"));
   if (!online) look();
+}
+
+/** Notice when the server is gone, also while nothing is asked of it. */
+export function watchConnection() {
+  setInterval(() => {
+    if (connection.online && !document.hidden) request("GET", "health").catch(() => {});
+  }, BEAT);
 }
 
 /** Look for the server until it is back. */

@@ -1,7 +1,7 @@
 /** The page: its views, which of them is shown, and whether the server answers. */
 
 import * as address from "./address.js";
-import { connection, key } from "./api.js";
+import { connection, key, watchConnection } from "./api.js";
 import { element, replace } from "./dom.js";
 import { askForKey } from "./key.js";
 import { notifyError } from "./notice.js";
@@ -113,4 +113,5 @@ connection.addEventListener("change", () => {
   if (connection.online) open();
 });
 window.addEventListener("hashchange", showAddress);
+watchConnection();
 open();

@@ -98,7 +98,7 @@ function written(value, step) {
   if (value === 0) return "0";
   const magnitude = Math.floor(Math.log10(Math.abs(value)));
   const digits = -Math.floor(Math.log10(step) + 1e-9);
-  if (magnitude < -3 || magnitude > 6) return value.toExponential(Math.min(20, Math.max(0, digits + magnitude)));
-  const places = Math.min(20, Math.max(0, digits));
+  if (digits > 4 || magnitude > 6) return value.toExponential(Math.min(20, Math.max(0, digits + magnitude)));
+  const places = Math.max(0, digits);
   return value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places });
 }

@@ -232,7 +232,7 @@ class LineChart {
     });
     const names = [
       svg("text", { x: 4, y: 14 }, y),
-      svg("text", { x: LEFT + right, y: TOP + bottom - 6, "text-anchor": "end" }, x),
+      svg("text", { x: 4, y: HEIGHT - 6 }, x),
     ];
     if (!this.#shown.some(({ points }) => points.length)) {
       names.push(svg("text", { x: LEFT + right / 2, y: TOP + bottom / 2, "text-anchor": "middle" }, "nothing yet"));

@@ -31,24 +31,21 @@ export function indexAt(points, x) {
 export function curve(points, x, y) {
   const last = Math.min(points.length - 1, indexAt(points, x.high) + 1);
   let text = "";
-  /** @type {{x: number, first: number, low: number, high: number, last: number} | null} */
-  let column = null;
-  let alone = true; // nothing is drawn from the point where the pen is
   let down = false;
+  let alone = true; // nothing is drawn yet from where the pen is
+  const column = { x: NaN, heights: NONE }; // first, lowest, highest, last
   const flush = () => {
-    if (!column) return;
-    const { x: at, first, low, high, last } = column;
-    const heights = [first, low, high, last].filter((height, index, all) => index === 0 || height !== all[index - 1]);
-    for (const height of heights) {
-      text += `${down ? "L" : "M"}${at} ${height}`;
+    for (const height of column.heights.filter((each, index, all) => each !== all[index - 1])) {
+      text += `${down ? "L" : "M"}${column.x} ${height}`;
       alone = !down;
       down = true;
     }
-    column = null;
+    column.x = NaN;
+    column.heights = NONE;
   };
   const lift = () => {
     flush();
-    if (down && alone) text += "h0"; // a dot, with round ends
+    if (down && alone) text += "h0"; // a dot, as the ends of lines are round
     down = false;
   };
   for (let index = Math.max(0, indexAt(points, x.low)); index <= last; index++) {
@@ -59,15 +56,18 @@ export function curve(points, x, y) {
     }
     const at = Math.round(x.pixel(points[index][0]) * 2) / 2;
     const height = Math.round(y.pixel(value) * 10) / 10;
-    if (column?.x !== at) {
+    if (at !== column.x) {
       flush();
-      column = { x: at, first: height, low: height, high: height, last: height };
+      column.x = at;
+      column.heights = [height, height, height, height];
     } else {
-      column.low = Math.min(column.low, height);
-      column.high = Math.max(column.high, height);
-      column.last = height;
+      const [first, low, high] = column.heights;
+      column.heights = [first, Math.min(low, height), Math.max(high, height), height];
     }
   }
   lift();
   return text;
 }
+
+/** @type {number[]} */
+const NONE = [];

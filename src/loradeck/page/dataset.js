@@ -16,7 +16,7 @@ const JOBS = "v1/fine_tuning/jobs";
 /**
  * Return the panel of an uploaded file.
  * @param {string} id the file's
- * @returns {{element: HTMLElement, stop: () => void}}
+ * @returns {import("./train.js").Panel}
  */
 export function datasetPanel(id) {
   const stopping = new AbortController();
@@ -48,7 +48,9 @@ export function datasetPanel(id) {
     ),
     content,
   );
+  const handle = { element: panel, failed: false, stop: () => stopping.abort() };
   open().catch((error) => {
+    handle.failed = true;
     if (!signal.aborted) replace(content, element("p", { class: "error text", role: "alert" }, error.message));
   });
 
@@ -60,8 +62,9 @@ export function datasetPanel(id) {
     replace(title, `${file.filename} (${size(file.bytes)})`);
     /** @type {import("./dataset_check.js").FileCheck} */
     const check = await get(`${path}/check`, { signal });
-    replace(content, element("div", { class: "card" }, datasetCheck(check)));
-    if (check.problem_count === 0) content.append(...jobOf(check, files.filter((/** @type {FileRecord} */ each) => each.id !== id)));
+    replace(content, datasetCheck(check));
+    if (check.problem_count > 0) return;
+    content.append(...jobOf(check, files.filter((/** @type {FileRecord} */ each) => each.id !== id)));
   }
 
   /**
@@ -108,5 +111,5 @@ export function datasetPanel(id) {
     return [form.element, place];
   }
 
-  return { element: panel, stop: () => stopping.abort() };
+  return handle;
 }

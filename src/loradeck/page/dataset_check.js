@@ -1,32 +1,21 @@
-/** What the server's check says of a dataset: its form, sizes and problems, and what is learned of the first examples. */
+/** What the server's check says of a dataset: form, sizes, problems, and what is learned of the first examples. */
 
 import { element } from "./dom.js";
 import { count } from "./format.js";
+import { scrollArea } from "./scroll_area.js";
 
+/** @typedef {[text: string, learned: boolean][]} Spans */
 /**
- * @typedef {object} Split
- * @property {number} records
- * @property {number} examples
- * @property {{min: number, median: number, p95: number, max: number} | null} lengths
- * @property {number} total
- * @property {number} supervised
- * @property {number} truncated
- * @property {number} duplicates
- * @property {number} leaked
- * @property {Record<string, number>} labels
+ * @typedef {{records: number, examples: number, total: number, supervised: number, truncated: number,
+ *   duplicates: number, leaked: number, labels: Record<string, number>,
+ *   lengths: {min: number, median: number, p95: number, max: number} | null}} Split
  */
-
+/** @typedef {{message: string, locations: string[], records: number, hint: string}} Problem a cause, and where it is */
 /**
  * The answer of `GET /v1/files/{id}/check`.
- * @typedef {object} FileCheck
- * @property {string} form
- * @property {"supervised" | "dpo"} method
- * @property {string} unit of the lengths
- * @property {Record<string, Split>} splits
- * @property {string[]} notes
- * @property {{location: string, message: string}[]} problems
- * @property {number} problem_count
- * @property {{spans: [string, boolean][]}[]} first
+ * @typedef {{form: string, method: "supervised" | "dpo", unit: string, splits: Record<string, Split>, notes: string[],
+ *   problems: Problem[], problem_count: number, problem_records: number,
+ *   first: {spans: Spans, rejected: Spans | null}[]}} FileCheck
  */
 
 /**
@@ -34,94 +23,97 @@ import { count } from "./format.js";
  * @param {FileCheck} check
  */
 export function datasetCheck(check) {
-  const { problem_count: problems, form } = check;
-  const verdict = problems
-    ? element("p", { class: "error", role: "alert" }, `${count(problems)} ${problems === 1 ? "problem" : "problems"}: fix or remove these records, and drop the file again.`)
-    : element("p", { class: "good" }, "No problems.");
+  const { form, method, problem_count, problem_records, problems, notes, first } = check;
   return element(
     "div",
-    { class: "stack" },
-    element("p", {}, "Form: ", element("strong", {}, form), check.method === "dpo" && " · preference pairs, for DPO"),
-    splitTable(check),
-    verdict,
-    problems > 0 && problemList(check),
-    check.notes.length > 0 && element("ul", { class: "text" }, ...check.notes.map((note) => element("li", {}, note))),
-    ...labelLists(check),
-    check.first.length > 0 && examples(check),
+    { class: "card stack" },
+    element("p", {}, "Form: ", element("strong", {}, form), method === "dpo" && ", preference pairs for DPO"),
+    sizes(check),
+    problem_count === 0
+      ? element("p", { class: "good" }, "No problems.")
+      : element(
+          "p",
+          { class: "error", role: "alert" },
+          `${plural(problem_count, "problem")} in ${plural(problem_records, "record")}: mend the file, and drop it again.`,
+        ),
+    problem_count > 0 &&
+      element(
+        "ul",
+        { class: "text problems", "aria-label": "Problems" },
+        ...problems.map(problemEntry),
+        problem_count > problems.length && element("li", {}, `and ${count(problem_count - problems.length)} more`),
+      ),
+    notes.length > 0 && element("ul", { class: "text" }, ...notes.map((note) => element("li", {}, note))),
+    ...labels(check),
+    first.length > 0 &&
+      element(
+        "details",
+        { open: true },
+        element("summary", {}, "The first examples: ", mark("underlined"), " is what is learned"),
+        ...first.flatMap(({ spans, rejected }, index) => [
+          example(`Example ${index + 1}`, spans),
+          rejected && example(`Example ${index + 1}, rejected`, rejected),
+        ]),
+      ),
   );
 }
 
 /** @param {FileCheck} check */
-function splitTable({ splits, unit }) {
-  const heads = ["split", "records", "examples", "shortest", "median", "95 %", "longest", unit, "learned", "cut", "twice", "in train"];
+function sizes({ splits, unit }) {
+  const heads = ["split", "records", "examples", "shortest", "median", "95 %", "longest", unit, "learned", "cut"];
+  heads.push("twice", "in train");
   const rows = Object.entries(splits).map(([name, split]) => {
-    const { min, median, p95, max } = split.lengths ?? { min: NaN, median: NaN, p95: NaN, max: NaN };
-    const share = split.total ? `${((100 * split.supervised) / split.total).toFixed(1)} %` : "–";
-    const numbers = [split.records, split.examples, min, median, p95, max, split.total].map((value) => (Number.isNaN(value) ? "–" : count(value)));
-    const rest = [split.truncated, split.duplicates, split.leaked].map(count);
-    return element(
-      "tr",
-      {},
-      element("th", { scope: "row" }, name),
-      ...[...numbers, share, ...rest].map((text) => element("td", { class: "number" }, text)),
-    );
+    const { records, examples, lengths, total, supervised, truncated, duplicates, leaked } = split;
+    const { min, median, p95, max } = lengths ?? { min: 0, median: 0, p95: 0, max: 0 };
+    const texts = [records, examples, min, median, p95, max, total].map(count);
+    texts.push(`${((100 * supervised) / (total || 1)).toFixed(1)} %`, ...[truncated, duplicates, leaked].map(count));
+    const cells = texts.map((text) => element("td", { class: "number" }, text));
+    return element("tr", {}, element("th", { scope: "row" }, name), ...cells);
   });
   const head = heads.map((text, index) => element("th", { scope: "col", class: index ? "number" : "" }, text));
-  return scrolling(
-    "Sizes of the dataset",
-    element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows)),
-  );
+  const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
+  return scrollArea("Sizes", table);
 }
 
-/** @param {FileCheck} check */
-function problemList({ problems, problem_count }) {
-  const more = problem_count - problems.length;
+/** @param {Problem} problem */
+function problemEntry({ message, locations, records, hint }) {
+  const others = locations.slice(1).join(", ") + (records > locations.length ? ", …" : "");
   return element(
-    "ul",
-    { class: "text problems", "aria-label": "Problems" },
-    ...problems.map(({ location, message }) => element("li", {}, location && element("code", {}, location), location && ": ", message)),
-    more > 0 && element("li", {}, `and ${count(more)} more`),
+    "li",
+    {},
+    locations.length > 0 && element("code", {}, locations[0], ": "),
+    message,
+    records > 1 && ` (in ${plural(records, "record")}: also ${others})`,
+    hint && element("div", { class: "muted" }, hint),
   );
 }
 
 /** @param {FileCheck} check */
-function labelLists({ splits }) {
-  return Object.entries(splits)
-    .filter(([, { labels }]) => Object.keys(labels).length)
-    .map(([name, { labels }]) =>
-      element(
-        "p",
-        { class: "text" },
-        `Labels of ${name}: `,
-        Object.entries(labels).map(([label, times]) => `${label} (${count(times)})`).join(", "),
-      ),
-    );
-}
-
-/** @param {FileCheck} check */
-function examples({ first }) {
-  return element(
-    "details",
-    { open: true },
-    element("summary", {}, "The first examples: what is ", element("mark", { class: "learned" }, "learned"), " is underlined, the rest is only read"),
-    ...first.map(({ spans }, index) =>
-      scrolling(
-        `Example ${index + 1}`,
-        element(
-          "pre",
-          { class: "card text" },
-          ...spans.map(([text, learned]) => (learned ? element("mark", { class: "learned" }, text) : text)),
-        ),
-      ),
-    ),
-  );
+function labels({ splits }) {
+  return Object.entries(splits).map(([name, split]) => {
+    const texts = Object.entries(split.labels).map(([label, times]) => `${label} (${count(times)})`);
+    return texts.length > 0 && element("p", { class: "text" }, `Labels of ${name}: ${texts.join(", ")}`);
+  });
 }
 
 /**
- * Return an element that scrolls by itself, by the keyboard too.
- * @param {string} label
- * @param {HTMLElement} content
+ * @param {string} title
+ * @param {Spans} spans
  */
-function scrolling(label, content) {
-  return element("div", { class: "scroll", role: "region", "aria-label": label, tabIndex: 0 }, content);
+function example(title, spans) {
+  const texts = spans.map(([text, learned]) => (learned ? mark(text) : text));
+  return scrollArea(title, element("pre", { class: "card text" }, ...texts));
+}
+
+/** @param {string} text */
+function mark(text) {
+  return element("mark", { class: "learned" }, text);
+}
+
+/**
+ * @param {number} number
+ * @param {string} noun
+ */
+function plural(number, noun) {
+  return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 }

@@ -71,6 +71,7 @@ export function fileList() {
     if (id && files.length === 1 && state.isConnected) location.hash = address.link("train", { file: id });
   }
 
-  const drop = fileDrop({ label: "Drop a dataset here: JSON lines, JSON, CSV, TSV or Parquet", multiple: true, onFiles: send });
+  const label = "Drop a dataset here: JSON lines, JSON, CSV, TSV or Parquet";
+  const drop = fileDrop({ label, multiple: true, onFiles: send });
   return { element: element("section", { class: "stack", "aria-label": "Datasets" }, drop, state, list), refresh };
 }

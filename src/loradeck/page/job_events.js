@@ -6,8 +6,11 @@ const PAGE = 1000;
 const RETRY = 1000; // milliseconds before a stream that was cut is opened again
 const MESSAGES = 200; // kept; the server has all
 
-/** @typedef {{id: string, created_at: number, level: string, message: string, data: Record<string, any>}} JobEvent */
-/** @typedef {{step: number, samples: {prompt: string, answer: string}[]}} Samples */
+/**
+ * @typedef {{id: string, created_at: number, type: string, level: string, message: string,
+ *   data: Record<string, any>}} JobEvent
+ */
+/** @typedef {{step: number, samples: {prompt: string, expected: string, answer: string}[]}} Samples */
 
 /** The events of one job. They arrive in their order, each once, however often the server goes away. */
 export class JobEvents {
@@ -15,7 +18,7 @@ export class JobEvents {
   curves = { loss: [], validation: [], rate: [] };
   /** @type {Samples[]} */
   samples = [];
-  /** @type {JobEvent[]} those without metrics */
+  /** @type {JobEvent[]} those without metrics, the newest of them */
   messages = [];
   /** Tokens per second in the last step. */
   speed = NaN;
@@ -45,7 +48,7 @@ export class JobEvents {
   }
 
   /**
-   * Follow the job until it has ended, also over a server that goes away and comes back.
+   * Follow the job until it has ended, or the server is about to; one that goes away is waited for.
    * @param {(event: JobEvent) => void} onEvent
    * @param {AbortSignal} signal
    * @throws {import("./api.js").ApiError} the server refuses
@@ -68,6 +71,7 @@ export class JobEvents {
 
   /** @param {JobEvent} event */
   #add(event) {
+    if (event.id <= this.last) return; // another call has asked for it too
     const { step, train_loss, valid_loss, learning_rate, tokens_per_second, samples } = event.data;
     this.last = event.id;
     if (train_loss !== undefined) {
@@ -79,7 +83,7 @@ export class JobEvents {
     if (valid_loss !== undefined) this.curves.validation.push([step, valid_loss]);
     if (tokens_per_second !== undefined) this.speed = tokens_per_second;
     if (samples) this.samples.push({ step, samples });
-    if (train_loss === undefined && valid_loss === undefined && !samples) this.messages.push(event);
+    if (event.type === "message") this.messages.push(event);
     if (this.messages.length > MESSAGES) this.messages.shift();
   }
 
@@ -97,10 +101,10 @@ export class JobEvents {
 }
 
 /**
- * Wait until the server answers.
+ * Wait a moment, and until the server answers.
  * @param {AbortSignal} signal
  */
-async function back(signal) {
+export async function back(signal) {
   await new Promise((resolve) => setTimeout(resolve, RETRY));
   if (connection.online || signal.aborted) return;
   await new Promise((resolve) => {

@@ -1,36 +1,38 @@
 /** The form of a new job: a model, a name, and settings, each of which has a default. */
 
 import { element, replace } from "./dom.js";
+import { settingText } from "./job_plan.js";
 import { session } from "./session.js";
 
-/**
- * A setting of a job; `setting` is its name in a plan.
- * @typedef {{name: string, label: string, group: "hyperparameters" | "lora", setting?: string, text?: boolean, value?: string,
- *   hint?: string}} Field
- */
+/** @typedef {[label: string, hint?: string]} Field */
 
-/** @type {Field[]} */
-const FIELDS = [
-  { name: "n_epochs", label: "Epochs", group: "hyperparameters", setting: "epochs" },
-  { name: "batch_size", label: "Batch size", group: "hyperparameters", setting: "batch_size" },
-  { name: "learning_rate", label: "Learning rate", group: "lora", setting: "learning_rate" },
-];
-/** @type {Field} */
-const BETA = { name: "beta", label: "Beta", group: "hyperparameters", setting: "dpo_beta" };
-/** @type {Field[]} */
-const MORE = [
-  { name: "learning_rate_multiplier", label: "Learning rate multiplier", group: "hyperparameters", hint: "of the default learning rate" },
-  { name: "r", label: "Rank (r)", group: "lora", setting: "r" },
-  { name: "lora_alpha", label: "Alpha (lora_alpha)", group: "lora", setting: "lora_alpha" },
-  { name: "lora_dropout", label: "Dropout", group: "lora", setting: "lora_dropout" },
-  { name: "target_modules", label: "Target modules", group: "lora", setting: "target_modules", text: true, hint: "all-linear, attention, or names with commas between" },
-  { name: "last_layers", label: "Last layers only", group: "lora", hint: "how many" },
-  { name: "max_steps", label: "Steps, instead of epochs", group: "lora" },
-  { name: "max_length", label: "Tokens of an example, at most", group: "lora" },
-  { name: "valid_ratio", label: "Share held out for validation", group: "lora", hint: "such as 0.1" },
-  { name: "patience", label: "Patience", group: "lora", hint: "evaluations without a lower validation loss before it ends" },
-  { name: "samples", label: "Samples at each evaluation", group: "lora", value: "2", hint: "validation prompts that are answered" },
-];
+/** @type {Record<string, Field>} OpenAI's words */
+const HYPERPARAMETERS = {
+  n_epochs: ["Epochs"],
+  batch_size: ["Batch size"],
+  learning_rate_multiplier: ["Learning rate multiplier", "of the default learning rate"],
+  beta: ["Beta"],
+};
+/** @type {Record<string, Field>} our words */
+const LORA = {
+  learning_rate: ["Learning rate"],
+  r: ["Rank (r)"],
+  lora_alpha: ["Alpha (lora_alpha)"],
+  lora_dropout: ["Dropout"],
+  target_modules: ["Target modules", "all-linear, attention, or names with commas between"],
+  last_layers: ["Last layers only", "how many"],
+  max_steps: ["Steps", "instead of epochs"],
+  max_length: ["Longest example", "in tokens; longer ones are cut"],
+  valid_ratio: ["Share held out for validation", "such as 0.1"],
+  patience: ["Patience", "evaluations without a lower validation loss before it ends"],
+  samples: ["Samples at each evaluation", "validation prompts that are answered"],
+};
+const FIRST = ["n_epochs", "batch_size", "learning_rate", "beta"]; // the others are under "More settings"
+const TEXT = "target_modules"; // the others are numbers
+/** @type {Record<string, string>} what a plan calls them, if otherwise */
+const PLANNED = { n_epochs: "epochs", beta: "dpo_beta" };
+const SAMPLES = "2";
+const PAUSE = 300; // milliseconds after a change before the plan follows it
 
 /**
  * Return the form of a job on a file.
@@ -42,67 +44,55 @@ const MORE = [
  * @param {(body: any) => void} options.onStart
  */
 export function jobForm({ file, method, files, onChange, onStart }) {
-  /** @type {Map<string, {field: Field, input: HTMLInputElement}>} */
-  const inputs = new Map();
-  /** @param {Field} field */
-  const entry = (field) => {
-    const id = `job-${field.name}`;
-    const input = element("input", {
-      id,
-      name: field.name,
-      value: field.value ?? "",
-      placeholder: "auto",
-      ...(field.text ? { autocomplete: "off", spellcheck: false } : { type: "number", step: "any", min: "0" }),
-      "aria-describedby": field.hint ? `${id}-hint` : null,
-    });
-    inputs.set(field.name, { field, input });
-    return labelled(field.label, input, field.hint);
-  };
-  const models = [session.base, ...session.adapters.map(({ id }) => id)];
-  const model = element("select", { id: "job-model" }, ...models.map((id) => element("option", {}, id)));
-  const suffix = element("input", { id: "job-suffix", maxLength: 64, autocomplete: "off", spellcheck: false, "aria-describedby": "job-suffix-hint" });
-  const seed = element("input", { id: "job-seed", type: "number", min: "0", step: "1", placeholder: "auto" });
-  const validation = element(
-    "select",
-    { id: "job-validation" },
-    element("option", { value: "" }, "none"),
-    ...files.map(({ id, filename }) => element("option", { value: id }, filename)),
+  const numeric = { type: "number", min: "0", step: "any", placeholder: "auto" };
+  const inputs = Object.fromEntries(
+    Object.keys({ ...HYPERPARAMETERS, ...LORA }).map((name) => [name, input(name, name === TEXT ? {} : numeric)]),
   );
-  const type = element("select", { id: "job-method" }, element("option", { value: "supervised" }, "supervised"), element("option", { value: "dpo" }, "DPO"));
-  type.value = method;
-  const beta = entry(BETA);
-  beta.hidden = method !== "dpo";
-  type.addEventListener("change", () => (beta.hidden = type.value !== "dpo"));
+  if (session.rights?.task === "generate") inputs.samples.value = SAMPLES;
+  const model = select("model", [session.base, ...session.adapters.map(({ id }) => id)].map((id) => [id, id]));
+  const type = select("method", Object.entries({ supervised: "supervised", dpo: "DPO" }));
+  const validation = select("validation_file", [["", "none"], ...files.map(({ id, filename }) => [id, filename])]);
+  const suffix = input("suffix", { maxLength: 64 });
+  const seed = input("seed", { ...numeric, step: "1" });
   const error = element("p", { class: "error text", role: "alert" });
   const start = element("button", { class: "primary" }, "Start training");
 
-  const body = () => {
-    /** @type {Record<"hyperparameters" | "lora", Record<string, any>>} */
-    const groups = { hyperparameters: {}, lora: {} };
-    for (const { field, input } of inputs.values()) {
-      const text = input.value.trim();
-      if (text && (field !== BETA || type.value === "dpo")) groups[field.group][field.name] = field.text ? names(text) : Number(text);
-    }
-    return {
-      model: model.value,
-      training_file: file,
-      validation_file: validation.value || null,
-      suffix: suffix.value.trim() || null,
-      seed: seed.value ? Number(seed.value) : null,
-      method: { type: type.value, [type.value]: { hyperparameters: groups.hyperparameters } },
-      lora: groups.lora,
-    };
+  /** @param {string} name */
+  const field = (name) => labelled(inputs[name], ...(HYPERPARAMETERS[name] ?? LORA[name]));
+  const beta = field("beta");
+  const showMethod = () => (beta.hidden = type.value !== "dpo");
+  type.value = method;
+  type.addEventListener("change", showMethod);
+  showMethod();
+
+  /** @param {Record<string, Field>} fields */
+  const values = (fields) => {
+    const filled = Object.keys(fields).filter((name) => inputs[name].value.trim() && (name !== "beta" || !beta.hidden));
+    return Object.fromEntries(
+      filled.map((name) => [name, name === TEXT ? names(inputs[name].value) : Number(inputs[name].value)]),
+    );
   };
+  const body = () => ({
+    model: model.value,
+    training_file: file,
+    validation_file: validation.value || null,
+    suffix: suffix.value.trim() || null,
+    seed: seed.value ? Number(seed.value) : null,
+    method: { type: type.value, [type.value]: { hyperparameters: values(HYPERPARAMETERS) } },
+    lora: values(LORA),
+  });
+
   let timer = 0;
+  const more = Object.keys(inputs).filter((name) => !FIRST.includes(name));
   const form = element(
     "form",
     {
       class: "card stack",
       "aria-label": "New job",
-      noValidate: true,
+      noValidate: true, // the server says what is wrong
       oninput: () => {
         clearTimeout(timer);
-        timer = setTimeout(() => onChange(body()), 300);
+        timer = setTimeout(() => onChange(body()), PAUSE);
       },
       onsubmit: (/** @type {SubmitEvent} */ event) => {
         event.preventDefault();
@@ -113,68 +103,91 @@ export function jobForm({ file, method, files, onChange, onStart }) {
     element(
       "div",
       { class: "fields" },
-      labelled("Train", model, "the base, or an adapter to go on from"),
-      labelled("Name of the adapter", suffix, nameHint()),
-      labelled("Method", type),
-      ...FIELDS.map(entry),
-      beta,
-      labelled("Seed", seed),
-      labelled("Validation file", validation, "uploaded like the dataset"),
+      labelled(model, "Train", "the base, or an adapter to go on from"),
+      labelled(suffix, "Name of the adapter", nameHint()),
+      labelled(type, "Method"),
+      ...FIRST.map((name) => (name === "beta" ? beta : field(name))),
+      labelled(seed, "Seed"),
+      labelled(validation, "Validation file", "uploaded as the dataset was"),
     ),
-    element("details", {}, element("summary", {}, "More settings"), element("div", { class: "fields" }, ...MORE.map(entry))),
+    element(
+      "details",
+      {},
+      element("summary", {}, "More settings"),
+      element("div", { class: "fields" }, ...more.map(field)),
+    ),
     error,
     element("div", {}, start),
   );
 
-  /**
-   * Show why the server refuses the job, at the field that caused it; null: it does not.
-   * @param {import("./api.js").ApiError | null} refusal
-   */
-  const refuse = (refusal) => {
-    replace(error, refusal?.message);
-    const cause = refusal?.param?.split(".").at(-1) ?? "";
-    for (const input of form.querySelectorAll("input, select")) {
-      input.toggleAttribute("aria-invalid", cause !== "" && input.id === `job-${cause}`);
-    }
+  return {
+    element: form,
+    body,
+    /**
+     * Show why the server refuses the job, at the field that caused it; null: it does not.
+     * @param {import("./api.js").ApiError | null} refusal
+     */
+    refuse(refusal) {
+      replace(error, refusal?.message);
+      const cause = refusal?.param?.split(".").at(-1);
+      for (const each of form.querySelectorAll("input, select")) {
+        if (each.id === `job-${cause}`) each.setAttribute("aria-invalid", "true");
+        else each.removeAttribute("aria-invalid");
+      }
+    },
+    /**
+     * Show what the server takes where nothing is given.
+     * @param {import("./job_plan.js").Plan} plan
+     */
+    showDefaults(plan) {
+      suffix.placeholder = plan.name;
+      for (const { name, value } of plan.settings) {
+        const known = Object.keys(inputs).find((key) => (PLANNED[key] ?? key) === name);
+        if (known) inputs[known].placeholder = settingText(value);
+      }
+    },
+    /** @param {boolean} busy */
+    setBusy(busy) {
+      start.disabled = busy;
+    },
   };
-  /**
-   * Show the values that the server takes where none is given.
-   * @param {import("./job_plan.js").Plan} plan
-   */
-  const showDefaults = (plan) => {
-    const values = new Map(plan.settings.map(({ name, value }) => [name, value]));
-    values.set("learning_rate", String(Number(plan.learning_rate.toPrecision(3))));
-    suffix.placeholder = plan.name;
-    for (const { field, input } of inputs.values()) {
-      if (field.setting) input.placeholder = values.get(field.setting) ?? "auto";
-    }
-  };
-  /** @param {boolean} busy */
-  const setBusy = (busy) => (start.disabled = busy);
-  return { element: form, body, refuse, showDefaults, setBusy };
 }
 
 /**
- * @param {string} text
- * @param {HTMLInputElement | HTMLSelectElement} input
+ * @param {string} name
+ * @param {Record<string, any>} properties
+ */
+function input(name, properties) {
+  return element("input", { id: `job-${name}`, autocomplete: "off", spellcheck: false, ...properties });
+}
+
+/**
+ * @param {string} name
+ * @param {string[][]} options each with its value and text
+ */
+function select(name, options) {
+  return element("select", { id: `job-${name}` }, ...options.map(([value, text]) => element("option", { value }, text)));
+}
+
+/**
+ * @param {HTMLInputElement | HTMLSelectElement} control
+ * @param {string} label
  * @param {string} [hint]
  */
-function labelled(text, input, hint) {
-  return element(
-    "div",
-    { class: "field" },
-    element("label", { for: input.id }, text),
-    input,
-    hint ? element("small", { class: "muted", id: `${input.id}-hint` }, hint) : null,
-  );
+function labelled(control, label, hint) {
+  const id = `${control.id}-hint`;
+  if (hint) control.setAttribute("aria-describedby", id);
+  const note = hint && element("small", { class: "muted", id }, hint);
+  return element("div", { class: "field" }, element("label", { for: control.id }, label), control, note);
 }
 
 function nameHint() {
   const create = session.rights?.create ?? [];
-  return create.includes("*") ? "a new version if it exists" : `this key may create: ${create.join(", ")}`;
+  return create.includes("*") ? "a new version, if it exists" : `this key may create: ${create.join(", ")}`;
 }
 
 /** @param {string} text */
 function names(text) {
-  return text.includes(",") ? text.split(",").map((name) => name.trim()).filter(Boolean) : text;
+  const all = text.split(",").map((name) => name.trim());
+  return all.length > 1 ? all.filter(Boolean) : all[0];
 }

@@ -7,6 +7,7 @@ import { button, element, replace } from "./dom.js";
 import { JobEvents } from "./job_events.js";
 import { jobProgress } from "./job_progress.js";
 import { notifyError } from "./notice.js";
+import { scrollArea } from "./scroll_area.js";
 
 const PAGE = 50;
 const PATH = `v1/fine_tuning/jobs?limit=${PAGE}`;
@@ -27,22 +28,15 @@ export class JobList {
     this.empty = element("p", { class: "empty" }, "No jobs yet. Drop a dataset to begin.");
     this.curve = element(
       "select",
-      { onchange: () => this.#drawCurves() },
+      { id: "job-curve", onchange: () => this.#drawCurves() },
       ...Object.entries(CURVES).map(([value, text]) => element("option", { value }, text)),
     );
     this.chart = lineChart({ label: "Checked jobs", x: "step", y: "" });
-    this.curves = element("div", { class: "card" }, element("label", {}, "Curve", this.curve), this.chart.element);
+    const label = element("label", { for: "job-curve" }, "Curve");
+    this.curves = element("div", { class: "card" }, element("div", { class: "row" }, label, this.curve), this.chart.element);
     const heads = ["in the chart", "adapter", "progress", "from", "result"];
-    this.table = element(
-      "div",
-      { class: "scroll", role: "region", "aria-label": "Jobs", tabIndex: 0 },
-      element(
-        "table",
-        {},
-        element("thead", {}, element("tr", {}, ...heads.map((text) => element("th", { scope: "col" }, text)))),
-        this.body,
-      ),
-    );
+    const head = element("tr", {}, ...heads.map((text) => element("th", { scope: "col" }, text)));
+    this.table = scrollArea("Table of jobs", element("table", {}, element("thead", {}, head), this.body));
     this.element = element(
       "section",
       { class: "stack", "aria-label": "Jobs" },
@@ -138,7 +132,7 @@ class Row {
       "tr",
       {},
       element("td", {}, this.box),
-      element("th", { scope: "row" }, element("a", { class: "text", href: address.link("train", { job: job.id }) }, job.name)),
+      element("th", { scope: "row" }, element("a", { href: address.link("train", { job: job.id }) }, job.name)),
       element("td", {}, this.progress.element),
       element("td", { class: "text" }, job.model),
       this.result,

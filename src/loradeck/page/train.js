@@ -1,17 +1,21 @@
 /** The view that trains: datasets, their check and plan, and the jobs. */
 
 import * as address from "./address.js";
-import { connection } from "./api.js";
 import { datasetPanel } from "./dataset.js";
 import { element, replace } from "./dom.js";
 import { fileList } from "./file_list.js";
 import { JobPanel } from "./job.js";
+import { back } from "./job_events.js";
 import { JobList } from "./job_list.js";
 import { notifyError } from "./notice.js";
 
 const PERIOD = 3000; // milliseconds between two looks at the jobs
 
 /** @typedef {{job?: string, file?: string}} State what is open: a job, a dataset, or else the lists of both */
+/**
+ * What is open. `stop` ends what it does; it is opened anew if it has `failed` when it is shown again.
+ * @typedef {{element: HTMLElement, failed: boolean, stop: () => void}} Panel
+ */
 
 /** @returns {import("./app.js").View} */
 export function create() {
@@ -21,49 +25,53 @@ export function create() {
   const lists = element("div", { class: "stack" }, element("h1", {}, "Train"), files.element, jobs.element);
   /** @type {State} */
   let state = {};
-  /** @type {() => void} */
-  let stop = () => {};
+  /** @type {Panel | null} */
+  let panel = null;
 
-  function showLists() {
+  /** @returns {Panel} */
+  function open() {
+    if (state.job) return new JobPanel(String(state.job));
+    if (state.file) return datasetPanel(String(state.file));
     const stopping = new AbortController();
-    const { signal } = stopping;
-    const refresh = async () => {
-      while (!signal.aborted) {
-        if (connection.online) await jobs.refresh(signal);
-        await new Promise((resolve) => setTimeout(resolve, PERIOD));
-      }
-    };
-    const run = () => {
-      refresh().catch((error) => {
-        if (signal.aborted) return;
-        if (error.status) notifyError(error, "The jobs cannot be listed");
-        else connection.addEventListener("change", () => connection.online && run(), { once: true, signal });
-      });
-    };
-    files.refresh().catch(notifyError);
-    run();
-    replace(place, lists);
-    stop = () => stopping.abort();
+    refresh(stopping.signal);
+    return { element: lists, failed: false, stop: () => stopping.abort() };
   }
 
-  /** @param {{element: HTMLElement, stop: () => void}} panel */
-  function showPanel(panel) {
-    replace(place, panel.element);
-    stop = () => panel.stop();
+  /** @param {AbortSignal} signal */
+  async function refresh(signal) {
+    let known = false; // whether the files are
+    while (!signal.aborted) {
+      try {
+        if (!known) await files.refresh();
+        known = true;
+        await jobs.refresh(signal);
+        await new Promise((resolve) => setTimeout(resolve, PERIOD));
+      } catch (error) {
+        if (signal.aborted) return;
+        if (/** @type {any} */ (error).status !== 0) return notifyError(error, "The jobs cannot be listed");
+        known = false;
+        await back(signal);
+      }
+    }
+  }
+
+  function close() {
+    panel?.stop();
+    panel = null;
   }
 
   return {
     element: place,
     show(next) {
-      stop();
-      if (next) state = next;
-      else address.write("train", state);
-      if (state.job) showPanel(new JobPanel(String(state.job)));
-      else if (state.file) showPanel(datasetPanel(String(state.file)));
-      else showLists();
+      if (!next) address.write("train", state);
+      else if (JSON.stringify(next) !== JSON.stringify(state) || panel?.failed) {
+        close();
+        state = next;
+      }
+      if (panel) return; // as when the server is back
+      panel = open();
+      replace(place, panel.element);
     },
-    hide() {
-      stop();
-    },
+    hide: close,
   };
 }

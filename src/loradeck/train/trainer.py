@@ -121,12 +121,7 @@ class Trainer:
             check_kind(examples[0], self.base.task)
         self.bank.parameters(name)
         job = Job(name, self.bank[name], train, config, self.base.model.config, task=self.base.task, valid=valid)
-        longest = max(Sizes.of(examples).longest for examples in (train, valid) if examples)
-        if self.base.context is not None and longest > self.base.context:
-            raise ConfigError(
-                f"the longest example has {longest} tokens; the context of {self.base.name} is {self.base.context}",
-                hint=f"Set max_length to {self.base.context} or less.",
-            )
+        check_context(self.base, train, valid)
         if job.objective.needs_reference and not _is_new(job.adapter):
             job.reference = f"{name}.reference"
             self.bank.add(job.reference, job.adapter.copy(trainable=False))
@@ -290,6 +285,20 @@ class Trainer:
                 signal.signal(signal.SIGINT, previous)
             for job in self.jobs.values():
                 job.discard()
+
+
+def check_context(base: Base, *parts: Sequence[Example] | Sequence[Preference]) -> None:
+    """Check that no example is longer than a base's context.
+
+    Raises:
+        ConfigError: one is.
+    """
+    longest = max(Sizes.of(examples).longest for examples in parts if examples)
+    if base.context is not None and longest > base.context:
+        raise ConfigError(
+            f"the longest example has {longest} tokens; the context of {base.name} is {base.context}",
+            hint=f"Set max_length to {base.context} or less.",
+        )
 
 
 def _is_new(adapter: Adapter) -> bool:

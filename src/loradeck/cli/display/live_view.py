@@ -14,10 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from loradeck.cli.display.plan import Plan
 from loradeck.cli.display.progress_state import Job, ProgressState
 from loradeck.cli.display.text import label_counts
 from loradeck.train.events import AnyEvent, End, Evaluation, Listener, Sample, Step
+from loradeck.train.plan import Plan
 
 LINES = 10  # steps of a job that are printed if there is no terminal
 CHARACTERS = 600  # printed of each part of an example

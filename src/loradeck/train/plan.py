@@ -1,4 +1,4 @@
-"""The plan of a job, which `--dry-run` prints: its sizes, settings and first example."""
+"""The plan of a job: its sizes, its settings with a reason for each, and its first example."""
 
 import re
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from torch import nn
 
-from loradeck.cli.display.text import columns
 from loradeck.dataset.record import Span
 from loradeck.dataset.token_file import Sizes
+from loradeck.lora.bank import RESIDENTS
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.targets import stacked_weights
 from loradeck.train.config import TrainConfig
@@ -71,16 +71,14 @@ class Plan:
 def plan(run: Run, name: str) -> Plan:
     """Return the plan of one of a run's jobs."""
     job, split, bank = run.trainer.jobs[name], run.data[name], run.bank
-    adapter_bytes = sum(bank[adapter].nbytes for adapter in bank.names())  # part of the model's parameters
     sizes = Sizes.of(split.train)
-    base_bytes = sum(parameter.nbytes for parameter in run.base.model.parameters()) - adapter_bytes
     lora = next(each.lora for each in run.recipe.jobs if each.name == name)
     return Plan(
         name=name,
         trainable=sum(parameter.numel() for parameter in bank.parameters(name)),
         adapter_bytes=bank[name].nbytes,
-        base_bytes=base_bytes,
-        left_out=_left_out(run.base.model, base_bytes) if lora.target_modules == "all-linear" else "",
+        base_bytes=base_bytes(run.base.model),
+        left_out=left_out(run.base.model, lora),
         form=split.dataset.form,
         notes=split.dataset.notes,
         labels=split.dataset.label_counts.get("train", {}),
@@ -92,37 +90,33 @@ def plan(run: Run, name: str) -> Plan:
         longest=sizes.longest,
         batch_size=job.config.batch_size,
         schedule=job.schedule,
-        settings=_settings(lora, job.config),
+        settings={name: (str(value), reason) for name, (value, reason) in settings_of(lora, job.config).items()},
         first=split.train[0].sequences[0].spans(run.base.tokenizer),
     )
 
 
-def trial_columns(run: Run) -> str:
-    """Return what the trials of a sweep differ in, a line each."""
-    rows = [("trial", "learning rate", "r", "parameters")]
-    for recipe in run.recipe.jobs:
-        parameters = sum(parameter.numel() for parameter in run.bank.parameters(recipe.name))
-        rate = run.trainer.jobs[recipe.name].schedule.peak
-        rows.append((recipe.name, f"{rate:.2g}", f"{recipe.lora.r}", f"{parameters:,}"))
-    return columns(rows, right={1, 2, 3})
+def base_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters without those of the adapters on it."""
+    return sum(each.nbytes for path, each in model.named_parameters() if RESIDENTS not in path.split("."))
 
 
-def _left_out(model: nn.Module, base_bytes: int) -> str:
-    stacks = stacked_weights(model)
+def left_out(model: nn.Module, lora: LoraConfig) -> str:
+    """Return what all-linear cannot adapt, with its share of the base; "" for nothing, and for other targets."""
+    stacks = stacked_weights(model) if lora.target_modules == "all-linear" else {}
     if not stacks:
         return ""
-    share = sum(parameter.nbytes for parameter in stacks.values()) / base_bytes
+    share = sum(parameter.nbytes for parameter in stacks.values()) / base_bytes(model)
     names = sorted({re.sub(r"\.\d+\.", ".*.", path) for path in stacks})
     return f"{share:.0%} of the base: {', '.join(names)}, which are bare parameters and take no adapter"
 
 
-def _settings(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[str, str]]:
-    """Return the settings that were changed, and the defaults that have a reason."""
+def settings_of(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[object, str]]:
+    """Return the settings that were changed, and the defaults that have a reason: each value with its reason."""
     values = {f.name: (getattr(each, f.name), f.default) for each in (lora, config) for f in fields(each)}
     if config.max_steps is not None:  # instead of epochs
         del values["epochs"]
     return {
-        name: (str(value), "as given" if value != default else REASONS[name])
+        name: (value, "as given" if value != default else REASONS[name])
         for name, (value, default) in values.items()
         if name in REASONS or (value != default and default is not MISSING)
     }
