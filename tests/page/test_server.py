@@ -146,3 +146,9 @@ def test_quantiles_are_those_of_prometheus(page: "Page", server: PageServer) -> 
     )
     assert values[:4] == pytest.approx([0.3, 0.5, 0.75, 1.0])
     assert values[4] != values[4]  # nothing was counted
+
+
+def test_an_idle_server_has_no_negative_axis(view: "Page") -> None:
+    chart = view.locator(".chart").filter(has_text="Requests")
+    chart.locator(".grid text").filter(has_text="0.5").wait_for()
+    assert not [text for text in chart.locator(".grid text").all_text_contents() if text.startswith("-")]
