@@ -30,6 +30,7 @@ COMPARE = {
 
 
 def main() -> None:
+    """Take all pictures."""
     if not (ADAPTERS / "pirate").is_dir():
         sys.exit("docs/make_page_pictures.py: there are no adapters of the demo; run `make demo` first.")
     command = [sys.executable, "-m", "loradeck", "studio", BASE, "--adapters", str(ADAPTERS), "--no-browser"]
