@@ -171,9 +171,13 @@ def test_an_answer_that_fails_says_so_and_the_page_recovers(page: "Page", relay:
         exchange.handler.send_header("content-length", "100000")  # more than is sent
         exchange.handler.end_headers()
         exchange.send("half")
+        relay.released.wait(TIMEOUT)
 
-    page.goto(link(relay(break_off).url, **models("poet")))
+    broken = relay(break_off)
+    page.goto(link(broken.url, **models("poet")))
     page.get_by_role("button", name="Ask all").click()
+    column(page, 0).get_by_text("half").wait_for()
+    broken.released.set()
     column(page, 0).get_by_text("It failed; what has arrived is kept.").wait_for()
     assert column(page, 0).locator(".answer").inner_text() == "half"
     page.get_by_role("status").get_by_text(re.compile("^tiny")).wait_for()

@@ -58,6 +58,7 @@ export class Answer {
    * @param {string} model
    * @param {AbortSignal} signal
    * @param {() => void} onChange called when something has arrived
+   * @returns {Promise<void>}
    * @throws {ApiError | DOMException} the answer keeps what has arrived
    */
   async read(model, signal, onChange) {

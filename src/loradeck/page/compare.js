@@ -9,6 +9,7 @@ import { session } from "./session.js";
 import { LEGENDS } from "./tokens.js";
 
 /** @typedef {import("./column.js").ColumnState} ColumnState */
+/** @typedef {import("./column.js").Columns} Columns */
 /** @typedef {import("./tokens.js").Colour} Colour */
 
 /**
@@ -34,7 +35,7 @@ const DISPLAYS = [
   ["Tokens against the base", true, "difference"],
 ];
 
-/** @implements {import("./column.js").Columns} */
+/** @implements {Columns} */
 class Compare {
   showsTokens = false;
   /** @type {Colour} */
@@ -283,6 +284,7 @@ class Compare {
       column.stop();
       column.element.remove();
     }
+    /** @type {ColumnState[]} */
     const given = (Array.isArray(state.columns) ? state.columns : []).filter(isObject).slice(0, MAX_COLUMNS);
     const { turns, answers } = turnsOf(Array.isArray(state.messages) ? state.messages.filter(isObject) : []);
     this.#conversation.system = typeof state.system === "string" ? state.system : "";
@@ -300,7 +302,10 @@ class Compare {
   }
 }
 
-/** Return the base and the first two adapters. */
+/**
+ * Return the base and the first two adapters.
+ * @returns {ColumnState[]}
+ */
 function usualColumns() {
   return [{ model: "" }, ...session.adapters.slice(0, 2).map((model) => ({ model: model.id }))];
 }

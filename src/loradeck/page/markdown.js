@@ -96,8 +96,9 @@ function grow(old, block) {
   if (block.items) {
     old.blocks?.set(block.items);
   } else if (source !== old.source) {
-    if (block.kind !== "code" || !source.startsWith(old.source)) return false;
-    /** @type {HTMLElement} */ (old.element.firstChild).append(...textNodes(source.slice(old.source.length)));
+    if (old.blocks) old.blocks.set(split(block.lines, old.blocks.depth));
+    else if (kind !== "code" || !source.startsWith(old.source)) return false;
+    else old.element.firstElementChild?.append(...textNodes(source.slice(old.source.length)));
   }
   old.block = block;
   old.source = source;
@@ -429,7 +430,10 @@ function emphasise(frames, text, start, end) {
   let rest = end - start;
   while (rest > 0) {
     const size = rest >= 2 ? 2 : 1;
-    const open = closes ? frames.findLastIndex(({ mark }) => mark[0] === character && mark.length <= rest) : -1;
+    const find = (/** @type {(length: number) => boolean} */ fits) =>
+      frames.findLastIndex(({ mark }) => mark[0] === character && fits(mark.length));
+    let open = closes ? find((length) => length === rest) : -1;
+    if (closes && open < 0) open = find((length) => length <= rest);
     if (open > 0) {
       const [frame, ...above] = frames.splice(open);
       for (const { mark, nodes } of above) frame.nodes.push(...textNodes(mark), ...nodes);
