@@ -251,7 +251,8 @@ def test_a_base_without_a_chat_template_continues_the_prompt(
             settings = {name: value for name, value in json.loads(text).items() if name != "chat_template"}
             text = json.dumps(settings).encode()
         (folder / file.name).write_bytes(text)
-    plain = PageServer(folder, AdapterStore(tmp_path / "served" / "store"))
+    (tmp_path / "store").mkdir()
+    plain = PageServer(folder, AdapterStore(tmp_path / "store"))
     plain.start()
     try:
         page.goto(link(plain.url, **models("", display="tokens")))
@@ -415,6 +416,7 @@ def test_names_of_a_hostile_link_are_text(page: "Page", server: PageServer) -> N
     name = "<img src=x onerror=alert(1)>"
     hostile = {"columns": [{"model": name}, {"blend": {name: 1, "__proto__": 2}}, 7], "sampling": [], "messages": {}}
     page.goto(link(server.url, prompt=name, **hostile))
+    column(page, 1).wait_for()
     assert page.locator(".column").count() == 2
     assert page.locator("main img").count() == 0
     assert column(page, 0).get_attribute("aria-label") == name
@@ -455,7 +457,7 @@ def test_ten_thousand_adapters_are_suggested_by_what_was_typed(page: "Page", ser
     page.wait_for_function("document.querySelector('datalist').options.length === 50")
     choice.fill("777")
     page.wait_for_function("document.querySelector('datalist').options[0]?.value === 'adapter-777'")
-    assert options.count() == 20  # 777, x777 and 777x
+    assert options.count() == 19  # 777, x777 and 777x
     choice.fill("poet*0.5+adapter-9999")
     page.wait_for_function("document.querySelector('datalist').options[0]?.value === 'poet*0.5+adapter-9999'")
 

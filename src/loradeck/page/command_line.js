@@ -59,7 +59,9 @@ export function chat(model, { messages, sampling }) {
   const words = ["loradeck", "chat", "--server", quote(url(""))];
   if (model !== session.base) words.push("--adapter", quote(model));
   if (system) words.push("--system", quote(system.content));
-  words.push("--temperature", String(sampling.temperature ?? 1), "--top-p", String(sampling.top_p ?? 1));
+  const temperature = sampling.temperature ?? 1;
+  words.push("--temperature", String(temperature));
+  if (temperature > 0) words.push("--top-p", String(sampling.top_p ?? 1)); // refused where nothing is drawn
   if (sampling.max_tokens !== undefined) words.push("--max-new-tokens", String(sampling.max_tokens));
   if (sampling.seed !== undefined) words.push("--seed", String(sampling.seed));
   const isReadable = questions.every((one) => !one.includes("\n") && !one.trimStart().startsWith("/"));

@@ -422,8 +422,8 @@ function code(text, start, unclosed) {
  */
 function emphasise(frames, text, start, end) {
   const character = text[start];
-  const before = (text[start - 1] ?? " ").replace(MARK, " ");
-  const after = (text[end] ?? " ").replace(MARK, " ");
+  const before = text[text[start - 1] === MARK ? start - 2 : start - 1] ?? " ";
+  const after = text[text[end] === MARK ? end + 1 : end] ?? " ";
   const within = character === "_" && ALNUM.test(before) && ALNUM.test(after);
   const opens = /\S/.test(after) && !within;
   const closes = /\S/.test(before) && !within;
