@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 GREEDY = {"temperature": 0, "max_tokens": 24, "seed": 1}
 LONG = re.compile(r"finish: (length|stop)")
 BLEND = {"columns": [{"blend": {"poet": 1, "pirate": 0.5}}], "prompt": "Ahoy", "sampling": GREEDY}
-HOSTILE = "<script>document.title = 'run'</script>\n\n<img src=x onerror=\"document.title = 'run'\"> [a](javascript:alert(1))"
+HOSTILE = (
+    "<script>document.title = 'run'</script>\n\n<img src=x onerror=\"document.title = 'run'\"> [a](javascript:alert(1))"
+)
 
 
 def link(url: str, **state: Any) -> str:
@@ -48,9 +50,7 @@ def ask(page: "Page") -> None:
 def answer(server: PageServer, model: str, messages: list[dict[str, str]], **fields: Any) -> dict[str, Any]:
     """Return what the server answers to a client of its API."""
     body = json.dumps({"model": model, "messages": messages, **GREEDY, **fields}).encode()
-    request = urllib.request.Request(
-        f"{server.url}/v1/chat/completions", body, {"content-type": "application/json"}
-    )
+    request = urllib.request.Request(f"{server.url}/v1/chat/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         return json.loads(response.read())["choices"][0]
 
@@ -238,9 +238,7 @@ def test_a_conversation_goes_on_and_is_edited(page: "Page", server: PageServer) 
     assert shown(page, 1) == names(answer(server, "pirate", [system, user("Other?")], logprobs=True))
 
 
-def test_a_base_without_a_chat_template_continues_the_prompt(
-    page: "Page", base_folder: Path, tmp_path: Path
-) -> None:
+def test_a_base_without_a_chat_template_continues_the_prompt(page: "Page", base_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     folder.mkdir()
     for file in base_folder.iterdir():
@@ -468,12 +466,14 @@ def test_ten_thousand_adapters_are_suggested_by_what_was_typed(page: "Page", ser
 def commands(page: "Page") -> dict[str, str]:
     column(page, 0).get_by_role("button", name="Code").click()
     dialog = page.get_by_role("dialog", name="The same question elsewhere")
-    return {title: dialog.locator(f"pre[aria-label={title!r}]").inner_text() for title in ("curl", "Python", "Command line")}
+    return {
+        title: dialog.locator(f"pre[aria-label={title!r}]").inner_text() for title in ("curl", "Python", "Command line")
+    }
 
 
 def test_the_question_can_be_asked_elsewhere(page: "Page", context: "BrowserContext", server: PageServer) -> None:
     context.grant_permissions(["clipboard-read", "clipboard-write"])
-    prompt = "It's \"quoted\" \\ $HOME — ünï"
+    prompt = 'It\'s "quoted" \\ $HOME — ünï'
     page.goto(link(server.url, **models("poet*0.7+pirate*0.3", prompt=prompt)))
     expected = answer(server, "poet*0.7+pirate*0.3", [user(prompt)])["message"]["content"]
     lines = commands(page)
