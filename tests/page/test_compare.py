@@ -215,7 +215,7 @@ def test_a_conversation_goes_on_and_is_edited(page: "Page", server: PageServer) 
     page.goto(link(server.url, **models("poet", "pirate", prompt="", display="tokens")))
     prompt = page.get_by_label("Prompt")
     page.get_by_text("System text", exact=True).first.click()
-    page.locator("#compare-system").fill("Be brief.")
+    page.get_by_label("System text").fill("Be brief.")
     prompt.fill("One?")
     prompt.press("Enter")
     for index in range(2):

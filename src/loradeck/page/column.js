@@ -282,7 +282,8 @@ export class Column {
       at !== null && `parts from ${first.model} at token ${(token < 0 ? answer.tokens.length : token) + 1}`,
       this !== first && at === null && answer.finish && answer.text === first.answer?.text && `same as ${first.model}`,
     ];
-    this.#numbers.textContent = parts.filter(Boolean).join(" · ");
+    const text = parts.filter(Boolean).join(" · ");
+    if (this.#numbers.textContent !== text) this.#numbers.textContent = text;
   }
 
   #drawState() {

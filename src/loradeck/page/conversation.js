@@ -6,13 +6,13 @@ export class Conversation {
   /** @type {string[]} the questions before the prompt */
   turns = [];
   #list = element("ol", { class: "turns", "aria-label": "Questions before" });
-  #system = element("textarea", { rows: 2, id: "compare-system", oninput: () => this.events.onChange() });
+  #system = element("textarea", { rows: 2, "aria-label": "System text", oninput: () => this.events.onChange() });
   #prompt = element("textarea", {
     rows: 3, id: "compare-prompt", placeholder: "Ask all columns…",
     oninput: () => this.events.onChange(),
     onkeydown: (/** @type {KeyboardEvent} */ event) => this.#key(event),
   });
-  #more = element("details", {}, element("summary", {}, "System text"), element("label", { for: "compare-system", class: "hidden" }, "System text"), this.#system);
+  #more = element("details", {}, element("summary", {}, "System text"), this.#system);
 
   /**
    * @param {{onChange: () => void, onAsk: () => void, onEdit: (turn: number) => void}} events a text was changed; all
@@ -25,8 +25,7 @@ export class Conversation {
       { class: "stack" },
       this.#more,
       this.#list,
-      element("label", { for: "compare-prompt" }, "Prompt"),
-      this.#prompt,
+      element("div", {}, element("label", { for: "compare-prompt" }, "Prompt"), this.#prompt),
     );
     this.#draw();
   }
@@ -62,9 +61,7 @@ export class Conversation {
     this.#draw();
   }
 
-  /**
-   * @param {string[]} turns
-   */
+  /** @param {string[]} turns */
   reset(turns) {
     this.turns = turns;
     this.#draw();

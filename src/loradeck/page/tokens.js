@@ -34,7 +34,7 @@ export class TokenView {
   /** @type {import("./answer.js").Token[]} */
   #tokens = [];
   #current = -1;
-  #details = element("div", { class: "token-details card", role: "status", hidden: true });
+  #details = element("div", { class: "token-details card", role: "status", popover: "manual" });
   #list = element("div", {
     class: "tokens text", tabIndex: 0, role: "group", "aria-label": "Tokens of the answer; arrow keys move among them",
     onpointerover: (/** @type {PointerEvent} */ event) => this.#hover(event),
@@ -122,7 +122,7 @@ export class TokenView {
     const span = /** @type {HTMLElement} */ (this.#list.children[index]);
     span.classList.add("current");
     replace(this.#details, ...describe(token));
-    this.#details.hidden = false;
+    this.#details.showPopover();
     if (document.activeElement === this.#list) span.scrollIntoView({ block: "nearest" });
     const place = span.getClientRects()[0] ?? span.getBoundingClientRect();
     const { width, height } = this.#details.getBoundingClientRect();
@@ -133,7 +133,7 @@ export class TokenView {
 
   #hide() {
     this.#list.children[this.#current]?.classList.remove("current");
-    this.#details.hidden = true;
+    if (this.#details.isConnected) this.#details.hidePopover();
   }
 }
 
