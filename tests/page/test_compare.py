@@ -65,7 +65,7 @@ def names(choice: dict[str, Any]) -> list[str]:
 
 def shown(page: "Page", index: int) -> list[str]:
     """Return the tokens that a column shows."""
-    return column(page, index).locator(".tokens > span").all_text_contents()
+    return column(page, index).locator(".tokens span").all_text_contents()
 
 
 def state(page: "Page") -> dict[str, Any]:
@@ -316,7 +316,7 @@ def test_hover_and_focus_show_the_alternatives(page: "Page", server: PageServer)
     ask(page)
     tokens = answer(server, "poet", [user("Tell me")], logprobs=True, top_logprobs=5)["logprobs"]["content"]
     details = column(page, 0).locator(".token-details")
-    column(page, 0).locator(".tokens > span").nth(2).hover()
+    column(page, 0).locator(".tokens span").nth(2).hover()
     details.get_by_text("rank 1").wait_for()
     assert details.locator("tr").count() == 5
     column(page, 0).locator(".tokens").focus()
@@ -337,7 +337,7 @@ def test_colours_by_probability(page: "Page", server: PageServer) -> None:
         for token in answer(server, "poet", [user("Tell me")], logprobs=True)["logprobs"]["content"]
     ]
     expected = [sum(one >= bound for bound in (0.05, 0.25, 0.5, 0.8)) for one in probabilities]
-    classes = column(page, 0).locator(".tokens > span").evaluate_all("spans => spans.map(span => span.className)")
+    classes = column(page, 0).locator(".tokens span").evaluate_all("spans => spans.map(span => span.className)")
     assert classes == [f"probability-{level}" for level in expected]
     until_state(page, lambda state: state.get("colour") == "probability")
     page.get_by_text("≥ 80 %").wait_for()
@@ -346,12 +346,12 @@ def test_colours_by_probability(page: "Page", server: PageServer) -> None:
 def test_colours_against_the_base(page: "Page", server: PageServer) -> None:
     page.goto(link(server.url, **models("", "poet", colour="difference")))
     ask(page)
-    column(page, 1).locator(".tokens > [class*=difference]").first.wait_for()
-    column(page, 0).locator(".tokens > .difference-2").first.wait_for()
-    count = column(page, 0).locator(".tokens > span").count()
-    assert column(page, 0).locator(".tokens > .difference-2").count() == count, "the base differs from itself"
-    assert column(page, 1).locator(".tokens > [class*=difference]").count() == len(shown(page, 1))
-    column(page, 1).locator(".tokens > span").first.hover()
+    column(page, 1).locator(".tokens [class*=difference]").first.wait_for()
+    column(page, 0).locator(".tokens .difference-2").first.wait_for()
+    count = column(page, 0).locator(".tokens span").count()
+    assert column(page, 0).locator(".tokens .difference-2").count() == count, "the base differs from itself"
+    assert column(page, 1).locator(".tokens [class*=difference]").count() == len(shown(page, 1))
+    column(page, 1).locator(".tokens span").first.hover()
     column(page, 1).get_by_text(re.compile(r"against the base: [+−][\d.e-]+ \(base")).wait_for()
 
 
@@ -366,7 +366,7 @@ def test_the_base_may_refuse_to_compare(page: "Page", relay: MakeRelay) -> None:
     page.goto(link(relay(refuse).url, **models("poet", colour="difference")))
     ask(page)
     column(page, 0).get_by_text("Against the base: –").wait_for()
-    column(page, 0).locator(".tokens > span").hover()
+    column(page, 0).locator(".tokens span").hover()
     column(page, 0).get_by_text("against the base: –", exact=False).last.wait_for()
 
 

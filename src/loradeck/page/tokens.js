@@ -33,6 +33,10 @@ export class TokenView {
   #colour = "none";
   /** @type {import("./answer.js").Token[]} */
   #tokens = [];
+  /** @type {HTMLSpanElement[]} */
+  #spans = [];
+  /** @type {HTMLSpanElement | null} */
+  #marked = null;
   #current = -1;
   #details = element("div", { class: "token-details card", role: "status", popover: "manual" });
   #list = element("div", {
@@ -54,21 +58,24 @@ export class TokenView {
   clear() {
     this.#hide();
     this.#tokens = [];
+    this.#spans = [];
+    this.#marked = null;
     this.#current = -1;
     this.#list.replaceChildren();
   }
 
   /** @param {import("./answer.js").Token[]} tokens */
   append(tokens) {
-    const spans = tokens.map((token) => {
+    for (const token of tokens) {
       const title = token.model && `From here on: ${token.model}`;
       const turn = token.model ? "turn " : "";
-      return element("span", { class: turn + shade(this.#colour, token), title }, token.text);
-    });
-    this.#tokens.push(...tokens);
-    const fragment = document.createDocumentFragment();
-    fragment.append(...spans);
-    this.#list.append(fragment);
+      const span = element("span", { class: turn + shade(this.#colour, token), title }, token.text);
+      // A line of its own for each line of the text: the browser does not lay out again those that are complete.
+      if (!this.#tokens.length || this.#tokens.at(-1)?.text.endsWith("\n")) this.#list.append(element("div"));
+      this.#list.lastElementChild?.append(span);
+      this.#tokens.push(token);
+      this.#spans.push(span);
+    }
   }
 
   /**
@@ -78,7 +85,7 @@ export class TokenView {
   colour(colour) {
     this.#colour = colour;
     for (const [index, token] of this.#tokens.entries()) {
-      const { classList } = this.#list.children[index];
+      const { classList } = this.#spans[index];
       classList.remove(...[...classList].filter((name) => /-\d$/.test(name)));
       const name = shade(colour, token);
       if (name) classList.add(name);
@@ -86,19 +93,21 @@ export class TokenView {
   }
 
   /**
-   * Mark the token with the character at an offset, or the end; null marks none.
+   * Mark the token with the character at an offset, or the last one; null marks none.
    * @param {number | null} offset
    */
   mark(offset) {
-    this.#list.querySelector(".parts")?.classList.remove("parts");
-    if (offset === null) return;
-    const index = this.#tokens.findIndex((token) => token.end > offset);
-    this.#list.children[index < 0 ? this.#tokens.length - 1 : index]?.classList.add("parts");
+    const index = offset === null ? -1 : this.#tokens.findIndex((token) => token.end > offset);
+    const marked = offset === null ? null : this.#spans.at(index);
+    if (marked === this.#marked) return;
+    this.#marked?.classList.remove("parts");
+    this.#marked = marked ?? null;
+    marked?.classList.add("parts");
   }
 
   /** @param {PointerEvent} event */
   #hover({ target }) {
-    const index = target instanceof HTMLSpanElement ? [...this.#list.children].indexOf(target) : -1;
+    const index = target instanceof HTMLSpanElement ? this.#spans.indexOf(target) : -1;
     if (index >= 0) this.#show(index);
   }
 
@@ -119,7 +128,7 @@ export class TokenView {
     if (!token) return;
     this.#hide();
     this.#current = index;
-    const span = /** @type {HTMLElement} */ (this.#list.children[index]);
+    const span = this.#spans[index];
     span.classList.add("current");
     replace(this.#details, ...describe(token));
     this.#details.showPopover();
@@ -132,7 +141,7 @@ export class TokenView {
   }
 
   #hide() {
-    this.#list.children[this.#current]?.classList.remove("current");
+    this.#spans[this.#current]?.classList.remove("current");
     if (this.#details.isConnected) this.#details.hidePopover();
   }
 }
