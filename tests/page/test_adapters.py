@@ -433,10 +433,10 @@ def test_a_key_without_control_is_offered_only_looking(sign_in: Callable[[str], 
     version_row(panel, "poet@1").wait_for()
     page.get_by_label("Choose poet").check()
     page.get_by_label("Choose pirate").check()
-    page.get_by_role("button", name="Compare weights").wait_for()
+    page.get_by_role("button", name="Compare weights", exact=True).wait_for()
     for name in ("Upload…", "Load", "Unload", "Remove", "Publish again", "Blend…", "Requests"):
         assert page.get_by_role("button", name=name).count() == 0, name
-    page.get_by_role("button", name="Compare weights").click()
+    page.get_by_role("button", name="Compare weights", exact=True).click()
     page.get_by_text("Distance of all together").wait_for()
 
 

@@ -20,6 +20,7 @@ export function adapterComparison(one, other) {
   const a = element("input", { id: "compare-a", value: one, required: true });
   const b = element("input", { id: "compare-b", value: other, required: true });
   const quantity = element("select", { id: "compare-quantity", onchange: draw });
+  const scale = element("span", { class: "muted" });
   const summary = element("p", { role: "status" });
   const map = heatMap("Modules by layer");
   const rows = element("tbody");
@@ -27,7 +28,7 @@ export function adapterComparison(one, other) {
   const results = element(
     "div",
     { class: "stack", hidden: true },
-    element("div", { class: "row" }, element("label", { for: "compare-quantity" }, "Colour"), quantity),
+    element("div", { class: "row" }, element("label", { for: "compare-quantity" }, "Colour"), quantity, scale),
     map.element,
     element(
       "details",
@@ -83,6 +84,7 @@ export function adapterComparison(one, other) {
     const layers = [...new Set(places.map(({ layer }) => layer))].sort((x, y) => x - y);
     const cells = new Map(modules.map((module, index) => [`${layers.indexOf(places[index].layer)} ${places[index].kind}`, module]));
     const most = Math.max(...modules.map((module) => Math.abs(module[key] ?? 0))) || 1;
+    replace(scale, key === "similarity" ? "full colour: 1, or −1 in red" : `full colour: ${number(most)}`);
     /**
      * @param {number} row
      * @param {number} column

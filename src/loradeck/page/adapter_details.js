@@ -111,11 +111,15 @@ export function adapterDetails(adapter, onCompare) {
       element("td", {}, new Date(created * 1000).toLocaleDateString()),
       element(
         "td",
-        { class: "row" },
-        answersLink([id], "Compare", `Compare: ${id}`),
-        index > 0 && action("Weights", () => onCompare(id, versions[0].id)),
-        mayChange && index > 0 && action("Publish again", () => act(() => publish(id))),
-        mayChange && action("Remove", () => removal.start(id, id), "quiet danger"),
+        {},
+        element(
+          "div",
+          { class: "row" },
+          answersLink([id], "Compare", `Compare: ${id}`),
+          index > 0 && action("Compare weights", () => onCompare(id, versions[0].id)),
+          mayChange && index > 0 && action("Publish again", () => act(() => publish(id))),
+          mayChange && action("Remove", () => removal.start(id, id), "quiet danger"),
+        ),
       ),
     );
   }

@@ -80,7 +80,7 @@ export function create() {
   const jobs = runningJobs();
   const charts = CHARTS.map(({ label, y, format, curves }) => ({
     curves,
-    ...lineChart({ label, x: "minutes ago", y, formatX: ago, formatY: format }),
+    ...lineChart({ label, x: "time", y, formatX: ago, formatY: format }),
   }));
   const view = element(
     "section",
@@ -156,5 +156,6 @@ function points(at, indices) {
 
 /** @param {number} minutes negative, before the newest sample */
 function ago(minutes) {
-  return minutes > -0.005 ? "now" : `${number(-minutes)} min`;
+  if (minutes > -0.005) return "now";
+  return minutes > -1 ? `${Math.round(-minutes * MINUTE)} s ago` : `${number(-minutes)} min ago`;
 }
