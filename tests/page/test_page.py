@@ -117,9 +117,7 @@ def test_no_answer_to_the_question_asks_again_later(page: "Page", keyed: "PageSe
 # ---- a server that is gone
 
 
-def test_a_server_that_is_gone_is_said_and_comes_back(
-    page: "Page", make_server: "Callable[..., PageServer]"
-) -> None:
+def test_a_server_that_is_gone_is_said_and_comes_back(page: "Page", make_server: "Callable[..., PageServer]") -> None:
     server = make_server()
     page.goto(server.url)
     status(page).get_by_text("tiny").wait_for()
