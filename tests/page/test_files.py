@@ -45,7 +45,7 @@ def test_modules_import_modules_of_the_page(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_modules_say_what_they_are(path: Path) -> None:
-    assert path.read_text().startswith("/** ")
+    assert path.read_text().startswith("/**")
     assert len(path.read_text().splitlines()) <= 500
 
 

@@ -1,6 +1,7 @@
 """The view Train, as a person uses it: from a dropped dataset to an adapter, and all that can happen on the way."""
 
 import base64
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def upload(page: "Page", server: "PageServer", content: bytes = GOOD, name: str 
     """Drop a dataset, and wait for the plan of its job."""
     open_train(page, server)
     drop(page, name, content)
+    page.get_by_role("heading", name=name).wait_for()
     page.get_by_role("region", name="Plan").wait_for()
 
 
@@ -272,3 +274,79 @@ def test_events_arrive_once_and_in_order(page: "Page", server: "PageServer", aga
     )
     assert [step for step, _ in points] == [*range(1, 1601 if again else 1501)]
     assert points[-1][1] == len(events) - 1
+
+
+def test_a_key_trains_what_it_may(
+    page: "Page", make_server: Callable[..., "PageServer"], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    keys = tmp_path_factory.mktemp("keys") / "keys.toml"
+    digest = hashlib.sha256(b"secret").hexdigest()
+    keys.write_text(f'[alice]\nsha256 = "{digest}"\nadapters = ["poet", "mine-*"]\ntrain = true\ncreate = ["mine-*"]\n')
+    server = make_server("--keys", str(keys))
+    page.add_init_script("sessionStorage.setItem('loradeck.key', 'secret')")
+    open_train(page, server)
+    drop(page, "ahoy.jsonl", GOOD)
+    page.get_by_role("alert").get_by_text("mine-*").wait_for()  # there is no name that it may create yet
+    page.get_by_text("this key may create: mine-*").wait_for()
+    assert page.get_by_label("Train", exact=True).locator("option").all_inner_texts() == ["tiny", "poet"]
+    page.get_by_label("Name of the adapter").fill("theirs")
+    page.get_by_role("alert").get_by_text("theirs").wait_for()
+    page.get_by_label("Name of the adapter").fill("mine-first")
+    page.get_by_role("region", name="Plan").wait_for()
+    page.get_by_role("button", name="Start training").click()
+    status(page, "succeeded")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the metrics").click()
+    assert download.value.path().read_text().startswith("step,train_loss")
+
+
+def test_training_goes_on_from_an_adapter_with_a_validation_file(page: "Page", server: "PageServer") -> None:
+    upload(page, server, lines(*(chat(f"{number}?", "Aye!") for number in range(4))), "valid.jsonl")
+    upload(page, server)
+    page.get_by_label("Train", exact=True).select_option("pirate")
+    page.get_by_label("Validation file").select_option("valid.jsonl")
+    plan = page.get_by_role("region", name="Plan")
+    plan.get_by_text("as pirate has it").first.wait_for()
+    assert plan.locator("dd").nth(2).inner_text() == "4"
+    page.get_by_role("button", name="Start training").click()
+    status(page, "succeeded")
+    page.get_by_role("link", name="Open in Compare").click()
+    assert state(page)["columns"][1] == {"model": "pirate@2"}
+
+
+def test_a_job_that_fails_says_why(page: "Page", server: "PageServer") -> None:
+    open_train(page, server)
+    form = {
+        "purpose": "fine-tune",
+        "file": {"name": "bad.jsonl", "mimeType": "text/plain", "buffer": b'{"prompt": 1}\n'},
+    }
+    file = page.request.post(f"{server.url}/v1/files", multipart=form).json()["id"]
+    job = page.request.post(
+        f"{server.url}/v1/fine_tuning/jobs", data={"model": "tiny", "training_file": file, "suffix": "failing"}
+    ).json()["id"]
+    row = page.get_by_role("row").filter(has=page.get_by_role("link", name="failing"))
+    row.get_by_text("failed").wait_for()
+    row.get_by_text("bad.jsonl:1").wait_for()
+    row.get_by_role("link").click()
+    page.get_by_role("alert").get_by_text("bad.jsonl:1").wait_for()
+    assert state(page) == {"job": job}
+
+
+def test_a_job_that_is_not_there(page: "Page", server: "PageServer") -> None:
+    page.goto(f"{server.url}/#train=%7B%22job%22%3A%22ftjob-0%22%7D")
+    page.get_by_role("alert").get_by_text("ftjob-0").wait_for()
+    page.get_by_role("link", name="All files and jobs").click()
+    page.get_by_text("Drop a dataset here").wait_for()
+
+
+def test_settings_stay_while_another_view_is_shown(page: "Page", server: "PageServer") -> None:
+    upload(page, server)
+    address = page.url
+    page.get_by_label("Name of the adapter").fill("unfinished")
+    page.get_by_role("link", name="Adapters").click()
+    page.get_by_label("Name of the adapter").wait_for(state="detached")
+    page.get_by_role("link", name="Train", exact=True).click()
+    assert page.get_by_label("Name of the adapter").input_value() == "unfinished"
+    assert page.url == address
+    page.get_by_role("link", name="Train", exact=True).click()
+    page.get_by_text("Drop a dataset here").wait_for()

@@ -49,6 +49,7 @@ class LineChart {
   /** @type {number | null} the pixel where dragging began */
   #drag = null;
   #frame = 0;
+  #stale = true;
   #x = new Axis(0, 1, 0, 1);
   #y = new Axis(0, 1, 0, 1);
   /** @type {SVGElement[]} */
@@ -153,16 +154,20 @@ class LineChart {
     replace(this.legend, ...entries);
   }
 
-  #redraw() {
+  /** @param {boolean} [whole] whether more than the read-out has changed */
+  #redraw(whole = true) {
+    this.#stale ||= whole;
     this.#frame ||= requestAnimationFrame(() => {
       this.#frame = 0;
-      this.#draw();
+      if (this.#stale) this.#draw();
+      else this.#drawMarks();
     });
   }
 
   #draw() {
     const width = this.plot.clientWidth;
     if (width <= LEFT + RIGHT) return; // not on the page
+    this.#stale = false;
     const [right, bottom] = [width - LEFT - RIGHT, HEIGHT - TOP - BOTTOM];
     for (const [name, value] of Object.entries({ width, viewBox: `0 0 ${width} ${HEIGHT}` })) {
       this.svg.setAttribute(name, String(value));
@@ -296,7 +301,7 @@ class LineChart {
   #move(event) {
     const x = this.#x.value(this.#pixel(event));
     this.#cursor = this.#drag === null ? this.#nearest(x) : x;
-    this.#redraw();
+    this.#redraw(false);
   }
 
   /** @param {PointerEvent} event */
@@ -306,12 +311,12 @@ class LineChart {
     if (from !== null && Math.abs(to - from) >= DRAG) {
       this.#zoomTo([this.#x.value(Math.min(from, to)), this.#x.value(Math.max(from, to))]);
     }
-    this.#redraw();
+    this.#redraw(false);
   }
 
   #leave() {
     this.#drag = this.#cursor = null;
-    this.#redraw();
+    this.#redraw(false);
   }
 
   /**
@@ -367,7 +372,7 @@ class LineChart {
     if (!actions[event.key]) return;
     event.preventDefault();
     actions[event.key]();
-    this.#redraw();
+    this.#redraw(false);
   }
 }
 

@@ -33,15 +33,20 @@ export function curve(points, x, y) {
   let text = "";
   let down = false;
   let alone = true; // nothing is drawn yet from where the pen is
-  const column = { x: NaN, heights: NONE }; // first, lowest, highest, last
+  let [column, first, low, high, final] = [NaN, 0, 0, 0, 0];
+  /** @param {number} height */
+  const draw = (height) => {
+    text += `${down ? "L" : "M"}${column} ${height}`;
+    alone = !down;
+    down = true;
+  };
   const flush = () => {
-    for (const height of column.heights.filter((each, index, all) => each !== all[index - 1])) {
-      text += `${down ? "L" : "M"}${column.x} ${height}`;
-      alone = !down;
-      down = true;
-    }
-    column.x = NaN;
-    column.heights = NONE;
+    if (Number.isNaN(column)) return;
+    draw(first);
+    if (low !== first) draw(low);
+    if (high !== low) draw(high);
+    if (final !== high) draw(final);
+    column = NaN;
   };
   const lift = () => {
     flush();
@@ -49,25 +54,22 @@ export function curve(points, x, y) {
     down = false;
   };
   for (let index = Math.max(0, indexAt(points, x.low)); index <= last; index++) {
-    const value = points[index][1];
+    const [at, value] = points[index];
     if (!Number.isFinite(value) || (y.log && value <= 0)) {
       lift();
       continue;
     }
-    const at = Math.round(x.pixel(points[index][0]) * 2) / 2;
-    const height = Math.round(y.pixel(value) * 10) / 10;
-    if (at !== column.x) {
+    const pixel = Math.round(x.pixel(at));
+    const height = Math.round(y.pixel(value) * 2) / 2;
+    if (pixel !== column) {
       flush();
-      column.x = at;
-      column.heights = [height, height, height, height];
-    } else {
-      const [first, low, high] = column.heights;
-      column.heights = [first, Math.min(low, height), Math.max(high, height), height];
+      column = pixel;
+      first = low = high = height;
     }
+    if (height < low) low = height;
+    if (height > high) high = height;
+    final = height;
   }
   lift();
   return text;
 }
-
-/** @type {number[]} */
-const NONE = [];

@@ -1,7 +1,7 @@
 /** A dataset on its way to a job: what the check says, the plan, and the start. */
 
 import * as address from "./address.js";
-import { ApiError, get, post, remove } from "./api.js";
+import { get, post, remove } from "./api.js";
 import { datasetCheck } from "./dataset_check.js";
 import { button, element, replace } from "./dom.js";
 import { size } from "./format.js";
@@ -73,18 +73,18 @@ export function datasetPanel(id) {
    */
   function jobOf(check, files) {
     const place = element("div");
-    let latest = 0;
+    let asking = new AbortController();
     /** @param {any} body */
     const plan = async (body) => {
-      const current = ++latest;
+      asking.abort(); // the plan of settings that were changed
+      const current = (asking = new AbortController());
       try {
-        const answer = await post("v1/fine_tuning/plan", body, { signal });
-        if (current !== latest) return; // of settings that were changed meanwhile
+        const answer = await post("v1/fine_tuning/plan", body, { signal: AbortSignal.any([signal, current.signal]) });
         form.refuse(null);
         form.showDefaults(answer);
         replace(place, jobPlan(answer));
       } catch (error) {
-        if (current === latest) refuse(error);
+        if (!current.signal.aborted) refuse(error);
       }
     };
     /** @param {any} body */
@@ -92,7 +92,7 @@ export function datasetPanel(id) {
       form.setBusy(true);
       try {
         const job = await post(JOBS, body);
-        location.hash = address.link("train", { job: job.id });
+        if (!signal.aborted) location.hash = address.link("train", { job: job.id });
       } catch (error) {
         refuse(error);
       } finally {
@@ -101,9 +101,7 @@ export function datasetPanel(id) {
     };
     /** @param {unknown} error */
     const refuse = (error) => {
-      if (signal.aborted) return;
-      if (!(error instanceof ApiError)) throw error;
-      form.refuse(error);
+      form.refuse(/** @type {import("./api.js").ApiError} */ (error));
       replace(place);
     };
     const form = jobForm({ file: id, method: check.method, files, onChange: plan, onStart: start });

@@ -27,6 +27,7 @@ export function create() {
   let state = {};
   /** @type {Panel | null} */
   let panel = null;
+  let shown = false;
 
   /** @returns {Panel} */
   function open() {
@@ -63,15 +64,20 @@ export function create() {
   return {
     element: place,
     show(next) {
-      if (!next) address.write("train", state);
-      else if (JSON.stringify(next) !== JSON.stringify(state) || panel?.failed) {
-        close();
-        state = next;
+      if (!next) {
+        next = shown ? {} : state;
+        if (state.job || state.file) address.write("train", next);
       }
+      shown = true;
+      if (JSON.stringify(next) !== JSON.stringify(state) || panel?.failed) close();
+      state = next;
       if (panel) return; // as when the server is back
       panel = open();
       replace(place, panel.element);
     },
-    hide: close,
+    hide() {
+      shown = false;
+      if (!state.file) close(); // what was written about a dataset stays
+    },
   };
 }
