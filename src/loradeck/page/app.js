@@ -49,7 +49,8 @@ async function open() {
     return;
   }
   await showAddress();
-  if (session.rights?.control) await import("./metrics.js"); // which reads them from now on, whichever view is shown
+  // From now on the metrics are read, whichever view is shown. If the server is gone by now, it is opened again later.
+  if (session.rights?.control) await import("./metrics.js").catch(() => {});
 }
 
 function offered() {
