@@ -1,6 +1,8 @@
 """The view Compare: every part of it, done as a person does it, against a real server on the tiny model."""
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -460,6 +462,20 @@ def test_ten_thousand_adapters_are_suggested_by_what_was_typed(page: "Page", ser
     page.wait_for_function("document.querySelector('datalist').options[0]?.value === 'poet*0.5+adapter-9999'")
 
 
+def test_versions_and_checkpoints_are_suggested(page: "Page", server: PageServer) -> None:
+    jobs = [{"id": "ftjob-ab"}, {"id": "ftjob-cd"}]
+    checkpoints = [{"fine_tuned_model_checkpoint": f"ftjob-cd:ckpt-{step}"} for step in (12, 6)]
+    page.route("**/v1/fine_tuning/jobs?*", lambda route: route.fulfill(json={"object": "list", "data": jobs}))
+    page.route("**/ftjob-cd/checkpoints", lambda route: route.fulfill(json={"object": "list", "data": checkpoints}))
+    page.goto(link(server.url, **models("")))
+    choice = column(page, 0).get_by_label("Model", exact=True)
+    suggested = "[...document.querySelector('datalist').options].map(option => option.value).join()"
+    choice.fill("ftjob-c")
+    page.wait_for_function(f"{suggested} === 'ftjob-cd:ckpt-12,ftjob-cd:ckpt-6'")
+    choice.fill("poet@")
+    page.wait_for_function(f"{suggested} === 'poet@2,poet@1'")
+
+
 # ---- elsewhere
 
 
@@ -489,6 +505,26 @@ def test_the_question_can_be_asked_elsewhere(page: "Page", context: "BrowserCont
     done = subprocess.run(["bash", "-c", line], capture_output=True, check=True, timeout=TIMEOUT)
     assert b"pirate=0.3" in done.stdout
     assert b"loradeck chat --server" in lines["Command line"].encode()
+
+
+def test_with_keys_a_command_takes_the_key_from_the_environment(
+    page: "Page", make_server: Callable[..., PageServer], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[root]\nsha256 = "{hashlib.sha256(b"secret").hexdigest()}"\n')
+    server = make_server("--keys", str(keys))
+    page.goto(link(server.url, **models("poet")))
+    page.get_by_label("API key of this server").fill("secret")
+    page.get_by_role("button", name="Use it").click()
+    ask(page)
+    lines = commands(page)
+    assert not any("secret" in line for line in lines.values())
+    environment = os.environ | {"LORADECK_KEY": "secret"}
+    done = subprocess.run(["bash", "-c", lines["curl"]], capture_output=True, check=True, env=environment)
+    expected = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    pytest.importorskip("openai")
+    done = subprocess.run([sys.executable, "-c", lines["Python"]], capture_output=True, check=True, env=environment)
+    assert done.stdout.decode().rstrip("\n") == expected.rstrip("\n")
 
 
 # ---- by keyboard alone
