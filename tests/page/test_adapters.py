@@ -260,6 +260,26 @@ def test_a_name_that_cannot_be_is_not_sent(view: "Page", model: PreTrainedModel,
 # ---- loading, versions, removal
 
 
+def test_details_by_keyboard(view: "Page") -> None:
+    focused = "document.activeElement.textContent"
+    view.get_by_role("button", name="pirate", exact=True).focus()
+    view.keyboard.press("ArrowDown")
+    assert view.evaluate(focused) == "poet"
+    view.keyboard.press("Enter")
+    panel = view.get_by_role("region", name="poet", exact=True)
+    panel.wait_for()
+    assert view.evaluate(focused) == "poet"  # now the panel's heading
+    assert view.evaluate("document.activeElement.tagName") == "H2"
+    panel.get_by_role("button", name="Load", exact=True).focus()
+    view.keyboard.press("Enter")
+    panel.get_by_role("button", name="Unload").wait_for()
+    assert panel.evaluate("panel => panel.contains(document.activeElement)")  # although its button is gone
+    view.keyboard.press("Escape")
+    panel.wait_for(state="detached")
+    assert view.evaluate(focused) == "poet"
+    assert view.evaluate("document.activeElement.tagName") == "BUTTON"
+
+
 def test_loading_and_unloading(view: "Page") -> None:
     panel = details(view, "pirate")
     panel.get_by_role("button", name="Load", exact=True).click()

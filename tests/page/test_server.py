@@ -7,7 +7,7 @@ import pytest
 from tests.page.conftest import TIMEOUT, PageServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Route
 
 
 @pytest.fixture
@@ -45,6 +45,33 @@ def test_figures_follow_a_request(view: "Page", server: PageServer) -> None:
     row = view.get_by_role("row").filter(has=view.get_by_role("button", name="poet", exact=True))
     row.filter(has_text="On the device").wait_for()
     assert row.get_by_role("cell").nth(7).inner_text() == "2"  # its requests
+
+
+def test_the_busiest_adapters_and_the_running_jobs(page: "Page", server: PageServer) -> None:
+    """The metrics are made up: each time they are read, adapter 11 has had 11 requests more, adapter 10 has had 10."""
+    reads = 0
+
+    def answer(route: "Route") -> None:
+        nonlocal reads
+        reads += 1
+        lines = [f'loradeck_adapter_requests_total{{adapter="a{each}"}} {each * reads}' for each in range(1, 12)]
+        lines += [
+            f'loradeck_adapter_generation_tokens_total{{adapter="a{each}"}} {each * reads}' for each in range(1, 12)
+        ]
+        job = '{job="ftjob-1",name="<b>poet</b>"}'
+        lines += ['loradeck_jobs{status="running"} 1', 'loradeck_jobs{status="failed"} 0']
+        lines += [f"loradeck_job_steps{job} 3", f"loradeck_job_total_steps{job} 12", f"loradeck_job_loss{job} 1.25"]
+        route.fulfill(body="\n".join(lines), content_type="text/plain")
+
+    page.route("**/metrics", answer)
+    page.goto(f"{server.url}/#server")
+    rows = page.get_by_role("rowheader")
+    rows.first.wait_for()
+    assert rows.all_inner_texts() == [f"a{each}" for each in range(11, 1, -1)]
+    job = page.get_by_role("listitem").filter(has_text="<b>poet</b>")
+    assert "3 of 12 steps, loss 1.25" in job.inner_text()
+    assert job.get_by_role("link").get_attribute("href") == "#train=%7B%22job%22%3A%22ftjob-1%22%7D"
+    page.get_by_text("1 running", exact=True).wait_for()
 
 
 def test_metrics_are_read_before_the_view_is_opened(page: "Page", server: PageServer) -> None:
@@ -119,3 +146,9 @@ def test_quantiles_are_those_of_prometheus(page: "Page", server: PageServer) -> 
     )
     assert values[:4] == pytest.approx([0.3, 0.5, 0.75, 1.0])
     assert values[4] != values[4]  # nothing was counted
+
+
+def test_an_idle_server_has_no_negative_axis(view: "Page") -> None:
+    chart = view.locator(".chart").filter(has_text="Requests")
+    chart.locator(".grid text").filter(has_text="0.5").wait_for()
+    assert not [text for text in chart.locator(".grid text").all_text_contents() if text.startswith("-")]

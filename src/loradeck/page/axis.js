@@ -35,6 +35,7 @@ export class Axis {
       const factor = low === high ? 2 : (high / low) ** PADDING;
       return new Axis(low / factor, high * factor, start, end, true);
     }
+    if (low === 0 && high === 0) return new Axis(-PADDING, 1, start, end); // most likely a quantity that is never negative
     const room = low === high ? Math.abs(low) / 2 || 1 : (high - low) * PADDING;
     return new Axis(low - room, high + room, start, end);
   }

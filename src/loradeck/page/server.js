@@ -22,6 +22,8 @@ const rate = (name) => (/** @type {number} */ index) => history.rate(name, SPAN,
 /** @param {number} share */
 const firstToken = (share) => (/** @type {number} */ index) =>
   history.quantile(FIRST_TOKEN, share, history.since(MINUTE, index), index);
+/** @param {number} value in seconds */
+const delay = (value) => (value < 1 ? `${number(value * 1000)} ms` : duration(value));
 /** @param {number} value */
 const percent = (value) => `${number(value * 100)} %`;
 
@@ -48,7 +50,7 @@ const CHARTS = [
   {
     label: "Time to first token, over a minute",
     y: "time",
-    format: duration,
+    format: delay,
     curves: [
       { name: "Median", at: firstToken(0.5) },
       { name: "99th percentile", at: firstToken(0.99) },
@@ -129,8 +131,8 @@ function now() {
     ["Prompt tokens/s", number(rate("vllm:prompt_tokens_total")(last))],
     ["Requests running", number(history.value("vllm:num_requests_running"))],
     ["Requests waiting", number(history.value("vllm:num_requests_waiting"))],
-    ["First token, median", duration(firstToken(0.5)(last))],
-    ["First token, 99th percentile", duration(firstToken(0.99)(last))],
+    ["First token, median", delay(firstToken(0.5)(last))],
+    ["First token, 99th percentile", delay(firstToken(0.99)(last))],
     ["KV cache in use", Number.isNaN(kv) ? "–" : percent(kv)],
     ...tiers,
   ]);
