@@ -22,6 +22,7 @@ SUITES = (
     "four_bits",
     "classify",
     "live",
+    "page",
 )
 USAGE = f"""usage: python -m benchmarks SUITE [OPTIONS]
 

@@ -132,8 +132,8 @@ class AdapterStore:
             with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=self.folder) as saved:
                 return self._publish(name, source.save(Path(saved) / "adapter"))
 
-    def remove(self, spec: str) -> None:
-        """Remove one version (`name@3`, `name@latest`), or all of a `name`; their numbers are not used again.
+    def remove(self, spec: str) -> list[int]:
+        """Remove one version (`name@3`, `name@latest`), or all of a `name`; return their numbers, not to be used again.
 
         Files that are not the adapter's stay, such as those of a training run.
 
@@ -142,7 +142,9 @@ class AdapterStore:
             AdapterError: the store cannot be changed.
         """
         name, number = self._resolve(spec)
-        self._remove(name, [number] if "@" in spec else self.versions(name))
+        numbers = [number] if "@" in spec else self.versions(name)
+        self._remove(name, numbers)
+        return numbers
 
     def prune(self, name: str, *, keep: int) -> list[int]:
         """Remove all but the `keep` latest published versions; return the numbers of the removed ones.

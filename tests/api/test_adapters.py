@@ -374,7 +374,8 @@ def test_metrics(server: LocalServer) -> None:
     assert counts["loradeck_adapter_time_to_first_token_seconds_count", "poet"] == 2
     assert counts["loradeck_adapter_loads_total",] == 3
     assert counts["loradeck_adapter_evictions_total",] == counts["loradeck_adapter_load_failures_total",] == 0
-    assert counts["loradeck_adapter_resident_bytes",] > 0
+    assert counts["loradeck_adapter_bytes", "device"] == counts["loradeck_adapter_resident_bytes",] > 0
+    assert counts["loradeck_adapter_bytes", "memory"] == 0
     assert counts["loradeck_adapter_load_seconds_total",] > 0
     assert counts["loradeck_adapter_loaded", "poet", "false", "device"] == 2
     assert counts["loradeck_adapter_loaded", "pirate", "false", "device"] == 1

@@ -27,9 +27,9 @@ KEYS = ApiKeys(
 )
 
 
-def plan(server: LocalServer, content: bytes, **body: Any) -> httpx.Response:
-    """Ask for the plan of a job on a new file."""
-    return server.request(PLAN, {"model": "tiny", "training_file": upload(server, content), **body})
+def plan(server: LocalServer, content: bytes, path: str = PLAN, **body: Any) -> httpx.Response:
+    """Ask for the plan of a job on a new file, or at another path for the job."""
+    return server.request(path, {"model": "tiny", "training_file": upload(server, content), **body})
 
 
 def check_no_trace(server: LocalServer, text: str) -> None:

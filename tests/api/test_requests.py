@@ -164,7 +164,7 @@ FIELDS = fields_of(*REQUESTS)
 MINIMUM: dict[str, Any] = {
     "messages": CHAT["messages"], "prompt": "a", "tokens": [], "lora_name": "a", "id": 1, "scale": 1, "role": "user",
     "type": "text", "text": "a", "name": "f", "function": {"name": "f"}, "examples": [{}],
-    "model": "a", "training_file": "a",
+    "model": "a", "training_file": "a", "weights": {"a": 1},
 }  # fmt: skip
 
 

@@ -7,16 +7,21 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from loradeck.cli.distance import distances
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
-from loradeck.lora.manifest import read_folder
+from loradeck.lora.distance import compare, overall
+from loradeck.lora.manifest import AdapterFiles, read_folder
 
 
 def update(adapter: Adapter, path: str) -> torch.Tensor:
     a, b = adapter.pair(path)
     return adapter.sites[path].scaling * b.double() @ a.double()
+
+
+def distances(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, float], float]:
+    modules = compare(first, second)
+    return {module.path: module.distance for module in modules if module.shared}, overall(modules)
 
 
 def test_the_distance_is_that_of_the_dense_updates(adapters: Path, tiny: LlamaForCausalLM) -> None:

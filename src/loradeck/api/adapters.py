@@ -1,6 +1,5 @@
 """Models and adapters: OpenAI's list, vLLM's routes to load and unload, llama.cpp's scales."""
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from loradeck.api.adapter_publishing import is_latest, publish, store_of
 from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError
 from loradeck.api.model_name import BASE
@@ -25,18 +25,15 @@ from loradeck.api.responses import (
     json_response,
 )
 from loradeck.api.state import ServerState, state_of
-from loradeck.errors import AdapterError, UnknownAdapterError
+from loradeck.errors import AdapterError, ConfigError, UnknownAdapterError
 from loradeck.lora.names import check_name
 from loradeck.stored import read_stored
 
 if TYPE_CHECKING:
     from loradeck.serve.adapter_cache import Resident
-    from loradeck.store import AdapterStore
     from loradeck.stored import Stored
 
 INVALID_USER_INPUT = "InvalidUserInput"  # vLLM's error type
-
-log = logging.getLogger(__name__)
 
 
 # ---- models
@@ -54,12 +51,18 @@ async def get_model(request: Request) -> Response:
     return json_response(await run_sync(_get_model, state_of(request), request.state.key, request.path_params["id"]))
 
 
+async def list_versions(request: Request) -> Response:
+    """List the versions of an adapter that fit the base, the newest first."""
+    state, name = state_of(request), request.path_params["name"]
+    return json_response(ModelList(await run_sync(_list_versions, state, request.state.key, name)))
+
+
 def _list_models(state: ServerState, key: ApiKey) -> list[ModelCard]:
-    residents = _residents(state)
+    residents = residents_of(state)
     latest = [stored for stored in state.catalogue.usable() if key.may_use(stored.name)]
     return [
         _base_card(state, state.names.base),
-        *(_adapter_card(state, stored.name, stored, residents) for stored in latest),
+        *(adapter_card(state, stored.name, stored, residents) for stored in latest),
     ]
 
 
@@ -67,22 +70,52 @@ def _get_model(state: ServerState, key: ApiKey, name: str) -> ModelCard:
     try:
         selection = state.names.parse(name)
     except HttpError as error:
-        raise _unknown_model(name) from error
+        raise unknown_model(name) from error
     state.check_adapters(key, selection.names)
     if selection == BASE:
         return _base_card(state, name)
     if selection.label not in dict(selection.weights):  # a blend, or a scaled adapter
-        raise _unknown_model(name)
+        raise unknown_model(name)
     stored = state.engine.adapter_cache.find(selection.label)
     state.engine.adapter_cache.check(stored)
-    return _adapter_card(state, name, stored, _residents(state), sha256=stored.sha256())
+    return adapter_card(state, name, stored, residents_of(state), sha256=stored.sha256())
+
+
+def _list_versions(state: ServerState, key: ApiKey, name: str) -> list[ModelCard]:
+    state.check_adapters(key, [name])
+    store, residents = store_of(state), residents_of(state)
+    cards = []
+    for number in reversed(store.versions(name)):
+        with suppress(AdapterError, ConfigError, UnknownAdapterError):  # as in the list of models; removed just now
+            stored = store.find(f"{name}@{number}")
+            state.engine.adapter_cache.check(stored)
+            cards.append(adapter_card(state, stored.spec, stored, residents))
+    return cards
+
+
+def one_adapter(state: ServerState, key: ApiKey, name: str, param: str = "model") -> str:
+    """Return the adapter that a name stands for, as `name` or `name@version`, whether or not it exists.
+
+    Raises:
+        HttpError: 400, it is the base; 403, the key may not use it; 404, it is a blend.
+    """
+    try:
+        selection = state.names.parse(name, param)
+    except HttpError as error:
+        raise unknown_model(name, param) from error
+    state.check_adapters(key, selection.names)
+    if selection == BASE:
+        raise HttpError(400, f"{name[:128]!r} is the base, not an adapter.", param=param)
+    if selection.label not in dict(selection.weights):  # a blend, or a scaled adapter
+        raise unknown_model(name, param)
+    return selection.label
 
 
 def _base_card(state: ServerState, name: str) -> ModelCard:
     return _model_card(state, name, state.started, state.names.base, None, UNSET)
 
 
-def _adapter_card(
+def adapter_card(
     state: ServerState,
     name: str,
     stored: "Stored",
@@ -90,6 +123,7 @@ def _adapter_card(
     *,
     sha256: str | None = None,
 ) -> ModelCard:
+    """Describe an adapter under a name; `residents` are those of `residents_of`."""
     resident = residents.get(stored.spec)
     if resident is not None and resident.stored != stored:  # loaded from other files
         resident = None
@@ -116,12 +150,14 @@ def _model_card(
     return ModelCard(name, created, root, parent, state.engine.base.context, permission, adapter)
 
 
-def _residents(state: ServerState) -> "dict[str, Resident]":
+def residents_of(state: ServerState) -> "dict[str, Resident]":
+    """Return the adapters in memory, by name and version."""
     return {resident.spec: resident for resident in state.engine.adapter_cache.residents()}
 
 
-def _unknown_model(name: str) -> HttpError:
-    return HttpError(404, f"Unknown model {name[:128]!r}.", param="model", hint="GET /v1/models lists the models.")
+def unknown_model(name: str, param: str = "model") -> HttpError:
+    """Return the error of a name that no model has."""
+    return HttpError(404, f"Unknown model {name[:128]!r}.", param=param, hint="GET /v1/models lists the models.")
 
 
 # ---- loading
@@ -149,48 +185,28 @@ async def unload_adapter(request: Request) -> Response:
 
 def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
     """Load an adapter. If this fails, the store and the adapters in memory are as before."""
-    store, cache, name = _store(state), state.engine.adapter_cache, body.lora_name
+    store, cache, name = store_of(state), state.engine.adapter_cache, body.lora_name
     source = _source(state, name, body.lora_path or name)
-    is_latest, exists = _is_latest(store, name, source), name in store.names()
+    same, exists = is_latest(store, name, source), name in store.names()
     if state.names.parse(name) == BASE:
         raise _taken(f"The name {name!r} is the base's.")
-    if not body.load_inplace and is_latest and _is_loaded(state, name, source.sha256()):
+    if not body.load_inplace and same and _is_loaded(state, name, source.sha256()):
         raise _taken(f"The adapter {name!r} is already loaded.")
-    if not body.load_inplace and exists and not is_latest:
+    if not body.load_inplace and exists and not same:
         raise _taken(f"The name {name!r} is taken.", hint="load_inplace=true publishes the next version of it.")
     state.engine.tokenizer_of(source)  # raises if it has one that cannot be used
-    if is_latest:
+    if same:
         cache.load(source)
     else:
         check_name(name)
-        _publish(state, name, source)
-
-
-def _publish(state: ServerState, name: str, source: "Stored") -> None:
-    """Load an adapter, then publish it: nobody sees a version that cannot be used."""
-    store, cache, sha256 = _store(state), state.engine.adapter_cache, source.sha256()
-    was_loaded = cache.tier(sha256) == "device"
-    cache.load(source)
-    version: Stored | None = None
-    try:
-        version = store.publish(name, source.path)
-        if version.sha256() != sha256:
-            raise AdapterError(f"{source.path} changed while it was loaded", hint="Load it again.")
-        cache.load(version)
-    except BaseException:
-        if version is not None:
-            store.remove(version.spec)
-        if not was_loaded:
-            cache.discard(sha256)
-        raise
-    log.info("published %(adapter)s from %(path)s", {"adapter": version.spec, "path": str(source.path)})
+        publish(state, name, source, str(source.path))
 
 
 def _source(state: ServerState, name: str, path: str) -> "Stored":
     """Return the adapter of a `lora_path`: one of the store or of the hub, or that of an absolute path here."""
     source = Path(path)
     with suppress(UnknownAdapterError):
-        return state.engine.adapter_cache.find(source.name if source.parent == _store(state).folder else path)
+        return state.engine.adapter_cache.find(source.name if source.parent == store_of(state).folder else path)
     try:
         if source.is_absolute() and source.is_dir():
             return read_stored(name, 0, source, None)
@@ -204,14 +220,6 @@ def _source(state: ServerState, name: str, path: str) -> "Stored":
     )
 
 
-def _is_latest(store: "AdapterStore", name: str, source: "Stored") -> bool:
-    """Return whether an adapter has the content of a name's latest version, wherever it comes from."""
-    try:
-        return store.find(name).equals(source)
-    except (UnknownAdapterError, AdapterError):
-        return False
-
-
 def _is_loaded(state: ServerState, name: str, sha256: str) -> bool:
     """Return whether an adapter is on the device by this name; an adapter of the same content may have another."""
     residents = [each for each in state.engine.adapter_cache.residents() if each.sha256 == sha256]
@@ -220,12 +228,6 @@ def _is_loaded(state: ServerState, name: str, sha256: str) -> bool:
 
 def _taken(message: str, *, hint: str = "") -> HttpError:
     return HttpError(400, message, param="lora_name", error_type=INVALID_USER_INPUT, hint=hint)
-
-
-def _store(state: ServerState) -> "AdapterStore":
-    if state.engine.store is None:
-        raise HttpError(404, "This server has no store of adapters.")
-    return state.engine.store
 
 
 # ---- llama.cpp's scales

@@ -15,11 +15,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loradeck.api import adapters, file_check, files, fine_tuning, job_plan, page, pooling, tokenization
+from loradeck.api import (
+    adapter_changes,
+    adapters,
+    file_check,
+    files,
+    fine_tuning,
+    job_plan,
+    page,
+    pooling,
+    tokenization,
+)
 from loradeck.api import requests as req
 from loradeck.api import responses as res
 from loradeck.api import training_requests as training_req
 from loradeck.api import training_responses as training_res
+from loradeck.api.adapter_comparison import compare_adapters
+from loradeck.api.adapter_upload import upload_adapter
 from loradeck.api.auth import ApiKeys, AuthMiddleware
 from loradeck.api.chat import create_chat_completion
 from loradeck.api.completions import create_completion
@@ -84,6 +96,36 @@ NAMED = (400, 404, 422)  # statuses of routes that name an adapter
 OPERATIONS = [
     Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
+    Operation(
+        "DELETE", "/v1/models/{id:path}", adapter_changes.delete_model, None, res.ModelDeleted, errors=(400, 404, 422)
+    ),
+    Operation(
+        "POST",
+        "/v1/adapters",
+        upload_adapter,
+        req.UploadAdapterRequest,
+        res.ModelCard,
+        (404, 422, 503, 507),
+        body_media=FORM,
+    ),
+    Operation("GET", "/v1/adapters/{name}/versions", adapters.list_versions, None, res.ModelList, errors=(404, 422)),
+    Operation(
+        "POST",
+        "/v1/adapters/combine",
+        adapter_changes.combine_adapters,
+        req.CombineRequest,
+        res.ModelCard,
+        (404, 422, 429),
+    ),
+    Operation(
+        "GET",
+        "/v1/adapters/compare",
+        compare_adapters,
+        None,
+        res.AdapterComparison,
+        (404, 422, 429),
+        query=req.ComparisonQuery,
+    ),
     Operation(
         "POST",
         CHAT,

@@ -84,7 +84,7 @@ class ApiKey:
                 403,
                 f"This API key may not create the adapter {name[:128]!r}.",
                 param=param,
-                hint=f"It may create {', '.join(patterns) or 'none'}: set suffix.",
+                hint=f"It may create {', '.join(patterns) or 'none'}: set {param}.",
             )
 
     def check_control(self) -> None:

@@ -39,7 +39,7 @@ async def create_chat_completion(request: Request) -> Response | EventStream:
     state = state_of(request)
     body = await read_body(request, ChatCompletionRequest, state.config.max_body_bytes)
     generations, logprobs = await run_sync(_submit, state, request.state.key, body)
-    form = ChatFormat(body.model or state.names.base, state.fingerprint, logprobs if body.logprobs else None)
+    form = ChatFormat(body, body.model or state.names.base, state.fingerprint, logprobs if body.logprobs else None)
     return await generate.respond(request, body, generations, form)
 
 
@@ -64,6 +64,7 @@ def _submit(
 class ChatFormat:
     """The JSON of chat completions."""
 
+    request: ChatCompletionRequest
     model: str
     fingerprint: str
     logprobs: LogprobFormatter | None
@@ -78,20 +79,26 @@ class ChatFormat:
                 AssistantMessage(generate.text_of(chunks)),
                 self._logprobs(chunks),
                 generate.finish_reason(generation),
+                generate.token_ids(self.request, chunks),
             )
             for index, (generation, chunks) in enumerate(answers)
         ]
-        return ChatCompletion(self.id, self.created, self.model, choices, usage, self.fingerprint)
+        prompt = generate.prompt_token_ids(self.request, answers[0][0])
+        return ChatCompletion(self.id, self.created, self.model, choices, usage, self.fingerprint, prompt)
 
-    def first_event(self, index: int, _: "Generation") -> ChatCompletionChunk:
+    def first_event(self, index: int, generation: "Generation") -> ChatCompletionChunk:
         """Return the event with the role."""
-        return self._event(ChatChunkChoice(index, MessageDelta("assistant", "")))
+        event = self._event(ChatChunkChoice(index, MessageDelta("assistant", "")))
+        event.prompt_token_ids = generate.prompt_token_ids(self.request, generation)
+        return event
 
     def chunk_event(self, index: int, chunk: "TextChunk") -> ChatCompletionChunk | None:
         """Return the event with a chunk's text."""
-        if not chunk.text and self.logprobs is None:
+        if not chunk.text and self.logprobs is None and not self.request.return_token_ids:
             return None
-        return self._event(ChatChunkChoice(index, MessageDelta(content=chunk.text), self._logprobs([chunk])))
+        choice = ChatChunkChoice(index, MessageDelta(content=chunk.text), self._logprobs([chunk]))
+        choice.token_ids = generate.token_ids(self.request, [chunk])
+        return self._event(choice)
 
     def last_event(self, index: int, generation: "Generation") -> ChatCompletionChunk:
         """Return the event with the finish reason."""

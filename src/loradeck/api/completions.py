@@ -86,23 +86,31 @@ class CompletionFormat:
                 self.echoes[index] + generate.text_of(chunks),
                 self._logprobs(index, chunks, generation if self.request.echo else None),
                 generate.finish_reason(generation),
+                generate.token_ids(self.request, chunks),
+                generate.prompt_token_ids(self.request, generation),
             )
             for index, (generation, chunks) in enumerate(answers)
         ]
         return self._completion(*choices, usage=usage)
 
     def first_event(self, index: int, generation: "Generation") -> TextCompletion | None:
-        """Return the event with the prompt, if it is echoed."""
-        if not self.request.echo:
+        """Return the event with the prompt, if it is echoed, or its tokens are asked for."""
+        if not self.request.echo and not self.request.return_token_ids:
             return None
-        logprobs = self._logprobs(index, [], generation)
-        return self._completion(CompletionChoice(index, self.echoes[index], logprobs))
+        choice = CompletionChoice(index, self.echoes[index])
+        if self.request.echo:
+            choice.logprobs = self._logprobs(index, [], generation)
+        choice.token_ids = generate.token_ids(self.request, [])
+        choice.prompt_token_ids = generate.prompt_token_ids(self.request, generation)
+        return self._completion(choice)
 
     def chunk_event(self, index: int, chunk: "TextChunk") -> TextCompletion | None:
         """Return the event with a chunk's text."""
-        if not chunk.text and self.request.logprobs is None:
+        if not chunk.text and self.request.logprobs is None and not self.request.return_token_ids:
             return None
-        return self._completion(CompletionChoice(index, chunk.text, self._logprobs(index, [chunk])))
+        choice = CompletionChoice(index, chunk.text, self._logprobs(index, [chunk]))
+        choice.token_ids = generate.token_ids(self.request, [chunk])
+        return self._completion(choice)
 
     def last_event(self, index: int, generation: "Generation") -> TextCompletion:
         """Return the event with the finish reason."""

@@ -16,6 +16,8 @@ class ServerConfig:
 
     max_body_bytes: int = 8 << 20
     """Maximum size of a request body."""
+    max_adapter_upload_bytes: int = 4 << 30
+    """Maximum size of an adapter that is uploaded, and of what a zip of it holds."""
     max_prompt: int = 1 << 20
     """Maximum number of tokens in a prompt; the base's context is a limit too."""
     max_output: int = 1 << 20

@@ -99,6 +99,11 @@ def invalid_field(param: str) -> Iterator[None]:
         raise HttpError(400, message, param=param, hint=error.hint) from error
 
 
+def status_of(error: LoradeckError) -> int:
+    """Return the status of an error that has none of its own."""
+    return next((code for base, code in STATUSES.items() if isinstance(error, base)), 500)
+
+
 def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]:
     """Return what a client reads about an error, and the headers of the response.
 
@@ -112,7 +117,7 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
             status, text, headers = error.status, error.text("http"), error.headers
             param, error_type = error.param, error.error_type
         case LoradeckError():
-            status = next((code for base, code in STATUSES.items() if isinstance(error, base)), 500)
+            status = status_of(error)
             text = error.text("http")
             if isinstance(error, UnknownAdapterError):  # its hint lists names that this client may not know
                 text, param = f"{error.message}\nGET /v1/models lists the models.", "model"

@@ -2,37 +2,31 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from loradeck.api.config import ServerConfig
 from loradeck.api.errors import HttpError
 from loradeck.api.requests import read_query
 from loradeck.api.responses import json_response
-from loradeck.api.state import state_of, training_of
+from loradeck.api.state import training_of
 from loradeck.api.training_requests import FilesQuery
 from loradeck.api.training_responses import FileDeleted, FileObject, Page
-from loradeck.api.upload_form import UploadForm
+from loradeck.api.upload_form import MAX_FORM_BYTES, UploadForm, declared_bytes
 from loradeck.errors import FileTooLargeError
 from loradeck.live.records import FINE_TUNE, FileRecord
 from loradeck.live.uploads import Upload, Uploads
 
-MAX_FORM_BYTES = 1 << 16  # of a form besides its file
 OCTETS = "application/octet-stream"
 
 
 async def create_file(request: Request) -> Response:
     """Upload a dataset. It goes to the disk while it arrives; if it does not arrive whole, nothing of it stays."""
     training = training_of(request)
-    _check_origin(request, state_of(request).config)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise HttpError(415, "The body is compressed.", hint="Send it without a content-encoding.")
     key, max_bytes = request.state.key, training.config.max_file_bytes
-    length = request.headers.get("content-length", "0")
-    size = int(length) if length.isdecimal() else 0
+    size = declared_bytes(request)
     if size > max_bytes + MAX_FORM_BYTES:
         raise FileTooLargeError(f"the upload has {size} bytes; a file may have {max_bytes}")
     await run_sync(training.uploads.check_room, size)
@@ -107,15 +101,3 @@ def _check_fields(fields: dict[str, str]) -> None:
             raise HttpError(
                 400, f"Unsupported: {name[:80]}.", param=name[:80], hint="Delete files that are not needed."
             )
-
-
-def _check_origin(request: Request, config: ServerConfig) -> None:
-    """Check that no foreign web page uploads: a browser sends a form to any server without asking it first."""
-    origin = request.headers.get("origin")
-    if origin is None or not {origin, "*"}.isdisjoint(config.origins):
-        return
-    if urlsplit(origin).netloc != request.headers.get("host"):
-        raise HttpError(
-            403,
-            f"The origin {origin[:128]!r} may not use this server; its flag --origins allows others.",
-        )

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,7 +15,14 @@ from loradeck.api.auth import ApiKey
 from loradeck.api.errors import HttpError, error_info, invalid_field, shutting_down
 from loradeck.api.model_name import AdapterSelection
 from loradeck.api.requests import AdapterRequest, GenerationRequest
-from loradeck.api.responses import ErrorResponse, FinishReason, PromptTokensDetails, Usage, json_response
+from loradeck.api.responses import (
+    ErrorResponse,
+    FinishReason,
+    PromptTokensDetails,
+    TokenIds,
+    Usage,
+    json_response,
+)
 from loradeck.api.state import ServerState, state_of
 from loradeck.api.streaming import EventStream, SendEvent, run_until_disconnect
 from loradeck.errors import BusyError, UnknownAdapterError
@@ -253,6 +261,18 @@ async def respond(
 def text_of(chunks: "Iterable[TextChunk]") -> str:
     """Return the text of some chunks."""
     return "".join(chunk.text for chunk in chunks)
+
+
+def token_ids(request: GenerationRequest, chunks: "Iterable[TextChunk]") -> TokenIds:
+    """Return the tokens of some chunks, with the one that ends the answer, if the request asks for them."""
+    if not request.return_token_ids:
+        return UNSET
+    return [chunk.token.id for chunk in chunks if chunk.token is not None]
+
+
+def prompt_token_ids(request: GenerationRequest, generation: "Generation") -> TokenIds:
+    """Return the tokens of a prompt, if the request asks for them."""
+    return [*generation.request.prompt] if request.return_token_ids else UNSET
 
 
 def finish_reason(generation: "Generation") -> FinishReason:

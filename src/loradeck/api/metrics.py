@@ -167,6 +167,10 @@ class Metrics(Collector):
         for value, count in Tally(values).items():
             loaded.add_metric(value, count)
         yield loaded
+        memory = GaugeMetricFamily("loradeck_adapter_bytes", "Memory of adapters.", labels=("tier",))
+        for tier in ("device", "memory"):
+            memory.add_metric((tier,), sum(resident.nbytes for resident in residents if resident.tier == tier))
+        yield memory
         yield GaugeMetricFamily("loradeck_adapter_resident_bytes", "On the device.", adapters.nbytes)
         yield CounterMetricFamily("loradeck_adapter_loads", "Adapters loaded.", adapters.loads)
         yield CounterMetricFamily("loradeck_adapter_load_failures", "Loads that failed.", adapters.load_failures)

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeck.api.errors import HttpError, invalid_field
-from loradeck.api.requests import MAX_WEIGHT, AdapterRequest, LoraScale
+from loradeck.api.requests import MAX_BLEND, MAX_WEIGHT, AdapterRequest, LoraScale
 from loradeck.blend import format_blend, parse_blend
 
 if TYPE_CHECKING:
     from loradeck.base.load import Base
     from loradeck.lora.routing import RouteEntry
     from loradeck.store import AdapterStore
-
-MAX_BLEND = 64  # adapters; each one is looked up on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +82,10 @@ class AdapterIds:
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Replace all scales; an adapter that is not listed gets 0."""
         self._scales = {name: scale for name, scale in scales.items() if scale}
+
+    def forget(self, name: str) -> None:
+        """Leave an adapter that was removed out of the scales."""
+        self.set_scales({other: scale for other, scale in self._scales.items() if other != name})
 
 
 class ModelNames:

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from loradeck.api.errors import HttpError
+from loradeck.api.origin import check_origin
 from loradeck.api.requests import AdapterRequest
 from loradeck.api.responses import JSON, ErrorResponse
 from loradeck.api.state import state_of
@@ -35,7 +36,7 @@ class Operation:
     tasks: tuple[str, ...] = ()
     """The tasks of the bases that have this route; () for all."""
     query: type[msgspec.Struct] | None = None
-    """The type of its parameters in the URL; none is required."""
+    """The type of its parameters in the URL."""
     body_media: str = JSON
     """The media type of the request's body."""
     media: str = "text/plain"
@@ -49,12 +50,15 @@ class Operation:
         return Route(self.path, self._handle, methods=[self.method])
 
     async def _handle(self, request: Request) -> ASGIApp:
-        """Answer a request, or refuse it if the base was loaded for another task.
+        """Answer a request, or refuse it if the base was loaded for another task, or if a foreign web page sends it.
 
         Raises:
-            HttpError: 400.
+            HttpError: 400, 403.
         """
-        base = state_of(request).engine.base
+        state = state_of(request)
+        if self.method != "GET" and (self.body is None or self.body_media != JSON):  # of others, `read_body` takes care
+            check_origin(request, state.config)
+        base = state.engine.base
         if self.tasks and base.task not in self.tasks:
             raise HttpError(
                 400,
@@ -113,8 +117,11 @@ def _describe(operation: Operation, schema_of: dict[Any, dict[str, Any]], error:
     ]
     if operation.query is not None:
         definition = msgspec.json.schema(operation.query)
-        properties = definition["$defs"][operation.query.__name__]["properties"]
-        parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in properties.items()]
+        kind = definition["$defs"][operation.query.__name__]
+        parameters += [
+            {"name": name, "in": "query", "required": name in kind.get("required", ()), "schema": schema}
+            for name, schema in kind["properties"].items()
+        ]
     if parameters:
         description["parameters"] = parameters
     return description

@@ -1,6 +1,8 @@
 """The files of the page that a browser shows at `/`. They hold nothing of this server, so they need no API key."""
 
+import gzip
 import hashlib
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -19,6 +21,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
+    "vary": "accept-encoding",
     "cache-control": "no-cache",  # ask whether it has changed; a newer server has newer files
 }
 
@@ -37,20 +40,33 @@ async def _answer(request: Request, name: str) -> Response:
     page = await run_sync(page_files)
     if name not in page:
         raise HttpError(404, f"The page has no file {name[:128]!r}.")
-    content, media_type, etag = page[name]
-    headers = {**HEADERS, "etag": etag}
-    if request.headers.get("if-none-match") == etag:
+    file = page[name]
+    headers = {**HEADERS, "etag": file.etag}
+    if request.headers.get("if-none-match") == file.etag:
         return Response(status_code=304, headers=headers)
-    return Response(content, headers=headers, media_type=media_type)
+    if "gzip" not in request.headers.get("accept-encoding", ""):
+        return Response(file.content, headers=headers, media_type=file.media_type)
+    return Response(file.compressed, headers={**headers, "content-encoding": "gzip"}, media_type=file.media_type)
+
+
+@dataclass(frozen=True, slots=True)
+class PageFile:
+    """A file of the page, as it is and compressed."""
+
+    content: bytes
+    compressed: bytes
+    media_type: str
+    etag: str
 
 
 @cache
-def page_files() -> dict[str, tuple[bytes, str, str]]:
-    """Return the content, the media type and the entity tag of each file of the page, by its name."""
+def page_files() -> dict[str, PageFile]:
+    """Return the files of the page by name."""
     page = {}
     for file in files("loradeck.page").iterdir():
         suffix = "." + file.name.rpartition(".")[2]
         if file.is_file() and suffix in TYPES:
             content = file.read_bytes()
-            page[file.name] = (content, TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+            etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+            page[file.name] = PageFile(content, gzip.compress(content, mtime=0), TYPES[suffix], etag)
     return page

@@ -17,6 +17,7 @@ from loradeck.api.responses import JSON
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 MAX_EVAL_ADAPTERS = 256
 MAX_WEIGHT = 1e6  # of an adapter; beyond it float32 has no digits left for what the base computes
+MAX_BLEND = 64  # adapters; each one is looked up on disk
 MAX_STOP_STRINGS = 256  # each is looked for at every token; OpenAI takes four, vLLM any number
 MAX_STOP_LENGTH = 4096  # characters
 MAGICS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # how compressed data begins; no JSON does
@@ -26,6 +27,7 @@ TokenId: TypeAlias = NonNegativeInt
 Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 NonEmptyStr: TypeAlias = Annotated[str, Meta(min_length=1)]
+Binary: TypeAlias = Annotated[str, Meta(extra_json_schema={"format": "binary"})]
 Weight: TypeAlias = Annotated[float, Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 StopString: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Unsupported: TypeAlias = Mapping[str, tuple[Any, ...]]
@@ -82,6 +84,8 @@ class GenerationRequest(AdapterRequest, kw_only=True):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    """vLLM's: the answer has `token_ids`, and the prompt `prompt_token_ids`."""
 
     unsupported: ClassVar[Unsupported] = {
         "response_format": ({"type": "text"},),
@@ -309,6 +313,31 @@ class UnloadAdapterRequest(msgspec.Struct, kw_only=True):
     """`POST /v1/unload_lora_adapter`."""
 
     lora_name: NonEmptyStr
+
+
+class UploadAdapterRequest(msgspec.Struct, kw_only=True):
+    """`POST /v1/adapters`, a form."""
+
+    name: NonEmptyStr
+    file: Annotated[list[Binary], Meta(min_length=1)]
+    """The files of a PEFT folder, each with its path as the filename, or one .zip of them."""
+
+
+class CombineRequest(msgspec.Struct, kw_only=True):
+    """`POST /v1/adapters/combine`."""
+
+    name: NonEmptyStr
+    weights: Annotated[dict[str, Weight], Meta(min_length=1, max_length=MAX_BLEND)]
+    """Of each adapter, `name` or `name@version`."""
+    max_rank: Annotated[int, Meta(ge=1, le=2**16)] | None = None
+    """Lower ranks above this one, by SVD; by default the ranks add up and the blend is exact."""
+
+
+class ComparisonQuery(msgspec.Struct, kw_only=True):
+    """The parameters of `GET /v1/adapters/compare`: two adapters, each `name` or `name@version`."""
+
+    a: NonEmptyStr
+    b: NonEmptyStr
 
 
 class EvaluateRequest(msgspec.Struct, kw_only=True):

@@ -1,7 +1,7 @@
 """Response bodies, in the shapes of OpenAI's, vLLM's and llama.cpp's servers."""
 
 from collections.abc import Mapping
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -9,6 +9,8 @@ from starlette.responses import Response
 
 JSON = "application/json"
 FinishReason = Literal["stop", "length"]
+TokenIds: TypeAlias = list[int] | UnsetType
+"""There if the request asks for them with `return_token_ids`."""
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -96,6 +98,7 @@ class ChatChoice(msgspec.Struct):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_ids: TokenIds = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -105,6 +108,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: MessageDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: TokenIds = UNSET
 
 
 class ChatCompletion(msgspec.Struct):
@@ -116,6 +120,7 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    prompt_token_ids: TokenIds = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -128,6 +133,7 @@ class ChatCompletionChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     system_fingerprint: str
     usage: Usage | UnsetType = UNSET
+    prompt_token_ids: TokenIds = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -147,6 +153,8 @@ class CompletionChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: TokenIds = UNSET
+    prompt_token_ids: TokenIds = UNSET
 
 
 class TextCompletion(msgspec.Struct):
@@ -262,6 +270,39 @@ class ModelList(msgspec.Struct):
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+class ModelDeleted(msgspec.Struct):
+    """`DELETE /v1/models/{id}`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True
+
+
+class ModuleComparison(msgspec.Struct):
+    """What two adapters change at one module: Frobenius norms of the updates, with their scalings."""
+
+    path: str
+    norm_a: float
+    """0 if the adapter leaves the module alone, as in the next one."""
+    norm_b: float
+    distance: float | None
+    """|A - B| / |A|; null if only A is zero."""
+    similarity: float | None
+    """The cosine of the two; null if one is zero."""
+
+
+class AdapterComparison(msgspec.Struct):
+    """`GET /v1/adapters/compare`."""
+
+    a: str
+    """As `name@version`, as the next one."""
+    b: str
+    distance: float | None
+    """That of all modules together."""
+    modules: list[ModuleComparison]
+    object: Literal["adapter.comparison"] = "adapter.comparison"
 
 
 class LoraAdapter(msgspec.Struct):

@@ -45,6 +45,8 @@ class ServerState:
     draining: bool = field(init=False, default=False)
     unanswered: int = field(init=False, default=0)
     """Requests whose response has not begun."""
+    comparing: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
+    """Held while the weights of adapters are read to be compared or combined, so that one request at a time does it."""
     started: int = field(init=False, default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
     _reading: set[asyncio.Timeout] = field(init=False, default_factory=set)

@@ -1,23 +1,27 @@
-"""A multipart form with one file, which goes to its place while it arrives."""
+"""A multipart form with files, which go to their place while they arrive."""
 
 from collections.abc import Callable
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
 
 from loradeck.api.errors import HttpError
 
 FORM = "multipart/form-data"
 MAX_FIELDS = 16
-MAX_FIELD_BYTES = 4096  # of all fields besides the file
+MAX_FIELD_BYTES = 4096  # of all fields besides the files
+MAX_FORM_BYTES = 1 << 16  # of a form besides its file
 
 
 class UploadForm:
-    """The fields of a form, as text, and its part `file`, whose content is handed on piece by piece."""
+    """The fields of a form, as text, and its parts `file`, whose content is handed on piece by piece."""
 
-    def __init__(self, content_type: str, open_file: Callable[[str], Callable[[bytes], object]]) -> None:
-        """`open_file` is called with the file's name, and returns what takes its content.
+    def __init__(
+        self, content_type: str, open_file: Callable[[str], Callable[[bytes], object]], *, max_files: int = 1
+    ) -> None:
+        """`open_file` is called with each file's name, and returns what takes its content.
 
         Raises:
             HttpError: 415, it is no form; 400, it has no boundary.
@@ -28,8 +32,8 @@ class UploadForm:
         if not options.get(b"boundary"):
             raise HttpError(400, "The content-type has no boundary.")
         self.fields: dict[str, str] = {}
-        self.has_file = False
-        self._open_file = open_file
+        self.files = 0
+        self._open_file, self._max_files = open_file, max_files
         self._write_file: Callable[[bytes], object] | None = None
         self._header = self._value = self._disposition = b""
         self._name, self._content = "", bytearray()
@@ -57,7 +61,7 @@ class UploadForm:
 
         Raises:
             HttpError: 400, it is no form; 413, its fields are too large.
-            Exception: what the place of the file raises.
+            Exception: what the place of a file raises.
         """
         try:
             self._parser.write(content)
@@ -72,7 +76,7 @@ class UploadForm:
         """
         if not self._ended:
             raise _invalid("it is incomplete")
-        if not self.has_file:
+        if not self.files:
             raise HttpError(400, "The form has no file.", param="file", hint="Send a part named file with a filename.")
 
     def _begin_part(self) -> None:
@@ -97,9 +101,11 @@ class UploadForm:
         self._name = _text(options[b"name"])
         self._write_file = None
         if self._name == "file":
-            if self.has_file:
+            if self.files == self._max_files == 1:
                 raise HttpError(400, "The form has two files.", param="file", hint="Upload one after the other.")
-            self.has_file = True
+            if self.files == self._max_files:
+                raise HttpError(413, f"The form has more than {self._max_files} files.", param="file")
+            self.files += 1
             self._write_file = self._open_file(_text(options.get(b"filename", b"")))
         elif len(self.fields) == MAX_FIELDS:
             raise HttpError(413, f"The form has more than {MAX_FIELDS} fields.")
@@ -119,6 +125,18 @@ class UploadForm:
 
     def _end(self) -> None:
         self._ended = True
+
+
+def declared_bytes(request: Request) -> int:
+    """Return the length of an upload, 0 if its headers do not say it.
+
+    Raises:
+        HttpError: 415, it is compressed.
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HttpError(415, "The body is compressed.", hint="Send it without a content-encoding.")
+    length = request.headers.get("content-length", "0")
+    return int(length[:20]) if length.isdecimal() else 0
 
 
 def _text(content: bytes) -> str:

@@ -47,11 +47,12 @@ def diff(first: str, second: str, /, *, headers: bool = False, modules: bool = F
             print_json({"settings": settings, "only": only})
         return
 
-    from loradeck.cli.distance import distances
+    from loradeck.lora.distance import compare, overall
 
-    by_module, overall = distances(one, two)
+    compared = compare(one, two)
+    by_module, distance_of_all = {each.path: each.distance for each in compared if each.shared}, overall(compared)
     if as_json:
-        print_json({"settings": settings, "only": only, "distance": overall, "distances": by_module})
+        print_json({"settings": settings, "only": only, "distance": distance_of_all, "distances": by_module})
         return
     import statistics
 
@@ -64,7 +65,7 @@ def diff(first: str, second: str, /, *, headers: bool = False, modules: bool = F
     ]
     if rows:
         print(columns([("distance", "modules", "least", "median", "most"), *rows], right=(1, 2, 3, 4)))
-    print(f"distance over all modules: {overall:.3g}")
+    print(f"distance over all modules: {distance_of_all:.3g}")
 
 
 def _differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

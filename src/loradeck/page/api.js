@@ -2,6 +2,8 @@
 
 const KEY = "loradeck.key"; // in sessionStorage: it is gone when the tab is closed
 const RETRY = 2000; // milliseconds between two looks for a server that is gone
+const CONNECTIONS = 6; // what a browser opens to a server at most; it counts requests without credentials apart
+let apart = 0; // streams that are requested without credentials, of which the page has none
 
 const BEAT = 5000; // milliseconds between two looks while the server answers
 
@@ -108,7 +110,21 @@ export function upload(path, form, onProgress = () => {}, signal) {
  */
 export async function stream(path, body, onEvent, signal) {
   const method = body === undefined ? "GET" : "POST";
-  const response = await request(method, path, body === undefined ? undefined : JSON.stringify(body), signal);
+  const text = body === undefined ? undefined : JSON.stringify(body);
+  const credentials = apart < CONNECTIONS ? "omit" : "same-origin";
+  apart += Number(credentials === "omit"); // so that the other requests do not wait for streams, nor a seventh stream
+  try {
+    await readEvents(await request(method, path, text, signal, credentials), onEvent);
+  } finally {
+    apart -= Number(credentials === "omit");
+  }
+}
+
+/**
+ * @param {Response} response
+ * @param {(event: any) => void} onEvent
+ */
+async function readEvents(response, onEvent) {
   const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();
   const decoder = new TextDecoder();
   let rest = "";
@@ -134,17 +150,18 @@ export async function stream(path, body, onEvent, signal) {
  * @param {string} path
  * @param {string} [body]
  * @param {AbortSignal} [signal]
+ * @param {RequestCredentials} [credentials]
  * @returns {Promise<Response>}
  * @throws {ApiError}
  */
-async function request(method, path, body, signal) {
+async function request(method, path, body, signal, credentials) {
   /** @type {Record<string, string>} */
   const headers = {};
   if (body !== undefined) headers["content-type"] = "application/json";
   if (key.value) headers.authorization = `Bearer ${key.value}`;
   let response;
   try {
-    response = await fetch(path, { method, body, headers, signal, cache: "no-store" });
+    response = await fetch(path, { method, body, headers, signal, credentials, cache: "no-store" });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw gone();

@@ -49,6 +49,7 @@ async function open() {
     return;
   }
   await showAddress();
+  if (session.rights?.control) await import("./metrics.js"); // which reads them from now on, whichever view is shown
 }
 
 function offered() {
