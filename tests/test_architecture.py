@@ -28,6 +28,7 @@ MAY = {
     "tokenizer_files": {"disk", "errors"},
     "sampling": {"native", "errors"},
     "toy": set(),
+    "page": set(),
     "demo": set(),
     "ops": {"disk", "dtypes"},
     "lora": {"ops", *GROUND},

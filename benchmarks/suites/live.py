@@ -30,6 +30,7 @@ from benchmarks.workloads import RATE
 from loradeck import AdapterStore, Base, LoraConfig
 from loradeck.base.load import SMOLLM2
 from loradeck.base.onednn import cap_kernel_cache
+from loradeck.cli.process import cap_allocator
 from loradeck.dataset.example import UNSUPERVISED, Example
 from loradeck.dtypes import computes_in
 from loradeck.errors import UnknownAdapterError
@@ -110,7 +111,8 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--shape", choices=SHAPES, help="a base of random weights instead; no file is written")
     run = Run(SUITE, options, arguments)
     run.options.record &= not run.options.shape
-    cap_kernel_cache()  # as `loradeck serve` does
+    cap_kernel_cache()  # as `loradeck serve` does, with the next
+    cap_allocator()
     measures = {"streams": streams, "training": training, "memory": memory, "publish": publish}
     with tempfile.TemporaryDirectory() as path:
         source = save_random_base(run.options.shape, Path(path, "base")) if run.options.shape else SMOLLM2
@@ -281,7 +283,9 @@ def memory(source: str | Path, dtype: str, rounds: int) -> dict[str, float]:  # 
 
 def peak_of(source: str | Path, dtype: str, name: str) -> float:
     """Return the MiB of a process at its peak while it serves, trains, or does both."""
-    cap_kernel_cache()
+    if name != "training":  # `train` has neither
+        cap_kernel_cache()
+        cap_allocator()
 
     def work() -> None:
         base = Base.load(source, dtype=dtype, weights="packed" if name == "training" else "blocks")

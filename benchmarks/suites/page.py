@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
@@ -70,12 +71,10 @@ SUITE = Suite(
 def main(arguments: Sequence[str]) -> None:
     run = Run(SUITE, parser(SUITE, __doc__, rounds=7), arguments)
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        chromium = None
-    if chromium is None:
+    if chromium is None or find_spec("playwright") is None:
         sys.exit("benchmarks: needs Chromium and Playwright; nothing was measured. Install them: make test-page")
+    from playwright.sync_api import sync_playwright
+
     with serving() as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium)
         run.add("load", {**loads(browser, url, run.options.rounds), **sizes()})

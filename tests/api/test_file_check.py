@@ -197,10 +197,13 @@ class Reading:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.released = threading.Event(), threading.Event()
+        self.owners: list[str] = []
         self.ends: list[BaseException | None] = []
         read = Previews._check
 
         def hold(previews: Previews, id: str, owner: str, max_length: int, on_read: Any) -> Any:
+            self.owners.append(owner)
+
             def pause(position: Any) -> None:
                 self.begun.set()
                 assert self.released.wait(TIMEOUT)
@@ -237,6 +240,32 @@ def test_a_client_that_leaves_ends_the_reading(training_server: LocalServer, mon
         asyncio.run(main(url))
     assert [type(end).__name__ for end in reading.ends] == ["Interruption"]
     assert not [*(training_server.options["training"].folder / "jobs").iterdir()]
+
+
+def test_a_key_has_one_file_read_at_a_time(training_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are two readers, and a key's second file waits for its first, so another key's is read at once."""
+    reading = Reading(monkeypatch)
+    ids = {owner: upload(training_server, lines(CHAT), owner=owner) for owner in ("alice", "bob")}
+    server = training_server.configured(**training_server.options, keys=KEYS)
+
+    async def main(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:
+
+            def ask(owner: str) -> asyncio.Task[httpx.Response]:
+                headers = {"authorization": f"Bearer k{owner}"}
+                return asyncio.create_task(client.get(f"/v1/files/{ids[owner]}/check", headers=headers))
+
+            tasks = [ask("alice"), ask("alice")]
+            await until(lambda: state.unanswered == 2 and reading.owners)
+            tasks.append(ask("bob"))
+            await until(lambda: "bob" in reading.owners)
+            assert reading.owners == ["alice", "bob"]
+            reading.released.set()
+            assert [(await task).status_code for task in tasks] == [200] * 3
+
+    with server.listening() as (url, state):
+        asyncio.run(main(url))
+    assert reading.owners == ["alice", "bob", "alice"]
 
 
 def test_a_shutdown_ends_the_reading(training_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
 """The view Compare: every part of it, done as a person does it, against a real server on the tiny model."""
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,10 +76,21 @@ def state(page: "Page") -> dict[str, Any]:
     return json.loads(unquote(page.url.partition("#compare=")[2]))
 
 
-def until_state(page: "Page", expected: Callable[[dict[str, Any]], bool]) -> None:
-    page.wait_for_function("true")  # the page runs
-    while not expected(state(page)):
+def until(holds: Callable[[], bool], page: "Page") -> None:
+    """Wait until something holds; Playwright's own way needs `eval`, which the page forbids."""
+    end = time.monotonic() + TIMEOUT
+    while not holds():
+        assert time.monotonic() < end
         page.evaluate("new Promise(requestAnimationFrame)")
+
+
+def until_state(page: "Page", expected: Callable[[dict[str, Any]], bool]) -> None:
+    until(lambda: expected(state(page)), page)
+
+
+def suggestions(page: "Page") -> list[str]:
+    """Return what the focused field suggests."""
+    return page.evaluate("[...document.activeElement.list.options].map(option => option.value)")
 
 
 @pytest.fixture
@@ -117,7 +131,7 @@ def test_a_column_is_added_chosen_and_removed(page: "Page", server: PageServer) 
     page.goto(link(server.url, **models("poet", display="tokens")))
     page.get_by_role("button", name="Add a column").click()
     page.keyboard.type("pir")
-    page.wait_for_function("document.activeElement.list.options[0]?.value === 'pirate'")
+    until(lambda: suggestions(page) == ["pirate"], page)
     page.keyboard.type("ate")
     page.keyboard.press("Enter")
     ask(page)
@@ -451,13 +465,25 @@ def test_ten_thousand_adapters_are_suggested_by_what_was_typed(page: "Page", ser
     page.goto(link(server.url, **models("")))
     choice = column(page, 0).get_by_label("Model", exact=True)
     choice.fill("adapter-")
-    options = column(page, 0).locator("datalist").first.locator("option")
-    page.wait_for_function("document.querySelector('datalist').options.length === 50")
+    until(lambda: len(suggestions(page)) == 50, page)
     choice.fill("777")
-    page.wait_for_function("document.querySelector('datalist').options[0]?.value === 'adapter-777'")
-    assert options.count() == 19  # 777, x777 and 777x
+    until(lambda: len(suggestions(page)) == 19, page)  # 777, x777 and 777x
+    assert suggestions(page)[0] == "adapter-777"
     choice.fill("poet*0.5+adapter-9999")
-    page.wait_for_function("document.querySelector('datalist').options[0]?.value === 'poet*0.5+adapter-9999'")
+    until(lambda: suggestions(page) == ["poet*0.5+adapter-9999"], page)
+
+
+def test_versions_and_checkpoints_are_suggested(page: "Page", server: PageServer) -> None:
+    jobs = [{"id": "ftjob-ab"}, {"id": "ftjob-cd"}]
+    checkpoints = [{"fine_tuned_model_checkpoint": f"ftjob-cd:ckpt-{step}"} for step in (12, 6)]
+    page.route("**/v1/fine_tuning/jobs?*", lambda route: route.fulfill(json={"object": "list", "data": jobs}))
+    page.route("**/ftjob-cd/checkpoints", lambda route: route.fulfill(json={"object": "list", "data": checkpoints}))
+    page.goto(link(server.url, **models("")))
+    choice = column(page, 0).get_by_label("Model", exact=True)
+    choice.fill("ftjob-c")
+    until(lambda: suggestions(page) == ["ftjob-cd:ckpt-12", "ftjob-cd:ckpt-6"], page)
+    choice.fill("poet@")
+    until(lambda: suggestions(page) == ["poet@2", "poet@1"], page)
 
 
 # ---- elsewhere
@@ -489,6 +515,26 @@ def test_the_question_can_be_asked_elsewhere(page: "Page", context: "BrowserCont
     done = subprocess.run(["bash", "-c", line], capture_output=True, check=True, timeout=TIMEOUT)
     assert b"pirate=0.3" in done.stdout
     assert b"loradeck chat --server" in lines["Command line"].encode()
+
+
+def test_with_keys_a_command_takes_the_key_from_the_environment(
+    page: "Page", make_server: Callable[..., PageServer], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[root]\nsha256 = "{hashlib.sha256(b"secret").hexdigest()}"\n')
+    server = make_server("--keys", str(keys))
+    page.goto(link(server.url, **models("poet")))
+    page.get_by_label("API key of this server").fill("secret")
+    page.get_by_role("button", name="Use it").click()
+    ask(page)
+    lines = commands(page)
+    assert not any("secret" in line for line in lines.values())
+    environment = os.environ | {"LORADECK_KEY": "secret"}
+    done = subprocess.run(["bash", "-c", lines["curl"]], capture_output=True, check=True, env=environment)
+    expected = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    pytest.importorskip("openai")
+    done = subprocess.run([sys.executable, "-c", lines["Python"]], capture_output=True, check=True, env=environment)
+    assert done.stdout.decode().rstrip("\n") == expected.rstrip("\n")
 
 
 # ---- by keyboard alone

@@ -314,16 +314,42 @@ def test_training_goes_on_from_an_adapter_with_a_validation_file(page: "Page", s
     assert state(page)["columns"][1] == {"model": "pirate@2"}
 
 
+def create(page: "Page", server: "PageServer", name: str, filename: str, content: bytes) -> str:
+    """Create a job as another client would, and return its id."""
+    file = {"name": filename, "mimeType": "text/plain", "buffer": content}
+    form: Any = {"purpose": "fine-tune", "file": file}
+    id = page.request.post(f"{server.url}/v1/files", multipart=form).json()["id"]
+    body = {"model": "tiny", "training_file": id, "suffix": name}
+    return page.request.post(f"{server.url}/v1/fine_tuning/jobs", data=body).json()["id"]
+
+
+def test_curves_of_several_jobs(page: "Page", server: "PageServer") -> None:
+    open_train(page, server)
+    for name in ("left", "right"):
+        create(page, server, name, "ahoy.jsonl", GOOD)
+        row = page.get_by_role("row").filter(has=page.get_by_role("link", name=name))
+        row.get_by_text(f"{name}@1").wait_for()
+        row.get_by_role("checkbox").check()
+    legend = page.get_by_role("list", name="Curves of Checked jobs")
+    for name in ("left", "right"):
+        legend.get_by_role("button", name=name).wait_for()
+    page.get_by_role("slider", name="Checked jobs").locator("path.curve[d^=M]").nth(1).wait_for()
+    page.get_by_role("checkbox", name="Show left in the chart").uncheck()
+    legend.get_by_role("button", name="left").wait_for(state="detached")
+
+
+def test_an_upload_can_be_stopped(page: "Page", server: "PageServer") -> None:
+    open_train(page, server)
+    page.route("**/v1/files", lambda route: None if route.request.method == "POST" else route.continue_())
+    drop(page, "endless.jsonl", GOOD)
+    page.get_by_role("progressbar", name="Upload of endless.jsonl").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("alert").get_by_text("endless.jsonl: The upload was stopped.").wait_for()
+
+
 def test_a_job_that_fails_says_why(page: "Page", server: "PageServer") -> None:
     open_train(page, server)
-    form = {
-        "purpose": "fine-tune",
-        "file": {"name": "bad.jsonl", "mimeType": "text/plain", "buffer": b'{"prompt": 1}\n'},
-    }
-    file = page.request.post(f"{server.url}/v1/files", multipart=form).json()["id"]
-    job = page.request.post(
-        f"{server.url}/v1/fine_tuning/jobs", data={"model": "tiny", "training_file": file, "suffix": "failing"}
-    ).json()["id"]
+    job = create(page, server, "failing", "bad.jsonl", b'{"prompt": 1}\n')
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name="failing"))
     row.get_by_text("failed").wait_for()
     row.get_by_text("bad.jsonl:1").wait_for()

@@ -15,21 +15,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loradeck.api import (
-    adapter_changes,
-    adapters,
-    file_check,
-    files,
-    fine_tuning,
-    job_plan,
-    page,
-    pooling,
-    tokenization,
-)
+from loradeck.api import adapters, file_check, files, fine_tuning, job_plan, page, pooling, tokenization
 from loradeck.api import requests as req
 from loradeck.api import responses as res
 from loradeck.api import training_requests as training_req
 from loradeck.api import training_responses as training_res
+from loradeck.api.adapter_changes import combine_adapters, delete_model
 from loradeck.api.adapter_comparison import compare_adapters
 from loradeck.api.adapter_upload import upload_adapter
 from loradeck.api.auth import ApiKeys, AuthMiddleware
@@ -96,9 +87,7 @@ NAMED = (400, 404, 422)  # statuses of routes that name an adapter
 OPERATIONS = [
     Operation("GET", "/v1/models", adapters.list_models, None, res.ModelList),
     Operation("GET", "/v1/models/{id:path}", adapters.get_model, None, res.ModelCard, errors=(404, 422)),
-    Operation(
-        "DELETE", "/v1/models/{id:path}", adapter_changes.delete_model, None, res.ModelDeleted, errors=(400, 404, 422)
-    ),
+    Operation("DELETE", "/v1/models/{id:path}", delete_model, None, res.ModelDeleted, errors=(400, 404, 422)),
     Operation(
         "POST",
         "/v1/adapters",
@@ -112,7 +101,7 @@ OPERATIONS = [
     Operation(
         "POST",
         "/v1/adapters/combine",
-        adapter_changes.combine_adapters,
+        combine_adapters,
         req.CombineRequest,
         res.ModelCard,
         (404, 422, 429),

@@ -22,7 +22,7 @@ export const COLUMNS = {
   version: {
     title: "Versions",
     value: ({ adapter }) => adapter.version,
-    text: ({ adapter }) => count(adapter.version),
+    text: ({ adapter }) => (adapter.version ? count(adapter.version) : "–"), // not published: a folder without versions
     number: true,
   },
   rank: { title: "Rank", value: ({ adapter }) => adapter.rank, text: ({ adapter }) => count(adapter.rank), number: true },

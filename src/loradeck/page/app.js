@@ -66,12 +66,14 @@ async function showAddress() {
     replace(main, element("p", { class: "empty" }, "This API key may use nothing that the page shows."));
     return;
   }
+  drawNav(names, name);
   try {
     if (!created.has(name)) created.set(name, (await VIEWS[name].load()).create());
   } catch (error) {
     notifyError(error, `The view ${VIEWS[name].title} cannot be shown`);
     return;
   }
+  if (address.read().view !== view) return; // another was asked for while this one was loaded
   const next = /** @type {View} */ (created.get(name));
   if (next !== shown) {
     shown?.hide?.();
@@ -79,7 +81,6 @@ async function showAddress() {
     replace(main, next.element);
   }
   document.title = `${VIEWS[name].title} · ${session.base} · loradeck`;
-  drawNav(names, name);
   next.show(name === view ? state : null);
 }
 

@@ -275,7 +275,7 @@ export class Column {
     const at = this.divergence.at;
     const token = at === null ? -1 : answer.tokens.findIndex((one) => one.end > at);
     const parts = [
-      `${count(answer.tokens.length)} tokens`,
+      `${count(answer.tokens.length)} token${answer.tokens.length === 1 ? "" : "s"}`,
       Number.isFinite(answer.rate) && `${number(answer.rate)} tokens/s`,
       Number.isFinite(answer.first) && `first after ${duration((answer.first - answer.started) / 1000)}`,
       answer.finish && `finish: ${answer.finish}`,

@@ -52,12 +52,12 @@ export class Conversation {
   }
 
   /**
-   * Put a question behind the others, and empty the prompt for the next one.
+   * Put a question behind the others, and empty the prompt for the next one if that is not there yet.
    * @param {string} question
    */
   follow(question) {
     this.turns.push(question);
-    this.prompt = "";
+    if (this.prompt === question) this.prompt = "";
     this.#draw();
   }
 

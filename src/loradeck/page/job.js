@@ -56,7 +56,7 @@ export class JobPanel {
       this.facts,
       element(
         "div",
-        { class: "charts" },
+        { class: "job-charts" },
         ...[this.loss, this.rate].map((chart) => element("div", { class: "card" }, chart.element)),
       ),
       this.checkpoints.element,

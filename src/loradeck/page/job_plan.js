@@ -41,7 +41,7 @@ export function jobPlan(plan) {
     element("h2", {}, "Plan"),
     element(
       "dl",
-      { class: "facts" },
+      { class: "plan-facts" },
       ...Object.entries(facts).flatMap(([term, text]) => [
         element("dt", {}, term),
         element("dd", { class: "text" }, text),

@@ -1,7 +1,4 @@
-/**
- * Markdown as elements. The text is a stranger's: nothing in it is read as HTML, no picture is loaded, and links lead
- * to http and https only. While a text grows, only its last two blocks are drawn again.
- */
+/** Markdown as elements. The text is a stranger's: no HTML, no pictures, and links to http and https only. */
 
 import { element } from "./dom.js";
 
@@ -28,7 +25,7 @@ const DELIMITERS = /^[ \t]*\|?(?:[ \t]*:?-+:?[ \t]*\|)+(?:[ \t]*:?-+:?[ \t]*)?$/
 
 /** @typedef {{block: Block, source: string, element: HTMLElement, blocks?: Blocks}} Drawn */
 
-/** An answer that grows. */
+/** An answer that grows; only its last two blocks are drawn again. */
 export class MarkdownView {
   element = element("div", { class: "markdown" });
   #blocks = new Blocks(this.element, 0);

@@ -181,5 +181,6 @@ function percent(logprob) {
 
 /** @param {string} text */
 function visible(text) {
-  return JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll(" ", "␣") || "∅";
+  const escaped = JSON.stringify(text.replaceAll(" ", "␣")).slice(1, -1);
+  return escaped.replace(/\\(["\\])/g, "$1") || "∅";
 }
