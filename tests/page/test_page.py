@@ -35,6 +35,7 @@ def test_it_opens_with_the_first_view(page: "Page", server: "PageServer") -> Non
     page.goto(server.url)
     status(page).get_by_text("tiny").wait_for()
     page.get_by_role("link", name="Compare").and_(page.locator("[aria-current=page]")).wait_for()
+    page.locator("main").get_by_role("heading").first.wait_for()
     assert views(page) == [*VIEWS]
     assert "tiny" in page.title()
 
@@ -78,6 +79,7 @@ def test_a_key_is_asked_for_until_it_is_right(page: "Page", keyed: "PageServer")
     page.get_by_text("Invalid API key.").first.wait_for()
     give_key(page, "root")
     status(page).get_by_text("key root").wait_for()
+    page.locator("nav a").first.wait_for()
     assert views(page) == [*VIEWS]
     page.reload()
     status(page).get_by_text("key root").wait_for()
