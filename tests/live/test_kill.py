@@ -273,6 +273,14 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path, serve: Serve,
         assert {*created} <= jobs, "none that was created is lost"
 
 
+def test_killed_at_its_end_it_leaves_nothing_of_an_ended_job(tmp_path: Path, serve: Serve, whole: Whole) -> None:
+    """The files and checkpoints of a job go once its end is written down."""
+    for at in range(whole.accesses - 12, whole.accesses):
+        assert serve(f"ended-{at}", at=at).code == -signal.SIGKILL
+        assert serve(f"ended-{at}").code == 0
+        assert outcome(tmp_path / f"ended-{at}") == whole.outcome, at
+
+
 def test_sigterm_leaves_a_checkpoint_of_the_last_pass(tmp_path: Path, serve: Serve, whole: Whole) -> None:
     assert serve("stopped", at=whole.accesses // 2, number=signal.SIGTERM).code == 0
     folder = tmp_path / "stopped" / "live"

@@ -99,11 +99,15 @@ class LiveTraining:
         """
         folders = self.folder / "jobs"
         pending = self.jobs.pending()
+        goes_on = {record.id for record in pending}
         try:
             folders.mkdir(exist_ok=True)
             remove(path for path in folders.iterdir() if not self.jobs.has(path.name))
-            for record in pending:
-                self._folder(record.id).sweep()
+            for path in folders.iterdir():
+                if path.name in goes_on:
+                    self._folder(path.name).sweep()
+                else:
+                    self._folder(path.name).free()
         except OSError as error:
             raise StorageError(f"{folders} cannot be changed: {error.strerror}") from error
         going = (record for record in pending if record.status != "paused")
