@@ -41,8 +41,8 @@ def test_a_browser_that_asks_is_told_no(server: LocalServer) -> None:
 
     async def test(client: httpx.AsyncClient) -> None:
         for method, path in CHANGES:
-            asked = {"access-control-request-method": method, "access-control-request-headers": "content-type"}
-            answer = await client.options(path, headers={"origin": EVIL, **asked})
+            preflight = {"access-control-request-method": method, "access-control-request-headers": "content-type"}
+            answer = await client.options(path, headers={"origin": EVIL, **preflight})
             assert answer.status_code >= 400, path
             assert "access-control-allow-origin" not in answer.headers
 

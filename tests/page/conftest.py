@@ -44,9 +44,9 @@ class PageServer:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        found = URL.search(line)
-        assert found, f"{line!r}, and {log.name}: {Path(log.name).read_text()[-2000:]}"
-        self.url = found[1]
+        match = URL.search(line)
+        assert match, f"{line!r}, and {log.name}: {Path(log.name).read_text()[-2000:]}"
+        self.url = match[1]
 
     def kill(self) -> None:
         """End it as `kill -9` does."""

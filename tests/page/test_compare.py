@@ -435,7 +435,7 @@ def test_names_of_a_hostile_link_are_text(page: "Page", server: PageServer) -> N
 
 
 def test_a_link_opens_the_same_state(page: "Page", context: "BrowserContext", server: PageServer) -> None:
-    given = {
+    content = {
         "prompt": "Well?",
         "system": "Be brief.",
         "messages": [user("One?"), {"role": "assistant", "content": "First."}],
@@ -444,8 +444,8 @@ def test_a_link_opens_the_same_state(page: "Page", context: "BrowserContext", se
         "display": "tokens",
         "colour": "probability",
     }
-    page.goto(link(server.url, **given))
-    until_state(page, lambda state: state == given)
+    page.goto(link(server.url, **content))
+    until_state(page, lambda state: state == content)
     ask(page)
     other = context.new_page()
     other.goto(page.url)
@@ -455,7 +455,7 @@ def test_a_link_opens_the_same_state(page: "Page", context: "BrowserContext", se
     assert other.get_by_label("Show").input_value() == "Tokens by probability"
     ask(other)
     assert [shown(other, index) for index in (0, 1)] == [shown(page, index) for index in (0, 1)]
-    assert state(other) == given
+    assert state(other) == content
 
 
 def test_ten_thousand_adapters_are_suggested_by_what_was_typed(page: "Page", server: PageServer) -> None:

@@ -62,7 +62,7 @@ def test_a_text_that_grows_ends_as_if_it_had_come_at_once(opened: "Page") -> Non
 
 
 def test_only_the_end_of_a_growing_text_is_drawn_again(opened: "Page") -> None:
-    kept = opened.evaluate("""async () => {
+    nodes = opened.evaluate("""async () => {
       const { MarkdownView } = await import("/page/markdown.js");
       const view = new MarkdownView();
       view.set("a\\n\\nb\\n\\n- c\\n- d");
@@ -70,7 +70,7 @@ def test_only_the_end_of_a_growing_text_is_drawn_again(opened: "Page") -> None:
       view.set("a\\n\\nb\\n\\n- c\\n- d e\\n- f");
       return before.map((node) => view.element.contains(node));
     }""")
-    assert kept == [True, True, True, True, True, False]  # of the item d, the paragraph alone
+    assert nodes == [True, True, True, True, True, False]  # of the item d, the paragraph alone
 
 
 def test_hostile_texts_take_no_time(opened: "Page") -> None:

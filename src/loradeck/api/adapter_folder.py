@@ -66,8 +66,8 @@ class UploadedFolder(AbstractContextManager["UploadedFolder"]):
         path = checked_path(filename)
         if path in self._files:
             raise HttpError(400, f"The upload has {shorten(path, 128)} twice.", param="file")
-        kept = path.lower().endswith(ZIP) or _is_own(PurePosixPath(path).name)
-        self._files[path] = self._folder / str(len(self._files)) if kept else None
+        is_needed = path.lower().endswith(ZIP) or _is_own(PurePosixPath(path).name)
+        self._files[path] = self._folder / str(len(self._files)) if is_needed else None
         file = self._files[path]
         self._open = None if file is None else file.open("xb")
         return self._write
@@ -135,14 +135,14 @@ class UploadedFolder(AbstractContextManager["UploadedFolder"]):
             path = next(path for at, path in enumerate(paths) if path in paths[:at])
             raise HttpError(400, f"The zip has {shorten(path, 128)} twice.", param="file")
         top = _top(paths)
-        own = []
+        needed = []
         for member, path in zip(members, paths, strict=True):
             name = PurePosixPath(path).name
             if _parent(path) == top and _is_own(name):
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise zipfile.BadZipFile(f"{name} is compressed in a way that is not supported")
-                own.append((member, name))
-        return own
+                needed.append((member, name))
+        return needed
 
 
 class _BoundedFile(io.BufferedReader):
@@ -200,16 +200,16 @@ def _top(paths: Iterable[str]) -> str:
         AdapterError: there is none, it has no tensors, or there are several.
     """
     # macOS adds folders and files of its own to a zip.
-    seen = [path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.split("/"))]
-    folders = sorted((_parent(path) for path in seen if PurePosixPath(path).name == CONFIG), key=len)
+    visible = [path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.split("/"))]
+    folders = sorted((_parent(path) for path in visible if PurePosixPath(path).name == CONFIG), key=len)
     if not folders:
-        shown = ", ".join(shorten(path, 60) for path in seen[:5]) + (", …" if len(seen) > 5 else "")
+        shown = ", ".join(shorten(path, 60) for path in visible[:5]) + (", …" if len(visible) > 5 else "")
         raise AdapterError(f"the upload has no {CONFIG}, only {shown or 'hidden files'}", hint=HINT)
     top, *others = folders
     if not all(not top or folder.startswith(f"{top}/") for folder in others):
         shown = ", ".join(shorten(folder, 60) for folder in folders[:5]) + (", …" if len(folders) > 5 else "")
         raise AdapterError(f"the upload has several adapters, in {shown}", hint="Upload one at a time.")
-    names = {PurePosixPath(path).name for path in seen if _parent(path) == top}
+    names = {PurePosixPath(path).name for path in visible if _parent(path) == top}
     if PICKLE in names and not any(fnmatchcase(name, ADAPTER[1]) for name in names):
         raise AdapterError(f"{PICKLE} is a pickle, which can run code when opened", hint="Save it as safetensors.")
     return top

@@ -88,14 +88,14 @@ export class AdapterTable {
     }
     if (current >= 0) indices.add(current); // what has the focus stays
     this.current = this.adapters[current]?.id ?? "";
-    const wanted = [...indices].sort((one, other) => one - other).map((index) => ({ index, adapter: this.adapters[index] }));
-    const ids = new Set(wanted.map(({ adapter }) => adapter.id));
+    const rows = [...indices].sort((one, other) => one - other).map((index) => ({ index, adapter: this.adapters[index] }));
+    const ids = new Set(rows.map(({ adapter }) => adapter.id));
     for (const [id, row] of this.rows) {
       if (ids.has(id)) continue;
       row.element.remove();
       this.rows.delete(id);
     }
-    wanted.forEach(({ index, adapter }, position) => {
+    rows.forEach(({ index, adapter }, position) => {
       const row = this.rows.get(adapter.id) ?? new Row(this);
       this.rows.set(adapter.id, row);
       row.fill(adapter, index);

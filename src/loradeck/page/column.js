@@ -326,13 +326,13 @@ export class Column {
  * @param {number | null} offset
  */
 function marked(text, offset) {
-  const own = text.replaceAll(MARK, "\uFFFD");
-  if (offset === null) return own;
+  const plain = text.replaceAll(MARK, "\uFFFD");
+  if (offset === null) return plain;
   const pattern = /[\p{L}\p{N}]/gu;
   pattern.lastIndex = offset;
-  let at = pattern.exec(own)?.index ?? own.length;
-  const line = own.lastIndexOf("\n", at - 1) + 1;
-  const number = /^\s*\d+[.)]\s+/.exec(own.slice(line));
-  if (number && at < line + number[0].length) at = Math.min(own.length, line + number[0].length);
-  return own.slice(0, at) + MARK + own.slice(at);
+  let at = pattern.exec(plain)?.index ?? plain.length;
+  const line = plain.lastIndexOf("\n", at - 1) + 1;
+  const number = /^\s*\d+[.)]\s+/.exec(plain.slice(line));
+  if (number && at < line + number[0].length) at = Math.min(plain.length, line + number[0].length);
+  return plain.slice(0, at) + MARK + plain.slice(at);
 }

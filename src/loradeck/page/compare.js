@@ -170,10 +170,10 @@ class Compare {
   }
 
   #followUp() {
-    const asked = this.#columns.find((column) => column.answer?.text)?.answer?.question.messages.at(-1)?.content;
-    if (asked === undefined) return;
+    const question = this.#columns.find((column) => column.answer?.text)?.answer?.question.messages.at(-1)?.content;
+    if (question === undefined) return;
     for (const column of this.#columns) column.follow();
-    this.#conversation.follow(asked);
+    this.#conversation.follow(question);
     this.#changedTurns();
   }
 
@@ -285,15 +285,15 @@ class Compare {
       column.element.remove();
     }
     /** @type {ColumnState[]} */
-    const given = (Array.isArray(state.columns) ? state.columns : []).filter(isObject).slice(0, MAX_COLUMNS);
+    const states = (Array.isArray(state.columns) ? state.columns : []).filter(isObject).slice(0, MAX_COLUMNS);
     const { turns, answers } = turnsOf(Array.isArray(state.messages) ? state.messages.filter(isObject) : []);
     this.#conversation.system = typeof state.system === "string" ? state.system : "";
     this.#conversation.prompt = typeof state.prompt === "string" ? state.prompt : "";
     this.#conversation.reset(turns);
     this.#sampling.settings = isObject(state.sampling) ? state.sampling : DEFAULTS;
-    for (const [index, column] of (given.length ? given : usualColumns()).entries()) {
-      const own = Array.isArray(column.answers) && index > 0 ? column.answers.slice(0, turns.length) : answers;
-      this.#append({ ...column, blend: isObject(column.blend) ? column.blend : undefined, answers: own });
+    for (const [index, column] of (states.length ? states : usualColumns()).entries()) {
+      const previous = Array.isArray(column.answers) && index > 0 ? column.answers.slice(0, turns.length) : answers;
+      this.#append({ ...column, blend: isObject(column.blend) ? column.blend : undefined, answers: previous });
     }
     const tokens = state.display === "tokens" || DISPLAYS.some(([, , colour]) => colour !== "none" && colour === state.colour);
     this.#show(tokens ? Math.max(1, DISPLAYS.findIndex(([, isTokens, colour]) => isTokens && colour === state.colour)) : 0);

@@ -16,16 +16,16 @@ const SVG = "http://www.w3.org/2000/svg";
  * @returns {HTMLElementTagNameMap[Tag]}
  */
 export function element(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === null || value === undefined) continue;
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (name === "dataset") Object.assign(made.dataset, value);
-    else if (name.includes("-") || ["role", "for", "class"].includes(name)) made.setAttribute(name, String(value));
-    else Object.assign(made, { [name]: value });
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "dataset") Object.assign(node.dataset, value);
+    else if (name.includes("-") || ["role", "for", "class"].includes(name)) node.setAttribute(name, String(value));
+    else Object.assign(node, { [name]: value });
   }
-  append(made, children);
-  return made;
+  append(node, children);
+  return node;
 }
 
 /**
@@ -36,14 +36,14 @@ export function element(tag, properties = {}, ...children) {
  * @returns {SVGElement}
  */
 export function svg(tag, attributes = {}, ...children) {
-  const made = document.createElementNS(SVG, tag);
+  const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined) continue;
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else made.setAttribute(name, String(value));
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, String(value));
   }
-  append(made, children);
-  return made;
+  append(node, children);
+  return node;
 }
 
 /**

@@ -142,8 +142,8 @@ export function jobForm({ file, method, files, onChange, onStart }) {
     showDefaults(plan) {
       suffix.placeholder = plan.name;
       for (const { name, value } of plan.settings) {
-        const known = Object.keys(inputs).find((key) => (PLANNED[key] ?? key) === name);
-        if (known) inputs[known].placeholder = settingText(value);
+        const input = Object.keys(inputs).find((key) => (PLANNED[key] ?? key) === name);
+        if (input) inputs[input].placeholder = settingText(value);
       }
     },
     /** @param {boolean} busy */

@@ -24,10 +24,10 @@ export function askForKey() {
     );
     const dialog = element("dialog", { "aria-label": "API key" }, form);
     dialog.addEventListener("close", () => {
-      const given = dialog.returnValue !== "" || (key.value !== "" && key.value === input.value.trim());
+      const hasKey = dialog.returnValue !== "" || (key.value !== "" && key.value === input.value.trim());
       dialog.remove();
       isOpen = false;
-      resolve(given);
+      resolve(hasKey);
     });
     document.body.append(dialog);
     dialog.showModal();

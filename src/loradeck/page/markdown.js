@@ -333,12 +333,12 @@ export function inline(text, links = true) {
   let from = 0;
   for (;;) {
     SPECIAL.lastIndex = from;
-    const found = SPECIAL.exec(text);
-    if (!found) break;
-    const start = found.index;
+    const match = SPECIAL.exec(text);
+    if (!match) break;
+    const start = match.index;
     const special = specialAt(text, start, links, unclosed);
     if (special === null) {
-      from = start + found[0].length;
+      from = start + match[0].length;
       continue;
     }
     if (start > at) add(...textNodes(text.slice(at, start)));

@@ -98,8 +98,8 @@ export class History extends EventTarget {
    * @param {Record<string, string>} [labels]
    */
   series(name, labels = {}) {
-    const wanted = Object.entries(labels);
-    return (this.#named.get(name) ?? []).filter((each) => wanted.every(([label, value]) => each.labels[label] === value));
+    const filters = Object.entries(labels);
+    return (this.#named.get(name) ?? []).filter((each) => filters.every(([label, value]) => each.labels[label] === value));
   }
 
   /**

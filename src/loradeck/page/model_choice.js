@@ -60,17 +60,17 @@ export class ModelChoice {
 async function candidates(typed) {
   const part = typed.toLowerCase();
   const name = typed.slice(0, typed.indexOf("@"));
-  const known = typed.includes("@") ? await versionsOf(name) : session.models.map((model) => model.id);
-  if (typed.startsWith("ftjob-") && session.rights?.train) known.push(...(await checkpoints(typed)));
-  const found = [];
+  const names = typed.includes("@") ? await versionsOf(name) : session.models.map((model) => model.id);
+  if (typed.startsWith("ftjob-") && session.rights?.train) names.push(...(await checkpoints(typed)));
+  const matches = [];
   const rest = [];
-  for (const one of known) {
+  for (const one of names) {
     const at = one.toLowerCase().indexOf(part);
-    if (at === 0) found.push(one);
+    if (at === 0) matches.push(one);
     else if (at > 0 && rest.length < SHOWN) rest.push(one);
-    if (found.length >= SHOWN) break;
+    if (matches.length >= SHOWN) break;
   }
-  return [...found, ...rest].slice(0, SHOWN);
+  return [...matches, ...rest].slice(0, SHOWN);
 }
 
 /**

@@ -27,7 +27,7 @@ export function create() {
   let state = {};
   /** @type {Panel | null} */
   let panel = null;
-  let shown = false;
+  let isShown = false;
 
   /** @returns {Panel} */
   function open() {
@@ -40,17 +40,17 @@ export function create() {
 
   /** @param {AbortSignal} signal */
   async function refresh(signal) {
-    let known = false; // whether the files are
+    let areFilesListed = false;
     while (!signal.aborted) {
       try {
-        if (!known) await files.refresh();
-        known = true;
+        if (!areFilesListed) await files.refresh();
+        areFilesListed = true;
         await jobs.refresh(signal);
         await new Promise((resolve) => setTimeout(resolve, PERIOD));
       } catch (error) {
         if (signal.aborted) return;
         if (/** @type {any} */ (error).status !== 0) return notifyError(error, "The jobs cannot be listed");
-        known = false;
+        areFilesListed = false;
         await back(signal);
       }
     }
@@ -65,10 +65,10 @@ export function create() {
     element: place,
     show(next) {
       if (!next) {
-        next = shown ? {} : state;
+        next = isShown ? {} : state;
         if (state.job || state.file) address.write("train", next);
       }
-      shown = true;
+      isShown = true;
       if (JSON.stringify(next) !== JSON.stringify(state) || panel?.failed) close();
       state = next;
       if (panel) return; // as when the server is back
@@ -76,7 +76,7 @@ export function create() {
       replace(place, panel.element);
     },
     hide() {
-      shown = false;
+      isShown = false;
       if (!state.file) close(); // what was written about a dataset stays
     },
   };
