@@ -62,6 +62,6 @@ def test_its_types_fit() -> None:
     compiler = HERE / "node_modules" / "typescript" / "bin" / "tsc"
     node = shutil.which("node")
     if node is None or not compiler.is_file():
-        pytest.skip("needs TypeScript: make test-page")
+        pytest.skip("needs TypeScript, which make test installs where npm is")
     done = subprocess.run([node, compiler, "-p", HERE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -143,7 +143,7 @@ def scheme(request: pytest.FixtureRequest, context: "BrowserContext", page: "Pag
 @pytest.mark.parametrize("view", VIEWS)
 def test_axe_finds_nothing_serious(page: "Page", server: "PageServer", scheme: str, view: str) -> None:
     if not AXE.is_file():
-        pytest.skip("needs axe-core: make test-page")
+        pytest.skip("needs axe-core, which make test installs where npm is")
     page.goto(f"{server.url}/#{view.lower()}")
     page.locator(f"nav a[aria-current=page]:text-is('{view}')").wait_for()
     page.locator("main").get_by_role("heading").first.wait_for()
