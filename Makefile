@@ -79,6 +79,8 @@ bench: .venv/.dev  ## measure all that a CPU can, in two to three hours, from a 
 	$(BIN)/python -m benchmarks ops
 	$(BIN)/python -m benchmarks busy
 	$(BIN)/python -m benchmarks classify
+	$(BIN)/python -m benchmarks live
+	$(if $(wildcard .venv/.page),$(BIN)/python -m benchmarks page)
 	$(if $(PEERS),$(BIN)/python -m benchmarks peers $(PEERS))
 	$(if $(PEERS),$(BIN)/python -m benchmarks four_bits $(PEERS))
 	$(BIN)/python -m benchmarks soak

@@ -136,7 +136,7 @@ def test_training_goes_on_with_its_tokenizer(
     Path("lines.jsonl").write_text('{"prompt": "a <green>", "completion": "<blue>b"}\n' * 4)
     ran = run(
         "train", source, "lines.jsonl", "-o", "child", "--from", parent, "--max-steps", 12, "--lr", 1e-2,
-        "--valid", "lines.jsonl", "--eval-every", 6,
+        "--valid", "lines.jsonl", "--eval-every", 6, "--dtype", "float32",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     before, after = (load_file(Path(each) / TENSORS) for each in (parent, "child"))

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,5 +49,6 @@ def test_the_adapters_of_others_are_left_alone(run: Callable, adapters: Path) ->
 def test_on_the_real_base(run: Callable, smollm2: Base) -> None:
     ran = run("demo", "--quick")
     assert ran.code == 0, ran.err
-    assert "saved in adapters/pirate: 19.5 MB, 20.2% of the base's 96.6 MB" in ran.out  # in the blocks of its file
+    # In the blocks of its file, but for the norms, which have the dtype of the machine.
+    assert re.search(r"saved in adapters/pirate: 19\.5 MB, 20\.2% of the base's 96\.[56] MB", ran.out), ran.out
     assert "4 rows in " in ran.out

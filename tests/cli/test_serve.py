@@ -171,6 +171,8 @@ def test_the_log_tells_what_happened(tiny_folder: Path, adapters: Path, tmp_path
         tmp_path / "keys.toml",
         "--adapter-bytes",
         45_000,
+        "--dtype",
+        "float32",
     ]
     with serving(tiny_folder, *flags) as (process, (_, curl)):
         log, url = Log(process), re.search(r"http://\S+:\d+", curl)[0]

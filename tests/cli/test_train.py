@@ -312,6 +312,8 @@ def test_dpo_from_an_adapter_compares_with_that_adapter(run: Callable, tiny_fold
     write_pairs(Path("pairs.jsonl"))
     assert run("train", tiny_folder, dataset, "-o", "sft", "--lr", 3e-2, "--epochs", 9).code == 0
     flags = [
+        "--dtype",
+        "float32",
         "--dpo-sft-weight",
         0,
         "--batch-size",
@@ -405,12 +407,13 @@ def test_a_loss_that_falls_without_a_change_of_the_answers_is_said(
     run: Callable, tiny_folder: Path, dataset: Path
 ) -> None:
     note = "but the answers to 2 sample prompts are still the base's; try a higher learning rate, or more epochs"
-    flags = ["--epochs", 40, "--batch-size", 2, "--valid", "lines.jsonl", "--eval-every", 40]
+    flags = ["--epochs", 40, "--batch-size", 2, "--valid", "lines.jsonl", "--eval-every", 40, "--dtype", "float32"]
     ran = run("train", tiny_folder, dataset, "-o", "out", *flags, "--lr", 3e-2)
     assert ran.code == 0, ran.err
     assert "still the base's" not in ran.out, "its answers are learned"
     write_pairs(Path("pairs.jsonl"))
     flags = ["--epochs", 20, "--batch-size", 4, "--dpo-sft-weight", 0, "--dpo-beta", 5000, "--lr", 1e-7]
+    flags += ["--dtype", "float32"]
     ran = run("train", tiny_folder, "pairs.jsonl", "-o", "unchanged", *flags)
     assert ran.code == 0, ran.err
     losses = [step.loss for step in read_history(Path("unchanged"))["unchanged"].steps]

@@ -19,7 +19,7 @@ from loradeck.base.load import SMOLLM2
 from loradeck.base.weights import Weights, prepare, shared_copy
 from loradeck.errors import ConfigError
 from loradeck.native import model, step
-from loradeck.native.library import any_library, int8_pays
+from loradeck.native.library import int8_pays, library, options_for
 from loradeck.runner import trial
 from loradeck.runner.choice import runner_of
 from loradeck.runner.model_runner import ModelRunner
@@ -230,11 +230,12 @@ def test_by_default_int8_activations_are_taken_where_they_were_measured(
     base: Base, monkeypatch: pytest.MonkeyPatch, capability: str
 ) -> None:
     prepare(base.model, "int8")
+    compiled = library(options_for(halves=False))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert int8_pays(halves=False) == (capability != "DEFAULT")
     assert not int8_pays(halves=True)
     monkeypatch.setattr(model, "int8_pays", lambda halves: capability == "AVX2")
-    monkeypatch.setattr(model, "library", lambda _: any_library())
+    monkeypatch.setattr(model, "library", lambda _: compiled)
     runner = runner_of(shared_copy(base.model))
     assert isinstance(runner, NativeRunner)
     assert runner.native.int8 == (capability == "AVX2")
