@@ -45,4 +45,11 @@ def test_a_file_is_no_folder_of_adapters(run: Callable[..., Any], tmp_path: Path
     (tmp_path / "adapters").touch()
     ran = run("studio", "tiny", "--adapters", tmp_path / "adapters", "--no-browser")
     assert ran.code == 2
-    assert f"cannot make the folder {tmp_path / 'adapters'}: File exists" in ran.err
+    assert f"{tmp_path / 'adapters'} is a file, not a folder of adapters" in ran.err
+
+
+def test_what_fails_leaves_no_folder(run: Callable[..., Any], tmp_path: Path) -> None:
+    ran = run("studio", "no-such-base", "--adapters", tmp_path / "new", "--no-browser", "--port", 0)
+    assert ran.code == 2
+    assert "no-such-base" in ran.err
+    assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@
 import os
 import sys
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Annotated
@@ -12,7 +13,7 @@ from cyclopts import Parameter
 from loradeck.api.config import ServerConfig
 from loradeck.cli.options import Dtype, ServedTask, Weights
 from loradeck.cli.serve import ENGINE, LIVE, SERVER, serve
-from loradeck.errors import StorageError
+from loradeck.errors import ConfigError, LoradeckError, StorageError
 from loradeck.live.config import LiveConfig
 from loradeck.serve.config import EngineConfig
 
@@ -48,26 +49,39 @@ def studio(
         keys: A file of API keys with the permissions of each.
         draft_model: A smaller base with the same tokenizer, which drafts tokens that the base then checks.
     """
+    is_new = not adapters.exists()
     try:
         adapters.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{adapters} is a file, not a folder of adapters", hint="Give --adapters a folder."
+        ) from error
     except OSError as error:
-        raise StorageError(f"cannot make the folder {adapters}: {error.strerror}") from error
-    serve(
-        base,
-        adapters=adapters,
-        host=host,
-        port=port,
-        keys=keys,
-        dtype=dtype,
-        weights=weights,
-        task=task,
-        draft_model=draft_model,
-        train=True,
-        engine=engine,
-        config=config,
-        live=live,
-        on_ready=None if no_browser else open_page,
-    )
+        raise StorageError(
+            f"cannot make the folder {adapters}: {error.strerror}", hint="Give --adapters another folder."
+        ) from error
+    try:
+        serve(
+            base,
+            adapters=adapters,
+            host=host,
+            port=port,
+            keys=keys,
+            dtype=dtype,
+            weights=weights,
+            task=task,
+            draft_model=draft_model,
+            train=True,
+            engine=engine,
+            config=config,
+            live=live,
+            on_ready=None if no_browser else open_page,
+        )
+    except LoradeckError:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                adapters.rmdir()
+        raise
 
 
 def open_page(url: str) -> None:
