@@ -52,7 +52,8 @@ ROWS, PROMPT, ANSWER = 8, 64, 65
 SEQUENCES, LENGTH = 8, 128  # of a step
 LORA = LoraConfig(r=16, lora_alpha=32)
 SHARE = LiveConfig(train_share=0.2)
-CONFIG = EngineConfig(max_rows=ROWS, num_speculative_tokens=0)
+# Room for the streams: all prompts are new, and the prefixes kept of one round after the other would only add up.
+CONFIG = EngineConfig(max_rows=ROWS, num_speculative_tokens=0, kv_cache_bytes=64 << 20)
 PASSES = 3  # a pass's peak is that of its largest batch, and the next passes reuse it
 JOB = "job"
 LARGER = "both / (larger alone + adapter, optimizer and cache)"
