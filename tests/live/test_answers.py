@@ -30,15 +30,15 @@ def test_samples_change_no_bit_and_are_the_adapters_answers(live: Live, alone: C
     job = live.end(live.create(AHOY, valid=YES, settings={**SAMPLED, "epochs": 2}))
     assert job.error is None
     assert live.adapter(job) == alone(AHOY, YES, epochs=2, eval_every=3)
-    told = samples(live, job)
-    assert [*told] == [3, 6, 9, 12]
+    by_step = samples(live, job)
+    assert [*by_step] == [3, 6, 9, 12]
     tokenizer = live.base.tokenizer
     messages = [{"role": "user", "content": "0?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     sampling = SamplingParams(max_tokens=answers.ANSWER_TOKENS)
     answer = live.engine.submit(prompt, f"{job.id}:ckpt-12", sampling).text()
-    assert told[12][0]["expected"] == "yes indeed 0"
-    assert told[12][0]["answer"] == answer
+    assert by_step[12][0]["expected"] == "yes indeed 0"
+    assert by_step[12][0]["answer"] == answer
 
 
 def test_requests_have_their_turns_within_an_answer(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

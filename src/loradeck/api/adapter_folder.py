@@ -60,7 +60,7 @@ class UploadedFolder(AbstractContextManager["UploadedFolder"]):
         """Begin a file, which ends the one before; return what takes its content.
 
         Raises:
-            HttpError: 400, a path that is none within a folder, or that is there already.
+            HttpError: 400, a path that leads out of the folder, or that came before.
         """
         self._close()
         path = checked_path(filename)
@@ -76,7 +76,7 @@ class UploadedFolder(AbstractContextManager["UploadedFolder"]):
         """Make a folder of the adapter's own files.
 
         Raises:
-            HttpError: 400, a zip beside other files, or a path within it that is none; 413, the zip holds too much.
+            HttpError: 400, a zip beside other files, or a path that leads out of it; 413, the zip holds too much.
             AdapterError: there is no adapter in it, or several are, or the zip cannot be read.
         """
         self._close()

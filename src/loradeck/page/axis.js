@@ -54,15 +54,15 @@ export class Axis {
   /**
    * Return about `count` round values, and how they are written.
    * @param {number} count
-   * @param {number} [least] the smallest distance between two
+   * @param {number} [distance] the smallest distance between two
    * @returns {{value: number, text: string}[]}
    */
-  ticks(count, least = 0) {
+  ticks(count, distance = 0) {
     if (this.log) {
       const powers = this.#powers(count);
       if (powers.length > 1) return powers.map((value) => ({ value, text: written(value, value) }));
     }
-    const step = Math.max(least, roundStep((this.high - this.low) / count));
+    const step = Math.max(distance, roundStep((this.high - this.low) / count));
     const ticks = [];
     for (let index = Math.ceil(this.low / step); index * step <= this.high; index++) {
       ticks.push({ value: index * step, text: written(index * step, step) });

@@ -31,7 +31,7 @@ export class MarkdownView {
   #blocks = new Blocks(this.element, 0);
   #source = "";
   #settled = 0; // the offset from which on blocks may still change
-  #kept = 0; // how many blocks are before it
+  #offset = 0; // how many blocks are before it
 
   /**
    * Show a text; what it has in common with the one before stays as it is.
@@ -39,13 +39,13 @@ export class MarkdownView {
    */
   set(source) {
     if (source === this.#source) return;
-    if (!source.startsWith(this.#source)) this.#settled = this.#kept = 0;
+    if (!source.startsWith(this.#source)) this.#settled = this.#offset = 0;
     this.#source = source;
     const blocks = split(source.slice(this.#settled).split("\n"), 0);
-    this.#blocks.set(blocks, this.#kept);
+    this.#blocks.set(blocks, this.#offset);
     const live = Math.max(0, blocks.length - 2); // an unfinished last line can still join the block before it
     this.#settled += blocks[live]?.start ?? 0;
-    this.#kept += live;
+    this.#offset += live;
   }
 }
 
@@ -64,20 +64,20 @@ class Blocks {
   }
 
   /**
-   * Show these blocks after the first `kept`, which stay.
+   * Show these blocks after the first `offset`, which stay.
    * @param {Block[]} blocks
-   * @param {number} [kept]
+   * @param {number} [offset]
    */
-  set(blocks, kept = 0) {
+  set(blocks, offset = 0) {
     for (const [index, block] of blocks.entries()) {
-      const old = this.#drawn[kept + index];
+      const old = this.#drawn[offset + index];
       const drawn = old && grow(old, block) ? old : draw(block, this.depth);
       if (drawn === old) continue;
       if (old) old.element.replaceWith(drawn.element);
       else this.parent.append(drawn.element);
-      this.#drawn[kept + index] = drawn;
+      this.#drawn[offset + index] = drawn;
     }
-    for (const extra of this.#drawn.splice(kept + blocks.length)) extra.element.remove();
+    for (const extra of this.#drawn.splice(offset + blocks.length)) extra.element.remove();
   }
 }
 
