@@ -14,7 +14,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(BITS[tensor.dtype.itemsize])
 
 
-@given(st.sampled_from([*FORMATS]), SIZES, SIZES, st.integers(0, 1000))
+@given(st.sampled_from([*FORMATS]), st.integers(0, 5), SIZES, st.integers(0, 1000))
 def test_a_matrix_comes_back_with_all_its_bits(dtype, tiles, groups, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     size = dtype.itemsize
@@ -23,6 +23,9 @@ def test_a_matrix_comes_back_with_all_its_bits(dtype, tiles, groups, seed) -> No
     blocks = pack(weight)
     assert blocks.shape == (tiles, groups, OUTPUTS * INPUTS)
     assert torch.equal(bits(unpack(blocks)), bits(weight))
+    later = torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view(weight.shape)  # begins within four bytes
+    assert torch.equal(bits(pack(later)), bits(blocks))
+    assert torch.equal(bits(pack(weight.T.contiguous().T)), bits(blocks))
 
 
 @given(st.sampled_from([*FORMATS]), SIZES, SIZES)

@@ -250,11 +250,31 @@ def test_a_request_that_comes_as_the_engine_breaks_ends(
         next(first)
     engine._loop._thread.join(120)
     late = Generation(Request([5], SHORT), StopFilter(base.tokenizer), lambda: None)
-    engine._loop.add(late, {})
+    engine._loop.add([(late, {})])
     assert until(lambda: late.finish is not None)
     with pytest.raises(RequestError, match="the engine failed"):
         next(late)
     assert engine._loop.live == []
+
+
+def test_the_prompts_of_one_call_begin_together(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each takes to be submitted: the first had ended before the last began, on a busy machine."""
+    engine = serve()
+    batches: list[int] = []
+    run, check = engine._runner.run, engine._check
+
+    def counted_run(batch: Any, cache: Any) -> Any:
+        batches.append(len(batch))
+        return run(batch, cache)
+
+    def slow_check(*arguments: Any) -> None:
+        time.sleep(0.05)
+        check(*arguments)
+
+    monkeypatch.setattr(engine._runner, "run", counted_run)
+    monkeypatch.setattr(engine, "_check", slow_check)
+    engine.generate([[5], [6], [7]], None, SHORT)
+    assert batches[0] == 3
 
 
 def test_stop_tokens_that_the_base_does_not_know(serve: Serve, base: Base) -> None:

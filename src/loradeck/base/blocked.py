@@ -3,6 +3,7 @@
 The blocks are the only copy of the weight, and copies of a model share it.
 """
 
+import math
 from copy import copy
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loradeck.base.frozen import Layout, LayoutLinear
+from loradeck.dtypes import cpu_has
 from loradeck.native.blocks import INPUTS, OUTPUTS, pack, pad, padded, unpack
 from loradeck.native.library import multiplies_halves, options_for
 from loradeck.native.library import origin as library_origin
@@ -20,6 +22,7 @@ from loradeck.native.product import product
 MIXTURE = {"gate", "router", "experts"}  # the modules of a mixture of experts
 EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, (E, 2 J, H) and (E, H, J)
 MANY = 512  # rows: from here on oneDNN multiplies float32 faster, on a plain copy of the weight
+MANY_AMX = 128  # rows: from here on it multiplies bfloat16 faster, where the CPU has tiles of it
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # share of the largest output
 
 
@@ -44,7 +47,7 @@ class BlockLinear(LayoutLinear):
 
     def product(self, x: Tensor) -> Tensor:
         weight = self.weight
-        many = x.dtype == torch.float32 and x.shape[:-1].numel() >= MANY
+        many = x.shape[:-1].numel() >= _many(x.dtype)
         mixed = x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type)
         if many or mixed or not isinstance(weight, BlockWeight):
             return F.linear(x, self.dense(), self.bias)
@@ -141,6 +144,14 @@ def why_not_blocked(dtype: torch.dtype) -> str | None:
     except Exception as error:  # compilers that are missing, or refuse this machine, raise no common type
         return f"is unavailable ({str(error).partition(chr(10))[0][:100] or type(error).__name__})"
     return None if error <= TOLERANCE[dtype] else f"is off by {error:.1e} on this machine"
+
+
+@cache
+def _many(dtype: torch.dtype) -> float:
+    """Return the number of rows from which on oneDNN is faster."""
+    if dtype == torch.bfloat16 and cpu_has("amx_bf16"):
+        return MANY_AMX
+    return MANY if dtype == torch.float32 else math.inf
 
 
 def _fits(weight: Tensor) -> bool:

@@ -20,19 +20,24 @@ def padded(number: int, step: int) -> int:
 def pack(weight: Tensor) -> Tensor:
     """Return a weight (O, I), both multiples of a block's, as blocks (O / 16, I / 32, 512)."""
     outputs, inputs = weight.shape
-    pairs = weight.reshape(outputs // OUTPUTS, OUTPUTS, inputs // INPUTS, INPUTS // 2, 2)
-    order = (0, 2, 3, 4, 1) if weight.dtype == torch.float32 else (0, 2, 3, 1, 4)
-    return pairs.permute(order).reshape(outputs // OUTPUTS, inputs // INPUTS, OUTPUTS * INPUTS)
+    rows = _words(weight).unflatten(0, (outputs // OUTPUTS, OUTPUTS))
+    columns = rows.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(weight.dtype)
+    return columns.view(outputs // OUTPUTS, inputs // INPUTS, OUTPUTS * INPUTS)
 
 
 def unpack(blocks: Tensor) -> Tensor:
     """Return the weight (O, I) of `pack`."""
-    tiles, groups, _ = blocks.shape
-    if blocks.dtype == torch.float32:
-        pairs = blocks.view(tiles, groups, INPUTS // 2, 2, OUTPUTS).permute(0, 4, 1, 2, 3)
-    else:
-        pairs = blocks.view(tiles, groups, INPUTS // 2, OUTPUTS, 2).permute(0, 3, 1, 2, 4)
-    return pairs.reshape(tiles * OUTPUTS, groups * INPUTS)
+    columns = _words(blocks).unflatten(2, (-1, OUTPUTS)).flatten(1, 2)
+    rows = columns.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(blocks.dtype)
+    return rows.flatten(0, 1)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """Return a tensor's bits, four bytes a number: a pair of halves is moved as one."""
+    whole = tensor.contiguous()
+    if whole.storage_offset() * whole.itemsize % 4:
+        whole = whole.clone()
+    return whole.view(torch.int32)
 
 
 def pad(tensor: Tensor, *shape: int) -> Tensor:

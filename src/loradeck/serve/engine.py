@@ -21,6 +21,7 @@ from loradeck.serve.drafter import Drafter
 from loradeck.serve.generation import Generation
 from loradeck.serve.loop import Loop
 from loradeck.serve.request_engine import RequestEngine, token_ids
+from loradeck.serve.request_loop import Arrival
 from loradeck.serve.scheduler import Scheduler
 from loradeck.serve.served_model import ServedModel
 from loradeck.serve.stats import GenerationStats, Observer
@@ -121,6 +122,21 @@ class Engine(RequestEngine[Generation, GenerationStats]):
             ConfigError: the prompt is empty, too long, not a list of token ids, or has unknown ones.
             BusyError: too many requests wait, or the engine is shutting down.
         """
+        arrival = self._arrival(tokens, entry, sampling, tenant=tenant, adapter=adapter, continues=continues)
+        self._add([arrival])
+        return arrival[0]
+
+    def _arrival(
+        self,
+        tokens: Sequence[int],
+        entry: RouteEntry | ServedModel,
+        sampling: SamplingParams,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+        continues: bool = True,
+    ) -> Arrival[Generation]:
+        """As `submit`, without the queue."""
         prompt = token_ids(tokens)
         model = entry if isinstance(entry, ServedModel) else self.resolve(entry)
         self._check(prompt, sampling, model)
@@ -138,9 +154,7 @@ class Engine(RequestEngine[Generation, GenerationStats]):
         )
         context = prompt if continues else ()
         text = StopFilter(model.tokenizer, sampling.stop, context, min_tokens=sampling.min_tokens)
-        generation = Generation(request, text, self._loop.wake)
-        self._add([generation], model.adapters)
-        return generation
+        return Generation(request, text, self._loop.wake), model.adapters
 
     def stream(self, tokens: Sequence[int], entry: RouteEntry = None, sampling: SamplingParams = DEFAULT) -> Generation:
         """Return the tokens that continue a prompt, as they come: `async for token in engine.stream(...)`, or `for`.
@@ -156,7 +170,9 @@ class Engine(RequestEngine[Generation, GenerationStats]):
         entries: RouteEntry | Sequence[RouteEntry] = None,
         sampling: SamplingParams | Sequence[SamplingParams] = DEFAULT,
     ) -> list[list[Token]]:
-        """Return the tokens that continue each prompt. `entries` and `sampling` are one for all prompts or one each.
+        """Return the tokens that continue each prompt; all begin together.
+
+        `entries` and `sampling` are one for all prompts or one each.
 
         Raises:
             ConfigError: the numbers of prompts, entries and sampling parameters differ.
@@ -170,13 +186,12 @@ class Engine(RequestEngine[Generation, GenerationStats]):
                 f"{count} prompts, {len(routes)} entries, {len(params)} sampling parameters",
                 hint="Give the same number of each, or one.",
             )
-        generations: list[Generation] = []
+        arrivals = [self._arrival(*request) for request in zip(prompts, routes, params, strict=True)]
+        self._add(arrivals)
         try:
-            for prompt, route, how in zip(prompts, routes, params, strict=True):
-                generations.append(self.submit(prompt, route, how))
-            return [[*generation] for generation in generations]
+            return [[*generation] for generation, _ in arrivals]
         finally:
-            for generation in generations:
+            for generation, _ in arrivals:
                 generation.cancel()
 
     # ---- checks

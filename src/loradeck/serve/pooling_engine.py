@@ -89,7 +89,7 @@ class PoolingEngine(RequestEngine[PoolingResult, Stats]):
                 arrived=time.monotonic(),
             )
             answers.append(PoolingResult(request, row, labels, self._loop.wake))
-        self._add(answers, model.adapters)
+        self._add([(answer, model.adapters) for answer in answers])
         return answers
 
     def _checked(self, row: PoolingRow | Sequence[int], model: ServedModel) -> PoolingRow:

@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from threading import Lock
 from types import TracebackType
@@ -20,7 +20,7 @@ from loradeck.lora.bank import Bank
 from loradeck.lora.routing import RouteEntry
 from loradeck.serve.adapter_cache import AdapterCache
 from loradeck.serve.config import EngineConfig
-from loradeck.serve.request_loop import AnyAnswer, AnyStats, Background, RequestLoop
+from loradeck.serve.request_loop import AnyAnswer, AnyStats, Arrival, Background, RequestLoop
 from loradeck.serve.served_model import ServedModel
 from loradeck.store import AdapterStore
 from loradeck.stored import Stored
@@ -103,8 +103,8 @@ class RequestEngine(Generic[AnyAnswer, AnyStats]):
             replace(stored.tokenizer_files, added_tokens=self.adapter_cache.added_tokens(stored)) for stored in adapters
         )
 
-    def _add(self, answers: Sequence[AnyAnswer], adapters: Mapping[str, Stored]) -> None:
-        """Queue requests that have the same adapters: all or none.
+    def _add(self, arrivals: Sequence[Arrival[AnyAnswer]]) -> None:
+        """Queue requests, all or none; they begin together.
 
         Raises:
             BusyError: too many requests wait, or the engine is shutting down.
@@ -115,8 +115,7 @@ class RequestEngine(Generic[AnyAnswer, AnyStats]):
             waiting = self._loop.waiting
             if waiting >= self.config.max_waiting:
                 raise BusyError(f"{waiting} requests are waiting", retry_after=self.stats.estimated_wait(waiting))
-            for answer in answers:
-                self._loop.add(answer, adapters)
+            self._loop.add(arrivals)
 
     def check_tokens(self, tokens: Iterable[int], model: ServedModel) -> None:
         """Check that the base, or the adapters of a request, have these tokens.

@@ -4,7 +4,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event, Thread
 from typing import Generic, Protocol, TypeVar
 
@@ -52,6 +52,7 @@ class Background(Protocol):
 
 AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
 AnyStats = TypeVar("AnyStats", bound=Stats)
+Arrival = tuple[AnyAnswer, Mapping[str, Stored]]  # the answer to a request, and its adapters on disk by content hash
 
 
 class RequestLoop(ABC, Generic[AnyAnswer, AnyStats]):
@@ -65,7 +66,7 @@ class RequestLoop(ABC, Generic[AnyAnswer, AnyStats]):
         self._observer = observer
         self.failed = False
         self._answers: dict[Request, AnyAnswer] = {}
-        self._arriving: deque[tuple[AnyAnswer, Mapping[str, Stored]]] = deque()
+        self._arriving: deque[Sequence[Arrival[AnyAnswer]]] = deque()
         self._stopped = False
         self._background: Background | None = None
         self._error: Exception | None = None  # of a step within the background's work
@@ -104,9 +105,9 @@ class RequestLoop(ABC, Generic[AnyAnswer, AnyStats]):
         if self._background is background:
             self._background = None
 
-    def add(self, answer: AnyAnswer, adapters: Mapping[str, Stored]) -> None:
-        """Add a request with its adapters on disk, by content hash."""
-        self._arriving.append((answer, adapters))
+    def add(self, arrivals: Sequence[Arrival[AnyAnswer]]) -> None:
+        """Add requests. No step is computed between them."""
+        self._arriving.append(arrivals)
         if self.failed:  # perhaps just now, too late for the thread to see this one
             self._end_all()
         self.wake()
@@ -114,12 +115,15 @@ class RequestLoop(ABC, Generic[AnyAnswer, AnyStats]):
     @property
     def waiting(self) -> int:
         """Requests that have no row yet."""
-        return len(self._scheduler.waiting) + len(self._arriving)
+        return len(self._scheduler.waiting) + sum(map(len, self._arriving.copy()))
 
     @property
     def live(self) -> list[AnyAnswer]:
         """The answers to requests that have not ended."""
-        return [*self._answers.copy().values(), *(answer for answer, _ in self._arriving.copy())]
+        return [
+            *self._answers.copy().values(),
+            *(answer for arrivals in self._arriving.copy() for answer, _ in arrivals),
+        ]
 
     # ---- in the thread
 
@@ -189,10 +193,12 @@ class RequestLoop(ABC, Generic[AnyAnswer, AnyStats]):
     def _receive(self) -> None:
         """Take new requests in; end those that are cancelled, late, or whose adapters failed to load."""
         while self._arriving:
-            answer, adapters = self._arriving[0]
-            self._answers[answer.request] = answer  # before it leaves the queue: `live` must not miss it
+            arrivals = self._arriving[0]
+            for answer, _ in arrivals:
+                self._answers[answer.request] = answer  # before it leaves the queue: `live` must not miss it
             self._arriving.popleft()
-            self._scheduler.add(answer.request, adapters)
+            for answer, adapters in arrivals:
+                self._scheduler.add(answer.request, adapters)
         failures = self._adapter_cache.failures()
         now = time.monotonic()
         timeout = self._scheduler.config.timeout
