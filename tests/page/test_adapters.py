@@ -231,6 +231,10 @@ def test_a_zip_is_uploaded_as_the_next_version(
     panel.get_by_role("button", name="Upload").click()
     view.get_by_text("cook@2 was published.").wait_for()
     assert server.store.find("cook").sha256() == sha256_of(folder, tmp_path)
+    panel = upload(view, "Choose files…", archive)  # the same once more
+    panel.get_by_role("button", name="Upload").click()
+    view.get_by_text("cook@2 has this content already: nothing new was published.").wait_for()
+    assert server.store.versions("cook") == [1, 2]
 
 
 def test_a_refusal_is_shown_line_by_line(view: "Page", server: PageServer, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ def test_stop_keeps_what_has_arrived(page: "Page", relay: MakeRelay) -> None:
     column(page, 1).get_by_text("It was").wait_for()
     column(page, 1).get_by_role("button", name="Stop").click()
     column(page, 1).get_by_text("Stopped; what has arrived is kept.").wait_for()
+    page.get_by_text("Stopped.", exact=True).wait_for()
     assert column(page, 1).locator(".answer").inner_text().strip() == "It was"
     assert column(page, 0).locator(".answer").inner_text() == "It was night."
     column(page, 0).get_by_role("button", name="Ask again").click()
@@ -220,6 +221,7 @@ def test_an_unknown_model_fails_alone(page: "Page", server: PageServer) -> None:
     page.get_by_role("button", name="Ask all").click()
     column(page, 0).get_by_text(LONG).wait_for()
     column(page, 1).get_by_text("Did you mean poet?").wait_for()
+    page.get_by_text("1 of 2 columns failed.").wait_for()
 
 
 # ---- a conversation
@@ -237,6 +239,7 @@ def test_a_conversation_goes_on_and_is_edited(page: "Page", server: PageServer) 
     system = {"role": "system", "content": "Be brief."}
     firsts = [answer(server, name, [system, user("One?")])["message"] for name in ("poet", "pirate")]
     page.get_by_role("button", name="Follow up").click()
+    assert page.get_by_text("All columns have answered.").count() == 0  # not the next question
     prompt.fill("Two?")
     ask(page)
     for index, name in enumerate(("poet", "pirate")):

@@ -54,6 +54,7 @@ def test_an_address_of_no_view_shows_the_first(page: "Page", server: "PageServer
     page.locator("nav a[aria-current=page]:text-is('Compare')").wait_for()
     page.goto(f"{server.url}/#server=%7Bcut")
     page.locator("nav a[aria-current=page]:text-is('Server')").wait_for()
+    page.get_by_text("The link is damaged").wait_for()
 
 
 # ---- keys

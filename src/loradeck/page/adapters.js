@@ -148,7 +148,8 @@ export function create() {
 
   /** @param {import("./session.js").Model} model a version */
   async function published(model) {
-    notify(`${model.id} was published.`);
+    const isNewest = session.adapters.some(({ root }) => root === model.id);
+    notify(isNewest ? `${model.id} has this content already: nothing new was published.` : `${model.id} was published.`);
     await session.refreshModels();
     const name = model.id.split("@")[0];
     const adapter = /** @type {Adapter | undefined} */ (session.adapters.find(({ id }) => id === name));

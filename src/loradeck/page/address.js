@@ -1,15 +1,16 @@
 /** The page's state in the URL's fragment, `#view=JSON`, so that a link shows what its sender sees. */
 
 /**
- * Return the view that the URL names, and its state; "" and null if it names none.
- * @returns {{view: string, state: any}}
+ * Return the view that the URL names, and its state; "" and null if it names none. `isDamaged` is a state that cannot
+ * be read.
+ * @returns {{view: string, state: any, isDamaged: boolean}}
  */
 export function read() {
   const [view, text] = split(location.hash.slice(1));
   try {
-    return { view, state: text ? JSON.parse(decodeURIComponent(text)) : null };
+    return { view, state: text ? JSON.parse(decodeURIComponent(text)) : null, isDamaged: false };
   } catch {
-    return { view, state: null }; // a link that was cut
+    return { view, state: null, isDamaged: true };
   }
 }
 

@@ -4,7 +4,7 @@ import * as address from "./address.js";
 import { connection, key, watchConnection } from "./api.js";
 import { element, replace } from "./dom.js";
 import { askForKey } from "./key.js";
-import { notifyError } from "./notice.js";
+import { notify, notifyError } from "./notice.js";
 import { session } from "./session.js";
 
 /**
@@ -60,7 +60,7 @@ function offered() {
 
 async function showAddress() {
   const names = offered();
-  const { view, state } = address.read();
+  const { view, state, isDamaged } = address.read();
   const name = names.includes(view) ? view : names[0];
   if (!name) {
     replace(main, element("p", { class: "empty" }, "This API key may use nothing that the page shows."));
@@ -82,6 +82,7 @@ async function showAddress() {
   }
   document.title = `${VIEWS[name].title} · ${session.base} · loradeck`;
   next.show(name === view ? state : null);
+  if (isDamaged) notify("The link is damaged, perhaps cut short: what it was to show cannot be read.");
 }
 
 /**

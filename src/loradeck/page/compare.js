@@ -193,6 +193,7 @@ class Compare {
   #changedTurns() {
     for (const column of this.#columns) column.drawBefore(this.#conversation.turns);
     this.#new.hidden = !this.#conversation.turns.length;
+    this.#status.textContent = "";
     this.#conversation.focus();
     this.onChange();
   }
@@ -228,9 +229,18 @@ class Compare {
     const reading = this.#columns.filter((column) => column.isReading).length;
     const wasReading = !this.#stop.disabled;
     if (reading && !wasReading) this.#status.textContent = "The columns answer…";
-    if (!reading && wasReading) this.#status.textContent = "All columns have answered.";
+    if (!reading && wasReading) this.#status.textContent = this.#outcome;
     this.#stop.disabled = reading === 0;
     this.#follow.disabled = reading > 0 || !this.#columns.some((column) => column.answer?.text);
+  }
+
+  /** How the answers have ended. */
+  get #outcome() {
+    const finishes = this.#columns.map((column) => column.answer?.finish);
+    const failures = finishes.filter((finish) => finish === "failed").length;
+    if (failures) return `${failures} of ${finishes.length} columns failed.`;
+    if (finishes.includes("stopped")) return "Stopped.";
+    return finishes.every(Boolean) ? "All columns have answered." : "The column has answered.";
   }
 
   /** @param {ColumnState} state */
