@@ -77,11 +77,25 @@ def test_hints_for_one_door_are_in_its_words() -> None:
     assert wrong("python", FLAG) == []
 
 
+def test_a_hint_that_ends_with_a_colon_goes_on_at_every_door() -> None:
+    arguments = [
+        {keyword.arg: keyword.value for keyword in node.keywords}
+        if isinstance(node, ast.Call)
+        else {text_of(key): value for key, value in zip(node.keys, node.values, strict=True) if key is not None}
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call | ast.Dict)
+    ]
+    begun = [each for each in arguments if "hint" in each and text_of(each["hint"]).endswith(":")]
+    assert begun
+    assert [each for each in begun if not {"python", "cli", "http"} <= {*each}] == []
+
+
 def test_a_hint_is_shown_in_the_words_of_the_door() -> None:
-    error = ConfigError("no", hint="Give one.", python="Pass x=1.", cli="Add --x 1.")
+    error = ConfigError("no", hint="Give one.", python="Pass x=1.", cli="Add --x 1.", http='Send "x": 1.')
     assert str(error) == error.text("python") == "no\nGive one. Pass x=1."
     assert error.text("cli") == error.report() == "no\nGive one. Add --x 1."
-    assert error.text("http") == "no\nGive one."
+    assert error.text("http") == 'no\nGive one. Send "x": 1.'
     assert str(LoradeckError("no", cli="Add --x.")) == "no"
 
 

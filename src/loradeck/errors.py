@@ -43,10 +43,18 @@ class LoradeckError(Exception):
         hint: How to fix it, in words that suit Python, the command line and HTTP; empty if there is nothing to add.
         python: What to add to the hint in Python, such as an argument.
         cli: What to add to it on the command line, such as a flag.
+        http: What to add to it over HTTP, such as a job's setting.
     """
 
     def __init__(
-        self, message: str, problems: Sequence[str] = (), *, hint: str = "", python: str = "", cli: str = ""
+        self,
+        message: str,
+        problems: Sequence[str] = (),
+        *,
+        hint: str = "",
+        python: str = "",
+        cli: str = "",
+        http: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -54,6 +62,7 @@ class LoradeckError(Exception):
         self.hint = hint
         self.python = python
         self.cli = cli
+        self.http = http
 
     def __str__(self) -> str:
         return self.text("python")
@@ -68,7 +77,7 @@ class LoradeckError(Exception):
 
     def hint_for(self, door: Door) -> str:
         """Return the hint in a door's words."""
-        words = {"python": self.python, "cli": self.cli, "http": ""}[door]
+        words = {"python": self.python, "cli": self.cli, "http": self.http}[door]
         return f"{self.hint} {words}".strip()
 
     def _text(self, door: Door, first: str, between: str) -> str:

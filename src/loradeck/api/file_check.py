@@ -157,7 +157,8 @@ async def check_file(request: Request) -> Response:
 
 def _problem(finding: Finding) -> FileProblem:
     location = finding.first[0] if finding.first else None
-    return FileProblem(_excerpt(finding.what), location, finding.first, finding.records, finding.hint)
+    hint = f"{finding.hint} {finding.http}".strip()
+    return FileProblem(_excerpt(finding.what), location, finding.first, finding.records, hint)
 
 
 def _listing(head: str, items: Sequence[str]) -> str:

@@ -95,9 +95,10 @@ def with_suggestion(
 
 
 def naming(error: DataError, mapping: Mapping[str, str]) -> DataError:
-    """Return an error with the setting that names columns, in the words of Python and of the CLI."""
+    """Return an error with the setting that names columns, in the words of each door."""
     cli = f"{as_flag(mapping)}, or in a run file columns = {_quoted(as_text(mapping))}"
-    return DataError(error.message, hint="Name the columns:", python=as_python(mapping), cli=cli)
+    http = f'"lora": {{"columns": {_quoted(as_text(mapping))}}}'
+    return DataError(error.message, hint="Name the columns:", python=as_python(mapping), cli=cli, http=http)
 
 
 def as_python(columns: Mapping[str, str]) -> str:

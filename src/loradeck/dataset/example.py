@@ -19,6 +19,7 @@ LONG = {
     "hint": "Or leave out the long records:",
     "python": "DataConfig(skip_long=True)",
     "cli": "--skip-long, or in a run file skip_long = true",
+    "http": '"lora": {"skip_long": true}',
 }
 
 

@@ -23,12 +23,13 @@ class Finding(msgspec.Struct, omit_defaults=True):
     hint: str = ""
     python: str = ""
     cli: str = ""
-    """How to mend it, as in an error: the hint, and what to add to it in Python and on the command line."""
+    http: str = ""
+    """How to mend it, as in an error: the hint, and what to add to it at each door."""
 
     @classmethod
     def of(cls, error: DataError) -> Self:
         """Return an error as a finding, still without a record."""
-        return cls(error.message, hint=error.hint, python=error.python, cli=error.cli)
+        return cls(error.message, hint=error.hint, python=error.python, cli=error.cli, http=error.http)
 
     def __str__(self) -> str:
         where = f"{self.first[0]}: " if self.first else ""
@@ -62,16 +63,17 @@ def error_of(name: str, problems: list[Finding], hint: str) -> DataError:
     count, records = len(problems), sum(problem.records for problem in problems)
     where = f" in {records:,} records" if records > count else ""
     hint = "" if all(problem.hint for problem in problems) else hint
-    python, cli = (
+    python, cli, http = (
         " ".join(dict.fromkeys(f"{problem.hint} {getattr(problem, door)}".strip() for problem in problems)).strip()
-        for door in ("python", "cli")
+        for door in ("python", "cli", "http")
     )
-    if python == cli:  # as any door says it
-        hint, python, cli = f"{hint} {python}".strip(), "", ""
+    if python == cli == http:  # as any door says it
+        hint, python, cli, http = f"{hint} {python}".strip(), "", "", ""
     return DataError(
         f"{name} has {count} problem{'s' * (count > 1)}{where} and cannot be trained on",
         [str(problem) for problem in problems],
         hint=hint,
         python=python,
         cli=cli,
+        http=http,
     )

@@ -164,6 +164,7 @@ def _no_system(message: str) -> DataError:
         hint="If it has no place for a system message, put it into the user's:",
         python="DataConfig(fold_system=True)",
         cli="--fold-system, or in a run file fold_system = true",
+        http='"lora": {"fold_system": true}',
     )
 
 

@@ -162,6 +162,7 @@ class _Utf8(io.RawIOBase):
             hint="If that looks right, name this encoding, else the one that the file was written in:",
             python='DataConfig(encoding="cp1252").',
             cli="--encoding cp1252.",
+            http='"lora": {"encoding": "cp1252"}',
         )
 
 

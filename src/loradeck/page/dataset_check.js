@@ -34,7 +34,9 @@ export function datasetCheck(check) {
       : element(
           "p",
           { class: "error", role: "alert" },
-          `${plural(problem_count, "problem")} in ${plural(problem_records, "record")}: mend the file, and drop it again.`,
+          plural(problem_count, "problem"),
+          problem_records > 0 && ` in ${plural(problem_records, "record")}`, // else of the file as a whole
+          ": mend the file, and drop it again.",
         ),
     problem_count > 0 &&
       element(

@@ -64,7 +64,8 @@ export function fileList() {
         row.remove();
       } catch (error) {
         const message = /** @type {Error} */ (error).message;
-        replace(row, element("p", { class: "error text", role: "alert" }, `${path}: ${message}`));
+        const text = message.includes(file.name) ? message : `${path}: ${message}`;
+        replace(row, element("p", { class: "error text", role: "alert" }, text));
       }
     }
     await refresh().catch(notifyError);

@@ -43,8 +43,7 @@ class ClassifierLosses:
         if bool((targets >= scores.shape[-1]).any()):
             raise ConfigError(
                 f"label {int(targets.max())} is beyond the head, which has {scores.shape[-1]} outputs",
-                hint="Add the adapter with the number of labels:",
-                python="bank.add(name, config, num_labels=len(dataset.labels)).",
+                python="Add the adapter with bank.add(name, config, num_labels=len(dataset.labels)).",
             )
         losses = F.cross_entropy(scores, targets, reduction="none")
         correct = (scores.argmax(-1) == targets).to(losses.dtype)
