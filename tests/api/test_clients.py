@@ -306,8 +306,10 @@ def test_without_keys_only_this_machine_can_reach_the_server() -> None:
 
 
 def test_an_unusable_address_is_refused() -> None:
-    with listen("127.0.0.1", 0, has_keys=False) as sock, pytest.raises(ConfigError, match="cannot listen on"):
-        listen("127.0.0.1", sock.getsockname()[1], has_keys=False)
+    with listen("127.0.0.1", 0, has_keys=False) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use\n"):
+            listen("127.0.0.1", port, has_keys=False)
     for host, port in (("127.0.0.1", 99999), ("no.such.host.invalid", 0)):
         with pytest.raises(ConfigError, match="cannot listen on"):
             listen(host, port, has_keys=True)

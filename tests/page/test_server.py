@@ -41,6 +41,8 @@ def test_figures_follow_a_request(view: "Page", server: PageServer) -> None:
     assert figure(view, "Generated tokens/s").inner_text() != "0"
     assert figure(view, "Adapters on the device").inner_text().startswith("1 · ")
     assert view.locator(".chart").count() == 5
+    texts = [plot.get_attribute("aria-valuetext") or "" for plot in view.locator("[aria-valuetext]").all()]
+    assert [text.split(", ")[0] for text in texts] == ["now"] * 5
     view.get_by_role("link", name="Adapters").click()
     row = view.get_by_role("row").filter(has=view.get_by_role("button", name="poet", exact=True))
     row.filter(has_text="On the device").wait_for()

@@ -106,8 +106,9 @@ def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]  # Python names the address again
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error}", hint="Use another port; 0 takes a free one."
+            f"cannot listen on {host}:{port}: {why}", hint="Use another port; 0 takes a free one."
         ) from error
 
 

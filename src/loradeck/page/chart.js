@@ -21,7 +21,8 @@ const DRAG = 5; // pixels; less is a click
  * @property {string} x the name of the horizontal axis
  * @property {string} y
  * @property {boolean} [log] whether the vertical axis begins as logarithmic
- * @property {(value: number) => string} [formatX] how values are written; without it, as numbers
+ * @property {(value: number) => string} [formatX] how values are written, such as "3 s ago"; without it, as numbers after
+ *   the name of the axis
  * @property {(value: number) => string} [formatY]
  */
 
@@ -247,7 +248,7 @@ class LineChart {
 
   /** Draw the read-out, and what is dragged over. */
   #drawMarks() {
-    const { x, formatX = number, formatY = number } = this.options;
+    const { x, formatX, formatY = number } = this.options;
     const [low, high] = this.#extent();
     const at = this.#cursor ?? high;
     const marks = this.#cursor === null ? [] : [svg("path", { d: `M${this.#x.pixel(at)} 0v${HEIGHT}` })];
@@ -267,7 +268,7 @@ class LineChart {
     }
     replace(this.marks, ...marks);
     const empty = !(low <= high);
-    const where = empty ? "nothing yet" : `${x} ${formatX(at)}`;
+    const where = empty ? "nothing yet" : formatX ? formatX(at) : `${x} ${number(at)}`;
     this.at.textContent = empty ? "" : where;
     this.plot.setAttribute("aria-valuemin", String(empty ? 0 : low));
     this.plot.setAttribute("aria-valuemax", String(empty ? 0 : high));
