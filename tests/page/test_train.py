@@ -89,6 +89,15 @@ def test_wrong_lines_are_shown_and_the_file_can_be_deleted(page: "Page", server:
     assert "wrong.jsonl" not in [file["filename"] for file in get(page, server, "v1/files")["data"]]
 
 
+def test_a_file_that_is_none_is_told_in_one_sentence(page: "Page", server: "PageServer") -> None:
+    open_train(page, server)
+    drop(page, "empty.jsonl", b"")
+    page.get_by_role("alert").get_by_text(re.compile("^'empty.jsonl' is empty$")).wait_for()
+    drop(page, "picture.jsonl", bytes(range(256)))
+    page.get_by_text("1 problem: mend the file, and drop it again.").wait_for()
+    page.get_by_text("picture.jsonl is not text").wait_for()
+
+
 def test_a_dataset_becomes_an_adapter(page: "Page", server: "PageServer") -> None:
     upload(page, server)
     assert page.get_by_role("table").first.get_by_role("row").nth(1).all_inner_texts()[0].split()[:3] == [
