@@ -174,6 +174,7 @@ def test_stop_keeps_what_has_arrived(page: "Page", relay: MakeRelay) -> None:
     assert column(page, 0).locator(".answer").inner_text() == "It was night."
     column(page, 0).get_by_role("button", name="Ask again").click()
     column(page, 0).get_by_text("finish: stop").wait_for()
+    page.get_by_text("The column has answered.").wait_for()  # the other one was stopped before
 
 
 def test_an_answer_that_fails_says_so_and_the_page_recovers(page: "Page", relay: MakeRelay) -> None:
@@ -294,6 +295,11 @@ def test_a_slider_moves_a_blend(page: "Page", server: PageServer) -> None:
     page.get_by_label("Weight of poet, as a number").fill("0.2")
     page.keyboard.press("Enter")
     column(page, 0).get_by_text("ask again for one of poet*0.2+pirate*0.75").wait_for()
+    number = page.get_by_label("Weight of poet, as a number")
+    for weight in ("", "2000000"):
+        number.fill(weight)
+        page.keyboard.press("Enter")
+        assert number.input_value() == "0.2"  # which still holds
     page.get_by_role("button", name="Take pirate out of the blend").click()
     page.keyboard.type("team-a")
     page.keyboard.press("Enter")

@@ -82,7 +82,10 @@ export class BlendEditor {
     };
     slider.addEventListener("input", () => set(slider, number));
     slider.addEventListener("change", this.onChange);
-    number.addEventListener("change", () => set(number, slider) && this.onChange());
+    number.addEventListener("change", () => {
+      if (set(number, slider)) this.onChange();
+      else number.value = String(this.weights.get(name)); // which still holds
+    });
     const removed = () => {
       this.weights.delete(name);
       row.remove();

@@ -44,6 +44,8 @@ class Compare {
   #columns = [];
   /** @type {Set<Column>} */
   #updated = new Set();
+  /** @type {Set<Column>} those that were asked since all were silent */
+  #round = new Set();
   #frame = 0;
   #written = "";
   #isShown = false;
@@ -112,6 +114,8 @@ class Compare {
       return null;
     }
     if (!this.#sampling.check()) return null;
+    if (!this.#columns.some((each) => each.isReading)) this.#round.clear();
+    this.#round.add(column);
     const [first] = this.#columns;
     const answers = this.#conversation.turns.map((_, index) => column.answers[index] ?? first.answers[index] ?? null);
     return { messages: this.#conversation.messages(answers, prompt), sampling: this.#sampling.settings };
@@ -234,13 +238,15 @@ class Compare {
     this.#follow.disabled = reading > 0 || !this.#columns.some((column) => column.answer?.text);
   }
 
-  /** How the answers have ended. */
+  /** How the last answers have ended. */
   get #outcome() {
-    const finishes = this.#columns.map((column) => column.answer?.finish);
+    const columns = this.#columns.filter((column) => this.#round.has(column));
+    const finishes = columns.map((column) => column.answer?.finish);
     const failures = finishes.filter((finish) => finish === "failed").length;
-    if (failures) return `${failures} of ${finishes.length} columns failed.`;
+    if (failures) return columns.length === 1 ? "The column failed." : `${failures} of ${columns.length} columns failed.`;
     if (finishes.includes("stopped")) return "Stopped.";
-    return finishes.every(Boolean) ? "All columns have answered." : "The column has answered.";
+    if (columns.length === this.#columns.length) return "All columns have answered.";
+    return columns.length === 1 ? "The column has answered." : `${columns.length} columns have answered.`;
   }
 
   /** @param {ColumnState} state */
