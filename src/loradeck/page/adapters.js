@@ -149,12 +149,15 @@ export function create() {
   /** @param {import("./session.js").Model} model a version */
   async function published(model) {
     const isNewest = session.adapters.some(({ root }) => root === model.id);
-    notify(isNewest ? `${model.id} has this content already: nothing new was published.` : `${model.id} was published.`);
-    await session.refreshModels();
-    const name = model.id.split("@")[0];
-    const adapter = /** @type {Adapter | undefined} */ (session.adapters.find(({ id }) => id === name));
-    if (adapter) showDetails(adapter);
-    else close();
+    try {
+      await session.refreshModels();
+      const name = model.id.split("@")[0];
+      const adapter = /** @type {Adapter | undefined} */ (session.adapters.find(({ id }) => id === name));
+      if (adapter) showDetails(adapter);
+      else close();
+    } finally {
+      notify(isNewest ? `${model.id} has this content already: nothing new was published.` : `${model.id} was published.`);
+    }
   }
 
   /** Look at the store from time to time: other clients change it, and requests load adapters. */
