@@ -190,6 +190,42 @@ def test_pause_and_resume(page: "Page", server: "PageServer") -> None:
     status(page, "cancelled")
 
 
+def test_a_number_that_is_none_is_not_passed_over(page: "Page", server: "PageServer") -> None:
+    upload(page, server)
+    before = get(page, server, "v1/fine_tuning/jobs")["data"]
+    page.get_by_label("Seed").focus()
+    page.keyboard.type("1e")
+    page.get_by_role("button", name="Start training").click()
+    assert page.evaluate("document.activeElement.id") == "job-seed"
+    page.get_by_role("heading", name="New job").wait_for()
+    assert get(page, server, "v1/fine_tuning/jobs")["data"] == before
+
+
+def test_an_empty_field_shows_what_holds_then(page: "Page", server: "PageServer") -> None:
+    upload(page, server)
+    page.get_by_text("More settings").click()
+    rank, samples = page.get_by_label("Rank (r)"), page.get_by_label("Samples at each evaluation")
+    default = rank.get_attribute("placeholder")
+    rank.fill("3")
+    page.locator("#job-r[placeholder='3']").wait_for()  # the plan follows
+    rank.fill("")
+    page.locator(f"#job-r[placeholder='{default}']").wait_for()
+    assert default not in ("auto", "3")
+    samples.fill("")
+    page.locator("#job-samples[placeholder=auto]").wait_for()  # none are answered
+
+
+def test_a_plan_follows_once_the_server_is_back(page: "Page", make_server: Callable[..., "PageServer"]) -> None:
+    server = make_server()
+    upload(page, server)
+    server.kill()
+    page.get_by_label("Epochs").fill("2")
+    page.get_by_role("alert").get_by_text("The server does not answer.").wait_for()
+    server.start()
+    plan = page.get_by_role("region", name="Plan")
+    plan.get_by_role("row").filter(has=page.get_by_role("rowheader", name="epochs")).filter(has_text="2").wait_for()
+
+
 def test_a_server_that_is_killed_and_comes_back(page: "Page", make_server: Callable[..., "PageServer"]) -> None:
     server = make_server("--checkpoint-every", "5")
     job = start(page, server, "survivor", 100)

@@ -5,6 +5,7 @@ import { get, post, remove } from "./api.js";
 import { datasetCheck } from "./dataset_check.js";
 import { button, element, replace } from "./dom.js";
 import { size } from "./format.js";
+import { back } from "./job_events.js";
 import { jobForm } from "./job_form.js";
 import { jobPlan } from "./job_plan.js";
 import { notifyError } from "./notice.js";
@@ -77,14 +78,18 @@ export function datasetPanel(id) {
     /** @param {any} body */
     const plan = async (body) => {
       asking.abort(); // the plan of settings that were changed
-      const current = (asking = new AbortController());
+      const current = AbortSignal.any([signal, (asking = new AbortController()).signal]);
       try {
-        const answer = await post("v1/fine_tuning/plan", body, { signal: AbortSignal.any([signal, current.signal]) });
+        const answer = await post("v1/fine_tuning/plan", body, { signal: current });
         form.refuse(null);
         form.showDefaults(answer);
         replace(place, jobPlan(answer));
       } catch (error) {
-        if (!current.signal.aborted) refuse(error);
+        if (current.aborted) return;
+        refuse(error);
+        if (/** @type {any} */ (error).status !== 0) return;
+        await back(current);
+        if (!current.aborted) plan(body);
       }
     };
     /** @param {any} body */

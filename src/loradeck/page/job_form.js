@@ -32,6 +32,7 @@ const TEXT = "target_modules"; // the others are numbers
 /** @type {Record<string, string>} what a plan calls them, if otherwise */
 const PLANNED = { n_epochs: "epochs", beta: "dpo_beta" };
 const SAMPLES = "2";
+const AUTO = "auto";
 const PAUSE = 300; // milliseconds after a change before the plan follows it
 
 /**
@@ -44,7 +45,7 @@ const PAUSE = 300; // milliseconds after a change before the plan follows it
  * @param {(body: any) => void} options.onStart
  */
 export function jobForm({ file, method, files, onChange, onStart }) {
-  const numeric = { type: "number", min: "0", step: "any", placeholder: "auto" };
+  const numeric = { type: "number", min: "0", step: "any", placeholder: AUTO };
   const inputs = Object.fromEntries(
     Object.keys({ ...HYPERPARAMETERS, ...LORA }).map((name) => [name, input(name, name === TEXT ? {} : numeric)]),
   );
@@ -96,7 +97,10 @@ export function jobForm({ file, method, files, onChange, onStart }) {
       },
       onsubmit: (/** @type {SubmitEvent} */ event) => {
         event.preventDefault();
-        onStart(body());
+        const unreadable = [...Object.values(inputs), seed].find(({ validity }) => validity.badInput);
+        if (!unreadable) return onStart(body());
+        unreadable.closest("details")?.setAttribute("open", "");
+        unreadable.reportValidity(); // a number that is none has no value, and would be passed over
       },
     },
     element("h2", {}, "New job"),
@@ -141,9 +145,9 @@ export function jobForm({ file, method, files, onChange, onStart }) {
      */
     showDefaults(plan) {
       suffix.placeholder = plan.name;
-      for (const { name, value } of plan.settings) {
-        const input = Object.keys(inputs).find((key) => (PLANNED[key] ?? key) === name);
-        if (input) inputs[input].placeholder = settingText(value);
+      const settings = new Map(plan.settings.map(({ name, value }) => [name, settingText(value)]));
+      for (const [name, input] of Object.entries(inputs)) {
+        input.placeholder = settings.get(PLANNED[name] ?? name) ?? (name === TEXT ? "" : AUTO);
       }
     },
     /** @param {boolean} busy */

@@ -41,17 +41,26 @@ export function create() {
   /** @param {AbortSignal} signal */
   async function refresh(signal) {
     let areFilesListed = false;
+    let isRefused = false;
     while (!signal.aborted) {
       try {
         if (!areFilesListed) await files.refresh();
         areFilesListed = true;
         await jobs.refresh(signal);
+        isRefused = false;
         await new Promise((resolve) => setTimeout(resolve, PERIOD));
       } catch (error) {
         if (signal.aborted) return;
-        if (/** @type {any} */ (error).status !== 0) return notifyError(error, "The jobs cannot be listed");
+        const { status } = /** @type {any} */ (error);
         areFilesListed = false;
-        await back(signal);
+        if (status === 0) {
+          await back(signal);
+          continue;
+        }
+        if (!isRefused) notifyError(error, "The jobs cannot be listed");
+        isRefused = true;
+        if (status < 500 && status !== 429) return; // it will not be answered otherwise later
+        await new Promise((resolve) => setTimeout(resolve, PERIOD));
       }
     }
   }
