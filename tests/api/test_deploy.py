@@ -101,7 +101,7 @@ def address(log: Path) -> str | None:
 @pytest.mark.slow
 def test_prometheus_answers_every_query_of_the_dashboard(prometheus: httpx.Client) -> None:
     def answer(query: str) -> list[Any]:
-        query = query.replace("$instance", ".*").replace("$__rate_interval", "1m")
+        query = query.replace("$instance", ".*").replace("$__rate_interval", "10m")
         response = prometheus.get("/api/v1/query", params={"query": query})
         assert response.status_code == 200, f"{query}: {response.text}"
         return response.json()["data"]["result"]
@@ -129,8 +129,13 @@ def test_systemd_reads_the_service(tmp_path: Path) -> None:
     if program is None:
         pytest.skip("systemd-analyze is not installed")
     text = (DEPLOY / "loradeck.service").read_text(encoding="utf-8")
-    unit = tmp_path / "loradeck.service"
-    unit.write_text(text.replace("/opt/loradeck/bin/loradeck", shutil.which("true") or "/bin/true"), encoding="utf-8")
-    process = subprocess.run([program, "verify", unit], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert str(unit.name) not in process.stderr, process.stderr
+    text = text.replace("/opt/loradeck/bin/loradeck", shutil.which("true") or "/bin/true")
+
+    def complaints(name: str, text: str) -> list[str]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        process = subprocess.run([program, "verify", tmp_path / name], capture_output=True, text=True)
+        return [line for line in process.stderr.splitlines() if name in line]
+
+    if not complaints("wrong.service", text.replace("DynamicUser=", "DynamicUsers=")):
+        pytest.skip("systemd-analyze verifies nothing here")
+    assert complaints("loradeck.service", text) == []
