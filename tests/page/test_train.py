@@ -89,7 +89,7 @@ def test_wrong_lines_are_shown_and_the_file_can_be_deleted(page: "Page", server:
     assert "wrong.jsonl" not in [file["filename"] for file in get(page, server, "v1/files")["data"]]
 
 
-def test_a_file_that_is_none_is_told_in_one_sentence(page: "Page", server: "PageServer") -> None:
+def test_a_file_that_is_no_dataset_is_refused_in_one_sentence(page: "Page", server: "PageServer") -> None:
     open_train(page, server)
     drop(page, "empty.jsonl", b"")
     page.get_by_role("alert").get_by_text(re.compile("^'empty.jsonl' is empty$")).wait_for()
@@ -190,7 +190,7 @@ def test_pause_and_resume(page: "Page", server: "PageServer") -> None:
     status(page, "cancelled")
 
 
-def test_a_number_that_is_none_is_not_passed_over(page: "Page", server: "PageServer") -> None:
+def test_an_unreadable_number_is_not_left_out(page: "Page", server: "PageServer") -> None:
     upload(page, server)
     before = get(page, server, "v1/fine_tuning/jobs")["data"]
     page.get_by_label("Seed").focus()

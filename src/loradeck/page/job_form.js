@@ -100,7 +100,7 @@ export function jobForm({ file, method, files, onChange, onStart }) {
         const unreadable = [...Object.values(inputs), seed].find(({ validity }) => validity.badInput);
         if (!unreadable) return onStart(body());
         unreadable.closest("details")?.setAttribute("open", "");
-        unreadable.reportValidity(); // a number that is none has no value, and would be passed over
+        unreadable.reportValidity(); // an unreadable number has no value, and would be left out
       },
     },
     element("h2", {}, "New job"),
