@@ -34,6 +34,7 @@ MAY = {
     "lora": {"ops", *GROUND},
     "stored": {"lora", *GROUND},
     "store": {"stored", "lora", *GROUND},
+    "vllm_plugin": {"store", "lora", "base", *GROUND},
     "native": {"ops", *GROUND},
     "base": {"native", *GROUND},
     "pooling": {"runner", "lora", "base", *GROUND},

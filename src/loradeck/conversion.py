@@ -27,11 +27,10 @@ from loradeck.lora.combine import lower_rank
 from loradeck.lora.folder import TENSORS
 from loradeck.lora.manifest import AdapterFiles, read_folder
 from loradeck.lora.safetensors_io import encode
-from loradeck.lora.uniform import uniform
+from loradeck.lora.uniform import for_vllm
 
 Format: TypeAlias = Literal["peft", "mlx", "gguf", "vllm"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-MAX_VLLM_RANK = 512  # the highest --max-lora-rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,14 +244,7 @@ def _write(done: Conversion, reading: _Reading, to: Format, dtype: Literal["floa
         tied = mlx.touches_vocabulary(adapter) and reading.is_tied()
         adapter = mlx.write(adapter, output, tied=tied)
     elif to == "vllm":
-        adapter = uniform(adapter)
-        if adapter.config.r > MAX_VLLM_RANK:
-            raise UnsupportedError(
-                f"vLLM takes ranks up to {MAX_VLLM_RANK}, this adapter has {adapter.config.r}",
-                hint="Lower the rank.",
-                python=f"Pass rank={MAX_VLLM_RANK}.",
-                cli=f"Add --rank {MAX_VLLM_RANK}.",
-            )
+        adapter = for_vllm(adapter, "this adapter")
         adapter.save(output)
     else:
         adapter.save(output)

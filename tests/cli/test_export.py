@@ -326,3 +326,37 @@ def test_an_unknown_source_has_the_close_names_of_adapters_too(run: Callable, ad
     ran = run("export", "adapters/piratte", "-o", "poet.gguf")
     assert ran.code == 2
     assert "If it is an adapter: Did you mean adapters/pirate?" in ran.err
+
+
+def test_an_adapter_becomes_a_folder_for_vllm(run: Callable, adapters: Path) -> None:
+    assert run("convert", "adapters/poet", "-o", "one", "--to", "vllm").code == 0
+    ran = run("export", "adapters/poet", "-o", "two", "--to", "vllm")
+    assert ran.code == 0, ran.err
+    assert "--lora-modules two=two" in ran.out
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["adapters/poet", "--adapter", "adapters/poet"],
+            "only an adapter alone is exported for vLLM\nvLLM serves what",
+        ),
+        (["adapters/poet", "--quant", "f16"], "an adapter for vLLM keeps the dtype of its tensors\nLeave out --quant"),
+        (["adapters/poett"], "adapters/poett is not a folder or a file"),
+        (["adapters/cut"], "adapters/cut"),
+    ],
+)
+def test_what_is_not_for_vllm_is_refused(run: Callable, adapters: Path, flags: list[str], message: str) -> None:
+    ran = run("export", *flags, "-o", "out", "--to", "vllm")
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert not Path("out").exists()
+
+
+def test_what_vllm_cannot_compute_names_the_way_out(run: Callable, adapters: Path) -> None:
+    rewrite(adapters / "poet", use_dora=True)
+    ran = run("export", "adapters/poet", "-o", "out", "--to", "vllm")
+    assert (ran.code, "use_dora=True is DoRA" in ran.err, "merge it into its base" in ran.err) == (2, True, True)
+    assert not Path("out").exists()

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from loradeck.cli import blend
 from loradeck.cli.adapter_folder import close_adapters
-from loradeck.cli.convert import print_conversion
+from loradeck.cli.convert import convert, print_conversion
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.output import check_writable
 from loradeck.errors import BaseModelError, ConfigError
@@ -24,23 +24,27 @@ def export(
     *,
     output: Annotated[Path, Parameter(alias="-o")],
     adapter: Annotated[str | None, Parameter(alias="-a")] = None,
-    to: Literal["gguf"] = "gguf",
+    to: Literal["gguf", "vllm"] = "gguf",
     quant: Quant | None = None,
     base: str | None = None,
 ) -> None:
-    """Write a base, a base with an adapter merged into it, or an adapter as a file of llama.cpp.
+    """Write a base, a base with an adapter merged into it, or an adapter for llama.cpp; or an adapter for vLLM.
 
     `loradeck export BASE --adapter ADAPTER -o FILE` writes a model that needs
     nothing else: `llama-cli -m FILE`. `loradeck export ADAPTER -o FILE` writes
     the adapter alone, for any GGUF file of its base, however quantised:
     `llama-server -m BASE.gguf --lora FILE`. It is `loradeck convert --to gguf`.
 
+    `loradeck export ADAPTER -o FOLDER --to vllm` writes an adapter as a folder that vLLM
+    reads exactly, or says why there is none. It is `loradeck convert --to vllm`.
+
     Args:
         source: A base (a folder, a hub id, a .gguf file, or smollm2-135m), or an adapter's folder or hub id.
-        output: A new file.
+        output: A new file; for vllm a new folder.
         adapter: Merge this into the base: an adapter's folder, or a blend such as
             adapters/poet*0.7+adapters/pirate*0.3.
-        to: The format; gguf is llama.cpp's.
+        to: The format; gguf is llama.cpp's. vllm is PEFT's folder with one rank and one scaling
+            for all modules, of an adapter alone.
         quant: The type of the file's weights; by default q8_0 for a model, f32 for an adapter,
             which has f32 or f16. With q5 and q4 the embedding and the head are in q8_0; with
             q4_k, matrices whose rows are no multiple of 256 are in q5_0.
@@ -51,6 +55,9 @@ def export(
     from loradeck.llamacpp import check_installed
     from loradeck.lora.manifest import is_adapter
 
+    if to == "vllm":
+        _export_for_vllm(source, output, adapter, base, quant)
+        return
     if output.exists():
         raise ConfigError(f"{output} exists", hint="Give a new file; nothing was written.")
     check_writable(output)
@@ -77,6 +84,18 @@ def export(
                 raise
             words = f"{error.hint} If it is an adapter: {close_adapters(source)}"
             raise BaseModelError(error.message, hint=words) from error
+
+
+def _export_for_vllm(source: str, output: Path, adapter: str | None, base: str | None, quant: Quant | None) -> None:
+    if adapter is not None:
+        raise ConfigError(
+            "only an adapter alone is exported for vLLM",
+            hint=f"vLLM serves what `loradeck merge {source} {adapter} -o FOLDER` writes, or the adapter without "
+            f"merging: loradeck export {adapter} -o FOLDER --to vllm.",
+        )
+    if quant is not None:
+        raise ConfigError("an adapter for vLLM keeps the dtype of its tensors", hint="Leave out --quant.")
+    convert(source, output=output, to="vllm", base=base)
 
 
 def _export_adapter(adapter: str, output: Path, base: str | None, quant: Quant) -> None:

@@ -16,6 +16,8 @@ from loradeck.errors import UnsupportedError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.manifest import TargetModule, config_of
 
+MAX_VLLM_RANK = 512  # the highest --max-lora-rank
+
 
 def uniform(adapter: Adapter) -> Adapter:
     """Return an adapter of one rank and one scaling, with the same updates.
@@ -45,6 +47,23 @@ def uniform(adapter: Adapter) -> Adapter:
     result = Adapter.with_sites(config_of(sites), sites, pairs, origin=origin)
     result.fan_in_fan_out = adapter.fan_in_fan_out
     return result
+
+
+def for_vllm(adapter: Adapter, what: str) -> Adapter:
+    """Return an adapter as vLLM reads it; `what` is its name in errors.
+
+    Raises:
+        UnsupportedError: it has convolutions, or a rank that vLLM does not take.
+    """
+    adapter = uniform(adapter)
+    if adapter.config.r > MAX_VLLM_RANK:
+        raise UnsupportedError(
+            f"vLLM takes ranks up to {MAX_VLLM_RANK}, {what} has {adapter.config.r}",
+            hint="Lower the rank with `loradeck convert`.",
+            python=f"Pass rank={MAX_VLLM_RANK}.",
+            cli=f"Add --rank {MAX_VLLM_RANK}.",
+        )
+    return adapter
 
 
 def _scaled(a: Tensor, b: Tensor, factor: float) -> tuple[Tensor, Tensor]:
