@@ -21,9 +21,10 @@ from tests.digest import digest
 from transformers import LlamaForCausalLM
 
 from loradeck import Adapter, Bank, LoraConfig
+from loradeck.backends.folder import remove_adapter
 from loradeck.errors import AdapterError, AdapterNameError, ConfigError, UnknownAdapterError, UnsupportedError
 from loradeck.lora.manifest import is_adapter
-from loradeck.store import AdapterStore, remove_adapter
+from loradeck.store import AdapterStore
 from loradeck.stored import Stored, read_stored
 
 Q = "model.layers.{}.self_attn.q_proj"
@@ -135,7 +136,8 @@ def test_a_store_needs_no_torch(store: AdapterStore) -> None:
     adapter().save(store.folder / "plain")
     code = f"""
 import sys
-from loradeck.store import AdapterStore, remove_adapter
+from loradeck.backends.folder import remove_adapter
+from loradeck.store import AdapterStore
 store = AdapterStore({str(store.folder)!r})
 assert [each.sha256() for each in store.latest()], store.problems()
 store.remove("poet")
@@ -633,7 +635,8 @@ def test_prune(store: AdapterStore, source: Path) -> None:
 RACE = """
 import multiprocessing, os, sys
 from loradeck import Adapter
-from loradeck.store import AdapterStore, remove_adapter
+from loradeck.backends.folder import remove_adapter
+from loradeck.store import AdapterStore
 folder, rounds, *sources = sys.argv[1:]
 adapters, store = [Adapter.load(source) for source in sources], AdapterStore(folder)
 barrier = multiprocessing.get_context("fork").Barrier(len(adapters), timeout=600)
@@ -707,7 +710,7 @@ def test_a_version_removed_between_listing_and_reading(
             shutil.rmtree(question[2])
         return read_stored(*question)
 
-    monkeypatch.setattr("loradeck.store.read_stored", late)
+    monkeypatch.setattr("loradeck.backends.folder.read_stored", late)
     if how == "find":
         assert store.find("poet").version == 1
     else:
@@ -743,7 +746,7 @@ def test_a_version_replaced_during_a_query(
             store.prune("poet", keep=1)
         return is_adapter(folder)
 
-    monkeypatch.setattr("loradeck.store.is_adapter", late)
+    monkeypatch.setattr("loradeck.backends.folder.is_adapter", late)
     assert query(store) == expected
 
 
@@ -752,7 +755,8 @@ def test_a_version_replaced_during_a_query(
 STEPS = """
 import os, signal, sys
 from loradeck import Adapter
-from loradeck.store import AdapterStore, remove_adapter
+from loradeck.backends.folder import remove_adapter
+from loradeck.store import AdapterStore
 folder, source = sys.argv[1:]
 adapter, store = Adapter.load(source), AdapterStore(folder)
 actions = {

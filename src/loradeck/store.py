@@ -1,39 +1,28 @@
-"""The adapters in a folder, by name and version.
+"""Adapters by name and version, in a folder or elsewhere.
 
-A version is the folder `name@number`, and the highest number is the latest: the rename that makes a version visible
-also moves `latest`. A folder without a number is version 0, which was never published. Every call asks the disk, so
-changes by other processes are seen at once. Only publishing needs torch.
+In a folder a version is the folder `name@number`, and the highest number is the latest: the rename that makes a version
+visible also moves `latest`. A folder without a number is version 0, which was never published. Every call asks the
+disk, so changes by other processes are seen at once. Only publishing needs torch. `backends/` has what lies below.
 """
 
 import difflib
-import os
-import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from loradeck import tokenizer_files
-from loradeck.disk import new_folder, write_file
-from loradeck.errors import AdapterError, AdapterNameError, ConfigError, LoradeckError, UnknownAdapterError
-from loradeck.lora.folder import CARD, CONFIG
-from loradeck.lora.manifest import TENSOR_FILES, is_adapter, read_folder, stamp
-from loradeck.lora.names import check_name, valid_name
-from loradeck.stored import Stored, VersionRecord, digest_of, files_of, read_stored
-from loradeck.tokenizer_files import TokenizerFiles
+from loradeck.backends.folder import NUMBER, RECORDS, FolderBackend, split_spec, why_not_served
+from loradeck.errors import AdapterError, ConfigError, LoradeckError, UnknownAdapterError
+from loradeck.lora.manifest import is_adapter
+from loradeck.lora.names import check_name
+from loradeck.stored import Stored
 
 if TYPE_CHECKING:
+    from loradeck.backends.backend import Backend
     from loradeck.lora.adapter import Adapter
 
-RECORDS = ".versions"  # a file for each number: it claims the number, and records the sha256
 LATEST = "latest"
-MODEL = "config.json"  # of transformers
-NUMBER = re.compile("[1-9][0-9]{0,17}")
 
 
 class AdapterStore:
@@ -41,7 +30,11 @@ class AdapterStore:
 
     def __init__(self, folder: str | Path) -> None:
         """Open a store; the first `publish` creates its folder."""
-        self.folder = Path(folder).absolute()
+        self._backend: Backend = FolderBackend(folder)
+        self.location = self._backend.location
+        """The folder or URL, as it is shown."""
+        self.folder = self._backend.folder
+        """A folder of this machine for what is not published yet; for a store in a folder, the folder itself."""
 
     # ---- queries
 
@@ -51,7 +44,7 @@ class AdapterStore:
         Raises:
             AdapterError: the store's folder cannot be read.
         """
-        return sorted(name for name in self._catalogue() if why_not_served(name) is None)
+        return sorted(name for name in self._backend.catalogue() if why_not_served(name) is None)
 
     def versions(self, name: str) -> list[int]:
         """Return the numbers of an adapter's versions, the latest last.
@@ -60,12 +53,13 @@ class AdapterStore:
             UnknownAdapterError: no such adapter; the hint lists close names.
             AdapterError: the store's folder cannot be read.
         """
-        numbers = self._versions(name)
+        numbers = self._backend.versions(name)
         if not numbers:
             names = self.names()
             close = difflib.get_close_matches(name, names, n=3) or names[:8]
             raise UnknownAdapterError(
-                f"no adapter in {self.folder} is named {name[:128]!r}", hint=f"There are: {', '.join(close) or 'none'}."
+                f"no adapter in {self.location} is named {name[:128]!r}",
+                hint=f"There are: {', '.join(close) or 'none'}.",
             )
         return numbers
 
@@ -85,12 +79,29 @@ class AdapterStore:
         Raises:
             AdapterError: the store's folder cannot be read.
         """
+        latest = [(name, max(numbers)) for name, numbers in sorted(self._backend.catalogue().items())]
         adapters = []
-        for name, numbers in sorted(self._catalogue().items()):
-            if why_not_served(name) is None:
+        for (name, number), version in self._backend.listed(
+            each for each in latest if not why_not_served(each[0])
+        ).items():
+            if isinstance(version, Stored):
+                adapters.append(version)
+            elif not self._backend.has(name, number):  # removed since the listing; another may be the latest now
                 with suppress(AdapterError, UnknownAdapterError):
-                    adapters.append(self._stored_now(name, name, max(numbers)))
+                    adapters.append(self.find(name))
         return adapters
+
+    def listed(self, name: str) -> dict[int, Stored | LoradeckError]:
+        """Return the versions of an adapter by number, the latest last, or why they are unusable.
+
+        Of a store elsewhere nothing is downloaded: see `Stored.is_here`.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            AdapterError: the store cannot be read.
+        """
+        versions = self._backend.listed((name, number) for number in self.versions(name))
+        return {number: version for (_, number), version in versions.items()}
 
     def problems(self) -> dict[str, LoradeckError]:
         """Return the reason why each unusable adapter is so, by the name of its folder.
@@ -99,17 +110,22 @@ class AdapterStore:
             AdapterError: the store's folder cannot be read.
         """
         problems: dict[str, LoradeckError] = {}
-        for name, numbers in self._catalogue().items():
-            for path, number in ((self.path(name, number), number) for number in numbers):
-                error = why_not_served(name)
-                try:
-                    if error is None:
-                        self._stored(name, number)
-                except AdapterError as unusable:
-                    error = unusable
-                if error is not None and is_adapter(path):  # else another process removed it in between
-                    problems[path.name] = error
+        catalogue = self._backend.catalogue()
+        served = [
+            (name, number) for name, numbers in catalogue.items() for number in numbers if not why_not_served(name)
+        ]
+        versions = self._backend.listed(served)
+        for name, numbers in catalogue.items():
+            for number in numbers:
+                error = why_not_served(name) or versions[name, number]
+                # else another process removed it in between
+                if isinstance(error, LoradeckError) and self._backend.has(name, number):
+                    problems[self.path(name, number).name] = error
         return problems
+
+    def path(self, name: str, number: int) -> Path:
+        """Return the folder of a version, whether it is there or not; number 0 is the unpublished folder."""
+        return self._backend.path(name, number)
 
     # ---- changes
 
@@ -127,10 +143,10 @@ class AdapterStore:
         check_name(name)
         with self._changing():
             if isinstance(source, str | Path):
-                return self._publish(name, Path(source))
+                return self._backend.publish(name, Path(source))
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=self.folder) as saved:
-                return self._publish(name, source.save(Path(saved) / "adapter"))
+                return self._backend.publish(name, source.save(Path(saved) / "adapter"))
 
     def remove(self, spec: str) -> list[int]:
         """Remove one version (`name@3`, `name@latest`), or all of a `name`; return their numbers, not to be used again.
@@ -160,75 +176,23 @@ class AdapterStore:
         self._remove(name, old)
         return old
 
-    def _publish(self, name: str, source: Path) -> Stored:
-        from loradeck.lora.adapter import Adapter
-
-        listing = read_folder(source)
-        files = files_of(listing)
-        digest = digest_of(source, files)
-        Adapter.from_files(listing, check_copy=lambda *_: None)  # only a bank can compare copies with its base
-        card = [CARD] if (source / CARD).is_file() else []
-        tokenizer = TokenizerFiles.of(source, stamp(source))
-        number, record = self._claim(name)
-        try:
-            with new_folder(self.path(name, number)) as new:
-                for file in [*files, *card, *tokenizer.names]:
-                    shutil.copyfile(source / file, new / file)
-                if digest_of(new, files) != digest or TokenizerFiles.of(source, stamp(source)) != tokenizer:
-                    raise AdapterError(f"{source} was changed while it was read", hint="Publish it again.")
-        except BaseException:
-            record.unlink(missing_ok=True)
-            raise
-        stored = self._stored(name, number)
-        with suppress(OSError):  # the version is published; a record only saves time
-            write_file(record, msgspec.json.encode(VersionRecord.of(digest, stored.stamp)))
-        return replace(stored, recorded_sha256=digest)
-
-    def _claim(self, name: str) -> tuple[int, Path]:
-        """Claim the next number, with a file that only one process can create; the file outlives the version."""
-        (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
-        number = max([0, *self._versions(name), *self._recorded(name)])
-        while True:
-            number += 1
-            record = self._record(name, number)
-            with suppress(FileExistsError):
-                record.touch(exist_ok=False)
-                if not self.path(name, number).exists():
-                    return number, record
-
     def _remove(self, name: str, numbers: list[int]) -> None:
         with self._changing():
-            for number in numbers:  # oldest first, so that `latest` never goes back
-                remove_adapter(self.path(name, number))
-            # The highest record stays, because the next number follows it.
-            for number in set(self._recorded(name)[:-1]) - {*self._versions(name)}:
-                self._record(name, number).unlink(missing_ok=True)
+            self._backend.remove(name, numbers)  # oldest first, so that `latest` never goes back
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise AdapterError(f"the store {self.folder} cannot be changed: {error}") from error
-
-    # ---- files
-
-    def path(self, name: str, number: int) -> Path:
-        """Return the folder of a version, whether it is there or not; number 0 is the unpublished folder."""
-        return self.folder / (f"{name}@{number}" if number else name)
-
-    def _record(self, name: str, number: int) -> Path:
-        return self.folder / RECORDS / f"{name}@{number}.json"
-
-    def _stored(self, name: str, number: int) -> Stored:
-        return read_stored(name, number, self.path(name, number), self._record(name, number) if number else None)
+            raise AdapterError(f"the store {self.location} cannot be changed: {error}") from error
 
     def _stored_now(self, spec: str, name: str, number: int) -> Stored:
         """Read a version that `spec` was resolved to, or resolve it again if the version was removed since."""
         try:
-            return self._stored(name, number)
+            return self._backend.read(name, number)
         except AdapterError:
-            if is_adapter(self.path(name, number)):
+            if self._backend.has(name, number):
                 raise
         return self.find(spec)
 
@@ -241,53 +205,6 @@ class AdapterStore:
             return name, int(which)
         latest = ", ".join(map(str, numbers[-8:]))
         raise UnknownAdapterError(f"{name!r} has no version {which[:20]!r}", hint=f"The latest are: {latest}.")
-
-    def _versions(self, name: str) -> list[int]:
-        if why_not_served(name):
-            return []
-        while True:
-            folders = (folder for folder in self._folders() if folder.partition("@")[0] == name)
-            listed = {number: self.path(name, number) for other, number in map(split_spec, folders) if other == name}
-            numbers = sorted(number for number, path in listed.items() if is_adapter(path))
-            if all(os.path.lexists(path) for number, path in listed.items() if number not in numbers):
-                return numbers
-            # A version was removed since the folder was listed, and a newer one may have been published before that.
-
-    def _recorded(self, name: str) -> list[int]:
-        """Return the numbers claimed for this name; low ones whose versions were removed may be missing."""
-        try:
-            files = os.listdir(self.folder / RECORDS)  # noqa: PTH208
-        except FileNotFoundError:
-            return []
-        specs = (file.removesuffix(".json") for file in files if file.startswith(f"{name}@"))
-        return sorted(number for other, number in map(split_spec, specs) if other == name and number)
-
-    def _catalogue(self) -> dict[str, list[int]]:
-        """Return the version numbers of every adapter by name, including invalid names."""
-        catalogue: dict[str, list[int]] = {}
-        changed: set[str] = set()
-        for folder in self._folders():
-            path, (name, number) = self.folder / folder, split_spec(folder)
-            if not folder.startswith(".") and is_adapter(path):
-                catalogue.setdefault(name, []).append(number)
-            elif not os.path.lexists(path):  # removed since the folder was listed; a newer version may be there
-                changed.add(name)
-        for name in changed:
-            catalogue[name] = self._versions(name)
-        return {name: numbers for name, numbers in catalogue.items() if numbers}
-
-    def _folders(self) -> list[str]:
-        try:
-            return os.listdir(self.folder)  # noqa: PTH208  (Path.iterdir would make thousands of unneeded paths)
-        except OSError as error:
-            hint = "Name a folder of adapters."
-            raise AdapterError(f"the store {self.folder} cannot be read: {error.strerror}", hint=hint) from error
-
-
-def split_spec(spec: str) -> tuple[str, int]:
-    """Return a folder's name and number; without a valid number all of it is the name, and "@" makes it invalid."""
-    name, _, number = spec.partition("@")
-    return (name, int(number)) if NUMBER.fullmatch(number) else (spec, 0)
 
 
 def latest_versions(folders: Iterable[str]) -> set[str]:
@@ -308,42 +225,9 @@ def versions_beside(folder: Path) -> list[str]:
     return [store.path(name, number).name for number in store.versions(name)]
 
 
-def why_not_served(folder: str) -> AdapterNameError | None:
-    """Return why requests cannot name the adapter of a folder of this name, with a name that would do."""
-    name, _ = split_spec(folder)
-    try:
-        check_name(name)
-    except AdapterNameError as error:
-        return AdapterNameError(error.message, hint=f"Rename the folder, for example to {valid_name(name)!r}.")
-    return None
-
-
 def is_store(folder: Path) -> bool:
     """Return whether a folder is empty or holds adapters, and is none itself."""
     if not folder.is_dir() or is_adapter(folder):
         return False
     inside = [*folder.iterdir()]
     return not inside or any(path.name == RECORDS or is_adapter(path) for path in inside)
-
-
-def adapter_files(folder: Path) -> list[Path]:
-    """Return the files of an adapter that are there, in the order in which to remove them."""
-    files = [folder / CONFIG, *sorted(folder.glob(TENSOR_FILES)), folder / CARD]
-    if not (folder / MODEL).exists():  # else the tokenizer may be that of a model in the same folder
-        files += [folder / name for name in sorted(tokenizer_files.NAMES)]
-    return [file for file in files if file.is_symlink() or file.is_file()]
-
-
-def remove_adapter(folder: Path) -> None:
-    """Move the folder away in one rename; if it holds other files too, move only the adapter's, its config first."""
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
-        suppress(FileNotFoundError),
-    ):
-        files = adapter_files(folder)
-        if folder.is_symlink() or set(folder.iterdir()) <= set(files):
-            folder.rename(Path(aside) / folder.name)
-        else:
-            for file in files:
-                with suppress(FileNotFoundError):
-                    file.rename(Path(aside) / file.name)

@@ -46,6 +46,8 @@ class Facts:
     """See `Base.fingerprint`; None if the adapter does not record one."""
     labels: tuple[str, ...]
     """The names of a classifier's labels; () if the adapter does not record any."""
+    modules: int
+    """Number of modules that it adapts."""
     has_weights: bool
     """Whether it has whole weights of modules, which may have rows for tokens that the base has not."""
 
@@ -65,6 +67,8 @@ class Stored:
     """The sha256 that publishing recorded; None if there is none, or the files have changed since."""
     commit: str | None = None
     """That of an adapter of the hub."""
+    is_here: bool = True
+    """Whether its files are on this machine; those of a listed version of a store elsewhere may not be."""
 
     @property
     def spec(self) -> str:
@@ -98,6 +102,8 @@ class Stored:
         Raises:
             AdapterError: the files have changed since they were found.
         """
+        if not self.is_here and self.recorded_sha256:
+            return self.recorded_sha256  # they cannot change
         digest = self.recorded_sha256 or _cached(_sha256, self.path, self.stamp)
         if stamp(self.path) != self.stamp:
             raise AdapterError(f"{self.path} has changed since it was found", hint="Find it again.")
@@ -170,6 +176,7 @@ def _facts(path: Path, _: Stamp) -> Facts:
         base_model=listing.origin.base_model,
         base_fingerprint=listing.origin.provenance.get("base_fingerprint"),
         labels=listing.origin.labels,
+        modules=len(listing.sites),
         has_weights=bool(listing.copies or listing.saved),
     )
 

@@ -22,7 +22,7 @@ def rm(*adapters: Annotated[Path, Parameter(required=True)], yes: Yes = False) -
     Args:
         adapters: Adapters' folders, or names in a store.
     """
-    from loradeck.store import remove_adapter
+    from loradeck.backends.folder import remove_adapter
 
     folders = list(dict.fromkeys(folder for adapter in adapters for folder in _folders(adapter)))
     for folder in folders:
@@ -41,7 +41,7 @@ def rm(*adapters: Annotated[Path, Parameter(required=True)], yes: Yes = False) -
 
 def size_of(folder: Path) -> int:
     """Return the bytes of the files that a removal takes away."""
-    from loradeck.store import adapter_files
+    from loradeck.backends.folder import adapter_files
 
     return sum(file.lstat().st_size for file in adapter_files(folder))
 
