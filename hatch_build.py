@@ -20,13 +20,13 @@ class PrebuiltLibraries(BuildHookInterface):
         source, folder = Path(self.root) / "src", Path(self.root) / "build" / "prebuilt"
         folder.mkdir(parents=True, exist_ok=True)
         sys.path.insert(0, str(source))
-        from loradeck.native import library
+        from loradeck.native import library, varlen_attention
         from loradeck.ops import compiler, cpu
 
         x86 = platform.machine() in ("x86_64", "AMD64")
         builds = [
             (file, options, capability)
-            for file, options in ((cpu.SOURCE, ""), (library.SOURCE, library.OPTIONS))
+            for file, options in ((cpu.SOURCE, ""), (varlen_attention.SOURCE, ""), (library.SOURCE, library.OPTIONS))
             for capability in (compiler.FEATURES if x86 else ("DEFAULT",))
         ]
         if x86:

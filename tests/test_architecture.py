@@ -41,7 +41,7 @@ MAY = {
     "pooling": {"runner", "lora", "base", *GROUND},
     "generation": {"runner", "lora", "base", "native", "sampling", *GROUND},
     "dataset": {"base", *GROUND},
-    "train": {"dataset", "stored", "lora", "ops", "base", *GROUND},
+    "train": {"dataset", "stored", "lora", "native", "ops", "base", *GROUND},
     "gguf": {"lora", "ops", "base", *GROUND},
     "conversion": {"gguf", "lora", "base", *GROUND},
     "evaluation": {"train", "generation", "dataset", "lora", "base", *GROUND},

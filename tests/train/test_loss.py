@@ -74,7 +74,7 @@ def test_the_mean_is_the_models_own_loss(tiny: LlamaForCausalLM, kind: str, froz
     gradients, expected = (torch.autograd.grad(each, trainable, retain_graph=True) for each in (ours, theirs))
     assert max(gradient.abs().max() for gradient in expected) > 1e-3
     for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 def test_each_example_has_its_own_loss(tiny: LlamaForCausalLM) -> None:

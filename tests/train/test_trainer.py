@@ -78,10 +78,11 @@ def test_other_adapters_are_not_changed(base: Base, bank: Bank, examples: list[E
 
 
 @pytest.mark.parametrize("ratio", [1.0, 8.0])
-def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(
-    base: Base, bank: Bank, examples: list[Example], ratio: float
-) -> None:
-    """Against a plain loop on the model's own loss; and LoRA+."""
+def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(base: Base, examples: list[Example], ratio: float) -> None:
+    """Against a plain loop on the model's own loss; and LoRA+. In float64: Adam divides small gradients by themselves."""
+    base.model.double()
+    bank = Bank(base.model)
+    bank.add("one", LoraConfig(r=8), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(
         learning_rate=1e-3, max_steps=3, batch_size=4, weight_decay=0.1, max_grad_norm=0.5, loraplus_lr_ratio=ratio
     )
@@ -97,7 +98,7 @@ def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(
         with bank.route("twin"):
             loss = base.model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
             loss.backward()
-        assert losses[step] == pytest.approx(loss.item(), abs=1e-5)
+        assert losses[step] == pytest.approx(loss.item(), abs=1e-6)  # which transformers computes in float32
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters() if p.grad is not None))
         assert norm > 0.5
         for parameter in twin.parameters():
@@ -106,7 +107,7 @@ def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(
         optimizer.step()
         optimizer.zero_grad()
     for one, other in zip(weights(bank["one"]), weights(twin), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_every_step_has_an_event(base: Base, bank: Bank, examples: list[Example]) -> None:

@@ -2,7 +2,8 @@
 
 Padding is computed for nothing, and on ragged data it is much of a step. In a packed row only attention needs to know
 where a sequence ends: positions begin anew, and the model's attention is replaced by one that goes sequence by
-sequence. It needs no mask, because attention within a sequence is causal.
+sequence. It needs no mask, because attention within a sequence is causal. On a CPU it runs in C, for heads of the sizes
+that the C code takes.
 
 T tokens of all sequences   D size of a head
 """
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loradeck.native import varlen_attention
 from loradeck.ops.autograd import in_backward
 
 NAME = "loradeck_packed"
@@ -55,10 +57,9 @@ def can_pack(model: PreTrainedModel) -> bool:
     Models with recurrent state, with an attention bias or with attention code of their own do not.
     """
     config = model.config.get_text_config()
-    if not (model._can_set_attn_implementation() and model._supports_sdpa) or model.config._attn_implementation not in (
-        "sdpa",
-        NAME,
-    ):
+    if not model._can_set_attn_implementation():
+        return False
+    if model.config._attn_implementation not in ("sdpa", "eager", NAME):
         return False
     if not set(getattr(config, "layer_types", None) or LAYER_TYPES) <= LAYER_TYPES:
         return False
@@ -95,11 +96,17 @@ def _attention(
     lengths = _current_lengths()
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if any(settings.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+    if any(settings.get(name) is not None for name in ("s_aux", "position_bias")):
         raise ValueError("this attention has an additional term")
-    window = settings.get("sliding_window")
+    scale, window, softcap = (settings.get(name) for name in ("scaling", "sliding_window", "softcap"))
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if varlen_attention.takes(q, k, v):
+        out = varlen_attention.varlen_attention(q, k, v, lengths, scale=scale, window=window, softcap=softcap)
+        return out[None], None
+    if softcap is not None:
+        raise ValueError("this attention is capped")
     sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_attend(*tensors, scale=settings.get("scaling"), window=window) for tensors in sequences]
+    outputs = [_attend(*tensors, scale=scale, window=window) for tensors in sequences]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
