@@ -88,9 +88,9 @@ def by_transformers(file: Path) -> PreTrainedModel:
 @torch.no_grad()
 def assert_same(found: PreTrainedModel, expected: PreTrainedModel) -> None:
     assert type(found).__name__ == type(expected).__name__
-    one, other = found(IDS).logits, expected(IDS).logits
-    assert float((one - other).norm() / other.norm()) < 1e-5
     assert fingerprint(found) == fingerprint(expected)
+    one, other = found.double()(IDS).logits, expected.double()(IDS).logits  # random weights magnify float32's rounding
+    assert float((one - other).norm() / other.norm()) < 1e-5
 
 
 # ---- the file

@@ -123,6 +123,9 @@ class QuantisedLinear(_QuantisedLayout, FrozenLinear):
         if not isinstance(weight, QuantisedWeight):
             return super().input_grad(grad)
         items = grad.reshape(-1, self.out_features).to(_product_dtype(grad))
+        if self.out_features <= _step(weight.quantised):
+            ((_, whole),) = _parts(weight.quantised, items.dtype)
+            return (items @ whole).to(grad.dtype).view(*grad.shape[:-1], self.in_features)
         wide = torch.promote_types(items.dtype, torch.float32)  # the sum over the parts is rounded once
         dx = items.new_zeros(len(items), self.in_features, dtype=wide)
         for rows, part in _parts(weight.quantised, items.dtype):
@@ -150,12 +153,17 @@ def _parts(weight: Quantised, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
 
     There is a pause after each.
     """
-    step = max(1, BLOCK // weight.inputs // OUTPUTS) * OUTPUTS
+    step = _step(weight)
     room = _room.of(step * weight.inputs)
     for at in range(0, weight.outputs, step):
         rows = slice(at, min(at + step, weight.outputs))
         yield rows, weight.dense(rows, dtype, room)
         pause()
+
+
+def _step(weight: Quantised) -> int:
+    """Return the number of outputs in a part."""
+    return max(1, BLOCK // weight.inputs // OUTPUTS) * OUTPUTS
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -165,6 +165,7 @@ def library(options: str) -> ctypes.CDLL:
     step.loradeck_product.argtypes = (POINTER(CProduct), c_int)
     step.loradeck_sample.argtypes = (POINTER(CChoice), c_int64, c_int64, c_int)
     step.loradeck_plain.argtypes = (POINTER(CPlain), c_int)
+    step.loradeck_plain.restype = None
     step.loradeck_values.argtypes = (POINTER(CMatrix), c_void_p, c_int64, c_void_p)
     step.loradeck_values.restype = None
     step.loradeck_lay_out.argtypes = (POINTER(CLayout), c_int)

@@ -81,7 +81,6 @@ struct Step {
     _Atomic i64 *counters;
     int members;
     const Product *product;
-    const Plain *plain;
     const Layout *layout;
     Choice *choices;
     i64 count, vocabulary; /* of the choices */
@@ -389,20 +388,6 @@ static void multiply(Step *s, int thread) {
     END(tiles);
 }
 
-static void make_plain(Step *s, int thread) {
-    const Plain *p = s->plain;
-    const i64 size = SIZES[p->format], width = p->count * 16 * size;
-    float room[512] __attribute__((aligned(64)));
-    i64 phase = 0;
-    UNITS(g, p->w.groups) /* so that each of 32 rows is written from its start to its end */
-        for (i64 n = 0; n < p->count; n++) {
-            decode(room, p->w.blocks + p->tile[n] * tile_bytes_of(&p->w), g, p->w.format, F32);
-            for (i64 i = 0; i < 32; i++)
-                for (i64 c = 0; c < 16; c += LANES)
-                    store(p->y + (g * 32 + i) * width + (n * 16 + c) * size, *(vec *)(room + i * 16 + c), p->format);
-        }
-    END(p->w.groups);
-}
 static void lay_out_tiles(Step *s, int thread) {
     const Layout *l = s->layout;
     const i64 per = groups_of_file_block(l->format), supers = l->groups / per, bytes = super_bytes(l->format);
@@ -569,8 +554,37 @@ static int run_in_parts(Step s, int threads) { /* a call of one phase that needs
     pthread_mutex_unlock(&team.busy);
     return !memory;
 }
-/* Decode weights to plain numbers. Return 0; 1 if there is no memory for it. */
-int loradeck_plain(const Plain *p, int threads) { return run_in_parts((Step){.way = make_plain, .plain = p}, threads); }
+/* Torch's products come before and after this call, and its threads look for work for a while after each. So they do this
+   work too: the team would wait for their cores. Where no OpenMP runtime is loaded, the caller does it alone. */
+extern void GOMP_parallel(void (*run)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
+extern int omp_get_thread_num(void) __attribute__((weak));
+extern int omp_get_num_threads(void) __attribute__((weak));
+
+static void decode_groups(const Plain *p, i64 from, i64 to) { /* each of 32 rows of a group from its start to its end */
+    const i64 size = SIZES[p->format], width = p->count * 16 * size;
+    float room[512] __attribute__((aligned(64)));
+    fenv_t own;
+    fegetenv(&own);
+    fesetenv(FE_DFL_ENV);
+    for (i64 g = from; g < to; g++)
+        for (i64 n = 0; n < p->count; n++) {
+            decode(room, p->w.blocks + p->tile[n] * tile_bytes_of(&p->w), g, p->w.format, F32);
+            for (i64 i = 0; i < 32; i++)
+                for (i64 c = 0; c < 16; c += LANES)
+                    store(p->y + (g * 32 + i) * width + (n * 16 + c) * size, *(vec *)(room + i * 16 + c), p->format);
+        }
+    fesetenv(&own);
+}
+static void decode_part(void *plain) {
+    const Plain *p = plain;
+    const i64 thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    decode_groups(p, p->w.groups * thread / threads, p->w.groups * (thread + 1) / threads);
+}
+/* Decode weights to plain numbers. */
+void loradeck_plain(const Plain *p, int threads) {
+    if (GOMP_parallel && threads > 1) GOMP_parallel(decode_part, (void *)p, threads, 0);
+    else decode_groups(p, 0, p->w.groups);
+}
 /* y (count) = single weights, each by its place in W row by row */
 void loradeck_values(const Matrix *w, const i64 *place, i64 count, float *y) {
     const i64 inputs = w->groups * 32;
