@@ -16,6 +16,7 @@ from loradeck.base.openmp import share_cores
 from loradeck.cli.display.encoding import accept_any_text
 from loradeck.cli.display.text import printable
 from loradeck.cli.options import STDIN, TYPED
+from loradeck.cli.process import rank_of_process
 from loradeck.errors import LoradeckError
 
 VERBS = (
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = _tokens(sys.argv[1:] if arguments is None else arguments)
     accept_any_text()
     share_cores()
+    rank = rank_of_process()
+    if rank:  # the first process says for all what it is doing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     TYPED.set(tokens)
     try:
         if not tokens or tokens[0] in app.help_flags:
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (LoradeckError, CycloptsError) as error:
         text = _report(error) if isinstance(error, LoradeckError) else _usage_error(error)
-        print(printable(f"loradeck: {text}"), file=sys.stderr)
+        print(printable(f"loradeck: {f'process {rank}: ' if rank else ''}{text}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

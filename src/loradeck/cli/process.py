@@ -29,6 +29,11 @@ def cap_allocator() -> bool:
     return all(results)
 
 
+def rank_of_process() -> int:
+    """Return which of the processes that torchrun has started this is; 0 for the first, and for one alone."""
+    return int(os.environ["RANK"]) if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """Import torch and transformers in a quarter less time, by pausing the garbage collector.

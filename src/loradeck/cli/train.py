@@ -13,7 +13,7 @@ from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.options import Dtype, Task, TrainingWeights, is_typed
 from loradeck.cli.output import check_writable
-from loradeck.cli.process import quick_imports
+from loradeck.cli.process import cap_allocator, quick_imports
 from loradeck.cli.writers import Kind
 from loradeck.dataset.config import DataConfig
 from loradeck.errors import AdapterError, ConfigError, TrainingError
@@ -57,6 +57,7 @@ def train(
     dtype: Dtype = "auto",
     weights: TrainingWeights = "packed",
     log: Kind | None = None,
+    shard_base: bool = False,
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -80,6 +81,9 @@ def train(
             settings, instead of a new one.
         last_layers: Adapt only the last N layers.
         log: Also write metrics for this program.
+        shard_base: Divide the base's layers over the processes that torchrun
+            has started, for a base that does not fit into each; needs
+            --weights plain.
         dry_run: Print the plan without training.
         resume: Resume the run in the folder.
         overwrite: Replace an existing adapter or run.
@@ -121,7 +125,7 @@ def train(
             return 0
     else:
         check_output(output, overwrite=overwrite)
-    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, log=log)
+    run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, log=log, shard_base=shard_base)
     return 0 if dry_run else conclude(run, run_recipe)
 
 
@@ -132,9 +136,13 @@ def carry_out(
     resume: bool = False,
     dry_run: bool = False,
     log: Kind | None = None,
+    shard_base: bool = False,
     each_pass: "Callable[[Trainer], None] | None" = None,
 ) -> "Run":
-    """Run a recipe in a folder and return the run; a dry run only prints its plan."""
+    """Run a recipe in a folder and return the run; a dry run only prints its plan.
+
+    Of the processes that torchrun has started, each takes its share of the training.
+    """
     from rich.console import Console
 
     with quick_imports():
@@ -142,6 +150,7 @@ def carry_out(
         from loradeck.cli.display.live_view import plan_table, progress
         from loradeck.cli.display.trials import trial_columns
         from loradeck.cli.writers import metric_writer
+        from loradeck.train.group import process_group
         from loradeck.train.inputs import check_inputs
         from loradeck.train.plan import plan
         from loradeck.train.run import Run
@@ -149,20 +158,27 @@ def carry_out(
     check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
     console = Console()
     weights, task = cast("Weights", recipe.weights), cast("base_task.Task", recipe.task)
-    base = Base.load(recipe.base, dtype=recipe.dtype, weights=weights, task=task)
-    with reading_progress() as on_read:
-        run = Run(recipe, output, base, on_read=on_read)
-    run.answer = answerer(base, run) if task == "generate" else None
-    names = list(run.data)
-    for name in names[:1] if recipe.sweep else names:
-        console.print(plan_table(plan(run, name)))
-    if recipe.sweep:
-        print(f"\n{len(names)} trials, each as above except for:\n{trial_columns(run)}")
-    if dry_run:
-        return run
     with ExitStack() as stack:
+        group = stack.enter_context(process_group())
+        device = "cpu" if shard_base else group.device
+        base = Base.load(recipe.base, dtype=recipe.dtype, device=device, weights=weights, task=task)
+        if shard_base:
+            from loradeck.train.sharding import shard_layers
+
+            cap_allocator()  # layers come and go
+            shard_layers(base.model, group)
+        with reading_progress() as on_read:
+            run = Run(recipe, output, base, group=group, on_read=on_read)
+        run.answer = answerer(base, run) if task == "generate" else None
+        names = list(run.data)
+        for name in names[:1] if recipe.sweep else names:
+            console.print(plan_table(plan(run, name)))
+        if recipe.sweep:
+            print(f"\n{len(names)} trials, each as above except for:\n{trial_columns(run)}")
+        if dry_run:
+            return run
         listeners: list[Listener] = []
-        if log is not None:
+        if log is not None and group.rank == 0:
             listeners.append(stack.enter_context(metric_writer(log, output)))
         if resume:
             passes = run.resume()

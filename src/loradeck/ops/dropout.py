@@ -27,6 +27,9 @@ class Dropout:
     """Draws the masks while `seed` is None; torch's global generator if None."""
     seed: int | None = None
     """Any integer."""
+    share: tuple[int, int, int] | None = None
+    """Where other processes compute the rest of a batch: how many of its rows (or of equal parts of its rows) come
+    before these, how many these are, and how many there are in all. The masks are then these rows' of the batch's."""
 
     @property
     def scale(self) -> float:
@@ -42,10 +45,14 @@ class Dropout:
         # Not hash(): Python's hash of a string differs from process to process.
         digest = blake2b(f"{seed} {path}".encode(), digest_size=8).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
+        before, here, total = self.share or (0, 1, 1)
+        rows = shape[0] // here
+        shape = (rows * total, *shape[1:])
         count = torch.Size(shape).numel()
         words = torch.empty((count + 1) // 2, dtype=torch.int32, device=device).random_(generator=generator)
         bits = words.view(torch.int16).bitwise_and_(2**BITS - 1)[:count]
-        return (bits >= min(round(self.p * 2**BITS), 2**BITS - 1)).view(*shape)
+        bits = bits.view(*shape)[rows * before : rows * (before + here)]
+        return bits >= min(round(self.p * 2**BITS), 2**BITS - 1)
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Generic, TypeVar
 
 import torch
@@ -64,6 +64,15 @@ def split_units(units: Iterable[Sequence[Example]], max_tokens: int) -> Iterator
         tokens += unit_tokens
     if group:
         yield group
+
+
+def share(units: Sequence[Sequence[Example]], rank: int, size: int) -> slice:
+    """Return which units, in a row, one of `size` processes takes: those of about as many tokens as each other's."""
+    ends = [0, *accumulate(sum(len(example.tokens) for example in unit) for unit in units)]
+    start, stop = (
+        min(range(len(ends)), key=lambda end: abs(ends[end] * size - ends[-1] * part)) for part in (rank, rank + 1)
+    )
+    return slice(start, stop)
 
 
 @dataclass(frozen=True, slots=True)

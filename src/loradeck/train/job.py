@@ -74,6 +74,17 @@ class Sums:
         if outcome.correct is not None:
             self.correct = (self.correct or 0) + int(outcome.correct.sum())
 
+    def numbers(self) -> list[float]:
+        """Return them as numbers that can be added to those of other processes, which may have no margin yet."""
+        there = [float(each is not None) for each in (self.margin, self.correct)]
+        return [self.loss, self.margin or 0.0, float(self.correct or 0), *there]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Sums":
+        """Return the sums of `numbers`."""
+        loss, margin, correct, has_margin, has_correct = numbers
+        return cls(loss, margin if has_margin else None, int(correct) if has_correct else None)
+
     def quality(self, count: int) -> dict[str, float]:
         """Return the accuracy and the mean margin over `count`, as far as the objective has them."""
         sums = {"accuracy": self.correct, "margin": self.margin}
@@ -108,7 +119,8 @@ class Job:
         self.last: dict[str, Tensor] = {}
         """Those of the last step, once the job has ended with the best ones."""
         self._sampler: BatchSampler[Example | Preference] = BatchSampler(train, config.batch_size, seed=config.seed)
-        self._sums = Sums()
+        self.sums = Sums()
+        """Of the current step."""
 
     @property
     def running(self) -> bool:
@@ -133,20 +145,20 @@ class Job:
         """Yield what an evaluation runs on."""
         return (example.sequences for example in self.valid)
 
-    def seed_dropout(self, index: int) -> None:
-        """Make the next forward's dropout masks depend on the seed, the step and the micro-batch's index alone."""
+    def seed_dropout(self, index: int, share: tuple[int, int, int] | None) -> None:
+        """Make the next forward's dropout masks depend on the seed, the step and the micro-batch's index alone.
+
+        `share` is as in `Dropout`.
+        """
         if self.adapter.dropout is not None:
+            self.adapter.dropout.share = share
             text = f"{self.config.seed} {self.progress.step} {index}"
             self.adapter.dropout.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
     def discard(self) -> None:
         """Forget what was added up for a step that is not taken."""
         self.optimizer.zero_grad()
-        self._sums = Sums()
-
-    def add_losses(self, outcome: Outcome) -> None:
-        """Add the losses of some units of the current step."""
-        self._sums.add(outcome)
+        self.sums = Sums()
 
     def update(self, units: Sequence[Unit], pass_start: float, clock: Callable[[], float]) -> Step:
         """Take an optimizer step with the accumulated gradients. `clock` gives the run's seconds, as `pass_start`.
@@ -156,7 +168,7 @@ class Job:
         """
         config, progress = self.config, self.progress
         count = self.objective.count(units)
-        sums, self._sums = self._sums, Sums()
+        sums, self.sums = self.sums, Sums()
         loss = sums.loss / count
         parameters = [*self.adapter.parameters()]
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
@@ -244,7 +256,7 @@ class Job:
         kept_step = progress.best_step if self.best else progress.step
         self.keep_best()
         if self.adapter.dropout is not None:
-            self.adapter.dropout.seed = None
+            self.adapter.dropout.seed = self.adapter.dropout.share = None
         progress.end = End(
             job=self.name, step=progress.step, seconds=seconds, reason=reason, kept=kept_step, detail=detail
         )

@@ -7,6 +7,7 @@ FOLDER/checkpoints/N/    the state after N passes
 FOLDER/NAME/             each job's adapter once it ends, a PEFT folder; FOLDER itself if the only job has its name
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from loradeck.base.text import chat_template_hash
 from loradeck.dataset.example import UNSUPERVISED, Example, Preference
 from loradeck.dataset.source import Position
 from loradeck.disk import write_file
+from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
 from loradeck.lora.config import LoraConfig
 from loradeck.lora.init import stamp
@@ -30,6 +32,7 @@ from loradeck.stored import digest_of, files_of
 from loradeck.tokenizer_files import TokenizerFiles
 from loradeck.train import checkpoint, events
 from loradeck.train.events import AnyEvent, End, Listener, Sample
+from loradeck.train.group import Group
 from loradeck.train.history import METRICS, JobHistory, read_history
 from loradeck.train.inputs import parent_name, read_parent, with_parents
 from loradeck.train.job import Job
@@ -64,13 +67,15 @@ class Run:
         bank: Bank | None = None,
         data: Mapping[str, JobData] | None = None,
         answer: Answer | None = None,
+        group: Group | None = None,
         on_event: Listener | None = None,
         on_read: Callable[[Position], None] | None = None,
     ) -> None:
         """Read the datasets, with a call of `on_read` after each record, and create the adapters.
 
         With a `bank`, the run shares it with others; the names of its jobs are new there. With `data`, the datasets
-        are read already. Nothing is written into the folder before `begin` or `resume`.
+        are read already. Nothing is written into the folder before `begin` or `resume`. Of the processes of a `group`,
+        which all run it, the first writes.
         """
         recipe = with_parents(recipe)
         self.folder, self.base, self.bank = folder, base, Bank(base.model) if bank is None else bank
@@ -80,6 +85,7 @@ class Run:
             self.bank,
             max_tokens=recipe.shared.max_tokens,
             gradient_checkpointing=recipe.shared.gradient_checkpointing,
+            group=group,
             on_event=self._record,
             on_evaluated=self._sample,
         )
@@ -127,6 +133,9 @@ class Run:
 
     def begin(self) -> None:
         """Create a new run's folder; the files of an older run in it are removed."""
+        self._check_same()
+        if not self._writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         for name in (METRICS, SAMPLES):
@@ -148,6 +157,9 @@ class Run:
             return 0
         state = checkpoint.read(paths[-1])
         checkpoint.restore(self.trainer, paths[-1], state, data=self._data_hashes(), parents=self.parents)
+        self._check_same()  # no process has still to read what is changed now
+        if not self._writes:
+            return state.passes
         for name, size in state.files.items():  # what was written later is about to be written again
             path = self.folder / name
             if path.exists() and path.stat().st_size > size:
@@ -170,6 +182,8 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write a checkpoint; between two passes."""
+        if not self._writes:
+            return
         paths = {name: self.folder / name for name in (METRICS, SAMPLES)}
         checkpoint.save(
             self.trainer,
@@ -180,6 +194,21 @@ class Run:
             keep=self.recipe.shared.keep_checkpoints,
         )
 
+    @property
+    def _writes(self) -> bool:
+        return self.trainer.group.rank == 0
+
+    def _check_same(self) -> None:
+        """Check that all processes are about to train the same adapters on the same data."""
+        self.trainer.group.check_same(
+            lambda: {
+                "the base": self.base.fingerprint,
+                **{f"the dataset of {name}": sha256 for name, sha256 in self._data_hashes().items()},
+                **{f"the adapter {name}": _digest(job.adapter) for name, job in self.trainer.jobs.items()},
+                "passes": self.trainer.passes,
+            }
+        )
+
     def _data_hashes(self) -> dict[str, str]:
         return {name: data.dataset.sha256 for name, data in self.data.items()}
 
@@ -187,8 +216,9 @@ class Run:
         """Write an event to its file, save the adapter of a job that ended, and pass the event on."""
         if isinstance(event, End) and event.reason in ("finished", "early stop"):
             event = self._noted(event)
-        with (self.folder / (SAMPLES if isinstance(event, Sample) else METRICS)).open("ab") as file:
-            file.write(events.encode(event))
+        if self._writes:
+            with (self.folder / (SAMPLES if isinstance(event, Sample) else METRICS)).open("ab") as file:
+                file.write(events.encode(event))
         if isinstance(event, End):
             self.save(event.job, self.adapter_folder(event.job))
         self.on_event(event)
@@ -198,6 +228,8 @@ class Run:
         job = self.trainer.jobs[name]
         end = job.progress.end
         if end is None or not end.kept or (end.reason == "diverged" and job.progress.best_loss is None):
+            return
+        if not self._writes:
             return
         history = read_history(self.folder).get(name, JobHistory())
         data = self.data[name]
@@ -273,6 +305,14 @@ class Run:
 
     def _text(self, name: str, tokens: list[int]) -> str:
         return str(self.data[name].tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _digest(adapter: Adapter) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in adapter.tensors():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _results(job: Job, history: JobHistory) -> dict[str, str]:

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, zip_longest
+from itertools import chain, count, islice, zip_longest
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from loradeck.dataset.token_file import Sizes
 from loradeck.errors import ConfigError, DataError, TrainingError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
-from loradeck.train.batching import split_units
+from loradeck.train.batching import share, split_units
 from loradeck.train.classifier import check_kind, losses_of
 from loradeck.train.config import PassConfig, TrainConfig
 from loradeck.train.events import AnyEvent, End, EndReason, Listener
+from loradeck.train.group import Group
 from loradeck.train.job import Job, Sums
 from loradeck.train.mode import evaluation, training
 from loradeck.train.objective import Unit
@@ -38,6 +39,8 @@ class MicroBatch:
     job: Job
     index: int
     units: Sequence[Unit]
+    share: tuple[int, int, int] | None = None
+    """Where other processes take the rest of it: as in `Dropout`."""
 
     @property
     def examples(self) -> list[Example]:
@@ -46,6 +49,15 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         return sum(len(example.tokens) for example in self.examples)
+
+    def of(self, group: Group, *, packed: bool) -> "MicroBatch":
+        """Return this process's share; it may be empty."""
+        if group.size == 1:
+            return self
+        here = share(self.units, group.rank, group.size)
+        parts = [replace(self, units=units) for units in (self.units[: here.start], self.units[here])]
+        before, rows, total = (each.tokens if packed else len(each.examples) for each in (*parts, self))
+        return replace(parts[1], share=(before, rows, total))
 
 
 class Trainer:
@@ -62,15 +74,20 @@ class Trainer:
         *,
         max_tokens: int = PassConfig.max_tokens,
         gradient_checkpointing: bool = False,
+        group: Group | None = None,
         on_event: Listener | None = None,
         on_evaluated: Callable[[Sequence[Job]], None] | None = None,
     ) -> None:
         """Begin without jobs. A step of more than `max_tokens` is split into micro-batches, to the same gradient.
 
+        The processes of a `group` divide each micro-batch, and must all do the same. Dropout of padded rows aside, the
+        losses and weights are those of one process, within rounding.
+
         `on_evaluated` is called with the jobs of an evaluation, after their events and before any of them ends.
         """
         self.base, self.bank = base, bank
         self.max_tokens, self.gradient_checkpointing = max_tokens, gradient_checkpointing
+        self.group = group or Group()
         self.jobs: dict[str, Job] = {}
         self.interrupted = False
         """Whether Ctrl-C, or `interrupt`, ended the iteration early."""
@@ -146,6 +163,7 @@ class Trainer:
             while self.running and not self.interrupted:
                 with training(self.base.model, gradient_checkpointing=self.gradient_checkpointing):
                     self._pass()
+                self.interrupted = any(self.group.totals([self.interrupted]))  # each process must stop after this pass
                 self.passes += 1
                 yield self.passes
 
@@ -171,11 +189,17 @@ class Trainer:
         counts = {job: job.objective.count(units[job]) for job in jobs}
         for batch in self._batches(units):
             self._backward(batch, counts)
+        self.group.sum_gradients(parameter for job in jobs for parameter in job.adapter.parameters())
+        for job, sums in zip(jobs, self._totals([job.sums for job in jobs]), strict=True):
+            job.sums = sums
         for job in jobs:
             self._emit_or_end(job, partial(job.update, units[job], start, lambda: self.seconds))
 
     def _batches(self, units: Mapping[Job, Iterable[Unit]]) -> Iterator[list[MicroBatch]]:
-        """Split each job's units into micro-batches, regardless of its neighbours, and batch those of several jobs."""
+        """Split each job's units into micro-batches, regardless of its neighbours, and batch those of several jobs.
+
+        Of each batch, this process gets its share.
+        """
         micro_batches = [
             map(partial(MicroBatch, job), count(), split_units(job_units, self.max_tokens))
             for job, job_units in units.items()
@@ -187,22 +211,33 @@ class Trainer:
                 tokens = sum(other.tokens for other in batch) + micro_batch.tokens
                 # With padding, one job's lengths would change the shape of another's dropout masks.
                 if batch and (tokens > self.max_tokens or not self._losses.packed):
-                    yield batch
+                    yield from self._share(batch)
                     batch = []
                 batch.append(micro_batch)
-            yield batch
+            yield from self._share(batch)
+
+    def _share(self, batch: Sequence[MicroBatch]) -> Iterator[list[MicroBatch]]:
+        shares = [micro_batch.of(self.group, packed=self._losses.packed) for micro_batch in batch]
+        if not_empty := [micro_batch for micro_batch in shares if micro_batch.units]:
+            yield not_empty
+
+    def _totals(self, sums: Sequence[Sums]) -> list[Sums]:
+        """Return the sums over all processes."""
+        numbers = [each.numbers() for each in sums]
+        totals = iter(self.group.totals([*chain(*numbers)]))
+        return [Sums.of([*islice(totals, len(each))]) for each in numbers]
 
     def _backward(self, batch: Sequence[MicroBatch], counts: dict[Job, int]) -> None:
         """Add one batch's gradients to those of each job."""
         for micro_batch in batch:
-            micro_batch.job.seed_dropout(micro_batch.index)
+            micro_batch.job.seed_dropout(micro_batch.index, micro_batch.share)
         references = self._reference_losses(batch)
         with self._example_losses(batch) as losses:
             total = torch.zeros((), device=self.base.model.device)
             for micro_batch, job_losses, reference in zip(batch, losses, references, strict=True):
                 job = micro_batch.job
                 outcome = job.objective.outcome(micro_batch.units, job_losses, reference)
-                job.add_losses(outcome)
+                job.sums.add(outcome)
                 total = total + outcome.losses.sum() / counts[job]
             total.backward()
 
@@ -218,8 +253,9 @@ class Trainer:
                         job = micro_batch.job
                         sums[job].add(job.objective.outcome(micro_batch.units, job_losses, reference))
                         counts[job] += job.objective.count(micro_batch.units)
-        for job in jobs:
-            self._emit_or_end(job, partial(job.record_evaluation, sums[job], counts[job], self.seconds))
+        totals = self._totals([*sums.values()])
+        for job, total, units in zip(jobs, totals, self.group.totals([*counts.values()]), strict=True):
+            self._emit_or_end(job, partial(job.record_evaluation, total, int(units), self.seconds))
         self._on_evaluated([job for job in jobs if job.running])
 
     @torch.no_grad()
@@ -275,7 +311,8 @@ class Trainer:
 
         def interrupt(*_: object) -> None:
             self.interrupt()
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C raises KeyboardInterrupt
+            if self.group.size == 1:  # else torchrun passes on the signal that the terminal has sent already
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C raises KeyboardInterrupt
 
         previous = signal.signal(signal.SIGINT, interrupt) if in_main_thread else None
         try:
