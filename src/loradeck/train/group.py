@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -51,11 +52,14 @@ class ProcessGroup(Group):
             self.device = torch.device("cuda", torch.cuda.current_device())
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """As Group, in one message of float32."""
+        """As Group, in one message, of float32 or wider."""
         parameters = [*parameters]
+        if not parameters:
+            return
+        dtype = reduce(torch.promote_types, (each.dtype for each in parameters), torch.float32)
         parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         counts = torch.tensor([float(each.grad is not None) for each in parameters])
-        flat = torch.cat([*(part.flatten().float() for part in parts), counts.to(parts[0].device)])
+        flat = torch.cat([part.flatten().to(dtype) for part in (*parts, counts.to(parts[0].device))])
         self._sum(flat)
         *sums, counts = flat.split([*(each.numel() for each in parameters), len(parameters)])
         for parameter, gradient, count in zip(parameters, sums, counts.tolist(), strict=True):

@@ -24,7 +24,7 @@ def shard_layers(model: PreTrainedModel, group: Group) -> None:
     if group.size == 1:
         raise ConfigError(
             "a base is sharded over several processes, and this one is alone",
-            cli="Start them: torchrun --nproc-per-node 2 -m loradeck train …",
+            cli="Start them: torchrun --nproc-per-node 2 -m -- loradeck train …",
         )
     count = model.config.get_text_config().num_hidden_layers
     layers = next((each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == count), None)
