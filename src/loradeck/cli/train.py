@@ -81,9 +81,8 @@ def train(
             settings, instead of a new one.
         last_layers: Adapt only the last N layers.
         log: Also write metrics for this program.
-        shard_base: Divide the base's layers over the processes that torchrun
-            has started, for a base that does not fit into each; needs
-            --weights plain.
+        shard_base: Divide the layers of a base with plain weights over the
+            processes of torchrun, for a base that does not fit into each.
         dry_run: Print the plan without training.
         resume: Resume the run in the folder.
         overwrite: Replace an existing adapter or run.
