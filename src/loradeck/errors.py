@@ -7,7 +7,8 @@ LoradeckError            all of them; has a message, the problems found and a hi
 ├── UnknownAdapterError  no loaded or stored adapter has this name
 ├── RouteError           a route does not fit its batch
 ├── AdapterError         an adapter's folder cannot be read or written, or does not fit the base
-│   └── UnsupportedError a feature that is not supported; refused rather than half loaded
+│   ├── UnsupportedError a feature that is not supported; refused rather than half loaded
+│   └── StoreUnreachableError  a store elsewhere does not answer now
 ├── BaseModelError       a base cannot be found or loaded
 ├── DataError            an invalid dataset; names the file and the line
 ├── StorageError         the disk or database of a live server cannot be read or written
@@ -114,6 +115,10 @@ class AdapterError(LoradeckError):
 
 class UnsupportedError(AdapterError):
     """A feature that is not supported; refused rather than half loaded."""
+
+
+class StoreUnreachableError(AdapterError):
+    """A store elsewhere does not answer now, or fails; the same call may succeed later."""
 
 
 class BaseModelError(LoradeckError):

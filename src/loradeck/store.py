@@ -12,25 +12,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loradeck.backends.folder import NUMBER, RECORDS, FolderBackend, split_spec, why_not_served
+from loradeck.backends.folder import NUMBER, RECORDS, split_spec, why_not_served
+from loradeck.backends.location import open_backend
 from loradeck.errors import AdapterError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.manifest import is_adapter
 from loradeck.lora.names import check_name
 from loradeck.stored import Stored
 
 if TYPE_CHECKING:
-    from loradeck.backends.backend import Backend
     from loradeck.lora.adapter import Adapter
 
 LATEST = "latest"
 
 
 class AdapterStore:
-    """A folder of adapters. Any number of threads and processes may read and change it at the same time."""
+    """A folder of adapters, or a place elsewhere with a cache on this machine.
 
-    def __init__(self, folder: str | Path) -> None:
-        """Open a store; the first `publish` creates its folder."""
-        self._backend: Backend = FolderBackend(folder)
+    Any number of threads and processes may read and change it at the same time.
+    """
+
+    def __init__(self, folder: str | Path, *, cache_bytes: int | None = None, waiting: int | None = None) -> None:
+        """Open a store; the first `publish` creates its folder.
+
+        Args:
+            folder: A folder, or a URL: s3://bucket/folder, gs://bucket/folder, hf://owner/repository, file:///folder.
+            cache_bytes: Of a store elsewhere, the bytes of files to keep in this machine's cache, which all stores and
+                processes share; by default LORADECK_CACHE_BYTES, or 16 GiB. What is in use stays.
+            waiting: Of a store elsewhere, how many calls may wait for it at the same time; others get a BusyError. By
+                default any number.
+
+        Raises:
+            ConfigError: such a URL cannot be used, or its package is missing.
+        """
+        self._backend = open_backend(folder, cache_bytes, waiting)
         self.location = self._backend.location
         """The folder or URL, as it is shown."""
         self.folder = self._backend.folder

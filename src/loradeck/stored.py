@@ -69,6 +69,8 @@ class Stored:
     """That of an adapter of the hub."""
     is_here: bool = True
     """Whether its files are on this machine; those of a listed version of a store elsewhere may not be."""
+    hold: object = field(default=None, repr=False, compare=False)
+    """Keeps its files in the cache of a store elsewhere."""
 
     @property
     def spec(self) -> str:

@@ -23,6 +23,7 @@ from loradeck.errors import (
     RequestTimeoutError,
     RouteError,
     StorageError,
+    StoreUnreachableError,
     UnknownAdapterError,
     UnknownFileError,
     UnknownJobError,
@@ -50,6 +51,7 @@ STATUSES: dict[type[LoradeckError], int] = {
     RouteError: 400,
     AdapterNameError: 400,
     UnknownAdapterError: 404,
+    StoreUnreachableError: 503,
     AdapterError: 422,  # the adapter exists, and a retry will not fix it
     DataError: 400,
     UnknownFileError: 404,
