@@ -11,7 +11,7 @@ LoradeckError            all of them; has a message, the problems found and a hi
 │   └── StoreUnreachableError  a store elsewhere does not answer now
 ├── BaseModelError       a base cannot be found or loaded
 ├── DataError            an invalid dataset; names the file and the line
-├── StorageError         the disk or database of a live server cannot be read or written
+├── StorageError         a disk, or the database of a live server, cannot be read or written
 ├── UnknownFileError     no uploaded file has this id
 ├── FileTooLargeError    an upload is larger than the server or a key's quota allows
 ├── UnknownJobError      no job has this id
@@ -130,7 +130,7 @@ class DataError(LoradeckError):
 
 
 class StorageError(LoradeckError):
-    """The disk or database of a live server cannot be read or written."""
+    """A disk, or the database of a live server, cannot be read or written."""
 
 
 class UnknownFileError(LoradeckError):

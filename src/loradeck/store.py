@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loradeck.backends.cached_names import with_urls
 from loradeck.backends.folder import NUMBER, RECORDS, split_spec, why_not_served
-from loradeck.backends.location import open_backend
+from loradeck.backends.location import is_url, open_backend
 from loradeck.errors import AdapterError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.manifest import is_adapter
 from loradeck.lora.names import check_name
@@ -21,6 +22,17 @@ from loradeck.stored import Stored
 
 if TYPE_CHECKING:
     from loradeck.lora.adapter import Adapter
+
+__all__ = [
+    "AdapterStore",
+    "is_store",
+    "is_url",
+    "latest_versions",
+    "split_spec",
+    "versions_beside",
+    "why_not_served",
+    "with_urls",
+]
 
 LATEST = "latest"
 
@@ -123,19 +135,26 @@ class AdapterStore:
         Raises:
             AdapterError: the store's folder cannot be read.
         """
-        problems: dict[str, LoradeckError] = {}
+        return {
+            self.path(name, number).name: error
+            for (name, number), error in self.contents().items()
+            # else another process removed it in between
+            if isinstance(error, LoradeckError) and self._backend.has(name, number)
+        }
+
+    def contents(self) -> dict[tuple[str, int], Stored | LoradeckError]:
+        """Return all versions by name and number, or why they are unusable; of a store elsewhere as `listed` does.
+
+        Raises:
+            AdapterError: the store cannot be read.
+        """
         catalogue = self._backend.catalogue()
-        served = [
-            (name, number) for name, numbers in catalogue.items() for number in numbers if not why_not_served(name)
-        ]
-        versions = self._backend.listed(served)
-        for name, numbers in catalogue.items():
-            for number in numbers:
-                error = why_not_served(name) or versions[name, number]
-                # else another process removed it in between
-                if isinstance(error, LoradeckError) and self._backend.has(name, number):
-                    problems[self.path(name, number).name] = error
-        return problems
+        names = {name: why_not_served(name) for name in catalogue}
+        contents: dict[tuple[str, int], Stored | LoradeckError] = {
+            (name, number): error for name, error in names.items() if error for number in catalogue[name]
+        }
+        served = [(name, number) for name, error in names.items() if error is None for number in catalogue[name]]
+        return contents | self._backend.listed(served)
 
     def path(self, name: str, number: int) -> Path:
         """Return the folder of a version, whether it is there or not; number 0 is the unpublished folder."""
@@ -171,10 +190,19 @@ class AdapterStore:
             UnknownAdapterError: no such adapter or version.
             AdapterError: the store cannot be changed.
         """
-        name, number = self._resolve(spec)
-        numbers = [number] if "@" in spec else self.versions(name)
-        self._remove(name, numbers)
+        numbers = self.numbers(spec)
+        self._remove(spec.partition("@")[0], numbers)
         return numbers
+
+    def numbers(self, spec: str) -> list[int]:
+        """Return the numbers of all versions of a `name`, or the one of `name@3` or `name@latest`.
+
+        Raises:
+            UnknownAdapterError: no such adapter or version.
+            AdapterError: the store cannot be read.
+        """
+        name, number = self._resolve(spec)
+        return [number] if "@" in spec else self.versions(name)
 
     def prune(self, name: str, *, keep: int) -> list[int]:
         """Remove all but the `keep` latest published versions; return the numbers of the removed ones.

@@ -4,9 +4,10 @@ Headers are cached per process for as long as the folder's files look unchanged;
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -21,6 +22,7 @@ from loradeck.tokenizer_files import TokenizerFiles
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper
 
+RESULTS = ("loss", "validation_loss", "accuracy", "margin", "steps", "tokens")  # as training records them
 CACHED_FOLDERS = 1 << 14  # about a kilobyte each
 
 T = TypeVar("T")
@@ -30,8 +32,8 @@ T = TypeVar("T")
 class Facts:
     """What a folder's headers say."""
 
-    r: int
-    """The largest rank of its modules."""
+    ranks: tuple[int, ...]
+    """The ranks of its modules, sorted, each once."""
     lora_alpha: float
     targets: tuple[str, ...]
     """The last parts of its modules' paths."""
@@ -44,12 +46,23 @@ class Facts:
     base_model: str | None
     base_fingerprint: str | None
     """See `Base.fingerprint`; None if the adapter does not record one."""
+    base_quantisation: str | None
+    """How that base was quantised; None if it was not."""
     labels: tuple[str, ...]
     """The names of a classifier's labels; () if the adapter does not record any."""
     modules: int
     """Number of modules that it adapts."""
     has_weights: bool
     """Whether it has whole weights of modules, which may have rows for tokens that the base has not."""
+    dataset: str | None
+    """The dataset that it was trained on, as training recorded it."""
+    results: tuple[tuple[str, float], ...]
+    """How its training went: see `results_of`."""
+
+    @property
+    def r(self) -> int:
+        """The largest rank of its modules."""
+        return self.ranks[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +164,20 @@ def digest_of(folder: Path, files: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def results_of(provenance: Mapping[str, str]) -> dict[str, float]:
+    """Return how a training went, as far as an adapter's metadata records it, which may come from a stranger."""
+    return {key: number for key in RESULTS if (number := _number(provenance.get(key))) is not None}
+
+
+def _number(text: str | None) -> float | None:
+    """Return the number in a text; None if it is none."""
+    try:
+        number = float(text or "nan")
+    except ValueError:
+        return None
+    return number if isfinite(number) else None
+
+
 def _read_record(path: Path, now: Stamp) -> str | None:
     try:
         record = msgspec.json.decode(path.read_bytes(), type=VersionRecord)
@@ -168,18 +195,22 @@ def _cached(function: "_lru_cache_wrapper[T]", path: Path, now: Stamp) -> T:
 @lru_cache(CACHED_FOLDERS)
 def _facts(path: Path, _: Stamp) -> Facts:
     listing = read_folder(path)
+    provenance = listing.origin.provenance
     return Facts(
-        r=max(site.r for site in listing.sites.values()),
+        ranks=tuple(sorted({site.r for site in listing.sites.values()})),
         lora_alpha=listing.config.lora_alpha,
         targets=tuple(sorted({module.rpartition(".")[2] for module in listing.sites})),
         nbytes=listing.nbytes,
         parameters=listing.parameters,
         parameter_bytes=listing.parameter_bytes,
         base_model=listing.origin.base_model,
-        base_fingerprint=listing.origin.provenance.get("base_fingerprint"),
+        base_fingerprint=provenance.get("base_fingerprint"),
+        base_quantisation=provenance.get("base_quantisation"),
         labels=listing.origin.labels,
         modules=len(listing.sites),
         has_weights=bool(listing.copies or listing.saved),
+        dataset=provenance.get("dataset"),
+        results=tuple(results_of(provenance).items()),
     )
 
 

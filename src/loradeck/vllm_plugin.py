@@ -23,9 +23,9 @@ from loradeck.lora import compatibility
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.manifest import copied_module, is_adapter, read_folder
 from loradeck.lora.uniform import for_vllm
-from loradeck.store import AdapterStore
+from loradeck.store import AdapterStore, is_url
 
-STORE = "LORADECK_ADAPTERS"  # the store's folder; without it the plugin does nothing
+STORE = "LORADECK_ADAPTERS"  # the store's folder or URL; without it the plugin does nothing
 ALLOWED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # vLLM asks no resolver without it
 CONVERTED = "vllm"  # in the cache folder: the adapters as vLLM reads them, by the sha256 of their files
 
@@ -41,9 +41,9 @@ def register() -> None:
     name = os.environ.get(STORE)
     if not name:
         return
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"{STORE} is {name}, which is not a folder", hint="Name a folder of adapters.")
+    folder = name if is_url(name) else Path(name).expanduser()
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise ConfigError(f"{STORE} is {name}, which is not a folder", hint="Name a folder of adapters, or a URL.")
     if os.environ.get(ALLOWED, "").lower() not in ("1", "true"):
         log.warning("%s is set, but vLLM loads adapters at requests only if %s=1 is set too.", STORE, ALLOWED)
     LoRAResolverRegistry.register_resolver("loradeck", StoreResolver(AdapterStore(folder), cache_folder() / CONVERTED))

@@ -14,7 +14,7 @@ import pytest
 
 from loradeck.backends import cache as module
 from loradeck.backends.cache import Cache, Held
-from loradeck.errors import AdapterError
+from loradeck.errors import AdapterError, StorageError
 
 
 def key(number: int) -> str:
@@ -232,14 +232,14 @@ def test_a_full_disk_is_told(cache_300: Cache) -> None:
     def fill(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(AdapterError, match=r"cache folder .* is full: No space left on device\n.*LORADECK_CACHE"):
+    with pytest.raises(StorageError, match=r"cache folder .* is full: No space left on device\n.*LORADECK_CACHE"):
         cache_300.add(key(1), 100, fill)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "cache", Path("/proc/nothing")):
-        with pytest.raises(AdapterError, match=r"cache folder .* cannot be written: .*\n.*LORADECK_CACHE"):
+        with pytest.raises(StorageError, match=r"cache folder .* cannot be written: .*\n.*LORADECK_CACHE"):
             Cache(folder, 100).add(key(1), 100, filling(100))
 
 

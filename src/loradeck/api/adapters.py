@@ -27,11 +27,10 @@ from loradeck.api.responses import (
 from loradeck.api.state import ServerState, state_of
 from loradeck.errors import AdapterError, ConfigError, UnknownAdapterError
 from loradeck.lora.names import check_name
-from loradeck.stored import read_stored
+from loradeck.stored import Stored, read_stored
 
 if TYPE_CHECKING:
     from loradeck.serve.adapter_cache import Resident
-    from loradeck.stored import Stored
 
 INVALID_USER_INPUT = "InvalidUserInput"  # vLLM's error type
 
@@ -85,11 +84,11 @@ def _list_versions(state: ServerState, key: ApiKey, name: str) -> list[ModelCard
     state.check_adapters(key, [name])
     store, residents = store_of(state), residents_of(state)
     cards = []
-    for number in reversed(store.versions(name)):
-        with suppress(AdapterError, ConfigError, UnknownAdapterError):  # as in the list of models; removed just now
-            stored = store.find(f"{name}@{number}")
-            state.engine.adapter_cache.check(stored)
-            cards.append(adapter_card(state, stored.spec, stored, residents))
+    for stored in reversed(store.listed(name).values()):
+        if isinstance(stored, Stored):
+            with suppress(AdapterError, ConfigError):  # as in the list of models
+                state.engine.adapter_cache.check(stored)
+                cards.append(adapter_card(state, stored.spec, stored, residents))
     return cards
 
 
@@ -118,14 +117,14 @@ def _base_card(state: ServerState, name: str) -> ModelCard:
 def adapter_card(
     state: ServerState,
     name: str,
-    stored: "Stored",
+    stored: Stored,
     residents: "Mapping[str, Resident]",
     *,
     sha256: str | None = None,
 ) -> ModelCard:
     """Describe an adapter under a name; `residents` are those of `residents_of`."""
     resident = residents.get(stored.spec)
-    if resident is not None and resident.stored != stored:  # loaded from other files
+    if resident and resident.stored != stored and resident.sha256 != stored.recorded_sha256:  # loaded from other files
         resident = None
     details = AdapterDetails(
         rank=stored.facts.r,
@@ -202,7 +201,7 @@ def _load_adapter(state: ServerState, body: LoadAdapterRequest) -> None:
         publish(state, name, source, str(source.path))
 
 
-def _source(state: ServerState, name: str, path: str) -> "Stored":
+def _source(state: ServerState, name: str, path: str) -> Stored:
     """Return the adapter of a `lora_path`: one of the store or of the hub, or that of an absolute path here."""
     source = Path(path)
     with suppress(UnknownAdapterError):

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from loradeck.api.responses import ErrorInfo, ErrorResponse, json_response
+from loradeck.disk import cache_folder
 from loradeck.errors import (
     AdapterError,
     AdapterNameError,
@@ -29,6 +30,7 @@ from loradeck.errors import (
     UnknownJobError,
 )
 from loradeck.lora.hub import with_hub_ids
+from loradeck.store import with_urls
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody is left to read it
 TYPES = {
@@ -109,8 +111,8 @@ def status_of(error: LoradeckError) -> int:
 def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]:
     """Return what a client reads about an error, and the headers of the response.
 
-    `store` is the path of the adapters' folder. Clients must not learn it, nor where the hub's cache is: both are cut
-    out of the message.
+    `store` is the path of the adapters' folder, or its URL. Clients must not learn it, nor where the caches are: they
+    are cut out of the message.
     """
     headers: dict[str, str] = {}
     param, error_type = None, ""
@@ -135,7 +137,7 @@ def error_info(error: Exception, store: str) -> tuple[ErrorInfo, dict[str, str]]
             status, text = CLIENT_CLOSED_REQUEST, "The client closed the connection."
         case _:
             status, text = 500, "Internal server error; the server's log has the details."
-    text = with_hub_ids(text)
+    text = with_urls(with_hub_ids(text)).replace(f"{cache_folder()}/", "")
     if store:
         text = text.replace(f"{store}/", "").replace(f"the store {store}", "the store").replace(store, "the store")
     return ErrorInfo(text, error_type or TYPES.get(status) or _type_of(status), param, status), headers

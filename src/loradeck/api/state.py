@@ -75,8 +75,8 @@ class ServerState:
 
     @property
     def store_path(self) -> str:
-        """The path of the adapters' folder; "" if there is none."""
-        return str(self.engine.store.folder) if self.engine.store else ""
+        """The path of the adapters' folder, or its URL; "" if there is none."""
+        return self.engine.store.location if self.engine.store else ""
 
     @property
     def fingerprint(self) -> str:

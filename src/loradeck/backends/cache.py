@@ -21,7 +21,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import ClassVar
 
-from loradeck.errors import AdapterError
+from loradeck.errors import StorageError
 
 LOCK = ".lock"
 NEW, OLD = ".new-", ".old-"  # how the names of folders begin that are being written, or removed
@@ -70,7 +70,7 @@ class Cache:
         """Return a folder, and keep it while it is held; None if it is not there.
 
         Raises:
-            AdapterError: the cache's folder cannot be written.
+            StorageError: the cache's folder cannot be written.
         """
         name = f"{key}-{nbytes}"
         path = self.folder / name
@@ -92,7 +92,7 @@ class Cache:
         """Return the folder of a key, which `fill` writes if it is not there.
 
         Raises:
-            AdapterError: the cache's folder is full, or cannot be written.
+            StorageError: the cache's folder is full, or cannot be written.
         """
         while (held := self.get(key, nbytes)) is None:
             with self._cannot():
@@ -201,7 +201,7 @@ class Cache:
             yield
         except OSError as error:
             why = "is full" if error.errno in FULL else "cannot be written"
-            raise AdapterError(f"the cache folder {self.folder} {why}: {error.strerror}", hint=HINT) from error
+            raise StorageError(f"the cache folder {self.folder} {why}: {error.strerror}", hint=HINT) from error
 
 
 def _byte(name: str) -> int:

@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,6 +23,7 @@ import msgspec
 
 from loradeck.backends.answers import Answers
 from loradeck.backends.cache import Cache, Held
+from loradeck.backends.cached_names import URLS, cached_adapters
 from loradeck.backends.folder import NUMBER, why_not_served
 from loradeck.backends.original import Original
 from loradeck.backends.place import Place
@@ -33,6 +35,7 @@ from loradeck.stored import Stored, read_stored
 RECORDS = ".versions"
 CACHED_RECORDS = 1 << 14  # a few kilobytes each
 RETRY_AFTER = 2  # seconds
+RECENT: deque[Held] = deque(maxlen=64)  # kept in the cache by this process, also if only their paths are
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class RemoteBackend:
         self.location = place.url
         key = hashlib.sha256(place.url.encode()).hexdigest()[:16]
         self.folder = cache_folder() / "stores" / key
-        self._cache = Cache.of(cache_folder() / "adapters", cache_bytes)
+        self._cache = Cache.of(cached_adapters(), cache_bytes)
         self._turns = None if waiting is None else BoundedSemaphore(waiting)
         self._catalogue: Answers[None, dict[str, list[int]]] = Answers(self._list_all, self._waiting)
         self._versions: Answers[str, list[int]] = Answers(self._list, self._waiting)
@@ -80,7 +83,7 @@ class RemoteBackend:
         if held is None:
             with self._waiting():
                 held = self._cache.add(version.key, version.nbytes, lambda new: self._download(name, version, new))
-        return _stored(name, number, version, held)
+        return self._stored(name, number, version, held)
 
     def listed(self, specs: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Stored | LoradeckError]:
         """Return versions for a listing, or why they are unusable, without their files."""
@@ -131,7 +134,7 @@ class RemoteBackend:
                 raise
             self._forget(name)
             held = self._cache.add(version.key, version.nbytes, lambda new: _copy(version, folder, new))
-        return _stored(name, number, version, held)
+        return self._stored(name, number, version, held)
 
     def remove(self, name: str, numbers: Sequence[int]) -> None:
         """Remove versions: first each one's record becomes empty, then its files go.
@@ -246,6 +249,12 @@ class RemoteBackend:
         if sizes != {file.name: file.size for file in version.files}:
             raise StoreUnreachableError(f"{self.location} has not taken all files of {name}", hint="Publish it again.")
 
+    def _stored(self, name: str, number: int, version: VersionFile, held: Held) -> Stored:
+        URLS[held.path.name] = f"{self.location}/{name}@{number}"
+        RECENT.append(held)
+        stored = read_stored(name, number, held.path, None)
+        return replace(stored, recorded_sha256=version.sha256, hold=held.hold)
+
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         """Be one of the calls that wait for the place.
@@ -293,8 +302,3 @@ def _version_of(name: str, folder: Path) -> VersionFile:
 def _copy(version: VersionFile, folder: Path, new: Path) -> None:
     for file in version.files:
         shutil.copyfile(folder / file.name, new / file.name)
-
-
-def _stored(name: str, number: int, version: VersionFile, held: Held) -> Stored:
-    stored = read_stored(name, number, held.path, None)
-    return replace(stored, recorded_sha256=version.sha256, hold=held.hold)

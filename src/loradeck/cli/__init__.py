@@ -103,8 +103,9 @@ def _tokens(arguments: Sequence[str]) -> list[str]:
 
 def _report(error: LoradeckError) -> str:
     from loradeck.lora.hub import with_hub_ids
+    from loradeck.store import with_urls
 
-    return with_hub_ids(error.report())
+    return with_urls(with_hub_ids(error.report()))
 
 
 def _usage_error(error: CycloptsError) -> str:

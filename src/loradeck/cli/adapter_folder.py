@@ -1,4 +1,4 @@
-"""An adapter's folder or hub id as an argument: its headers, or the close names of one that is not there."""
+"""An adapter's folder, hub id or URL as an argument: its headers, or the close names of one that is not there."""
 
 import difflib
 import os
@@ -10,17 +10,35 @@ from loradeck.lora.manifest import AdapterFiles, is_adapter, read_folder
 
 DEFAULT = Path("adapters")  # where `loradeck demo` writes, and `loradeck ls` looks
 SHOWN = 3
+IN_USE: list[object] = []  # adapters of stores elsewhere, which the cache keeps until this command ends
+
+
+def local(adapter: str | Path) -> Path:
+    """Return an adapter's folder; that of a hub id, or of STORE/NAME at a URL, is downloaded first.
+
+    Raises:
+        LoradeckError: as `AdapterStore.find` and `hub.local`.
+    """
+    from loradeck.cli.store_name import StoreName
+    from loradeck.store import is_url
+
+    if isinstance(adapter, Path) or not is_url(adapter):
+        return hub.local(adapter)
+    target = StoreName.of(adapter)
+    stored = target.store.find(target.name)
+    IN_USE.append(stored)
+    return stored.path
 
 
 def read_adapter(folder: str | Path) -> AdapterFiles:
     """Read the headers of an adapter's folder, as read_folder does; the error of a missing one lists close names.
 
-    That of a hub id is downloaded first.
+    That of a hub id or a URL is downloaded first.
 
     Raises:
-        AdapterError: the folder is not a complete adapter, or the hub does not show it.
+        AdapterError: the folder is not a complete adapter, or the hub or the store does not show it.
     """
-    folder = hub.local(folder)
+    folder = local(folder)
     if not os.path.exists(folder):  # noqa: PTH110 - Path.exists raises for an invalid path
         raise AdapterError(f"{folder} is not a folder", hint=close_adapters(folder))
     return read_folder(Path(folder))

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from loradeck.cli.adapter_folder import close_adapters
+from loradeck.cli.adapter_folder import close_adapters, local
 from loradeck.cli.display.text import format_size, printable
 from loradeck.cli.output import check_writable
 from loradeck.errors import AdapterError
-from loradeck.lora import hub
 
 if TYPE_CHECKING:
     from loradeck.conversion import Conversion
@@ -53,7 +52,7 @@ def convert(
         initial: The adapter's folder as it was saved before training: CorDA, LoRA-GA and PiSSA by
             randomised SVD cannot be undone without it.
     """
-    adapter = hub.local(source)
+    adapter = local(source)
     if not adapter.exists():
         raise AdapterError(f"{source} is not a folder or a file", hint=close_adapters(source))
     check_writable(output)

@@ -19,8 +19,8 @@ def diff(first: str, second: str, /, *, headers: bool = False, modules: bool = F
     replaces (modules_to_save), D is the new weights.
 
     Args:
-        first: An adapter's folder.
-        second: Another adapter's folder.
+        first: An adapter's folder, or its URL in a store.
+        second: Another adapter's.
         headers: Compare only settings and modules, which is instant.
         modules: Print a line for every module, not for every kind of module.
     """

@@ -5,14 +5,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from loradeck.cli.display.text import columns, fitting, format_list, format_size, print_json, printable
 from loradeck.cli.options import AsJson, Task
-from loradeck.errors import AdapterError
+from loradeck.errors import AdapterError, LoradeckError
 
 if TYPE_CHECKING:
     from loradeck.cli.summary import Summary
+
+Loading: TypeAlias = Callable[[Path], LoradeckError | None]
 
 CELL = 60  # characters
 NUMBERS = {"r", "alpha", "modules", "parameters", "size", "loss", "valid loss", "accuracy"}  # aligned on the right
@@ -34,7 +36,7 @@ MANY = 2000  # folders; more take long enough on a slow disk to show how far the
 
 
 def ls(
-    folder: Path = Path("adapters"),
+    folder: str = "adapters",
     /,
     *,
     base: str | None = None,
@@ -47,15 +49,23 @@ def ls(
     the reason. What training recorded of its results is shown.
 
     Args:
-        folder: A folder of adapters, or one adapter.
+        folder: A folder of adapters, or one adapter; or the URL of a store, of which nothing is downloaded.
         base: Load every adapter on this base, and say which do not fit it or
             hold NaN: a folder, a hub id, a .gguf file, or smollm2-135m.
     """
+    from loradeck.store import is_url
+
+    why_not_loaded = _loading(base, task) if base else None
+    lines = _in_store(folder, why_not_loaded) if is_url(folder) else _in_folder(Path(folder), why_not_loaded)
+    _print(folder, *lines, as_json=as_json)
+
+
+def _in_folder(folder: Path, why_not_loaded: Loading | None) -> "tuple[list[Summary], list[dict[str, str]]]":
+    """Return the lines of the adapters that can be read, and of those that cannot."""
     from loradeck.cli import summary
     from loradeck.lora.manifest import is_adapter, read_folder
     from loradeck.store import latest_versions, versions_beside, why_not_served
 
-    why_not_loaded = _loading(base, task) if base else lambda _: None
     summaries: list[summary.Summary] = []
     broken: list[dict[str, str]] = []
     for path in _watched(_folders(folder)):
@@ -65,12 +75,38 @@ def ls(
             if is_adapter(path):
                 broken.append(summary.broken(path, error))
             continue
-        error = why_not_served(line.name) or why_not_loaded(path)
-        reason = ". ".join(str(error).splitlines()) if error else None
-        summaries.append(replace(line, cannot_be_served=reason) if reason else line)
+        summaries.append(
+            _with_reason(line, why_not_served(line.name) or (why_not_loaded(path) if why_not_loaded else None))
+        )
     names = [*(each.name for each in summaries), *(each["name"] for each in broken), *versions_beside(folder)]
     latest = latest_versions(names)
-    summaries = [replace(each, latest=each.name in latest) for each in summaries]
+    return [replace(each, latest=each.name in latest) for each in summaries], broken
+
+
+def _in_store(location: str, why_not_loaded: Loading | None) -> "tuple[list[Summary], list[dict[str, str]]]":
+    """Return the same of a store elsewhere. Files are downloaded only to be loaded."""
+    from loradeck.cli import summary
+    from loradeck.store import AdapterStore
+
+    store = AdapterStore(location)
+    contents = store.contents()
+    latest = dict(sorted(contents))
+    summaries: list[summary.Summary] = []
+    broken: list[dict[str, str]] = []
+    for (name, number), version in sorted(contents.items(), key=lambda item: item[0]):
+        if isinstance(version, LoradeckError):
+            broken.append(summary.broken(f"{store.location}/{name}@{number}", version))
+            continue
+        line = replace(summary.summarise_stored(version, store.location), latest=latest[name] == number)
+        summaries.append(_with_reason(line, why_not_loaded(store.find(version.spec).path) if why_not_loaded else None))
+    return summaries, broken
+
+
+def _with_reason(line: "Summary", error: LoradeckError | None) -> "Summary":
+    return replace(line, cannot_be_served=". ".join(str(error).splitlines())) if error else line
+
+
+def _print(folder: str, summaries: "list[Summary]", broken: list[dict[str, str]], *, as_json: bool) -> None:
     if as_json:
         print_json({"adapters": summaries, "broken": broken})
         return
@@ -140,7 +176,7 @@ def _add(heads: list[str], rows: list[list[str]], head: str, cells: Iterable[str
         row.append(cell)
 
 
-def _loading(base: str, task: Task) -> Callable[[Path], AdapterError | None]:
+def _loading(base: str, task: Task) -> Loading:
     """Load a base; return a function that loads an adapter on it, and returns why that fails."""
     from loradeck.base.load import Base
     from loradeck.lora.bank import Bank

@@ -1,7 +1,7 @@
 """`loradeck prune`: remove old versions from a store."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -9,9 +9,12 @@ from loradeck.cli.display.text import format_size, print_json, printable
 from loradeck.cli.options import AsJson, Yes
 from loradeck.errors import ConfigError
 
+if TYPE_CHECKING:
+    from loradeck.store import AdapterStore
+
 
 def prune(
-    store: Path,
+    store: str,
     /,
     *,
     keep: Annotated[int, Parameter(alias="-k")] = 2,
@@ -25,24 +28,19 @@ def prune(
     they are not given out again.
 
     Args:
-        store: A folder of adapters, or one adapter in it, as in adapters/poet.
+        store: A folder of adapters or the URL of a store, or one adapter in it, as in adapters/poet.
         keep: How many versions of each adapter to keep.
         dry_run: Only say which versions would be removed.
     """
-    from loradeck.cli.rm import confirmed, size_of
-    from loradeck.store import AdapterStore, is_store
+    from loradeck.cli.rm import confirmed
 
     if keep < 1:
         raise ConfigError(f"--keep is {keep}, not 1 or more", hint="`loradeck rm` removes whole adapters.")
-    whole = is_store(store)
-    folder = store if whole else store.parent
-    opened = AdapterStore(folder)
-    old = {
-        name: [number for number in opened.versions(name) if number][:-keep]
-        for name in (opened.names() if whole else [store.name])
+    opened, names, place = _opened(store)
+    old = {name: [number for number in opened.versions(name) if number][:-keep] for name in names}
+    sizes = {
+        f"{place}{name}@{number}": _size(opened, name, number) for name, numbers in old.items() for number in numbers
     }
-    paths = [folder / opened.path(name, number).name for name, numbers in old.items() for number in numbers]
-    sizes = {path: size_of(path) for path in paths}
     if not as_json:
         for path, size in sizes.items():
             print(printable(f"{path}  {format_size(size)}"))
@@ -54,13 +52,41 @@ def prune(
         for name in old:
             opened.prune(name, keep=keep)
     if as_json:
-        print_json({"removed": [str(path) for path in sizes], "bytes": sum(sizes.values()), "dry_run": dry_run})
+        print_json({"removed": [*sizes], "bytes": sum(sizes.values()), "dry_run": dry_run})
     elif not sizes:
         print(f"no adapter has more than {keep} version{'s' * (keep > 1)}; nothing was removed")
     else:
         what = f"{count(len(sizes))}, {format_size(sum(sizes.values()))}"
         print(f"would remove {what}" if dry_run else f"removed {what}")
     return 0
+
+
+def _opened(store: str) -> "tuple[AdapterStore, list[str], str]":
+    """Return a store, the names in it that are meant, and how its versions' folders or URLs begin."""
+    from loradeck.cli.store_name import StoreName
+    from loradeck.store import AdapterStore, is_store, is_url
+
+    if is_url(store):
+        whole = AdapterStore(store)
+        if names := whole.names():
+            return whole, names, f"{whole.location}/"
+        target = StoreName.of(store)
+        return target.store, [target.name], f"{target.store.location}/"
+    path = Path(store)
+    folder = path if is_store(path) else path.parent
+    opened = AdapterStore(folder)
+    return opened, opened.names() if folder is path else [path.name], f"{folder / '_'}"[:-1]
+
+
+def _size(store: "AdapterStore", name: str, number: int) -> int:
+    from loradeck.cli.rm import size_of
+    from loradeck.stored import Stored
+
+    folder = store.path(name, number)
+    if folder.is_dir():
+        return size_of(folder)
+    version = store.listed(name).get(number)
+    return version.facts.nbytes if isinstance(version, Stored) else 0
 
 
 def count(versions: int) -> str:

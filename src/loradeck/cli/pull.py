@@ -1,47 +1,60 @@
-"""`loradeck pull`: an adapter of the Hugging Face hub, as a new version in a store."""
+"""`loradeck pull`: an adapter of the Hugging Face hub or of a store elsewhere, as a new version in a store."""
 
-from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loradeck.cli.adapter_folder import DEFAULT
 from loradeck.cli.options import AsJson
 from loradeck.cli.publish import print_version
-from loradeck.errors import ConfigError, LoradeckError
+from loradeck.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loradeck.stored import Stored
 
 
-def pull(repository: str, name: Path | None = None, /, *, as_json: AsJson = False) -> None:
-    """Download an adapter from the Hugging Face hub into a store.
+def pull(source: str, name: str | None = None, /, *, as_json: AsJson = False) -> None:
+    """Download an adapter from the Hugging Face hub, or from a store elsewhere, into a store.
 
     Only an adapter's own files are downloaded, never code or pickles, and their
-    hashes must be the hub's. The token is that of `hf auth login`, or HF_TOKEN.
-    The store's latest version stays if it is the same adapter.
+    hashes must be those that the hub or the store states. The hub's token is that
+    of `hf auth login`, or HF_TOKEN. The store's latest version stays if it is the
+    same adapter.
 
     Args:
-        repository: The repository, as owner/name, or owner/name@revision with a branch, tag or commit.
+        source: A repository of the hub, as owner/name, or owner/name@revision with a branch, tag or commit; or
+            STORE/NAME or STORE/NAME@VERSION, where the store is a URL: s3://bucket/adapters/poet.
         name: The name in a store; by default adapters/name.
     """
+    from loradeck.cli.store_name import StoreName
+    from loradeck.lora.names import valid_name
+    from loradeck.store import is_url
+
+    facts: dict[str, object]
+    if is_url(source):
+        origin = StoreName.of(source)
+        stored = origin.store.find(origin.name)
+        what = f"{origin.store.location}/{stored.spec}"
+        facts = {"source": what}
+    else:
+        stored = _downloaded(source)
+        what = f"{stored.name} at {stored.path.name[:12]}"
+        facts = {"repository": stored.name, "commit": stored.path.name}
+    target = StoreName.of(name or str(DEFAULT / valid_name(stored.name.rpartition("/")[2])))
+    version, is_new = target.publish_new(stored)
+    state = "now the latest version" if is_new else "the latest version already"
+    shown = target.shown(version.version)
+    print_version(version, shown, f" of {what}, {state}", as_json=as_json, **facts, new=is_new)
+
+
+def _downloaded(repository: str) -> "Stored":
+    """Return the adapter of a repository of the hub, which is in the hub's cache then."""
     from loradeck.hub import is_hub_id
     from loradeck.lora import hub
-    from loradeck.lora.names import valid_name
-    from loradeck.store import AdapterStore
     from loradeck.stored import read_stored
 
     hub_id, _, revision = repository.partition("@")
     if not is_hub_id(hub_id):
         raise ConfigError(
-            f"{repository} is not a repository of the hub", hint="Give owner/name or owner/name@revision."
+            f"{repository} is not a repository of the hub",
+            hint="Give owner/name or owner/name@revision, or the URL of an adapter in a store.",
         )
-    path = name or DEFAULT / valid_name(hub_id.rpartition("/")[2])
-    folder = hub.download(hub_id, revision)
-    store = AdapterStore(path.parent)
-    downloaded = read_stored(path.name, 0, folder, None)
-    version = None
-    with suppress(LoradeckError):  # there is none yet, or it is unusable
-        version = store.find(path.name)
-    is_new = version is None or not version.equals(downloaded)
-    if version is None or is_new:
-        version = store.publish(path.name, folder)
-    state = "now the latest version" if is_new else "the latest version already"
-    what = f" of {hub_id} at {folder.name[:12]}, {state}"
-    more = {"repository": hub_id, "commit": folder.name, "new": is_new}
-    print_version(version, path.parent, what, as_json=as_json, **more)
+    return read_stored(hub_id, 0, hub.download(hub_id, revision), None)

@@ -1,7 +1,10 @@
-"""`loradeck rm`: remove adapters from the disk, and only the files of an adapter."""
+"""`loradeck rm`: remove adapters from the disk, and only the files of an adapter, or from a store elsewhere."""
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,29 +15,47 @@ from loradeck.cli.options import Yes
 from loradeck.errors import AdapterError, ConfigError
 
 
-def rm(*adapters: Annotated[Path, Parameter(required=True)], yes: Yes = False) -> int:
-    """Remove adapters from the disk, after asking.
+@dataclass(frozen=True)
+class Removal:
+    """An adapter's version that is to be removed."""
+
+    shown: str
+    """Its folder or URL."""
+    nbytes: int | None
+    """Bytes that this frees; None if that is not known."""
+    remove: Callable[[], object] = field(compare=False)
+
+
+def rm(*adapters: Annotated[str, Parameter(required=True)], yes: Yes = False) -> int:
+    """Remove adapters from the disk, or from a store elsewhere, after asking.
 
     A published adapter is removed with all its versions by its name, as in
     adapters/poet, or one version at a time, as in adapters/poet@2. A folder that
     contains other files stays, with these files.
 
     Args:
-        adapters: Adapters' folders, or names in a store.
+        adapters: Adapters' folders, or names in a store, as in adapters/poet or s3://bucket/adapters/poet.
     """
-    from loradeck.backends.folder import remove_adapter
+    from loradeck.store import is_url
 
-    folders = list(dict.fromkeys(folder for adapter in adapters for folder in _folders(adapter)))
-    for folder in folders:
-        print(printable(f"{folder}  {format_size(size_of(folder))}"))
-    if not yes and not confirmed("remove this adapter?" if len(folders) == 1 else f"remove these {len(folders)}?"):
+    removals = list(
+        dict.fromkeys(
+            removal
+            for adapter in adapters
+            for removal in (_in_store(adapter) if is_url(adapter) else map(_in_folder, _folders(Path(adapter))))
+        )
+    )
+    for removal in removals:
+        size = "" if removal.nbytes is None else f"  {format_size(removal.nbytes)}"
+        print(printable(f"{removal.shown}{size}"))
+    if not yes and not confirmed("remove this adapter?" if len(removals) == 1 else f"remove these {len(removals)}?"):
         print("nothing was removed")
         return 1
-    for folder in folders:
+    for removal in removals:
         try:
-            remove_adapter(folder.absolute())
+            removal.remove()
         except OSError as error:
-            raise AdapterError(f"cannot remove {folder}: {error.strerror}") from error
+            raise AdapterError(f"cannot remove {removal.shown}: {error.strerror}") from error
     print("removed")
     return 0
 
@@ -55,6 +76,25 @@ def confirmed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise ConfigError("there is no terminal to ask on", hint="Pass --yes; nothing was removed.")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _in_folder(folder: Path) -> Removal:
+    from loradeck.backends.folder import remove_adapter
+
+    return Removal(str(folder), size_of(folder), partial(remove_adapter, folder.absolute()))
+
+
+def _in_store(url: str) -> Iterator[Removal]:
+    """Yield a version of a store elsewhere, or all versions of a name, the oldest first."""
+    from loradeck.cli.store_name import StoreName
+    from loradeck.stored import Stored
+
+    target = StoreName.of(url)
+    name = target.name.partition("@")[0]
+    for number in target.store.numbers(target.name):
+        spec, version = f"{name}@{number}", target.store.listed(name).get(number)
+        nbytes = version.facts.nbytes if isinstance(version, Stored) else None
+        yield Removal(f"{target.store.location}/{spec}", nbytes, partial(target.store.remove, spec))
 
 
 def _folders(adapter: Path) -> list[Path]:

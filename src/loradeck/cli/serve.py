@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ENGINE, SERVER, LIVE = EngineConfig(), ServerConfig(), LiveConfig()
 LIVE_FOLDER = ".live"  # in the folder of adapters; a store lists no hidden folders
 ATTEMPTS = 8  # adapters to try for the example
+WAITING = 8  # requests that wait for a store elsewhere; each has a thread
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def serve(
     base: str,
     /,
     *,
-    adapters: Path | None = None,
+    adapters: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     keys: Path | None = None,
@@ -62,7 +63,7 @@ def serve(
 
     Args:
         base: A folder, a hub id, a .gguf file, or smollm2-135m.
-        adapters: A folder of adapters' folders.
+        adapters: A folder of adapters' folders, or the URL of a store: s3://bucket/adapters.
         host: The address to listen on; any but the loopback needs a file of API keys.
         port: The port to listen on; 0 picks a free one.
         keys: A file of API keys with the permissions of each.
@@ -81,7 +82,7 @@ def serve(
         raise ConfigError("--draft-model is only for the task generate", hint="Leave one of them out.")
     _check_training(adapters, train)
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
-    store = AdapterStore(adapters) if adapters else None
+    store = AdapterStore(adapters, waiting=WAITING) if adapters else None
     count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
     if store and not count and is_adapter(store.folder):
         read_adapter(str(adapters))  # another program's is no better in a folder
@@ -134,9 +135,16 @@ def serve(
                 Server(application, address, announce).serve_forever()
 
 
-def _check_training(adapters: Path | None, train: bool) -> None:
+def _check_training(adapters: str | None, train: bool) -> None:
+    from loradeck.store import is_url
+
     if train and adapters is None:
         raise ConfigError("--train needs a folder to publish adapters in", hint="Add --adapters FOLDER.")
+    if train and adapters is not None and is_url(adapters):
+        raise ConfigError(
+            f"--train keeps its jobs in the folder of adapters, and {adapters} is elsewhere",
+            hint="Train in a folder, and `loradeck push` what is to be served elsewhere.",
+        )
     typed = [field.name for field in fields(LiveConfig) if is_typed(field.name)]
     if typed and not train:
         raise ConfigError(f"--{typed[0].replace('_', '-')} is a setting of training", hint="Add --train.")
@@ -153,7 +161,7 @@ def _log_start(engine: "Engine | PoolingEngine", url: str, adapters: int, settin
             "task": base.task,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "url": url,
-            "store": str(store.folder) if store else None,
+            "store": store.location if store else None,
             "adapters": adapters,
             **settings,
         },

@@ -11,7 +11,7 @@ def show(adapter: str, /, *, base: str | None = None, as_json: AsJson = False) -
     use, it also says where they differ from those of the base.
 
     Args:
-        adapter: An adapter's folder, or its name in a store, as in adapters/poet.
+        adapter: An adapter's folder, or its name in a store, as in adapters/poet or s3://bucket/adapters/poet.
         base: The base whose tokenizer is compared; by default the one that the adapter names, if it is a local path.
     """
     from loradeck.cli.adapter_folder import read_adapter

@@ -63,7 +63,7 @@ def studio(
     try:
         serve(
             base,
-            adapters=adapters,
+            adapters=str(adapters),
             host=host,
             port=port,
             keys=keys,

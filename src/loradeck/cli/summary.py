@@ -7,18 +7,16 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from loradeck.errors import AdapterError, UnknownAdapterError
+from loradeck.errors import LoradeckError, UnknownAdapterError
 from loradeck.lora.hub import with_hub_ids
 from loradeck.lora.manifest import AdapterFiles, TargetModule, copied_module
 from loradeck.lora.memo import Memo
 from loradeck.lora.safetensors_io import Entry
-from loradeck.store import AdapterStore, split_spec
-
-RESULTS = ("loss", "validation_loss", "accuracy", "margin", "steps", "tokens")  # as training records them
+from loradeck.store import AdapterStore, is_url, split_spec, with_urls
+from loradeck.stored import Stored, results_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class Summary:
     base: str | None
     dataset: str | None
     results: Mapping[str, float]
-    """How its training went, as far as it is recorded: see RESULTS."""
+    """How its training went, as far as it is recorded: see `results_of`."""
     date: str
     """When its tensors were written, in local time."""
     latest: bool = False
@@ -77,7 +75,7 @@ def locate(adapter: str) -> str | Path:
         AdapterError: the latest version is unusable.
     """
     path = Path(adapter)
-    if os.path.isdir(path) or not os.path.isdir(path.parent):  # noqa: PTH112 (Path.is_dir may raise)
+    if is_url(adapter) or os.path.isdir(path) or not os.path.isdir(path.parent):  # noqa: PTH112 (Path.is_dir may raise)
         return adapter
     with suppress(UnknownAdapterError):
         return AdapterStore(path.parent).find(path.name).path
@@ -90,7 +88,7 @@ def summarise(listing: AdapterFiles) -> Summary:
     shape = _SHAPES.get(key, lambda: _shape(listing))
     folder = str(listing.folder)
     name = listing.folder.name if listing.folder.name.strip(".") else listing.folder.resolve().name
-    shown = with_hub_ids(folder)
+    shown = with_urls(with_hub_ids(folder))
     provenance = listing.origin.provenance
     return Summary(
         name=_readable(name if shown == folder else shown),
@@ -104,14 +102,35 @@ def summarise(listing: AdapterFiles) -> Summary:
         bytes=listing.nbytes,
         base=listing.origin.base_model,
         dataset=provenance.get("dataset"),
-        results={key: number for key in RESULTS if (number := _number(provenance.get(key))) is not None},
+        results=results_of(provenance),
         date=_written(listing),
     )
 
 
-def broken(folder: Path, error: AdapterError) -> dict[str, str]:
-    """Return the line of an adapter that cannot be read."""
-    what = {"name": folder.resolve().name, "folder": str(folder), "error": str(error).partition("\n")[0]}
+def summarise_stored(stored: Stored, location: str) -> Summary:
+    """Return the line of a version of a store elsewhere, at `location`, whose files may not be here."""
+    facts = stored.facts
+    return Summary(
+        name=stored.spec,
+        folder=f"{location}/{stored.spec}",
+        version=stored.version,
+        r=[*facts.ranks],
+        lora_alpha=facts.lora_alpha,
+        targets=[*facts.targets],
+        modules=facts.modules,
+        parameters=facts.parameters,
+        bytes=facts.nbytes,
+        base=facts.base_model,
+        dataset=facts.dataset,
+        results=dict(facts.results),
+        date=_local_time(stored.created),
+    )
+
+
+def broken(folder: str | Path, error: LoradeckError) -> dict[str, str]:
+    """Return the line of an adapter that cannot be read, in a folder or at a URL."""
+    name = folder.resolve().name if isinstance(folder, Path) else folder.rpartition("/")[2]
+    what = {"name": name, "folder": str(folder), "error": str(error).partition("\n")[0]}
     return {key: _readable(text) for key, text in what.items()}
 
 
@@ -155,19 +174,13 @@ def _shape(listing: AdapterFiles) -> Shape:
 
 
 def _written(listing: AdapterFiles) -> str:
-    seconds = max(header.modified for header in listing.headers)
+    return _local_time(max(header.modified for header in listing.headers))
+
+
+def _local_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
 
 
 def _readable(path: str) -> str:
     """Return a path with question marks for bytes that are not UTF-8."""
     return path.encode("utf-8", "replace").decode()
-
-
-def _number(text: str | None) -> float | None:
-    """Return a number of an adapter's metadata, which may come from a stranger; None if it is none."""
-    try:
-        number = float(text or "nan")
-    except ValueError:
-        return None
-    return number if isfinite(number) else None

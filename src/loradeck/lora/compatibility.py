@@ -121,11 +121,24 @@ def check_base(model: nn.Module, files: AdapterFiles, *, any_base: bool) -> None
         AdapterError: they differ, none of them is quantised, and `any_base` is not set.
     """
     theirs, their_kind = (files.origin.provenance.get(key) for key in ("base_fingerprint", "base_quantisation"))
+    check_fingerprint(model, str(files.folder), files.origin.base_model, theirs, their_kind, any_base=any_base)
+
+
+def check_fingerprint(
+    model: nn.Module, adapter: str, base: str | None, theirs: str | None, their_kind: str | None, *, any_base: bool
+) -> None:
+    """Do as `check_base` for an adapter of which only this is known: its name, its base's, and the base's fingerprint.
+
+    `their_kind` is how that base was quantised, if it was.
+
+    Raises:
+        AdapterError: as `check_base`.
+    """
     ours, our_kind = (vars(model).get(key) for key in ("fingerprint", "base_quantisation"))
     if any_base or not theirs or not isinstance(ours, str) or theirs == ours:
         return
     what = (
-        f"{files.folder} was trained on another base: {files.origin.base_model or 'unnamed'}, "
+        f"{adapter} was trained on another base: {base or 'unnamed'}, "
         f"fingerprint {theirs[:12]}{_in(their_kind)}; this one has {ours[:12]}{_in(our_kind)}"
     )
     if their_kind or our_kind:

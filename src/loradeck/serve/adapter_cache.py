@@ -20,7 +20,7 @@ from loradeck.base import openmp
 from loradeck.errors import AdapterError, BusyError, ConfigError, LoradeckError, UnknownAdapterError
 from loradeck.lora.adapter import Adapter
 from loradeck.lora.bank import Bank
-from loradeck.lora.compatibility import why_not_a_copy
+from loradeck.lora.compatibility import check_fingerprint, why_not_a_copy
 from loradeck.lora.routing import RouteEntry, weights_of
 from loradeck.lora.vocabulary import tokens_added_by
 from loradeck.runner.request import Key
@@ -253,6 +253,11 @@ class AdapterCache:
             AdapterError, ConfigError, BusyError: as `load`.
         """
         self._check_size([stored])
+        if not stored.is_here:  # its files are checked when a request needs them
+            facts, name = stored.facts, f"{stored.spec}"
+            base = facts.base_model, facts.base_fingerprint, facts.base_quantisation
+            check_fingerprint(self.bank.model, name, *base, any_base=False)
+            return
         files = self.bank.check(stored.path)
         if stored.recorded_sha256 and not files.copies:
             return  # publishing has read its values
