@@ -29,6 +29,14 @@ class Answer(Generic[V]):
     until: float
 
 
+@dataclass(frozen=True)
+class Refresh:
+    """A thread that asks again, and until when its answer is waited for."""
+
+    thread: threading.Thread
+    until: float
+
+
 class Answers(Generic[K, V]):
     """Answers by question. Any thread may ask."""
 
@@ -37,7 +45,7 @@ class Answers(Generic[K, V]):
         self._ask, self._waiting = ask, waiting
         self._lock = threading.Lock()
         self._answers: dict[K, Answer[V]] = {}
-        self._asking: dict[K, threading.Thread] = {}  # after a fork, none of them is alive
+        self._asking: dict[K, Refresh] = {}  # after a fork, no thread is alive
 
     def get(self, question: K) -> V:
         """Return the answer to a question: a new one if it comes soon, else the one before.
@@ -49,11 +57,11 @@ class Answers(Generic[K, V]):
             before = self._answers.get(question)
             if before is not None and time.monotonic() < before.until:
                 return before.value
-            asking = None if before is None else self._refreshing(question, before)
+            refresh = None if before is None else self._refreshing(question, before)
         if before is None:
             return self.ask(question)
-        if asking is not None:
-            asking.join(PATIENCE)
+        if refresh is not None:  # nobody waits for long, however many ask while the place is slow
+            refresh.thread.join(max(0.0, refresh.until - time.monotonic()))
         with self._lock:
             return self._answers.get(question, before).value
 
@@ -75,12 +83,12 @@ class Answers(Generic[K, V]):
         with self._lock:
             self._answers.pop(question, None)
 
-    def _refreshing(self, question: K, before: Answer[V]) -> threading.Thread | None:
-        """Return the thread that asks again; None if there are too many."""
-        self._asking = {question: thread for question, thread in self._asking.items() if thread.is_alive()}
+    def _refreshing(self, question: K, before: Answer[V]) -> Refresh | None:
+        """Return what asks again; None if too many questions wait for new answers."""
+        self._asking = {question: each for question, each in self._asking.items() if each.thread.is_alive()}
         if question not in self._asking and len(self._asking) < AT_ONCE:
             thread = threading.Thread(target=self._refresh, args=(question, before), daemon=True)
-            self._asking[question] = thread
+            self._asking[question] = Refresh(thread, time.monotonic() + PATIENCE)
             thread.start()
         return self._asking.get(question)
 
