@@ -7,13 +7,13 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_right"
 LARGE = 1000  # bytes, from which a file is one of git-lfs
@@ -49,6 +49,9 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.lock = Lock()
+        self.before_commit: list[Callable[[], object]] = []
+        """Called, each once, when a commit is about to be made."""
         self.damaged: set[str] = set()
         """Files of which another content is sent than is stated."""
 
@@ -64,6 +67,13 @@ def sibling(path: str, content: bytes) -> dict[str, Any]:
     blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
     large = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return {"rfilename": path, "size": len(content), "blobId": blob} | ({"lfs": large} if len(content) >= LARGE else {})
+
+
+def entry(path: str, content: bytes) -> dict[str, Any]:
+    """How the hub describes a file in a tree."""
+    facts = sibling(path, content)
+    large = {"lfs": {**facts["lfs"], "oid": facts["lfs"]["sha256"]}} if "lfs" in facts else {}
+    return {"type": "file", "path": path, "size": len(content), "oid": facts["blobId"], **large}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -136,14 +146,19 @@ class Handler(BaseHTTPRequestHandler):
             name, files = commit
             self.send(200, {"id": hub_id, "sha": name, "siblings": [sibling(*file) for file in files.items()]})
 
-    def tree(self, hub_id: str, revision: str, *, body: bytes) -> None:
+    def tree(self, hub_id: str, revision: str, folder: str | None, *, body: bytes) -> None:
         if commit := self.commit(hub_id, revision):
-            listing = []
-            for path, content in commit[1].items():
-                facts = sibling(path, content)
-                large = {"lfs": {**facts["lfs"], "oid": facts["lfs"]["sha256"]}} if "lfs" in facts else {}
-                listing.append({"type": "file", "path": path, "size": len(content), "oid": facts["blobId"], **large})
-            self.send(200, listing)
+            prefix = f"{folder}/" if folder else ""
+            listing = [entry(*file) for file in commit[1].items() if file[0].startswith(prefix)]
+            if listing or not folder:
+                self.send(200, listing)
+            else:
+                self.send(404, {"error": f"{folder} does not exist"}, X_Error_Code="EntryNotFound")
+
+    def paths_info(self, hub_id: str, revision: str, *, body: bytes) -> None:
+        if commit := self.commit(hub_id, revision):
+            paths = parse_qs(body.decode())["paths"] if body[:1] != b"{" else json.loads(body)["paths"]
+            self.send(200, [entry(path, commit[1][path]) for path in paths if path in commit[1]])
 
     def resolve(self, hub_id: str, revision: str, path: str, *, body: bytes) -> None:
         commit = self.commit(hub_id, revision)
@@ -159,7 +174,10 @@ class Handler(BaseHTTPRequestHandler):
             etag = facts["lfs"]["sha256"] if "lfs" in facts else facts["blobId"]
             if path in self.hub.damaged:
                 content = content[:-1] + bytes([content[-1] ^ 1])
-            self.send(200, content, ETag=f'"{etag}"', X_Repo_Commit=name)
+            status, span = 200, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range") or "")
+            if span:
+                status, content = 206, content[int(span[1]) : int(span[2]) + 1]
+            self.send(status, content, ETag=f'"{etag}"', X_Repo_Commit=name)
 
     def create(self, *, body: bytes) -> None:
         wish = json.loads(body)
@@ -205,9 +223,19 @@ class Handler(BaseHTTPRequestHandler):
         if not self.logged_in:
             self.send(403, {"error": "You have no rights to write"})
             return
-        files = dict(repository.commits[repository.revisions[revision]])
+        with self.hub.lock:
+            self.commit_lines(hub_id, repository, revision, body)
+
+    def commit_lines(self, hub_id: str, repository: Repository, revision: str, body: bytes) -> None:
+        head = repository.revisions[revision]
+        if self.hub.before_commit:
+            self.hub.before_commit.pop()()
+        files = dict(repository.commits[head])
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit", head) != repository.revisions[revision]:
+                self.send(412, {"error": "A commit has happened since. Please refresh and try again."})
+                return
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
@@ -227,7 +255,8 @@ class Handler(BaseHTTPRequestHandler):
 NAME = r"([^/]+/[^/]+)"
 ROUTES = (
     (f"/api/models/{NAME}(?:/revision/(.+))?", Handler.info),
-    (f"/api/models/{NAME}/tree/([^/]+)", Handler.tree),
+    (f"/api/models/{NAME}/tree/([^/]+)(?:/(.+))?", Handler.tree),
+    (f"/api/models/{NAME}/paths-info/(.+)", Handler.paths_info),
     (f"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
     (f"/api/models/{NAME}/commit/(.+)", Handler.push),
     (f"/api/models/{NAME}/branch/(.+)", Handler.branch),

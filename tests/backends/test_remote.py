@@ -162,13 +162,39 @@ def test_one_that_cannot_be_loaded_is_not_published(memory: AdapterStore, tmp_pa
 
 
 def test_a_publish_that_fails_leaves_nothing(memory: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(path: str, content: bytes) -> bool:
+    upload = memory._backend.place.upload
+
+    def cut_off(files: dict[str, Path]) -> None:
+        upload(dict([*files.items()][:2]))
         raise StoreUnreachableError("gone")
 
-    monkeypatch.setattr(memory._backend.place, "create", create)
+    monkeypatch.setattr(memory._backend.place, "upload", cut_off)
     with pytest.raises(StoreUnreachableError):
         memory.publish("poet", adapter(2))
     assert files_of(memory) == {}
+
+
+def test_what_the_place_has_not_taken_whole_is_not_published(
+    memory: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = memory._backend.place.upload
+    monkeypatch.setattr(memory._backend.place, "upload", lambda files: upload(dict([*files.items()][:2])))
+    with pytest.raises(StoreUnreachableError, match="has not taken all files of poet"):
+        memory.publish("poet", adapter(2))
+    assert files_of(memory) == {}
+
+
+def test_a_record_that_may_be_there_keeps_its_files(memory: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = memory._backend.place.create
+
+    def answer_lost(path: str, content: bytes) -> bool:
+        create(path, content)
+        raise StoreUnreachableError("gone")
+
+    monkeypatch.setattr(memory._backend.place, "create", answer_lost)
+    with pytest.raises(StoreUnreachableError):
+        memory.publish("poet", adapter(2))
+    assert AdapterStore(memory.location).find("poet").facts.r == 2
 
 
 def test_a_record_whose_answer_was_lost_is_not_written_twice(

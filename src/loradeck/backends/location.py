@@ -41,6 +41,8 @@ def open_backend(location: str | Path, cache_bytes: int | None, waiting: int | N
         raise ConfigError(f"a store cannot be at {scheme}://", hint=hint)
     if not rest.strip("/"):
         raise ConfigError(f"{location} names no bucket or repository", hint=f"Give {scheme}://NAME/FOLDER.")
+    if scheme == "hf":
+        from loradeck.backends.hub_place import HubPlace as Place
     return RemoteBackend(Place(f"{scheme}://{rest}"), _cache_bytes(cache_bytes), waiting)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loradeck.backends.place_errors import CutOffError, may_pass, place_error
-from loradeck.errors import ConfigError
+from loradeck.backends.place_errors import CutOffError, place_error
+from loradeck.errors import ConfigError, LoradeckError, StoreUnreachableError
 
 ATTEMPTS = 5
 FIRST_PAUSE = 0.2  # seconds; each pause is twice the one before
@@ -34,6 +34,7 @@ class Protocol:
 PROTOCOLS = {
     "s3": Protocol("s3fs", True, {"config_kwargs": {**TIMEOUTS, "retries": {"total_max_attempts": 1}}}),
     "gs": Protocol("gcsfs", True, {}),
+    "hf": Protocol("", True, {}),
     "memory": Protocol("", False, {}),
 }
 
@@ -152,14 +153,22 @@ class Place:
                 return function()
             except Exception as error:  # of any of the libraries below fsspec
                 attempt += 1
-                is_bucket = "bucket" in str(error).lower()
-                if (missing and isinstance(error, FileNotFoundError) and not is_bucket) or (
-                    exists and isinstance(error, FileExistsError)
-                ):
+                if exists and isinstance(error, FileExistsError):
                     raise
-                if attempt == ATTEMPTS or not may_pass(error):
-                    raise place_error(self.url, error) from error
+                if missing and self.is_missing(error):
+                    raise FileNotFoundError(str(error)) from error
+                problem = self.error(error)
+                if attempt == ATTEMPTS or not isinstance(problem, StoreUnreachableError):
+                    raise problem from error
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+
+    def error(self, error: Exception) -> LoradeckError:
+        """Return the error of a call that failed: a StoreUnreachableError if the same call may succeed later."""
+        return place_error(self.url, error)
+
+    def is_missing(self, error: Exception) -> bool:
+        """Return whether an error says that there is no such file, rather than no such bucket."""
+        return isinstance(error, FileNotFoundError) and "bucket" not in str(error).lower()
 
     def _part(self, path: str, begin: int, end: int) -> bytes:
         part = self._files().cat_file(f"{self.root}/{path}", start=begin, end=end)

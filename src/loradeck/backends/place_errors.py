@@ -22,7 +22,7 @@ class CutOffError(OSError):
     """An answer was shorter than what was asked for."""
 
 
-def may_pass(error: Exception) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Return whether the same call may succeed a moment later."""
     if isinstance(error, NO_RETRY) or _is_setting(error) or _is_forbidden(error):
         return False
@@ -45,7 +45,7 @@ def place_error(url: str, error: Exception) -> LoradeckError:
     if _is_setting(error):
         hint = "Set the usual environment variables or files: see docs/store.md, A store elsewhere."
         return AdapterError(f"{url} cannot be asked: {text}", hint=hint)
-    if may_pass(error):
+    if _may_pass(error):
         return StoreUnreachableError(f"{url} does not answer, or fails: {text}", hint="Try again later.")
     return AdapterError(f"{url} refuses the request: {text}")
 

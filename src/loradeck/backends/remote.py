@@ -127,11 +127,12 @@ class RemoteBackend:
             try:
                 self.place.upload({path: folder / file.name for path, file in files.items()})
                 self._check_upload(name, version)
-                number = self._show(name, version)
             except BaseException:
                 with suppress(LoradeckError):
                     self.place.remove(files)
                 raise
+            # If this fails, the record may be there all the same, and the files with it.
+            number = self._show(name, version)
             self._forget(name)
             held = self._cache.add(version.key, version.nbytes, lambda new: _copy(version, folder, new))
         return self._stored(name, number, version, held)
