@@ -17,6 +17,10 @@ from loradeck.backends.cache import Cache, Held
 from loradeck.errors import AdapterError, StorageError
 
 
+def is_root() -> bool:
+    return os.name == "posix" and os.geteuid() == 0
+
+
 def key(number: int) -> str:
     return f"{number:064x}"[::-1]  # the first digits differ
 
@@ -234,6 +238,34 @@ def test_a_full_disk_is_told(cache_300: Cache) -> None:
 
     with pytest.raises(StorageError, match=r"cache folder .* is full: No space left on device\n.*LORADECK_CACHE"):
         cache_300.add(key(1), 100, fill)
+
+
+@pytest.mark.skipif(not is_root(), reason="only root can mount a small disk")
+def test_on_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"no disk can be mounted here: {mount.stderr.strip()}")
+    try:
+        cache = Cache(disk, 1 << 30)
+        add(cache, 1, 100_000)
+        held = cache.add(key(2), 100_000, filling(100_000))
+        add(cache, 3, 100_000)  # in the place of the first
+        assert names(cache) == {key(2), key(3)}
+        with pytest.raises(StorageError, match="is full: No space left on device"):
+            cache.add(key(4), 200_000, filling(200_000))  # beside what is held there is no room
+        assert names(cache) == {key(2)}
+        assert (held.path / "file").stat().st_size == 100_000
+        add(cache, 5, 100_000)
+        del held
+        gc.collect()
+        assert cache._file is not None
+        os.close(cache._file)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

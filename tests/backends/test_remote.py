@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -90,6 +92,30 @@ def test_another_process_downloads_it_once(memory: AdapterStore, cache: Path) ->
         assert (found.path / file.name).read_bytes() == file.read_bytes()
     inode = found.path.stat().st_ino
     assert AdapterStore(memory.location).find("poet").path.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("change", ["a byte", "cut off", "gone", "another file"])
+def test_what_is_damaged_in_the_cache_is_downloaded_again(
+    memory: AdapterStore, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = memory.publish("poet", adapter(2)).path
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    match change:
+        case "a byte":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "cut off":
+            file.write_bytes(content[:-1])
+        case "gone":
+            file.unlink()
+        case _:
+            (folder / "tokenizer.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        found = memory.find("poet")
+    assert "is damaged, and downloaded again" in caplog.text
+    assert found.path == folder
+    assert (folder / "adapter_model.safetensors").read_bytes() == content
+    assert not (folder / "tokenizer.json").exists()
 
 
 def test_a_listing_downloads_no_tensors(memory: AdapterStore, cache: Path) -> None:
@@ -325,6 +351,20 @@ def test_file_urls_are_folders(tmp_path: Path) -> None:
     assert is_url("S3://x")
     assert not is_url(Path("s3://x"))
     assert not is_url("a:/b")
+
+
+def test_a_folder_needs_nothing_of_this(tmp_path: Path) -> None:
+    adapter(2).save(tmp_path / "poet")
+    code = """
+import sys
+from loradeck.store import AdapterStore
+print(AdapterStore(sys.argv[1]).latest()[0].name, AdapterStore(sys.argv[1]).problems())
+sys.exit(str([name for name in sys.modules if name.split(".")[0] in ("fsspec", "aiohttp", "huggingface_hub")
+              or name in ("loradeck.backends.remote", "loradeck.backends.place")] or ""))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    assert (done.stdout, done.stderr.strip()) == ("poet {}\n", "")
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,10 +122,13 @@ def test_one_clear_error(run: Callable, adapters: Path, url: str, arguments: tup
     assert (ran.code, message in ran.err) == (2, True), ran.err
 
 
-def test_an_error_names_the_url_rather_than_the_cache(run: Callable, filled: str, tmp_path: Path) -> None:
-    stored = AdapterStore(filled).find("poet")
-    (stored.path / "adapter_model.safetensors").write_bytes(b"damaged on this disk")
-    ran = run("show", f"{filled}/poet")
+def test_an_error_names_the_url_rather_than_the_cache(
+    run: Callable, url: str, tmp_path: Path, tiny, tiny_tokenizer
+) -> None:
+    tiny.save_pretrained("base")
+    tiny_tokenizer.save_pretrained("base")
+    AdapterStore(url).publish("wide", adapter(2, width=8))
+    ran = run("generate", "base", "Hi", "-a", f"{url}/wide")
     assert ran.code == 2
-    assert f"{filled}/poet@2/adapter_model.safetensors" in ran.err
+    assert f"{url}/wide@1" in ran.err
     assert str(tmp_path) not in ran.err

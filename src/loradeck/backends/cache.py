@@ -106,6 +106,18 @@ class Cache:
                     self._write(f"{key}-{nbytes}", fill)
         return held
 
+    def discard(self, held: Held) -> None:
+        """Remove a folder that is damaged, whoever holds it.
+
+        Raises:
+            StorageError: the cache's folder cannot be written.
+        """
+        old = held.path.with_name(f"{OLD}{held.path.name}-{token_hex(4)}")
+        with self._cannot():
+            with suppress(FileNotFoundError):  # another process was quicker
+                held.path.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
     def _write(self, name: str, fill: Callable[[Path], object]) -> None:
         new = Path(tempfile.mkdtemp(prefix=NEW, dir=self.folder))
         try:

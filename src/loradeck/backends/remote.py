@@ -28,12 +28,13 @@ from loradeck.backends.folder import NUMBER, why_not_served
 from loradeck.backends.original import Original
 from loradeck.backends.place import Place
 from loradeck.backends.version_file import StoredFile, VersionFile
-from loradeck.disk import cache_folder
+from loradeck.disk import Stamp, cache_folder
 from loradeck.errors import AdapterError, BusyError, LoradeckError, StoreUnreachableError
+from loradeck.lora.manifest import stamp
 from loradeck.stored import Stored, read_stored
 
 RECORDS = ".versions"
-CACHED_RECORDS = 1 << 14  # a few kilobytes each
+CACHED_RECORDS = 1 << 17  # a few kilobytes each
 RETRY_AFTER = 2  # seconds
 RECENT: deque[Held] = deque(maxlen=64)  # kept in the cache by this process, also if only their paths are
 
@@ -54,6 +55,7 @@ class RemoteBackend:
         self._catalogue: Answers[None, dict[str, list[int]]] = Answers(self._list_all, self._waiting)
         self._versions: Answers[str, list[int]] = Answers(self._list, self._waiting)
         self._records: dict[tuple[str, int], VersionFile] = {}
+        self._whole: dict[str, Stamp] = {}  # of folders of the cache whose hashes were right
         self._lock = Lock()
 
     # ---- queries
@@ -80,6 +82,10 @@ class RemoteBackend:
         """
         version = self._record(name, number)
         held = self._cache.get(version.key, version.nbytes)
+        if held is not None and not self._is_whole(version, held.path):
+            log.warning("%(folder)s is damaged, and downloaded again", {"folder": str(held.path)})
+            self._cache.discard(held)
+            held = None
         if held is None:
             with self._waiting():
                 held = self._cache.add(version.key, version.nbytes, lambda new: self._download(name, version, new))
@@ -94,9 +100,9 @@ class RemoteBackend:
     def _listed(self, name: str, number: int, version: VersionFile | LoradeckError) -> Stored | LoradeckError:
         if isinstance(version, LoradeckError):
             return version
-        stamp = tuple((file.name, file.size, int(version.published * 1e9), 0, 0) for file in version.files)
+        files = tuple((file.name, file.size, int(version.published * 1e9), 0, 0) for file in version.files)
         path = self.path(name, number)
-        return Stored(name, number, path, version.facts, stamp, version.sha256, is_here=False)
+        return Stored(name, number, path, version.facts, files, version.sha256, is_here=False)
 
     def path(self, name: str, number: int) -> Path:
         """Return a path of this name; the files of a version are in the cache, where `read` says."""
@@ -250,6 +256,19 @@ class RemoteBackend:
         if sizes != {file.name: file.size for file in version.files}:
             raise StoreUnreachableError(f"{self.location} has not taken all files of {name}", hint="Publish it again.")
 
+    def _is_whole(self, version: VersionFile, folder: Path) -> bool:
+        """Return whether a folder of the cache is what was published; it is read once, while it stays the same."""
+        before = stamp(folder)
+        if self._whole.get(version.key) == before:
+            return True
+        try:
+            is_whole = {*_hashed(folder)} == {*version.files}
+        except OSError:
+            return False
+        if is_whole:
+            self._whole[version.key] = before
+        return is_whole
+
     def _stored(self, name: str, number: int, version: VersionFile, held: Held) -> Stored:
         URLS[held.path.name] = f"{self.location}/{name}@{number}"
         RECENT.append(held)
@@ -291,13 +310,16 @@ def _number(file: str) -> int:
 
 def _version_of(name: str, folder: Path) -> VersionFile:
     """Return the record of a folder's files, which are all of the adapter."""
-    files = []
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            files.append(StoredFile(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()))
     now = time.time()
     token = time.strftime("%Y-%m-%dT%H-%M-%S", time.gmtime(now)) + f"-{token_hex(4)}"
-    return VersionFile(token, now, tuple(files), read_stored(name, 0, folder, None).facts)
+    return VersionFile(token, now, tuple(_hashed(folder)), read_stored(name, 0, folder, None).facts)
+
+
+def _hashed(folder: Path) -> Iterator[StoredFile]:
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            yield StoredFile(path.name, file.tell(), digest)
 
 
 def _copy(version: VersionFile, folder: Path, new: Path) -> None:
