@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -22,11 +22,13 @@ ANSWERS = {"busy": (503, BUSY), "denied": (403, DENIED), "skewed": (403, SKEWED)
 class Fault:
     """What happens to requests that a pattern matches, as METHOD /path."""
 
-    kind: Literal["slow", "busy", "cut", "wrong", "denied", "skewed", "lost"]
+    kind: Literal["slow", "hang", "busy", "cut", "wrong", "denied", "skewed", "lost"]
     pattern: str
     times: int = 1_000_000
     seconds: float = 0.0
     seen: int = 0
+    gate: Event = field(default_factory=Event)
+    """Ends a hang."""
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         kind = fault.kind if fault else ""
         if fault and kind == "slow":
             time.sleep(fault.seconds)
+        if fault and kind == "hang":
+            fault.gate.wait()
         if kind in ANSWERS:
             self.send(*ANSWERS[kind], [])
             return

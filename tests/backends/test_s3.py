@@ -12,7 +12,7 @@ from tests.backends.conftest import BUCKET
 from tests.backends.s3_server import Fault, Faults
 from tests.test_store import adapter
 
-from loradeck.backends import place
+from loradeck.backends import answers, place
 from loradeck.errors import AdapterError, StoreUnreachableError
 from loradeck.store import AdapterStore
 
@@ -108,6 +108,18 @@ def test_slow_answers_are_waited_for(store: AdapterStore, s3: Faults, cache: Pat
     assert AdapterStore(URL).find("poet").version == 1
 
 
+def test_what_is_known_is_not_held_up_by_a_place_that_hangs(store: AdapterStore, s3: Faults, monkeypatch) -> None:
+    published = store.publish("poet", adapter(2))
+    assert store.find("poet") == published
+    now = answers.time.monotonic() + 2 * answers.REFRESH
+    monkeypatch.setattr(answers.time, "monotonic", lambda: now)
+    fault = s3.add(Fault("hang", "."))
+    found = [store.find("poet") for _ in range(100)]
+    assert (fault.seen, fault.gate.is_set()) == (1, False)  # one request asks, and still waits
+    assert found == [published] * 100
+    fault.gate.set()
+
+
 def test_a_wrong_clock_is_told(store: AdapterStore, s3: Faults) -> None:
     s3.add(Fault("skewed", "."))
     with pytest.raises(AdapterError, match=r"this machine's clock is wrong.*\nSet the clock"):
@@ -178,6 +190,7 @@ def process(code: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_never_take_one_number(store: AdapterStore, s3: Faults) -> None:
     publishers = [process(PUBLISH, URL, str(r)) for r in (2, 3)]
     for each in publishers:
@@ -210,6 +223,7 @@ def test_a_number_that_is_taken_meanwhile_is_not_taken_again(store: AdapterStore
     assert [store.find(f"poet@{number}").facts.r for number in (1, 2)] == [3, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [r"^PUT .*adapter_config", r"^PUT .*safetensors", r"^PUT .*/\.versions/"])
 def test_killed_while_it_publishes_there_is_no_half_version(store: AdapterStore, s3: Faults, step: str) -> None:
     store.publish("poet", adapter(2))
