@@ -62,7 +62,9 @@ MAY = {
         "base",
         *GROUND,
     },
+    "scale": {"api", "base", "blend", "errors"},
     "cli": {
+        "scale",
         "api",
         "live",
         "evaluation",

@@ -121,7 +121,7 @@ def test_the_service_starts_a_server_by_flags_that_there_are() -> None:
     assert Path(program).name == "loradeck"
     command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     assert command.__name__ == "serve"
-    assert bound.arguments["adapters"] == Path("/var/lib") / unit["Service"]["StateDirectory"].split()[-1]
+    assert bound.arguments["adapters"] == f"/var/lib/{unit['Service']['StateDirectory'].split()[-1]}"
 
 
 def test_systemd_reads_the_service(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_base_that_classifies(tmp_path: Path, tiny_tokenizer: PreTrainedTokeni
         process.send_signal(signal.SIGTERM)
         assert process.wait(300) == 0
     with serving(tmp_path / "bert", *options, "--draft-model", tmp_path / "bert") as (process, _):
-        assert "--draft-model is only for the task generate" in process.stderr.read()
+        assert "a draft model is only for the task generate" in process.stderr.read()
         assert process.wait(300) == 2
 
 

@@ -1,19 +1,19 @@
 """`loradeck serve`: one base and a store of adapters behind OpenAI's API."""
 
 import logging
-import os
-import sys
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from loradeck.api.config import ServerConfig
+from loradeck.api.service import ServiceConfig, serving
 from loradeck.base.onednn import cap_kernel_cache
 from loradeck.cli.adapter_folder import read_adapter
 from loradeck.cli.display.text import printable
@@ -21,16 +21,15 @@ from loradeck.cli.options import Dtype, ServedTask, Weights, is_typed
 from loradeck.cli.process import cap_allocator, quick_imports
 from loradeck.errors import ConfigError, LoradeckError
 from loradeck.live.config import LiveConfig
+from loradeck.scale.config import ScaleConfig
 from loradeck.serve.config import EngineConfig
 
 if TYPE_CHECKING:
     from loradeck.serve.engine import Engine
     from loradeck.serve.pooling_engine import PoolingEngine
 
-ENGINE, SERVER, LIVE = EngineConfig(), ServerConfig(), LiveConfig()
-LIVE_FOLDER = ".live"  # in the folder of adapters; a store lists no hidden folders
+ENGINE, SERVER, LIVE, SCALE = EngineConfig(), ServerConfig(), LiveConfig(), ScaleConfig()
 ATTEMPTS = 8  # adapters to try for the example
-WAITING = 8  # requests that wait for a store elsewhere; each has a thread
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +50,8 @@ def serve(
     engine: Annotated[EngineConfig, Parameter(name="*")] = ENGINE,
     config: Annotated[ServerConfig, Parameter(name="*")] = SERVER,
     live: Annotated[LiveConfig, Parameter(name="*")] = LIVE,
+    ray: bool = False,
+    scale: Annotated[ScaleConfig, Parameter(name="*")] = SCALE,
     on_ready: Annotated[Callable[[str], object] | None, Parameter(parse=False)] = None,
 ) -> None:
     """Serve a base and its adapters as an OpenAI-compatible API.
@@ -70,69 +71,76 @@ def serve(
         draft_model: A smaller base with the same tokenizer, which drafts tokens that the base then checks.
         train: Train adapters too, as OpenAI's fine-tuning jobs, and publish them in the folder of adapters. Files and
             jobs are in .live there. See docs/live.md.
+        ray: Serve by replicas on a Ray cluster, each with an engine of its own. See docs/scale.md.
         on_ready: Called with the server's URL once it answers.
     """
     start = time.perf_counter()
-    from loradeck.api.auth import ApiKeys
     from loradeck.api.server import Server, listen, url_of
     from loradeck.lora.manifest import is_adapter
-    from loradeck.store import AdapterStore
 
-    if draft_model and task != "generate":
-        raise ConfigError("--draft-model is only for the task generate", hint="Leave one of them out.")
     _check_training(adapters, train)
-    api_keys = ApiKeys.load(keys) if keys else ApiKeys()
-    store = AdapterStore(adapters, waiting=WAITING) if adapters else None
-    count = len(store.names()) if store else 0  # raises the folder's errors before the seconds that the base takes
+    _check_typed(ScaleConfig, "ray", "of replicas", is_on=ray)
+    service_config = ServiceConfig(
+        base=base,
+        adapters=adapters,
+        keys=None if keys is None else str(keys),
+        dtype=dtype,
+        weights=weights,
+        task=task,
+        draft_model=draft_model,
+        train=train,
+        engine=engine,
+        server=replace(config, hosts=(*config.hosts, f"[{host}]" if ":" in host else host)),
+        live=live,
+    )
+    api_keys, store = service_config.api_keys(), service_config.store()
+    count = len(store.names()) if store else 0
     if store and not count and is_adapter(store.folder):
         read_adapter(str(adapters))  # another program's is no better in a folder
         raise ConfigError(f"{adapters} is an adapter, not a folder of adapters", hint="Give the folder that holds it.")
-    with listen(host, port, has_keys=bool(api_keys)) as address:
+    if ray:
+        with listen(host, port, has_keys=bool(api_keys)) as address:  # may it be used?
+            port = address.getsockname()[1]
+        _serve_replicas(service_config, scale, host, port, on_ready)
+        return
+    with listen(host, port, has_keys=bool(api_keys)) as address, ExitStack() as stack:
         cap_allocator()
         cap_kernel_cache()
-        if engine.hub:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would be drawn into the log
         with quick_imports():
-            from loradeck.api.app import app
-            from loradeck.api.log import logging_to
-            from loradeck.api.metrics import Metrics
-            from loradeck.base.load import Base
-            from loradeck.serve.engine import Engine
-            from loradeck.serve.pooling_engine import PoolingEngine
+            import loradeck.api.app
+            import loradeck.serve.engine  # noqa: F401
+        service = stack.enter_context(serving(service_config, api_keys, store))
+        url = url_of(address)
+        example = curl(url, service.engine, has_keys=bool(api_keys))
+        settings = {"weights": weights, "keys": len(api_keys), **asdict(engine), **asdict(config)}
+        settings |= {"train": train, **asdict(live)}
 
-        with logging_to(sys.stderr, config):
-            loaded = Base.load(base, dtype=dtype, weights=weights, task=task)
-            draft = Base.load(draft_model, dtype=dtype, weights=weights) if draft_model else None
-            metrics = Metrics(loaded.name, config.top_adapters)
-            if task == "generate":
-                start_engine = partial(Engine, draft_model=draft)
-            else:
-                start_engine = PoolingEngine
-            with ExitStack() as stack:
-                running = stack.enter_context(start_engine(loaded, store, engine, observer=metrics))
-                training = None
-                if train and store:
-                    with quick_imports():
-                        from loradeck.live.live_training import LiveTraining
-                    training = stack.enter_context(LiveTraining(running, store.folder / LIVE_FOLDER, live))
-                hosts = (*config.hosts, f"[{host}]" if ":" in host else host)
-                hosted = replace(config, hosts=hosts)
-                application = app(running, metrics, keys=api_keys, config=hosted, training=training)
-                url = url_of(address)
-                example = curl(url, running, has_keys=bool(api_keys))
-                settings = {"weights": weights, "keys": len(api_keys), **asdict(engine), **asdict(config)}
-                settings |= {"train": train, **asdict(live)}
+        def announce() -> None:
+            adapter_count = f"{count} adapter{'s' * (count != 1)}"
+            seconds = time.perf_counter() - start
+            ready = f"{service.engine.base.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
+            print(printable(f"{ready}\nor open {url} in a browser"), flush=True)
+            _log_start(service.engine, url, count, settings)
+            if on_ready:
+                on_ready(url)
 
-                def announce() -> None:
-                    adapter_count = f"{count} adapter{'s' * (count != 1)}"
-                    seconds = time.perf_counter() - start
-                    ready = f"{loaded.name} with {adapter_count} on {url}, after {seconds:.1f} s; try:\n{example}"
-                    print(printable(f"{ready}\nor open {url} in a browser"), flush=True)
-                    _log_start(running, url, count, settings)
-                    if on_ready:
-                        on_ready(url)
+        Server(service.application, address, announce).serve_forever()
 
-                Server(application, address, announce).serve_forever()
+
+def _serve_replicas(
+    service: ServiceConfig, scale: ScaleConfig, host: str, port: int, on_ready: Callable[[str], object] | None
+) -> None:
+    from loradeck.scale.app import cluster, served
+
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with cluster(scale.ray_address), served(service, scale, host=host, port=port):
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(printable(f"{service.base} by {scale.replicas} replicas on {url}"), flush=True)
+        if on_ready:
+            on_ready(url)
+        stop.wait()
 
 
 def _check_training(adapters: str | None, train: bool) -> None:
@@ -145,9 +153,13 @@ def _check_training(adapters: str | None, train: bool) -> None:
             f"--train keeps its jobs in the folder of adapters, and {adapters} is elsewhere",
             hint="Train in a folder, and `loradeck push` what is to be served elsewhere.",
         )
-    typed = [field.name for field in fields(LiveConfig) if is_typed(field.name)]
-    if typed and not train:
-        raise ConfigError(f"--{typed[0].replace('_', '-')} is a setting of training", hint="Add --train.")
+    _check_typed(LiveConfig, "train", "of training", is_on=train)
+
+
+def _check_typed(config: type[LiveConfig] | type[ScaleConfig], flag: str, what: str, *, is_on: bool) -> None:
+    typed = [field.name for field in fields(config) if is_typed(field.name)]
+    if typed and not is_on:
+        raise ConfigError(f"--{typed[0].replace('_', '-')} is a setting {what}", hint=f"Add --{flag}.")
 
 
 def _log_start(engine: "Engine | PoolingEngine", url: str, adapters: int, settings: Mapping[str, object]) -> None:

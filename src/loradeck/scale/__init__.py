@@ -1,0 +1,1 @@
+"""A server of many replicas, by Ray Serve: an engine in each, and requests sent to where their adapter is."""
