@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, cast
 
 from loradeck.api.config import ServerConfig
 from loradeck.errors import ConfigError
@@ -38,9 +38,10 @@ class ServiceConfig:
     """A folder of adapters' folders, or the URL of a store."""
     keys: str | None = None
     """A file of API keys with the permissions of each."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    weights: "Weights" = "blocks"
-    task: "Task" = "generate"
+    dtype: str = "auto"
+    weights: str = "blocks"
+    """Their format; see `loradeck.base.weights`."""
+    task: str = "generate"
     draft_model: str | None = None
     """A smaller base with the same tokenizer, which drafts tokens that the base then checks."""
     train: bool = False
@@ -103,10 +104,11 @@ def serving(config: ServiceConfig, keys: "ApiKeys", store: "AdapterStore | None"
     from loradeck.serve.pooling_engine import PoolingEngine
 
     with logging_to(sys.stderr, config.server), ExitStack() as stack:
-        base = Base.load(config.base, dtype=config.dtype, weights=config.weights, task=config.task)
+        weights, task = cast("Weights", config.weights), cast("Task", config.task)
+        base = Base.load(config.base, dtype=config.dtype, weights=weights, task=task)
         start = PoolingEngine
-        if config.task == "generate":
-            draft = config.draft_model and Base.load(config.draft_model, dtype=config.dtype, weights=config.weights)
+        if task == "generate":
+            draft = config.draft_model and Base.load(config.draft_model, dtype=config.dtype, weights=weights)
             start = partial(Engine, draft_model=draft or None)
         metrics = Metrics(base.name, config.server.top_adapters)
         engine = stack.enter_context(start(base, store, config.engine, observer=metrics))

@@ -133,14 +133,15 @@ def _serve_replicas(
     from loradeck.scale.app import cluster, served
 
     stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with cluster(scale.ray_address), served(service, scale, host=host, port=port):
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(printable(f"{service.base} by {scale.replicas} replicas on {url}"), flush=True)
-        if on_ready:
-            on_ready(url)
-        stop.wait()
+    with cluster(scale.ray_address):
+        for number in (signal.SIGINT, signal.SIGTERM):  # only now, for Ray has handlers of its own, which abort
+            signal.signal(number, lambda *_: stop.set())
+        with served(service, scale, host=host, port=port):
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(printable(f"{service.base} by {scale.replicas} replicas on {url}"), flush=True)
+            if on_ready:
+                on_ready(url)
+            stop.wait()
 
 
 def _check_training(adapters: str | None, train: bool) -> None:

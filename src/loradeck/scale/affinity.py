@@ -4,11 +4,11 @@ Each adapter has an order of all replicas, by a hash of both (rendezvous hashing
 resident; the router keeps no state, and when a replica comes or goes only the adapters of that one move.
 """
 
-from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from loradeck.scale.rendezvous import home_of
 
 ONE = "="  # what the id begins with where a request is for one replica
 
@@ -22,7 +22,7 @@ class AdapterRouter(RequestRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As RequestRouter."""
         super().__init__(*args, **kwargs)
-        # Imported here: Ray pickles this module by value, and so it would take a copy of the list.
+        # Imported here: Ray pickles this module by value, so above it would take a copy of the list.
         from loradeck.scale.routers import ROUTERS
 
         ROUTERS.append(self)
@@ -39,8 +39,3 @@ class AdapterRouter(RequestRouter):
             return [[*replicas.values()]]
         home = home_of(adapter, [*replicas])
         return [[replicas[home]], [replica for name, replica in replicas.items() if name != home]]
-
-
-def home_of(adapter: str, replicas: Sequence[str]) -> str:
-    """Return which of these replicas an adapter stays at."""
-    return max(replicas, key=lambda replica: blake2b(f"{adapter} {replica}".encode(), digest_size=8).digest())

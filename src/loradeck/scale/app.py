@@ -1,6 +1,7 @@
 """The application as Ray Serve deploys it, and a cluster that serves it."""
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from loradeck.scale.config import ScaleConfig
 
 OLDEST = (2, 50)  # of Ray: routers of our own
 NAME = "loradeck"
+TIMEOUT = 10  # seconds to reach a cluster
 INGRESS_REQUESTS = 10_000  # at an ingress at the same time; each replica has a limit of its own
 
 try:
@@ -94,8 +96,11 @@ def cluster(address: str | None) -> Iterator[None]:
         ConfigError: it cannot be reached.
     """
     try:
+        if address and address not in ("auto", "local"):  # to which Ray would try to connect for minutes
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), TIMEOUT).close()
         ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise ConfigError(
             f"no Ray cluster at {where}: {str(error).strip().partition(chr(10))[0]}",

@@ -94,11 +94,12 @@ class Ingress:
 
 
 def adapter_of(body: bytes, base: str) -> str:
-    """Return the name by which a request is sent to a replica: that of its first adapter; "" for the base."""
+    """Return the name by which a request is sent to a replica: that of its first adapter, without a version; "" for the
+    base."""
     try:
         fields = msgspec.json.decode(body, type=_Model)
         name = (fields.model or fields.lora_name).removeprefix(f"{base}:")
-        return "" if name == base else next(iter(parse_blend(name)), ("", 0.0))[0]
+        return "" if name == base else next(iter(parse_blend(name)), ("", 0.0))[0].partition("@")[0]
     except (msgspec.MsgspecError, LoradeckError, ValueError, RecursionError):
         return ""  # the replica says what is wrong with it
 
