@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -284,14 +285,17 @@ def test_replicas_are_added_and_exchanged_and_no_request_is_lost(cluster: Cluste
         while not is_over.is_set():
             statuses.append(cluster.complete(f"a{number}", 20).status_code)
 
+    def is_exchanged(before: set[str], number: int, is_added: bool) -> bool:
+        now = set(cluster.replicas)
+        return len(now) == number and (before <= now if is_added else not before & now)
+
     with ThreadPoolExecutor(3) as pool:
         try:
             asking = [pool.submit(ask, number) for number in range(3)]
-            for number, settings, kept in ((2, {"max_rows": 8}, False), (3, {"max_rows": 8}, True), (2, {}, False)):
+            for number, settings, is_added in ((2, {"max_rows": 8}, False), (3, {"max_rows": 8}, True), (2, {}, False)):
                 before = set(cluster.replicas)
                 cluster.deploy(number, **settings)
-                until(lambda number=number: len(cluster.replicas) == number, f"there are not {number} replicas")
-                assert before <= set(cluster.replicas) if kept else not before & set(cluster.replicas)
+                until(partial(is_exchanged, before, number, is_added), "the replicas are not as they were asked for")
         finally:
             is_over.set()
         for each in asking:
