@@ -67,9 +67,9 @@ def test_the_image_starts_a_server_by_flags_that_there_are(monkeypatch: pytest.M
     entry = json.loads(instruction("ENTRYPOINT"))
     assert entry == ["loradeck"]
     arguments = bindings([without_variables(word) for word in services["loradeck"]["command"]])
-    assert arguments["adapters"] == Path("/var/lib/loradeck/adapters")
+    assert str(arguments["adapters"]) == "/var/lib/loradeck/adapters"
     assert (arguments["host"], str(arguments["port"])) == ("0.0.0.0", instruction("EXPOSE"))
-    assert arguments["keys"] == Path("/run/secrets/keys")
+    assert str(arguments["keys"]) == "/run/secrets/keys"
     monkeypatch.setenv("LORADECK_CACHE", environment()["LORADECK_CACHE"])
     kept = {str(arguments["adapters"]), str(cache_folder())}
     assert kept == {*json.loads(instruction("VOLUME"))}
