@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
 from loradeck.scale.config import ScaleConfig
 
 TEXT = (Path(__file__).parent.parent / "deploy" / "rayservice.yaml").read_text(encoding="utf-8")
