@@ -18,7 +18,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -86,16 +85,16 @@ class Cluster:
     def replicas(self) -> list[str]:
         return sorted(self.samples("loradeck_adapter_loads_total"))
 
-    def deploy(self, replicas: int, **engine: int) -> None:
-        """Serve again from another process, with other settings: Ray exchanges the replicas one after the other."""
+    def deploy(self, **scale: int) -> None:
+        """Serve again from another process, with rows for one request: Ray exchanges the replicas one by one."""
         code = (
             "import ray, sys, json; from ray import serve; from loradeck.scale.app import build, NAME; "
             "ray.init('auto', log_to_driver=False); serve.run(build(json.loads(sys.argv[1])), name=NAME, route_prefix='/')"
         )
         settings = {
             "base": str(self.base), "adapters": str(self.store), "keys": str(self.keys), "dtype": "float32",
-            "engine": {"adapter_bytes": self.adapter_bytes, **engine},
-            "scale": {"replicas": replicas, "replica_cpus": 0.5},
+            "engine": {"adapter_bytes": self.adapter_bytes, "max_rows": 1},
+            "scale": {"replica_cpus": 0.5, **scale},
         }  # fmt: skip
         subprocess.run([PYTHON, "-c", code, json.dumps(settings)], env=ENVIRONMENT, check=True, timeout=LIMIT)
 
@@ -285,17 +284,16 @@ def test_replicas_are_added_and_exchanged_and_no_request_is_lost(cluster: Cluste
         while not is_over.is_set():
             statuses.append(cluster.complete(f"a{number}", 20).status_code)
 
-    def is_exchanged(before: set[str], number: int, is_added: bool) -> bool:
-        now = set(cluster.replicas)
-        return len(now) == number and (before <= now if is_added else not before & now)
-
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(4) as pool:
         try:
-            asking = [pool.submit(ask, number) for number in range(3)]
-            for number, settings, is_added in ((2, {"max_rows": 8}, False), (3, {"max_rows": 8}, True), (2, {}, False)):
-                before = set(cluster.replicas)
-                cluster.deploy(number, **settings)
-                until(partial(is_exchanged, before, number, is_added), "the replicas are not as they were asked for")
+            asking = [pool.submit(ask, number) for number in range(4)]
+            before = set(cluster.replicas)
+            cluster.deploy(replicas=1, max_replicas=2)
+            until(lambda: not before & set(cluster.replicas), "the replicas are not exchanged")
+            first = set(cluster.replicas)
+            until(lambda: len(now := set(cluster.replicas)) == 2 and first <= now, "no replica is added")
+            cluster.deploy(replicas=2)
+            until(lambda: not first & set(cluster.replicas), "the replicas are not exchanged again")
         finally:
             is_over.set()
         for each in asking:
