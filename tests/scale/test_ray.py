@@ -327,3 +327,35 @@ def test_what_cannot_be_is_one_error(folder: Path, flags: Sequence[str], message
     )
     assert process.returncode == 2, process.stderr
     assert message in process.stderr
+
+
+def test_workers_train_what_one_process_trains(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": f"It is {n}."}) + "\n" for n in range(40)))
+    losses = []
+    for name, flags in (("one", []), ("two", ["--ray", "--workers", "2"])):
+        settings = "--dtype float32 --max-steps 4 --batch-size 4 --valid-ratio 0.2 --r 4 --lora-dropout 0.1".split()
+        command = [PYTHON, "-m", "loradeck", "train", folder / "tiny", data, "-o", name, *settings, *flags]
+        process = subprocess.run(
+            [*map(str, command)],
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr
+        events = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([event["loss"] for event in events if "loss" in event])
+        assert (tmp_path / name / "adapter_model.safetensors").exists()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_run_cannot_be_is_said_before_workers_start(folder: Path, tmp_path: Path) -> None:
+    command = [PYTHON, "-m", "loradeck", "train", folder / "tiny", "missing.jsonl", "-o", "run", "--ray"]
+    process = subprocess.run(
+        [*map(str, command)], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert process.returncode == 2
+    assert re.match(r"loradeck: .*missing.jsonl", process.stderr)

@@ -1,6 +1,6 @@
 """Options that several verbs share, each written once: a dataclass field or alias is the flag and its help."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
@@ -19,6 +19,20 @@ def is_typed(name: str) -> bool:
     """Return whether the flag of a setting was typed, be its value the default or not."""
     flag = "--" + name.strip("_").replace("_", "-")
     return any(token.partition("=")[0] == flag for token in TYPED.get())
+
+
+def typed_without(flags: Mapping[str, int]) -> list[str]:
+    """Return the typed arguments without some flags, each with its number of values."""
+    arguments: list[str] = []
+    tokens = iter(TYPED.get())
+    for token in tokens:
+        flag, equals, _ = token.partition("=")
+        if flag not in flags:
+            arguments.append(token)
+        elif not equals:
+            for _ in range(flags[flag]):
+                next(tokens, None)
+    return arguments
 
 
 AsJson: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print JSON and nothing else.")]

@@ -130,7 +130,8 @@ def serve(
 def _serve_replicas(
     service: ServiceConfig, scale: ScaleConfig, host: str, port: int, on_ready: Callable[[str], object] | None
 ) -> None:
-    from loradeck.scale.app import cluster, served
+    from loradeck.scale.app import served
+    from loradeck.scale.cluster import cluster
 
     stop = Event()
     with cluster(scale.ray_address):

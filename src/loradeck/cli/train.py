@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from loradeck.cli.display.reading_progress import reading_progress
 from loradeck.cli.display.text import format_size, printable
-from loradeck.cli.options import Dtype, Task, TrainingWeights, is_typed
+from loradeck.cli.options import Dtype, Task, TrainingWeights, is_typed, typed_without
 from loradeck.cli.output import check_writable
 from loradeck.cli.process import cap_allocator, quick_imports
 from loradeck.cli.writers import Kind
@@ -58,6 +58,9 @@ def train(
     weights: TrainingWeights = "packed",
     log: Kind | None = None,
     shard_base: bool = False,
+    ray: bool = False,
+    workers: int = 2,
+    ray_address: str | None = None,
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -83,6 +86,10 @@ def train(
         log: Also write metrics for this program.
         shard_base: Divide the layers of a base with plain weights over the
             processes of torchrun, for a base that does not fit into each.
+        ray: Train by the workers of a Ray cluster. See docs/training.md.
+        workers: How many, with --ray.
+        ray_address: A Ray cluster to join, as host:port or ray://host:port; by
+            default RAY_ADDRESS, or a cluster started here.
         dry_run: Print the plan without training.
         resume: Resume the run in the folder.
         overwrite: Replace an existing adapter or run.
@@ -124,6 +131,14 @@ def train(
             return 0
     else:
         check_output(output, overwrite=overwrite)
+    if ray and not dry_run:
+        from loradeck.scale.train import train_on_ray
+
+        check_inputs_of(run_recipe, output)
+        train_on_ray(
+            typed_without({"--ray": 0, "--workers": 1, "--ray-address": 1}), workers=workers, address=ray_address
+        )
+        return 0
     run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, log=log, shard_base=shard_base)
     return 0 if dry_run else conclude(run, run_recipe)
 
@@ -150,11 +165,10 @@ def carry_out(
         from loradeck.cli.display.trials import trial_columns
         from loradeck.cli.writers import metric_writer
         from loradeck.train.group import process_group
-        from loradeck.train.inputs import check_inputs
         from loradeck.train.plan import plan
         from loradeck.train.run import Run
 
-    check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
+    check_inputs_of(recipe, output)
     console = Console()
     weights, task = cast("Weights", recipe.weights), cast("base_task.Task", recipe.task)
     with ExitStack() as stack:
@@ -198,6 +212,13 @@ def carry_out(
         run.on_event = on_event
         run.train(each_pass)
     return run
+
+
+def check_inputs_of(recipe: RunRecipe, output: Path) -> None:
+    """Check that a run's datasets and adapters exist: see `check_inputs`."""
+    from loradeck.train.inputs import check_inputs
+
+    check_inputs(recipe, output, [field.name for field in fields(LoraConfig) if is_typed(field.name)])
 
 
 def answerer(base: "Base", run: "Run") -> "Answer":

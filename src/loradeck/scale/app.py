@@ -1,10 +1,7 @@
-"""The application as Ray Serve deploys it, and a cluster that serves it."""
+"""The application as Ray Serve deploys it."""
 
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +11,17 @@ from loradeck.api.service import ServiceConfig
 from loradeck.base import SMOLLM2
 from loradeck.base.gguf_file import base_name
 from loradeck.errors import ConfigError
+from loradeck.scale.cluster import check_ray
 from loradeck.scale.config import ScaleConfig
 
-OLDEST = (2, 50)  # of Ray: routers of our own
 NAME = "loradeck"
-TIMEOUT = 10  # seconds to reach a cluster
-INGRESS_REQUESTS = 10_000  # at an ingress at the same time; each replica has a limit of its own
+check_ray("serve")
 
-try:
-    import ray
-    from ray import serve
-    from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
-    from ray.serve.schema import LoggingConfig
-except ImportError as error:
-    raise ConfigError(
-        "Ray Serve is not installed", hint="Run pip install 'ray[serve]'", cli="or pip install 'loradeck[ray]'."
-    ) from error
-if tuple(int(part) for part in version("ray").split(".")[:2]) < OLDEST:
-    raise ConfigError(f"Ray {version('ray')} is too old", hint=f"Run pip install 'ray[serve]>={OLDEST[0]}.{OLDEST[1]}'")
+from ray import serve  # noqa: E402
+from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig  # noqa: E402
+from ray.serve.schema import LoggingConfig  # noqa: E402
+
+INGRESS_REQUESTS = 10_000  # at an ingress at the same time; each replica has a limit of its own
 
 
 def app(service: ServiceConfig, scale: ScaleConfig | None = None) -> serve.Application:
@@ -86,31 +76,6 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
         return app(msgspec.convert(fields, ServiceConfig), scale)
     except msgspec.ValidationError as error:
         raise ConfigError(f"invalid args of the application: {error}") from error
-
-
-@contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """Connect to a Ray cluster, or start one on this machine; leave it at the end of the block.
-
-    Raises:
-        ConfigError: it cannot be reached.
-    """
-    try:
-        if address and address not in ("auto", "local"):  # to which Ray would try to connect for minutes
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), TIMEOUT).close()
-        ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise ConfigError(
-            f"no Ray cluster at {where}: {str(error).strip().partition(chr(10))[0]}",
-            hint="Start one with `ray start --head`, or leave the address out to start one here.",
-            cli="As in --ray-address HOST:PORT.",
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

@@ -93,7 +93,10 @@ class ProcessGroup(Group):
 
 @contextmanager
 def process_group() -> Iterator[Group]:
-    """Connect to the other processes that torchrun has started, if this one is one of several."""
+    """Connect to the other processes that torchrun or Ray has started, if this one is one of several."""
+    if dist.is_available() and dist.is_initialized():  # Ray has done so, and undoes it
+        yield ProcessGroup()
+        return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield Group()
         return
