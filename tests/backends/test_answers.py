@@ -42,7 +42,7 @@ class Place:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(module, "time", clock)  # other threads of this process look at the real one
     return clock
 
 

@@ -199,6 +199,26 @@ def test_processes_that_read_and_add_more_than_there_is_room_for(cache_300: Cach
     assert not [*cache_300.folder.glob(".old-*"), *cache_300.folder.glob(".new-*")]
 
 
+def test_threads_that_want_the_same_fill_it_once(cache_300: Cache) -> None:
+    fills: list[int] = []
+    barrier = threading.Barrier(4)
+
+    def fill(folder: Path) -> None:
+        fills.append(1)
+        filling(100)(folder)
+
+    def want() -> None:
+        barrier.wait()
+        cache_300.add(key(1), 100, fill)
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fills == [1]
+
+
 def test_a_fill_that_fails_leaves_nothing(cache_300: Cache) -> None:
     def fail(folder: Path) -> None:
         (folder / "file").write_bytes(b"a part")

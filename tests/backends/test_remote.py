@@ -51,6 +51,11 @@ def test_publish_find_load(memory: AdapterStore, tiny: LlamaForCausalLM, tmp_pat
     assert memory.location == memory._backend.place.url
 
 
+def test_a_bank_says_how_to_load_from_a_url(memory: AdapterStore, tiny: LlamaForCausalLM) -> None:
+    with pytest.raises(AdapterError, match=r"memory://x/poet is a URL, not a folder\n.*find\(NAME\).path"):
+        Bank(tiny).load("memory://x/poet", "poet")
+
+
 def test_what_is_told_is_what_a_folder_tells(memory: AdapterStore) -> None:
     memory.publish("poet", adapter(2))
     with pytest.raises(UnknownAdapterError, match=r"no adapter in memory://.*'poem'.*\n.*poet"):

@@ -1,5 +1,6 @@
 """A kill -9 while an adapter is saved over another: the folder holds one of the two, whole."""
 
+import itertools
 import os
 import random
 import signal
@@ -58,11 +59,15 @@ def test_kill_while_saving_over_another(tmp_path: Path) -> None:
     (folder / "notes").write_text("mine")
     chance = random.Random(0)
     found: list[str] = []
-    torn = 0
+    torn, deadline = 0, time.monotonic() + 300
     command = [sys.executable, "-c", SAVE, str(folder), *map(str, sources)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
-            for turn in range(ROUNDS):
+            # As many rounds as it takes to meet both adapters, and a save that is under way.
+            for turn in itertools.count():
+                if turn >= ROUNDS and torn and set(found) == set(hashes):
+                    break
+                assert time.monotonic() < deadline, f"after {turn} kills: met {len(set(found))} of 2, {torn} torn"
                 process.stdin.write(f"{turn}\n")
                 process.stdin.flush()
                 kind, pid = process.stdout.readline().split()
@@ -82,5 +87,3 @@ def test_kill_while_saving_over_another(tmp_path: Path) -> None:
                 torn += any(path != folder for path in folder.parent.iterdir())
         finally:
             process.kill()
-    assert set(found) == set(hashes), "every kill met the same adapter"
-    assert torn, "no kill fell into a save"

@@ -56,6 +56,7 @@ class Cache:
         self._mutex = threading.Lock()
         self._holds: Counter[str] = Counter()
         self._released: deque[str] = deque()
+        self._filling: weakref.WeakValueDictionary[str, threading.RLock] = weakref.WeakValueDictionary()
         self._process = os.getpid()
         self._file: int | None = None
 
@@ -94,17 +95,24 @@ class Cache:
         Raises:
             StorageError: the cache's folder is full, or cannot be written.
         """
-        while (held := self.get(key, nbytes)) is None:
-            with self._cannot():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._trim(nbytes)
-                try:
-                    self._write(f"{key}-{nbytes}", fill)
-                except OSError as error:
-                    if error.errno not in FULL or not self._trim(self.most):  # other files may fill the same disk
-                        raise
-                    self._write(f"{key}-{nbytes}", fill)
+        self._notice_fork()
+        with self._mutex:
+            filling = self._filling.setdefault(key, threading.RLock())
+        with filling:  # of the threads that want it, one fills it; another process may do so too
+            while (held := self.get(key, nbytes)) is None:
+                with self._cannot():
+                    self._add(f"{key}-{nbytes}", nbytes, fill)
         return held
+
+    def _add(self, name: str, nbytes: int, fill: Callable[[Path], object]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._trim(nbytes)
+        try:
+            self._write(name, fill)
+        except OSError as error:
+            if error.errno not in FULL or not self._trim(self.most):  # other files may fill the same disk
+                raise
+            self._write(name, fill)
 
     def discard(self, held: Held) -> None:
         """Remove a folder that is damaged, whoever holds it.
@@ -176,14 +184,19 @@ class Cache:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """Keep other threads out, and yield the descriptor of the LOCK file, for locks against other processes."""
-        if self._process != os.getpid():  # a fork has the descriptor, but not the locks
-            self._process, self._mutex = os.getpid(), threading.Lock()
-            for name in self._holds:
-                fcntl.lockf(self._descriptor(), fcntl.LOCK_SH, 1, _byte(name))
+        self._notice_fork()
         with self._mutex:
             self._settle()
             yield self._descriptor()
             self._settle()
+
+    def _notice_fork(self) -> None:
+        """Take the locks again in a process that was forked: it has the descriptor, but not the locks."""
+        if self._process == os.getpid():
+            return
+        self._process, self._mutex = os.getpid(), threading.Lock()  # a thread of the parent may have had the mutex
+        for name in self._holds:
+            fcntl.lockf(self._descriptor(), fcntl.LOCK_SH, 1, _byte(name))
 
     def _release(self, name: str) -> None:
         """Note that a hold has ended. The garbage collector may call this at any place of any thread."""

@@ -10,7 +10,7 @@ URLS: dict[str, str] = {}  # of each folder of the cache that this process used:
 
 def cached_adapters() -> Path:
     """Return the cache's folder."""
-    return cache_folder() / "adapters"
+    return (cache_folder() / "adapters").absolute()
 
 
 def with_urls(text: str) -> str:

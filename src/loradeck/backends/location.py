@@ -33,6 +33,7 @@ def open_backend(location: str | Path, cache_bytes: int | None, waiting: int | N
     scheme, rest = match[1].lower(), match[2]
     if scheme == "file":
         return FolderBackend(_path(location, rest))
+    from loradeck.backends.hub_place import HubPlace
     from loradeck.backends.place import PROTOCOLS, Place
     from loradeck.backends.remote import RemoteBackend
 
@@ -41,9 +42,8 @@ def open_backend(location: str | Path, cache_bytes: int | None, waiting: int | N
         raise ConfigError(f"a store cannot be at {scheme}://", hint=hint)
     if not rest.strip("/"):
         raise ConfigError(f"{location} names no bucket or repository", hint=f"Give {scheme}://NAME/FOLDER.")
-    if scheme == "hf":
-        from loradeck.backends.hub_place import HubPlace as Place
-    return RemoteBackend(Place(f"{scheme}://{rest}"), _cache_bytes(cache_bytes), waiting)
+    kind = HubPlace if scheme == "hf" else Place
+    return RemoteBackend(kind(f"{scheme}://{rest}"), _cache_bytes(cache_bytes), waiting)
 
 
 def _path(location: str, rest: str) -> Path:

@@ -70,7 +70,7 @@ class Place:
         entries = self.call(lambda: self._files().find(path, detail=True))
         return {name.partition(f"{path}/")[2]: int(facts["size"] or 0) for name, facts in dict(entries).items()}
 
-    def read(self, paths: Iterable[str]) -> dict[str, bytes | Exception]:
+    def read(self, paths: Iterable[str]) -> dict[str, bytes | FileNotFoundError | LoradeckError]:
         """Return the contents of small files, read at the same time, or why they cannot be read.
 
         The reason is a FileNotFoundError if there is no such file.
@@ -176,12 +176,12 @@ class Place:
             raise CutOffError(f"{path} ends after {begin + len(part)} bytes")
         return part
 
-    def _content(self, name: str, content: object) -> bytes | Exception:
+    def _content(self, name: str, content: object) -> bytes | FileNotFoundError | LoradeckError:
         if isinstance(content, bytes):
             return content
         try:
             return self.call(lambda: self._files().cat_file(name), missing=True)
-        except Exception as error:
+        except (FileNotFoundError, LoradeckError) as error:
             return error
 
     def _files(self) -> Any:

@@ -49,7 +49,7 @@ class RemoteBackend:
         self.place = place
         self.location = place.url
         key = hashlib.sha256(place.url.encode()).hexdigest()[:16]
-        self.folder = cache_folder() / "stores" / key
+        self.folder = cache_folder().absolute() / "stores" / key
         self._cache = Cache.of(cached_adapters(), cache_bytes)
         self._turns = None if waiting is None else BoundedSemaphore(waiting)
         self._catalogue: Answers[None, dict[str, list[int]]] = Answers(self._list_all, self._waiting)
@@ -152,8 +152,6 @@ class RemoteBackend:
         """
         for number in numbers:
             record = self._read_records([(name, number)])[name, number]
-            if isinstance(record, StoreUnreachableError):
-                raise record
             self.place.replace(_record_path(name, number), b"")
             with self._lock:
                 self._records.pop((name, number), None)
@@ -187,7 +185,11 @@ class RemoteBackend:
         return record
 
     def _read_records(self, keys: Sequence[tuple[str, int]]) -> dict[tuple[str, int], VersionFile | LoradeckError]:
-        """Return the records of versions, or why they are unusable. Each is read once: they never change."""
+        """Return the records of versions, or why they are unusable. Each is read once: they never change.
+
+        Raises:
+            StoreUnreachableError: the place does not answer.
+        """
         records: dict[tuple[str, int], VersionFile | LoradeckError] = {}
         with self._lock:
             records.update((key, self._records[key]) for key in keys if key in self._records)
@@ -202,14 +204,16 @@ class RemoteBackend:
                 self._records.pop(next(iter(self._records)))
         return records
 
-    def _decoded(self, name: str, number: int, content: bytes | Exception) -> VersionFile | LoradeckError:
+    def _decoded(
+        self, name: str, number: int, content: bytes | FileNotFoundError | LoradeckError
+    ) -> VersionFile | LoradeckError:
+        if isinstance(content, StoreUnreachableError):  # this says nothing about the version
+            raise content
         if isinstance(content, LoradeckError):
             return content
         if isinstance(content, FileNotFoundError) or not content:
             self._forget(name)
             return AdapterError(f"{self.location}/{name}@{number} was removed")
-        if isinstance(content, Exception):
-            raise content
         try:
             return VersionFile.decode(content, f"{self.location}/{name}@{number}")
         except AdapterError as error:

@@ -132,12 +132,12 @@ def train(
     else:
         check_output(output, overwrite=overwrite)
     if ray and not dry_run:
+        from loradeck.cli import main
         from loradeck.scale.train import train_on_ray
 
         check_inputs_of(run_recipe, output)
-        train_on_ray(
-            typed_without({"--ray": 0, "--workers": 1, "--ray-address": 1}), workers=workers, address=ray_address
-        )
+        arguments = typed_without({"--ray": 0, "--workers": 1, "--ray-address": 1})
+        train_on_ray(main, arguments, workers=workers, address=ray_address)
         return 0
     run = carry_out(run_recipe, output, resume=resume, dry_run=dry_run, log=log, shard_base=shard_base)
     return 0 if dry_run else conclude(run, run_recipe)

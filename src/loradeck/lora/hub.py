@@ -36,8 +36,16 @@ def local(source: str | Path) -> Path:
     so that a misspelt one does not reach the hub.
 
     Raises:
-        AdapterError: the hub has no such adapter, does not show it, or cannot be reached and the cache has none.
+        AdapterError: it is a URL; or the hub has no such adapter, does not show it, or cannot be reached and the cache
+            has none.
     """
+    if isinstance(source, str) and "://" in source:
+        raise AdapterError(
+            f"{source} is a URL, not a folder",
+            hint="Download it first.",
+            python="AdapterStore(URL).find(NAME).path is its folder.",
+            cli="`loradeck pull` does.",
+        )
     if isinstance(source, Path) or _is_path(source):
         return Path(source)
     hub_id, _, revision = source.partition("@")

@@ -45,8 +45,8 @@ def cluster(address: str | None) -> Iterator[None]:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise ConfigError(
             f"no Ray cluster at {where}: {str(error).strip().partition(chr(10))[0]}",
-            hint="Start one with `ray start --head`, or leave the address out to start one here.",
-            cli="As in --ray-address HOST:PORT.",
+            hint="Leave the address out to start one here.",
+            cli="Or start one with `ray start --head`, and give --ray-address HOST:PORT.",
         ) from error
     try:
         yield

@@ -121,5 +121,6 @@ def _connected() -> Iterator[None]:
         message = str(error).strip().partition("\n")[0]
         raise TrainingError(
             f"the connection to the other processes is lost: {message}",
-            hint="One of them has ended; see its own message. Go on with --resume.",
+            hint="One of them has ended; see its own message.",
+            cli="Go on with --resume.",
         ) from error
