@@ -71,9 +71,9 @@ def test_the_image_starts_a_server_by_flags_that_there_are(monkeypatch: pytest.M
     assert (arguments["host"], str(arguments["port"])) == ("0.0.0.0", instruction("EXPOSE"))
     assert str(arguments["keys"]) == "/run/secrets/keys"
     monkeypatch.setenv("LORADECK_CACHE", environment()["LORADECK_CACHE"])
-    kept = {str(arguments["adapters"]), str(cache_folder())}
-    assert kept == {*json.loads(instruction("VOLUME"))}
-    assert kept < {*mounts(services["loradeck"])}
+    folders = {str(arguments["adapters"]), str(cache_folder())}
+    assert folders == {*json.loads(instruction("VOLUME"))}
+    assert folders < {*mounts(services["loradeck"])}
 
 
 def test_the_image_runs_as_a_user_that_it_has_made() -> None:

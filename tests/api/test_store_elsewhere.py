@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.test_store import adapter
@@ -61,7 +62,7 @@ def fail(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.engine.store._backend.place, "call", call)
     monkeypatch.setattr(server.engine.store._backend.place, "read", call)
     now = answers.time.monotonic() + 2 * answers.REFRESH
-    monkeypatch.setattr(answers.time, "monotonic", lambda: now)
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: now))
 
 
 def test_a_request_downloads_what_it_names(server: LocalServer, store: AdapterStore, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_new_version_is_served_without_a_listing_for_each_request(
     list_folder = backend.place.list
     monkeypatch.setattr(backend.place, "list", lambda folder: lists.append(folder) or list_folder(folder))
     now = answers.time.monotonic()
-    monkeypatch.setattr(answers.time, "monotonic", lambda: now)
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: now))
     before = answer(server, "poet")
     elsewhere.publish("poet", 7)
     assert [answer(server, "poet") for _ in range(5)] == [before] * 5

@@ -33,9 +33,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         with self.lock:
             if "ifGenerationMatch=0" in self.path:
-                found = re.search(rb'"name": ?"([^"]+)"', body)
-                assert found
-                name = found[1].decode()
+                match = re.search(rb'"name": ?"([^"]+)"', body)
+                assert match
+                name = match[1].decode()
                 if self.ask("GET", f"/storage/v1/b/bucket/o/{quote(name, safe='')}", b"")[0] == 200:
                     self.refused.append(name)
                     self.answer(412, b"{}", [])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.test_store import adapter
@@ -91,11 +92,11 @@ def test_another_process_downloads_it_once(memory: AdapterStore, cache: Path) ->
     memory.publish("poet", adapter(2))
     [published] = (cache / "adapters").glob("*-*")
     published.rename(cache / "elsewhere")
-    found = AdapterStore(memory.location).find("poet")
-    assert found.path == published
+    version = AdapterStore(memory.location).find("poet")
+    assert version.path == published
     for file in (cache / "elsewhere").iterdir():
-        assert (found.path / file.name).read_bytes() == file.read_bytes()
-    inode = found.path.stat().st_ino
+        assert (version.path / file.name).read_bytes() == file.read_bytes()
+    inode = version.path.stat().st_ino
     assert AdapterStore(memory.location).find("poet").path.stat().st_ino == inode
 
 
@@ -116,9 +117,9 @@ def test_what_is_damaged_in_the_cache_is_downloaded_again(
         case _:
             (folder / "tokenizer.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
-        found = memory.find("poet")
+        version = memory.find("poet")
     assert "is damaged, and downloaded again" in caplog.text
-    assert found.path == folder
+    assert version.path == folder
     assert (folder / "adapter_model.safetensors").read_bytes() == content
     assert not (folder / "tokenizer.json").exists()
 
@@ -178,7 +179,7 @@ def test_a_version_published_elsewhere_is_seen_when_the_listing_is_old(
     lists: list[str] = []
     list_folder = other._backend.place.list
     monkeypatch.setattr(other._backend.place, "list", lambda folder: lists.append(folder) or list_folder(folder))
-    monkeypatch.setattr(answers.time, "monotonic", lambda: 1e9)  # much later
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: 1e9))  # much later
     memory.publish("poet", adapter(3))
     assert [other.find("poet").version for _ in range(5)] == [2] * 5
     assert lists == [".versions/poet"]

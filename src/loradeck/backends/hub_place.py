@@ -51,10 +51,10 @@ class HubPlace(Place):
             return [*HfApi().list_repo_tree(self._repository, path, recursive=True, revision=self._revision)]
 
         try:
-            found = self.call(entries, missing=True)
+            files = self.call(entries, missing=True)
         except FileNotFoundError:
             return {}
-        return {entry.path.removeprefix(f"{path}/"): entry.size for entry in found if isinstance(entry, RepoFile)}
+        return {entry.path.removeprefix(f"{path}/"): entry.size for entry in files if isinstance(entry, RepoFile)}
 
     def upload(self, files: Mapping[str, Path]) -> None:
         """Write files, by their paths, in one commit.
